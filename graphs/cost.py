@@ -1,0 +1,244 @@
+"""What a plan costs: multiply-accumulates, cache bytes and bytes read per decode step.
+
+Plain arithmetic over a plan and five sizes of a decoder; nothing here is measured. Multiply MACs
+by 2 for FLOPs. A layer with X text rows (P before the image, T after it) and n visual rows costs
+
+    q * 2 d w + kv * 2 d w_kv + 2 pairs * w + 3 mlp * d m       d hidden, m MLP, w query width
+
+    kind of layer        q, mlp rows   k, v rows   pairs
+    dense                X + n         X + n       (X + n)^2
+    text_blind           X + n         X + n       (X + n)^2 - T n
+    text_blind_novv      X + n         X           (X + n)^2 - T n - n^2
+    no_attention         X + n         X + n       (X + n)^2 - T n - n^2
+
+``sink`` and ``sink_half`` count as ``text_blind``, as in the reference table: what they save beyond
+it is under 0.1 points of a 32-layer decoder. Visual-only figures, which papers call FLOPs, count
+the visual rows' own projections, MLP and n^2 pairs.
+
+Accountings:
+    modes   each layer by its mode, as above: what the method needs at best. The default.
+    paper   the VisiPruner paper's: no layer of a stage with text-blind layers has attention.
+    graphs  what our graphs execute today: gates zero values but skip nothing, so all are dense.
+
+Source: methods.md 7.1 and Appendix A, whose printed digits are this module's tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from .plan import StagePlan
+
+Accounting = Literal["modes", "paper", "graphs"]
+ACCOUNTINGS: tuple[str, ...] = get_args(Accounting)
+
+FP16_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a Llama-shaped decoder. ``None`` widths equal ``hidden``."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    vocab: int
+    kv_width: int | None = None  # key-value heads times head size
+    query_width: int | None = None  # heads times head size
+
+    @classmethod
+    def of(cls, text: Any) -> Geometry:
+        """The sizes of a decoder's config (``graphs.config.TextConfig``, or anything like it)."""
+        return cls(
+            layers=text.layers,
+            hidden=text.hidden,
+            intermediate=text.intermediate,
+            vocab=text.vocab,
+            kv_width=text.kv_heads * text.head_dim,
+            query_width=text.heads * text.head_dim,
+        )
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """(query width, key-value width)."""
+        kv = self.hidden if self.kv_width is None else self.kv_width
+        return self.hidden if self.query_width is None else self.query_width, kv
+
+    @property
+    def matmul_weights(self) -> int:
+        """Weights that one decode step multiplies by: all layers and the output projection."""
+        query, kv = self.widths
+        layer = 2 * self.hidden * (query + kv) + 3 * self.hidden * self.intermediate
+        return self.layers * layer + self.hidden * self.vocab
+
+
+LLAVA_7B = Geometry(layers=32, hidden=4096, intermediate=11008, vocab=32000)
+LLAVA_13B = Geometry(layers=40, hidden=5120, intermediate=13824, vocab=32000)
+
+
+@dataclass(frozen=True)
+class Load:
+    """``count`` layers of one kind with ``visual_tokens`` each; both may be averages."""
+
+    kind: str  # a plan's mode, or no_attention
+    visual_tokens: float
+    count: float = 1
+
+
+@dataclass(frozen=True)
+class LoadCost:
+    """Cost of one ``Load``, for all its layers together."""
+
+    load: Load
+    visual_macs: float
+    prefill_macs: float
+    visual_kv_bytes: float
+    kv_bytes: float  # of all rows
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a decoder's prefill and of its decode steps; sums over ``loads``."""
+
+    loads: tuple[LoadCost, ...]
+    head_macs: int  # output projection of the last row
+    weight_bytes: float  # read by every decode step
+    accounting: str = "modes"
+
+    @property
+    def visual_macs(self) -> float:
+        """MACs of the visual rows alone (the papers' figure)."""
+        return sum(item.visual_macs for item in self.loads)
+
+    @property
+    def prefill_macs(self) -> float:
+        """MACs of the whole prefill: every row, and the output projection once."""
+        return sum(item.prefill_macs for item in self.loads) + self.head_macs
+
+    @property
+    def mean_visual_tokens(self) -> float:
+        """Visual tokens per layer."""
+        tokens = sum(item.load.visual_tokens * item.load.count for item in self.loads)
+        return tokens / sum(item.load.count for item in self.loads)
+
+    @property
+    def visual_kv_bytes(self) -> float:
+        """Cache bytes of visual rows."""
+        return sum(item.visual_kv_bytes for item in self.loads)
+
+    @property
+    def kv_bytes(self) -> float:
+        """Cache bytes of all rows after the prefill."""
+        return sum(item.kv_bytes for item in self.loads)
+
+    @property
+    def decode_read_bytes(self) -> float:
+        """Bytes that the first decode step reads: all weights once, all cached rows once."""
+        return self.weight_bytes + self.kv_bytes
+
+
+def plan_loads(plan: StagePlan, accounting: Accounting = "modes") -> tuple[Load, ...]:
+    """One ``Load`` per layer of ``plan``, its kind according to ``accounting``."""
+    if accounting not in ACCOUNTINGS:
+        raise ValueError(f"accounting {accounting!r}, expected one of {', '.join(ACCOUNTINGS)}")
+    loads = []
+    for stage in plan.stages:
+        for mode in stage.modes:
+            kind: str = mode
+            if accounting == "graphs":
+                kind = "dense"
+            elif accounting == "paper" and stage.gated_layers:
+                kind = "no_attention"
+            loads.append(Load(kind, stage.visual_tokens))
+    return tuple(loads)
+
+
+def plan_cost(
+    plan: StagePlan,
+    geometry: Geometry,
+    prefix: int = 35,
+    text: int = 40,
+    *,
+    accounting: Accounting = "modes",
+    kv_element_bytes: float = FP16_BYTES,
+    weight_element_bytes: float = FP16_BYTES,
+) -> Cost:
+    """Cost of ``plan`` for one image between ``prefix`` and ``text`` text rows, per layer.
+
+    The defaults are LLaVA-1.5's prompt and a short question. Plan and geometry must have the same
+    depth; ``resolve_plan`` has seen to that.
+    """
+    assert plan.layers == geometry.layers, (plan.layers, geometry.layers)
+    return cost_of(
+        plan_loads(plan, accounting),
+        geometry,
+        prefix,
+        text,
+        kv_element_bytes=kv_element_bytes,
+        weight_element_bytes=weight_element_bytes,
+        accounting=accounting,
+    )
+
+
+def cost_of(
+    loads: Iterable[Load],
+    geometry: Geometry,
+    prefix: int = 35,
+    text: int = 40,
+    *,
+    kv_element_bytes: float = FP16_BYTES,
+    weight_element_bytes: float = FP16_BYTES,
+    accounting: str = "modes",
+) -> Cost:
+    """Cost of any mix of layers, such as a published average with 10.3 tokens in 9 layers."""
+    return Cost(
+        tuple(_load_cost(load, geometry, prefix, text, kv_element_bytes) for load in loads),
+        head_macs=geometry.hidden * geometry.vocab,
+        weight_bytes=geometry.matmul_weights * weight_element_bytes,
+        accounting=accounting,
+    )
+
+
+def dense_cost(
+    plan: StagePlan, geometry: Geometry, prefix: int = 35, text: int = 40, **sizes
+) -> Cost:
+    """What the unpruned model costs under the same circumstances."""
+    loads = [Load("dense", plan.visual_tokens)] * geometry.layers
+    return cost_of(loads, geometry, prefix, text, **sizes)
+
+
+def reduction_percent(value: float, dense: float) -> float:
+    """How much less ``value`` is than ``dense``, in per cent of ``dense``."""
+    return 100 * (1 - value / dense)
+
+
+def total(costs: Sequence[LoadCost], field: str) -> float:
+    """Sum of one field over some layers."""
+    return sum(getattr(item, field) for item in costs)
+
+
+def _load_cost(load: Load, geometry: Geometry, prefix: int, text: int, bytes_: float) -> LoadCost:
+    d, m = geometry.hidden, geometry.intermediate
+    query, kv = geometry.widths
+    n, x = load.visual_tokens, prefix + text
+    pairs, visual_pairs, visual_keys = (x + n) ** 2, n * n, n
+    if load.kind != "dense":
+        pairs -= text * n
+    if load.kind in ("text_blind_novv", "no_attention"):
+        pairs, visual_pairs = pairs - n * n, 0
+    if load.kind == "text_blind_novv":
+        visual_keys = 0  # nobody reads them
+
+    def macs(rows: float, keys: float, attended: float) -> float:
+        return 2 * d * (rows * query + keys * kv) + 2 * attended * query + 3 * rows * d * m
+
+    cached = 2 * kv * bytes_ * load.count
+    return LoadCost(
+        load,
+        visual_macs=load.count * macs(n, visual_keys, visual_pairs),
+        prefill_macs=load.count * macs(x + n, x + visual_keys, pairs),
+        visual_kv_bytes=visual_keys * cached,
+        kv_bytes=(x + visual_keys) * cached,
+    )
