@@ -1,0 +1,502 @@
+"""What a checkpoint's ``config.json`` says, as frozen data. Standard library only.
+
+    ModelConfig   image token, feature layers, projector
+    ├── TextConfig    the decoder: Llama's shape, whatever its name (llama, mistral, qwen2)
+    │   └── Rope
+    └── VisionConfig  the tower: CLIP or SigLIP
+
+``from_hf`` reads Hugging Face configs leniently: published files omit what equals the class default
+of transformers (LLaVA-1.5's decoder is little more than "llama"), so those defaults are written
+here. ``to_dict`` and ``from_dict`` are the strict form that a bundle's manifest carries. What would
+silently compute something else is refused: an unknown family, a sliding window, a rope that
+depends on the length. Errors are ``ModelError`` and name the field as ``config.json`` does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, NoReturn
+
+from .errors import ModelError
+
+ARCHITECTURE = "LlavaForConditionalGeneration"
+TOWERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "silu")
+"""Of towers and projectors; decoders have SiLU."""
+
+MAX_COUNT = 1 << 24
+"""No size of a decoder or a tower comes near it; larger ones are damage, not models."""
+MAX_LAYERS = 1024
+
+# What transformers assumes for a field that config.json omits, where families differ.
+_FAMILIES: dict[str, dict[str, int]] = {
+    "llama": {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": {
+        "vocab_size": 32000,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+    },
+    "qwen2": {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+    },
+}
+_ROPES = {  # rope_type: the numbers it cannot do without
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+_LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
+SUPPORTED = (
+    f"{ARCHITECTURE} with a decoder of type {', '.join(_FAMILIES)} and a CLIP or SigLIP tower"
+)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: its type, its base and what else the type needs.
+
+    ``parameters`` are (name, value) pairs in alphabetical order, ``rope_type`` among them and
+    ``rope_theta`` not, as transformers 5 spells them.
+    """
+
+    type: str = "default"
+    theta: float = 10000.0
+    parameters: tuple[tuple[str, Any], ...] = (("rope_type", "default"),)
+
+    def __post_init__(self) -> None:
+        _word("rope_type", self.type, tuple(_ROPES))
+        _number("rope_theta", self.theta)
+        given = dict(self.parameters)
+        for name in _ROPES[self.type]:
+            _number(f"rope_parameters.{name}", given.get(name))
+        if self.type == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
+            _refuse(
+                "rope_parameters.low_freq_factor", given["low_freq_factor"], "< high_freq_factor"
+            )
+
+    @classmethod
+    def from_hf(cls, text: Mapping[str, Any], max_positions: int) -> Rope:
+        """Read transformers 4 (``rope_theta``, ``rope_scaling``) or 5 (``rope_parameters``)."""
+        holder = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
+        given = dict(_mapping(holder, text.get(holder) or {}))
+        kind = given.pop("type", None)
+        kind = given.setdefault("rope_type", kind or "default")
+        if kind in _LENGTH_DEPENDENT:
+            raise ModelError(
+                f"{holder}: rope type {kind!r} changes the angles of all positions with the length "
+                "of the sequence, so keys in a cache would become wrong. Supported are "
+                f"{', '.join(_ROPES)}. Use a checkpoint with one of those."
+            )
+        theta = given.pop("rope_theta", None)
+        theta = text.get("rope_theta") if theta is None else theta
+        partial = given.pop("partial_rotary_factor", None) or text.get("partial_rotary_factor")
+        if partial not in (None, 1):
+            _refuse(f"{holder}.partial_rotary_factor", partial, "1: whole heads turn")
+        if kind in ("llama3", "yarn"):
+            given.setdefault("original_max_position_embeddings", max_positions)
+        for name, value in given.items():
+            if name != "rope_type" and not isinstance(value, int | float | None):
+                _refuse(f"{holder}.{name}", value, "a number or true/false")
+        pairs = sorted((name, value) for name, value in given.items() if value is not None)
+        return cls(kind, _number("rope_theta", 10000.0 if theta is None else theta), tuple(pairs))
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A Llama-shaped decoder."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    rms_eps: float
+    max_positions: int
+    rope: Rope
+    tied: bool = False  # the head is the embedding; a head in the file counts all the same
+    attention_bias: bool = False  # of the q, k and v projections
+    output_bias: bool = False  # of the o projection (llama with attention_bias; never qwen2)
+    mlp_bias: bool = False
+    activation: str = "silu"
+
+    def __post_init__(self) -> None:
+        _count("num_hidden_layers", self.layers, MAX_LAYERS)
+        _count("hidden_size", self.hidden)
+        _count("intermediate_size", self.intermediate)
+        _count("num_attention_heads", self.heads)
+        _count("num_key_value_heads", self.kv_heads)
+        _count("head_dim", self.head_dim)
+        _count("vocab_size", self.vocab)
+        _count("max_position_embeddings", self.max_positions)
+        _number("rms_norm_eps", self.rms_eps)
+        _flag("tie_word_embeddings", self.tied)
+        for name in ("attention_bias", "output_bias", "mlp_bias"):
+            _flag(name, getattr(self, name))
+        _word("hidden_act", self.activation, ("silu",))
+        _divides("num_attention_heads", self.heads, "hidden_size", self.hidden)
+        _divides("num_key_value_heads", self.kv_heads, "num_attention_heads", self.heads)
+        if self.head_dim % 2:
+            _refuse("head_dim", self.head_dim, "an even number: rotary embedding turns pairs")
+
+    @classmethod
+    def from_hf(cls, data: Mapping[str, Any]) -> TextConfig:
+        """Read the config of a ``LlamaForCausalLM``-like model; a missing family is llama.
+
+        Raises:
+            ModelError: an unsupported family or feature, or a malformed value; names the field.
+        """
+        given = {k: v for k, v in _mapping("text_config", data).items() if v is not None}
+        family = given.get("model_type", "llama")
+        if not isinstance(family, str) or family not in _FAMILIES:
+            raise ModelError(
+                f"text_config.model_type is {_show(family)}: this decoder is not supported, only "
+                f"{', '.join(_FAMILIES)} are. Use a LLaVA checkpoint on one of those."
+            )
+        _refuse_windows(family, data)
+        defaults = _FAMILIES[family]
+        hidden = _count("hidden_size", given.get("hidden_size", 4096))
+        heads = _count("num_attention_heads", given.get("num_attention_heads", 32))
+        _divides("num_attention_heads", heads, "hidden_size", hidden)
+        positions = _count(
+            "max_position_embeddings", _get(given, defaults, "max_position_embeddings")
+        )
+        if "num_key_value_heads" in data and data["num_key_value_heads"] is None:
+            defaults = {**defaults, "num_key_value_heads": heads}
+        biased = family == "llama" and _flag("attention_bias", given.get("attention_bias", False))
+        activation = given.get("hidden_act", "silu")
+        return cls(
+            layers=given.get("num_hidden_layers", 32),
+            hidden=hidden,
+            intermediate=_get(given, defaults, "intermediate_size"),
+            heads=heads,
+            kv_heads=given.get("num_key_value_heads", defaults.get("num_key_value_heads", heads)),
+            head_dim=given.get("head_dim", hidden // heads),
+            vocab=_get(given, defaults, "vocab_size"),
+            rms_eps=_number("rms_norm_eps", given.get("rms_norm_eps", 1e-6)),
+            max_positions=positions,
+            rope=Rope.from_hf(given, positions),
+            tied=given.get("tie_word_embeddings", False),
+            attention_bias=biased or family == "qwen2",
+            output_bias=biased,
+            mlp_bias=family == "llama" and _flag("mlp_bias", given.get("mlp_bias", False)),
+            activation="silu" if activation == "swish" else activation,
+        )
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP or SigLIP tower; sizes of pictures and patches are sides in pixels."""
+
+    kind: Literal["clip", "siglip"]
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    image_size: int
+    patch_size: int
+    channels: int = 3
+    eps: float = 1e-5
+    activation: str = "quick_gelu"
+
+    def __post_init__(self) -> None:
+        _word("vision_config.kind", self.kind, tuple(TOWERS.values()))
+        _count("vision_config.num_hidden_layers", self.layers, MAX_LAYERS)
+        _count("vision_config.hidden_size", self.hidden)
+        _count("vision_config.intermediate_size", self.intermediate)
+        _count("vision_config.num_attention_heads", self.heads)
+        _count("vision_config.image_size", self.image_size, 1 << 14)
+        _count("vision_config.patch_size", self.patch_size, self.image_size)
+        _count("vision_config.num_channels", self.channels, 16)
+        _number("vision_config.layer_norm_eps", self.eps)
+        _word("vision_config.hidden_act", self.activation, ACTIVATIONS)
+        _divides(
+            "vision_config.num_attention_heads",
+            self.heads,
+            "vision_config.hidden_size",
+            self.hidden,
+        )
+
+    @property
+    def patches(self) -> int:
+        """Patches of one picture; what does not fill a patch at the border is cut (384 / 14)."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def tokens(self) -> int:
+        """Rows of a hidden state: the patches and CLIP's class token. SigLIP has none."""
+        return self.patches + (self.kind == "clip")
+
+    @classmethod
+    def from_hf(cls, data: Mapping[str, Any]) -> VisionConfig:
+        """Read a ``clip_vision_model`` or ``siglip_vision_model`` config.
+
+        Raises:
+            ModelError: another tower, or a malformed value; names the field.
+        """
+        given = {k: v for k, v in _mapping("vision_config", data).items() if v is not None}
+        family = given.get("model_type", "clip_vision_model")
+        if not isinstance(family, str) or family not in TOWERS:
+            raise ModelError(
+                f"vision_config.model_type is {_show(family)}: this tower is not supported, only "
+                f"{' and '.join(TOWERS)} are. Use a LLaVA checkpoint with one of those."
+            )
+        clip = family == "clip_vision_model"
+        return cls(
+            kind="clip" if clip else "siglip",
+            layers=given.get("num_hidden_layers", 12),
+            hidden=given.get("hidden_size", 768),
+            intermediate=given.get("intermediate_size", 3072),
+            heads=given.get("num_attention_heads", 12),
+            image_size=_side("image_size", given.get("image_size", 224)),
+            patch_size=_side("patch_size", given.get("patch_size", 32 if clip else 16)),
+            channels=given.get("num_channels", 3),
+            eps=_number(
+                "vision_config.layer_norm_eps", given.get("layer_norm_eps", 1e-5 if clip else 1e-6)
+            ),
+            activation=given.get("hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh"),
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A LLaVA model: tower, projector, decoder and where the pictures go."""
+
+    text: TextConfig
+    vision: VisionConfig
+    image_token_id: int
+    feature_layers: tuple[int, ...] = (-2,)  # hidden states of the tower; 0 is its embedding
+    select: Literal["default", "full"] = "default"  # default: without each state's first row
+    projector_activation: str = "gelu"
+    projector_bias: bool = True
+
+    def __post_init__(self) -> None:
+        _count("image_token_index", self.image_token_id, self.text.vocab - 1, least=0)
+        if not isinstance(self.feature_layers, tuple) or not self.feature_layers:
+            _refuse("vision_feature_layer", self.feature_layers, "a layer or a list of layers")
+        depth = self.vision.layers
+        for layer in self.feature_layers:
+            _count("vision_feature_layer", layer, depth, least=-depth - 1)
+        _word("vision_feature_select_strategy", self.select, ("default", "full"))
+        _word("projector_hidden_act", self.projector_activation, ACTIVATIONS)
+        _flag("multimodal_projector_bias", self.projector_bias)
+        if self.visual_tokens < 1:
+            _refuse(
+                "vision_config.patch_size", self.vision.patch_size, "more than one visual token"
+            )
+
+    @property
+    def visual_tokens(self) -> int:
+        """N of one image. ``default`` drops the first row of *any* tower, as transformers does.
+
+        In CLIP that row is the class token; in SigLIP it is the picture's first patch.
+        """
+        return self.vision.tokens - (self.select == "default")
+
+    @classmethod
+    def from_hf(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """Read the ``config.json`` of a ``LlavaForConditionalGeneration``.
+
+        Raises:
+            ModelError: another architecture, an unsupported part, or a malformed value.
+        """
+        _refuse_architecture(_mapping("config.json", data))
+        given = {k: v for k, v in data.items() if v is not None}
+        text = dict(_mapping("text_config", given.get("text_config", {})))
+        if given.get("tie_word_embeddings") is True:  # either place will do, as in transformers
+            text["tie_word_embeddings"] = True
+        tower = given.get("vision_config", _DEFAULT_TOWER)
+        layers = given.get("vision_feature_layer", -2)
+        config = cls(
+            text=TextConfig.from_hf(text),
+            vision=VisionConfig.from_hf(tower),
+            image_token_id=_image_token(given),
+            feature_layers=tuple(layers) if isinstance(layers, list | tuple) else (layers,),
+            select=given.get("vision_feature_select_strategy", "default"),
+            projector_activation=given.get("projector_hidden_act", "gelu"),
+            projector_bias=given.get("multimodal_projector_bias", True),
+        )
+        stated = given.get("image_seq_length", _DEFAULT_SEQUENCE)
+        # The class default stands in many files that nobody meant to say 576 with, and transformers
+        # reads the field nowhere; any other number was written on purpose.
+        if stated not in (_DEFAULT_SEQUENCE, config.visual_tokens):
+            _refuse(
+                "image_seq_length",
+                stated,
+                f"{config.visual_tokens}, which image_size, patch_size and "
+                "vision_feature_select_strategy amount to",
+            )
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form; ``from_dict`` gives the same config back."""
+        data = asdict(self)
+        data["text"]["rope"]["parameters"] = dict(self.text.rope.parameters)
+        data["feature_layers"] = list(self.feature_layers)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Any) -> ModelConfig:
+        """Strict inverse of ``to_dict``.
+
+        Raises:
+            ModelError: an unknown or missing key, or a value the constructor refuses.
+        """
+        given = _exact(cls, data, "config")
+        text = _exact(TextConfig, given["text"], "config.text")
+        rope = _exact(Rope, text["rope"], "config.text.rope")
+        pairs = _mapping("config.text.rope.parameters", rope["parameters"])
+        rope["parameters"] = tuple(sorted(pairs.items()))
+        text["rope"] = Rope(**rope)
+        given["text"] = TextConfig(**text)
+        given["vision"] = VisionConfig(**_exact(VisionConfig, given["vision"], "config.vision"))
+        if not isinstance(given["feature_layers"], list):
+            _refuse("config.feature_layers", given["feature_layers"], "a list of integers")
+        given["feature_layers"] = tuple(given["feature_layers"])
+        return cls(**given)
+
+
+_DEFAULT_SEQUENCE = 576
+_DEFAULT_TOWER = {  # what transformers builds where config.json has no vision_config at all
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+
+
+# --- what is refused as a whole -------------------------------------------------------------------
+
+
+def _refuse_architecture(data: Mapping[str, Any]) -> None:
+    names = data.get("architectures") or []
+    if not isinstance(names, list):
+        _refuse("architectures", names, "a list of names")
+    kind = data.get("model_type", "llava" if ARCHITECTURE in names else None)
+    if kind == "llava" and (not names or ARCHITECTURE in names):
+        return
+    found = ", ".join(map(str, names)) if names else "no architecture"
+    hint = "Try MODEL=llava-7b."
+    if "LlavaLlamaForCausalLM" in names:
+        hint = "This is the original LLaVA format; use its conversion, such as MODEL=llava-7b."
+    raise ModelError(
+        f"config.json describes {_show(found)} (model_type {_show(kind)}), which is not supported. "
+        f"Supported: {SUPPORTED}. {hint}"
+    )
+
+
+def _refuse_windows(family: str, data: Mapping[str, Any]) -> None:
+    """A window hides old rows from new ones; the chain has no such mask."""
+    default = 4096 if family == "mistral" else None
+    window = data.get("sliding_window", default)
+    if family == "qwen2" and not data.get("use_sliding_window"):
+        window = None
+    if family == "llama":
+        window = None  # transformers reads no such field there
+    if window is not None:
+        _refuse("text_config.sliding_window", window, "null: sliding windows are not supported")
+    kinds = data.get("layer_types") or ()
+    if not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds):
+        _refuse("text_config.layer_types", kinds, "full_attention in every layer")
+
+
+def _image_token(given: Mapping[str, Any]) -> Any:
+    index, token = given.get("image_token_index"), given.get("image_token_id")
+    if None not in (index, token) and index != token:
+        _refuse("image_token_id", token, f"image_token_index={_show(index)}, or only one of them")
+    chosen = token if index is None else index
+    return 32000 if chosen is None else chosen
+
+
+# --- single values --------------------------------------------------------------------------------
+
+
+def _refuse(field: str, found: Any, expected: str) -> NoReturn:
+    raise ModelError(
+        f"{field} is {_show(found)}, expected {expected}. Correct the checkpoint's config.json."
+    )
+
+
+def _show(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _count(field: str, value: Any, most: int = MAX_COUNT, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        _refuse(field, value, f"an integer from {least} to {most}")
+    return value
+
+
+def _number(field: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        _refuse(field, value, "a positive number")
+    if not 0 < value <= 1e18 or not math.isfinite(value):
+        _refuse(field, value, "a positive number")
+    return float(value)
+
+
+def _flag(field: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        _refuse(field, value, "true or false")
+    return value
+
+
+def _word(field: str, value: Any, known: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in known:
+        _refuse(field, value, known[0] if len(known) == 1 else f"one of {', '.join(known)}")
+
+
+def _divides(field: str, value: int, other: str, total: int) -> None:
+    if total % value:
+        _refuse(field, value, f"a divisor of {other}={total}")
+
+
+def _side(field: str, value: Any) -> Any:
+    if isinstance(value, list | tuple) and len(value) == 2:
+        if value[0] != value[1]:
+            _refuse(f"vision_config.{field}", value, "a square: one number")
+        return value[0]
+    return value
+
+
+def _get(given: Mapping[str, Any], defaults: Mapping[str, int], key: str) -> Any:
+    return given.get(key, defaults[key])
+
+
+def _mapping(field: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        _refuse(field, value, "an object")
+    return value
+
+
+def _exact(cls: type, data: Any, at: str) -> dict[str, Any]:
+    """``data`` as a dict with exactly the fields of ``cls``."""
+    names = {field.name for field in fields(cls)}
+    wrong = sorted(names.symmetric_difference(_mapping(at, data)))
+    if wrong:
+        kind = "an unknown key" if wrong[0] in data else "missing"
+        raise ModelError(
+            f"{at}.{wrong[0]} is {kind}, expected {', '.join(sorted(names))}. The file is damaged "
+            "or from another visistage: build the bundle again."
+        )
+    return dict(data)
