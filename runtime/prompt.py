@@ -1,0 +1,340 @@
+"""A question or a conversation -> token ids, with a gap for every picture.
+
+    messages ──template──▶ "USER: <image> Why? ASSISTANT:" ──tokenizer, once──▶ ids
+                                                                             │ cut at image ids
+                                                (1, 3148, 29901) · IMAGE · (3750, 29973, ...)
+
+The ids are those of ``LlavaProcessor.apply_chat_template(..., tokenize=True)``, each run of
+repeated image ids taken as one gap. This module does not know how many rows a picture takes.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from ..graphs.errors import ModelError, PromptError
+from .messages import Message, blocks_of, checked_messages, is_image, texts_of
+from .template import ChatTemplate, find_template, read_json
+
+MAX_CHARS = 200_000  # of all texts of one prompt together
+MAX_IMAGES = 256
+# Role in the manifest -> usual file name. All are optional but the first.
+TEXT_FILES = {
+    "tokenizer": "tokenizer.json",
+    "tokenizer_config": "tokenizer_config.json",
+    "special_tokens_map": "special_tokens_map.json",
+    "processor_config": "processor_config.json",
+    "chat_template": "chat_template.jinja",
+    "chat_template_json": "chat_template.json",
+}
+_NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_PROBE = "Qx7 probe"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of token ids, or the place of one picture (then ``ids`` is empty)."""
+
+    ids: tuple[int, ...]
+    is_image: bool = False
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt.
+
+    Attributes:
+        segments: texts and pictures in their order; no text is empty, no two texts adjoin.
+        text: what the template wrote.
+    """
+
+    segments: tuple[Segment, ...]
+    text: str
+
+    @property
+    def images(self) -> int:
+        """How many pictures."""
+        return sum(segment.is_image for segment in self.segments)
+
+    @property
+    def text_tokens(self) -> int:
+        """How many ids, pictures not counted."""
+        return sum(len(segment.ids) for segment in self.segments)
+
+
+class PromptEncoder:
+    """Turns questions and conversations into a ``Prompt``, by the checkpoint's own files.
+
+    Args:
+        tokenizer: its truncation and padding are switched off.
+        template: jinja source of the chat template.
+        special_tokens: ``bos_token``, ``eos_token``, ... by name, as the template may use them.
+        image_token: what stands for a picture in the template's output.
+        max_chars: longest prompt, in characters of all its texts.
+
+    Attributes:
+        tokenizer: as given.
+        image_token_id: None when the tokenizer has no such token (a model without pictures).
+
+    Raises:
+        PromptError: a template that cannot be used.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        special_tokens: Mapping[str, str] | None = None,
+        image_token: str = "<image>",
+        *,
+        max_chars: int = MAX_CHARS,
+    ) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        special_tokens = dict(special_tokens or {})
+        self.tokenizer = tokenizer
+        self.image_token = image_token
+        self.image_token_id: int | None = tokenizer.token_to_id(image_token)
+        self._bos = special_tokens.get("bos_token")
+        self._unknown = special_tokens.get("unk_token")
+        self._max_chars = max_chars
+        # A template may repeat what it is given a few times, and write some lines of its own.
+        self._template = ChatTemplate(template, special_tokens, max_chars=4 * max_chars + 100_000)
+        self._control = self._control_tokens()
+        self._takes_text = self._shows(_PROBE, images=0)
+        blocks = [{"type": "text", "text": _PROBE}]
+        images = 0 if self.image_token_id is None else 1
+        self._takes_blocks = self._shows([{"type": "image"}] * images + blocks, images)
+        if not (self._takes_text or self._takes_blocks):
+            raise PromptError(
+                "the chat template does not show what the user says, given as text or as "
+                "[{'type': 'text', 'text': ...}]. Mend chat_template.jinja."
+            )
+
+    @classmethod
+    def from_files(
+        cls, folder: str | PathLike[str], names: Mapping[str, str] | None = None
+    ) -> "PromptEncoder":
+        """Read a checkpoint's or a bundle's tokenizer files.
+
+        Args:
+            folder: where they are.
+            names: role -> file name, roles as in ``TEXT_FILES`` (others are ignored); None takes
+                the usual names, where they exist.
+
+        Raises:
+            ModelError: ``tokenizer.json`` missing or damaged, or another file damaged.
+            PromptError: no chat template, or one that cannot be used.
+        """
+        folder = Path(folder)
+        if names is None:
+            names = {role: name for role, name in TEXT_FILES.items() if (folder / name).exists()}
+        paths = {role: folder / name for role, name in names.items() if role in TEXT_FILES}
+        tokenizer = _read_tokenizer(paths.get("tokenizer", folder / TEXT_FILES["tokenizer"]))
+        config, specials, processor = (
+            read_json(paths[role]) if role in paths else {}
+            for role in ("tokenizer_config", "special_tokens_map", "processor_config")
+        )
+        named = {}
+        for name in _NAMED_TOKENS:
+            token = _content(config.get(f"{name}_token")) or _content(specials.get(f"{name}_token"))
+            if token:
+                named[f"{name}_token"] = token
+        extra = config.get("extra_special_tokens")
+        image_token = (
+            _content(config.get("image_token"))
+            or _content(extra.get("image_token") if isinstance(extra, Mapping) else None)
+            or _content(processor.get("image_token"))
+            or "<image>"
+        )
+        return cls(tokenizer, find_template(paths, config, processor), named, image_token)
+
+    def encode(self, prompt: str | Sequence[Message], images: int | None = None) -> Prompt:
+        """Render with the chat template, ready for an answer, and tokenise once.
+
+        No text, whatever its role, may contain a control token: the image token, a special token
+        (``</s>``), or an added token that the template itself writes (``<|im_start|>``); it would
+        end a turn or stand for a picture. Hugging Face encodes them as such by default.
+
+        Args:
+            prompt: a question, or messages ``{"role": ..., "content": ...}`` with roles system,
+                user and assistant, the last one user. Content is text, or a list of
+                ``{"type": "text", "text": ...}`` and ``{"type": "image"}`` (other keys of an image
+                block are not read).
+            images: how many pictures there are. They precede a question; in messages it must equal
+                the number of image blocks (None does not check).
+
+        Raises:
+            PromptError: empty, too long or malformed; control tokens in a text; image blocks that
+                do not match ``images`` or that the template does not show.
+        """
+        if images is not None and (
+            isinstance(images, bool) or not isinstance(images, int) or not 0 <= images <= MAX_IMAGES
+        ):
+            raise PromptError(f"images is {images!r}; expected a number from 0 to {MAX_IMAGES}.")
+        if isinstance(prompt, str):
+            blocks: list[dict[str, str]] = [{"type": "image"}] * (images or 0)
+            prompt = [{"role": "user", "content": [*blocks, {"type": "text", "text": prompt}]}]
+        messages = checked_messages(prompt)
+        self._check_texts(messages)
+        expected = sum(is_image(block) for message in messages for block in blocks_of(message))
+        if expected > MAX_IMAGES or (images is not None and images != expected):
+            raise PromptError(
+                f"the messages have {expected} image blocks and {images} pictures were given; "
+                f"expected as many, up to {MAX_IMAGES}. Add or remove {{'type': 'image'}} blocks."
+            )
+        if expected and self.image_token_id is None:
+            raise PromptError(
+                f"the tokenizer has no image token {self.image_token!r}: this model takes no "
+                "pictures. Ask without one."
+            )
+        text = self._render(messages)
+        question = texts_of(messages[-1])[-1].strip()
+        if question not in text:
+            raise PromptError(
+                "the chat template dropped or changed the question. Mend chat_template.jinja."
+            )
+        segments = self._split(self._ids(text))
+        result = Prompt(segments, text)
+        if result.images != expected:
+            raise PromptError(
+                f"the chat template places {result.images} of {expected} pictures. Put image "
+                "blocks in user messages only, or mend chat_template.jinja."
+            )
+        return result
+
+    def prefix_ids(self) -> tuple[int, ...]:
+        """The ids before the picture of a question with one, the same for every question.
+
+        Compare them with the actual prompt before use: a template may write the date.
+
+        Raises:
+            PromptError: the model takes no pictures.
+        """
+        # Beginnings of many kinds: where a template puts the text first, nothing of it is constant.
+        heads = [
+            self.encode(text, images=1).segments[0].ids for text in ("a", "Zu", "7", "猫", "-")
+        ]
+        shared = 0
+        for column in zip(*heads, strict=False):
+            if len(set(column)) > 1:
+                break
+            shared += 1
+        return heads[0][:shared]
+
+    def _control_tokens(self) -> dict[int, str]:
+        literals = self._template.literals
+        return {
+            token_id: token.content
+            for token_id, token in self.tokenizer.get_added_tokens_decoder().items()
+            if token.special
+            or token.content == self.image_token
+            or (token.content in literals and not token.content.isspace())
+        }
+
+    def _shows(self, content: Any, images: int) -> bool:
+        """Whether the template renders a user's content of this form as it should."""
+        try:
+            text = self._template.render([{"role": "user", "content": content}])
+        except PromptError:
+            return False
+        # A template that expects text prints a list as Python writes it.
+        printed = "'type'" in text or '"type"' in text
+        return _PROBE in text and not printed and text.count(self.image_token) == images
+
+    def _check_texts(self, messages: Sequence[Message]) -> None:
+        last = messages[-1]
+        if last["role"] != "user":
+            raise PromptError(
+                f"the last message has the role {last['role']!r}; expected 'user', who is answered."
+            )
+        if not "".join(texts_of(last)).strip():
+            raise PromptError("the prompt is empty. Ask a question.")
+        texts = [texts_of(message) for message in messages]
+        length = sum(len(text) for group in texts for text in group)
+        if length + len(messages) > self._max_chars:
+            raise PromptError(
+                f"the prompt has {length} characters in {len(messages)} messages; the limit is "
+                f"{self._max_chars}. Shorten it."
+            )
+        for group in texts:
+            # Together: a token might be spread over two blocks.
+            self._check_control("".join(group))
+
+    def _check_control(self, text: str) -> None:
+        found = [token for token in self._control.values() if token in text]
+        if not found:
+            try:
+                ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+            except (TypeError, ValueError) as error:  # lone surrogates are no text
+                raise PromptError(f"the prompt is not valid Unicode: {error}.") from error
+            # Some tokens match after normalisation only. Unknown characters are no offence.
+            found = [self._control[i] for i in ids if i in self._control]
+            found = [token for token in found if token != self._unknown]
+        if found:
+            what = "the image token" if found[0] == self.image_token else "the control token"
+            raise PromptError(
+                f"the prompt contains {what} {found[0]!r} as text, which would be taken as a "
+                "command. Remove it, or write it differently; pictures are passed as images."
+            )
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        shaped = []
+        for message in messages:
+            content = message["content"]
+            if isinstance(content, str) and not self._takes_text:
+                content = [{"type": "text", "text": content}]
+            elif not isinstance(content, str) and not self._takes_blocks:
+                # The convention of LLaVA checkpoints whose template knows text only.
+                content = "".join(
+                    f"{self.image_token}\n" if is_image(block) else block["text"]
+                    for block in content
+                )
+            shaped.append({"role": message["role"], "content": content})
+        return self._template.render(shaped)
+
+    def _ids(self, text: str) -> list[int]:
+        # As Hugging Face processors do: the tokenizer adds a BOS unless the template wrote one.
+        add = self._bos is None or not text.startswith(self._bos)
+        return self.tokenizer.encode(text, add_special_tokens=add).ids
+
+    def _split(self, ids: Iterable[int]) -> tuple[Segment, ...]:
+        segments: list[Segment] = []
+        run: list[int] = []
+        for token_id in ids:
+            if token_id != self.image_token_id:
+                run.append(token_id)
+                continue
+            if run:
+                segments.append(Segment(tuple(run)))
+            segments.append(Segment((), is_image=True))
+            run = []
+        if run:
+            segments.append(Segment(tuple(run)))
+        return tuple(segments)
+
+
+# --- files ---------------------------------------------------------------------------------
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise ModelError(
+            f"{path} does not exist. Only fast tokenizers are supported: load the original with "
+            "transformers' AutoTokenizer and save_pretrained() it here."
+        )
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelError(f"{path} is not a tokenizer ({error}). Fetch it again.") from error
+
+
+def _content(token: Any) -> str | None:
+    """A token as configs write it: text, or {"content": text, ...}."""
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    return token if isinstance(token, str) and token else None

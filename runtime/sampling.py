@@ -1,0 +1,286 @@
+"""Logits -> the next token id: greedy, or temperature, top-k, top-p and min-p, in numpy.
+
+The order of the steps and the resulting distribution are those of ``transformers`` (repetition
+penalty, temperature, top-k, top-p, min-p). The random numbers are numpy's, so a seed repeats a run
+of visistage, not a run of torch. This module knows neither tokenizers nor stages.
+"""
+
+import difflib
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..graphs.errors import ModelError, PromptError
+
+logger = logging.getLogger(__name__)
+
+# Fields of generation_config.json that change which token comes next and that we do not implement,
+# each with the values that switch it off. Anything else in them is refused.
+_MUST_BE_OFF: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (0, 0.0),
+    "dola_layers": (),
+    "top_h": (),
+    "typical_p": (1, 1.0),
+    "epsilon_cutoff": (0, 0.0),
+    "eta_cutoff": (0, 0.0),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1, 1.0),
+    "exponential_decay_length_penalty": (),
+    "bad_words_ids": ([],),
+    "force_words_ids": ([],),
+    "constraints": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "sequence_bias": ([], {}),
+    "guidance_scale": (1, 1.0),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "watermarking_config": (),
+    "token_healing": (False,),
+    "num_return_sequences": (1,),
+}
+# Fields that are read here, or that do not change the choice of a token. Lengths (max_*) and stop
+# strings are the caller's business.
+_HARMLESS_TEXT = """
+do_sample temperature top_k top_p min_p repetition_penalty renormalize_logits remove_invalid_values
+bos_token_id eos_token_id pad_token_id decoder_start_token_id max_length max_new_tokens max_time
+stop_strings use_cache cache_implementation cache_config return_legacy_cache early_stopping
+length_penalty low_memory diversity_penalty output_attentions output_hidden_states output_scores
+output_logits return_dict_in_generate transformers_version prefill_chunk_size disable_compile
+compile_config use_mtp is_assistant assistant_early_exit assistant_confidence_threshold
+assistant_lookbehind target_lookbehind num_assistant_tokens num_assistant_tokens_schedule
+prompt_lookup_num_tokens max_matching_ngram_size generation_kwargs
+"""
+_HARMLESS = frozenset(_HARMLESS_TEXT.split())
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; immutable and validated.
+
+    Attributes:
+        temperature: 0 is greedy (the most likely token; ties go to the lowest id). Above 0, logits
+            are divided by it and a token is drawn.
+        top_k: keep the k most likely tokens (ties with the k-th stay); 0 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1]; 1 keeps
+            all.
+        min_p: drop tokens less likely than this share of the best one, in [0, 1]; 0 drops none.
+        repetition_penalty: above 0; logits of ids seen before are divided (positive) or multiplied
+            (negative) by it. It acts on greedy choices too. 1 does nothing.
+        seed: of the random numbers, at least 0; None takes a fresh one.
+
+    Raises:
+        PromptError: a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, float, "0 (greedy) or above", lambda v: v >= 0)
+        _check("top_k", self.top_k, int, "a whole number, 0 (off) or above", lambda v: v >= 0)
+        _check("top_p", self.top_p, float, "in (0, 1]; 1 switches it off", lambda v: 0 < v <= 1)
+        _check("min_p", self.min_p, float, "in [0, 1]; 0 switches it off", lambda v: 0 <= v <= 1)
+        _check(
+            "repetition_penalty",
+            self.repetition_penalty,
+            float,
+            "above 0; 1 switches it off",
+            lambda v: v > 0,
+        )
+        if self.seed is not None:
+            _check("seed", self.seed, int, "a whole number, 0 or above", lambda v: v >= 0)
+
+    @classmethod
+    def from_generation_config(
+        cls, config: Mapping[str, Any] | None, **overrides: Any
+    ) -> "Sampling":
+        """The defaults of a checkpoint's ``generation_config.json``, read as transformers does.
+
+        ``do_sample`` false or absent is greedy, and then its temperature, top_k, top_p and min_p
+        are not used. With ``do_sample``, what is absent takes transformers' defaults (temperature
+        1, top_k 50, top_p 1). ``seed`` never comes from a checkpoint. Unknown fields are reported
+        as a warning in the log.
+
+        Args:
+            config: the parsed file; None is an empty one.
+            **overrides: fields of this class that the caller sets; None leaves the checkpoint's.
+
+        Raises:
+            PromptError: the file asks for something that would change the output and is not
+                implemented (beam search, n-gram bans, ...), or a value is out of range.
+        """
+        config = dict(config or {})
+        for name, off in _MUST_BE_OFF.items():
+            value = config.get(name)
+            if value is not None and value not in off:
+                raise PromptError(
+                    f"generation_config.json sets {name}={value!r}, which visistage does not "
+                    "implement and will not ignore. Remove that field from the file, or set it "
+                    "to null."
+                )
+        for name in sorted(set(config) - _HARMLESS - set(_MUST_BE_OFF)):
+            if config[name] is not None and not name.startswith("_"):
+                near = difflib.get_close_matches(name, _HARMLESS, n=1)
+                hint = f" (did it mean {near[0]}?)" if near else ""
+                logger.warning("generation_config.json: unknown field %s is not used%s", name, hint)
+
+        def read(name: str, default: Any) -> Any:
+            return default if config.get(name) is None else config[name]
+
+        fields: dict[str, Any] = {"repetition_penalty": read("repetition_penalty", 1.0)}
+        if read("do_sample", False):
+            fields["temperature"] = read("temperature", 1.0)
+            fields["top_k"] = read("top_k", 50)
+            fields["top_p"] = read("top_p", 1.0)
+            fields["min_p"] = read("min_p", 0.0)
+        return replace(cls(**fields), **{k: v for k, v in overrides.items() if v is not None})
+
+    @property
+    def greedy(self) -> bool:
+        """True when no random number is drawn."""
+        return self.temperature == 0
+
+    def rng(self) -> np.random.Generator:
+        """A fresh generator for one answer; the same seed gives the same draws."""
+        return np.random.default_rng(self.seed)
+
+    def probabilities(self, logits: np.ndarray, history: Sequence[int] = ()) -> np.ndarray:
+        """The distribution the next token is drawn from: (V,) float64, sums to 1.
+
+        For a greedy choice it is 1 at the chosen id.
+
+        Args:
+            logits: (V,) float, as the last stage returns them for one sequence.
+            history: every id before this one, prompt included (for the repetition penalty).
+
+        Raises:
+            ModelError: NaN or +inf among the logits, or nothing but -inf.
+        """
+        scores = self._penalised(logits, history)
+        if self.greedy:
+            one_hot = np.zeros(scores.size)
+            one_hot[int(np.argmax(scores))] = 1.0
+            return one_hot
+        # Subtracting first keeps a tiny temperature from overflowing.
+        scores = (scores - scores.max()) / self.temperature
+        if 0 < self.top_k < scores.size:
+            kth = np.partition(scores, scores.size - self.top_k)[scores.size - self.top_k]
+            scores[scores < kth] = -np.inf
+        if self.top_p < 1:
+            rising = np.argsort(scores, kind="stable")
+            mass = np.cumsum(_softmax(scores[rising]))
+            dropped = mass <= 1 - self.top_p
+            dropped[-1] = False
+            scores[rising[dropped]] = -np.inf
+        if self.min_p > 0:
+            likely = _softmax(scores)
+            scores[likely < self.min_p * likely.max()] = -np.inf
+        return _softmax(scores)
+
+    def _penalised(self, logits: np.ndarray, history: Sequence[int]) -> np.ndarray:
+        scores = np.array(logits, dtype=np.float64)
+        if scores.ndim != 1 or scores.size == 0:
+            raise TypeError(f"logits must have shape (V,), got {np.shape(logits)}")
+        best = scores.max()
+        if not math.isfinite(best):
+            kind = "NaN" if math.isnan(best) else "only -inf" if best < 0 else "inf"
+            raise ModelError(
+                f"the model returned {kind} among its logits; a number was expected for each of "
+                f"{scores.size} tokens. FP16 overflow is the usual cause: rebuild with "
+                "--precision fp32, or run 'visistage verify' on the bundle."
+            )
+        if self.repetition_penalty != 1 and len(history):
+            seen = np.unique(np.asarray(history, dtype=np.int64))
+            seen = seen[(seen >= 0) & (seen < scores.size)]
+            old = scores[seen]
+            scores[seen] = np.where(
+                old < 0, old * self.repetition_penalty, old / self.repetition_penalty
+            )
+        return scores
+
+
+def choose(
+    logits: np.ndarray,
+    sampling: Sampling,
+    history: Sequence[int] = (),
+    rng: np.random.Generator | None = None,
+) -> int:
+    """The next token id.
+
+    Args:
+        logits: (V,) float, as the last stage returns them for one sequence.
+        sampling: how to choose.
+        history: every id before this one, prompt included (for the repetition penalty).
+        rng: from ``sampling.rng()``, kept by the caller over one answer; not needed when greedy.
+
+    Raises:
+        ModelError: NaN or +inf among the logits, or nothing but -inf.
+    """
+    if sampling.greedy:
+        return int(np.argmax(sampling._penalised(logits, history)))
+    if rng is None:
+        raise TypeError("choose() needs rng= when temperature is above 0: sampling.rng()")
+    total = np.cumsum(sampling.probabilities(logits, history))
+    # Drawing below the last sum, and to the right of equal sums, never picks a dropped token.
+    return int(np.searchsorted(total, rng.random() * total[-1], side="right"))
+
+
+def eos_ids(*configs: Mapping[str, Any] | None) -> tuple[int, ...]:
+    """The ids that end an answer, ascending, from the first file that names any.
+
+    Args:
+        *configs: parsed files in order of precedence: ``generation_config.json``, then
+            ``config.json`` (its ``text_config`` is looked into as well). None is skipped.
+
+    Raises:
+        ModelError: an entry that is no token id, or no file names one.
+    """
+    for config in configs:
+        for holder in (config or {}, (config or {}).get("text_config") or {}):
+            found = holder.get("eos_token_id")
+            if found is None or found == []:
+                continue
+            ids = found if isinstance(found, (list, tuple)) else [found]
+            if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+                raise ModelError(
+                    f"eos_token_id is {found!r}; a token id (0 or above) or a list of them was "
+                    "expected. Correct it in generation_config.json or config.json."
+                )
+            return tuple(sorted(set(ids)))
+    raise ModelError(
+        "no end-of-sequence token: neither generation_config.json nor config.json has an "
+        "eos_token_id. Add one to generation_config.json, else answers would never end."
+    )
+
+
+def stop_strings(config: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """``stop_strings`` of a ``generation_config.json`` (a string or a list), for ``TextStream``."""
+    found = (config or {}).get("stop_strings") or ()
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def _check(name: str, value: Any, kind: type, expected: str, fits: Any) -> None:
+    kinds = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+        raise PromptError(f"{name} is {value!r}; it must be {expected}.")
+    if not fits(value):
+        raise PromptError(f"{name} is {value}; it must be {expected}.")
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    weights = np.exp(scores - scores.max())
+    return weights / weights.sum()
