@@ -1,0 +1,166 @@
+"""Small LLaVA checkpoints, complete Hugging Face directories, made in a fraction of a second.
+
+Random, but scaled so that greedy generation is lively (design.md section 9): 20 or more distinct
+tokens in 64. Otherwise every wrong implementation would "agree" on one token repeated for ever.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from visistage.compile.names import tensor_shapes
+from visistage.compile.textfiles import write_text_files
+from visistage.graphs.config import ModelConfig
+
+SPECIALS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "<image>": 4}
+VOCAB = 300
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LAYOUTS = {  # canonical prefix -> prefix in the file; the first one that fits counts
+    "old": {  # the published llava-hf files
+        "lm_head.": "language_model.lm_head.",
+        "model.": "language_model.model.",
+        "vision_tower.": "vision_tower.vision_model.",
+    },
+    "new": {  # the module names of transformers >= 4.52
+        "model.": "model.language_model.",
+        "vision_tower.": "model.vision_tower.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    },
+}
+
+
+def make_config(
+    *,
+    layers=4,
+    hidden=64,
+    heads=4,
+    kv_heads=4,
+    intermediate=128,
+    vocab=VOCAB,
+    tied=False,
+    tower="clip",
+    dtype="float32",
+    image_size=32,
+    patch=8,
+    feature_layer=-2,
+    select=None,
+    rope=None,
+    max_positions=2048,
+    **text,
+) -> dict:
+    """The ``config.json`` of a toy; ``rope`` is transformers 5's ``rope_parameters``."""
+    select = select or ("default" if tower == "clip" else "full")
+    patches = (image_size // patch) ** 2
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "dtype": dtype,
+        "image_token_index": SPECIALS["<image>"],
+        "image_seq_length": patches + (tower == "clip") - (select == "default"),
+        "vision_feature_layer": feature_layer,
+        "vision_feature_select_strategy": select,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": tied,
+        "bos_token_id": SPECIALS["<s>"],
+        "eos_token_id": SPECIALS["</s>"],
+        "pad_token_id": SPECIALS["<pad>"],
+        "text_config": {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "num_hidden_layers": layers,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "max_position_embeddings": max_positions,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": vocab,
+            "tie_word_embeddings": tied,
+            "bos_token_id": SPECIALS["<s>"],
+            "eos_token_id": SPECIALS["</s>"],
+            "pad_token_id": SPECIALS["<pad>"],
+            "rope_parameters": rope or {"rope_type": "default", "rope_theta": 10000.0},
+            **text,
+        },
+        "vision_config": {
+            "model_type": f"{tower}_vision_model",
+            "num_hidden_layers": 3,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+            "image_size": image_size,
+            "patch_size": patch,
+            **({"vision_use_head": False} if tower == "siglip" else {}),
+        },
+    }
+
+
+def make_weights(config: dict, *, scale=1.0, seed=0) -> dict[str, torch.Tensor]:
+    """Float32 tensors by canonical name; ``scale`` multiplies what makes generation lively."""
+    parsed = ModelConfig.from_hf(config)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in tensor_shapes(parsed, whole_tower=True).items():
+        if name == "lm_head.weight" and parsed.text.tied:
+            continue
+        noise = torch.randn(shape, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            weights[name] = 1 + 0.1 * noise
+        elif len(shape) == 1:
+            weights[name] = 0.1 * noise
+        elif "embed_tokens" in name:
+            weights[name] = (0.1 if parsed.text.tied else 0.3) * noise
+        elif "position_embedding" in name:
+            weights[name] = 0.5 * noise
+        else:
+            spread = math.prod(shape[1:])
+            weights[name] = noise * spread**-0.5 * _gain(name, scale)
+    return weights
+
+
+def make_checkpoint(
+    path, *, layout="old", sharded=False, scale=1.0, seed=0, dtype="float32", **config
+) -> Path:
+    """Write a checkpoint directory and return it; ``config`` as for ``make_config``."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    data = make_config(dtype=dtype, **config)
+    weights = make_weights(data, scale=scale, seed=seed)
+    stored = {rename(k, layout): v.to(DTYPES[dtype]).contiguous() for k, v in weights.items()}
+    (path / "config.json").write_text(json.dumps(data, indent=2))
+    write_text_files(path, ModelConfig.from_hf(data), SPECIALS)
+    if not sharded:
+        save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+        return path
+    parts = 3
+    where = {}
+    for part in range(parts):
+        file = f"model-{part + 1:05}-of-{parts:05}.safetensors"
+        shard = {name: stored[name] for name in list(stored)[part::parts]}
+        save_file(shard, path / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in stored.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path
+
+
+def rename(name: str, layout: str) -> str:
+    """A canonical name as the layout spells it."""
+    for ours, theirs in LAYOUTS[layout].items():
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    return name
+
+
+def _gain(name, scale):
+    """Attention must be sharp and the updates large, or the last token alone decides."""
+    if ("q_proj" in name or "k_proj" in name) and "vision" not in name:
+        return 2.0 * scale
+    if name == "lm_head.weight":
+        return 4.0 * scale
+    return 1.0
