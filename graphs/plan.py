@@ -229,7 +229,7 @@ def _check_plan(plan: StagePlan) -> None:
     if not _is_tuple_of(plan.stages, Stage) or not plan.stages:
         _refuse("stages", plan.stages, "one stage or more", "The dense plan has exactly one.")
     if not _is_tuple_of(plan.edges, Edge) or len(plan.edges) != len(plan.stages) - 1:
-        found = f"{len(plan.edges)} edges" if isinstance(plan.edges, tuple) else plan.edges
+        found = _Words(f"{len(plan.edges)} edges") if isinstance(plan.edges, tuple) else plan.edges
         wanted = f"{len(plan.stages) - 1}, one between each two stages"
         _refuse("edges", found, wanted, "Add or remove an edge.")
     start = 0
@@ -261,7 +261,9 @@ def _check_stage(at: str, stage: Stage, start: int, first: bool) -> None:
     if not _is_int(stage.visual_tokens) or stage.visual_tokens < 0:
         _refuse(f"{at}.visual_tokens", stage.visual_tokens, "an integer >= 0", "0 means none.")
     if not isinstance(stage.modes, tuple) or len(stage.modes) != stage.depth:
-        found = f"{len(stage.modes)} modes" if isinstance(stage.modes, tuple) else stage.modes
+        found = (
+            _Words(f"{len(stage.modes)} modes") if isinstance(stage.modes, tuple) else stage.modes
+        )
         wanted = f"{stage.depth}, one for each of layers {layers[0]} to {layers[1] - 1}"
         _refuse(f"{at}.modes", found, wanted, "Add or remove modes.")
     for i, mode in enumerate(stage.modes):
@@ -317,10 +319,14 @@ def _refuse(field: str, found: Any, expected: str, fix: str) -> NoReturn:
     raise PlanError(f"{field}: found {_show(found)}, expected {expected}. {fix}")
 
 
+class _Words(str):
+    """A finding in our own words; everything else is quoted, as it may hold terminal escapes."""
+
+
 def _show(value: Any) -> str:
     try:
-        text = value if isinstance(value, str) and " " in value else repr(value)
-    except ValueError:  # Python refuses to print integers of thousands of digits
+        text = str(value) if isinstance(value, _Words) else repr(value)
+    except (ValueError, RecursionError):  # integers of thousands of digits, deep nesting
         return f"a huge {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -363,8 +369,10 @@ def _fields(
         if key not in required + optional:
             hint = nearest(str(key), required + optional) if isinstance(key, str) else ""
             keys = f"one of {', '.join(required + optional)}"
-            _refuse(f"{prefix}{_show(key)}", "an unknown key", keys, hint.strip() or "Remove it.")
+            plain = isinstance(key, str) and key.isprintable() and len(key) <= 80
+            field = f"{prefix}{key if plain else _show(key)}"
+            _refuse(field, _Words("an unknown key"), keys, hint.strip() or "Remove it.")
     for key in required:
         if key not in data:
-            _refuse(f"{prefix}{key}", "nothing", "a value", f"Add {key}: to the plan.")
+            _refuse(f"{prefix}{key}", _Words("nothing"), "a value", f"Add {key}: to the plan.")
     return dict(data)

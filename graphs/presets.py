@@ -107,7 +107,9 @@ def options_from_strings(name: str, items: Iterable[str]) -> dict[str, Any]:
     for item in items:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not (key and equals and value):
-            raise PlanError(f"{name}: found option {item!r}, expected key=value, such as t=14.")
+            raise PlanError(
+                f"{name}: found option {item[:60]!r}, expected key=value, such as t=14."
+            )
         if key in options:
             raise PlanError(f"{name}: found option {key!r} twice, expected it once. Remove one.")
         options[key] = _parse(name, key, value)
@@ -115,15 +117,15 @@ def options_from_strings(name: str, items: Iterable[str]) -> dict[str, Any]:
 
 
 def _parse(name: str, key: str, value: str) -> Any:
-    if key in ("norm", "template"):
-        return value
+    if name not in PRESETS or key not in PRESETS[name].options or key in ("norm", "template"):
+        return value  # ``preset`` judges it
     if key == "shallow" and value.lower() in ("false", "no", "off", "none"):
         return False
     try:
         return float(value) if key in ("r", "ratio") else int(value)
     except ValueError:
         kind = "a number" if key in ("r", "ratio") else "an integer"
-        raise PlanError(f"{name}: found {key}={value}, expected {kind}.") from None
+        raise PlanError(f"{name}: found {key}={value[:40]}, expected {kind}.") from None
 
 
 # --- one builder per preset -----------------------------------------------------------------------
@@ -269,7 +271,8 @@ def _pyramiddrop(ask: _Request) -> StagePlan:
 
 
 def _exit_only(ask: _Request) -> StagePlan:
-    e = ask.integer("e", 27 * ask.layers // 32)
+    # By default an exit there is, however few the layers.
+    e = ask.integer("e", max(0, min(27 * ask.layers // 32, ask.layers - 2)))
     if not 0 <= e < ask.layers:
         ask.refuse("e", e, f"a layer from 0 to {ask.layers - 1}")
     counts = [(e + 1, ask.visual_tokens), (ask.layers, 0)]

@@ -108,8 +108,8 @@ def digits(value, printed):
 
 @pytest.mark.parametrize("row", TABLE)
 def test_plan_table_to_the_printed_digit(row):
-    subject, printed = TABLE[row]
-    printed = printed.split()
+    subject, line = TABLE[row]
+    printed = line.split()
     dense = {text: cost(DENSE, text) for text in (40, 60)}
     found = [
         cost(subject).mean_visual_tokens,
@@ -249,17 +249,14 @@ def test_dense_cost_has_the_plan_s_image():
     )
 
 
-numbers = st.integers
-
-
 @settings(max_examples=100, deadline=None)
 @given(st.data(), st.sampled_from(["modes", "paper", "graphs"]))
 def test_cost_grows_with_t_keep_and_e(data, accounting):
-    layers, visual = data.draw(numbers(4, 12)), data.draw(numbers(2, 60))
-    e = data.draw(numbers(2, layers - 1))
-    t = data.draw(numbers(1, e - 1))
-    shallow = data.draw(numbers(0, t))
-    keep = data.draw(numbers(1, visual))
+    layers, visual = data.draw(st.integers(4, 12)), data.draw(st.integers(2, 60))
+    e = data.draw(st.integers(2, layers - 1))
+    t = data.draw(st.integers(1, e - 1))
+    shallow = data.draw(st.integers(0, t))
+    keep = data.draw(st.integers(1, visual))
     geometry = Geometry(layers=layers, hidden=16, intermediate=40, vocab=50, kv_width=8)
 
     def costs(t=t, keep=keep, e=e):

@@ -1,0 +1,199 @@
+"""Presets: what they become for a depth, what they refuse, how they are named."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from visistage.graphs.errors import PlanError
+from visistage.graphs.plan import StagePlan
+from visistage.graphs.presets import LATER, PRESETS, UNCALIBRATED, options_from_strings, preset
+
+
+def counts(plan):
+    """Visual tokens of every layer, as runs of (layers, tokens)."""
+    return [(stage.depth, stage.visual_tokens) for stage in plan.stages]
+
+
+@pytest.mark.parametrize(
+    ("layers", "visual_tokens", "shallow", "t", "e", "keep"),
+    [(32, 576, 6, 18, 27, 64), (8, 144, 1, 4, 6, 16), (40, 576, 7, 22, 33, 64)],
+)
+def test_default_plan_follows_the_depth(layers, visual_tokens, shallow, t, e, keep):
+    plan = preset("visipruner", layers, visual_tokens)
+    assert (plan.trigger, plan.exit, plan.keep) == (t, e, keep)
+    first, middle, last = plan.stages
+    assert first.modes == ("sink",) + ("text_blind",) * (shallow - 1) + ("dense",) * (
+        t + 1 - shallow
+    )
+    assert set(middle.modes) == set(last.modes) == {"dense"}
+    assert [stage.layers for stage in plan.stages] == [(0, t + 1), (t + 1, e + 1), (e + 1, layers)]
+    assert (middle.visual_tokens, last.visual_tokens) == (keep, 0)
+    assert [edge.op for edge in plan.edges] == ["select", "drop"]
+    assert plan.edges[0].score == "value_norm"
+    assert not plan.calibrated
+    assert not plan.decode_sees_shallow_vision
+    assert plan.note.startswith(UNCALIBRATED)
+
+
+def test_options_of_visipruner():
+    plan = preset("visipruner", 32, 576, shallow=6, t=14, e=23, keep=32)
+    assert counts(plan) == [(15, 576), (9, 32), (8, 0)]
+    assert plan.name == "visipruner-shallow6-t14-e23-keep32"
+    assert UNCALIBRATED not in plan.note
+    assert "not calibrated" in plan.note
+    some = preset("visipruner", 32, 576, t=14)
+    assert some.note == "uncalibrated defaults: shallow, e, keep"
+
+
+@pytest.mark.parametrize("shallow", [False, 0])
+def test_without_shallow_layers(shallow):
+    plan = preset("visipruner", 32, 576, shallow=shallow)
+    assert all(not stage.gated_layers for stage in plan.stages)
+
+
+def test_exit_at_the_last_layer_is_no_edge():
+    assert counts(preset("visipruner", 8, 90, t=4, e=7, keep=5)) == [(5, 90), (3, 5)]
+    assert preset("exit-only", 8, 90, e=7).edges == ()
+
+
+def test_layer_0_rules():
+    def first(**options):
+        return preset("visipruner", 32, 576, **options).stages[0]
+
+    assert first().modes[:2] == ("sink", "text_blind")
+    assert first(template="13b").modes[:2] == ("sink_half", "text_blind")
+    assert first(norm="renorm").modes[:2] == ("text_blind_novv", "text_blind")
+    assert first(norm="renorm").norm == "renorm"
+    assert first(norm="renorm", template="13b").modes[0] == "sink_half"
+    assert preset("visipruner", 32, 576, norm="renorm").stages[1].norm == "gated"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("dense", {}, [(32, 576)]),
+        ("fastv", {}, [(3, 576), (29, 144)]),
+        ("fastv", {"k": 2, "r": 0.5}, [(2, 576), (30, 288)]),
+        ("pyramiddrop", {}, [(8, 576), (8, 288), (8, 144), (8, 72)]),
+        ("pyramiddrop", {"ratio": 1}, [(8, 576)] * 4),
+        ("exit-only", {"e": 24}, [(25, 576), (7, 0)]),
+        ("exit-only", {}, [(28, 576), (4, 0)]),
+    ],
+)
+def test_peers(name, options, expected):
+    plan = preset(name, 32, 576, **options)
+    assert counts(plan) == expected
+    assert {edge.score for edge in plan.edges if edge.op == "select"} <= {"attention"}
+    assert preset("dense", 32, 576).note == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("visiprunr", {}, "Did you mean 'visipruner'?"),
+        ("hidrop", {}, "hidrop is planned, but not supported yet"),
+        ("visipruner", {"kep": 3}, "found option 'kep', expected one of shallow, t, e, keep, norm"),
+        ("visipruner", {"kep": 3}, "Did you mean 'keep'?"),
+        ("dense", {"t": 3}, "found option 't', expected no options"),
+        ("visipruner", {"t": 27}, "found t=27, expected a layer from 0 to 26, before e=27"),
+        ("visipruner", {"t": "14"}, "found t='14', expected an integer"),
+        ("visipruner", {"t": True}, "found t=True, expected an integer"),
+        ("visipruner", {"shallow": True}, "found shallow=True, expected an integer"),
+        ("visipruner", {"shallow": 19}, "found shallow=19, expected a layer from 0 to t=18"),
+        ("visipruner", {"shallow": -1}, "found shallow=-1"),
+        (
+            "visipruner",
+            {"t": 4},
+            "shallow=6 (the default for 32 layers), expected a layer from 0 to t=4",
+        ),
+        ("visipruner", {"e": 32}, "found e=32, expected a layer from 0 to 31"),
+        ("visipruner", {"keep": 0}, "found keep=0, expected 1 to 576 tokens"),
+        ("visipruner", {"keep": 577}, "found keep=577, expected 1 to 576 tokens"),
+        ("visipruner", {"norm": "none"}, "found norm='none', expected one of gated, renorm"),
+        ("visipruner", {"norm": "renorm", "shallow": 0}, "no layer is text-blind"),
+        ("visipruner", {"template": "3b"}, "found template='3b', expected one of 7b, 13b"),
+        ("fastv", {"k": 0}, "found k=0, expected 1 to 31 layers"),
+        ("fastv", {"k": 32}, "found k=32"),
+        ("fastv", {"r": 1.0}, "found r=1.0, expected a share that leaves 1 to 3840 of 576"),
+        ("fastv", {"r": float("nan")}, "found r=nan, expected a number from 0 to 1"),
+        ("pyramiddrop", {"ratio": 0.01}, "found ratio=0.01"),
+        ("exit-only", {"e": -1}, "found e=-1"),
+    ],
+)
+def test_refusals(name, options, message):
+    with pytest.raises(PlanError) as caught:
+        preset(name, 32, 576, **options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("layers", "tokens"), [(0, 576), (32, 0), (32.0, 576), (True, 576)])
+def test_sizes_are_checked(layers, tokens):
+    with pytest.raises(PlanError, match="expected a positive integer"):
+        preset("dense", layers, tokens)
+
+
+def test_tiny_decoders():
+    assert counts(preset("visipruner", 3, 4)) == [(2, 4), (1, 1)]
+    with pytest.raises(PlanError, match=r"t=1 \(the default for 2 layers\)"):
+        preset("visipruner", 2, 4)
+    with pytest.raises(PlanError, match="expected 4 or more"):
+        preset("pyramiddrop", 3, 4)
+
+
+def test_many_tokens_stay_within_top_k():
+    assert preset("visipruner", 32, 100_000).keep == 3840
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(PRESETS)), st.integers(4, 80), st.integers(8, 3000))
+def test_every_preset_fits_every_decoder(name, layers, visual_tokens):
+    plan = preset(name, layers, visual_tokens)
+    assert (plan.layers, plan.visual_tokens, plan.name) == (layers, visual_tokens, name)
+    assert StagePlan.from_dict(plan.to_dict()) == plan
+    assert plan.is_dense == (name == "dense")
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from([*PRESETS["visipruner"].options, "k", "r"]),
+        st.integers(-2, 12) | st.sampled_from(["gated", "renorm", "13b", None, 0.5, False, [1]]),
+        max_size=4,
+    ),
+    st.sampled_from(sorted(PRESETS)),
+)
+def test_any_options_give_a_plan_or_a_plan_error(options, name):
+    try:
+        plan = preset(name, 10, 12, **options)
+    except PlanError:
+        return
+    assert plan.layers == 10
+
+
+def test_presets_of_later_versions_are_not_offered():
+    assert not set(LATER) & set(PRESETS)
+
+
+def test_options_from_strings():
+    found = options_from_strings("visipruner", ["t=14", " keep = 32", "norm=renorm", "shallow=no"])
+    assert found == {"t": 14, "keep": 32, "norm": "renorm", "shallow": False}
+    assert options_from_strings("fastv", ["k=2", "r=0.5"]) == {"k": 2, "r": 0.5}
+    assert options_from_strings("fastv", ["x=y"]) == {"x": "y"}
+    assert options_from_strings("unknown", ["x=y"]) == {"x": "y"}
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("t", "found option 't', expected key=value"),
+        ("=3", "expected key=value"),
+        ("t=", "expected key=value"),
+        ("t=x", "found t=x, expected an integer"),
+        ("t=1.5", "expected an integer"),
+        ("t=" + "9" * 5000, "expected an integer"),
+    ],
+)
+def test_bad_option_strings(item, message):
+    with pytest.raises(PlanError, match=message):
+        options_from_strings("visipruner", [item])
+    with pytest.raises(PlanError, match="twice"):
+        options_from_strings("visipruner", ["t=1", "t=2"])
