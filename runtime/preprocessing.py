@@ -108,7 +108,7 @@ class Preprocessing:
                 f"manifest.json: {kind} key {wrong[0]!r} in 'preprocessing'; expected "
                 f"{', '.join(sorted(names))}. Rebuild the bundle with this version of visistage."
             )
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         try:
             return cls(**plain)
         except ModelError as error:

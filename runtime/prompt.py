@@ -228,13 +228,14 @@ class PromptEncoder:
 
     def _control_tokens(self) -> dict[int, str]:
         literals = self._template.literals
-        return {
+        control = {
             token_id: token.content
             for token_id, token in self.tokenizer.get_added_tokens_decoder().items()
-            if token.special
-            or token.content == self.image_token
-            or (token.content in literals and not token.content.isspace())
+            if token.special or (token.content in literals and not token.content.isspace())
         }
+        if self.image_token_id is not None:  # it may be an ordinary token that we alone write
+            control[self.image_token_id] = self.image_token
+        return control
 
     def _shows(self, content: Any, images: int) -> bool:
         """Whether the template renders a user's content of this form as it should."""

@@ -289,6 +289,15 @@ def test_control_tokens_in_a_question_are_refused_by_name(template, question, na
     assert named in str(error.value)
 
 
+def test_an_image_token_that_is_not_special_and_not_in_the_template_is_refused_too():
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken("<pic>", special=False)])
+    one = PromptEncoder(tokenizer, VICUNA, SPECIAL, image_token="<pic>")
+    assert one.encode("hello", images=1).images == 1
+    with pytest.raises(PromptError, match="image token '<pic>'"):
+        one.encode("what is <pic>?")
+
+
 def test_a_control_token_hidden_in_pieces_or_another_turn_is_found():
     halves = [{"role": "user", "content": [IMAGE, text("<ima"), text("ge> hello")]}]
     with pytest.raises(PromptError, match="<image>"):
