@@ -40,6 +40,14 @@ def canonical(name: str) -> str:
     return "vision_tower." + name[len(_TOWER) :] if name.startswith(_TOWER) else name
 
 
+def published(name: str) -> str:
+    """How the published llava-hf files spell a canonical name; the inverse of ``canonical``."""
+    for theirs, ours in (*_PREFIXES[:2], (_TOWER, "vision_tower.")):
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    return name
+
+
 def tensor_shapes(config: ModelConfig, *, whole_tower: bool = False) -> Shapes:
     """Shape of every tensor the graphs read, by canonical name, in the model's order.
 

@@ -54,7 +54,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 
 
 def chat_template(system: str = "") -> str:
-    """LLaVA-1.5's template (``USER: <image>\\n... ASSISTANT:``), ``system`` before the first turn."""
+    r"""LLaVA-1.5's template, ``USER: <image>\n... ASSISTANT:``, after ``system`` if given."""
     return f"{{{{ {json.dumps(system + ' ')} }}}}{_TURNS}" if system else _TURNS
 
 

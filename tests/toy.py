@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-
 from visistage.compile.names import tensor_shapes
 from visistage.compile.textfiles import write_text_files
 from visistage.graphs.config import ModelConfig

@@ -1,0 +1,119 @@
+"""Models known by name, and the shapes that dummy weights can take. Frozen data, no logic.
+
+The dictionaries of published models say what their ``config.json`` says; what those files leave
+to transformers' defaults is spelled out where it differs from Llama-7B's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "llava-7b": "llava-hf/llava-1.5-7b-hf",
+        "llava-13b": "llava-hf/llava-1.5-13b-hf",
+    }
+)
+"""Short names of checkpoints on the hub."""
+
+DEMO = "demo"
+"""The model that comes with the package, in ``demo/model``."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shapes without weights: a ``config.json``, token ids, and a sentence on where it is from."""
+
+    config: Mapping[str, Any]
+    specials: Mapping[str, int]
+    about: str
+
+
+_CLIP_L_336: dict[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+    "vocab_size": 32000,
+}
+_VICUNA_7B: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-05,
+    "vocab_size": 32064,
+}
+_VICUNA_13B: dict[str, Any] = {
+    **_VICUNA_7B,
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
+_LLAVA: dict[str, Any] = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "ignore_index": -100,
+    "image_token_index": 32000,
+    "image_seq_length": 576,
+    "pad_token_id": 32001,
+    "projector_hidden_act": "gelu",
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "tie_word_embeddings": False,
+    "vision_config": _CLIP_L_336,
+}
+_LLAVA_SPECIALS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001}
+_SMALL_SPECIALS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 3, "<pad>": 4}
+
+GEOMETRIES: Mapping[str, Geometry] = MappingProxyType(
+    {
+        "llava-7b": Geometry(
+            {**_LLAVA, "text_config": _VICUNA_7B},
+            _LLAVA_SPECIALS,
+            "llava-hf/llava-1.5-7b-hf: 7.06 billion parameters",
+        ),
+        "llava-13b": Geometry(
+            {**_LLAVA, "text_config": _VICUNA_13B},
+            _LLAVA_SPECIALS,
+            "llava-hf/llava-1.5-13b-hf: 13.35 billion parameters",
+        ),
+        "llava-45m": Geometry(
+            {
+                **_LLAVA,
+                "image_token_index": 3,
+                "pad_token_id": 4,
+                "text_config": {
+                    "model_type": "llama",
+                    "architectures": ["LlamaForCausalLM"],
+                    "hidden_size": 512,
+                    "intermediate_size": 1376,
+                    "num_hidden_layers": 12,
+                    "num_attention_heads": 8,
+                    "max_position_embeddings": 4096,
+                    "rms_norm_eps": 1e-05,
+                    "vocab_size": 416,
+                },
+                "vision_config": {
+                    **_CLIP_L_336,
+                    "hidden_size": 256,
+                    "intermediate_size": 1024,
+                    "num_hidden_layers": 7,
+                    "num_attention_heads": 4,
+                    "projection_dim": 256,
+                },
+            },
+            _SMALL_SPECIALS,
+            "no published model: 44.6 million parameters, the tokens and stages of LLaVA-1.5",
+        ),
+    }
+)
+"""What ``--dummy-weights`` can make."""
