@@ -1,0 +1,140 @@
+"""How often a bundle answers right, and how fast, over samples with known answers.
+
+Right means equal after ``samples.normalise``: case, punctuation and spacing do not count, every
+word does. It asks through the public runtime API only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..graphs.errors import DataError, ImageError
+from .samples import Sample, normalise
+
+if TYPE_CHECKING:
+    from ..runtime import Answer, Session
+
+UNTYPED = "untyped"
+DEFAULT_MAX_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How many of how many."""
+
+    right: int
+    total: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share, 0 to 1."""
+        return self.right / self.total
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A question that was answered otherwise than expected."""
+
+    name: str
+    prompt: str
+    expected: str
+    given: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came out. ``unreadable``: (sample, reason) of pictures nobody could open; in no count.
+
+    ``per_token_ms``: mean over the answers that have a second token; None where none has.
+    """
+
+    overall: Tally
+    by_type: dict[str, Tally]
+    misses: tuple[Miss, ...]
+    unreadable: tuple[tuple[str, str], ...]
+    first_token_ms: float
+    per_token_ms: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form."""
+
+        def tally(one: Tally) -> dict[str, Any]:
+            return {"right": one.right, "total": one.total, "accuracy": one.accuracy}
+
+        return {
+            **tally(self.overall),
+            "by_type": {name: tally(one) for name, one in self.by_type.items()},
+            "misses": [vars(miss) for miss in self.misses],
+            "unreadable": [{"sample": name, "reason": why} for name, why in self.unreadable],
+            "first_token_ms": self.first_token_ms,
+            "per_token_ms": self.per_token_ms,
+        }
+
+
+def evaluate(
+    session: Session,
+    samples: Iterable[Sample],
+    *,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    progress: Callable[[], None] = lambda: None,
+) -> Report:
+    """Ask every sample once, greedily, and compare.
+
+    Args:
+        session: a loaded bundle.
+        samples: asked in their order.
+        max_tokens: longest answer; what is longer is cut, and then seldom right.
+        progress: called after each sample.
+
+    Raises:
+        DataError: no sample had a picture that could be opened.
+        VisistageError: a prompt that the bundle cannot take.
+    """
+    asked: list[tuple[Sample, Answer]] = []
+    unreadable: list[tuple[str, str]] = []
+    greedy = _greedy()
+    for sample in samples:
+        try:
+            answer = session.infer(
+                sample.image, sample.prompt, max_tokens=max_tokens, sampling=greedy
+            )
+            asked.append((sample, answer))
+        except ImageError as error:
+            unreadable.append((sample.name, str(error)))
+        progress()
+    if not asked:
+        first = f", the first because: {unreadable[0][1]}" if unreadable else ""
+        raise DataError(f"none of {len(unreadable)} samples could be asked{first}")
+    return _report(asked, unreadable)
+
+
+def _report(asked: list[tuple[Sample, Answer]], unreadable: list[tuple[str, str]]) -> Report:
+    misses = []
+    counts: dict[str, list[int]] = {}
+    for sample, answer in asked:
+        count = counts.setdefault(sample.type or UNTYPED, [0, 0])
+        right = normalise(answer.text) == normalise(sample.answer)
+        count[0] += right
+        count[1] += 1
+        if not right:
+            misses.append(Miss(sample.name, sample.prompt, sample.answer, answer.text))
+    by_type = {name: Tally(*counts[name]) for name in sorted(counts)}
+    steps = [answer.timings.per_token_ms for _, answer in asked]
+    later = [ms for ms in steps if ms is not None]
+    return Report(
+        overall=Tally(len(asked) - len(misses), len(asked)),
+        by_type=by_type,
+        misses=tuple(misses),
+        unreadable=tuple(unreadable),
+        first_token_ms=sum(answer.timings.first_token_ms for _, answer in asked) / len(asked),
+        per_token_ms=sum(later) / len(later) if later else None,
+    )
+
+
+def _greedy() -> Any:
+    """A checkpoint's own settings may draw at random; two evaluations must agree."""
+    from ..runtime.sampling import Sampling
+
+    return Sampling()

@@ -1,0 +1,122 @@
+"""Questions about pictures with right answers, from a JSONL file. Nothing is dropped silently.
+
+    {"image": "photos/1.jpg", "prompt": "How many dogs?", "answer": "2", "type": "count"}
+
+One object a line; ``image`` is relative to the file, ``type`` may be left out. Every line is checked
+before the first one is used. Pictures are opened by whoever asks, so a damaged one shows there.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..graphs.errors import DataError
+
+REQUIRED = ("image", "prompt", "answer")
+OPTIONAL = ("type",)
+MAX_LINE_CHARACTERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question: ``name`` says where it is from, ``image`` is a path or a picture in memory."""
+
+    name: str
+    image: Any
+    prompt: str
+    answer: str
+    type: str | None = None
+
+
+def read_samples(path: str | Path, limit: int | None = None) -> list[Sample]:
+    """The first ``limit`` samples of a JSONL file, in its order; all of it is checked.
+
+    Raises:
+        DataError: unreadable, empty, or a line that is no sample; names file and line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(
+            f"{path}: cannot read samples: {reason}. Expected UTF-8 text with one JSON object a "
+            'line: {"image": "photo.jpg", "prompt": "...", "answer": "..."}'
+        ) from None
+    samples = [
+        _sample(line, f"{path}:{number}", path.parent)
+        # Not splitlines(): it also breaks at characters that may stand inside a JSON string.
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
+    ]
+    if not samples:
+        raise DataError(f"{path}: found no samples, expected one JSON object a line.")
+    return samples[:limit]
+
+
+def normalise(answer: str) -> str:
+    """What two answers are compared by.
+
+    Case, white space at the ends and its amount do not count, nor does punctuation, except where it
+    makes another number: a sign before a digit, a point or colon between two. ``"Bottom-right."``
+    equals ``"bottom right"``, ``"3.5"`` does not equal ``"35"``.
+    """
+    text = unicodedata.normalize("NFKC", answer).casefold()
+    kept = [
+        " " if _is_punctuation(character) and not _in_number(text, at) else character
+        for at, character in enumerate(text)
+    ]
+    return " ".join("".join(kept).split())
+
+
+def _is_punctuation(character: str) -> bool:
+    return unicodedata.category(character).startswith("P")
+
+
+def _in_number(text: str, at: int) -> bool:
+    before, after = text[at - 1 : at], text[at + 1 : at + 2]
+    if not after.isdigit():
+        return False
+    if text[at] in ".,:":
+        return before.isdigit()
+    return text[at] == "-" and not before.isalnum()
+
+
+def _sample(line: str, where: str, folder: Path) -> Sample:
+    if len(line) > MAX_LINE_CHARACTERS:
+        raise DataError(
+            f"{where}: found {len(line)} characters, expected at most {MAX_LINE_CHARACTERS}. "
+            "Is this a JSONL file of samples?"
+        )
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON: {error}. Write one object a line.") from None
+    if not isinstance(data, dict):
+        raise DataError(f"{where}: found {type(data).__name__}, expected an object with {_keys()}.")
+    for key in data:
+        if key not in REQUIRED + OPTIONAL:
+            raise DataError(f"{where}: unknown key {key!r}, expected {_keys()}. Remove it.")
+    for key in REQUIRED:
+        if key not in data:
+            raise DataError(f"{where}: {key!r} is missing, expected {_keys()}. Add it.")
+    for key, value in data.items():
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(
+                f"{where}: {key} is {json.dumps(value)[:80]}, expected text that is not empty."
+            )
+    if not normalise(data["answer"]):
+        raise DataError(
+            f"{where}: answer {data['answer']!r} is punctuation only, which is left out when "
+            "answers are compared. Ask for a word or a number."
+        )
+    image = folder / data["image"]
+    return Sample(where, image, data["prompt"], data["answer"], data.get("type"))
+
+
+def _keys() -> str:
+    return f"the keys {', '.join(REQUIRED)} and perhaps {', '.join(OPTIONAL)}"

@@ -1,0 +1,1 @@
+"""On the workstation: a checkpoint becomes a bundle."""

@@ -1,0 +1,216 @@
+"""``build``: a checkpoint becomes a bundle, step by step.
+
+checkpoint ─▶ plan ─▶ weights ─▶ graphs ─▶ prefix ─▶ text files ─▶ manifest
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import metadata
+from pathlib import Path
+
+import onnx_ir
+import psutil
+import torch
+
+from .. import __version__
+from ..graphs.bundle import (
+    MANIFEST,
+    Bundle,
+    FileFact,
+    GraphFact,
+    Manifest,
+    Prefix,
+    TensorRef,
+    sha256,
+)
+from ..graphs.errors import CapacityError
+from ..graphs.plan import StagePlan
+from .checkpoint import Checkpoint, open_checkpoint
+from .export import Graph, export, graphs_of
+from .planfile import resolve_plan
+from .prefix import prefix_cache, write_prefix
+from .steps import Reporter, Silent, Workshop
+from .targets import DTYPES, Target, resolve_target
+from .texts import TextFacts, text_facts, write_texts
+from .weights import CONVERTED, Placement, check_disk, convert, link_files, place
+
+DEFAULT_PLAN = "visipruner"
+
+
+def build(
+    model: str,
+    *,
+    plan: str = DEFAULT_PLAN,
+    target: str = "cpu",
+    precision: str | None = None,
+    out: str | Path = "engines",
+    revision: str | None = None,
+    offline: bool = False,
+    dummy_weights: bool = False,
+    reporter: Reporter | None = None,
+) -> Bundle:
+    """Build the bundle of ``model`` in ``OUT/<model>/<plan>-<precision>-<target>/``.
+
+    A build that is already there is left as it is; one that was interrupted goes on.
+
+    Args:
+        model: an alias, a hub id or a directory.
+        plan: a preset, ``preset:key=value,...`` or a YAML file.
+        target: a name of ``targets.TARGETS``.
+        precision: one the target runs; its default otherwise.
+        out: folder of all bundles.
+        revision: of a hub model.
+        offline: use only what was downloaded before.
+        dummy_weights: random weights of a published geometry.
+        reporter: told of every step.
+
+    Raises:
+        VisistageError: whatever the user can mend, before anything is written under the final name.
+    """
+    wanted, precision = resolve_target(target, precision)
+    checkpoint = open_checkpoint(
+        model, revision=revision, offline=offline, dummy_weights=dummy_weights
+    )
+    config = checkpoint.config
+    staged = resolve_plan(plan, config.text.layers, config.visual_tokens)
+    texts = text_facts(checkpoint)
+    dtype = DTYPES[precision]
+    graphs = graphs_of(config, staged, dtype, wanted.lowering)
+    placement = place(checkpoint, [name for graph in graphs for name in graph.weights], dtype)
+    _check_memory(wanted, precision, placement)
+
+    folder = Path(out) / checkpoint.name / f"{staged.name}-{precision}-{wanted.name}"
+    source = _source(checkpoint, staged, wanted, precision)
+    workshop = Workshop(folder, _key(source, checkpoint), reporter or Silent())
+    if workshop.up_to_date():
+        return Bundle.open(folder)
+    with workshop as work:
+        check_disk(placement, work.folder)
+        tell = work.reporter.advance
+
+        def weights() -> tuple[list[str], dict]:
+            converted = convert(checkpoint, placement, dtype, work.folder, tell)
+            return [*link_files(placement, work.folder), *converted], {}
+
+        def one_graph(graph: Graph) -> tuple[list[str], dict]:
+            file = f"{graph.name}.onnx"
+            export(graph, config.text, work.folder / file, placement.spans)
+            return [file], {}
+
+        def prefix() -> tuple[list[str], dict]:
+            ids = texts.prefix_ids
+            written = write_prefix(prefix_cache(checkpoint, ids, tell), ids, dtype, work.folder)
+            return [written.keys.file], {}
+
+        work.step("weights", weights, total=placement.new_bytes or None)
+        for graph in graphs:
+            work.step(f"export {graph.name}", lambda graph=graph: one_graph(graph))
+        if texts.prefix_ids:
+            work.step("prefix", prefix, total=config.text.layers)
+        work.step("text files", lambda: (write_texts(checkpoint, work.folder), {}))
+        work.step(
+            "manifest",
+            lambda: _write_manifest(
+                work, checkpoint, staged, wanted, precision, graphs, placement, texts, source
+            ),
+        )
+        work.finish()
+    return Bundle.open(folder)
+
+
+def _write_manifest(
+    work: Workshop,
+    checkpoint: Checkpoint,
+    plan: StagePlan,
+    target: Target,
+    precision: str,
+    graphs: list[Graph],
+    placement: Placement,
+    texts: TextFacts,
+    source: str,
+) -> tuple[list[str], dict]:
+    """Hash every file and write the manifest that names them."""
+    names = [name for fact in work.facts for name in fact.files]
+    facts = {}
+    for name in names:
+        file = work.folder / name
+        facts[name] = FileFact(file.stat().st_size, sha256(file))
+    manifest = Manifest(
+        model=checkpoint.name,
+        config=checkpoint.config,
+        plan=plan,
+        target=target.name,
+        precision=precision,
+        lowering=target.lowering,
+        graphs={graph.name: GraphFact(f"{graph.name}.onnx", graph.spec) for graph in graphs},
+        embedding=placement.embedding,
+        prefix=_prefix(checkpoint, texts, DTYPES[precision]),
+        preprocessing=texts.preprocessing,
+        generation=texts.generation,
+        text_files=texts.files,
+        files=facts,
+        versions=versions(),
+        weight_bytes=placement.nbytes,
+        source=source,
+    )
+    (work.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return [MANIFEST], {}
+
+
+def _prefix(checkpoint: Checkpoint, texts: TextFacts, dtype: str) -> Prefix | None:
+    """Where ``write_prefix`` put things: a pure function of the shapes."""
+    if not texts.prefix_ids:
+        return None
+    text = checkpoint.config.text
+    shape = (text.layers, text.kv_heads, len(texts.prefix_ids), text.head_dim)
+    half = torch.Size(shape).numel() * getattr(torch, dtype).itemsize
+    file = "prefix.bin"
+    return Prefix(
+        texts.prefix_ids, TensorRef(file, 0, dtype, shape), TensorRef(file, half, dtype, shape)
+    )
+
+
+def versions() -> dict[str, str]:
+    """What built a bundle."""
+    return {
+        "visistage": __version__,
+        "torch": torch.__version__.split("+")[0],
+        "onnx_ir": onnx_ir.__version__,
+        "transformers": metadata.version("transformers"),
+    }
+
+
+def _source(checkpoint: Checkpoint, plan: StagePlan, target: Target, precision: str) -> str:
+    """Hash of what the bundle is made from, the same on every machine."""
+    facts = [
+        checkpoint.config.to_dict(),
+        plan.to_dict(),
+        target.name,
+        target.lowering,
+        precision,
+        versions(),
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _key(source: str, checkpoint: Checkpoint) -> str:
+    """What tells one build from another here: the source, and whether any input file changed."""
+    stamps = []
+    for file in sorted(path for path in checkpoint.path.iterdir() if path.is_file()):
+        status = file.stat()
+        stamps.append([file.name, status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(json.dumps([source, stamps]).encode()).hexdigest()
+
+
+def _check_memory(target: Target, precision: str, placement: Placement) -> None:
+    """Refuse weights that the machine cannot hold, where it is the one that shall run them."""
+    memory = psutil.virtual_memory().total
+    if target.local and placement.nbytes > memory:
+        raise CapacityError(
+            f"in {precision} the weights take {placement.nbytes / 2**30:.1f} GiB, this machine has "
+            f"{memory / 2**30:.1f} GiB of memory, so target '{target.name}' cannot run them here. "
+            "Export for a GPU instead (TARGET=cuda), or wait for PRECISION=int8, which a later "
+            "version brings; " + CONVERTED + " was not written"
+        )

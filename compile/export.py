@@ -1,0 +1,137 @@
+"""A stage module becomes an ONNX file whose weights stay where they are.
+
+Initializers point at byte ranges of the bundle's weight files. Names, types and axes come from the
+stage's contract. Two exports of the same plan and model give the same bytes wherever they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..graphs.config import ModelConfig, TextConfig
+from ..graphs.contract import GraphSpec, probed, select_spec, stage_spec, vision_spec
+from ..graphs.decoder import DecoderStage
+from ..graphs.ops import Llm, Portable
+from ..graphs.plan import StagePlan
+from ..graphs.rope import frequencies
+from ..graphs.select import Selector
+from ..graphs.vision import Vision
+from .stitch import TORCH_DTYPES, Stitcher
+
+FREQUENCIES = "head.inverse_frequencies"
+"""The one buffer of a stage: small, computed, stored inside the graph."""
+
+
+@dataclass(frozen=True)
+class WeightSpan:
+    """Where the bytes of one weight lie: a file beside the graph, an offset, a length."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph to export: its module (of fake tensors), its contract, its ONNX opset."""
+
+    name: str
+    module: nn.Module
+    spec: GraphSpec
+    opset: int
+
+    @property
+    def weights(self) -> list[str]:
+        """Checkpoint names of the parameters it reads."""
+        return [name for name, _ in self.module.named_parameters()]
+
+
+def graphs_of(config: ModelConfig, plan: StagePlan, dtype: str, lowering: str) -> list[Graph]:
+    """Every graph of a bundle, in the order in which a prompt meets them.
+
+    ``dtype`` is ``float32`` or ``float16``; ``lowering`` is ``llm`` or ``portable``.
+    """
+    ops = {"llm": Llm, "portable": Portable}[lowering]()
+    out = []
+
+    def add(name: str, module: nn.Module, spec: GraphSpec) -> None:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(TORCH_DTYPES[dtype])
+        out.append(Graph(name, module, spec, ops.opset))
+
+    with FakeTensorMode():
+        add("vision", Vision(config, ops), vision_spec(config, dtype))
+        for index in range(len(plan.stages)):
+            spec = stage_spec(config.text, plan, index, dtype, ops.portable)
+            add(f"stage{index}", DecoderStage(config.text, plan, index, ops), spec)
+            if probed(plan, index):
+                edge = plan.edges[index]
+                add(f"select{index}", Selector(edge), select_spec(config.text, edge, dtype))
+    return out
+
+
+def export(graph: Graph, text: TextConfig, path: Path, weights: Mapping[str, WeightSpan]) -> None:
+    """Write ``graph`` to ``path``; its parameters become references into ``weights``."""
+    module = graph.module
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    stitcher = Stitcher({id(tensor): name for name, tensor in tensors.items()}, graph.opset)
+    inputs = [stitcher.input(spec) for spec in graph.spec.inputs]
+    if isinstance(module, DecoderStage):
+        outputs = _stage(module, stitcher, inputs)
+    elif isinstance(module, Vision):
+        outputs = [module.compose(stitcher.call, *inputs)]
+    else:
+        outputs = list(stitcher.call(module, *inputs))
+    model = stitcher.model(graph.name, inputs, graph.spec, outputs)
+    _strip(model)
+    _attach(model, text, weights, path.parent)
+    onnx_ir.save(model, path)
+
+
+def _stage(stage: DecoderStage, stitcher: Stitcher, inputs: list) -> list:
+    """Compose a stage and put its outputs in contract order."""
+    gates = inputs[5] if stage.stage.gated_layers else None
+    flat = inputs[6:] if stage.stage.gated_layers else inputs[5:]
+    pairs = list(zip(flat[::2], flat[1::2], strict=True))
+    out = stage.compose(stitcher.call, *inputs[:5], gates, pairs)
+    extras = [value for value in (out.probe_query, out.logits) if value is not None]
+    return [out.rows, *extras, *(value for pair in out.caches for value in pair)]
+
+
+def _strip(model: onnx_ir.Model) -> None:
+    """Remove what names this machine: torch notes source files and stack traces on every node."""
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+
+
+def _attach(
+    model: onnx_ir.Model, text: TextConfig, weights: Mapping[str, WeightSpan], folder: Path
+) -> None:
+    """Point every parameter at its bytes; the rotary frequencies are stored in the graph."""
+    for name, value in model.graph.initializers.items():
+        if name == FREQUENCIES:
+            value.const_value = onnx_ir.tensor(frequencies(text)[0].numpy(), name=name)
+            continue
+        span = weights[name]
+        assert value.dtype is not None
+        assert value.shape is not None
+        value.const_value = onnx_ir.ExternalTensor(
+            span.file,
+            span.offset,
+            span.nbytes,
+            value.dtype,
+            shape=value.shape,
+            name=name,
+            base_dir=folder,
+        )

@@ -1,0 +1,65 @@
+"""Keys and values of the rows before every image, computed once when a bundle is built.
+
+The prefix (BOS, system prompt, ``USER: ``) is the same for every question and sees no vision, so no
+plan changes it. It runs in FP32, one layer's weights in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..graphs.bundle import Prefix, TensorRef
+from ..graphs.config import TextConfig
+from ..graphs.decoder import DecoderLayer
+from ..graphs.ops import CacheView, Eager
+from ..graphs.rope import rotary
+from .checkpoint import Checkpoint
+from .export import TORCH_DTYPES
+from .weights import EMBEDDING
+
+FILE = "prefix.bin"
+
+
+@torch.no_grad()
+def prefix_cache(
+    checkpoint: Checkpoint,
+    ids: Sequence[int],
+    progress: Callable[[int], None] = lambda layers: None,
+) -> Tensor:
+    """(2, L, G, P, d) FP32: rotated keys and values of ``ids`` in every layer."""
+    text = checkpoint.config.text
+    rows = checkpoint.load(EMBEDDING)[list(ids)].float()
+    positions = torch.arange(len(ids))[None]
+    view = CacheView(positions, positions, torch.zeros(1, dtype=torch.int64))
+    turns = rotary(text, positions, torch.float32)
+    out = torch.empty(2, text.layers, text.kv_heads, len(ids), text.head_dim)
+    for index in range(text.layers):
+        layer = _layer(checkpoint, text, index)
+        empty = torch.zeros(1, text.kv_heads, len(ids), text.head_dim)
+        rows, _, (keys, values) = layer(rows, turns, (empty, empty.clone()), view, None)
+        out[0, index], out[1, index] = keys[0], values[0]
+        progress(1)
+    return out
+
+
+def write_prefix(cache: Tensor, ids: Sequence[int], dtype: str, folder: Path) -> Prefix:
+    """Write the cache in the graphs' type and say where it lies."""
+    stored = cache.to(TORCH_DTYPES[dtype]).contiguous()
+    (folder / FILE).write_bytes(stored.view(torch.uint8).numpy().tobytes())
+    shape = tuple(stored.shape[1:])
+    half = stored.nbytes // 2
+    return Prefix(tuple(ids), TensorRef(FILE, 0, dtype, shape), TensorRef(FILE, half, dtype, shape))
+
+
+def _layer(checkpoint: Checkpoint, text: TextConfig, index: int) -> DecoderLayer:
+    with torch.device("meta"):
+        layer = DecoderLayer(text, Eager())
+    weights = {
+        name: checkpoint.load(f"model.layers.{index}.{name}").float() for name in layer.state_dict()
+    }
+    layer.load_state_dict(weights, assign=True)
+    return layer

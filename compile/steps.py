@@ -1,0 +1,157 @@
+"""A build that may be interrupted: named steps in a folder of its own, then one rename.
+
+The bundle grows in ``NAME.partial``. What each finished step wrote is noted there, so the next run
+with the same inputs goes on where this one stopped; other inputs start afresh. Nothing is ever
+half-written under the final name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ..graphs.bundle import MANIFEST
+from ..graphs.errors import CapacityError
+
+NOTES = ".build.json"
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class StepFact:
+    """What one step did: seconds, the files it wrote with their sizes, and what it had to say."""
+
+    name: str
+    seconds: float
+    files: dict[str, int]
+    result: dict
+    cached: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files it wrote."""
+        return sum(self.files.values())
+
+
+class Reporter(Protocol):
+    """Who is told how a build goes."""
+
+    def start(self, step: str, total: int | None) -> None:
+        """A step begins; ``total`` units will be done if that is known."""
+
+    def advance(self, units: int) -> None:
+        """Some units are done."""
+
+    def done(self, fact: StepFact) -> None:
+        """A step is done, or was found done."""
+
+
+class Silent:
+    """A reporter that tells nobody."""
+
+    def start(self, step: str, total: int | None) -> None:
+        """Nothing."""
+
+    def advance(self, units: int) -> None:
+        """Nothing."""
+
+    def done(self, fact: StepFact) -> None:
+        """Nothing."""
+
+
+class Workshop:
+    """The ``.partial`` folder of one build; a context manager that holds its lock.
+
+    ``key`` says what the build depends on: another key, another build.
+    """
+
+    def __init__(self, final: Path, key: str, reporter: Reporter):
+        self.final, self.key, self.reporter = final, key, reporter
+        self.folder = final.with_name(final.name + ".partial")
+        self.facts: list[StepFact] = []
+        self._noted: dict[str, dict] = {}
+
+    def up_to_date(self) -> bool:
+        """Whether the final folder already holds this very build, every file in place."""
+        noted = _read(self.final / NOTES)
+        if noted.get("key") != self.key or not (self.final / MANIFEST).is_file():
+            return False
+        return all(_present(self.final, step["files"]) for step in noted["steps"].values())
+
+    def __enter__(self) -> Workshop:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.folder / LOCK, os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise CapacityError(
+                f"another build is writing {self.folder}. Wait for it, or stop it"
+            ) from error
+        noted = _read(self.folder / NOTES)
+        if noted.get("key") == self.key:
+            self._noted = noted["steps"]
+        else:
+            for entry in self.folder.iterdir():
+                if entry.name != LOCK:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.close(self._lock)
+
+    def step(
+        self, name: str, run: Callable[[], tuple[Sequence[str], dict]], total: int | None = None
+    ) -> StepFact:
+        """Run ``run`` unless it is noted as done; it returns its files' names and a JSON result."""
+        noted = self._noted.get(name)
+        if noted is not None and _present(self.folder, noted["files"]):
+            fact = StepFact(name, noted["seconds"], noted["files"], noted["result"], cached=True)
+        else:
+            self.reporter.start(name, total)
+            started = time.perf_counter()
+            files, result = run()
+            sizes = {file: (self.folder / file).stat().st_size for file in files}
+            fact = StepFact(name, time.perf_counter() - started, sizes, result)
+            self._noted[name] = {"seconds": fact.seconds, "files": sizes, "result": result}
+            self._write_notes()
+        self.facts.append(fact)
+        self.reporter.done(fact)
+        return fact
+
+    def finish(self) -> None:
+        """Give the folder its final name, in place of what stood there."""
+        old = self.final.with_name(self.final.name + ".old.partial")
+        shutil.rmtree(old, ignore_errors=True)
+        (self.folder / LOCK).unlink()
+        if self.final.exists():
+            self.final.rename(old)
+        self.folder.rename(self.final)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _write_notes(self) -> None:
+        temporary = self.folder / (NOTES + ".new")
+        temporary.write_text(json.dumps({"key": self.key, "steps": self._noted}))
+        temporary.replace(self.folder / NOTES)
+
+
+def _read(file: Path) -> dict:
+    try:
+        data = json.loads(file.read_text())
+        return data if isinstance(data, dict) and isinstance(data.get("steps"), dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _present(folder: Path, files: dict[str, int]) -> bool:
+    try:
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except OSError:
+        return False

@@ -1,0 +1,287 @@
+"""A bundle on disk: graphs, weights, tokenizer files and one ``manifest.json`` that names them all.
+
+The compiler writes it, the runtime reads nothing else. Standard library only. Hashes are taken
+when a bundle is built and again by ``verify``; when it is loaded, a stamp (size, modification time,
+inode) beside the manifest says which files need no second hashing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .config import ModelConfig
+from .contract import GraphSpec
+from .errors import BundleError
+from .plan import StagePlan
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+MAX_MANIFEST_BYTES = 16 << 20
+STAMP = ".stamp.json"
+
+
+@dataclass(frozen=True)
+class FileFact:
+    """Size and SHA-256 of one file of the bundle."""
+
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class GraphFact:
+    """One graph: its file and its contract."""
+
+    file: str
+    spec: GraphSpec
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A tensor that the runtime maps itself: raw little-endian bytes inside a file."""
+
+    file: str
+    offset: int
+    dtype: str  # "float32", "float16" or "bfloat16"
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of the rows before every image, computed when the bundle was built.
+
+    ids: the P token ids; keys, values: (layers, G, P, d).
+    """
+
+    ids: tuple[int, ...]
+    keys: TensorRef
+    values: TensorRef
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything the runtime knows about a bundle.
+
+    ``text_files`` maps the roles ``tokenizer``, ``tokenizer_config``, ``chat_template`` ... to file
+    names; ``preprocessing`` and ``generation`` are the checkpoint's own facts; ``versions`` says
+    what built it.
+    """
+
+    model: str
+    config: ModelConfig
+    plan: StagePlan
+    target: str
+    precision: str
+    lowering: str
+    graphs: dict[str, GraphFact]
+    embedding: TensorRef
+    prefix: Prefix | None
+    preprocessing: dict[str, Any]
+    generation: dict[str, Any]
+    text_files: dict[str, str]
+    files: dict[str, FileFact]
+    versions: dict[str, str]
+    weight_bytes: int
+    source: str  # hash of everything the build depended on
+
+    def to_json(self) -> str:
+        """The manifest's text; equal manifests give equal bytes."""
+        prefix = self.prefix
+        data = {
+            "format": FORMAT,
+            "model": self.model,
+            "config": self.config.to_dict(),
+            "plan": self.plan.to_dict(),
+            "target": self.target,
+            "precision": self.precision,
+            "lowering": self.lowering,
+            "graphs": {
+                name: {"file": fact.file, **fact.spec.to_dict()}
+                for name, fact in self.graphs.items()
+            },
+            "embedding": _ref_dict(self.embedding),
+            "prefix": prefix
+            and {
+                "ids": list(prefix.ids),
+                "keys": _ref_dict(prefix.keys),
+                "values": _ref_dict(prefix.values),
+            },
+            "preprocessing": self.preprocessing,
+            "generation": self.generation,
+            "text_files": self.text_files,
+            "files": {
+                name: {"nbytes": fact.nbytes, "sha256": fact.sha256}
+                for name, fact in sorted(self.files.items())
+            },
+            "versions": self.versions,
+            "weight_bytes": self.weight_bytes,
+            "source": self.source,
+        }
+        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Manifest:
+        """Read a manifest; ``where`` names it in errors."""
+        try:
+            data = json.loads(text)
+            if not isinstance(data, dict) or data.get("format") != FORMAT:
+                found = data.get("format") if isinstance(data, dict) else type(data).__name__
+                raise BundleError(
+                    f"{where} has format {found!r}, this version reads format {FORMAT}. "
+                    "Build it again: make engines MODEL=..."
+                )
+            prefix = data["prefix"]
+            return cls(
+                model=data["model"],
+                config=ModelConfig.from_dict(data["config"]),
+                plan=StagePlan.from_dict(data["plan"]),
+                target=data["target"],
+                precision=data["precision"],
+                lowering=data["lowering"],
+                graphs={
+                    name: GraphFact(fact["file"], GraphSpec.from_dict(fact))
+                    for name, fact in data["graphs"].items()
+                },
+                embedding=_ref(data["embedding"]),
+                prefix=prefix
+                and Prefix(tuple(prefix["ids"]), _ref(prefix["keys"]), _ref(prefix["values"])),
+                preprocessing=data["preprocessing"],
+                generation=data["generation"],
+                text_files=data["text_files"],
+                files={
+                    name: FileFact(int(fact["nbytes"]), str(fact["sha256"]))
+                    for name, fact in data["files"].items()
+                },
+                versions=data["versions"],
+                weight_bytes=int(data["weight_bytes"]),
+                source=data["source"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(
+                f"{where} is not a valid manifest ({type(error).__name__}: {error}). "
+                "Build the bundle again: make engines MODEL=..."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder with a manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> Bundle:
+        """Open ``path``: a bundle, or a folder holding exactly one at any depth.
+
+        Raises:
+            BundleError: nothing there, several bundles, or a manifest that cannot be read.
+        """
+        folder = find_bundle(Path(path))
+        file = folder / MANIFEST
+        if file.stat().st_size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise BundleError(
+                f"{file} is not UTF-8 text: {error}. Build the bundle again"
+            ) from error
+        return cls(folder, Manifest.from_json(text, str(file)))
+
+    def file(self, name: str) -> Path:
+        """Path of one file of the bundle; names that leave the folder are refused."""
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in name or not name:
+            raise BundleError(f"{self.path / MANIFEST} names a file outside the bundle: {name!r}")
+        return self.path / name
+
+    def check(self, *, rehash: bool = False) -> None:
+        """Make sure that every file is there and unchanged.
+
+        Files whose stamp is unchanged since they were last hashed are not read again, unless
+        ``rehash``.
+
+        Raises:
+            BundleError: naming the first file that is missing or changed.
+        """
+        stamp_file = self.path / STAMP
+        known = {} if rehash else _read_stamps(stamp_file)
+        stamps = {}
+        for name, fact in self.manifest.files.items():
+            file = self.file(name)
+            try:
+                status = file.stat()
+            except OSError as error:
+                raise BundleError(
+                    f"{file} is missing from the bundle ({error.strerror}). "
+                    "Build it again: make engines MODEL=..."
+                ) from error
+            stamp = [status.st_size, status.st_mtime_ns, status.st_ino, fact.sha256]
+            if status.st_size != fact.nbytes or (
+                known.get(name) != stamp and sha256(file) != fact.sha256
+            ):
+                raise BundleError(
+                    f"{file} is not the file that was built: its contents changed. "
+                    "Build it again: make engines MODEL=..."
+                )
+            stamps[name] = stamp
+        if stamps != known:
+            try:
+                stamp_file.write_text(json.dumps(stamps))
+            except OSError:
+                return  # a read-only bundle is hashed every time
+
+
+def find_bundle(path: Path) -> Path:
+    """The one bundle at or below ``path``.
+
+    Raises:
+        BundleError: when there is none, or more than one.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    if not path.is_dir():
+        raise BundleError(f"no bundle at {path}. Build one: make engines MODEL=demo")
+    found = sorted(
+        file.parent
+        for file in path.glob("*/**/" + MANIFEST)
+        if not any(part.endswith(".partial") for part in file.parts)
+    )
+    if not found:
+        raise BundleError(f"no bundle in {path}. Build one: make engines MODEL=demo")
+    if len(found) > 1:
+        listed = "\n  ".join(str(folder) for folder in found)
+        raise BundleError(f"{path} holds {len(found)} bundles, name one of:\n  {listed}")
+    return found[0]
+
+
+def sha256(file: Path) -> str:
+    """Hash of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_stamps(file: Path) -> dict:
+    try:
+        data = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _ref(data: dict) -> TensorRef:
+    return TensorRef(data["file"], int(data["offset"]), data["dtype"], tuple(data["shape"]))
+
+
+def _ref_dict(ref: TensorRef) -> dict:
+    out = {field.name: getattr(ref, field.name) for field in fields(ref)}
+    return {**out, "shape": list(ref.shape)}

@@ -1,0 +1,229 @@
+"""The chain in plain torch: the reference of every later rung, and an entry point to compare with.
+
+``run`` takes weights under LlamaForCausalLM names and embeddings in which the visual rows already
+stand at their spans; it stages them by a plan and returns logits and greedy tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import TextConfig
+from .contract import INVISIBLE, cache_names, probed
+from .decoder import DecoderStage
+from .errors import PlanError, PromptError
+from .ops import Eager
+from .plan import StagePlan
+from .rows import Chain, Kept, Segment, StageResult
+from .select import Selector
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ChainResult:
+    """What ``run`` returns.
+
+    logits: (B, V) of the last prompt row. kept: per sample, the absolute positions of the visual
+    tokens left by the last selection (all of them where the plan selects nothing). trigger, exit:
+    last layer with all visual tokens, last layer with any. tokens: (B, max_new_tokens) greedy.
+    """
+
+    logits: Tensor
+    kept: list[list[int]]
+    trigger: int
+    exit: int
+    tokens: Tensor
+
+
+class TorchExecutor:
+    """``rows.Executor`` over eager stage modules; caches are torch tensors."""
+
+    def __init__(
+        self, text: TextConfig, plan: StagePlan, weights: Mapping[str, Tensor], batch: int
+    ):
+        self.text, self.batch = text, batch
+        self.embedding = weights["model.embed_tokens.weight"]
+        self.stages = [
+            load_weights(DecoderStage(text, plan, index, Eager()), weights)
+            for index in range(len(plan.stages))
+        ]
+        self.selectors = {
+            index: Selector(edge) for index, edge in enumerate(plan.edges) if probed(plan, index)
+        }
+        self.caches = [
+            [(self._empty(), self._empty()) for _ in cache_names(stage.layers)]
+            for stage in plan.stages
+        ]
+
+    def ensure_slots(self, stage: int, slots: int) -> int:
+        """Grow to exactly ``slots``: the reference has no use for spare room."""
+        grown = []
+        for pair in self.caches[stage]:
+            extra = slots - pair[0].shape[2]
+            grown.append(tuple(torch.nn.functional.pad(c, (0, 0, 0, extra)) for c in pair))
+        self.caches[stage] = grown
+        return slots
+
+    def append(self, stage, rows, positions, order, slot_order, write_index, gates) -> StageResult:
+        """Run stage ``stage`` eagerly."""
+        out = self.stages[stage](
+            rows,
+            torch.from_numpy(positions),
+            torch.from_numpy(order),
+            torch.from_numpy(slot_order.copy()),
+            torch.full((self.batch,), write_index),
+            None if gates is None else torch.from_numpy(gates),
+            self.caches[stage],
+        )
+        self.caches[stage] = out.caches
+        return StageResult(out.rows, out.probe_query, out.logits)
+
+    def select(
+        self, edge, probe_query, slot_order, query_order, visual_slots, rows, positions, order
+    ) -> Kept:
+        """Run the selector of edge ``edge`` over the last layer's cache of the stage before it."""
+        key, value = self.caches[edge][-1]
+        kept_rows, kept_positions, kept_order, scores = self.selectors[edge](
+            probe_query,
+            key,
+            value,
+            torch.from_numpy(slot_order.copy()),
+            torch.from_numpy(query_order),
+            torch.from_numpy(visual_slots.copy()),
+            rows,
+            torch.from_numpy(positions),
+            torch.from_numpy(order),
+        )
+        return Kept(kept_rows, kept_positions.numpy(), kept_order.numpy(), scores.numpy())
+
+    def concatenate(self, parts: Sequence[Tensor]) -> Tensor:
+        """Join rows along Q."""
+        return torch.cat(list(parts), dim=1)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (B, Q) -> rows (B, Q, D)."""
+        return torch.nn.functional.embedding(ids, self.embedding)
+
+    def _empty(self) -> Tensor:
+        shape = (self.batch, self.text.kv_heads, 0, self.text.head_dim)
+        return torch.zeros(shape, dtype=self.embedding.dtype)
+
+
+def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor]):
+    """Point a stage's parameters at ``weights``, without copying them; returns the module."""
+    names = module.state_dict().keys()
+    tied = {"lm_head.weight": "model.embed_tokens.weight"}
+    chosen = {name: weights[name if name in weights else tied[name]] for name in names}
+    module.load_state_dict(chosen, assign=True)
+    return module.requires_grad_(False)
+
+
+@torch.no_grad()
+def run(
+    weights: Mapping[str, Tensor],
+    config: Mapping,
+    embeds: Tensor,
+    spans: Sequence[Sequence[Span]],
+    plan: StagePlan,
+    max_new_tokens: int = 0,
+) -> ChainResult:
+    """Run ``plan`` over embedded prompts.
+
+    Args:
+        weights: LlamaForCausalLM parameter names to tensors.
+        config: a Hugging Face Llama config as a dict.
+        embeds: (B, S, D) float, visual rows in place.
+        spans: per sample, the (start, stop) of each image's visual rows.
+        plan: its depth must be the model's; K may not exceed a sample's visual rows.
+        max_new_tokens: greedy tokens to decode after the prompt.
+
+    Raises:
+        PlanError: the plan does not fit the model or the spans.
+        PromptError: a span leaves the prompt, overlaps another, or ends it.
+    """
+    text = TextConfig.from_hf(dict(config))
+    batch, length, _ = embeds.shape
+    _check(plan, text, spans, batch, length)
+    executor = TorchExecutor(text, plan, weights, batch)
+    chain = Chain(plan, executor, batch)
+    done = chain.prefill(segments(embeds, spans))
+    tokens, logits = [], done.logits
+    for step in range(max_new_tokens):
+        tokens.append(logits.argmax(-1))
+        if step + 1 < max_new_tokens:
+            at = np.full((batch, 1), length + step, np.int32)
+            logits = chain.decode(Segment(False, executor.embed(tokens[-1][:, None]), at, at))
+    kept = [
+        _kept(done.kept[-1].order[sample] if done.kept else None, spans[sample])
+        for sample in range(batch)
+    ]
+    chosen = torch.stack(tokens, 1) if tokens else torch.zeros((batch, 0), dtype=torch.long)
+    return ChainResult(done.logits, kept, plan.trigger, plan.exit, chosen)
+
+
+def segments(embeds: Tensor, spans: Sequence[Sequence[Span]]) -> list[Segment]:
+    """Cut each prompt into text, image, text, ...; align the samples by left padding.
+
+    Samples with fewer images get calls that are padding from end to end.
+    """
+    batch, length, _ = embeds.shape
+    images = max((len(one) for one in spans), default=0)
+    cuts = []
+    for one in spans:
+        # Missing images are empty spans at the end of the first text, so the question stays last.
+        padded = [(one[0][0] if one else 0,) * 2] * (images - len(one)) + list(one)
+        edges = [0, *(at for span in padded for at in span), length]
+        cuts.append(list(zip(edges[:-1], edges[1:], strict=True)))
+    out = []
+    for index in range(2 * images + 1):
+        pieces = [sample[index] for sample in cuts]
+        count = max(stop - start for start, stop in pieces)
+        if count == 0:
+            continue
+        order = np.full((batch, count), INVISIBLE, np.int32)
+        rows = embeds.new_zeros((batch, count, embeds.shape[2]))
+        for sample, (start, stop) in enumerate(pieces):
+            if stop > start:
+                order[sample, count - (stop - start) :] = np.arange(start, stop)
+                rows[sample, count - (stop - start) :] = embeds[sample, start:stop]
+        positions = np.where(order == INVISIBLE, 0, order).astype(np.int32)
+        out.append(Segment(index % 2 == 1, rows, positions, order))
+    return out
+
+
+def _kept(order: np.ndarray | None, spans: Sequence[Span]) -> list[int]:
+    if order is None:
+        return [at for start, stop in spans for at in range(start, stop)]
+    return [int(at) for at in order if at != INVISIBLE]
+
+
+def _check(plan, text, spans, batch, length) -> None:
+    if plan.layers != text.layers:
+        raise PlanError(
+            f"plan '{plan.name}' is for {plan.layers} layers, the model has {text.layers}. "
+            f"Make one that fits: preset('{plan.name}', layers={text.layers}, ...)"
+        )
+    if len(spans) != batch:
+        raise PromptError(f"spans has {len(spans)} samples, embeds has {batch}: give one list each")
+    for sample, one in enumerate(spans):
+        at = 0
+        for start, stop in one:
+            if not at <= start < stop < length:
+                raise PromptError(
+                    f"spans[{sample}] holds ({start}, {stop}): spans must be ascending, disjoint, "
+                    f"not empty, and end before the prompt's last row ({length - 1})"
+                )
+            at = stop
+    offered = max((sum(stop - start for start, stop in one) for one in spans), default=0)
+    wanted = plan.keep or 0
+    if 0 < offered < wanted:
+        raise PlanError(
+            f"plan '{plan.name}' keeps {wanted} visual tokens, the prompts have {offered}: "
+            "choose a smaller keep"
+        )

@@ -1,0 +1,158 @@
+"""Names, types and shapes of every graph's inputs and outputs, said once.
+
+Export, buffers and engine profiles are derived from these specs; nothing else spells a tensor
+name. Dimensions are integers or symbols:
+
+    B  batch              Q  rows in this call        S  slots of the stage's cache
+    N  visual rows offered to a selection             (the rest are facts of the model)
+
+Source: the append-rows contract of docs/design.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .config import ModelConfig, TextConfig
+from .plan import Edge, StagePlan
+
+INVISIBLE = 2**31 - 1
+"""Order of a slot that no row may see: empty, or padding."""
+
+PADDING_ORDER = INVISIBLE - 1
+"""Order given to a padding row as a *query*: it sees every real row, so its output stays finite."""
+
+ORT_LLM_SINCE = (1, 25)
+"""First ONNX Runtime that runs the ``llm`` lowering (opset 24: Attention, TensorScatter)."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph.
+
+    ``dtype`` is a NumPy name, ``shape`` mixes integers and the symbols of the module docstring.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def to_dict(self) -> dict:
+        """Plain JSON form, as the manifest holds it."""
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> TensorSpec:
+        """Inverse of ``to_dict``."""
+        return cls(data["name"], data["dtype"], tuple(data["shape"]))
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """Inputs and outputs of one graph, in binding order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def to_dict(self) -> dict:
+        """Plain JSON form, as the manifest holds it."""
+        return {
+            "inputs": [spec.to_dict() for spec in self.inputs],
+            "outputs": [spec.to_dict() for spec in self.outputs],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict) -> GraphSpec:
+        """Inverse of ``to_dict``."""
+        return cls(
+            tuple(TensorSpec.from_dict(item) for item in data["inputs"]),
+            tuple(TensorSpec.from_dict(item) for item in data["outputs"]),
+        )
+
+
+def cache_names(layers: tuple[int, int]) -> list[tuple[str, str]]:
+    """(key, value) input names of every layer of a stage, in layer order."""
+    return [(f"key.{layer}", f"value.{layer}") for layer in range(*layers)]
+
+
+def appended(name: str) -> str:
+    """Output name of a cache (or, in the portable lowering, of its new rows)."""
+    return f"{name}.out"
+
+
+def stage_spec(
+    text: TextConfig, plan: StagePlan, index: int, dtype: str, portable: bool
+) -> GraphSpec:
+    """Contract of stage ``index``: Q rows in, the same rows updated out, caches appended to.
+
+    The portable lowering returns only the new key and value rows ([B,G,Q,d]); its caller writes
+    them at ``write_index``. The ``llm`` lowering returns the whole cache, aliased to its input.
+    """
+    stage = plan.stages[index]
+    groups, width = text.kv_heads, text.head_dim
+    caches = [name for pair in cache_names(stage.layers) for name in pair]
+    inputs = [
+        TensorSpec("rows", dtype, ("B", "Q", text.hidden)),
+        TensorSpec("positions", "int32", ("B", "Q")),
+        TensorSpec("order", "int32", ("B", "Q")),
+        TensorSpec("slot_order", "int32", ("B", "S")),
+        TensorSpec("write_index", "int64", ("B",)),
+    ]
+    if stage.gated_layers:
+        inputs.append(TensorSpec("gates", dtype, (len(stage.gated_layers), 2, "B", "S")))
+    inputs += [TensorSpec(name, dtype, ("B", groups, "S", width)) for name in caches]
+
+    outputs = [TensorSpec("rows.out", dtype, ("B", "Q", text.hidden))]
+    if probed(plan, index):
+        outputs.append(TensorSpec("probe_query", dtype, ("B", text.heads, width)))
+    if index == len(plan.stages) - 1:
+        outputs.append(TensorSpec("logits", "float32", ("B", text.vocab)))
+    slots = "Q" if portable else "S"
+    outputs += [TensorSpec(appended(name), dtype, ("B", groups, slots, width)) for name in caches]
+    return GraphSpec(tuple(inputs), tuple(outputs))
+
+
+def probed(plan: StagePlan, index: int) -> bool:
+    """Whether stage ``index`` ends in a selection and so hands out its last row's query."""
+    return index < len(plan.edges) and plan.edges[index].op == "select"
+
+
+def select_spec(text: TextConfig, edge: Edge, dtype: str) -> GraphSpec:
+    """Contract of a selection: the last row's query scores N visual rows, the best K leave.
+
+    ``visual_slots`` says in which slot of the probed layer's cache each offered row lies; padding
+    rows carry the order ``INVISIBLE`` and are chosen last.
+    """
+    groups, width = text.kv_heads, text.head_dim
+    assert edge.keep is not None
+    return GraphSpec(
+        inputs=(
+            TensorSpec("probe_query", dtype, ("B", text.heads, width)),
+            TensorSpec("key", dtype, ("B", groups, "S", width)),
+            TensorSpec("value", dtype, ("B", groups, "S", width)),
+            TensorSpec("slot_order", "int32", ("B", "S")),
+            TensorSpec("query_order", "int32", ("B",)),
+            TensorSpec("visual_slots", "int64", ("B", "N")),
+            TensorSpec("rows", dtype, ("B", "N", text.hidden)),
+            TensorSpec("positions", "int32", ("B", "N")),
+            TensorSpec("order", "int32", ("B", "N")),
+        ),
+        outputs=(
+            TensorSpec("rows.out", dtype, ("B", edge.keep, text.hidden)),
+            TensorSpec("positions.out", "int32", ("B", edge.keep)),
+            TensorSpec("order.out", "int32", ("B", edge.keep)),
+            TensorSpec("scores", "float32", ("B", "N")),
+        ),
+    )
+
+
+def vision_spec(config: ModelConfig, dtype: str) -> GraphSpec:
+    """Contract of the tower and projector: pixels in, one row per visual token out."""
+    vision = config.vision
+    side = vision.image_size
+    return GraphSpec(
+        inputs=(TensorSpec("pixels", "float32", ("B", vision.channels, side, side)),),
+        outputs=(
+            TensorSpec("visual_rows", dtype, ("B", config.visual_tokens, config.text.hidden)),
+        ),
+    )

@@ -1,0 +1,263 @@
+"""One decoder stage: take Q new rows, append them to the stage's cache, return them updated.
+
+The module refuses to know what a prefix or an image is. Parameters carry the checkpoint's own
+names (``model.layers.7.self_attn.q_proj.weight``), whichever stage a layer lands in.
+
+A stage is composed of pieces (head, layers, tail) through a ``call`` argument: eagerly that is the
+piece itself, in export it notes one call of a traced piece, so that thirty alike layers are traced
+once (``compile/stitch.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .config import TextConfig
+from .contract import probed
+from .ops import Eager, Gate, View
+from .plan import StagePlan
+from .rope import frequencies, turn
+
+Cache = tuple[Tensor, Tensor]
+Call = Callable[..., Any]
+
+
+class StageOutput(NamedTuple):
+    """What a stage returns; ``probe_query`` and ``logits`` only where the contract has them."""
+
+    rows: Tensor  # (B, Q, D)
+    probe_query: Tensor | None  # (B, H, d), last row of the last layer
+    logits: Tensor | None  # (B, V) float32, last row
+    caches: list[Cache]
+
+
+def direct(piece: nn.Module, *args: Tensor | None) -> Any:
+    """The eager ``call``."""
+    return piece(*args)
+
+
+class Linear(nn.Module):
+    """A projection whose lowering is the ops' choice. x: (M, K) -> (M, N)."""
+
+    def __init__(self, ops: Eager, inputs: int, outputs: int, bias: bool):
+        super().__init__()
+        self.ops = ops
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (M, K) -> (M, N)."""
+        return self.ops.linear(x, self.weight, self.bias)
+
+
+class Norm(nn.Module):
+    """RMS norm. x: (M, D) -> (M, D)."""
+
+    def __init__(self, ops: Eager, width: int, eps: float):
+        super().__init__()
+        self.ops, self.eps = ops, eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (M, D) -> (M, D)."""
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the stage's cache."""
+
+    def __init__(self, text: TextConfig, ops: Eager):
+        super().__init__()
+        self.text, self.ops = text, ops
+        width, kv_width = text.heads * text.head_dim, text.kv_heads * text.head_dim
+        self.q_proj = Linear(ops, text.hidden, width, text.attention_bias)
+        self.k_proj = Linear(ops, text.hidden, kv_width, text.attention_bias)
+        self.v_proj = Linear(ops, text.hidden, kv_width, text.attention_bias)
+        self.o_proj = Linear(ops, width, text.hidden, text.output_bias)
+
+    def forward(self, x, shape, cos, sin, cache: Cache, view: View, gate: Gate | None):
+        """x: (B*Q, D), shape: (B, Q). Returns the update (B*Q, D), rotated queries, caches."""
+        batch, rows = shape
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.reshape(batch, rows, -1, self.text.head_dim).transpose(1, 2)
+
+        q = self.ops.rotate(heads(self.q_proj(x)), cos, sin)
+        k = self.ops.rotate(heads(self.k_proj(x)), cos, sin)
+        v = heads(self.v_proj(x))
+        out, keys, values = self.ops.cached_attention(q, k, v, cache, view, gate)
+        out = out.transpose(1, 2).reshape(batch * rows, -1)
+        return self.o_proj(out), q, keys, values
+
+
+class MLP(nn.Module):
+    """SwiGLU. x: (M, D) -> (M, D)."""
+
+    def __init__(self, text: TextConfig, ops: Eager):
+        super().__init__()
+        self.gate_proj = Linear(ops, text.hidden, text.intermediate, text.mlp_bias)
+        self.up_proj = Linear(ops, text.hidden, text.intermediate, text.mlp_bias)
+        self.down_proj = Linear(ops, text.intermediate, text.hidden, text.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (M, D) -> (M, D)."""
+        gate = self.gate_proj(x)
+        return self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP with residuals, as in Llama.
+
+    ``mode`` and ``norm`` (``plan.Mode``, ``plan.Norm``) say how text sees vision here.
+    """
+
+    def __init__(self, text: TextConfig, ops: Eager, mode: str = "dense", norm: str = "gated"):
+        super().__init__()
+        self.kind = (mode, norm)
+        self.self_attn = Attention(text, ops)
+        self.mlp = MLP(text, ops)
+        self.input_layernorm = Norm(ops, text.hidden, text.rms_eps)
+        self.post_attention_layernorm = Norm(ops, text.hidden, text.rms_eps)
+
+    def forward(
+        self,
+        rows: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        write_index: Tensor,
+        visible: Tensor,
+        window: Tensor | None,
+        value_gate: Tensor | None,
+        sink_gate: Tensor | None,
+        key: Tensor,
+        value: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """rows: (B, Q, D). Returns the rows, the rotated queries (B, H, Q, d), and the caches."""
+        mode, norm = self.kind
+        gate = None
+        if value_gate is not None:
+            gate = Gate(value_gate, sink_gate if mode == "sink" else None, norm == "renorm")
+        batch, count, width = rows.shape
+        x = rows.reshape(batch * count, width)
+        update, query, key, value = self.self_attn(
+            self.input_layernorm(x),
+            (batch, count),
+            cos,
+            sin,
+            (key, value),
+            View(write_index, visible, window),
+            gate,
+        )
+        x = x + update
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x.reshape(batch, count, width), query, key, value
+
+
+class Head(nn.Module):
+    """What every layer of a stage shares: rotary turns, visibility, the gates one by one."""
+
+    kind = ()
+
+    def __init__(self, text: TextConfig, ops: Eager):
+        super().__init__()
+        self.ops = ops
+        inverse, self.scaling = frequencies(text)
+        self.register_buffer("inverse_frequencies", inverse, persistent=False)
+
+    def forward(self, rows, positions, order, slot_order, write_index, gates) -> tuple[Tensor, ...]:
+        """Returns cos, sin (B, Q, d/2), visible, window (portable), value and sink gates (B, S)."""
+        cos, sin = turn(self.inverse_frequencies, self.scaling, positions, rows.dtype)
+        view = self.ops.view(order, slot_order, write_index)
+        window = () if view.window is None else (view.window,)
+        split = () if gates is None else gates.flatten(0, 1).unbind(0)
+        return (cos, sin, view.visible, *window, *split)
+
+
+class Probe(nn.Module):
+    """The query of the last row, which scores the visual tokens at the stage's end."""
+
+    kind = ()
+
+    def forward(self, query: Tensor) -> Tensor:
+        """(B, H, Q, d) -> (B, H, d)."""
+        return query[:, :, -1]
+
+
+class Logits(nn.Module):
+    """Final norm and head, of the last row only."""
+
+    kind = ()
+
+    def __init__(self, norm: Norm, head: Linear):
+        super().__init__()
+        self.norm, self.head = norm, head
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(B, Q, D) -> (B, V) float32."""
+        return self.head(self.norm(rows[:, -1])).float()
+
+
+class _Body(nn.Module):
+    """Holds layers under their absolute index, so that parameter names match the checkpoint."""
+
+    def __init__(self, text: TextConfig, ops: Eager, layers: dict[int, tuple], last: bool):
+        super().__init__()
+        self.layers = nn.ModuleDict(
+            {str(index): DecoderLayer(text, ops, *kind) for index, kind in layers.items()}
+        )
+        if last:
+            self.norm = Norm(ops, text.hidden, text.rms_eps)
+
+
+class DecoderStage(nn.Module):
+    """Stage ``index`` of ``plan`` over a Llama-shaped decoder."""
+
+    def __init__(self, text: TextConfig, plan: StagePlan, index: int, ops: Eager):
+        super().__init__()
+        self.stage = plan.stages[index]
+        self.portable = ops.portable
+        last = index == len(plan.stages) - 1
+        start = self.stage.layers[0]
+        kinds = {start + i: (mode, self.stage.norm) for i, mode in enumerate(self.stage.modes)}
+        self.model = _Body(text, ops, kinds, last)
+        self.head = Head(text, ops)
+        self.probe = Probe() if probed(plan, index) else None
+        if last:
+            self.lm_head = Linear(ops, text.hidden, text.vocab, bias=False)
+
+    def compose(
+        self,
+        call: Call,
+        rows: Any,
+        positions: Any,
+        order: Any,
+        slot_order: Any,
+        write_index: Any,
+        gates: Any,
+        caches: Sequence[tuple[Any, Any]],
+    ) -> StageOutput:
+        """The stage as calls of its pieces; shapes and meanings: ``contract.stage_spec``."""
+        shared = list(call(self.head, rows, positions, order, slot_order, write_index, gates))
+        cos, sin, visible = shared[:3]
+        window = shared[3] if self.portable else None
+        gate = iter(shared[4 if self.portable else 3 :])
+        grown, query = [], None
+        for layer, (key, value) in zip(self.model.layers.values(), caches, strict=True):
+            gated = (None, None) if layer.kind[0] == "dense" else (next(gate), next(gate))
+            rows, query, key, value = call(
+                layer, rows, cos, sin, write_index, visible, window, *gated, key, value
+            )
+            grown.append((key, value))
+        probe_query = call(self.probe, query) if self.probe is not None else None
+        logits = None
+        if hasattr(self, "lm_head"):
+            logits = call(Logits(self.model.norm, self.lm_head), rows)
+        return StageOutput(rows, probe_query, logits, grown)
+
+    def forward(self, *inputs: Any) -> StageOutput:
+        """Run eagerly; inputs as in ``compose``."""
+        return self.compose(direct, *inputs)

@@ -1,0 +1,58 @@
+"""Every error that visistage raises on purpose.
+
+    VisistageError                 anything the user can mend; the CLI prints it and exits with 2
+    ├── ModelError                 a checkpoint that is unknown, incomplete, corrupt or unsupported
+    ├── PlanError                  a stage plan that contradicts itself or the model
+    ├── TargetError                a target, precision or option that cannot be honoured here
+    ├── BundleError                a bundle with a missing, changed or foreign file
+    ├── ImageError                 a picture that cannot be read, or is too large to decode
+    ├── PromptError                a prompt, template or sampling option that cannot be used
+    ├── CapacityError              not enough slots, memory or disk for what was asked
+    ├── DataError                  a file of samples (JSONL) that cannot be read
+    └── MissingDependencyError     an optional library is absent; the message says how to install it
+
+A message has three parts: what was found, what was expected, what to type next. Bugs stay
+``AssertionError``, ``TypeError`` and friends: they show a traceback.
+"""
+
+
+class VisistageError(Exception):
+    """Base of all deliberate errors; ``exit_code`` is what the command line returns."""
+
+    exit_code = 2
+
+
+class ModelError(VisistageError):
+    """A checkpoint is unknown, incomplete, corrupt or of an unsupported architecture."""
+
+
+class PlanError(VisistageError):
+    """A stage plan contradicts itself, or does not fit the model."""
+
+
+class TargetError(VisistageError):
+    """A target, precision or option cannot be honoured on this machine or by this version."""
+
+
+class BundleError(VisistageError):
+    """A bundle has a missing, changed or foreign file."""
+
+
+class ImageError(VisistageError):
+    """A picture cannot be read, or would be too large once decoded."""
+
+
+class PromptError(VisistageError):
+    """A prompt, a chat template or a sampling option cannot be used."""
+
+
+class CapacityError(VisistageError):
+    """Slots, memory or disk do not suffice for what was asked."""
+
+
+class DataError(VisistageError):
+    """A file of samples cannot be read."""
+
+
+class MissingDependencyError(VisistageError):
+    """An optional library is not installed."""

@@ -1,0 +1,251 @@
+"""The operators that stages are written in, once per lowering.
+
+``Eager`` is plain torch and the reference of every test. ``Llm`` emits ONNX opset-24 operators that
+ONNX Runtime >= 1.25 and TensorRT >= 10.15 fuse; ``Portable`` emits basic operators up to opset 20
+for older runtimes and leaves writing the cache to its caller. Stage modules know none of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SOFTMAX_FLOOR = torch.finfo(torch.float32).min
+"""Score of an invisible key. Not -inf: a row that sees nothing must stay finite."""
+
+
+class View(NamedTuple):
+    """What one call may see and where it writes; made once per call by ``ops.view``.
+
+    write_index: (B,) int64. visible: (B, 1, Q, S) bool, in the portable lowering (B, 1, Q, S+Q):
+    the old slots, then the new rows. window: (B, Q) slots of the new rows, portable only.
+    """
+
+    write_index: Tensor
+    visible: Tensor
+    window: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Per-slot gates of a text-blind layer (docs/design.md, "Text-blind layers").
+
+    value: (B, S); sink: (B, S) or None where the layer has no sink. With ``renorm`` the value gate
+    masks before the softmax instead of scaling after it.
+    """
+
+    value: Tensor
+    sink: Tensor | None
+    renorm: bool
+
+    def values(self, value: Tensor, first_visual: Tensor | None) -> Tensor:
+        """Value * V + sink * V[first visual slot], with V: (B, G, S, d)."""
+        gated = value * self.value[:, None, :, None].to(value.dtype)
+        if first_visual is None or self.sink is None:
+            return gated
+        return gated + self.sink[:, None, :, None].to(value.dtype) * first_visual
+
+    def first_visual(self, value: Tensor) -> Tensor | None:
+        """(B, G, 1, d): the value in the first slot whose sink gate is open."""
+        if self.sink is None:
+            return None
+        index = torch.argmax(self.sink.float(), dim=-1)[:, None, None, None]
+        return torch.gather(value, 2, index.expand(-1, value.shape[1], 1, value.shape[3]))
+
+
+class Eager:
+    """Plain torch. Caches are written in place, scores are explicit, softmax is FP32."""
+
+    portable = False
+
+    def view(self, order: Tensor, slot_order: Tensor, write_index: Tensor) -> View:
+        """A key is seen when its order is not above the query's.
+
+        order: (B, Q) int32; slot_order: (B, S) int32, as it is after this append.
+        """
+        return View(write_index, _sees(order, slot_order))
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x: (M, K), weight: (N, K) -> (M, N)."""
+        return F.linear(x, weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Statistics in FP32, as Llama's own norm computes them."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * wide.to(x.dtype)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Half-split rotary embedding. x: (B, H, Q, d); cos, sin: (B, Q, d/2)."""
+        half = x.shape[-1] // 2
+        left, right = x[..., :half], x[..., half:]
+        cos, sin = cos[:, None], sin[:, None]
+        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+        """Grouped attention. q: (B, H, Q, d); k, v: (B, G, S, d); visible: (B, 1, Q, S)."""
+        scores = _grouped(q, k) @ k.transpose(-1, -2)  # (B, G, H/G*Q, S)
+        probs = _softmax(scores, visible, q.shape, k.shape[1]).to(q.dtype)
+        return _ungrouped(probs @ v, q)
+
+    def scatter(self, cache: Tensor, rows: Tensor, write_index: Tensor) -> Tensor:
+        """Write rows (B, G, Q, d) into the cache (B, G, S, d); one index serves the batch."""
+        start = int(write_index[0])
+        cache[:, :, start : start + rows.shape[2]] = rows
+        return cache
+
+    def cached_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: tuple[Tensor, Tensor],
+        view: View,
+        gate: Gate | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Append k, v: (B, G, Q, d) to the cache and attend to all of it.
+
+        Returns the attention output (B, H, Q, d) and the two caches after the append.
+        """
+        keys = self.scatter(cache[0], k, view.write_index)
+        values = self.scatter(cache[1], v, view.write_index)
+        visible, seen = view.visible, values
+        if gate is not None and gate.renorm:
+            visible = visible & (gate.value > 0)[:, None, None, :]
+        elif gate is not None:
+            seen = gate.values(values, gate.first_visual(values))
+        return self.attend(q, keys, seen, visible), keys, values
+
+
+class Llm(Eager):
+    """ONNX operators of opset 23 and 24: fused attention over an aliased cache."""
+
+    opset = 24
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``Gemm(transB=1)`` reads the checkpoint's own [N, K] layout without a copy."""
+        inputs = [x, weight] if bias is None else [x, weight, bias]
+        shape = (x.shape[0], weight.shape[0])
+        return _symbolic("Gemm", inputs, {"transB": 1}, x.dtype, shape, self.opset)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """``RMSNormalization`` with FP32 statistics (stash_type 1)."""
+        attributes = {"axis": -1, "epsilon": eps, "stash_type": 1}
+        return _symbolic("RMSNormalization", [x, weight], attributes, x.dtype, x.shape, self.opset)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``RotaryEmbedding`` over cosines already gathered for these positions."""
+        return _symbolic("RotaryEmbedding", [x, cos, sin], {}, x.dtype, x.shape, self.opset)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+        """``Attention`` with a boolean mask and nothing else: every engine agrees on that form."""
+        inputs = [q, k, v] if visible is None else [q, k, v, visible]
+        return _symbolic("Attention", inputs, {}, q.dtype, q.shape, self.opset)
+
+    def scatter(self, cache: Tensor, rows: Tensor, write_index: Tensor) -> Tensor:
+        """``TensorScatter``: in place where input and output share a buffer."""
+        inputs = [cache, rows, write_index]
+        return _symbolic(
+            "TensorScatter", inputs, {"axis": -2}, cache.dtype, cache.shape, self.opset
+        )
+
+
+class Portable(Eager):
+    """Basic operators only. The cache is read, never written: new rows are handed back."""
+
+    portable = True
+    opset = 20
+
+    linear = Llm.linear
+
+    def view(self, order: Tensor, slot_order: Tensor, write_index: Tensor) -> View:
+        """Old slots and new rows apart.
+
+        Slots about to be overwritten still hold stale rows and are hidden; what ``slot_order``
+        says about them belongs to the new rows.
+        """
+        new, slots = order.shape[1], slot_order.shape[1]
+        start = write_index[:, None]
+        window = start + torch.arange(new, device=order.device)
+        slot = torch.arange(slots, device=order.device)[None]
+        stale = (slot >= start) & (slot < start + new)
+        old = _sees(order, slot_order) & ~stale[:, None, None, :]
+        return View(
+            write_index,
+            torch.cat((old, _sees(order, torch.gather(slot_order, 1, window))), -1),
+            window,
+        )
+
+    def cached_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: tuple[Tensor, Tensor],
+        view: View,
+        gate: Gate | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend to the old slots and the new rows in one softmax, without joining them.
+
+        Returns the output and k, v as they came.
+        """
+        assert view.window is not None
+        keys, values = cache
+        slots = keys.shape[2]
+        visible, seen_old, seen_new = view.visible, values, v
+        if gate is not None:
+            new = Gate(
+                torch.gather(gate.value, 1, view.window),
+                None if gate.sink is None else torch.gather(gate.sink, 1, view.window),
+                gate.renorm,
+            )
+            if gate.renorm:
+                open_ = torch.cat((gate.value, new.value), -1) > 0
+                visible = visible & open_[:, None, None, :]
+            else:
+                # A sink opens only for text, and text comes after the picture: the first visual
+                # value always lies in an old slot.
+                first = gate.first_visual(values)
+                seen_old, seen_new = gate.values(values, first), new.values(v, first)
+
+        grouped = _grouped(q, k)
+        scores = torch.cat((grouped @ keys.transpose(-1, -2), grouped @ k.transpose(-1, -2)), -1)
+        probs = _softmax(scores, visible, q.shape, k.shape[1]).to(q.dtype)
+        out = probs[..., :slots] @ seen_old + probs[..., slots:] @ seen_new
+        return _ungrouped(out, q), k, v
+
+
+def _sees(order: Tensor, key_order: Tensor) -> Tensor:
+    """(B, Q), (B, S) -> (B, 1, Q, S)."""
+    return key_order[:, None, None, :] <= order[:, None, :, None]
+
+
+def _grouped(q: Tensor, k: Tensor) -> Tensor:
+    """(B, H, Q, d) -> (B, G, H/G*Q, d), scaled: queries of one group share its keys."""
+    batch, heads, rows, width = q.shape
+    groups = k.shape[1]
+    return (q * width**-0.5).reshape(batch, groups, (heads // groups) * rows, width)
+
+
+def _ungrouped(out: Tensor, q: Tensor) -> Tensor:
+    batch, heads, rows, width = q.shape
+    return out.reshape(batch, heads, rows, width)
+
+
+def _softmax(scores: Tensor, visible: Tensor | None, q_shape: torch.Size, groups: int) -> Tensor:
+    """FP32 softmax of (B, G, H/G*Q, S) scores under a (B, 1, Q, S) mask."""
+    wide = scores.float()
+    if visible is None:
+        return wide.softmax(-1)
+    batch, heads, rows, _ = q_shape
+    split = wide.reshape(batch, groups, heads // groups, rows, scores.shape[-1])
+    split = torch.where(visible[:, :, None], split, SOFTMAX_FLOOR)
+    return split.softmax(-1).reshape(scores.shape)
+
+
+def _symbolic(op, inputs, attributes, dtype, shape, opset):
+    return torch.onnx.ops.symbolic(op, inputs, attributes, dtype=dtype, shape=shape, version=opset)

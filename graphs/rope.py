@@ -1,0 +1,44 @@
+"""Rotary frequencies of a decoder, as its config states them.
+
+The formulas (default, linear, llama3, yarn, ...) are transformers' own; this module only asks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama import LlamaConfig
+
+from .config import TextConfig
+
+
+def frequencies(text: TextConfig) -> tuple[Tensor, float]:
+    """Inverse frequencies (d/2,) FP32 and the factor that scales cosines and sines."""
+    if text.rope.type == "default":
+        even = torch.arange(0, text.head_dim, 2, dtype=torch.float32, device="cpu")
+        exponents = even / text.head_dim
+        return 1.0 / (text.rope.theta**exponents), 1.0
+    config = LlamaConfig(
+        hidden_size=text.hidden,
+        num_attention_heads=text.heads,
+        head_dim=text.head_dim,
+        max_position_embeddings=text.max_positions,
+        rope_parameters={"rope_theta": text.rope.theta, **dict(text.rope.parameters)},
+    )
+    inverse, scaling = ROPE_INIT_FUNCTIONS[text.rope.type](config, torch.device("cpu"))
+    return inverse.float(), float(scaling)
+
+
+def rotary(text: TextConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, Q, d/2) of positions (B, Q), computed in FP32 and then rounded."""
+    inverse, scaling = frequencies(text)
+    return turn(inverse, scaling, positions, dtype)
+
+
+def turn(
+    inverse: Tensor, scaling: float, positions: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``rotary`` with frequencies already at hand."""
+    angles = positions[:, :, None].float() * inverse
+    return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)

@@ -1,0 +1,307 @@
+"""The chain, seen from the host: which rows go to which stage, in what order, under which gates.
+
+NumPy only, and the same for torch, ONNX Runtime and TensorRT: an ``Executor`` owns weights, caches
+and rows (opaque here: anything that slices like an array), this module owns positions, orders,
+slots and gates. One prefill reads:
+
+    stage 0    text, image, text, ...      one call per kind: a call holds rows of one kind only
+    edge 0     the last row selects K visual rows
+    stage 1    [K visual | all text rows]  one merged call, visibility follows from the orders
+    edge 1     vision leaves
+    stage 2    text rows
+
+Source: docs/design.md sections 2 and 3; gates: methods.md 1.3 and 1.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from .contract import INVISIBLE, PADDING_ORDER
+from .plan import StagePlan
+
+Rows = Any
+"""Hidden states (B, Q, D) in whatever form the executor keeps them."""
+
+
+class StageResult(NamedTuple):
+    """What an executor returns from one call of a stage."""
+
+    rows: Rows
+    probe_query: Any | None
+    logits: Any | None
+
+
+class Kept(NamedTuple):
+    """What a selection leaves: K rows with the positions and orders they always had."""
+
+    rows: Rows
+    positions: np.ndarray
+    order: np.ndarray
+    scores: np.ndarray
+
+
+class Executor(Protocol):
+    """Runs graphs; one per back end."""
+
+    def ensure_slots(self, stage: int, slots: int) -> int:
+        """Make room for at least ``slots`` slots, keeping what is there; returns the new size."""
+
+    def append(
+        self,
+        stage: int,
+        rows: Rows,
+        positions: np.ndarray,
+        order: np.ndarray,
+        slot_order: np.ndarray,
+        write_index: int,
+        gates: np.ndarray | None,
+    ) -> StageResult:
+        """One call of a stage (``contract.stage_spec``)."""
+
+    def select(
+        self,
+        edge: int,
+        probe_query: Any,
+        slot_order: np.ndarray,
+        query_order: np.ndarray,
+        visual_slots: np.ndarray,
+        rows: Rows,
+        positions: np.ndarray,
+        order: np.ndarray,
+    ) -> Kept:
+        """One call of a selection (``contract.select_spec``)."""
+
+    def concatenate(self, parts: Sequence[Rows]) -> Rows:
+        """Join rows along Q."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of one kind: a stretch of text, or the visual rows of one image.
+
+    positions: (B, Q) int32; order: (B, Q) int32, ``INVISIBLE`` where a row is left padding.
+    """
+
+    visual: bool
+    rows: Rows
+    positions: np.ndarray
+    order: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """Q."""
+        return self.order.shape[1]
+
+
+@dataclass
+class StageSlots:
+    """What the slots of one stage's cache hold: (B, S) arrays and the next free slot."""
+
+    order: np.ndarray
+    visual: np.ndarray
+    used: int = 0
+
+    def grow(self, slots: int) -> None:
+        """Add invisible slots up to ``slots``."""
+        extra = slots - self.order.shape[1]
+        if extra > 0:
+            width = ((0, 0), (0, extra))
+            self.order = np.pad(self.order, width, constant_values=INVISIBLE)
+            self.visual = np.pad(self.visual, width)
+
+    def write(self, segment: Segment) -> int:
+        """Note ``segment`` in the next free slots; returns the first of them."""
+        start = self.used
+        stop = start + segment.count
+        self.order[:, start:stop] = segment.order
+        self.visual[:, start:stop] = segment.visual & (segment.order != INVISIBLE)
+        self.used = stop
+        return start
+
+    def rewind(self, used: int) -> None:
+        """Forget every slot from ``used`` on."""
+        self.order[:, used:] = INVISIBLE
+        self.visual[:, used:] = False
+        self.used = used
+
+
+@dataclass
+class Prefilled:
+    """What is known once a prompt has gone through every stage."""
+
+    logits: Any
+    kept: list[Kept] = field(default_factory=list)  # one per select edge
+
+
+class Chain:
+    """Runs prompts and decode steps through the stages of ``plan`` on ``executor``.
+
+    Stage 0 may be advanced alone (prefix, images) and rewound, so that an image is paid once and
+    a question costs its own rows.
+    """
+
+    def __init__(self, plan: StagePlan, executor: Executor, batch: int = 1):
+        self.plan, self.executor, self.batch = plan, executor, batch
+        self.slots = [
+            StageSlots(np.zeros((batch, 0), np.int32), np.zeros((batch, 0), bool))
+            for _ in plan.stages
+        ]
+
+    def reserve(self, stage: int, extra: int) -> None:
+        """Make sure ``extra`` more rows fit into a stage's cache."""
+        slots = self.slots[stage]
+        if slots.used + extra > slots.order.shape[1]:
+            slots.grow(self.executor.ensure_slots(stage, slots.used + extra))
+
+    def append(self, stage: int, segment: Segment, decoding: bool = False) -> StageResult:
+        """Append one segment to one stage."""
+        self.reserve(stage, segment.count)
+        slots = self.slots[stage]
+        write_index = slots.write(segment)
+        order = np.where(segment.order == INVISIBLE, PADDING_ORDER, segment.order)
+        return self.executor.append(
+            stage,
+            segment.rows,
+            segment.positions,
+            order.astype(np.int32),
+            slots.order,
+            write_index,
+            self._gates(stage, segment.visual, decoding),
+        )
+
+    def finish(
+        self,
+        segments: Sequence[Segment],
+        results: Sequence[StageResult],
+        visual_start: Sequence[int],
+    ) -> Prefilled:
+        """Take stage 0's results on to the logits of the last row.
+
+        ``segments`` are those of this prompt that later stages have not seen, ``results`` their
+        stage-0 outputs, ``visual_start`` the first slot of each in stage 0.
+        """
+        done = Prefilled(logits=results[-1].logits)
+        text = _joined(
+            self.executor,
+            [(s, r) for s, r in zip(segments, results, strict=True) if not s.visual],
+            visual=False,
+        )
+        seen = [
+            (s, r, start)
+            for s, r, start in zip(segments, results, visual_start, strict=True)
+            if s.visual
+        ]
+        visual = _joined(self.executor, [(s, r) for s, r, _ in seen], visual=True) if seen else None
+        slots = _slot_numbers([(start, s.count) for s, _, start in seen], self.batch)
+        result = results[-1]
+        for index, edge in enumerate(self.plan.edges):
+            if visual is not None and edge.op == "select":
+                kept = self._select(index, result.probe_query, visual, slots, text.order[:, -1])
+                done.kept.append(kept)
+                visual = Segment(True, kept.rows, kept.positions, kept.order)
+            elif edge.op == "drop":
+                visual = None
+            stage = index + 1
+            start = self.slots[stage].used
+            parts = [text] if visual is None else [visual, text]
+            result = self._append_merged(stage, parts)
+            if visual is not None:
+                count = visual.count
+                slots = _slot_numbers([(start, count)], self.batch)
+                visual = Segment(True, result.rows[:, :count], visual.positions, visual.order)
+                text = Segment(False, result.rows[:, count:], text.positions, text.order)
+            else:
+                text = Segment(False, result.rows, text.positions, text.order)
+        done.logits = result.logits
+        return done
+
+    def prefill(self, segments: Sequence[Segment]) -> Prefilled:
+        """Run a whole prompt; its last segment must be text."""
+        results, starts = [], []
+        for segment in segments:
+            starts.append(self.slots[0].used)
+            results.append(self.append(0, segment))
+        return self.finish(segments, results, starts)
+
+    def decode(self, segment: Segment) -> Any:
+        """One step of text rows through every stage; returns the logits (B, V)."""
+        for stage in range(len(self.plan.stages)):
+            result = self.append(stage, segment, decoding=True)
+            segment = Segment(False, result.rows, segment.positions, segment.order)
+        return result.logits
+
+    def _append_merged(self, stage: int, parts: Sequence[Segment]) -> StageResult:
+        """Several kinds in one call: allowed because only stage 0 has text-blind layers."""
+        self.reserve(stage, sum(part.count for part in parts))
+        slots = self.slots[stage]
+        write_index = slots.used
+        for part in parts:
+            slots.write(part)
+        order = np.concatenate([part.order for part in parts], 1)
+        return self.executor.append(
+            stage,
+            self.executor.concatenate([part.rows for part in parts]),
+            np.concatenate([part.positions for part in parts], 1),
+            np.where(order == INVISIBLE, PADDING_ORDER, order).astype(np.int32),
+            slots.order,
+            write_index,
+            None,
+        )
+
+    def _select(self, edge, probe_query, visual, visual_slots, query_order) -> Kept:
+        return self.executor.select(
+            edge,
+            probe_query,
+            self.slots[edge].order,
+            np.ascontiguousarray(query_order),
+            visual_slots,
+            visual.rows,
+            visual.positions,
+            visual.order,
+        )
+
+    def _gates(self, stage: int, visual_call: bool, decoding: bool) -> np.ndarray | None:
+        """(gated layers, 2, B, S) float32: value gate and sink gate of this call."""
+        facts = self.plan.stages[stage]
+        if not facts.gated_layers:
+            return None
+        visual = self.slots[stage].visual
+        gates = np.zeros((len(facts.gated_layers), 2, *visual.shape), np.float32)
+        gates[:, 0] = 1.0
+        if decoding and self.plan.decode_sees_shallow_vision:
+            return gates
+        for index, layer in enumerate(facts.gated_layers):
+            mode = facts.modes[layer - facts.layers[0]]
+            value, sink = gates[index]
+            if visual_call:
+                if mode != "text_blind":
+                    value[visual] = 0.0
+            elif mode == "sink_half":
+                first_half = np.cumsum(visual, 1) <= visual.sum(1, keepdims=True) // 2
+                value[visual & first_half] = 0.0
+            else:
+                value[visual] = 0.0
+                if mode == "sink":
+                    sink[visual] = 1.0
+        return gates
+
+
+def _joined(executor: Executor, parts, visual: bool) -> Segment:
+    """One segment from several of the same kind, carrying their stage-0 outputs."""
+    return Segment(
+        visual,
+        executor.concatenate([result.rows for _, result in parts]),
+        np.concatenate([segment.positions for segment, _ in parts], 1),
+        np.concatenate([segment.order for segment, _ in parts], 1),
+    )
+
+
+def _slot_numbers(runs: Sequence[tuple[int, int]], batch: int) -> np.ndarray:
+    """(B, N) int64 slot of every row, from (start, count) runs shared by the batch."""
+    numbers = np.concatenate([np.arange(start, start + count) for start, count in runs] or [[]])
+    return np.broadcast_to(numbers.astype(np.int64), (batch, len(numbers)))

@@ -1,0 +1,88 @@
+"""Which visual tokens survive an edge: score them by the last prompt row, keep the best K.
+
+No contribution tensor is formed. With ``a`` the softmax row of the last prompt row and ``o`` its
+attention output, per token j (methods.md 1.5, checked against brute force in the tests):
+
+    L2_j  = sqrt( sum_h a_hj^2 |v_hj|^2 )
+    cos_j = (O - s_j) / sqrt( O (O - 2 s_j + L2_j^2) ),   s_j = sum_h a_hj <v_hj, o_h>,  O = |o|^2
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .ops import SOFTMAX_FLOOR
+from .plan import Edge
+
+UNSEEN = -1.0
+"""Score of a padding row: below every real score, so that it is chosen last."""
+
+
+def last_row_attention(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
+    """Softmax row of one query. query: (B, H, d); key: (B, G, S, d); visible: (B, S).
+
+    Returns (B, G, H/G, S) in FP32, the heads sorted by the group whose keys they share.
+    """
+    batch, heads, width = query.shape
+    groups = key.shape[1]
+    grouped = query.float().reshape(batch, groups, heads // groups, width) * width**-0.5
+    scores = grouped @ key.float().transpose(-1, -2)
+    return torch.where(visible[:, None, None], scores, SOFTMAX_FLOOR).softmax(-1)
+
+
+def value_norm(attention: Tensor, value: Tensor) -> Tensor:
+    """L2 norm (B, S) of each slot's contribution. attention: (B, G, r, S); value: (B, G, S, d)."""
+    squared = value.float().pow(2).sum(-1)  # (B, G, S)
+    return (attention.pow(2).sum(2) * squared).sum(1).sqrt()
+
+
+def cosine_without(attention: Tensor, value: Tensor) -> Tensor:
+    """Cosine (B, S) between the last row's output with and without each slot."""
+    wide = value.float()
+    out = attention @ wide  # (B, G, r, d)
+    total = out.pow(2).sum((1, 2, 3))[:, None]
+    along = (attention * (out @ wide.transpose(-1, -2))).sum((1, 2))
+    squared = value_norm(attention, value).pow(2)
+    return (total - along) / (total * (total - 2 * along + squared)).clamp_min(1e-12).sqrt()
+
+
+class Selector(nn.Module):
+    """The graph at a ``select`` edge; contract: ``contract.select_spec``. Runs in FP32."""
+
+    def __init__(self, edge: Edge):
+        super().__init__()
+        self.kind = (edge.score, edge.keep)
+        self.score, self.keep = self.kind
+
+    def forward(
+        self,
+        probe_query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slot_order: Tensor,
+        query_order: Tensor,
+        visual_slots: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        order: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Kept rows (B, K, D), their positions and order (B, K), and all scores (B, N)."""
+        visible = slot_order <= query_order[:, None]
+        attention = last_row_attention(probe_query, key, visible)
+        if self.score == "value_norm":
+            by_slot = value_norm(attention, value)
+        else:
+            by_slot = attention.mean((1, 2))
+        scores = torch.gather(by_slot, 1, visual_slots)
+        # Padding rows share the order of an empty slot, which no query sees.
+        scores = torch.where(order <= query_order[:, None], scores, UNSEEN)
+        best = torch.topk(scores, self.keep, dim=1).indices
+        kept = torch.topk(best, self.keep, dim=1, largest=False).values  # ascending: keep the order
+        index = kept[:, :, None].expand(-1, -1, rows.shape[2])
+        return (
+            torch.gather(rows, 1, index),
+            torch.gather(positions, 1, kept),
+            torch.gather(order, 1, kept),
+            scores,
+        )

@@ -1,0 +1,183 @@
+"""Pixels to visual rows: the CLIP or SigLIP tower, the chosen hidden states, the projector.
+
+Only the layers up to the deepest chosen hidden state are built. Parameter names are the
+checkpoint's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import ModelConfig, VisionConfig
+from .decoder import Call, Linear, direct
+from .ops import Eager
+
+
+def activate(name: str, x: Tensor) -> Tensor:
+    """The activations that published towers and projectors use."""
+    if name == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    if name == "gelu":
+        return F.gelu(x)
+    if name in ("gelu_pytorch_tanh", "gelu_new"):
+        return F.gelu(x, approximate="tanh")
+    return x.relu() if name == "relu" else x * torch.sigmoid(x)  # silu
+
+
+class TowerAttention(nn.Module):
+    """Bidirectional attention without a mask. x: (B*T, D)."""
+
+    def __init__(self, vision: VisionConfig, ops: Eager):
+        super().__init__()
+        self.heads, self.ops = vision.heads, ops
+        width = vision.hidden
+        self.q_proj = Linear(ops, width, width, bias=True)
+        self.k_proj = Linear(ops, width, width, bias=True)
+        self.v_proj = Linear(ops, width, width, bias=True)
+        self.out_proj = Linear(ops, width, width, bias=True)
+
+    def forward(self, x: Tensor, batch: int, tokens: int) -> Tensor:
+        def heads(projected: Tensor) -> Tensor:
+            return projected.reshape(batch, tokens, self.heads, -1).transpose(1, 2)
+
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        out = self.ops.attend(q, k, v, None)
+        return self.out_proj(out.transpose(1, 2).reshape(batch * tokens, -1))
+
+
+class TowerMLP(nn.Module):
+    """Two projections around the tower's activation."""
+
+    def __init__(self, vision: VisionConfig, ops: Eager):
+        super().__init__()
+        self.activation = vision.activation
+        self.fc1 = Linear(ops, vision.hidden, vision.intermediate, bias=True)
+        self.fc2 = Linear(ops, vision.intermediate, vision.hidden, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(activate(self.activation, self.fc1(x)))
+
+
+class TowerLayer(nn.Module):
+    """Pre-norm transformer layer of a vision tower."""
+
+    kind = ()
+
+    def __init__(self, vision: VisionConfig, ops: Eager):
+        super().__init__()
+        self.self_attn = TowerAttention(vision, ops)
+        self.layer_norm1 = nn.LayerNorm(vision.hidden, eps=vision.eps)
+        self.mlp = TowerMLP(vision, ops)
+        self.layer_norm2 = nn.LayerNorm(vision.hidden, eps=vision.eps)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        batch, tokens, width = states.shape
+        x = states.reshape(batch * tokens, width)
+        x = x + self.self_attn(self.layer_norm1(x), batch, tokens)
+        x = x + self.mlp(self.layer_norm2(x))
+        return x.reshape(batch, tokens, width)
+
+
+class Embeddings(nn.Module):
+    """Patches, the class token where the tower has one (CLIP), and learned positions."""
+
+    def __init__(self, vision: VisionConfig):
+        super().__init__()
+        clip = vision.kind == "clip"
+        self.patch_embedding = nn.Conv2d(
+            vision.channels, vision.hidden, vision.patch_size, vision.patch_size, bias=not clip
+        )
+        self.class_embedding = nn.Parameter(torch.empty(vision.hidden)) if clip else None
+        self.position_embedding = nn.Embedding(vision.tokens, vision.hidden)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels: (B, C, H, W) -> (B, T, D)."""
+        weight = self.position_embedding.weight
+        patches = self.patch_embedding(pixels.to(weight.dtype)).flatten(2).transpose(1, 2)
+        if self.class_embedding is not None:
+            first = self.class_embedding.expand(pixels.shape[0], 1, -1)
+            patches = torch.cat((first, patches), dim=1)
+        return patches + weight
+
+
+class Stem(nn.Module):
+    """Hidden state 0: the embeddings, normalised where the tower says so (CLIP)."""
+
+    kind = ()
+
+    def __init__(self, embeddings: Embeddings, norm: nn.LayerNorm | None):
+        super().__init__()
+        self.embeddings, self.norm = embeddings, norm
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels: (B, C, H, W) float32 -> (B, T, D)."""
+        states = self.embeddings(pixels)
+        return states if self.norm is None else self.norm(states)
+
+
+class _Encoder(nn.Module):
+    def __init__(self, vision: VisionConfig, ops: Eager, depth: int):
+        super().__init__()
+        self.layers = nn.ModuleList(TowerLayer(vision, ops) for _ in range(depth))
+
+
+class Tower(nn.Module):
+    """Holds a tower's pieces under the checkpoint's names; ``Vision`` runs them."""
+
+    def __init__(self, vision: VisionConfig, ops: Eager, depth: int):
+        super().__init__()
+        self.embeddings = Embeddings(vision)
+        if vision.kind == "clip":
+            self.pre_layrnorm = nn.LayerNorm(vision.hidden, eps=vision.eps)  # sic, in checkpoints
+        self.encoder = _Encoder(vision, ops, depth)
+
+
+class Projector(nn.Module):
+    """The chosen hidden states, side by side, through two projections to the decoder's width."""
+
+    kind = ()
+
+    def __init__(self, config: ModelConfig, ops: Eager):
+        super().__init__()
+        self.activation = config.projector_activation
+        self.skip = 1 if config.select == "default" else 0  # CLIP: its class token
+        width = config.vision.hidden * len(config.feature_layers)
+        self.linear_1 = Linear(ops, width, config.text.hidden, config.projector_bias)
+        self.linear_2 = Linear(ops, config.text.hidden, config.text.hidden, config.projector_bias)
+
+    def forward(self, *states: Tensor) -> Tensor:
+        """Each (B, T, D) -> visual rows (B, N, D')."""
+        chosen = [state[:, self.skip :] for state in states]
+        features = torch.cat(chosen, dim=-1) if len(chosen) > 1 else chosen[0]
+        batch, tokens, width = features.shape
+        x = self.linear_1(features.reshape(batch * tokens, width))
+        return self.linear_2(activate(self.activation, x)).reshape(batch, tokens, -1)
+
+
+class Vision(nn.Module):
+    """The ``vision`` graph: ``contract.vision_spec``."""
+
+    def __init__(self, config: ModelConfig, ops: Eager):
+        super().__init__()
+        states = config.vision.layers + 1
+        self.chosen = [index % states for index in config.feature_layers]
+        self.vision_tower = Tower(config.vision, ops, max(self.chosen))
+        self.multi_modal_projector = Projector(config, ops)
+
+    def compose(self, call: Call, pixels: Any) -> Any:
+        """Calls of its pieces, as in ``decoder.DecoderStage.compose``."""
+        tower = self.vision_tower
+        stem = Stem(tower.embeddings, getattr(tower, "pre_layrnorm", None))
+        hidden = [call(stem, pixels)]
+        for layer in tower.encoder.layers:
+            hidden.append(call(layer, hidden[-1]))
+        return call(self.multi_modal_projector, *(hidden[index] for index in self.chosen))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels: (B, C, H, W) float32 -> visual rows (B, N, D)."""
+        return self.compose(direct, pixels)

@@ -1,0 +1,37 @@
+"""A staged bundle answers questions about pictures; imports neither torch, onnx nor transformers.
+
+    from visistage import runtime
+    runtime.infer("photo.jpg", "What is this?")             # VISISTAGE_BUNDLE, or ./engines
+    with runtime.load("engines/llava-7b") as session:
+        image = session.open("photo.jpg")                   # paid once
+        answer = session.infer(image, "How many people?")
+
+These four names are the public API. Each is looked up on first use: importing this package loads
+neither ONNX Runtime nor anything else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .answer import Answer
+    from .session import Session, load
+    from .shared import infer
+
+__all__ = ["Answer", "Session", "infer", "load"]
+
+_HOMES = {"Answer": "answer", "Session": "session", "infer": "shared", "load": "session"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

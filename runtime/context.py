@@ -1,0 +1,191 @@
+"""What has been paid for already: the prefix once, each picture once, a question its own rows.
+
+Stage 0 may be rewound to any point of what it holds, because rows see only rows before them. So a
+new question on the same picture starts after the picture; another picture that was seen before is
+copied back instead of computed (docs/design.md section 2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..graphs.bundle import Bundle
+from ..graphs.rows import Chain, Prefilled, Rows, Segment, StageResult
+from .cache import ByteCache
+from .ort import OrtExecutor
+from .tensors import Embedding, map_tensor
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in a prompt: the key of its pixels, and how to get its visual rows (1, N, D)."""
+
+    key: str
+    rows: Callable[[], Rows]
+
+
+Part = Sequence[int] | Picture
+"""One stretch of a prompt: token ids, or a picture."""
+
+
+@dataclass(frozen=True)
+class Paid:
+    """Stage 0 up to and including a picture: its segments, results and slots."""
+
+    segments: tuple[Segment, ...]
+    results: tuple[StageResult, ...]
+    starts: tuple[int, ...]
+    begin: int
+    end: int
+    caches: dict[str, np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes this takes in the cache."""
+        rows = sum(result.rows.nbytes for result in self.results)
+        return rows + sum(cache.nbytes for cache in self.caches.values())
+
+
+class Context:
+    """Prompts through the chain, without paying twice."""
+
+    def __init__(self, bundle: Bundle, executor: OrtExecutor, cache_bytes: int):
+        self.executor = executor
+        self.visual_tokens = bundle.manifest.config.visual_tokens
+        self.embed = Embedding(bundle, executor.dtype)
+        self.chain = Chain(bundle.manifest.plan, executor)
+        self.paid: ByteCache[Paid] = ByteCache(cache_bytes)
+        self.live: str | None = None  # key of the picture chain that stage 0 holds now
+        self.length = 0  # rows of the prompt and the answer so far, pruned ones counted
+        self.prefix = bundle.manifest.prefix
+        self.held = 0  # rows of the prefix that stand in the first slots of every stage
+        self.saved = self._map_prefix(bundle) if self.prefix else []
+
+    def rows_of(self, parts: Sequence[Part]) -> int:
+        """Rows a prompt takes before pruning."""
+        return sum(self.visual_tokens if isinstance(p, Picture) else len(p) for p in parts)
+
+    def advance(self, parts: Sequence[Part]) -> tuple[list, list, list]:
+        """Bring stage 0 to the end of the last picture of ``parts``, paying only what is new."""
+        begin, parts = self._after_prefix(parts)
+        self._hold_prefix(begin)
+        last = max((i for i, part in enumerate(parts) if isinstance(part, Picture)), default=-1)
+        keys = _chain_keys(begin, parts[: last + 1])
+        done, paid = self._resume(begin, keys)
+        segments, results, starts = list(paid[0]), list(paid[1]), list(paid[2])
+        for index in range(done, last + 1):
+            self._append(parts[index], segments, results, starts)
+            if isinstance(parts[index], Picture):
+                self._keep(keys[index], begin, segments, results, starts)
+        return segments, results, starts
+
+    def prefill(self, parts: Sequence[Part]) -> Prefilled:
+        """Run a whole prompt; its last part is text. Returns the logits of its last row."""
+        segments, results, starts = self.advance(parts)
+        begin, rest = self._after_prefix(parts)
+        pictures = [i for i, part in enumerate(rest) if isinstance(part, Picture)]
+        for part in rest[pictures[-1] + 1 :] if pictures else rest:
+            self._append(part, segments, results, starts)
+        for slots in self.chain.slots[1:]:
+            slots.rewind(begin)
+        self.length = self.rows_of(parts)
+        return self.chain.finish(segments, results, starts)
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append one token; returns the logits (V,) of the next."""
+        at = np.full((1, 1), self.length, np.int32)
+        self.length += 1
+        return self.chain.decode(Segment(False, self.embed([token]), at, at))[0]
+
+    def _map_prefix(self, bundle: Bundle) -> list[dict[str, np.ndarray]]:
+        """The shipped keys and values, by stage; mapped, not read."""
+        assert self.prefix is not None
+        keys = map_tensor(bundle, self.prefix.keys)
+        values = map_tensor(bundle, self.prefix.values)
+        saved = []
+        for stage in self.chain.plan.stages:
+            layers = range(*stage.layers)
+            pairs = {f"key.{layer}": keys[layer][None] for layer in layers}
+            saved.append(pairs | {f"value.{layer}": values[layer][None] for layer in layers})
+        return saved
+
+    def _hold_prefix(self, begin: int) -> None:
+        """Make the first ``begin`` slots of every stage hold the prefix, and nothing else there."""
+        if begin == self.held:
+            return
+        self.live = None
+        order = np.arange(begin, dtype=np.int32)[None]
+        for index, slots in enumerate(self.chain.slots):
+            slots.rewind(0)
+            if begin:
+                self.chain.reserve(index, begin)
+                slots.write(Segment(False, None, order, order))
+                self.executor.restore(index, 0, self.saved[index])
+        self.held = begin
+
+    def _after_prefix(self, parts: Sequence[Part]) -> tuple[int, list[Part]]:
+        """Where this prompt starts in the slots, and what of it is not prefix."""
+        head = parts[0]
+        if self.prefix is None or isinstance(head, Picture):
+            return 0, list(parts)
+        ids = self.prefix.ids
+        if tuple(head[: len(ids)]) != ids:
+            return 0, list(parts)
+        rest = head[len(ids) :]
+        return len(ids), [*([rest] if len(rest) else []), *parts[1:]]
+
+    def _resume(self, begin: int, keys: list[str]) -> tuple[int, tuple]:
+        """Rewind stage 0 to the longest picture chain that is live or kept."""
+        slots = self.chain.slots[0]
+        for index in reversed(range(len(keys))):
+            paid = self.paid.get(keys[index])
+            if paid is None:
+                continue
+            if self.live != keys[index]:
+                slots.rewind(begin)
+                self.chain.reserve(0, paid.end - begin)
+                for segment in paid.segments:
+                    slots.write(segment)
+                self.executor.restore(0, begin, paid.caches)
+                self.live = keys[index]
+            slots.rewind(paid.end)
+            return index + 1, (paid.segments, paid.results, paid.starts)
+        slots.rewind(begin)
+        self.live = None
+        return 0, ((), (), ())
+
+    def _append(self, part: Part, segments: list, results: list, starts: list) -> None:
+        """Append one part to stage 0 and note it."""
+        slots = self.chain.slots[0]
+        rows = part.rows() if isinstance(part, Picture) else self.embed(part)
+        first = int(slots.order[0, : slots.used].max(initial=-1)) + 1
+        order = np.arange(first, first + rows.shape[1], dtype=np.int32)[None]
+        segment = Segment(isinstance(part, Picture), rows, order, order)
+        starts.append(slots.used)
+        segments.append(segment)
+        results.append(self.chain.append(0, segment))
+
+    def _keep(self, key: str, begin: int, segments: list, results: list, starts: list) -> None:
+        """Remember stage 0 as it is now, right after a picture."""
+        end = self.chain.slots[0].used
+        # Stage 0's input rows are not needed again; its slots and its output rows are.
+        bare = tuple(replace(segment, rows=None) for segment in segments)
+        caches = self.executor.snapshot(0, begin, end)
+        paid = Paid(bare, tuple(results), tuple(starts), begin, end, caches)
+        self.paid.put(key, paid, paid.nbytes)
+        self.live = key
+
+
+def _chain_keys(begin: int, parts: Sequence[Part]) -> list[str]:
+    """Key of everything up to each part: ids, pictures and, by their counts, positions."""
+    digest = hashlib.sha256(str(begin).encode())
+    keys = []
+    for part in parts:
+        text = f"image:{part.key}" if isinstance(part, Picture) else f"ids:{list(part)}"
+        digest.update(f"|{text}".encode())
+        keys.append(digest.copy().hexdigest())
+    return keys

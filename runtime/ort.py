@@ -1,0 +1,238 @@
+"""The ONNX Runtime back end: one session per graph, caches written in place through I/O binding.
+
+Every buffer is a NumPy array that an ``OrtValue`` looks into, so a cache is read, rewound and
+snapshot without a copy. The ``llm`` lowering binds each cache as input and output at once; the
+``portable`` lowering hands back new rows, which are written here.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+import psutil
+
+from ..graphs.bundle import Bundle, GraphFact
+from ..graphs.contract import ORT_LLM_SINCE, appended, cache_names
+from ..graphs.errors import BundleError, CapacityError, TargetError
+from ..graphs.rows import Kept, StageResult
+
+BUCKET = 128
+"""Slots are added in multiples of this: growth copies, and attention pays for every slot."""
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class OrtOptions:
+    """How graphs are loaded. ``threads`` None: every core this process may use.
+
+    ``memory_limit``: bytes the weights may take; None: what is available now. Weights are
+    rearranged for speed (one more copy) when that fits, and mapped from disk otherwise.
+    """
+
+    threads: int | None = None
+    memory_limit: int | None = None
+
+
+class OrtExecutor:
+    """``graphs.rows.Executor`` over ONNX Runtime, for one prompt at a time or a batch.
+
+    ``elapsed_ms`` adds up the time of every graph by name until ``reset_elapsed``.
+    """
+
+    def __init__(self, bundle: Bundle, options: OrtOptions, batch: int = 1):
+        manifest = bundle.manifest
+        _check_version(bundle)
+        self.plan, self.text = manifest.plan, manifest.config.text
+        self.portable = manifest.lowering == "portable"
+        self.dtype = np.dtype("float32" if manifest.precision == "fp32" else "float16")
+        self.batch = batch
+        self.prepacked = _prepack(manifest.weight_bytes, options)
+        self.provider = _provider(manifest.target)
+        self.elapsed_ms: dict[str, float] = defaultdict(float)
+        self.sessions = {
+            name: self._load(bundle, fact, options) for name, fact in manifest.graphs.items()
+        }
+        self._specs = [
+            manifest.graphs[f"stage{index}"].spec.outputs for index in range(len(self.plan.stages))
+        ]
+        self.caches: list[dict[str, np.ndarray]] = []
+        self.bindings: list[ort.IOBinding] = []
+        for index, stage in enumerate(self.plan.stages):
+            names = [name for pair in cache_names(stage.layers) for name in pair]
+            self.caches.append({name: self._empty(0) for name in names})
+            self.bindings.append(self.sessions[f"stage{index}"].io_binding())
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels (B, C, H, W) float32 -> visual rows (B, N, D)."""
+        with self._timed("vision"):
+            return self.sessions["vision"].run(["visual_rows"], {"pixels": pixels})[0]
+
+    def ensure_slots(self, stage: int, slots: int) -> int:
+        """Grow a stage's caches to the next bucket, keeping what they hold; zeros elsewhere."""
+        size = -(-slots // BUCKET) * BUCKET
+        for name, old in self.caches[stage].items():
+            if size <= old.shape[2]:
+                return old.shape[2]
+            new = self._empty(size)
+            new[:, :, : old.shape[2]] = old
+            self.caches[stage][name] = new
+        binding = self.bindings[stage]
+        binding.clear_binding_inputs()
+        binding.clear_binding_outputs()
+        for name, cache in self.caches[stage].items():
+            value = ort.OrtValue.ortvalue_from_numpy(cache)
+            binding.bind_ortvalue_input(name, value)
+            if not self.portable:
+                binding.bind_ortvalue_output(appended(name), value)
+        return size
+
+    def append(self, stage, rows, positions, order, slot_order, write_index, gates) -> StageResult:
+        """One call of a stage; contract: ``contract.stage_spec``."""
+        count = rows.shape[1]
+        binding = self.bindings[stage]
+        inputs = {
+            "rows": rows,
+            "positions": positions,
+            "order": order,
+            "slot_order": slot_order,
+            "write_index": np.full((self.batch,), write_index, np.int64),
+        }
+        if gates is not None:
+            inputs["gates"] = gates.astype(self.dtype, copy=False)
+        inputs = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, array)
+        outputs = {}
+        for spec in self._specs[stage]:
+            if spec.name.removesuffix(".out") in self.caches[stage] and not self.portable:
+                continue
+            sizes = {"B": self.batch, "Q": count}
+            shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
+            outputs[spec.name] = out = np.empty(shape, spec.dtype)
+            binding.bind_output(spec.name, "cpu", 0, out.dtype, out.shape, out.ctypes.data)
+        with self._timed(f"stage{stage}"):
+            self.sessions[f"stage{stage}"].run_with_iobinding(binding)
+            if self.portable:
+                for name, cache in self.caches[stage].items():
+                    cache[:, :, write_index : write_index + count] = outputs[appended(name)]
+        return StageResult(outputs["rows.out"], outputs.get("probe_query"), outputs.get("logits"))
+
+    def select(
+        self, edge, probe_query, slot_order, query_order, visual_slots, rows, positions, order
+    ) -> Kept:
+        """One call of a selection over the last layer's cache of stage ``edge``."""
+        key, value = list(self.caches[edge])[-2:]
+        feeds = {
+            "probe_query": probe_query,
+            "key": self.caches[edge][key],
+            "value": self.caches[edge][value],
+            "slot_order": slot_order,
+            "query_order": query_order,
+            "visual_slots": visual_slots,
+            "rows": rows,
+            "positions": positions,
+            "order": order,
+        }
+        feeds = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        with self._timed(f"select{edge}"):
+            return Kept(*self.sessions[f"select{edge}"].run(None, feeds))
+
+    def concatenate(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Join rows along Q."""
+        return parts[0] if len(parts) == 1 else np.concatenate(list(parts), axis=1)
+
+    def snapshot(self, stage: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Copies of a stage's cache slots [start, stop)."""
+        return {name: c[:, :, start:stop].copy() for name, c in self.caches[stage].items()}
+
+    def restore(self, stage: int, start: int, saved: dict[str, np.ndarray]) -> None:
+        """Write a snapshot back; the slots must exist."""
+        for name, rows in saved.items():
+            self.caches[stage][name][:, :, start : start + rows.shape[2]] = rows
+
+    def reset_elapsed(self) -> dict[str, float]:
+        """Milliseconds per graph since the last call."""
+        elapsed, self.elapsed_ms = dict(self.elapsed_ms), defaultdict(float)
+        return elapsed
+
+    def close(self) -> None:
+        """Drop sessions and buffers."""
+        self.bindings.clear()
+        self.sessions.clear()
+        self.caches.clear()
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.elapsed_ms[name] += (time.perf_counter() - start) * 1e3
+
+    def _empty(self, slots: int) -> np.ndarray:
+        """Zeros, not garbage: a NaN in an invisible slot would poison attention (0 x NaN)."""
+        shape = (self.batch, self.text.kv_heads, slots, self.text.head_dim)
+        return np.zeros(shape, self.dtype)
+
+    def _load(self, bundle: Bundle, fact: GraphFact, options: OrtOptions) -> ort.InferenceSession:
+        session = ort.SessionOptions()
+        session.intra_op_num_threads = options.threads or len(os.sched_getaffinity(0))
+        session.log_severity_level = 3
+        # Graphs take turns: threads that go on spinning would steal the next graph's cores.
+        session.add_session_config_entry("session.force_spinning_stop", "1")
+        if not self.prepacked:
+            session.add_session_config_entry("session.disable_prepacking", "1")
+        file = bundle.file(fact.file)
+        try:
+            return ort.InferenceSession(str(file), session, providers=[self.provider])
+        except Exception as error:  # ONNX Runtime's exceptions share no base but this
+            raise BundleError(
+                f"ONNX Runtime {ort.__version__} cannot load {file}: {error}. "
+                "Build the bundle again with this version: make engines MODEL=..."
+            ) from error
+
+
+def version() -> tuple[int, int]:
+    """(major, minor) of the installed ONNX Runtime."""
+    major, minor = ort.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _check_version(bundle: Bundle) -> None:
+    if bundle.manifest.lowering == "llm" and version() < ORT_LLM_SINCE:
+        raise BundleError(
+            f"{bundle.path} needs ONNX Runtime {ORT_LLM_SINCE[0]}.{ORT_LLM_SINCE[1]} or newer, found "
+            f"{ort.__version__}. Upgrade it, or build for this one: make engines TARGET=cpu-portable"
+        )
+
+
+def _provider(target: str) -> str:
+    provider = PROVIDERS.get(target.split("-")[0])
+    if provider is None or provider not in ort.get_available_providers():
+        raise TargetError(
+            f"a bundle for target '{target}' needs {provider or 'a back end'} that this machine's "
+            f"ONNX Runtime lacks (it has {', '.join(ort.get_available_providers())}). "
+            "Build one for this machine: make engines TARGET=cpu"
+        )
+    return provider
+
+
+def _prepack(weight_bytes: int, options: OrtOptions) -> bool:
+    """Whether the weights fit twice (mapped file and rearranged copy).
+
+    Raises:
+        CapacityError: they do not even fit once.
+    """
+    limit = options.memory_limit or psutil.virtual_memory().available
+    if options.memory_limit is not None and weight_bytes > options.memory_limit:
+        raise CapacityError(
+            f"the weights take {weight_bytes / 2**20:.0f} MiB, the memory limit is "
+            f"{options.memory_limit / 2**20:.0f} MiB. Raise --memory-limit"
+        )
+    return 2 * weight_bytes <= limit

@@ -1,0 +1,253 @@
+"""A loaded bundle: pictures and prompts in, answers out, one at a time.
+
+    with runtime.load("engines/demo") as session:
+        image = session.open("photo.jpg")            # paid once
+        answer = session.infer(image, "How many?")
+        for piece in session.stream(image, "Why?"): ...
+
+It knows prompts, pictures and sampling; stages are ``context``'s and the back end's business.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..graphs.bundle import Bundle
+from ..graphs.errors import CapacityError, PromptError, VisistageError
+from .answer import Answer, PlanFacts, Timings
+from .cache import ByteCache
+from .context import Context, Part, Picture
+from .image import Preprocessing, load_image, pixel_key, preprocess
+from .ort import OrtExecutor, OrtOptions
+from .prompt import PromptEncoder
+from .sampling import Sampling, choose, eos_ids
+from .text import TextStream
+
+DEFAULT_CACHE_BYTES = 512 << 20
+DEFAULT_MAX_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class OpenedImage:
+    """A picture that has been decoded and preprocessed; its key says what it shows."""
+
+    key: str
+    pixels: np.ndarray  # (3, H, W) float32
+
+
+Source = Any
+"""A path, bytes, file object, PIL image, uint8 array, or an ``OpenedImage``."""
+
+
+class Session:
+    """See the module. Not for several threads at once; a stream ends when the next one starts."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        memory_limit: int | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ):
+        bundle.check()
+        self.bundle = bundle
+        manifest = bundle.manifest
+        self.preprocessing = Preprocessing.from_dict(manifest.preprocessing)
+        self.encoder = PromptEncoder.from_files(bundle.path, manifest.text_files)
+        self.sampling = Sampling.from_generation_config(manifest.generation)
+        self.eos = frozenset(eos_ids(manifest.generation))
+        self.executor = OrtExecutor(bundle, OrtOptions(threads, memory_limit))
+        self.context = Context(bundle, self.executor, cache_bytes // 2)
+        self.visual_rows: ByteCache[np.ndarray] = ByteCache(cache_bytes // 2)
+        self._turn = 0
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the graphs and caches; the session cannot be used afterwards."""
+        self.executor.close()
+
+    def open(self, image: Source) -> OpenedImage:
+        """Decode a picture and run it through the tower and stage 0, so that questions do not."""
+        opened = self._decode(image)
+        self.context.advance(self._parts("-", [opened]))
+        return opened
+
+    def infer(self, image: Source | Sequence[Source] | None, prompt: str, **options) -> Answer:
+        """Answer ``prompt`` about ``image``; options as in ``stream``."""
+        stream = self.stream(image, prompt, **options)
+        for _ in stream:
+            pass
+        assert stream.answer is not None
+        return stream.answer
+
+    def stream(
+        self,
+        image: Source | Sequence[Source] | None,
+        prompt: str,
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        stop: Sequence[str] = (),
+        sampling: Sampling | None = None,
+    ) -> Stream:
+        """The answer piece by piece; ``stream.answer`` holds the whole once it is over.
+
+        Args:
+            image: one picture, several, or None for a prompt without any.
+            prompt: the question; put through the checkpoint's chat template.
+            max_tokens: the answer's longest length in tokens.
+            stop: strings that end the answer (and are not part of it).
+            sampling: greedy by default, or as the checkpoint's generation config says.
+
+        Raises:
+            PromptError, ImageError: the input cannot be used.
+            CapacityError: prompt and answer do not fit the model's context.
+        """
+        if max_tokens < 1:
+            raise PromptError(f"max_tokens is {max_tokens}: it must be at least 1")
+        started = time.perf_counter()
+        images = [] if image is None else list(image) if _is_many(image) else [image]
+        opened = [self._decode(one) for one in images]
+        preprocess_ms = (time.perf_counter() - started) * 1e3
+        parts = self._parts(prompt, opened)
+        self._check_room(parts, max_tokens)
+        self._turn += 1
+        return Stream(
+            self, parts, max_tokens, tuple(stop), sampling or self.sampling, started, preprocess_ms
+        )
+
+    def _decode(self, image: Source) -> OpenedImage:
+        if isinstance(image, OpenedImage):
+            return image
+        decoded = load_image(image)
+        key = pixel_key(decoded, self.preprocessing)
+        return OpenedImage(key, preprocess(decoded, self.preprocessing))
+
+    def _parts(self, prompt: str, opened: Sequence[OpenedImage]) -> list[Part]:
+        encoded = self.encoder.encode(prompt, images=len(opened))
+        pictures = iter(opened)
+        parts: list[Part] = []
+        for segment in encoded.segments:
+            if segment.is_image:
+                one = next(pictures)
+                parts.append(Picture(one.key, lambda one=one: self._rows(one)))
+            else:
+                parts.append(segment.ids)
+        return parts
+
+    def _rows(self, opened: OpenedImage) -> np.ndarray:
+        """Visual rows (1, N, D) of a picture, from the cache or the tower."""
+        rows = self.visual_rows.get(opened.key)
+        if rows is None:
+            rows = self.executor.encode(opened.pixels[None])
+            self.visual_rows.put(opened.key, rows, rows.nbytes)
+        return rows
+
+    def _check_room(self, parts: Sequence[Part], max_tokens: int) -> None:
+        rows = self.context.rows_of(parts)
+        context = self.bundle.manifest.config.text.max_positions
+        if rows + max_tokens > context:
+            visual = sum(isinstance(part, Picture) for part in parts) * self.context.visual_tokens
+            raise CapacityError(
+                f"the prompt takes {rows} rows ({visual} of them visual) and max_tokens "
+                f"{max_tokens}, the model's context is {context}. "
+                + (
+                    f"Ask for at most {context - rows} tokens"
+                    if rows < context
+                    else "Shorten the prompt"
+                )
+            )
+
+
+class Stream(Iterator[str]):
+    """Iterator over the pieces of one answer."""
+
+    def __init__(self, session, parts, max_tokens, stop, sampling, started, preprocess_ms):
+        self.answer: Answer | None = None
+        self._session = session
+        self._turn = session._turn
+        self._pieces = self._run(parts, max_tokens, stop, sampling, started, preprocess_ms)
+
+    def __next__(self) -> str:
+        if self.answer is None and self._turn != self._session._turn:
+            raise VisistageError(
+                "this stream was interrupted by a newer question on the same session. "
+                "Finish a stream before asking again, or load the bundle twice"
+            )
+        return next(self._pieces)
+
+    def _run(self, parts, max_tokens, stop, sampling, started, preprocess_ms) -> Iterator[str]:
+        session = self._session
+        context, executor = session.context, session.executor
+        executor.reset_elapsed()
+        done = context.prefill(parts)
+        random = np.random.default_rng(sampling.seed)
+        text = TextStream(session.encoder.tokenizer, stop)
+        history = [id_ for part in parts if not isinstance(part, Picture) for id_ in part]
+        tokens: list[int] = []
+        pieces: list[str] = []
+        finish = "length"
+        logits = done.logits[0]
+        first_ms, graphs_ms = 0.0, {}
+        while True:
+            token = choose(logits, sampling, [*history, *tokens], random)
+            if not tokens:
+                first_ms = (time.perf_counter() - started) * 1e3
+                graphs_ms = executor.reset_elapsed()
+            tokens.append(token)
+            if token in session.eos:
+                finish = "eos"
+                break
+            piece = text.push(token)
+            if piece:
+                pieces.append(piece)
+                yield piece
+            if text.stopped:
+                finish = "stop"
+                break
+            if len(tokens) == max_tokens:
+                break
+            logits = context.decode(token)
+        rest = text.finish()
+        if rest:
+            pieces.append(rest)
+        total_ms = (time.perf_counter() - started) * 1e3
+        plan = session.bundle.manifest.plan
+        per_token = (total_ms - first_ms) / (len(tokens) - 1) if len(tokens) > 1 else None
+        self.answer = Answer(
+            text="".join(pieces).strip(),
+            tokens=tuple(tokens),
+            finish=finish,
+            timings=Timings(preprocess_ms, graphs_ms, first_ms, per_token, total_ms),
+            plan=PlanFacts(
+                plan=plan.name,
+                trigger=plan.trigger,
+                exit=plan.exit,
+                visual_tokens=context.visual_tokens
+                * sum(isinstance(part, Picture) for part in parts),
+                prompt_rows=context.rows_of(parts),
+                kept=tuple(int(at) for at in done.kept[-1].order[0]) if done.kept else None,
+            ),
+        )
+        if rest:
+            yield rest
+
+
+def load(path: str | os.PathLike, **options) -> Session:
+    """Open the bundle at ``path`` (or the only one below it); options as in ``Session``."""
+    return Session(Bundle.open(path), **options)
+
+
+def _is_many(image: Any) -> bool:
+    return isinstance(image, (list, tuple))

@@ -1,0 +1,39 @@
+"""Tensors that the runtime maps from a bundle's files itself: the embedding table, the prefix."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..graphs.bundle import Bundle, TensorRef
+from ..graphs.errors import BundleError
+
+STORED = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
+
+
+def map_tensor(bundle: Bundle, ref: TensorRef) -> np.ndarray:
+    """The stored array, mapped read-only; BF16 comes as its raw 16 bits (see ``widen``)."""
+    file = bundle.file(ref.file)
+    dtype = STORED[ref.dtype]
+    try:
+        return np.memmap(file, dtype, "r", ref.offset, ref.shape)
+    except (ValueError, OSError) as error:
+        raise BundleError(f"{file} is too short for a tensor the manifest places in it") from error
+
+
+def widen(array: np.ndarray, ref: TensorRef, dtype: np.dtype) -> np.ndarray:
+    """Copy stored values into ``dtype``; BF16 is the upper half of an FP32."""
+    if ref.dtype == "bfloat16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(dtype)
+
+
+class Embedding:
+    """Token ids to rows, read from the mapped table: only the rows asked for are touched."""
+
+    def __init__(self, bundle: Bundle, dtype: np.dtype):
+        self.ref, self.dtype = bundle.manifest.embedding, dtype
+        self.table = map_tensor(bundle, self.ref)
+
+    def __call__(self, ids) -> np.ndarray:
+        """ids: (Q,) -> rows (1, Q, D)."""
+        return widen(self.table[np.asarray(ids, np.int64)], self.ref, self.dtype)[None]
