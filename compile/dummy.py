@@ -242,7 +242,7 @@ def _complete(path: Path, facts: dict) -> bool:
         noted = json.loads((path / NOTE).read_text())
         sizes = noted.pop("files")
         return noted == facts and all((path / k).stat().st_size == v for k, v in sizes.items())
-    except (OSError, ValueError, AttributeError, KeyError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return False
 
 

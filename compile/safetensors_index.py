@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 64 << 20
 FLOATS = ("F32", "F16", "BF16")
 _QUANTISED = ("I8", "U8", "I32", "I16", "F8_E4M3", "F8_E5M2", "F4")
+_FILE = re.compile(r"[^/\\\0]+\.safetensors")  # in the folder itself
 # Buffers that older transformers saved, and parts of towers that LLaVA never reads.
 _UNREAD = (".position_ids", ".rotary_emb.inv_freq", ".masked_bias")
 
@@ -119,7 +121,7 @@ def _shards(folder: Path, where: Any) -> dict[str, TensorInfo]:
     headers: dict[str, dict[str, TensorInfo]] = {}
     tensors = {}
     for name, shard in where.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+        if not isinstance(shard, str) or not _FILE.fullmatch(shard):
             raise ModelError(
                 f"{index} says that {name} lies in {shard!r}, expected the name of a file beside "
                 "it. Download the index again."

@@ -79,6 +79,11 @@ class Rope:
         _word("rope_type", self.type, tuple(_ROPES))
         _number("rope_theta", self.theta)
         given = dict(self.parameters)
+        if given.get("rope_type") != self.type:
+            _refuse("rope_parameters.rope_type", given.get("rope_type"), repr(self.type))
+        for name, value in given.items():
+            if name != "rope_type" and not isinstance(value, int | float):
+                _refuse(f"rope_parameters.{name}", value, "a number or true/false")
         for name in _ROPES[self.type]:
             _number(f"rope_parameters.{name}", given.get(name))
         if self.type == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
@@ -91,8 +96,8 @@ class Rope:
         """Read transformers 4 (``rope_theta``, ``rope_scaling``) or 5 (``rope_parameters``)."""
         holder = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
         given = dict(_mapping(holder, text.get(holder) or {}))
-        kind = given.pop("type", None)
-        kind = given.setdefault("rope_type", kind or "default")
+        old_name = given.pop("type", None)
+        kind = given["rope_type"] = given.get("rope_type") or old_name or "default"
         if kind in _LENGTH_DEPENDENT:
             raise ModelError(
                 f"{holder}: rope type {kind!r} changes the angles of all positions with the length "
@@ -106,9 +111,6 @@ class Rope:
             _refuse(f"{holder}.partial_rotary_factor", partial, "1: whole heads turn")
         if kind in ("llama3", "yarn"):
             given.setdefault("original_max_position_embeddings", max_positions)
-        for name, value in given.items():
-            if name != "rope_type" and not isinstance(value, int | float | None):
-                _refuse(f"{holder}.{name}", value, "a number or true/false")
         pairs = sorted((name, value) for name, value in given.items() if value is not None)
         return cls(kind, _number("rope_theta", 10000.0 if theta is None else theta), tuple(pairs))
 

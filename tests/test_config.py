@@ -254,6 +254,7 @@ WRONG = [
     ("text_config.rope_parameters", 3, "rope_parameters is 3"),
     ("text_config.rope_parameters", {"rope_type": "spiral"}, "rope_type is 'spiral'"),
     ("text_config.rope_parameters", {"rope_type": "linear"}, "factor is None"),
+    ("text_config.rope_parameters", {"beta_fast": [1]}, "beta_fast is"),
     ("text_config.rope_parameters", {"rope_theta": -1}, "rope_theta is -1"),
     (
         "text_config.rope_parameters",
@@ -305,7 +306,12 @@ def test_sliding_windows_are_refused():
 PATHS = sorted(
     [key for key in make_config() if not isinstance(make_config()[key], dict)]
     + [f"{part}.{key}" for part in ("text_config", "vision_config") for key in make_config()[part]]
-    + ["text_config", "vision_config", "text_config.rope_scaling", "text_config.layer_types"]
+    + ["text_config", "vision_config", "text_config.rope_parameters.rope_type"]
+    + [
+        "text_config.rope_parameters.rope_theta",
+        "text_config.rope_scaling",
+        "text_config.layer_types",
+    ]
 )
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -363,7 +369,7 @@ STRICT = [
     f"{part}{field.name}"
     for part, cls in (("", ModelConfig), ("text.", TextConfig), ("vision.", VisionConfig))
     for field in dataclasses.fields(cls)
-]
+] + [f"text.rope.{field.name}" for field in dataclasses.fields(Rope)]
 
 
 @settings(max_examples=200, deadline=None)
