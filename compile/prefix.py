@@ -15,7 +15,7 @@ from torch import Tensor
 from ..graphs.bundle import Prefix, TensorRef
 from ..graphs.config import TextConfig
 from ..graphs.decoder import DecoderLayer
-from ..graphs.ops import CacheView, Eager
+from ..graphs.ops import Eager
 from ..graphs.rope import rotary
 from .checkpoint import Checkpoint
 from .export import TORCH_DTYPES
@@ -32,15 +32,15 @@ def prefix_cache(
 ) -> Tensor:
     """(2, L, G, P, d) FP32: rotated keys and values of ``ids`` in every layer."""
     text = checkpoint.config.text
-    rows = checkpoint.load(EMBEDDING)[list(ids)].float()
+    rows = checkpoint.load(EMBEDDING)[list(ids)].float()[None]
     positions = torch.arange(len(ids))[None]
-    view = CacheView(positions, positions, torch.zeros(1, dtype=torch.int64))
-    turns = rotary(text, positions, torch.float32)
+    view = Eager().view(positions, positions, torch.zeros(1, dtype=torch.int64))
+    cos, sin = rotary(text, positions, torch.float32)
     out = torch.empty(2, text.layers, text.kv_heads, len(ids), text.head_dim)
     for index in range(text.layers):
         layer = _layer(checkpoint, text, index)
         empty = torch.zeros(1, text.kv_heads, len(ids), text.head_dim)
-        rows, _, (keys, values) = layer(rows, turns, (empty, empty.clone()), view, None)
+        rows, _, keys, values = layer(rows, cos, sin, *view, None, None, empty, empty.clone())
         out[0, index], out[1, index] = keys[0], values[0]
         progress(1)
     return out

@@ -1,19 +1,20 @@
 """Compose an ONNX graph from pieces, each kind traced once.
 
-A module made of alike layers says how its pieces follow each other (``compose``). Here every call of
-a piece becomes a call of an ONNX function, traced by ``torch.onnx.export`` when its kind is first
-met; inlining then gives the flat graph. Thirty-two layers cost one trace, and no weight is ever
+A module made of alike layers says how its pieces follow each other (``compose``). Here every call
+of a piece becomes a call of an ONNX function, traced by ``torch.onnx.export`` when its kind is
+first met; inlining then gives the flat graph. Thirty-two layers cost one trace, and no weight is ever
 read: pieces are traced with fake tensors, parameters become inputs of the function and named
 initializers of the graph.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir
 import torch
@@ -33,8 +34,8 @@ from ..graphs.contract import GraphSpec, TensorSpec
 DOMAIN = "visistage"
 IR_VERSION = 10
 EXAMPLE_SIZES = {"B": 10007, "Q": 10009, "S": 10037, "N": 10039}
-"""Sizes to trace with, as fake tensors that take no memory. Primes that no model has for a width, so
-that a size tells its symbol; above the largest K, since a selection offers more than it keeps."""
+"""Sizes to trace with, as fake tensors that take no memory. Primes that no model has for a width,
+so that a size tells its symbol; above the largest K: a selection offers more than it keeps."""
 
 SYMBOLS = {size: name for name, size in EXAMPLE_SIZES.items()}
 SYMBOLS[EXAMPLE_SIZES["S"] + EXAMPLE_SIZES["Q"]] = "S+Q"
@@ -58,7 +59,7 @@ class Stitcher:
         self.names, self.opset = names, opset
         self.nodes: list[onnx_ir.Node] = []
         self.initializers: dict[str, onnx_ir.Value] = {}
-        self.functions: dict[tuple, tuple[onnx_ir.Function, list[TensorSpec]]] = {}
+        self.functions: dict[tuple, Traced] = {}
 
     def input(self, spec: TensorSpec) -> onnx_ir.Value:
         """A graph input."""
@@ -71,11 +72,10 @@ class Stitcher:
     def call(self, piece: nn.Module, *args: onnx_ir.Value | None) -> Any:
         """Note one call; returns a value, or a tuple of them where the piece returns a tuple."""
         specs = tuple(None if arg is None else _spec(arg) for arg in args)
-        key = (type(piece), piece.kind, specs)
-        if key not in self.functions:
-            name = f"{type(piece).__name__}{len(self.functions)}"
-            self.functions[key] = _trace(name, piece, specs, self.opset)
-        function, outputs = self.functions[key]
+        key = _key(piece, specs, self.opset)
+        if key not in _TRACED:
+            _TRACED[key] = _trace(key, piece, specs, self.opset)
+        function, outputs, is_tuple = self.functions[key] = _TRACED[key]
         weights = [self._initializer(tensor) for tensor in _tensors(piece).values()]
         node = onnx_ir.Node(
             DOMAIN,
@@ -88,7 +88,7 @@ class Stitcher:
             value.shape = onnx_ir.Shape(spec.shape)
             value.type = onnx_ir.TensorType(_ir_dtype(spec.dtype))
         self.nodes.append(node)
-        return tuple(node.outputs) if function.meta["tuple"] else node.outputs[0]
+        return tuple(node.outputs) if is_tuple else node.outputs[0]
 
     def model(
         self,
@@ -106,7 +106,7 @@ class Stitcher:
             opset_imports={"": self.opset, DOMAIN: 1},
             name=name,
         )
-        functions = [function for function, _ in self.functions.values()]
+        functions = [traced.function for traced in self.functions.values()]
         model = onnx_ir.Model(
             graph, ir_version=IR_VERSION, producer_name="visistage", functions=functions
         )
@@ -139,9 +139,25 @@ def _tensors(piece: nn.Module) -> dict[str, Tensor]:
     return {**dict(piece.named_parameters()), **dict(piece.named_buffers())}
 
 
-def _trace(
-    name: str, piece: nn.Module, specs: Sequence[TensorSpec | None], opset: int
-) -> tuple[onnx_ir.Function, list[TensorSpec]]:
+class Traced(NamedTuple):
+    """A piece as an ONNX function, what it returns, and whether as a tuple."""
+
+    function: onnx_ir.Function
+    outputs: list[TensorSpec]
+    is_tuple: bool
+
+
+_TRACED: dict[tuple, Traced] = {}
+"""Every kind of piece traced in this process: stages of one plan, and plans of one model, share."""
+
+
+def _key(piece: nn.Module, specs: Sequence[TensorSpec | None], opset: int) -> tuple:
+    """What a trace depends on; ``kind`` holds all that is not in a shape."""
+    tensors = tuple((n, tuple(t.shape), str(t.dtype)) for n, t in _tensors(piece).items())
+    return (type(piece).__qualname__, piece.kind, tuple(specs), tensors, opset)
+
+
+def _trace(key: tuple, piece: nn.Module, specs: Sequence[TensorSpec | None], opset: int) -> Traced:
     """Trace one piece; its parameters become the function's last inputs."""
     known = list(_tensors(piece).values())
     mode = detect_fake_mode(known) or FakeTensorMode()
@@ -186,9 +202,10 @@ def _trace(
         )
         for t in tensors
     ]
+    # Named by what it is, never by when it was traced: equal exports must give equal bytes.
+    name = f"{type(piece).__name__}_{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}"
     function = onnx_ir.Function(DOMAIN, name, graph=graph, attributes=())
-    function.meta["tuple"] = isinstance(returned, tuple)
-    return function, outputs
+    return Traced(function, outputs, isinstance(returned, tuple))
 
 
 def _inline_constants(graph: onnx_ir.Graph) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -179,7 +180,7 @@ def segments(embeds: Tensor, spans: Sequence[Sequence[Span]]) -> list[Segment]:
         # Missing images are empty spans at the end of the first text, so the question stays last.
         padded = [(one[0][0] if one else 0,) * 2] * (images - len(one)) + list(one)
         edges = [0, *(at for span in padded for at in span), length]
-        cuts.append(list(zip(edges[:-1], edges[1:], strict=True)))
+        cuts.append(list(pairwise(edges)))
     out = []
     for index in range(2 * images + 1):
         pieces = [sample[index] for sample in cuts]

@@ -5,7 +5,7 @@ names (``model.layers.7.self_attn.q_proj.weight``), whichever stage a layer land
 
 A stage is composed of pieces (head, layers, tail) through a ``call`` argument: eagerly that is the
 piece itself, in export it notes one call of a traced piece, so that thirty alike layers are traced
-once (``compile/stitch.py``).
+once (``compile/stitch.py``). A piece's ``kind`` holds all that its trace depends on besides shapes.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, text: TextConfig, ops: Eager, mode: str = "dense", norm: str = "gated"):
         super().__init__()
-        self.kind = (mode, norm)
+        self.mode, self.norm = mode, norm
+        self.kind = (mode, norm, text, ops.name)
         self.self_attn = Attention(text, ops)
         self.mlp = MLP(text, ops)
         self.input_layernorm = Norm(ops, text.hidden, text.rms_eps)
@@ -137,10 +138,10 @@ class DecoderLayer(nn.Module):
         value: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """rows: (B, Q, D). Returns the rows, the rotated queries (B, H, Q, d), and the caches."""
-        mode, norm = self.kind
         gate = None
         if value_gate is not None:
-            gate = Gate(value_gate, sink_gate if mode == "sink" else None, norm == "renorm")
+            sink = sink_gate if self.mode == "sink" else None
+            gate = Gate(value_gate, sink, self.norm == "renorm")
         batch, count, width = rows.shape
         x = rows.reshape(batch * count, width)
         update, query, key, value = self.self_attn(
@@ -160,11 +161,10 @@ class DecoderLayer(nn.Module):
 class Head(nn.Module):
     """What every layer of a stage shares: rotary turns, visibility, the gates one by one."""
 
-    kind = ()
-
     def __init__(self, text: TextConfig, ops: Eager):
         super().__init__()
         self.ops = ops
+        self.kind = (text, ops.name)
         inverse, self.scaling = frequencies(text)
         self.register_buffer("inverse_frequencies", inverse, persistent=False)
 
@@ -190,11 +190,10 @@ class Probe(nn.Module):
 class Logits(nn.Module):
     """Final norm and head, of the last row only."""
 
-    kind = ()
-
     def __init__(self, norm: Norm, head: Linear):
         super().__init__()
         self.norm, self.head = norm, head
+        self.kind = (norm.eps, head.ops.name)
 
     def forward(self, rows: Tensor) -> Tensor:
         """(B, Q, D) -> (B, V) float32."""
@@ -247,7 +246,7 @@ class DecoderStage(nn.Module):
         gate = iter(shared[4 if self.portable else 3 :])
         grown, query = [], None
         for layer, (key, value) in zip(self.model.layers.values(), caches, strict=True):
-            gated = (None, None) if layer.kind[0] == "dense" else (next(gate), next(gate))
+            gated = (None, None) if layer.mode == "dense" else (next(gate), next(gate))
             rows, query, key, value = call(
                 layer, rows, cos, sin, write_index, visible, window, *gated, key, value
             )

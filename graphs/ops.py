@@ -60,6 +60,7 @@ class Gate:
 class Eager:
     """Plain torch. Caches are written in place, scores are explicit, softmax is FP32."""
 
+    name = "eager"
     portable = False
 
     def view(self, order: Tensor, slot_order: Tensor, write_index: Tensor) -> View:
@@ -124,6 +125,7 @@ class Eager:
 class Llm(Eager):
     """ONNX operators of opset 23 and 24: fused attention over an aliased cache."""
 
+    name = "llm"
     opset = 24
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -157,6 +159,7 @@ class Llm(Eager):
 class Portable(Eager):
     """Basic operators only. The cache is read, never written: new rows are handed back."""
 
+    name = "portable"
     portable = True
     opset = 20
 

@@ -41,6 +41,8 @@ class TowerAttention(nn.Module):
         self.out_proj = Linear(ops, width, width, bias=True)
 
     def forward(self, x: Tensor, batch: int, tokens: int) -> Tensor:
+        """x: (B*T, D) -> (B*T, D)."""
+
         def heads(projected: Tensor) -> Tensor:
             return projected.reshape(batch, tokens, self.heads, -1).transpose(1, 2)
 
@@ -59,16 +61,16 @@ class TowerMLP(nn.Module):
         self.fc2 = Linear(ops, vision.intermediate, vision.hidden, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (B*T, D) -> (B*T, D)."""
         return self.fc2(activate(self.activation, self.fc1(x)))
 
 
 class TowerLayer(nn.Module):
     """Pre-norm transformer layer of a vision tower."""
 
-    kind = ()
-
     def __init__(self, vision: VisionConfig, ops: Eager):
         super().__init__()
+        self.kind = (vision, ops.name)
         self.self_attn = TowerAttention(vision, ops)
         self.layer_norm1 = nn.LayerNorm(vision.hidden, eps=vision.eps)
         self.mlp = TowerMLP(vision, ops)
@@ -108,11 +110,10 @@ class Embeddings(nn.Module):
 class Stem(nn.Module):
     """Hidden state 0: the embeddings, normalised where the tower says so (CLIP)."""
 
-    kind = ()
-
     def __init__(self, embeddings: Embeddings, norm: nn.LayerNorm | None):
         super().__init__()
         self.embeddings, self.norm = embeddings, norm
+        self.kind = (norm and norm.eps,)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: (B, C, H, W) float32 -> (B, T, D)."""
@@ -140,10 +141,9 @@ class Tower(nn.Module):
 class Projector(nn.Module):
     """The chosen hidden states, side by side, through two projections to the decoder's width."""
 
-    kind = ()
-
     def __init__(self, config: ModelConfig, ops: Eager):
         super().__init__()
+        self.kind = (config.projector_activation, config.select, ops.name)
         self.activation = config.projector_activation
         self.skip = 1 if config.select == "default" else 0  # CLIP: its class token
         width = config.vision.hidden * len(config.feature_layers)

@@ -207,8 +207,9 @@ def version() -> tuple[int, int]:
 def _check_version(bundle: Bundle) -> None:
     if bundle.manifest.lowering == "llm" and version() < ORT_LLM_SINCE:
         raise BundleError(
-            f"{bundle.path} needs ONNX Runtime {ORT_LLM_SINCE[0]}.{ORT_LLM_SINCE[1]} or newer, found "
-            f"{ort.__version__}. Upgrade it, or build for this one: make engines TARGET=cpu-portable"
+            f"{bundle.path} needs ONNX Runtime {ORT_LLM_SINCE[0]}.{ORT_LLM_SINCE[1]} or newer, "
+            f"found {ort.__version__}. Upgrade it, or build for this one: "
+            "make engines TARGET=cpu-portable"
         )
 
 

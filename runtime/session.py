@@ -26,7 +26,7 @@ from .context import Context, Part, Picture
 from .image import Preprocessing, load_image, pixel_key, preprocess
 from .ort import OrtExecutor, OrtOptions
 from .prompt import PromptEncoder
-from .sampling import Sampling, choose, eos_ids
+from .sampling import Sampling, choose, eos_ids, stop_strings
 from .text import TextStream
 
 DEFAULT_CACHE_BYTES = 512 << 20
@@ -98,7 +98,7 @@ class Session:
         prompt: str,
         *,
         max_tokens: int = DEFAULT_MAX_TOKENS,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | str = (),
         sampling: Sampling | None = None,
     ) -> Stream:
         """The answer piece by piece; ``stream.answer`` holds the whole once it is over.
@@ -107,7 +107,7 @@ class Session:
             image: one picture, several, or None for a prompt without any.
             prompt: the question; put through the checkpoint's chat template.
             max_tokens: the answer's longest length in tokens.
-            stop: strings that end the answer (and are not part of it).
+            stop: strings that end the answer (and are not part of it), besides the checkpoint's.
             sampling: greedy by default, or as the checkpoint's generation config says.
 
         Raises:
@@ -124,8 +124,18 @@ class Session:
         self._check_room(parts, max_tokens)
         self._turn += 1
         return Stream(
-            self, parts, max_tokens, tuple(stop), sampling or self.sampling, started, preprocess_ms
+            self,
+            parts,
+            max_tokens,
+            self._stops(stop),
+            sampling or self.sampling,
+            started,
+            preprocess_ms,
         )
+
+    def _stops(self, stop: Sequence[str] | str) -> tuple[str, ...]:
+        given = (stop,) if isinstance(stop, str) else tuple(stop)
+        return given + stop_strings(self.bundle.manifest.generation)
 
     def _decode(self, image: Source) -> OpenedImage:
         if isinstance(image, OpenedImage):
@@ -192,7 +202,7 @@ class Stream(Iterator[str]):
         context, executor = session.context, session.executor
         executor.reset_elapsed()
         done = context.prefill(parts)
-        random = np.random.default_rng(sampling.seed)
+        random = sampling.rng()
         text = TextStream(session.encoder.tokenizer, stop)
         history = [id_ for part in parts if not isinstance(part, Picture) for id_ in part]
         tokens: list[int] = []

@@ -1,0 +1,302 @@
+"""torch == ONNX Runtime, graph by graph and through the whole runtime; llm == portable lowering."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+from visistage.compile.build import build
+from visistage.compile.checkpoint import open_checkpoint
+from visistage.compile.export import export, graphs_of
+from visistage.compile.weights import convert, link_files, place
+from visistage.graphs import chain
+from visistage.graphs.contract import INVISIBLE
+from visistage.graphs.decoder import DecoderStage
+from visistage.graphs.errors import CapacityError
+from visistage.graphs.ops import Eager
+from visistage.graphs.presets import preset
+from visistage.graphs.select import Selector
+from visistage.graphs.vision import Vision
+from visistage.runtime.ort import OrtOptions
+from visistage.runtime.session import Session, load
+from visistage.tests import toy
+
+ort = pytest.importorskip("onnxruntime")
+
+PLANS = {
+    "dense": "dense",
+    "visipruner": "visipruner:shallow=2,t=4,e=6,keep=4",
+    "fastv": "fastv:k=3,r=0.75",
+}
+NEW = 24
+
+
+def picture(seed, height=40, width=52):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return toy.make_checkpoint(tmp_path_factory.mktemp("toy"), layers=8, kv_heads=2)
+
+
+@pytest.fixture(scope="module")
+def bundles(checkpoint, tmp_path_factory):
+    """Bundles by (plan, target), each built once."""
+    built = {}
+
+    def get(plan, target="cpu"):
+        if (plan, target) not in built:
+            out = tmp_path_factory.mktemp("engines")
+            built[plan, target] = build(str(checkpoint), plan=PLANS[plan], target=target, out=out)
+        return built[plan, target]
+
+    return get
+
+
+class HuggingFace:
+    """The same checkpoint in transformers: processor, template and greedy generation."""
+
+    def __init__(self, path):
+        self.processor = AutoProcessor.from_pretrained(path, backend="pil")
+        self.model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def tokens(self, pictures, prompt, new=NEW):
+        content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        inputs = self.processor(text=text, images=pictures or None, return_tensors="pt")
+        out = self.model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        return tuple(out[0, inputs["input_ids"].shape[1] :].tolist())
+
+
+@pytest.fixture(scope="module")
+def hugging_face(checkpoint):
+    return HuggingFace(checkpoint)
+
+
+def answer(session, pictures, prompt, new=NEW):
+    """Greedy tokens without an end: random checkpoints end whenever they like."""
+    session.eos = frozenset()
+    return session.infer(pictures, prompt, max_tokens=new).tokens
+
+
+def no_eos(tokens):
+    return 2 not in tokens
+
+
+@pytest.mark.parametrize("target", ["cpu", "cpu-portable"])
+def test_dense_bundle_equals_hugging_face(bundles, hugging_face, target):
+    with load(bundles("dense", target).path) as session:
+        for pictures, prompt in (
+            ([picture(1)], "What is this?"),
+            ([picture(2), picture(3, 33, 90)], "Which one is larger?"),
+            ([], "Say something."),
+        ):
+            wanted = hugging_face.tokens(pictures, prompt)
+            assert answer(session, pictures, prompt) == wanted
+            assert len(set(wanted)) >= 8
+
+
+def test_a_cached_picture_answers_like_a_fresh_one(bundles, hugging_face):
+    """Q1, a long Q2, Q1 again, another picture in between: every answer as from a cold start."""
+    one, other = picture(4), picture(5)
+    long = "Describe the picture in detail, with every object in it, and say where it is. " * 4
+    with load(bundles("dense").path) as session:
+        opened = session.open(one)
+        for image, prompt in (
+            (opened, "How many?"),
+            (opened, long),
+            (opened, "How many?"),
+            (other, "How many?"),
+            (one, "How many?"),
+            (None, "How many?"),
+            (opened, "How many?"),
+        ):
+            pixels = [] if image is None else [other if image is other else one]
+            assert answer(session, image, prompt) == hugging_face.tokens(pixels, prompt)
+
+
+def test_a_paid_picture_is_not_paid_again(bundles):
+    with load(bundles("visipruner").path) as session:
+        opened = session.open(picture(6))
+        again = session.infer(opened, "How many?", max_tokens=2)
+        assert "vision" not in again.timings.graphs_ms
+        assert session.infer(picture(7), "How many?", max_tokens=2).timings.graphs_ms["vision"] > 0
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_lowerings_and_the_torch_chain_agree(checkpoint, bundles, plan):
+    """The runtime on ONNX Runtime, both lowerings, against torch stages over the whole prompt."""
+    prompt, image = "What is shown in this image?", picture(8)
+    with load(bundles(plan).path) as session, load(bundles(plan, "cpu-portable").path) as portable:
+        tokens = answer(session, image, prompt)
+        assert answer(portable, image, prompt) == tokens
+        expected = torch_tokens(checkpoint, session, image, prompt)
+    assert tokens == expected
+    assert len(set(tokens)) >= 8
+
+
+def torch_tokens(path, session, image, prompt):
+    opened = open_checkpoint(str(path))
+    weights = {name: opened.load(name) for name in opened.tensors}
+    config = opened.config
+    pixels = torch.from_numpy(session._decode(image).pixels[None])
+    with torch.no_grad():
+        visual = chain.load_weights(Vision(config, Eager()), weights)(pixels)
+    rows, spans = [], []
+    for segment in session.encoder.encode(prompt, images=1).segments:
+        start = sum(part.shape[1] for part in rows)
+        if segment.is_image:
+            rows.append(visual)
+            spans.append((start, start + config.visual_tokens))
+        else:
+            rows.append(weights["model.embed_tokens.weight"][list(segment.ids)][None])
+    plan = session.bundle.manifest.plan
+    text = opened.raw["text_config"]
+    return tuple(
+        chain.run(weights, text, torch.cat(rows, 1), [spans], plan, NEW).tokens[0].tolist()
+    )
+
+
+@pytest.mark.parametrize("lowering", ["llm", "portable"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-4), ("float16", 2e-2)])
+def test_every_graph_equals_its_module(checkpoint, tmp_path, lowering, dtype, tolerance):
+    """Batch of two, a filled cache, gates half open: outputs relative to their spread."""
+    opened = open_checkpoint(str(checkpoint))
+    config = opened.config
+    plan = preset("visipruner", 8, config.visual_tokens, shallow=2, t=4, e=6, keep=4)
+    graphs = graphs_of(config, plan, dtype, lowering)
+    placement = place(opened, [name for graph in graphs for name in graph.weights], dtype)
+    link_files(placement, tmp_path)
+    convert(opened, placement, dtype, tmp_path)
+    weights = {name: opened.load(name) for name in opened.tensors}
+    generator = np.random.default_rng(9)
+    for graph in graphs:
+        export(graph, config.text, tmp_path / "graph.onnx", placement.spans)
+        session = ort.InferenceSession(str(tmp_path / "graph.onnx"))
+        feeds = example_feeds(graph, plan, generator)
+        got = dict(zip([s.name for s in graph.spec.outputs], session.run(None, feeds), strict=True))
+        want = torch_outputs(graph, config, plan, weights, feeds)
+        assert got.keys() >= want.keys()
+        for name, value in want.items():
+            mine = got[name]
+            if name.endswith(".out") and name[:3] in ("key", "val") and lowering == "portable":
+                value = value[:, :, 9:14]  # the new rows only
+            assert mine.shape == tuple(value.shape), name
+            scale = float(value.double().std()) if value.is_floating_point() else 0
+            worst = np.abs(mine.astype(np.float64) - value.double().numpy()).max()
+            assert worst <= tolerance * max(scale, 1e-9) * 10, (graph.name, name, worst, scale)
+
+
+def example_feeds(graph, plan, generator):
+    sizes = {"B": 2, "Q": 5, "S": 20, "N": 6}
+    feeds = {}
+    for spec in graph.spec.inputs:
+        shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
+        if spec.name == "gates":
+            value = generator.integers(0, 2, shape)
+        elif spec.name in ("positions", "order", "slot_order", "write_index", "query_order"):
+            value = np.zeros(shape)
+        elif spec.name == "visual_slots":
+            value = np.tile(np.arange(2, 8), (2, 1))
+        else:
+            value = generator.standard_normal(shape)
+        feeds[spec.name] = value.astype(spec.dtype)
+    if "write_index" in feeds:
+        feeds["write_index"][:] = 9
+        feeds["positions"][:] = np.arange(9, 14)
+        feeds["order"][:] = np.arange(9, 14)
+    if "slot_order" in feeds:
+        feeds["slot_order"][:] = INVISIBLE
+        feeds["slot_order"][:, :14] = np.arange(14)
+        feeds["slot_order"][1, 0] = INVISIBLE  # one padded slot
+    if "query_order" in feeds:
+        feeds["query_order"][:] = 13
+        feeds["order"][:] = feeds["positions"][:] = np.arange(2, 8)
+    return feeds
+
+
+@torch.no_grad()
+def torch_outputs(graph, config, plan, weights, feeds):
+    feeds = {
+        name: torch.from_numpy(v.astype(np.float32) if v.dtype == np.float16 else v.copy())
+        for name, v in feeds.items()
+    }
+    if graph.name == "vision":
+        module = chain.load_weights(Vision(config, Eager()), weights)
+        return {"visual_rows": module(*feeds.values())}
+    index = int(graph.name[-1])
+    if graph.name.startswith("select"):
+        names = [spec.name for spec in graph.spec.outputs]
+        return dict(zip(names, Selector(plan.edges[index])(*feeds.values()), strict=True))
+    module = chain.load_weights(DecoderStage(config.text, plan, index, Eager()), weights)
+    values = list(feeds.values())
+    gates = feeds.get("gates")
+    caches = values[6:] if gates is not None else values[5:]
+    out = module(*values[:5], gates, list(zip(caches[::2], caches[1::2], strict=True)))
+    flat = [t for t in (out.rows, out.probe_query, out.logits) if t is not None]
+    flat += [cache for pair in out.caches for cache in pair]
+    return dict(zip([spec.name for spec in graph.spec.outputs], flat, strict=True))
+
+
+def test_stale_and_poisoned_slots_change_nothing(bundles):
+    """Old questions leave rows behind, and spare slots may hold anything finite."""
+    with load(bundles("visipruner").path) as session:
+        image = session.open(picture(10))
+        first = answer(session, image, "How many?")
+        for caches in session.executor.caches:
+            for cache in caches.values():
+                cache[:, :, 100:] = 1e4
+        assert answer(session, image, "How many?") == first
+
+
+def test_caches_grow_across_buckets(bundles, hugging_face):
+    """An answer that outgrows the first bucket goes on unchanged."""
+    with load(bundles("dense").path) as session:
+        tokens = answer(session, picture(11), "Describe it.", 120)
+        assert session.executor.caches[0]["key.0"].shape[2] == 256
+    assert tokens == hugging_face.tokens([picture(11)], "Describe it.", 120)
+
+
+def test_mapped_weights_answer_the_same(bundles):
+    bundle = bundles("visipruner")
+    limit = int(bundle.manifest.weight_bytes * 1.5)
+    with load(bundle.path) as fast, load(bundle.path, memory_limit=limit) as mapped:
+        assert fast.executor.prepacked
+        assert not mapped.executor.prepacked
+        assert answer(fast, picture(12), "Why?") == answer(mapped, picture(12), "Why?")
+    with pytest.raises(CapacityError, match="memory limit"):
+        load(bundle.path, memory_limit=1000)
+
+
+def test_context_is_checked_before_anything_runs(bundles):
+    with load(bundles("dense").path) as session:
+        context = session.bundle.manifest.config.text.max_positions
+        with pytest.raises(CapacityError, match="Ask for at most"):
+            session.infer(picture(13), "How many?", max_tokens=context)
+        with pytest.raises(CapacityError, match="Shorten the prompt"):
+            session.infer(picture(13), "How many? " * 1000)
+
+
+def test_streams_and_answers_agree(bundles):
+    with load(bundles("visipruner").path) as session:
+        session.eos = frozenset()
+        stream = session.stream(picture(14), "How many?", max_tokens=16)
+        pieces = list(stream)
+        assert "".join(pieces).strip() == stream.answer.text
+        assert stream.answer.finish == "length"
+        assert len(stream.answer.plan.kept) == 4
+        old = session.stream(picture(14), "How many?", max_tokens=16)
+        next(old)
+        session.infer(picture(14), "And now?", max_tokens=2)
+        with pytest.raises(Exception, match="interrupted by a newer question"):
+            next(old)
+
+
+def test_options_reach_the_back_end(bundles):
+    session = Session(bundles("dense"), threads=1)
+    assert OrtOptions(threads=1).threads == 1
+    assert answer(session, picture(15), "Why?") == answer(session, picture(15), "Why?")
+    session.close()
