@@ -1,0 +1,255 @@
+"""The command line: each command is one call. What it shows is ``console``'s business.
+
+Imports stand inside the commands: ``visistage --help`` must not load ONNX Runtime or torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .console.commands import Commands
+from .console.output import show, show_json
+from .console.units import ByteSize
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
+bundle_argument = click.argument("bundle", required=False, type=click.Path(path_type=Path))
+bundle_default = "Without BUNDLE: what VISISTAGE_BUNDLE names, or the only bundle in ./engines."
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="visistage")
+@click.option("--traceback", is_flag=True, help="Show where an error comes from.")
+def main(traceback: bool) -> None:
+    """Compile a multimodal LLM into stages with fixed visual-token counts, and run it.
+
+    \b
+    visistage engines --model demo                  build the model that comes with the package
+    visistage infer photo.jpg "What is this?"       ask it
+    visistage plan visipruner --model llava-7b      what a plan would save
+    visistage COMMAND --help                        more on one command
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+
+@main.command()
+@click.option("--model", required=True, help="demo, llava-7b, llava-13b, a hub id or a folder.")
+@click.option("--plan", default="visipruner", show_default=True, help="A preset or a YAML file.")
+@click.option("--target", default="cpu", show_default=True, help="Machine that shall run it.")
+@click.option("--precision", help="fp32 or fp16; by default what suits the target.")
+@click.option("--out", default="engines", show_default=True, help="Folder of all bundles.")
+@click.option("--revision", help="Branch, tag or commit of a model on the hub.")
+@click.option("--offline", is_flag=True, help="Use only what was downloaded before.")
+@click.option("--dummy-weights", is_flag=True, help="Random weights in the model's shape.")
+@as_json
+def engines(as_json: bool, **options) -> None:
+    """Build a bundle from a model.
+
+    A bundle holds graphs, weights and tokenizer, the decoder split as the plan says. One that is
+    there already is left alone, an interrupted build goes on where it stopped. The last line on
+    stdout is the bundle's folder: OUT/MODEL/PLAN-PRECISION-TARGET.
+
+    \b
+    visistage engines --model demo
+    visistage engines --model llava-7b --target cuda
+    visistage engines --model ./my-llava --plan visipruner:t=14,keep=32
+    visistage engines --model llava-45m --dummy-weights
+    """
+    from .console.progress import BuildProgress
+
+    with BuildProgress() as progress:
+        from .compile.build import build  # seconds of a build: they belong to its time
+
+        bundle = build(**options, reporter=progress)
+        progress.close()
+    if as_json:
+        show_json(progress.to_dict(bundle))
+    else:
+        click.echo(bundle.path)
+
+
+@main.command()
+@click.argument("images", nargs=-1, metavar="[IMAGE]...")
+@click.argument("prompt")
+@click.option("--bundle", type=click.Path(path_type=Path), help="The bundle that shall answer.")
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated.")
+@click.option("--temperature", type=float, help="0 takes the likeliest token every time.")
+@click.option("--top-p", type=float, help="Draw from the likeliest tokens of this probability.")
+@click.option("--top-k", type=int, help="Draw from this many of the likeliest tokens.")
+@click.option("--seed", type=int, help="Repeats a draw.")
+@click.option("--threads", type=click.IntRange(1), help="Default: every core.")
+@click.option("--memory-limit", type=ByteSize(), help="For the weights, such as 4GiB.")
+@click.option("--stream/--no-stream", default=True, help="Print the answer as it comes.")
+@as_json
+def infer(images, prompt, bundle, as_json, stream, max_tokens, stop, **options) -> None:
+    """Ask a question about pictures.
+
+    One IMAGE, several, or none; '-' reads a picture from stdin. The answer goes to stdout,
+    timings and what the plan saved go to stderr. Without --bundle: what VISISTAGE_BUNDLE names,
+    or the only bundle in ./engines. Sampling options that are not given are the model's own.
+
+    \b
+    visistage infer photo.jpg "What is this?"
+    visistage infer before.png after.png "What changed?" --max-tokens 200
+    visistage infer "Write a haiku." --temperature 0.7 --seed 1
+    visistage infer photo.jpg "How many people?" --bundle engines/llava-7b --json
+    """
+    from .console.answer import answer_facts, answer_table, printable
+
+    if not images and Path(prompt).is_file():
+        raise click.UsageError(f"{prompt} is a file, and no question follows it. Add one.")
+    load = {name: options.pop(name) for name in ("threads", "memory_limit")}
+    pictures = [sys.stdin.buffer.read() if image == "-" else image for image in images]
+    with _session(bundle, **load) as session:
+        sampling = _sampling(session.sampling, options)
+        limits = {"max_tokens": max_tokens, "stop": stop}
+        pieces = session.stream(pictures, prompt, sampling=sampling, **limits)
+        for number, piece in enumerate(pieces):
+            if stream and not as_json:
+                click.echo(printable(piece if number else piece.lstrip()), nl=False)
+        answer, manifest = pieces.answer, session.bundle.manifest
+    if as_json:
+        show_json(answer_facts(answer, manifest))
+        return
+    click.echo("" if stream else printable(answer.text))
+    show(answer_table(answer, manifest), err=True)
+
+
+@main.command()
+@click.argument("plan", required=False)
+@click.option("--model", default="llava-7b", show_default=True, help="A known name or a folder.")
+@click.option("--layers", type=click.IntRange(1), help="Depth, instead of the model's.")
+@click.option("--visual-tokens", type=click.IntRange(1), help="Per image, instead of the model's.")
+@click.option("--text", type=click.IntRange(1), default=40, show_default=True, help="Text rows.")
+@click.option("--prefix", type=click.IntRange(0), default=35, show_default=True, help="Its rows.")
+@click.option(
+    "--accounting",
+    type=click.Choice(["modes", "paper", "graphs"]),
+    default="modes",
+    show_default=True,
+    help="What counts: the method, the paper's table, or the graphs as they run.",
+)
+@click.option("--yaml", "as_yaml", is_flag=True, help="Print the plan as a file to edit.")
+@as_json
+def plan(plan, model, layers, visual_tokens, as_yaml, as_json, **options) -> None:
+    """Show a plan's stages and savings, or list the presets.
+
+    PLAN is a preset, preset:key=value,..., or a .yaml or .json file. No weights are read.
+
+    \b
+    visistage plan visipruner
+    visistage plan visipruner:t=14,keep=32 --model llava-13b
+    visistage plan fastv --accounting paper --json
+    visistage plan visipruner --yaml > mine.yaml
+    """
+    from .console.plan import plan_facts, preset_facts, preset_table
+
+    if plan is None:
+        if as_json:
+            show_json(preset_facts())
+        else:
+            show(preset_table())
+        return
+    from .compile.plan_report import plan_json, plan_table
+    from .compile.planfile import plan_to_yaml
+
+    staged, geometry = plan_facts(plan, model, layers, visual_tokens)
+    if as_yaml:
+        click.echo(plan_to_yaml(staged), nl=False)
+    elif as_json:
+        show_json(plan_json(staged, geometry, **options))
+    else:
+        show(plan_table(staged, geometry, **options))
+
+
+@main.command(epilog=bundle_default)
+@bundle_argument
+@as_json
+def inspect(bundle, as_json) -> None:
+    """Show what a bundle holds.
+
+    Model, plan, graphs with their tensors, sizes, cache per row and per prompt, versions.
+
+    \b
+    visistage inspect engines/demo
+    visistage inspect engines/llava-7b --json
+    """
+    from .console.inspect import bundle_facts, bundle_table
+    from .graphs.bundle import Bundle
+
+    opened = Bundle.open(_bundle(bundle))
+    if as_json:
+        show_json(bundle_facts(opened))
+    else:
+        show(bundle_table(opened))
+
+
+@main.command(epilog=bundle_default)
+@bundle_argument
+@click.option("--data", type=click.Path(path_type=Path), help="JSONL file of samples.")
+@click.option("--samples", type=click.IntRange(1), help="Ask so many only (demo: 200).")
+@click.option("--max-tokens", type=click.IntRange(1), default=32, show_default=True)
+@as_json
+def evaluate(bundle, data, samples, max_tokens, as_json) -> None:
+    """Measure accuracy and speed on known answers.
+
+    An answer is right when it equals the expected one but for case, punctuation and spacing. A
+    line of --data, its image relative to the file, type left out at will:
+
+    \b
+    {"image": "1.jpg", "prompt": "How many dogs?", "answer": "2", "type": "count"}
+
+    The demo model needs no --data: it is asked about scenes that it was not trained on.
+
+    \b
+    visistage evaluate engines/demo --samples 100
+    visistage evaluate engines/llava-7b --data questions.jsonl --json
+    """
+    from .calib.evaluate import evaluate
+    from .console.evaluation import chosen_samples, counting, report_table
+
+    with _session(bundle) as session:
+        chosen = chosen_samples(session.bundle.manifest.model, data, samples)
+        with counting(len(chosen)) as tick:
+            report = evaluate(session, chosen, max_tokens=max_tokens, progress=tick)
+    if as_json:
+        show_json({"bundle": str(session.bundle.path), **report.to_dict()})
+    else:
+        show(report_table(report))
+
+
+@main.command()
+@as_json
+def doctor(as_json) -> None:
+    """Show what this machine can build and run, and what it lacks."""
+    from .console.doctor import doctor_facts, doctor_table
+
+    if as_json:
+        show_json(doctor_facts())
+    else:
+        show(doctor_table())
+
+
+def _bundle(given: Path | None) -> Path:
+    from .runtime.shared import default_bundle
+
+    return given or default_bundle()
+
+
+def _session(bundle: Path | None, **options) -> Any:
+    from . import runtime
+
+    return runtime.load(_bundle(bundle), **options)
+
+
+def _sampling(own: Any, options: dict[str, Any]) -> Any:
+    """The model's settings with those that were given on the command line."""
+    from dataclasses import replace
+
+    return replace(own, **{name: value for name, value in options.items() if value is not None})

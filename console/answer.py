@@ -1,0 +1,125 @@
+"""The table under an answer: where the time went, and what the plan saved."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..graphs.cost import Cost, Geometry, Load, cost_of, plan_loads, reduction_percent
+
+if TYPE_CHECKING:
+    from ..graphs.bundle import Manifest
+    from ..runtime.answer import Answer
+
+
+def savings(manifest: Manifest, visual_tokens: int, prompt_rows: int) -> dict[str, Any] | None:
+    """Per cent that the plan saved on this prompt, against the dense model; None without pictures.
+
+    ``visual_flops_percent`` and ``kv_bytes_percent`` are as the graphs run;
+    ``visual_flops_percent_of_method`` is what it would be if masked attention were skipped, too.
+    """
+    if not visual_tokens:
+        return None
+    plan = manifest.plan
+    images = visual_tokens // plan.visual_tokens
+    prefix = len(manifest.prefix.ids) if manifest.prefix else 0
+    text = prompt_rows - visual_tokens - prefix
+    geometry = Geometry.of(manifest.config.text)
+    dense = cost_of([Load("dense", visual_tokens)] * geometry.layers, geometry, prefix, text)
+
+    def cost(accounting) -> Cost:
+        loads = [
+            # Before the first selection a plan counts tokens of one image, after it of the prompt.
+            replace(load, visual_tokens=load.visual_tokens * images) if layer < first else load
+            for layer, load in enumerate(plan_loads(plan, accounting))
+        ]
+        return cost_of(loads, geometry, prefix, text)
+
+    first = plan.stages[0].layers[1]
+    graphs, method = cost("graphs"), cost("modes")
+    return {
+        "visual_flops_percent": reduction_percent(graphs.visual_macs, dense.visual_macs),
+        "visual_flops_percent_of_method": reduction_percent(method.visual_macs, dense.visual_macs),
+        "kv_bytes_percent": reduction_percent(graphs.kv_bytes, dense.kv_bytes),
+    }
+
+
+def answer_facts(answer: Answer, manifest: Manifest) -> dict[str, Any]:
+    """The answer as JSON, with the model's name and the savings."""
+    facts = answer.plan
+    return {
+        **answer.to_dict(),
+        "model": manifest.model,
+        "precision": manifest.precision,
+        "savings": savings(manifest, facts.visual_tokens, facts.prompt_rows),
+    }
+
+
+def printable(text: str) -> str:
+    """``text`` without control characters: a model's output must not steer the terminal."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+def answer_table(answer: Answer, manifest: Manifest) -> RenderableType:
+    """Timings, one row each, and two sentences on the plan."""
+    timings, facts = answer.timings, answer.plan
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    if facts.visual_tokens:
+        table.add_row("preprocess", _ms(timings.preprocess_ms), "")
+    for name in manifest.graphs:  # in the order of the chain; what did not run had been paid for
+        if name in timings.graphs_ms:
+            table.add_row(
+                name, _ms(timings.graphs_ms[name]), _what(name, manifest, facts.visual_tokens)
+            )
+    table.add_row("first token", _ms(timings.first_token_ms), "from the question to here")
+    if timings.per_token_ms is not None:
+        count = f"mean of {len(answer.tokens) - 1}"
+        table.add_row("each later token", _ms(timings.per_token_ms), count)
+    table.add_row("total", _ms(timings.total_ms), f"finish: {answer.finish}")
+    lines = [Text(line, style="dim") for line in _plan_lines(answer, manifest)]
+    return Group(table, *lines)
+
+
+def _plan_lines(answer: Answer, manifest: Manifest) -> list[str]:
+    facts = answer.plan
+    saved = savings(manifest, facts.visual_tokens, facts.prompt_rows)
+    if saved is None:
+        return [f"plan {facts.plan}: no picture, nothing to prune"]
+    if manifest.plan.is_dense:
+        return [f"plan {facts.plan}: all {facts.visual_tokens} visual tokens in every layer"]
+    kept = f"{len(facts.kept)} kept, " if facts.kept is not None else ""
+    last = manifest.plan.layers - 1
+    after = "to the end" if facts.exit == last else f"none after layer {facts.exit} of 0 to {last}"
+    flops, method, kv = (f"{percent:.1f}" for percent in saved.values())
+    skipped = "" if method == flops else f" ({method} % if masked attention were skipped)"
+    return [
+        f"plan {facts.plan}: {facts.visual_tokens} visual tokens in, {kept}{after}",
+        f"against dense: {flops} % less visual computing{skipped}, {kv} % less cache",
+    ]
+
+
+def _what(name: str, manifest: Manifest, visual_tokens: int) -> str:
+    """What a graph is; the first stage has the tokens of all pictures, later ones the kept."""
+    if name == "vision":
+        return "tower and projector"
+    stages = {f"stage{index}": stage for index, stage in enumerate(manifest.plan.stages)}
+    if name not in stages:
+        return "selection" if name.startswith("select") else ""
+    start, stop = stages[name].layers
+    layers = f"layers {start} to {stop - 1}" if stop - start > 1 else f"layer {start}"
+    if not visual_tokens:
+        return layers
+    count = visual_tokens if start == 0 else stages[name].visual_tokens
+    return f"{layers}, {count} visual tokens"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.1f} ms"

@@ -1,0 +1,80 @@
+"""An evaluation: its samples, how it goes, and its table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from ..calib.samples import Sample, read_samples
+from ..compile.recipes import DEMO
+from ..graphs.errors import DataError
+
+if TYPE_CHECKING:
+    from ..calib.evaluate import Report
+
+DEMO_SAMPLES = 200
+"""Held-out scenes asked unless told otherwise."""
+
+MOST_SHOWN = 5
+"""Wrong answers and unreadable pictures listed; ``--json`` has all of them."""
+
+
+@contextmanager
+def counting(total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr that moves by one with every call; nothing where there is no terminal."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("asking", total=total)
+        yield lambda: bar.advance(task)
+
+
+def chosen_samples(model: str, data: Path | None, count: int | None) -> list[Sample]:
+    """The samples of ``data``, or the demo model's held-out scenes.
+
+    Raises:
+        DataError: unusable data, or none for another model.
+    """
+    if data is not None:
+        return read_samples(data, count)
+    if model != DEMO:
+        raise DataError(
+            f"there are no questions for model '{model}' in this package, only for '{DEMO}'. "
+            "Give a JSONL file: --data questions.jsonl"
+        )
+    from ..demo.heldout import held_out
+
+    return [
+        Sample(f"scene {number}", made.image, made.question, made.answer, made.kind)
+        for number, made in enumerate(held_out(count or DEMO_SAMPLES))
+    ]
+
+
+def report_table(report: Report) -> RenderableType:
+    """Accuracy by type, speed, and the first few that went wrong."""
+    table = Table("type", "right", "of", "accuracy")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, tally in report.by_type.items():
+        table.add_row(name, str(tally.right), str(tally.total), f"{100 * tally.accuracy:.1f} %")
+    total = report.overall
+    table.add_section()
+    table.add_row("all", str(total.right), str(total.total), f"{100 * total.accuracy:.1f} %")
+    speed = f"first token {report.first_token_ms:.1f} ms"
+    if report.per_token_ms is not None:
+        speed += f", each later one {report.per_token_ms:.1f} ms (means)"
+    lines = [speed]
+    for miss in report.misses[:MOST_SHOWN]:
+        lines.append(f"{miss.name}: {miss.prompt} expected {miss.expected!r}, got {miss.given!r}")
+    if len(report.misses) > MOST_SHOWN:
+        lines.append(f"... and {len(report.misses) - MOST_SHOWN} more wrong answers (--json)")
+    if report.unreadable:
+        lines.append(f"{len(report.unreadable)} pictures could not be read and count nowhere:")
+        lines += [f"  {name}: {why}" for name, why in report.unreadable[:MOST_SHOWN]]
+    return Group(table, *(Text(line) for line in lines))

@@ -1,0 +1,134 @@
+"""What a bundle is: model, plan, graphs with their tensors, sizes, cache per row and per prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from ..graphs.bundle import Bundle, GraphFact
+from ..graphs.contract import TensorSpec
+from .units import show_bytes
+
+QUESTION_ROWS = 40
+"""Text rows of the prompt that cache sizes are stated for, besides the prefix and one picture."""
+
+ELEMENT_BYTES = {"fp32": 4}
+"""Bytes of one cached number by precision; 2 in every other."""
+
+
+def bundle_facts(bundle: Bundle) -> dict[str, Any]:
+    """Everything that ``visistage inspect`` shows, as JSON."""
+    manifest = bundle.manifest
+    text, plan = manifest.config.text, manifest.plan
+    prefix = len(manifest.prefix.ids) if manifest.prefix else 0
+    row = 2 * text.kv_heads * text.head_dim * ELEMENT_BYTES.get(manifest.precision, 2)
+    stages = []
+    for stage in plan.stages:
+        rows = prefix + stage.visual_tokens + QUESTION_ROWS
+        stages.append(
+            {
+                "layers": list(stage.layers),
+                "visual_tokens": stage.visual_tokens,
+                "kv_bytes_per_row": row * stage.depth,
+                "kv_bytes_per_prompt": row * stage.depth * rows,
+            }
+        )
+    return {
+        "path": str(bundle.path),
+        "model": manifest.model,
+        "plan": {"name": plan.name, "hash": plan.hash, "note": plan.note},
+        "target": manifest.target,
+        "precision": manifest.precision,
+        "lowering": manifest.lowering,
+        "layers": text.layers,
+        "visual_tokens": manifest.config.visual_tokens,
+        "context": text.max_positions,
+        "prefix_rows": prefix,
+        "question_rows": QUESTION_ROWS,
+        "stages": stages,
+        "graphs": {
+            name: {
+                "file": fact.file,
+                "nbytes": manifest.files[fact.file].nbytes if fact.file in manifest.files else None,
+                **fact.spec.to_dict(),
+            }
+            for name, fact in manifest.graphs.items()
+        },
+        "weight_bytes": manifest.weight_bytes,
+        "bundle_bytes": sum(fact.nbytes for fact in manifest.files.values()),
+        "versions": dict(manifest.versions),
+        "source": manifest.source,
+    }
+
+
+def bundle_table(bundle: Bundle) -> RenderableType:
+    """The same for people."""
+    facts = bundle_facts(bundle)
+    head = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    head.add_column(style="dim")
+    head.add_column()
+    plan, prefix = facts["plan"], facts["prefix_rows"]
+    for name, value in (
+        ("bundle", facts["path"]),
+        ("model", f"{facts['model']}, {facts['layers']} layers, context {facts['context']}"),
+        ("plan", f"{plan['name']} {plan['hash'][:12]}"),
+        ("", plan["note"]),
+        ("target", f"{facts['target']}, {facts['precision']}, lowering {facts['lowering']}"),
+        ("prefix", f"{prefix} rows, computed when the bundle was built" if prefix else "none"),
+        ("weights", show_bytes(facts["weight_bytes"])),
+        ("files", show_bytes(facts["bundle_bytes"])),
+        ("built with", ", ".join(f"{n} {v}" for n, v in facts["versions"].items())),
+    ):
+        if value:
+            head.add_row(name, escape(value))
+    return Group(head, _stage_table(facts), _graph_table(bundle))
+
+
+def _stage_table(facts: dict[str, Any]) -> Table:
+    rows = f"{facts['prefix_rows']} + visual + {facts['question_rows']} rows"
+    table = Table("stage", "layers", "visual tokens", "cache per row", f"cache of {rows}")
+    for column in table.columns:
+        column.justify = "right"
+    for index, stage in enumerate(facts["stages"]):
+        start, stop = stage["layers"]
+        table.add_row(
+            str(index),
+            f"{start}-{stop - 1}" if stop - start > 1 else str(start),
+            str(stage["visual_tokens"]),
+            show_bytes(stage["kv_bytes_per_row"]),
+            show_bytes(stage["kv_bytes_per_prompt"]),
+        )
+    return table
+
+
+def _graph_table(bundle: Bundle) -> Table:
+    table = Table("graph", "size", "inputs", "outputs")
+    table.columns[1].justify = "right"
+    for name, fact in bundle.manifest.graphs.items():
+        size = bundle.manifest.files.get(fact.file)
+        inputs, outputs = _tensors(fact)
+        table.add_row(name, show_bytes(size.nbytes) if size else "?", inputs, outputs)
+    return table
+
+
+def _tensors(fact: GraphFact) -> tuple[str, str]:
+    return _listed(fact.spec.inputs), _listed(fact.spec.outputs)
+
+
+def _listed(specs: tuple[TensorSpec, ...]) -> str:
+    """One line each; the caches, two for every layer, as one line."""
+    cached = [spec for spec in specs if spec.name.startswith(("key.", "value."))]
+    lines = [_line(spec) for spec in specs if spec not in cached]
+    if cached:
+        first, last = cached[0], cached[-1]
+        lines.append(_line(first))
+        if last != first:
+            lines.append(f"  ... {last.name} ({len(cached)} in all)")
+    return escape("\n".join(lines))
+
+
+def _line(spec: TensorSpec) -> str:
+    return f"{spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]"

@@ -1,0 +1,75 @@
+"""Which plan for which decoder, without reading any weights; and the list of presets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from ..compile.planfile import resolve_plan
+from ..compile.recipes import ALIASES, DEMO, GEOMETRIES
+from ..graphs.config import ModelConfig
+from ..graphs.cost import Geometry
+from ..graphs.errors import ModelError
+from ..graphs.plan import StagePlan
+from ..graphs.presets import LATER, PRESETS
+
+
+def plan_facts(
+    plan: str, model: str, layers: int | None = None, visual_tokens: int | None = None
+) -> tuple[StagePlan, Geometry]:
+    """The plan that ``plan`` names, and the sizes of the decoder it is for.
+
+    Args:
+        plan: a preset with or without options, or a file.
+        model: ``demo``, a name of ``recipes.GEOMETRIES`` or a folder with a ``config.json``.
+        layers: instead of the model's depth.
+        visual_tokens: instead of the model's tokens per image.
+
+    Raises:
+        ModelError: an unknown model, or a config that is not supported.
+        PlanError: see ``resolve_plan``.
+    """
+    config = ModelConfig.from_hf(_config(model))
+    geometry = Geometry.of(config.text)
+    geometry = replace(geometry, layers=layers or geometry.layers)
+    tokens = visual_tokens or config.visual_tokens
+    return resolve_plan(plan, geometry.layers, tokens), geometry
+
+
+def preset_facts() -> dict[str, Any]:
+    """The presets with their options, as JSON."""
+    return {
+        name: {"summary": preset.summary, "options": preset.options}
+        for name, preset in PRESETS.items()
+    }
+
+
+def preset_table() -> Table:
+    """The same for people."""
+    later = ", ".join(LATER)
+    table = Table("preset", "what it does", "options", caption=f"Planned: {later}")
+    for name, preset in PRESETS.items():
+        options = "\n".join(f"{option}: {about}" for option, about in preset.options.items())
+        table.add_row(name, preset.summary, escape(options))
+    return table
+
+
+def _config(model: str) -> dict[str, Any]:
+    known = next((name for name, hub in ALIASES.items() if hub == model), model)
+    if known in GEOMETRIES:
+        return dict(GEOMETRIES[known].config)
+    folder = Path(__file__).parents[1] / "demo" / "model" if model == DEMO else Path(model)
+    file = folder / "config.json"
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{file}: cannot read the model's sizes: {error}. Give a folder with a config.json, or "
+            f"one of {', '.join([DEMO, *GEOMETRIES])}."
+        ) from None
+    return data

@@ -1,0 +1,102 @@
+"""How a build goes, on stderr: a bar on a terminal, plain lines everywhere else.
+
+    weights            done     2.1 s   171.3 MiB
+    export stage0      cached   0.9 s     1.2 MiB
+
+Seconds of a cached step are those of the run that did it.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from .units import show_bytes, show_seconds
+
+if TYPE_CHECKING:
+    from ..compile.steps import StepFact
+    from ..graphs.bundle import Bundle
+
+
+class BuildProgress:
+    """A reporter (``compile/steps.py``) that shows and collects; a context manager."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self.facts: list[StepFact] = []
+        self.started = time.perf_counter()
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+
+    def __enter__(self) -> BuildProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def start(self, step: str, total: int | None) -> None:
+        """Show the step that runs now."""
+        self._task = self._bar.add_task(escape(step), total=total)
+
+    def advance(self, units: int) -> None:
+        """Move its bar."""
+        self._bar.advance(self._task, units)
+
+    def done(self, fact: StepFact) -> None:
+        """Leave one line behind."""
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self.facts.append(fact)
+        self.console.print(
+            f"{fact.name:<18} {'cached' if fact.cached else 'done':<7}"
+            f"{show_seconds(fact.seconds):>9} {show_bytes(fact.nbytes):>11}",
+            markup=False,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Since this was made."""
+        return time.perf_counter() - self.started
+
+    def to_dict(self, bundle: Bundle) -> dict[str, Any]:
+        """What the run did, as JSON; no steps where the bundle was there already."""
+        steps = [
+            {"name": f.name, "cached": f.cached, "seconds": f.seconds, "nbytes": f.nbytes}
+            for f in self.facts
+        ]
+        return {
+            "path": str(bundle.path),
+            "steps": steps,
+            "seconds": self.seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "weight_bytes": bundle.manifest.weight_bytes,
+        }
+
+    def close(self) -> None:
+        """The closing line: what the whole run took."""
+        self._bar.stop()
+        if not self.facts:
+            self.console.print("already built, every file in place")
+        self.console.print(
+            f"{show_seconds(self.seconds)} in all, peak memory {show_bytes(peak_memory_bytes())}"
+        )
+
+
+def peak_memory_bytes() -> int:
+    """Most memory that this process has had in use; mapped weights count while they are read."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

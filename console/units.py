@@ -1,0 +1,46 @@
+"""Bytes and durations as people write them, and back."""
+
+from __future__ import annotations
+
+import re
+
+import click
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_SIZES = {"": 1, "B": 1} | {
+    spelling: factor**power
+    for power, letter in enumerate("KMGT", start=1)
+    for spelling, factor in ((letter, 1024), (f"{letter}IB", 1024), (f"{letter}B", 1000))
+}
+
+
+def show_bytes(nbytes: float) -> str:
+    """``13.2 GiB``; whole numbers below 1 KiB."""
+    power = 0
+    while nbytes >= 1024 and power < len(_UNITS) - 1:
+        nbytes, power = nbytes / 1024, power + 1
+    return f"{nbytes:.0f} B" if power == 0 else f"{nbytes:.1f} {_UNITS[power]}"
+
+
+def show_seconds(seconds: float) -> str:
+    """``0.4 s`` or ``3 min 12 s``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
+
+
+class ByteSize(click.ParamType):
+    """An option such as ``4GiB``, ``512M`` or plain bytes; K, M, G and T count in 1024s."""
+
+    name = "size"
+
+    def convert(self, value, param, ctx) -> int:
+        """Bytes of the text, or click's error for a wrong option."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip(), re.ASCII)
+        unit = match[2].upper() if match else None
+        if match is None or unit not in _SIZES or not float(match[1]):
+            self.fail(f"{value!r} is no size. Write one like 4GiB, 512MiB or 2000000000.")
+        return round(float(match[1]) * _SIZES[unit])
