@@ -7,7 +7,7 @@ word does. It asks through the public runtime API only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..graphs.errors import DataError, ImageError
@@ -94,7 +94,8 @@ def evaluate(
     """
     asked: list[tuple[Sample, Answer]] = []
     unreadable: list[tuple[str, str]] = []
-    greedy = _greedy()
+    # A checkpoint's own settings may draw at random; two evaluations must agree.
+    greedy = replace(session.sampling, temperature=0.0)
     for sample in samples:
         try:
             answer = session.infer(
@@ -131,10 +132,3 @@ def _report(asked: list[tuple[Sample, Answer]], unreadable: list[tuple[str, str]
         first_token_ms=sum(answer.timings.first_token_ms for _, answer in asked) / len(asked),
         per_token_ms=sum(later) / len(later) if later else None,
     )
-
-
-def _greedy() -> Any:
-    """A checkpoint's own settings may draw at random; two evaluations must agree."""
-    from ..runtime.sampling import Sampling
-
-    return Sampling()

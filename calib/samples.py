@@ -2,8 +2,8 @@
 
     {"image": "photos/1.jpg", "prompt": "How many dogs?", "answer": "2", "type": "count"}
 
-One object a line; ``image`` is relative to the file, ``type`` may be left out. Every line is checked
-before the first one is used. Pictures are opened by whoever asks, so a damaged one shows there.
+One object a line; ``image`` is relative to the file, ``type`` may be left out. Every line is
+checked before the first one is used. Pictures are opened by whoever asks: a damaged one shows then.
 """
 
 from __future__ import annotations

@@ -1,0 +1,68 @@
+"""``infer`` in one call: finds the bundle and keeps its session for the next question.
+
+A session stays loaded until its bundle is built again, or the program ends. Programs that want to
+free memory, or ask from several threads, hold their own: ``runtime.load``.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..graphs.bundle import MANIFEST, find_bundle
+from .answer import Answer
+from .session import Session, Source, load
+
+VARIABLE = "VISISTAGE_BUNDLE"
+"""Environment variable that names the bundle to use where none is given."""
+
+FOLDER = "engines"
+"""Where a bundle is looked for otherwise: what the compiler writes to."""
+
+Stamp = tuple[int, int]  # a manifest's modification time and inode
+
+_sessions: dict[Path, tuple[Stamp, Session]] = {}
+_lock = threading.Lock()
+
+
+def infer(
+    image: Source | Sequence[Source] | None,
+    prompt: str,
+    *,
+    bundle: str | os.PathLike | None = None,
+    **options,
+) -> Answer:
+    """Answer ``prompt`` about ``image``; the first call loads the bundle, later ones reuse it.
+
+    Args:
+        image: a path, bytes, file object, PIL image or uint8 array; several; or None.
+        prompt: the question.
+        bundle: a bundle, or a folder holding exactly one; by default what ``VISISTAGE_BUNDLE``
+            names, or the only one in ``./engines``.
+        **options: ``max_tokens``, ``stop`` and ``sampling`` of ``Session.stream``.
+
+    Raises:
+        VisistageError: no bundle or several, or an input that cannot be used.
+    """
+    folder = default_bundle() if bundle is None else Path(bundle)
+    with _lock:  # a session answers one question at a time
+        return _session(folder).infer(image, prompt, **options)
+
+
+def default_bundle() -> Path:
+    """Where to look for a bundle when nobody named one."""
+    return Path(os.environ.get(VARIABLE) or FOLDER)
+
+
+def _session(path: Path) -> Session:
+    folder = find_bundle(path).resolve()
+    status = (folder / MANIFEST).stat()
+    stamp = (status.st_mtime_ns, status.st_ino)
+    known = _sessions.pop(folder, None)
+    if known is not None and known[0] != stamp:
+        known[1].close()
+        known = None
+    _sessions[folder] = known or (stamp, load(folder))
+    return _sessions[folder][1]
