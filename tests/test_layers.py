@@ -1,0 +1,188 @@
+"""Who imports whom, read off the sources; planted violations must be caught."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("calib", "compile", "console", "demo", "graphs", "runtime")
+PURE = {f"graphs.{name}" for name in "bundle config contract cost errors plan presets".split()} | {
+    "graphs"
+}
+RUNTIME_MAY = {*PURE, "graphs.rows", "runtime.*"}
+HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "huggingface_hub")
+
+# Module or package -> (what of ours it may import, which libraries). The longest name that fits
+# counts; "x.*" is package x with its modules, "" is the root package with the version.
+RULES = {
+    "graphs": (PURE, set()),
+    **dict.fromkeys(PURE, (PURE, set())),
+    "graphs.rows": (PURE, {"numpy"}),
+    "graphs.*": ({"graphs.*"}, {"numpy", "torch"}),
+    "graphs.rope": ({"graphs.*"}, {"torch", "transformers"}),
+    "runtime": (RUNTIME_MAY, set()),
+    "runtime.*": (RUNTIME_MAY, {"PIL", "jinja2", "numpy", "tokenizers"}),
+    "runtime.ort": (RUNTIME_MAY, {"numpy", "onnxruntime", "psutil"}),
+    "calib.*": ({"calib.*", "graphs.*", "runtime"}, {"PIL", "numpy"}),
+    # The compiler asks the runtime's own code for prefix and preprocessing, so that both agree.
+    "compile.*": (
+        {"", "calib.*", "compile.*", "graphs.*"}
+        | {"runtime.preprocessing", "runtime.prompt", "runtime.template"},
+        {"numpy", "onnx", "onnx_ir", "onnxscript", "psutil", "rich"}
+        | {"safetensors", "tokenizers", "torch", "transformers", "yaml"},
+    ),
+    "compile.checkpoint": ({"compile.*", "graphs.*"}, {"huggingface_hub", "torch"}),
+    "demo.*": ({"demo.*"}, {"PIL", "numpy", "tokenizers", "torch", "transformers"}),
+    "demo.gallery": ({"demo.questions", "demo.scenes"}, {"PIL", "numpy"}),
+    "demo.heldout": ({"demo.questions", "demo.scenes"}, {"PIL", "numpy"}),
+    "demo.questions": ({"demo.scenes"}, set()),
+    "demo.scenes": (set(), {"PIL", "numpy"}),
+    "console.*": (
+        PURE
+        | {"", "calib.*", "console.*", "demo.heldout", "runtime.answer"}
+        | {"compile.planfile", "compile.recipes", "compile.steps", "compile.targets"},
+        {"click", "psutil", "rich"},
+    ),
+    "console.doctor": (
+        PURE | {"", "compile.targets", "console.*"},
+        {"onnxruntime", "psutil", "rich"},
+    ),
+    "cli": ({"", "*"}, {"click"}),
+    "__main__": ({"cli"}, set()),
+    "": (set(), set()),
+}
+
+
+def sources() -> dict[str, Path]:
+    """Every module of the package by its name below ``visistage``; "" is the root."""
+    found = {}
+    for file in [*ROOT.glob("*.py"), *(f for p in PACKAGES for f in (ROOT / p).rglob("*.py"))]:
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+MODULES = sources()
+
+
+def rule_of(module: str) -> tuple[set[str], set[str]]:
+    package = module.split(".")[0] + ".*"
+    return RULES[module] if module in RULES else RULES[package]
+
+
+def violations(module: str, source: str, *, is_package: bool = False) -> list[str]:
+    """What ``source``, standing at ``module``, imports against the rules; anywhere in the file."""
+    own, libraries = rule_of(module)
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        for name, ours in _imported(node, module, is_package):
+            if not ours:
+                library = name.split(".")[0]
+                allowed = library in libraries or library in sys.stdlib_module_names
+                allowed = allowed and library not in ("visistage", *PACKAGES)
+            else:
+                allowed = name in own or name.split(".")[0] + ".*" in own or "*" in own
+            if not allowed:
+                wrong.append(f"{module or 'visistage'}:{node.lineno} imports {name or 'the root'}")
+    return wrong
+
+
+def _imported(node: ast.AST, module: str, is_package: bool) -> list[tuple[str, bool]]:
+    """(name, whether it is ours) of what one statement imports."""
+    if isinstance(node, ast.Import):
+        return [(alias.name, False) for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    if not node.level:
+        return [(node.module or "", False)]
+    parts = module.split(".") if module else []
+    parts = parts[: len(parts) - node.level + is_package]
+    parts += (node.module or "").split(".") if node.module else []
+    base = ".".join(parts)
+    names = []
+    for alias in node.names:  # of `from . import plan`, the name is a module
+        inner = f"{base}.{alias.name}" if base else alias.name
+        names.append((inner if inner in MODULES else base, True))
+    return names
+
+
+@pytest.mark.parametrize("module", sorted(MODULES), ids=lambda name: name or "visistage")
+def test_imports_follow_the_rules(module):
+    file = MODULES[module]
+    source = file.read_text(encoding="utf-8")
+    assert not violations(module, source, is_package=file.name == "__init__.py")
+
+
+def test_every_directory_with_code_is_under_the_rules():
+    found = {file.parent.name for file in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert found == set(PACKAGES)
+
+
+def test_the_rules_name_modules_that_exist():
+    concrete = {name for name in RULES if not name.endswith(".*")}
+    named = {one for own, _ in RULES.values() for one in own if not one.endswith("*")}
+    assert concrete | named <= set(MODULES)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("runtime.session", "import torch"),
+        ("runtime.session", "def f():\n    from transformers import AutoTokenizer"),
+        ("runtime.session", "import onnxruntime"),
+        ("runtime.session", "from ..compile import build"),
+        ("runtime.session", "from ..compile.build import build"),
+        ("runtime.session", "from ..graphs.decoder import DecoderStage"),
+        ("runtime.session", "from ..graphs import decoder"),
+        ("runtime.ort", "import onnx"),
+        ("runtime.text", "from .. import demo"),
+        ("graphs.plan", "import numpy"),
+        ("graphs.plan", "from .rows import Chain"),
+        ("graphs.plan", "from ..runtime.answer import Answer"),
+        ("graphs.rows", "import torch"),
+        ("graphs.decoder", "import transformers"),
+        ("graphs.decoder", "import graphs.plan"),
+        ("graphs.decoder", "from visistage.graphs.plan import StagePlan"),
+        ("calib.evaluate", "from ..runtime.session import Session"),
+        ("calib.evaluate", "from ..compile.build import build"),
+        ("compile.build", "from ..runtime.session import load"),
+        ("compile.build", "import huggingface_hub"),
+        ("demo.heldout", "import torch"),
+        ("demo.train", "from ..graphs.plan import StagePlan"),
+        ("console.answer", "import torch"),
+        ("console.answer", "from ..compile.build import build"),
+        ("console.answer", "import onnxruntime"),
+        ("cli", "import torch"),
+    ],
+)
+def test_a_planted_violation_is_caught(module, source):
+    assert violations(module, source)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("runtime.session", "import numpy as np\nfrom ..graphs.rows import Chain\nimport json"),
+        ("runtime.session", "from . import cache"),
+        ("compile.build", "from .. import __version__\nimport torch"),
+        ("calib.evaluate", "from ..runtime import Session"),
+        ("graphs.rope", "import torch, transformers"),
+    ],
+)
+def test_what_is_allowed_passes(module, source):
+    assert not violations(module, source)
+
+
+@pytest.mark.parametrize("module", ["runtime", "runtime.session", "runtime.shared", "cli"])
+def test_importing_loads_nothing_heavy(module):
+    heavy = HEAVY if module.startswith("runtime.") else (*HEAVY, "onnxruntime", "numpy")
+    code = (
+        f"import sys, visistage.{module}\n"
+        f"loaded = [name for name in {heavy!r} if name in sys.modules]\n"
+        "assert not loaded, loaded"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
