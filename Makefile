@@ -1,0 +1,65 @@
+# Thin: what is more than one line stands in Python, and so does caching.
+# `make` lists the targets; `make demo` is all that a fresh clone needs.
+
+PYTHON ?= python3
+MODEL  ?= demo
+OUT    ?= engines
+# Also understood: PLAN TARGET PRECISION REVISION, DUMMY=1, OFFLINE=1; TESTS (of `make test`);
+# PIP_OPTIONS (of `make setup`), such as an index with a CPU build of torch.
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PICTURE  := demo/pictures/scene-3.png
+QUESTION := In which corner is the red object?
+
+ENGINES = --model "$(MODEL)" --out "$(OUT)" \
+	$(if $(PLAN),--plan "$(PLAN)") \
+	$(if $(TARGET),--target "$(TARGET)") \
+	$(if $(PRECISION),--precision "$(PRECISION)") \
+	$(if $(REVISION),--revision "$(REVISION)") \
+	$(if $(filter-out 0 no false,$(DUMMY)),--dummy-weights) \
+	$(if $(filter-out 0 no false,$(OFFLINE)),--offline)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo engines test check types clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(VENV)/.installed  ## make .venv with visistage and everything it needs
+
+demo: setup  ## build the demo model and ask it about a picture
+	@bundle=$$($(BIN)/visistage engines --model demo --out "$(OUT)") && \
+	echo && echo '$(PICTURE)' && echo '$(QUESTION)' && \
+	$(BIN)/visistage infer $(PICTURE) '$(QUESTION)' --bundle "$$bundle"
+
+engines: setup  ## build a bundle: MODEL=llava-7b [PLAN TARGET PRECISION DUMMY OUT]
+ifneq ($(CALIB),)
+	$(error CALIB is for quantised precisions, which a later version brings; leave it out)
+endif
+	@$(BIN)/visistage engines $(ENGINES)
+
+test: setup  ## run the tests, or some: TESTS=tests/test_plan.py
+	$(BIN)/python -m pytest $(TESTS)
+
+check: setup types  ## lint, formatting, types, layering and the wheel's contents
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_packaging.py
+
+types: setup  ## check types
+	@mkdir -p .cache/types && ln -sfn ../.. .cache/types/visistage
+	MYPYPATH=.cache/types $(BIN)/mypy -p visistage
+
+clean:  ## remove what tests and checks leave; .venv and engines stay
+	rm -rf build dist *.egg-info .cache/types .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# torch first and pinned, so that nothing later pulls another build of it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'visistage needs Python 3.10 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)'; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(PIP_OPTIONS) -c constraints.txt torch
+	$(BIN)/python -m pip install -q $(PIP_OPTIONS) -c constraints.txt -e '.[compile,dev]'
+	@touch $@
