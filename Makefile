@@ -20,6 +20,10 @@ ENGINES = --model "$(MODEL)" --out "$(OUT)" \
 	$(if $(filter-out 0 no false,$(DUMMY)),--dummy-weights) \
 	$(if $(filter-out 0 no false,$(OFFLINE)),--offline)
 
+ifneq ($(CALIB),)
+$(error CALIB is for quantised precisions, which a later version brings. Leave it out)
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo engines test check types clean
 
@@ -34,13 +38,10 @@ demo: setup  ## build the demo model and ask it about a picture
 	$(BIN)/visistage infer $(PICTURE) '$(QUESTION)' --bundle "$$bundle"
 
 engines: setup  ## build a bundle: MODEL=llava-7b [PLAN TARGET PRECISION DUMMY OUT]
-ifneq ($(CALIB),)
-	$(error CALIB is for quantised precisions, which a later version brings; leave it out)
-endif
 	@$(BIN)/visistage engines $(ENGINES)
 
 test: setup  ## run the tests, or some: TESTS=tests/test_plan.py
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)
 
 check: setup types  ## lint, formatting, types, layering and the wheel's contents
 	$(BIN)/ruff check .
@@ -61,5 +62,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 		{ echo 'visistage needs Python 3.10 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)'; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_OPTIONS) -c constraints.txt torch
-	$(BIN)/python -m pip install -q $(PIP_OPTIONS) -c constraints.txt -e '.[compile,dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q $(PIP_OPTIONS) \
+		-c constraints.txt -e '.[compile,dev]'
 	@touch $@

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from importlib import metadata
 from pathlib import Path
 
@@ -21,20 +22,22 @@ from ..graphs.bundle import (
     FileFact,
     GraphFact,
     Manifest,
-    Prefix,
-    TensorRef,
     sha256,
 )
+from ..graphs.config import ModelConfig
 from ..graphs.errors import CapacityError
 from ..graphs.plan import StagePlan
 from .checkpoint import Checkpoint, open_checkpoint
 from .export import Graph, export, graphs_of
+from .names import tensor_shapes
 from .planfile import resolve_plan
-from .prefix import prefix_cache, write_prefix
+from .prefix import describe_prefix, prefix_cache, write_prefix
+from .recipes import GEOMETRIES
 from .steps import Reporter, Silent, Workshop
+from .stitch import TORCH_DTYPES
 from .targets import DTYPES, Target, resolve_target
 from .texts import TextFacts, text_facts, write_texts
-from .weights import CONVERTED, Placement, check_disk, convert, link_files, place
+from .weights import Placement, check_disk, convert, link_files, place
 
 DEFAULT_PLAN = "visipruner"
 
@@ -70,6 +73,8 @@ def build(
         VisistageError: whatever the user can mend, before anything is written under the final name.
     """
     wanted, precision = resolve_target(target, precision)
+    if model in GEOMETRIES:  # known before gigabytes are fetched or made
+        _check_memory(wanted, precision, _geometry_bytes(model, precision))
     checkpoint = open_checkpoint(
         model, revision=revision, offline=offline, dummy_weights=dummy_weights
     )
@@ -79,7 +84,7 @@ def build(
     dtype = DTYPES[precision]
     graphs = graphs_of(config, staged, dtype, wanted.lowering)
     placement = place(checkpoint, [name for graph in graphs for name in graph.weights], dtype)
-    _check_memory(wanted, precision, placement)
+    _check_memory(wanted, precision, placement.nbytes)
 
     folder = Path(out) / checkpoint.name / f"{staged.name}-{precision}-{wanted.name}"
     source = _source(checkpoint, staged, wanted, precision)
@@ -90,26 +95,25 @@ def build(
         check_disk(placement, work.folder)
         tell = work.reporter.advance
 
-        def weights() -> tuple[list[str], dict]:
+        def weights() -> list[str]:
             converted = convert(checkpoint, placement, dtype, work.folder, tell)
-            return [*link_files(placement, work.folder), *converted], {}
+            return [*link_files(placement, work.folder), *converted]
 
-        def one_graph(graph: Graph) -> tuple[list[str], dict]:
+        def one_graph(graph: Graph) -> list[str]:
             file = f"{graph.name}.onnx"
             export(graph, config.text, work.folder / file, placement.spans)
-            return [file], {}
+            return [file]
 
-        def prefix() -> tuple[list[str], dict]:
-            ids = texts.prefix_ids
-            written = write_prefix(prefix_cache(checkpoint, ids, tell), ids, dtype, work.folder)
-            return [written.keys.file], {}
+        def prefix() -> list[str]:
+            cache = prefix_cache(checkpoint, texts.prefix_ids, tell)
+            return write_prefix(cache, dtype, work.folder)
 
         work.step("weights", weights, total=placement.new_bytes or None)
         for graph in graphs:
             work.step(f"export {graph.name}", lambda graph=graph: one_graph(graph))
         if texts.prefix_ids:
             work.step("prefix", prefix, total=config.text.layers)
-        work.step("text files", lambda: (write_texts(checkpoint, work.folder), {}))
+        work.step("text files", lambda: write_texts(checkpoint, work.folder))
         work.step(
             "manifest",
             lambda: _write_manifest(
@@ -130,7 +134,7 @@ def _write_manifest(
     placement: Placement,
     texts: TextFacts,
     source: str,
-) -> tuple[list[str], dict]:
+) -> list[str]:
     """Hash every file and write the manifest that names them."""
     names = [name for fact in work.facts for name in fact.files]
     facts = {}
@@ -146,7 +150,9 @@ def _write_manifest(
         lowering=target.lowering,
         graphs={graph.name: GraphFact(f"{graph.name}.onnx", graph.spec) for graph in graphs},
         embedding=placement.embedding,
-        prefix=_prefix(checkpoint, texts, DTYPES[precision]),
+        prefix=describe_prefix(checkpoint.config.text, texts.prefix_ids, DTYPES[precision])
+        if texts.prefix_ids
+        else None,
         preprocessing=texts.preprocessing,
         generation=texts.generation,
         text_files=texts.files,
@@ -156,20 +162,7 @@ def _write_manifest(
         source=source,
     )
     (work.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    return [MANIFEST], {}
-
-
-def _prefix(checkpoint: Checkpoint, texts: TextFacts, dtype: str) -> Prefix | None:
-    """Where ``write_prefix`` put things: a pure function of the shapes."""
-    if not texts.prefix_ids:
-        return None
-    text = checkpoint.config.text
-    shape = (text.layers, text.kv_heads, len(texts.prefix_ids), text.head_dim)
-    half = torch.Size(shape).numel() * getattr(torch, dtype).itemsize
-    file = "prefix.bin"
-    return Prefix(
-        texts.prefix_ids, TensorRef(file, 0, dtype, shape), TensorRef(file, half, dtype, shape)
-    )
+    return [MANIFEST]
 
 
 def versions() -> dict[str, str]:
@@ -204,13 +197,20 @@ def _key(source: str, checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps([source, stamps]).encode()).hexdigest()
 
 
-def _check_memory(target: Target, precision: str, placement: Placement) -> None:
+def _geometry_bytes(model: str, precision: str) -> int:
+    """Bytes of a published geometry's weights in one precision."""
+    config = ModelConfig.from_hf(GEOMETRIES[model].config)
+    values = sum(math.prod(shape) for shape in tensor_shapes(config).values())
+    return values * TORCH_DTYPES[DTYPES[precision]].itemsize
+
+
+def _check_memory(target: Target, precision: str, nbytes: int) -> None:
     """Refuse weights that the machine cannot hold, where it is the one that shall run them."""
     memory = psutil.virtual_memory().total
-    if target.local and placement.nbytes > memory:
+    if target.local and nbytes > memory:
         raise CapacityError(
-            f"in {precision} the weights take {placement.nbytes / 2**30:.1f} GiB, this machine has "
+            f"in {precision} the weights take {nbytes / 2**30:.1f} GiB, this machine has "
             f"{memory / 2**30:.1f} GiB of memory, so target '{target.name}' cannot run them here. "
-            "Export for a GPU instead (TARGET=cuda), or wait for PRECISION=int8, which a later "
-            "version brings; " + CONVERTED + " was not written"
+            "Export FP16 graphs for a GPU instead (TARGET=cuda), or take a smaller model; "
+            "PRECISION=int8, which would fit, comes with a later version"
         )

@@ -6,6 +6,7 @@ plan changes it. It runs in FP32, one layer's weights in memory at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from ..graphs.decoder import DecoderLayer
 from ..graphs.ops import Eager
 from ..graphs.rope import rotary
 from .checkpoint import Checkpoint
-from .export import TORCH_DTYPES
-from .weights import EMBEDDING
+from .names import EMBEDDING
+from .stitch import TORCH_DTYPES
 
 FILE = "prefix.bin"
 
@@ -46,13 +47,19 @@ def prefix_cache(
     return out
 
 
-def write_prefix(cache: Tensor, ids: Sequence[int], dtype: str, folder: Path) -> Prefix:
-    """Write the cache in the graphs' type and say where it lies."""
+def describe_prefix(text: TextConfig, ids: Sequence[int], dtype: str) -> Prefix:
+    """Where ``write_prefix`` puts things: the keys, then the values, nothing between."""
+    shape = (text.layers, text.kv_heads, len(ids), text.head_dim)
+    half = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+    keys, values = (TensorRef(FILE, offset, dtype, shape) for offset in (0, half))
+    return Prefix(tuple(ids), keys, values)
+
+
+def write_prefix(cache: Tensor, dtype: str, folder: Path) -> list[str]:
+    """Write the cache in the graphs' type; returns the file's name."""
     stored = cache.to(TORCH_DTYPES[dtype]).contiguous()
-    (folder / FILE).write_bytes(stored.view(torch.uint8).numpy().tobytes())
-    shape = tuple(stored.shape[1:])
-    half = stored.nbytes // 2
-    return Prefix(tuple(ids), TensorRef(FILE, 0, dtype, shape), TensorRef(FILE, half, dtype, shape))
+    (folder / FILE).write_bytes(stored.view(torch.uint8).numpy().data)
+    return [FILE]
 
 
 def _layer(checkpoint: Checkpoint, text: TextConfig, index: int) -> DecoderLayer:

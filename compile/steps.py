@@ -26,12 +26,11 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class StepFact:
-    """What one step did: seconds, the files it wrote with their sizes, and what it had to say."""
+    """What one step did: seconds, and the files it wrote with their sizes."""
 
     name: str
     seconds: float
     files: dict[str, int]
-    result: dict
     cached: bool = False
 
     @property
@@ -108,19 +107,19 @@ class Workshop:
         os.close(self._lock)
 
     def step(
-        self, name: str, run: Callable[[], tuple[Sequence[str], dict]], total: int | None = None
+        self, name: str, run: Callable[[], Sequence[str]], total: int | None = None
     ) -> StepFact:
-        """Run ``run`` unless it is noted as done; it returns its files' names and a JSON result."""
+        """Run ``run`` unless it is noted as done; it returns the names of the files it wrote."""
         noted = self._noted.get(name)
         if noted is not None and _present(self.folder, noted["files"]):
-            fact = StepFact(name, noted["seconds"], noted["files"], noted["result"], cached=True)
+            fact = StepFact(name, noted["seconds"], noted["files"], cached=True)
         else:
             self.reporter.start(name, total)
             started = time.perf_counter()
-            files, result = run()
+            files = run()
             sizes = {file: (self.folder / file).stat().st_size for file in files}
-            fact = StepFact(name, time.perf_counter() - started, sizes, result)
-            self._noted[name] = {"seconds": fact.seconds, "files": sizes, "result": result}
+            fact = StepFact(name, time.perf_counter() - started, sizes)
+            self._noted[name] = {"seconds": fact.seconds, "files": sizes}
             self._write_notes()
         self.facts.append(fact)
         self.reporter.done(fact)

@@ -2,7 +2,7 @@
 
 A module made of alike layers says how its pieces follow each other (``compose``). Here every call
 of a piece becomes a call of an ONNX function, traced by ``torch.onnx.export`` when its kind is
-first met; inlining then gives the flat graph. Thirty-two layers cost one trace, and no weight is ever
+first met; inlining then gives the flat graph. Thirty-two layers cost one trace, no weight is ever
 read: pieces are traced with fake tensors, parameters become inputs of the function and named
 initializers of the graph.
 """

@@ -19,13 +19,14 @@ import torch
 from ..graphs.bundle import TensorRef
 from ..graphs.errors import CapacityError, TargetError
 from .checkpoint import Checkpoint
-from .export import TORCH_DTYPES, WeightSpan
+from .export import WeightSpan
+from .names import EMBEDDING
+from .stitch import TORCH_DTYPES
 
 CONVERTED = "weights.bin"
 ALIGNMENT = 4096
 """Converted weights start on a page, so that they can be mapped."""
 
-EMBEDDING = "model.embed_tokens.weight"
 STORED_AS = {"float32": "F32", "float16": "F16"}
 TENSOR_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 HALF_MAX = 65504.0

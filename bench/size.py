@@ -1,0 +1,102 @@
+"""Time, memory and bytes of building a bundle, step by step, in a fresh process.
+
+    python -m visistage.bench.size --model llava-7b --target cuda --dummy-weights
+
+Peak memory is the process's largest resident set, the imports included; weights mapped from disk
+count as far as they were touched.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import click
+
+from .record import save
+
+
+class Steps:
+    """A build reporter that keeps seconds, bytes and the peak so far of every step."""
+
+    def __init__(self):
+        self.rows: list[dict] = []
+
+    def start(self, step: str, total: int | None) -> None:
+        """Nothing to note."""
+
+    def advance(self, units: int) -> None:
+        """Nothing to note."""
+
+    def done(self, fact) -> None:
+        """Note a step."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.rows.append(
+            {
+                "step": fact.name,
+                "seconds": round(fact.seconds, 2),
+                "bytes": fact.nbytes,
+                "peak_mib": round(peak / 2**20),
+            }
+        )
+
+
+@click.command()
+@click.option("--model", default="llava-7b", show_default=True)
+@click.option("--target", default="cuda", show_default=True)
+@click.option("--plan", default="visipruner", show_default=True)
+@click.option("--dummy-weights", is_flag=True)
+@click.option("--out", help="Folder for the bundle; a temporary one by default.")
+@click.option("--child", is_flag=True, hidden=True)
+def main(model: str, target: str, plan: str, dummy_weights: bool, out: str | None, child: bool):
+    """Open the checkpoint first (making dummy weights is not building), then measure a child."""
+    from ..compile.checkpoint import open_checkpoint
+
+    if child:
+        _measure(model, target, plan, dummy_weights, out)
+        return
+    checkpoint = open_checkpoint(model, dummy_weights=dummy_weights)
+    folder = out or tempfile.mkdtemp(dir=".", prefix="size-")
+    flags = ["--dummy-weights"] if dummy_weights else []
+    arguments = ["--model", model, "--target", target, "--plan", plan, *flags]
+    command = ["-m", "visistage.bench.size", *arguments]
+    try:
+        child_process = subprocess.run(
+            [sys.executable, *command, "--out", folder, "--child"],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        if out is None:
+            shutil.rmtree(folder)
+    facts = json.loads(child_process.stdout.splitlines()[-1])
+    rows = [{"model": model, "target": target, "checkpoint_bytes": checkpoint.file_bytes, **facts}]
+    save(f"size-{model}-{target}", "python " + " ".join(command), rows)
+
+
+def _measure(model: str, target: str, plan: str, dummy_weights: bool, out: str | None) -> None:
+    from ..compile.build import build
+
+    steps = Steps()
+    started = time.perf_counter()
+    bundle = build(
+        model, plan=plan, target=target, dummy_weights=dummy_weights, out=out, reporter=steps
+    )
+    facts = {
+        "plan": bundle.manifest.plan.name,
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_mib": max(row["peak_mib"] for row in steps.rows),
+        "bundle_bytes": sum(fact.nbytes for fact in bundle.manifest.files.values()),
+        "steps": steps.rows,
+    }
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Tables of the README and docs, generated from the records in ``results/``.
+
+    python -m visistage.bench.tables            write them
+    python -m visistage.bench.tables --check    fail when a page differs from its records
+
+A table stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import click
+
+from .record import RESULTS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "demo.md", ROOT / "docs" / "size.md")
+README_PLANS = (
+    "without the picture",
+    "dense",
+    "visipruner",
+    "visipruner:keep=4",
+    "visipruner:keep=1",
+    "visipruner:t=2",
+    "fastv",
+)
+
+
+def _record(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _saved(row: dict, name: str) -> str:
+    return f"{row[name]:.2f} %" if name in row else ""
+
+
+def accuracy(plans: tuple[str, ...] | None = None) -> str:
+    """One row a plan: what it keeps, what it saves, how often it is right."""
+    record = _record("accuracy-demo")
+    rows = [
+        [
+            f"`{row['plan']}`" if "trigger" in row else row["plan"],
+            str(row.get("trigger", "")),
+            str(row.get("keep") or ""),
+            str(row.get("exit", "")),
+            _percent(row["accuracy"]),
+            _percent(row.get("agreement")),
+            _saved(row, "visual_macs_saved_percent"),
+            _saved(row, "visual_kv_saved_percent"),
+        ]
+        for row in record["rows"]
+        if plans is None or row["plan"] in plans
+    ]
+    header = ["plan", "t", "K", "e", "accuracy", "= dense", "visual MACs saved", "visual KV saved"]
+    return f"{_table(header, rows)}\n\n{_origin(record)}"
+
+
+def by_type() -> str:
+    """Accuracy by type of question."""
+    record = _record("accuracy-demo")
+    types = sorted(record["rows"][0]["by_type"])
+
+    def share(value) -> float:
+        return value["right"] / value["total"] if isinstance(value, dict) else value
+
+    rows = [
+        [row["plan"], *(_percent(share(row["by_type"][name])) for name in types)]
+        for row in record["rows"]
+    ]
+    return f"{_table(['plan', *types], rows)}\n\n{_origin(record)}"
+
+
+def size() -> str:
+    """Every recorded build, step by step."""
+    parts = []
+    for file in sorted(RESULTS.glob("size-*.json")):
+        record = json.loads(file.read_text())
+        for row in record["rows"]:
+            steps = [
+                [s["step"], f"{s['seconds']:.1f}", f"{s['bytes']:,}", f"{s['peak_mib']:,}"]
+                for s in row["steps"]
+            ]
+            total = ["**all**", f"{row['seconds']:.1f}", f"{row['bundle_bytes']:,}"]
+            steps.append([*total, f"{row['peak_mib']:,}"])
+            title = f"### {row['model']}, {row['plan']}, {row['target']}"
+            table = _table(["step", "seconds", "bytes", "peak MiB so far"], steps)
+            parts.append(f"{title}\n\n{table}\n\n{_origin(record)}")
+    return "\n\n".join(parts)
+
+
+def _origin(record: dict) -> str:
+    device, versions = record["device"], record["versions"]
+    return (
+        f"`{record['command']}`, {record['date']}, {device['processor']}, {device['cores']} cores, "
+        f"onnxruntime {versions['onnxruntime']}"
+    )
+
+
+TABLES = {
+    "accuracy": lambda: accuracy(README_PLANS),
+    "accuracy-all": accuracy,
+    "accuracy-by-type": by_type,
+    "size": size,
+}
+
+
+def filled(page: str) -> str:
+    """``page`` with every table between its marks made anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        if pattern.search(page):
+            text = make()
+            page = pattern.sub(lambda found, text=text: found[1] + text + found[2], page)
+    return page
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Change nothing, fail on a difference.")
+def main(check: bool) -> None:
+    """Write the tables."""
+    stale = []
+    for page in PAGES:
+        text = page.read_text()
+        if filled(text) != text:
+            stale.append(page.name)
+            if not check:
+                page.write_text(filled(text))
+    if check and stale:
+        sys.exit(f"{', '.join(stale)} differ from bench/results: python -m visistage.bench.tables")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Pages show what the records say, and nothing else."""
+
+from visistage.bench import tables
+
+
+def test_tables_are_generated_from_records():
+    for page in tables.PAGES:
+        text = page.read_text()
+        assert tables.filled(text) == text, f"{page.name}: python -m visistage.bench.tables"
+
+
+def test_a_changed_number_would_be_noticed():
+    page = tables.ROOT / "docs" / "demo.md"
+    text = page.read_text()
+    assert "%" in text
+    assert tables.filled(text.replace("%", "‰")) != text.replace("%", "‰")
