@@ -1,0 +1,108 @@
+"""Samples come from JSONL whole and in order, or not at all; answers compare as documented."""
+
+import json
+
+import pytest
+from visistage.calib.samples import Sample, normalise, read_samples
+from visistage.graphs.errors import DataError
+
+GOOD = {"image": "a.png", "prompt": "How many?", "answer": "2"}
+
+
+def write(tmp_path, *lines, name="data.jsonl"):
+    file = tmp_path / name
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    file.write_text("\n".join(texts), encoding="utf-8")
+    return file
+
+
+def test_samples_keep_order_and_are_relative_to_the_file(tmp_path):
+    file = write(tmp_path, GOOD, "", {**GOOD, "image": "/b.png", "type": "count"}, "  ")
+    first, second = read_samples(file)
+    assert first == Sample(f"{file}:1", tmp_path / "a.png", "How many?", "2", None)
+    assert (second.name, str(second.image), second.type) == (f"{file}:3", "/b.png", "count")
+
+
+def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n")
+    assert len(read_samples(file)) == 1
+
+
+def test_separators_inside_a_text_do_not_end_a_line(tmp_path):
+    line = json.dumps({**GOOD, "prompt": "one\u2028two\x85three"}, ensure_ascii=False)
+    assert read_samples(write(tmp_path, line))[0].prompt == "one\u2028two\x85three"
+
+
+def test_a_limit_takes_the_first_but_checks_all(tmp_path):
+    assert len(read_samples(write(tmp_path, GOOD, GOOD, GOOD), 2)) == 2
+    with pytest.raises(DataError, match=r"data\.jsonl:2"):
+        read_samples(write(tmp_path, GOOD, "{"), 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ([1], "found list"),
+        ({**GOOD, "anwser": "2"}, "unknown key 'anwser'"),
+        ({"image": "a.png", "prompt": "?"}, "'answer' is missing"),
+        ({**GOOD, "answer": 2}, "answer is 2"),
+        ({**GOOD, "prompt": " "}, "prompt is"),
+        ({**GOOD, "type": None}, "type is null"),
+        ({**GOOD, "answer": "..."}, "punctuation only"),
+        (json.dumps({**GOOD, "prompt": "x" * (1 << 20)}), "at most"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path, line, words):
+    with pytest.raises(DataError, match=r"data\.jsonl:2: ") as error:
+        read_samples(write(tmp_path, GOOD, line))
+    assert words in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_a_file_without_samples_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no samples"):
+        read_samples(write(tmp_path, "", ""))
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: cannot read"):
+        read_samples(tmp_path / "nowhere.jsonl")
+    with pytest.raises(DataError, match="cannot read"):
+        read_samples(tmp_path)
+    (tmp_path / "latin.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="UTF-8"):
+        read_samples(tmp_path / "latin.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Bottom-right.", "bottom right"),
+        ("  YES \n", "yes"),
+        ("“U”", "u"),
+        ("STRASSE", "straße"),
+        ("\uff12", "2"),
+        ("3.5!", "3.5"),
+        ("-3", " -3."),
+        ("left, then right", "left then right"),
+    ],
+)
+def test_answers_that_are_equal(one, other):
+    assert normalise(one) == normalise(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("yes", "no"),
+        ("yes", "yes it is"),
+        ("3.5", "35"),
+        ("3.5", "3 5"),
+        ("-3", "3"),
+        ("10:30", "1030"),
+        ("bottom right", "bottomright"),
+        ("C", "C++"),
+    ],
+)
+def test_answers_that_differ(one, other):
+    assert normalise(one) != normalise(other)
