@@ -96,6 +96,16 @@ class Checkpoint:
         flat = torch.frombuffer(self._maps[info.file], dtype=dtype, count=count, offset=info.offset)
         return flat.view(info.shape)
 
+    def release(self) -> None:
+        """Let go of the pages read so far; tensors handed out stay valid and are read again.
+
+        A mapped file counts as memory of this process as far as it was touched: whoever streams
+        through gigabytes calls this in between.
+        """
+        for mapped in self._maps.values():
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
     def state_dict(self, prefix: str | Iterable[str] = "") -> dict[str, Tensor]:
         """``load`` of all tensors whose name starts with ``prefix``, or with one of several."""
         wanted = prefix if isinstance(prefix, str) else tuple(prefix)

@@ -38,8 +38,11 @@ def prefix_cache(
     view = Eager().view(positions, positions, torch.zeros(1, dtype=torch.int64))
     cos, sin = rotary(text, positions, torch.float32)
     out = torch.empty(2, text.layers, text.kv_heads, len(ids), text.head_dim)
+    layer = DecoderLayer(text, Eager())  # one, filled anew for each: no second copy in memory
     for index in range(text.layers):
-        layer = _layer(checkpoint, text, index)
+        for name, weight in layer.state_dict().items():
+            weight.copy_(checkpoint.load(f"model.layers.{index}.{name}"))
+        checkpoint.release()
         empty = torch.zeros(1, text.kv_heads, len(ids), text.head_dim)
         rows, _, keys, values = layer(rows, cos, sin, *view, None, None, empty, empty.clone())
         out[0, index], out[1, index] = keys[0], values[0]
@@ -60,13 +63,3 @@ def write_prefix(cache: Tensor, dtype: str, folder: Path) -> list[str]:
     stored = cache.to(TORCH_DTYPES[dtype]).contiguous()
     (folder / FILE).write_bytes(stored.view(torch.uint8).numpy().data)
     return [FILE]
-
-
-def _layer(checkpoint: Checkpoint, text: TextConfig, index: int) -> DecoderLayer:
-    with torch.device("meta"):
-        layer = DecoderLayer(text, Eager())
-    weights = {
-        name: checkpoint.load(f"model.layers.{index}.{name}").float() for name in layer.state_dict()
-    }
-    layer.load_state_dict(weights, assign=True)
-    return layer

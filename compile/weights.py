@@ -138,6 +138,7 @@ def convert(
                 tensor = _to(tensor, TORCH_DTYPES[dtype], name)
             stream.seek(span.offset)
             stream.write(tensor.contiguous().view(torch.uint8).numpy().data)
+            checkpoint.release()
             progress(span.nbytes)
     return [CONVERTED]
 
