@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -72,11 +73,17 @@ def build(
     Raises:
         VisistageError: whatever the user can mend, before anything is written under the final name.
     """
+    reporter = reporter or Silent()
     wanted, precision = resolve_target(target, precision)
     if model in GEOMETRIES:  # known before gigabytes are fetched or made
         _check_memory(wanted, precision, _geometry_bytes(model, precision))
+    reporter.start("open checkpoint", None)
     checkpoint = open_checkpoint(
-        model, revision=revision, offline=offline, dummy_weights=dummy_weights
+        model,
+        revision=revision,
+        offline=offline,
+        dummy_weights=dummy_weights,
+        progress=reporter.advance,
     )
     config = checkpoint.config
     staged = resolve_plan(plan, config.text.layers, config.visual_tokens)
@@ -88,7 +95,7 @@ def build(
 
     folder = Path(out) / checkpoint.name / f"{staged.name}-{precision}-{wanted.name}"
     source = _source(checkpoint, staged, wanted, precision)
-    workshop = Workshop(folder, _key(source, checkpoint), reporter or Silent())
+    workshop = Workshop(folder, _key(source, checkpoint), reporter)
     if workshop.up_to_date():
         return Bundle.open(folder)
     with workshop as work:
@@ -110,7 +117,7 @@ def build(
 
         work.step("weights", weights, total=placement.new_bytes or None)
         for graph in graphs:
-            work.step(f"export {graph.name}", lambda graph=graph: one_graph(graph))
+            work.step(f"export {graph.name}", partial(one_graph, graph))
         if texts.prefix_ids:
             work.step("prefix", prefix, total=config.text.layers)
         work.step("text files", lambda: write_texts(checkpoint, work.folder))

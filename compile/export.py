@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..graphs.config import ModelConfig, TextConfig
@@ -28,6 +27,10 @@ FREQUENCIES = "head.inverse_frequencies"
 """The one buffer of a stage: small, computed, stored inside the graph."""
 
 
+Pieces = Vision | DecoderStage | Selector
+"""What a graph is made from."""
+
+
 @dataclass(frozen=True)
 class WeightSpan:
     """Where the bytes of one weight lie: a file beside the graph, an offset, a length."""
@@ -42,7 +45,7 @@ class Graph:
     """One graph to export: its module (of fake tensors), its contract, its ONNX opset."""
 
     name: str
-    module: nn.Module
+    module: Pieces
     spec: GraphSpec
     opset: int
 
@@ -57,10 +60,10 @@ def graphs_of(config: ModelConfig, plan: StagePlan, dtype: str, lowering: str) -
 
     ``dtype`` is ``float32`` or ``float16``; ``lowering`` is ``llm`` or ``portable``.
     """
-    ops = {"llm": Llm, "portable": Portable}[lowering]()
+    ops: Llm | Portable = Llm() if lowering == "llm" else Portable()
     out = []
 
-    def add(name: str, module: nn.Module, spec: GraphSpec) -> None:
+    def add(name: str, module: Pieces, spec: GraphSpec) -> None:
         for parameter in module.parameters():
             parameter.data = parameter.data.to(TORCH_DTYPES[dtype])
         out.append(Graph(name, module, spec, ops.opset))
@@ -99,7 +102,10 @@ def _stage(stage: DecoderStage, stitcher: Stitcher, inputs: list) -> list:
     gates = inputs[5] if stage.stage.gated_layers else None
     flat = inputs[6:] if stage.stage.gated_layers else inputs[5:]
     pairs = list(zip(flat[::2], flat[1::2], strict=True))
-    out = stage.compose(stitcher.call, *inputs[:5], gates, pairs)
+    rows, positions, order, slot_order, write_index = inputs[:5]
+    out = stage.compose(
+        stitcher.call, rows, positions, order, slot_order, write_index, gates, pairs
+    )
     extras = [value for value in (out.probe_query, out.logits) if value is not None]
     return [out.rows, *extras, *(value for pair in out.caches for value in pair)]
 

@@ -303,5 +303,5 @@ def _joined(executor: Executor, parts, visual: bool) -> Segment:
 
 def _slot_numbers(runs: Sequence[tuple[int, int]], batch: int) -> np.ndarray:
     """(B, N) int64 slot of every row, from (start, count) runs shared by the batch."""
-    numbers = np.concatenate([np.arange(start, start + count) for start, count in runs] or [[]])
-    return np.broadcast_to(numbers.astype(np.int64), (batch, len(numbers)))
+    numbers = [slot for start, count in runs for slot in range(start, start + count)]
+    return np.broadcast_to(np.array(numbers, np.int64), (batch, len(numbers)))

@@ -182,7 +182,7 @@ class OrtExecutor:
 
     def _load(self, bundle: Bundle, fact: GraphFact, options: OrtOptions) -> ort.InferenceSession:
         session = ort.SessionOptions()
-        session.intra_op_num_threads = options.threads or len(os.sched_getaffinity(0))
+        session.intra_op_num_threads = options.threads or _cores()
         session.log_severity_level = 3
         # Graphs take turns: threads that go on spinning would steal the next graph's cores.
         session.add_session_config_entry("session.force_spinning_stop", "1")
@@ -202,6 +202,13 @@ def version() -> tuple[int, int]:
     """(major, minor) of the installed ONNX Runtime."""
     major, minor = ort.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+def _cores() -> int:
+    """Cores this process may use, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _check_version(bundle: Bundle) -> None:

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,8 @@ class Session:
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ):
         bundle.check()
+        for name in bundle.manifest.text_files.values():
+            bundle.file(name)  # refuses names that leave the bundle
         self.bundle = bundle
         manifest = bundle.manifest
         self.preprocessing = Preprocessing.from_dict(manifest.preprocessing)
@@ -151,7 +154,7 @@ class Session:
         for segment in encoded.segments:
             if segment.is_image:
                 one = next(pictures)
-                parts.append(Picture(one.key, lambda one=one: self._rows(one)))
+                parts.append(Picture(one.key, partial(self._rows, one)))
             else:
                 parts.append(segment.ids)
         return parts

@@ -7,7 +7,11 @@ import numpy as np
 from ..graphs.bundle import Bundle, TensorRef
 from ..graphs.errors import BundleError
 
-STORED = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
+STORED: dict[str, np.dtype] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+}
 
 
 def map_tensor(bundle: Bundle, ref: TensorRef) -> np.ndarray:
