@@ -6,6 +6,7 @@ Imports stand inside the commands: ``visistage --help`` must not load ONNX Runti
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def infer(images, prompt, bundle, as_json, stream, max_tokens, stop, **options) 
     """
     from .console.answer import answer_facts, answer_table, printable
 
-    if not images and Path(prompt).is_file():
+    if not images and os.path.isfile(prompt):  # a long prompt is no path: Path would raise
         raise click.UsageError(f"{prompt} is a file, and no question follows it. Add one.")
     load = {name: options.pop(name) for name in ("threads", "memory_limit")}
     pictures = [sys.stdin.buffer.read() if image == "-" else image for image in images]
