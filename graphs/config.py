@@ -14,20 +14,18 @@ depends on the length. Errors are ``ModelError`` and name the field as ``config.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, NoReturn
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from .errors import ModelError
+from .values import count, divides, exact, flag, get, mapping, number, refuse, show, side, word
 
 ARCHITECTURE = "LlavaForConditionalGeneration"
 TOWERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "silu")
 """Of towers and projectors; decoders have SiLU."""
 
-MAX_COUNT = 1 << 24
-"""No size of a decoder or a tower comes near it; larger ones are damage, not models."""
 MAX_LAYERS = 1024
 
 # What transformers assumes for a field that config.json omits, where families differ.
@@ -76,18 +74,18 @@ class Rope:
     parameters: tuple[tuple[str, Any], ...] = (("rope_type", "default"),)
 
     def __post_init__(self) -> None:
-        _word("rope_type", self.type, tuple(_ROPES))
-        _number("rope_theta", self.theta)
+        word("rope_type", self.type, tuple(_ROPES))
+        number("rope_theta", self.theta)
         given = dict(self.parameters)
         if given.get("rope_type") != self.type:
-            _refuse("rope_parameters.rope_type", given.get("rope_type"), repr(self.type))
+            refuse("rope_parameters.rope_type", given.get("rope_type"), repr(self.type))
         for name, value in given.items():
             if name != "rope_type" and not isinstance(value, int | float):
-                _refuse(f"rope_parameters.{name}", value, "a number or true/false")
+                refuse(f"rope_parameters.{name}", value, "a number or true/false")
         for name in _ROPES[self.type]:
-            _number(f"rope_parameters.{name}", given.get(name))
+            number(f"rope_parameters.{name}", given.get(name))
         if self.type == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
-            _refuse(
+            refuse(
                 "rope_parameters.low_freq_factor", given["low_freq_factor"], "< high_freq_factor"
             )
 
@@ -95,7 +93,7 @@ class Rope:
     def from_hf(cls, text: Mapping[str, Any], max_positions: int) -> Rope:
         """Read transformers 4 (``rope_theta``, ``rope_scaling``) or 5 (``rope_parameters``)."""
         holder = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
-        given = dict(_mapping(holder, text.get(holder) or {}))
+        given = dict(mapping(holder, text.get(holder) or {}))
         old_name = given.pop("type", None)
         kind = given["rope_type"] = given.get("rope_type") or old_name or "default"
         if kind in _LENGTH_DEPENDENT:
@@ -108,11 +106,11 @@ class Rope:
         theta = text.get("rope_theta") if theta is None else theta
         partial = given.pop("partial_rotary_factor", None) or text.get("partial_rotary_factor")
         if partial not in (None, 1):
-            _refuse(f"{holder}.partial_rotary_factor", partial, "1: whole heads turn")
+            refuse(f"{holder}.partial_rotary_factor", partial, "1: whole heads turn")
         if kind in ("llama3", "yarn"):
             given.setdefault("original_max_position_embeddings", max_positions)
         pairs = sorted((name, value) for name, value in given.items() if value is not None)
-        return cls(kind, _number("rope_theta", 10000.0 if theta is None else theta), tuple(pairs))
+        return cls(kind, number("rope_theta", 10000.0 if theta is None else theta), tuple(pairs))
 
 
 @dataclass(frozen=True)
@@ -136,23 +134,23 @@ class TextConfig:
     activation: str = "silu"
 
     def __post_init__(self) -> None:
-        _count("num_hidden_layers", self.layers, MAX_LAYERS)
-        _count("hidden_size", self.hidden)
-        _count("intermediate_size", self.intermediate)
-        _count("num_attention_heads", self.heads)
-        _count("num_key_value_heads", self.kv_heads)
-        _count("head_dim", self.head_dim)
-        _count("vocab_size", self.vocab)
-        _count("max_position_embeddings", self.max_positions)
-        _number("rms_norm_eps", self.rms_eps)
-        _flag("tie_word_embeddings", self.tied)
+        count("num_hidden_layers", self.layers, MAX_LAYERS)
+        count("hidden_size", self.hidden)
+        count("intermediate_size", self.intermediate)
+        count("num_attention_heads", self.heads)
+        count("num_key_value_heads", self.kv_heads)
+        count("head_dim", self.head_dim)
+        count("vocab_size", self.vocab)
+        count("max_position_embeddings", self.max_positions)
+        number("rms_norm_eps", self.rms_eps)
+        flag("tie_word_embeddings", self.tied)
         for name in ("attention_bias", "output_bias", "mlp_bias"):
-            _flag(name, getattr(self, name))
-        _word("hidden_act", self.activation, ("silu",))
-        _divides("num_attention_heads", self.heads, "hidden_size", self.hidden)
-        _divides("num_key_value_heads", self.kv_heads, "num_attention_heads", self.heads)
+            flag(name, getattr(self, name))
+        word("hidden_act", self.activation, ("silu",))
+        divides("num_attention_heads", self.heads, "hidden_size", self.hidden)
+        divides("num_key_value_heads", self.kv_heads, "num_attention_heads", self.heads)
         if self.head_dim % 2:
-            _refuse("head_dim", self.head_dim, "an even number: rotary embedding turns pairs")
+            refuse("head_dim", self.head_dim, "an even number: rotary embedding turns pairs")
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> TextConfig:
@@ -161,40 +159,40 @@ class TextConfig:
         Raises:
             ModelError: an unsupported family or feature, or a malformed value; names the field.
         """
-        given = {k: v for k, v in _mapping("text_config", data).items() if v is not None}
+        given = {k: v for k, v in mapping("text_config", data).items() if v is not None}
         family = given.get("model_type", "llama")
         if not isinstance(family, str) or family not in _FAMILIES:
             raise ModelError(
-                f"text_config.model_type is {_show(family)}: this decoder is not supported, only "
+                f"text_config.model_type is {show(family)}: this decoder is not supported, only "
                 f"{', '.join(_FAMILIES)} are. Use a LLaVA checkpoint on one of those."
             )
         _refuse_windows(family, data)
         defaults = _FAMILIES[family]
-        hidden = _count("hidden_size", given.get("hidden_size", 4096))
-        heads = _count("num_attention_heads", given.get("num_attention_heads", 32))
-        _divides("num_attention_heads", heads, "hidden_size", hidden)
-        positions = _count(
-            "max_position_embeddings", _get(given, defaults, "max_position_embeddings")
+        hidden = count("hidden_size", given.get("hidden_size", 4096))
+        heads = count("num_attention_heads", given.get("num_attention_heads", 32))
+        divides("num_attention_heads", heads, "hidden_size", hidden)
+        positions = count(
+            "max_position_embeddings", get(given, defaults, "max_position_embeddings")
         )
         if "num_key_value_heads" in data and data["num_key_value_heads"] is None:
             defaults = {**defaults, "num_key_value_heads": heads}
-        biased = family == "llama" and _flag("attention_bias", given.get("attention_bias", False))
+        biased = family == "llama" and flag("attention_bias", given.get("attention_bias", False))
         activation = given.get("hidden_act", "silu")
         return cls(
             layers=given.get("num_hidden_layers", 32),
             hidden=hidden,
-            intermediate=_get(given, defaults, "intermediate_size"),
+            intermediate=get(given, defaults, "intermediate_size"),
             heads=heads,
             kv_heads=given.get("num_key_value_heads", defaults.get("num_key_value_heads", heads)),
             head_dim=given.get("head_dim", hidden // heads),
-            vocab=_get(given, defaults, "vocab_size"),
-            rms_eps=_number("rms_norm_eps", given.get("rms_norm_eps", 1e-6)),
+            vocab=get(given, defaults, "vocab_size"),
+            rms_eps=number("rms_norm_eps", given.get("rms_norm_eps", 1e-6)),
             max_positions=positions,
             rope=Rope.from_hf(given, positions),
             tied=given.get("tie_word_embeddings", False),
             attention_bias=biased or family == "qwen2",
             output_bias=biased,
-            mlp_bias=family == "llama" and _flag("mlp_bias", given.get("mlp_bias", False)),
+            mlp_bias=family == "llama" and flag("mlp_bias", given.get("mlp_bias", False)),
             activation="silu" if activation == "swish" else activation,
         )
 
@@ -215,17 +213,17 @@ class VisionConfig:
     activation: str = "quick_gelu"
 
     def __post_init__(self) -> None:
-        _word("vision_config.kind", self.kind, tuple(TOWERS.values()))
-        _count("vision_config.num_hidden_layers", self.layers, MAX_LAYERS)
-        _count("vision_config.hidden_size", self.hidden)
-        _count("vision_config.intermediate_size", self.intermediate)
-        _count("vision_config.num_attention_heads", self.heads)
-        _count("vision_config.image_size", self.image_size, 1 << 14)
-        _count("vision_config.patch_size", self.patch_size, self.image_size)
-        _count("vision_config.num_channels", self.channels, 16)
-        _number("vision_config.layer_norm_eps", self.eps)
-        _word("vision_config.hidden_act", self.activation, ACTIVATIONS)
-        _divides(
+        word("vision_config.kind", self.kind, tuple(TOWERS.values()))
+        count("vision_config.num_hidden_layers", self.layers, MAX_LAYERS)
+        count("vision_config.hidden_size", self.hidden)
+        count("vision_config.intermediate_size", self.intermediate)
+        count("vision_config.num_attention_heads", self.heads)
+        count("vision_config.image_size", self.image_size, 1 << 14)
+        count("vision_config.patch_size", self.patch_size, self.image_size)
+        count("vision_config.num_channels", self.channels, 16)
+        number("vision_config.layer_norm_eps", self.eps)
+        word("vision_config.hidden_act", self.activation, ACTIVATIONS)
+        divides(
             "vision_config.num_attention_heads",
             self.heads,
             "vision_config.hidden_size",
@@ -249,11 +247,11 @@ class VisionConfig:
         Raises:
             ModelError: another tower, or a malformed value; names the field.
         """
-        given = {k: v for k, v in _mapping("vision_config", data).items() if v is not None}
+        given = {k: v for k, v in mapping("vision_config", data).items() if v is not None}
         family = given.get("model_type", "clip_vision_model")
         if not isinstance(family, str) or family not in TOWERS:
             raise ModelError(
-                f"vision_config.model_type is {_show(family)}: this tower is not supported, only "
+                f"vision_config.model_type is {show(family)}: this tower is not supported, only "
                 f"{' and '.join(TOWERS)} are. Use a LLaVA checkpoint with one of those."
             )
         clip = family == "clip_vision_model"
@@ -263,10 +261,10 @@ class VisionConfig:
             hidden=given.get("hidden_size", 768),
             intermediate=given.get("intermediate_size", 3072),
             heads=given.get("num_attention_heads", 12),
-            image_size=_side("image_size", given.get("image_size", 224)),
-            patch_size=_side("patch_size", given.get("patch_size", 32 if clip else 16)),
+            image_size=side("image_size", given.get("image_size", 224)),
+            patch_size=side("patch_size", given.get("patch_size", 32 if clip else 16)),
             channels=given.get("num_channels", 3),
-            eps=_number(
+            eps=number(
                 "vision_config.layer_norm_eps", given.get("layer_norm_eps", 1e-5 if clip else 1e-6)
             ),
             activation=given.get("hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh"),
@@ -286,19 +284,17 @@ class ModelConfig:
     projector_bias: bool = True
 
     def __post_init__(self) -> None:
-        _count("image_token_index", self.image_token_id, self.text.vocab - 1, least=0)
+        count("image_token_index", self.image_token_id, self.text.vocab - 1, least=0)
         if not isinstance(self.feature_layers, tuple) or not self.feature_layers:
-            _refuse("vision_feature_layer", self.feature_layers, "a layer or a list of layers")
+            refuse("vision_feature_layer", self.feature_layers, "a layer or a list of layers")
         depth = self.vision.layers
         for layer in self.feature_layers:
-            _count("vision_feature_layer", layer, depth, least=-depth - 1)
-        _word("vision_feature_select_strategy", self.select, ("default", "full"))
-        _word("projector_hidden_act", self.projector_activation, ACTIVATIONS)
-        _flag("multimodal_projector_bias", self.projector_bias)
+            count("vision_feature_layer", layer, depth, least=-depth - 1)
+        word("vision_feature_select_strategy", self.select, ("default", "full"))
+        word("projector_hidden_act", self.projector_activation, ACTIVATIONS)
+        flag("multimodal_projector_bias", self.projector_bias)
         if self.visual_tokens < 1:
-            _refuse(
-                "vision_config.patch_size", self.vision.patch_size, "more than one visual token"
-            )
+            refuse("vision_config.patch_size", self.vision.patch_size, "more than one visual token")
 
     @property
     def visual_tokens(self) -> int:
@@ -315,9 +311,9 @@ class ModelConfig:
         Raises:
             ModelError: another architecture, an unsupported part, or a malformed value.
         """
-        _refuse_architecture(_mapping("config.json", data))
+        _refuse_architecture(mapping("config.json", data))
         given = {k: v for k, v in data.items() if v is not None}
-        text = dict(_mapping("text_config", given.get("text_config", {})))
+        text = dict(mapping("text_config", given.get("text_config", {})))
         if given.get("tie_word_embeddings") is True:  # either place will do, as in transformers
             text["tie_word_embeddings"] = True
         tower = given.get("vision_config", _DEFAULT_TOWER)
@@ -335,7 +331,7 @@ class ModelConfig:
         # The class default stands in many files that nobody meant to say 576 with, and transformers
         # reads the field nowhere; any other number was written on purpose.
         if stated not in (_DEFAULT_SEQUENCE, config.visual_tokens):
-            _refuse(
+            refuse(
                 "image_seq_length",
                 stated,
                 f"{config.visual_tokens}, which image_size, patch_size and "
@@ -357,16 +353,16 @@ class ModelConfig:
         Raises:
             ModelError: an unknown or missing key, or a value the constructor refuses.
         """
-        given = _exact(cls, data, "config")
-        text = _exact(TextConfig, given["text"], "config.text")
-        rope = _exact(Rope, text["rope"], "config.text.rope")
-        pairs = _mapping("config.text.rope.parameters", rope["parameters"])
+        given = exact(cls, data, "config")
+        text = exact(TextConfig, given["text"], "config.text")
+        rope = exact(Rope, text["rope"], "config.text.rope")
+        pairs = mapping("config.text.rope.parameters", rope["parameters"])
         rope["parameters"] = tuple(sorted(pairs.items()))
         text["rope"] = Rope(**rope)
         given["text"] = TextConfig(**text)
-        given["vision"] = VisionConfig(**_exact(VisionConfig, given["vision"], "config.vision"))
+        given["vision"] = VisionConfig(**exact(VisionConfig, given["vision"], "config.vision"))
         if not isinstance(given["feature_layers"], list):
-            _refuse("config.feature_layers", given["feature_layers"], "a list of integers")
+            refuse("config.feature_layers", given["feature_layers"], "a list of integers")
         given["feature_layers"] = tuple(given["feature_layers"])
         return cls(**given)
 
@@ -389,7 +385,7 @@ _DEFAULT_TOWER = {  # what transformers builds where config.json has no vision_c
 def _refuse_architecture(data: Mapping[str, Any]) -> None:
     names = data.get("architectures") or []
     if not isinstance(names, list):
-        _refuse("architectures", names, "a list of names")
+        refuse("architectures", names, "a list of names")
     kind = data.get("model_type", "llava" if ARCHITECTURE in names else None)
     if kind == "llava" and (not names or ARCHITECTURE in names):
         return
@@ -398,7 +394,7 @@ def _refuse_architecture(data: Mapping[str, Any]) -> None:
     if "LlavaLlamaForCausalLM" in names:
         hint = "This is the original LLaVA format; use its conversion, such as MODEL=llava-7b."
     raise ModelError(
-        f"config.json describes {_show(found)} (model_type {_show(kind)}), which is not supported. "
+        f"config.json describes {show(found)} (model_type {show(kind)}), which is not supported. "
         f"Supported: {SUPPORTED}. {hint}"
     )
 
@@ -412,93 +408,15 @@ def _refuse_windows(family: str, data: Mapping[str, Any]) -> None:
     if family == "llama":
         window = None  # transformers reads no such field there
     if window is not None:
-        _refuse("text_config.sliding_window", window, "null: sliding windows are not supported")
+        refuse("text_config.sliding_window", window, "null: sliding windows are not supported")
     kinds = data.get("layer_types") or ()
     if not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds):
-        _refuse("text_config.layer_types", kinds, "full_attention in every layer")
+        refuse("text_config.layer_types", kinds, "full_attention in every layer")
 
 
 def _image_token(given: Mapping[str, Any]) -> Any:
     index, token = given.get("image_token_index"), given.get("image_token_id")
     if None not in (index, token) and index != token:
-        _refuse("image_token_id", token, f"image_token_index={_show(index)}, or only one of them")
+        refuse("image_token_id", token, f"image_token_index={show(index)}, or only one of them")
     chosen = token if index is None else index
     return 32000 if chosen is None else chosen
-
-
-# --- single values --------------------------------------------------------------------------------
-
-
-def _refuse(field: str, found: Any, expected: str) -> NoReturn:
-    raise ModelError(
-        f"{field} is {_show(found)}, expected {expected}. Correct the checkpoint's config.json."
-    )
-
-
-def _show(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to print integers of thousands of digits
-        return f"a huge {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _count(field: str, value: Any, most: int = MAX_COUNT, least: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        _refuse(field, value, f"an integer from {least} to {most}")
-    return value
-
-
-def _number(field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        _refuse(field, value, "a positive number")
-    if not 0 < value <= 1e18 or not math.isfinite(value):
-        _refuse(field, value, "a positive number")
-    return float(value)
-
-
-def _flag(field: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        _refuse(field, value, "true or false")
-    return value
-
-
-def _word(field: str, value: Any, known: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in known:
-        _refuse(field, value, known[0] if len(known) == 1 else f"one of {', '.join(known)}")
-
-
-def _divides(field: str, value: int, other: str, total: int) -> None:
-    if total % value:
-        _refuse(field, value, f"a divisor of {other}={total}")
-
-
-def _side(field: str, value: Any) -> Any:
-    if isinstance(value, list | tuple) and len(value) == 2:
-        if value[0] != value[1]:
-            _refuse(f"vision_config.{field}", value, "a square: one number")
-        return value[0]
-    return value
-
-
-def _get(given: Mapping[str, Any], defaults: Mapping[str, int], key: str) -> Any:
-    return given.get(key, defaults[key])
-
-
-def _mapping(field: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        _refuse(field, value, "an object")
-    return value
-
-
-def _exact(cls: type, data: Any, at: str) -> dict[str, Any]:
-    """``data`` as a dict with exactly the fields of ``cls``."""
-    names = {field.name for field in fields(cls)}
-    wrong = sorted(names.symmetric_difference(_mapping(at, data)))
-    if wrong:
-        kind = "an unknown key" if wrong[0] in data else "missing"
-        raise ModelError(
-            f"{at}.{wrong[0]} is {kind}, expected {', '.join(sorted(names))}. The file is damaged "
-            "or from another visistage: build the bundle again."
-        )
-    return dict(data)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("calib", "compile", "console", "demo", "graphs", "runtime")
 PURE = {"graphs", "graphs.bundle", "graphs.config", "graphs.contract", "graphs.cost"}
-PURE |= {"graphs.errors", "graphs.plan", "graphs.presets"}
+PURE |= {"graphs.errors", "graphs.plan", "graphs.presets", "graphs.values"}
 RUNTIME_MAY = {*PURE, "graphs.rows", "runtime.*"}
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "huggingface_hub")
 

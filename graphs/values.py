@@ -1,0 +1,101 @@
+"""Checks of single values in a checkpoint's ``config.json``: each returns the value, or refuses it.
+
+A refusal is a ``ModelError`` that names the field, what was found and what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from .errors import ModelError
+
+MAX_COUNT = 1 << 24
+"""No size of a decoder or a tower comes near it; larger ones are damage, not models."""
+
+
+def refuse(field: str, found: Any, expected: str) -> NoReturn:
+    """Raise: this field cannot be used."""
+    raise ModelError(
+        f"{field} is {show(found)}, expected {expected}. Correct the checkpoint's config.json."
+    )
+
+
+def show(value: Any) -> str:
+    """A value as a message quotes it: short, whatever it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def count(field: str, value: Any, most: int = MAX_COUNT, least: int = 1) -> int:
+    """An integer within bounds."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        refuse(field, value, f"an integer from {least} to {most}")
+    return value
+
+
+def number(field: str, value: Any) -> float:
+    """A positive finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        refuse(field, value, "a positive number")
+    if not 0 < value <= 1e18 or not math.isfinite(value):
+        refuse(field, value, "a positive number")
+    return float(value)
+
+
+def flag(field: str, value: Any) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        refuse(field, value, "true or false")
+    return value
+
+
+def word(field: str, value: Any, known: tuple[str, ...]) -> None:
+    """One of the known words."""
+    if not isinstance(value, str) or value not in known:
+        refuse(field, value, known[0] if len(known) == 1 else f"one of {', '.join(known)}")
+
+
+def divides(field: str, value: int, other: str, total: int) -> None:
+    """Whether ``value`` divides ``total``, the field ``other``."""
+    if total % value:
+        refuse(field, value, f"a divisor of {other}={total}")
+
+
+def side(field: str, value: Any) -> Any:
+    """One side of a square that may be given as two."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        if value[0] != value[1]:
+            refuse(f"vision_config.{field}", value, "a square: one number")
+        return value[0]
+    return value
+
+
+def get(given: Mapping[str, Any], defaults: Mapping[str, int], key: str) -> Any:
+    """A field, or its default."""
+    return given.get(key, defaults[key])
+
+
+def mapping(field: str, value: Any) -> Mapping[str, Any]:
+    """An object with string keys."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        refuse(field, value, "an object")
+    return value
+
+
+def exact(cls: type, data: Any, at: str) -> dict[str, Any]:
+    """``data`` as a dict with exactly the fields of ``cls``."""
+    names = {field.name for field in fields(cls)}
+    wrong = sorted(names.symmetric_difference(mapping(at, data)))
+    if wrong:
+        kind = "an unknown key" if wrong[0] in data else "missing"
+        raise ModelError(
+            f"{at}.{wrong[0]} is {kind}, expected {', '.join(sorted(names))}. The file is damaged "
+            "or from another visistage: build the bundle again."
+        )
+    return dict(data)
