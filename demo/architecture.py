@@ -1,0 +1,126 @@
+"""The demo model's shape, as an untrained Hugging Face model, and the directory it is saved to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from .tokenizer import CHAT_TEMPLATE, SPECIALS
+
+IMAGE_SIZE, PATCH = 96, 8
+GRID = IMAGE_SIZE // PATCH
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def build_config() -> LlavaConfig:
+    """The configuration: a tower of four used layers (and one unused), a decoder of eight."""
+    begin, end, pad, image = (SPECIALS.index(t) for t in ("<s>", "</s>", "<pad>", "<image>"))
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH,
+        projection_dim=128,
+    )
+    text = LlamaConfig(
+        vocab_size=512,
+        hidden_size=160,
+        intermediate_size=448,
+        num_hidden_layers=8,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        bos_token_id=begin,
+        eos_token_id=end,
+        pad_token_id=pad,
+        tie_word_embeddings=False,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=image,
+        image_seq_length=GRID * GRID,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        bos_token_id=begin,
+        eos_token_id=end,
+        pad_token_id=pad,
+        tie_word_embeddings=False,
+    )
+
+
+def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
+    """The untrained model, every matrix drawn with a spread of 1 / sqrt(fan in)."""
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(build_config()).float()
+    for name, weight in model.named_parameters():
+        if weight.ndim < 2 or "embed" in name:
+            if "embed" in name:
+                torch.nn.init.normal_(weight, std=0.02 if "vision" in name else 0.5)
+            continue
+        spread = (weight[0].numel()) ** -0.5
+        deep = any(part in name for part in ("o_proj", "down_proj", "out_proj", "fc2"))
+        torch.nn.init.normal_(weight, std=spread * (0.25 if deep else 1.0))
+    patches = model.model.vision_tower.embeddings.patch_embedding.weight
+    torch.nn.init.normal_(patches, std=patches[0].numel() ** -0.5)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.02)
+    return model
+
+
+def save(model: LlavaForConditionalGeneration, tokenizer: Tokenizer, out: Path) -> None:
+    """Write `out` in the layout of a Hugging Face LLaVA checkpoint, weights in FP16."""
+    out.mkdir(parents=True, exist_ok=True)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        model_max_length=2048,
+        padding_side="left",
+    )
+    images = CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE},
+        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        image_mean=list(MEAN),
+        image_std=list(STD),
+    )
+    processor = LlavaProcessor(
+        image_processor=images,
+        tokenizer=fast,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    )
+    text = model.config.text_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id,
+        max_new_tokens=16,
+        do_sample=False,
+    )
+    half = build_model()
+    half.load_state_dict(model.state_dict())
+    half.generation_config = model.generation_config
+    half.half().save_pretrained(out)
+    processor.save_pretrained(out)
+    images.save_pretrained(out)

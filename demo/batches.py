@@ -1,0 +1,139 @@
+"""Training batches, made on the fly one process away: pictures with targets or with questions."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from .architecture import IMAGE_SIZE, MEAN, STD
+from .questions import KINDS, ask
+from .scenes import Scene, make_scene, pick, render
+from .supervision import patch_owners, patch_targets
+from .tokenizer import build_tokenizer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a batch holds.
+
+    Attributes:
+        pictures: scenes a batch.
+        questions: questions a scene; 0 gives per-patch targets in their place.
+        fewest: objects in the simplest scenes.
+        most: objects in the richest scenes.
+        turns: share of batches in which every row holds two turns.
+        weights: how often each kind is asked.
+    """
+
+    pictures: int
+    questions: int = 0
+    fewest: int = 3
+    most: int = 6
+    turns: float = 0.0
+    weights: tuple[float, ...] = (1.0,) * len(KINDS)
+
+
+_BANDS = 4  # questions are padded to the longest of their quarter
+
+
+class Batches(IterableDataset):
+    """An endless stream of batches by one recipe; never a held-out scene."""
+
+    def __init__(self, recipe: Recipe, seed: str):
+        self.recipe, self.seed = recipe, seed
+        self.tokenizer = None
+
+    def __iter__(self):
+        torch.set_num_threads(1)
+        rng = random.Random(f"train {self.seed}")
+        recipe = self.recipe
+        self.tokenizer = build_tokenizer() if recipe.questions else None
+        while True:
+            span = recipe.most - recipe.fewest + 1
+            scenes = [
+                make_scene(rng, things=recipe.fewest + int(rng.random() * span))
+                for _ in range(recipe.pictures)
+            ]
+            pixels = np.stack([_paint(scene, rng) for scene in scenes])
+            if recipe.questions:
+                owners = np.stack([patch_owners(scene) for scene in scenes])
+                yield torch.from_numpy(pixels), owners, self._questions(scenes, rng)
+            else:
+                targets = np.stack([patch_targets(scene) for scene in scenes])
+                yield torch.from_numpy(pixels), torch.from_numpy(targets)
+
+    def _questions(self, scenes: list[Scene], rng: random.Random):
+        """Bands of (ids, targets, wanted): `wanted` (B, Q, 6) marks what a question is about."""
+        turns = 2 if rng.random() < self.recipe.turns else 1
+        weighted = zip(KINDS, self.recipe.weights, strict=True)
+        kinds = [kind for kind, weight in weighted for _ in range(int(weight * 4))]
+        each = self.recipe.questions // turns
+        bands: list[list] = [[] for _ in range(_BANDS)]
+        for scene in scenes:
+            rows = []
+            while len(rows) < each:
+                made = [ask(scene, pick(rng, kinds), rng) for _ in range(turns)]
+                if all(made):
+                    parts = [f"{q.text} ASSISTANT: {q.answer}</s>" for q in made]
+                    about = made[0].about if turns == 1 else ()
+                    wanted = [t in about for t in scene.things] + [False] * 6
+                    rows.append(("\n" + "USER: ".join(parts), wanted[:6]))
+            encoded = self.tokenizer.encode_batch([r[0] for r in rows], add_special_tokens=False)
+            order = sorted(range(each), key=lambda i: len(encoded[i].ids))
+            for place, index in enumerate(order):
+                bands[place * _BANDS // each].append((encoded[index].ids, rows[index][1]))
+        made = []
+        for band in bands:
+            wanted = torch.tensor([row[1] for row in band]).view(len(scenes), -1, 6)
+            encoded = encode_rows([row[0] for row in band], self.tokenizer, len(scenes))
+            made.append((*encoded, wanted))
+        return made
+
+
+def encode_rows(rows: list[list[int]], tokenizer, pictures: int):
+    """Inputs (B, Q, T) and targets (B, Q, T) of token rows; -100 outside the answers."""
+    longest = max(map(len, rows)) - 1
+    ids = np.full((len(rows), longest), tokenizer.token_to_id("<pad>"), np.int64)
+    targets = np.full((len(rows), longest), -100, np.int64)
+    speaker, end = tokenizer.token_to_id("ĠASSISTANT"), tokenizer.token_to_id("</s>")
+    for index, row in enumerate(rows):
+        ids[index, : len(row) - 1] = row[:-1]
+        answering = False
+        for place, token in enumerate(row[:-1]):
+            if place and row[place - 1] == speaker:
+                answering = True
+            if token == end:
+                answering = False
+            if answering:
+                targets[index, place] = row[place + 1]
+    shape = (pictures, -1, longest)
+    return torch.from_numpy(ids).view(shape), torch.from_numpy(targets).view(shape)
+
+
+def _paint(scene: Scene, rng: random.Random) -> np.ndarray:
+    """The picture as (3, H, W) uint8: mostly as held-out pictures are drawn, sometimes rougher."""
+    draw = rng.random()
+    if draw < 0.7:
+        picture = render(scene, IMAGE_SIZE)
+    elif draw < 0.85:
+        picture = render(scene, 4 * IMAGE_SIZE, 1).resize((IMAGE_SIZE, IMAGE_SIZE), resample=3)
+    else:
+        picture = render(scene, IMAGE_SIZE, 1)
+    return np.asarray(picture).transpose(2, 0, 1)
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """What the image processor makes of (B, 3, H, W) uint8 pixels."""
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    return (pixels.float() / 255 - mean) / std
+
+
+def stream(recipe: Recipe, seed: str):
+    """An iterator over batches, made one process away."""
+    return iter(
+        DataLoader(Batches(recipe, seed), batch_size=None, num_workers=1, prefetch_factor=4)
+    )

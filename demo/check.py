@@ -1,0 +1,59 @@
+"""Asks the saved model as anyone would: Hugging Face classes, chat template, greedy `generate`.
+
+`python -m visistage.demo.check --model demo/model --count 2000` prints the table of the README's
+first column; nothing of the training code takes part in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from .heldout import held_out
+
+
+@torch.inference_mode()
+def check(folder: Path, count: int = 2000, seed: int = 0, chunk: int = 50) -> dict[str, float]:
+    """Share of exactly right greedy answers on `held_out(count, seed)`, by kind and "all"."""
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    hits = defaultdict(list)
+    samples = held_out(count, seed)
+    while part := list(itertools.islice(samples, chunk)):
+        texts = []
+        for sample in part:
+            content = [{"type": "image"}, {"type": "text", "text": sample.question}]
+            message = {"role": "user", "content": content}
+            text = processor.apply_chat_template([message], add_generation_prompt=True)
+            if text != sample.prompt:
+                raise AssertionError(f"the template gives {text!r}, not {sample.prompt!r}")
+            texts.append(text)
+        images = [[sample.image] for sample in part]
+        inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
+        told = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        told = told[:, inputs["input_ids"].shape[1] :]
+        for sample, words in zip(part, processor.batch_decode(told, True), strict=True):
+            hit = words.strip() == sample.answer
+            hits[sample.kind].append(hit)
+            hits["all"].append(hit)
+    return {kind: sum(found) / len(found) for kind, found in hits.items()}
+
+
+def main() -> None:
+    """Parse the command line and print the table."""
+    parser = argparse.ArgumentParser(description="Ask the demo model held-out questions.")
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    for kind, share in check(options.model, options.count, options.seed).items():
+        print(f"{kind:10} {100 * share:5.1f}")
+
+
+if __name__ == "__main__":
+    main()

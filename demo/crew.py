@@ -1,0 +1,70 @@
+"""Two or more single-threaded processes that train one model together.
+
+On a busy machine this beats threads inside one process: they meet once a step, not once a matrix.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run(task, size: int, *args) -> None:
+    """Run `task(rank, *args)` in `size` processes that can `average`."""
+    if size == 1:
+        task(0, *args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = f"file://{os.path.join(folder, 'meeting')}"
+        mp.spawn(_member, (task, size, meeting, args), nprocs=size)
+
+
+def _member(rank: int, task, size: int, meeting: str, args) -> None:
+    torch.set_num_threads(1)
+    wait = timedelta(minutes=30)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=wait)
+    task(rank, *args)
+    dist.destroy_process_group()
+
+
+def average(weights: list[torch.nn.Parameter], number: float) -> float:
+    """Replace every gradient by the crew's mean; returns the crew's mean of `number`."""
+    if not dist.is_initialized():
+        return number
+    flat = torch.cat([w.grad.flatten() for w in weights] + [torch.tensor([number])])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    start = 0
+    for weight in weights:
+        weight.grad.copy_(flat[start : start + weight.numel()].view_as(weight))
+        start += weight.numel()
+    return flat[-1].item()
+
+
+def spread(model: torch.nn.Module) -> None:
+    """Give every process the weights of the first."""
+    if dist.is_initialized():
+        for weight in model.state_dict().values():
+            dist.broadcast(weight, 0)
+
+
+def share() -> slice:
+    """Which items of a list are this process's part of a job that the crew divides."""
+    if not dist.is_initialized():
+        return slice(None)
+    return slice(dist.get_rank(), None, dist.get_world_size())
+
+
+def total(tensors: list[torch.Tensor]) -> None:
+    """Replace every tensor by its sum over the crew."""
+    if not dist.is_initialized():
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))

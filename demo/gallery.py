@@ -1,0 +1,53 @@
+"""The bundled pictures: a few held-out scenes, drawn large, with questions and right answers.
+
+`python -m visistage.demo.gallery` writes them again.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from .questions import KINDS, ask
+from .scenes import make_scene, render
+
+FOLDER = Path(__file__).parent / "pictures"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One bundled picture and what can be asked about it."""
+
+    path: Path
+    questions: tuple[tuple[str, str], ...]
+
+
+def bundled() -> list[Picture]:
+    """The bundled pictures, each with its (question, answer) pairs."""
+    index = json.loads((FOLDER / "pictures.json").read_text(encoding="utf-8"))
+    return [
+        Picture(FOLDER / name, tuple((q["question"], q["answer"]) for q in questions))
+        for name, questions in index.items()
+    ]
+
+
+def write(folder: Path = FOLDER, size: int = 384) -> None:
+    """Draw four held-out scenes of three to six objects; one question of each kind for each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, index = random.Random("gallery"), {}
+    for things in range(3, 7):
+        made: list = [None]
+        while not all(made):
+            scene = make_scene(rng, things=things, held_out=True)
+            made = [ask(scene, kind, rng) for kind in KINDS]
+        name = f"scene-{things}.png"
+        render(scene, size).save(folder / name, optimize=True)
+        index[name] = [{"question": q.text, "answer": q.answer, "kind": q.kind} for q in made]
+    text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    (folder / "pictures.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
