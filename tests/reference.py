@@ -12,13 +12,20 @@ import torch
 
 @dataclass(frozen=True)
 class Static:
-    """Layers 0..s-1 are text-blind (layer 0 is the sink), K survive layer t, none survives e."""
+    """Layers 0..s-1 are text-blind (layer 0 is the sink), K survive layer t, none survives e.
+
+    ``template`` "13b": in layer 0 text loses the first half of the picture, nothing is merged.
+    ``renorm``: masked before the softmax. ``decode_sees``: decoded rows are not blind.
+    """
 
     shallow: int
     trigger: int
     exit: int
     keep: int
     score: str = "value_norm"
+    template: str = "7b"
+    renorm: bool = False
+    decode_sees: bool = False
 
 
 def norm(x, weight, eps):
@@ -58,18 +65,28 @@ def forward(weights, config, embeds, visual, method, probe=None, kept=None):
         k = k.repeat_interleave(heads // groups, 0)
         v = v.repeat_interleave(heads // groups, 0)
         scores = q @ k.transpose(1, 2) / width**0.5
-        a = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
+        scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
+        a = scores.softmax(-1)
 
         seen = visual[rows]
         if method and layer < method.shallow and seen.any():
             first = int(seen.nonzero()[0])
             text = ~seen & (torch.arange(n) > first)
-            removed = a[:, text][:, :, seen].sum(-1)
-            a = a.clone()
-            a[:, text.nonzero(), seen.nonzero().T] = 0
+            if method.decode_sees:
+                text &= rows <= probe
+            lost = seen.clone()
+            if layer == 0 and method.template == "13b":
+                lost[first + int(seen.sum()) // 2 :] = False
+            hidden = text[:, None] & lost[None, :]
             if layer == 0:
-                a[:, seen.nonzero(), seen.nonzero().T] = 0
-                a[:, text, first] = removed
+                hidden |= seen[:, None] & seen[None, :]
+            if method.renorm:
+                a = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+            else:
+                removed = (a * hidden).sum(-1)
+                a = a.masked_fill(hidden, 0)
+                if layer == 0 and method.template == "7b":
+                    a[:, text, first] = removed[:, text]
         out = (a @ v).transpose(0, 1).reshape(n, -1)
 
         if method and layer == method.trigger and kept is None and seen.any():

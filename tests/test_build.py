@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -247,3 +249,26 @@ def test_manifests_are_read_strictly(checkpoint, tmp_path):
     file.write_text(good.replace('"prefix.bin"', '"../prefix.bin"'))
     with pytest.raises(BundleError, match="outside the bundle"):
         load(bundle.path)
+
+
+def test_ctrl_c_ends_with_130_and_the_next_run_goes_on(checkpoint, tmp_path):
+    """The real signal, in a real process, in the middle of a build."""
+    command = [sys.executable, "-m", "visistage", "engines", "--model", str(checkpoint)]
+    command += ["--plan", PLAN, "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("vision.onnx")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert "interrupted" in said
+    assert not list(tmp_path.rglob(MANIFEST))
+
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    path = Path(again.stdout.splitlines()[-1])
+    assert (path / MANIFEST).is_file()
+    assert "cached" in again.stderr

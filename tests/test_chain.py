@@ -175,6 +175,53 @@ def test_static_plan_equals_the_reference(deep, options, seed):
     assert (mine.trigger, mine.exit) == (options["t"], options["e"])
 
 
+VARIATIONS = [
+    ({"template": "13b"}, {"template": "13b"}),
+    ({"norm": "renorm"}, {"renorm": True}),
+    ({"norm": "renorm", "template": "13b"}, {"renorm": True, "template": "13b"}),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), VARIATIONS, ids=str)
+def test_variations_of_the_shallow_layers_equal_the_reference(deep, options, expected):
+    """The 13B rule of layer 0, and masks before the softmax (methods.md 1.3 and 1.5)."""
+    base = {"shallow": 3, "t": 4, "e": 6, "keep": 4}
+    ids, pixels = deep.prompt(10)
+    rows, spans = deep.embeds(ids, pixels)
+    mine = chain.run(
+        deep.weights, deep.text, rows, spans, deep.plan("visipruner", **base, **options), 12
+    )
+    visual = torch.zeros(ids.shape[1], dtype=torch.bool)
+    visual[spans[0][0][0] : spans[0][0][1]] = True
+    plain = reference.Static(3, 4, 6, 4)
+    method = dataclasses.replace(plain, **expected)
+    logits, kept, tokens = reference.generate(deep.weights, deep.text, rows[0], visual, method, 12)
+    assert (mine.logits[0] - logits).abs().max() < 1e-3
+    assert mine.kept == [kept.tolist()]
+    assert mine.tokens[0].tolist() == tokens
+    other = reference.forward(deep.weights, deep.text, rows[0], visual, plain)[0]
+    assert (other - logits).abs().max() > 1e-2  # the variation is one
+
+
+def test_decoding_may_see_shallow_vision(deep):
+    """Gates open in decode steps: the first token is the same, the later ones are the model's."""
+    ids, pixels = deep.prompt(11)
+    rows, spans = deep.embeds(ids, pixels)
+    blind = deep.plan("visipruner", shallow=3, t=4, e=6, keep=4)
+    seeing = dataclasses.replace(blind, decode_sees_shallow_vision=True)
+    visual = torch.zeros(ids.shape[1], dtype=torch.bool)
+    visual[spans[0][0][0] : spans[0][0][1]] = True
+    results = {}
+    for plan in (blind, seeing):
+        mine = chain.run(deep.weights, deep.text, rows, spans, plan, 16)
+        method = reference.Static(3, 4, 6, 4, decode_sees=plan is seeing)
+        _, _, tokens = reference.generate(deep.weights, deep.text, rows[0], visual, method, 16)
+        assert mine.tokens[0].tolist() == tokens
+        results[plan is seeing] = tokens
+    assert results[True][0] == results[False][0]
+    assert results[True] != results[False]
+
+
 def test_the_reference_notices_each_part_of_the_method(deep):
     """Mutations of the method change the reference's answer: it is a judge, not a rubber stamp."""
     ids, pixels = deep.prompt(5)
