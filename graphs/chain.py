@@ -120,7 +120,7 @@ def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor]):
     """Point a stage's parameters at ``weights``, without copying them; returns the module."""
     names = module.state_dict().keys()
     tied = {"lm_head.weight": "model.embed_tokens.weight"}
-    chosen = {name: weights[name if name in weights else tied[name]] for name in names}
+    chosen = {n: weights[n if n in weights else tied[n]].detach() for n in names}
     module.load_state_dict(chosen, assign=True)
     return module.requires_grad_(False)
 
