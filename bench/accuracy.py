@@ -23,10 +23,9 @@ from .record import save
 PLANS = (
     "dense",
     "visipruner",
-    *(f"visipruner:keep={keep}" for keep in (64, 32, 8, 4, 1)),
-    *(f"visipruner:t={t}" for t in (1, 2, 3, 5)),
+    *(f"visipruner:keep={keep}" for keep in (64, 4, 1)),
+    *(f"visipruner:t={t}" for t in (1, 2, 3)),
     "visipruner:shallow=2",
-    "visipruner:shallow=false",
     "fastv",
     "pyramiddrop",
     "exit-only",
