@@ -26,8 +26,8 @@ from .record import save
 PLANS = (
     "dense",
     "visipruner",
-    *(f"visipruner:keep={keep}" for keep in (64, 4, 1)),
-    *(f"visipruner:t={t}" for t in (1, 2, 3)),
+    *(f"visipruner:keep={keep}" for keep in (4, 1)),
+    *(f"visipruner:t={t},keep={keep}" for t in (1, 2, 3) for keep in (16, 1)),
     "visipruner:shallow=2",
     "fastv",
     "pyramiddrop",

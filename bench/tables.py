@@ -23,10 +23,12 @@ README_PLANS = (
     "without the picture",
     "dense",
     "visipruner",
-    "visipruner:keep=4",
     "visipruner:keep=1",
-    "visipruner:t=2",
+    "visipruner:t=2,keep=16",
+    "visipruner:t=2,keep=1",
+    "visipruner:t=1,keep=1",
     "fastv",
+    "pyramiddrop",
 )
 
 
