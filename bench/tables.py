@@ -122,10 +122,10 @@ TABLES = {
 def filled(page: str) -> str:
     """``page`` with every table between its marks made anew."""
     for name, make in TABLES.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if pattern.search(page):
             text = make()
-            page = pattern.sub(lambda found, text=text: found[1] + text + found[2], page)
+            page = pattern.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)
     return page
 
 
