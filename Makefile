@@ -4,7 +4,7 @@
 PYTHON ?= python3
 MODEL  ?= demo
 OUT    ?= engines
-# Also understood: PLAN TARGET PRECISION REVISION, DUMMY=1, OFFLINE=1; TESTS (of `make test`);
+# Also understood: PLAN TARGET PRECISION REVISION CONTEXT BUILD_MEMORY, DUMMY=1, OFFLINE=1; TESTS (of `make test`);
 # PIP_OPTIONS (of `make setup`), such as an index with a CPU build of torch.
 
 VENV := .venv
@@ -17,6 +17,8 @@ ENGINES = --model "$(MODEL)" --out "$(OUT)" \
 	$(if $(TARGET),--target "$(TARGET)") \
 	$(if $(PRECISION),--precision "$(PRECISION)") \
 	$(if $(REVISION),--revision "$(REVISION)") \
+	$(foreach length,$(CONTEXT),--context "$(length)") \
+	$(if $(BUILD_MEMORY),--build-memory "$(BUILD_MEMORY)") \
 	$(if $(filter-out 0 no false,$(DUMMY)),--dummy-weights) \
 	$(if $(filter-out 0 no false,$(OFFLINE)),--offline)
 
@@ -63,5 +65,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_OPTIONS) -c constraints.txt torch
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q $(PIP_OPTIONS) \
-		-c constraints.txt -e '.[compile,dev]'
+		-c constraints.txt -e '.[compile,rtx,dev]'
 	@touch $@

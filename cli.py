@@ -20,6 +20,13 @@ from .console.units import ByteSize
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 bundle_argument = click.argument("bundle", required=False, type=click.Path(path_type=Path))
+sm_option = click.option(
+    "--sm",
+    "capabilities",
+    multiple=True,
+    callback=lambda ctx, param, values: tuple(map(_capability, values)),
+    help="Compute capability to compile for, such as 86; may be repeated.",
+)
 bundle_default = "Without BUNDLE: what VISISTAGE_BUNDLE names, or the only bundle in ./engines."
 
 
@@ -47,8 +54,18 @@ def main(traceback: bool) -> None:
 @click.option("--revision", help="Branch, tag or commit of a model on the hub.")
 @click.option("--offline", is_flag=True, help="Use only what was downloaded before.")
 @click.option("--dummy-weights", is_flag=True, help="Random weights in the model's shape.")
+@click.option(
+    "--context",
+    "contexts",
+    multiple=True,
+    type=click.IntRange(1),
+    help="Rows that engines have room for (default 1024); may be repeated.",
+)
+@click.option("--build-memory", type=ByteSize(), help="That compiling one engine may take.")
+@sm_option
+@click.option("--portable", is_flag=True, help="Leave compiling engines to visistage build.")
 @as_json
-def engines(as_json: bool, **options) -> None:
+def engines(as_json: bool, portable: bool, capabilities: tuple, **options) -> None:
     """Build a bundle from a model.
 
     A bundle holds graphs, weights and tokenizer, the decoder split as the plan says. One that is
@@ -60,18 +77,57 @@ def engines(as_json: bool, **options) -> None:
     visistage engines --model llava-7b --target cuda
     visistage engines --model ./my-llava --plan visipruner:t=14,keep=32
     visistage engines --model llava-45m --dummy-weights
+    visistage engines --model llava-7b --target rtx --context 1024 --context 4096
+    visistage engines --model llava-7b --target orin-jp72     stops at a portable bundle
+
+    For a target with engines they are compiled here if this machine can; for a board the bundle
+    stays portable: copy it there, and type visistage build.
     """
+    from .console.engines import compile_here
     from .console.progress import BuildProgress
 
     with BuildProgress() as progress:
+        compiling = compile_here(options["target"], portable, capabilities)
         from .compile.build import build  # seconds of a build: they belong to its time
 
         bundle = build(**options, reporter=progress)
+        if compiling:
+            from .trt.engines import compile_engines
+
+            compile_engines(bundle, capabilities=capabilities, reporter=progress)
         progress.close()
     if as_json:
         show_json(progress.to_dict(bundle))
     else:
         click.echo(bundle.path)
+
+
+@main.command(epilog=bundle_default)
+@bundle_argument
+@sm_option
+@as_json
+def build(bundle, capabilities, as_json) -> None:
+    """Finish a portable bundle on the machine that shall run it.
+
+    Compiles every graph with this machine's own TensorRT; needs neither torch nor transformers. One
+    engine at a time, in a process of its own; what was compiled before is kept.
+
+    \b
+    visistage build llava-7b-orin/
+    visistage build engines/demo --sm 86 --sm 120       TensorRT-RTX: for GPUs that are not here
+    """
+    from .console.progress import BuildProgress
+    from .graphs.bundle import Bundle
+    from .trt.engines import compile_engines
+
+    opened = Bundle.open(_bundle(bundle))
+    with BuildProgress() as progress:
+        compile_engines(opened, capabilities=capabilities, reporter=progress)
+        progress.close()
+    if as_json:
+        show_json(progress.to_dict(opened))
+    else:
+        click.echo(opened.path)
 
 
 @main.command()
@@ -84,6 +140,7 @@ def engines(as_json: bool, **options) -> None:
 @click.option("--top-p", type=float, help="Draw from the likeliest tokens of this probability.")
 @click.option("--top-k", type=int, help="Draw from this many of the likeliest tokens.")
 @click.option("--seed", type=int, help="Repeats a draw.")
+@click.option("--backend", help="onnxruntime: run the graphs of any bundle on this CPU.")
 @click.option("--threads", type=click.IntRange(1), help="Default: every core.")
 @click.option("--memory-limit", type=ByteSize(), help="For the weights, such as 4GiB.")
 @click.option("--stream/--no-stream", default=True, help="Print the answer as it comes.")
@@ -105,7 +162,7 @@ def infer(images, prompt, bundle, as_json, stream, max_tokens, stop, **options) 
 
     if not images and os.path.isfile(prompt):  # a long prompt is no path: Path would raise
         raise click.UsageError(f"{prompt} is a file, and no question follows it. Add one.")
-    load = {name: options.pop(name) for name in ("threads", "memory_limit")}
+    load = {name: options.pop(name) for name in ("backend", "threads", "memory_limit")}
     pictures = [sys.stdin.buffer.read() if image == "-" else image for image in images]
     with _session(bundle, **load) as session:
         sampling = _sampling(session.sampling, options)
@@ -196,8 +253,9 @@ def inspect(bundle, as_json) -> None:
 @click.option("--data", type=click.Path(path_type=Path), help="JSONL file of samples.")
 @click.option("--samples", type=click.IntRange(1), help="Ask so many only (demo: 200).")
 @click.option("--max-tokens", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--backend", help="onnxruntime: run the graphs of any bundle on this CPU.")
 @as_json
-def evaluate(bundle, data, samples, max_tokens, as_json) -> None:
+def evaluate(bundle, data, samples, max_tokens, backend, as_json) -> None:
     """Measure accuracy and speed on known answers.
 
     An answer is right when it equals the expected one but for case, punctuation and spacing. A
@@ -215,7 +273,7 @@ def evaluate(bundle, data, samples, max_tokens, as_json) -> None:
     from .calib.evaluate import evaluate
     from .console.evaluation import chosen_samples, counting, report_table
 
-    with _session(bundle) as session:
+    with _session(bundle, backend=backend) as session:
         chosen = chosen_samples(session.bundle.manifest.model, data, samples)
         with counting(len(chosen)) as tick:
             report = evaluate(session, chosen, max_tokens=max_tokens, progress=tick)
@@ -235,6 +293,12 @@ def doctor(as_json) -> None:
         show_json(doctor_facts())
     else:
         show(doctor_table())
+
+
+def _capability(text: str) -> tuple[int, int]:
+    from .graphs.targets import parse_capability
+
+    return parse_capability(text)
 
 
 def _bundle(given: Path | None) -> Path:

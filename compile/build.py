@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -26,9 +27,12 @@ from ..graphs.bundle import (
     sha256,
 )
 from ..graphs.config import ModelConfig
+from ..graphs.contract import Part
 from ..graphs.errors import CapacityError
 from ..graphs.plan import StagePlan
+from ..graphs.targets import DTYPES, Target, resolve_target
 from .checkpoint import Checkpoint, open_checkpoint
+from .engines import resolve_contexts, resolve_parts, variants_of, write_variant
 from .export import Graph, export, graphs_of
 from .names import tensor_shapes
 from .planfile import resolve_plan
@@ -36,7 +40,6 @@ from .prefix import describe_prefix, prefix_cache, write_prefix
 from .recipes import GEOMETRIES
 from .steps import Reporter, Silent, Workshop
 from .stitch import TORCH_DTYPES
-from .targets import DTYPES, Target, resolve_target
 from .texts import TextFacts, text_facts, write_texts
 from .weights import Placement, check_disk, convert, link_files, place
 
@@ -53,6 +56,8 @@ def build(
     revision: str | None = None,
     offline: bool = False,
     dummy_weights: bool = False,
+    contexts: Sequence[int] = (),
+    build_memory: int | None = None,
     reporter: Reporter | None = None,
 ) -> Bundle:
     """Build the bundle of ``model`` in ``OUT/<model>/<plan>-<precision>-<target>/``.
@@ -68,6 +73,10 @@ def build(
         revision: of a hub model.
         offline: use only what was downloaded before.
         dummy_weights: random weights of a published geometry.
+        contexts: rows of an unpruned prompt and answer that engines shall have room for; several
+            give several sets of engines. For targets with engines only.
+        build_memory: bytes that compiling one engine may take; stages are cut into parts that
+            do. For targets with engines only.
         reporter: told of every step.
 
     Raises:
@@ -89,12 +98,14 @@ def build(
     staged = resolve_plan(plan, config.text.layers, config.visual_tokens)
     texts = text_facts(checkpoint)
     dtype = DTYPES[precision]
-    graphs = graphs_of(config, staged, dtype, wanted.lowering)
+    contexts = resolve_contexts(wanted, config, contexts)
+    parts = resolve_parts(wanted, config, staged, dtype, build_memory)
+    graphs = graphs_of(config, staged, dtype, wanted.lowering, parts)
     placement = place(checkpoint, [name for graph in graphs for name in graph.weights], dtype)
     _check_memory(wanted, precision, placement.nbytes)
 
     folder = Path(out) / checkpoint.name / f"{staged.name}-{precision}-{wanted.name}"
-    source = _source(checkpoint, staged, wanted, precision)
+    source = _source(checkpoint, staged, wanted, precision, contexts, parts)
     workshop = Workshop(folder, _key(source, checkpoint), reporter)
     if workshop.up_to_date():
         return Bundle.open(folder)
@@ -108,8 +119,11 @@ def build(
 
         def one_graph(graph: Graph) -> list[str]:
             file = f"{graph.name}.onnx"
-            export(graph, config.text, work.folder / file, placement.spans)
-            return [file]
+            export(graph, config.text, work.folder / file, placement.spans, wanted)
+            copies = variants_of(graph, wanted, staged, config.visual_tokens, contexts)
+            for copy, slots in copies.values():
+                write_variant(work.folder / file, work.folder / copy, slots)
+            return [file, *(copy for copy, _ in copies.values())]
 
         def prefix() -> list[str]:
             cache = prefix_cache(checkpoint, texts.prefix_ids, tell)
@@ -124,7 +138,16 @@ def build(
         work.step(
             "manifest",
             lambda: _write_manifest(
-                work, checkpoint, staged, wanted, precision, graphs, placement, texts, source
+                work,
+                checkpoint,
+                staged,
+                wanted,
+                precision,
+                graphs,
+                placement,
+                texts,
+                source,
+                contexts,
             ),
         )
         work.finish()
@@ -141,6 +164,7 @@ def _write_manifest(
     placement: Placement,
     texts: TextFacts,
     source: str,
+    contexts: tuple[int, ...],
 ) -> list[str]:
     """Hash every file and write the manifest that names them."""
     names = [name for fact in work.facts for name in fact.files]
@@ -155,7 +179,7 @@ def _write_manifest(
         target=target.name,
         precision=precision,
         lowering=target.lowering,
-        graphs={graph.name: GraphFact(f"{graph.name}.onnx", graph.spec) for graph in graphs},
+        graphs={graph.name: _fact(graph, target, plan, checkpoint, contexts) for graph in graphs},
         embedding=placement.embedding,
         prefix=describe_prefix(checkpoint.config.text, texts.prefix_ids, DTYPES[precision])
         if texts.prefix_ids
@@ -167,9 +191,22 @@ def _write_manifest(
         versions=versions(),
         weight_bytes=placement.nbytes,
         source=source,
+        contexts=contexts,
     )
     (work.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return [MANIFEST]
+
+
+def _fact(
+    graph: Graph,
+    target: Target,
+    plan: StagePlan,
+    checkpoint: Checkpoint,
+    contexts: tuple[int, ...],
+) -> GraphFact:
+    copies = variants_of(graph, target, plan, checkpoint.config.visual_tokens, contexts)
+    variants = {context: file for context, (file, _) in copies.items()}
+    return GraphFact(f"{graph.name}.onnx", graph.spec, variants)
 
 
 def versions() -> dict[str, str]:
@@ -182,7 +219,14 @@ def versions() -> dict[str, str]:
     }
 
 
-def _source(checkpoint: Checkpoint, plan: StagePlan, target: Target, precision: str) -> str:
+def _source(
+    checkpoint: Checkpoint,
+    plan: StagePlan,
+    target: Target,
+    precision: str,
+    contexts: tuple[int, ...],
+    parts: Sequence[Part] | None,
+) -> str:
     """Hash of what the bundle is made from, the same on every machine."""
     facts = [
         checkpoint.config.to_dict(),
@@ -191,6 +235,8 @@ def _source(checkpoint: Checkpoint, plan: StagePlan, target: Target, precision: 
         target.lowering,
         precision,
         versions(),
+        contexts,
+        [part.layers for part in parts or ()],
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -6,7 +6,7 @@ stage's contract. Two exports of the same plan and model give the same bytes whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +14,22 @@ import onnx_ir
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..graphs.config import ModelConfig, TextConfig
-from ..graphs.contract import GraphSpec, probed, select_spec, stage_spec, vision_spec
+from ..graphs.contract import (
+    GraphSpec,
+    Part,
+    part_names,
+    probed,
+    select_spec,
+    stage_spec,
+    vision_spec,
+    whole_stages,
+)
 from ..graphs.decoder import DecoderStage
 from ..graphs.ops import Llm, Portable
 from ..graphs.plan import StagePlan
 from ..graphs.rope import frequencies
 from ..graphs.select import Selector
+from ..graphs.targets import Target, check_operators
 from ..graphs.vision import Vision
 from .stitch import TORCH_DTYPES, Stitcher
 
@@ -55,11 +65,19 @@ class Graph:
         return [name for name, _ in self.module.named_parameters()]
 
 
-def graphs_of(config: ModelConfig, plan: StagePlan, dtype: str, lowering: str) -> list[Graph]:
+def graphs_of(
+    config: ModelConfig,
+    plan: StagePlan,
+    dtype: str,
+    lowering: str,
+    parts: Sequence[Part] | None = None,
+) -> list[Graph]:
     """Every graph of a bundle, in the order in which a prompt meets them.
 
-    ``dtype`` is ``float32`` or ``float16``; ``lowering`` is ``llm`` or ``portable``.
+    ``dtype`` is ``float32`` or ``float16``; ``lowering`` is ``llm`` or ``portable``; ``parts``
+    cuts stages into several graphs, by default each is one.
     """
+    parts = parts or whole_stages(plan)
     ops: Llm | Portable = Llm() if lowering == "llm" else Portable()
     out = []
 
@@ -70,17 +88,28 @@ def graphs_of(config: ModelConfig, plan: StagePlan, dtype: str, lowering: str) -
 
     with FakeTensorMode():
         add("vision", Vision(config, ops), vision_spec(config, dtype))
-        for index in range(len(plan.stages)):
-            spec = stage_spec(config.text, plan, index, dtype, ops.portable)
-            add(f"stage{index}", DecoderStage(config.text, plan, index, ops), spec)
-            if probed(plan, index):
+        for name, part in zip(part_names(parts), parts, strict=True):
+            spec = stage_spec(config.text, plan, part, dtype, ops.portable)
+            add(name, DecoderStage(config.text, plan, part, ops), spec)
+            index = part.stage
+            if part.ends(plan) and probed(plan, index):
                 edge = plan.edges[index]
                 add(f"select{index}", Selector(edge), select_spec(config.text, edge, dtype))
     return out
 
 
-def export(graph: Graph, text: TextConfig, path: Path, weights: Mapping[str, WeightSpan]) -> None:
-    """Write ``graph`` to ``path``; its parameters become references into ``weights``."""
+def export(
+    graph: Graph,
+    text: TextConfig,
+    path: Path,
+    weights: Mapping[str, WeightSpan],
+    target: Target | None = None,
+) -> None:
+    """Write ``graph`` to ``path``; its parameters become references into ``weights``.
+
+    Raises:
+        TargetError: ``target`` lacks an operator that the graph uses.
+    """
     module = graph.module
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     stitcher = Stitcher({id(tensor): name for name, tensor in tensors.items()}, graph.opset)
@@ -92,6 +121,9 @@ def export(graph: Graph, text: TextConfig, path: Path, weights: Mapping[str, Wei
     else:
         outputs = list(stitcher.call(module, *inputs))
     model = stitcher.model(graph.name, inputs, graph.spec, outputs)
+    if target is not None:
+        operators = {node.op_type for node in model.graph.all_nodes()}
+        check_operators(target, graph.name, graph.opset, operators)
     _strip(model)
     _attach(model, text, weights, path.parent)
     onnx_ir.save(model, path)
@@ -99,8 +131,8 @@ def export(graph: Graph, text: TextConfig, path: Path, weights: Mapping[str, Wei
 
 def _stage(stage: DecoderStage, stitcher: Stitcher, inputs: list) -> list:
     """Compose a stage and put its outputs in contract order."""
-    gates = inputs[5] if stage.stage.gated_layers else None
-    flat = inputs[6:] if stage.stage.gated_layers else inputs[5:]
+    gates = inputs[5] if stage.gated else None
+    flat = inputs[6:] if stage.gated else inputs[5:]
     pairs = list(zip(flat[::2], flat[1::2], strict=True))
     rows, positions, order, slot_order, write_index = inputs[:5]
     out = stage.compose(

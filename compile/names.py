@@ -67,7 +67,7 @@ def tensor_shapes(config: ModelConfig, *, whole_tower: bool = False) -> Shapes:
         config.projector_bias,
     )
     shapes |= _linear("multi_modal_projector.linear_2", width, width, config.projector_bias)
-    return shapes | _decoder(config.text)
+    return shapes | decoder_shapes(config.text)
 
 
 def _tower(vision: VisionConfig, depth: int) -> Shapes:
@@ -96,7 +96,8 @@ def _tower(vision: VisionConfig, depth: int) -> Shapes:
     return shapes
 
 
-def _decoder(text: TextConfig) -> Shapes:
+def decoder_shapes(text: TextConfig) -> Shapes:
+    """Of the decoder alone: embedding, layers, last norm, head."""
     width, queries, keys = text.hidden, text.heads * text.head_dim, text.kv_heads * text.head_dim
     shapes: Shapes = {EMBEDDING: (text.vocab, width)}
     for index in range(text.layers):

@@ -1,8 +1,8 @@
-"""A build that may be interrupted: named steps in a folder of its own, then one rename.
+"""A build that may be interrupted: named steps in a folder of its own.
 
-The bundle grows in ``NAME.partial``. What each finished step wrote is noted there, so the next run
-with the same inputs goes on where this one stopped; other inputs start afresh. Nothing is ever
-half-written under the final name.
+What each finished step wrote is noted in the folder, so the next run with the same inputs goes on
+where this one stopped; other inputs start afresh. A bundle grows in ``NAME.partial`` and is renamed
+at the end: nothing is ever half-written under the final name.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ..graphs.bundle import MANIFEST
 from ..graphs.errors import CapacityError
 
 NOTES = ".build.json"
 LOCK = ".lock"
+
+AnySteps = TypeVar("AnySteps", bound="Steps")
 
 
 @dataclass(frozen=True)
@@ -65,26 +67,18 @@ class Silent:
         """Nothing."""
 
 
-class Workshop:
-    """The ``.partial`` folder of one build; a context manager that holds its lock.
+class Steps:
+    """The folder of one build; a context manager that holds its lock.
 
     ``key`` says what the build depends on: another key, another build.
     """
 
-    def __init__(self, final: Path, key: str, reporter: Reporter):
-        self.final, self.key, self.reporter = final, key, reporter
-        self.folder = final.with_name(final.name + ".partial")
+    def __init__(self, folder: Path, key: str, reporter: Reporter):
+        self.folder, self.key, self.reporter = folder, key, reporter
         self.facts: list[StepFact] = []
         self._noted: dict[str, dict] = {}
 
-    def up_to_date(self) -> bool:
-        """Whether the final folder already holds this very build, every file in place."""
-        noted = _read(self.final / NOTES)
-        if noted.get("key") != self.key or not (self.final / MANIFEST).is_file():
-            return False
-        return all(_present(self.final, step["files"]) for step in noted["steps"].values())
-
-    def __enter__(self) -> Workshop:
+    def __enter__(self: AnySteps) -> AnySteps:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.folder / LOCK, os.O_CREAT | os.O_RDWR)
         try:
@@ -125,6 +119,26 @@ class Workshop:
         self.reporter.done(fact)
         return fact
 
+    def _write_notes(self) -> None:
+        temporary = self.folder / (NOTES + ".new")
+        temporary.write_text(json.dumps({"key": self.key, "steps": self._noted}))
+        temporary.replace(self.folder / NOTES)
+
+
+class Workshop(Steps):
+    """Steps in ``NAME.partial``, which becomes ``NAME`` in the end."""
+
+    def __init__(self, final: Path, key: str, reporter: Reporter):
+        super().__init__(final.with_name(final.name + ".partial"), key, reporter)
+        self.final = final
+
+    def up_to_date(self) -> bool:
+        """Whether the final folder already holds this very build, every file in place."""
+        noted = _read(self.final / NOTES)
+        if noted.get("key") != self.key or not (self.final / MANIFEST).is_file():
+            return False
+        return all(_present(self.final, step["files"]) for step in noted["steps"].values())
+
     def finish(self) -> None:
         """Give the folder its final name, in place of what stood there."""
         old = self.final.with_name(self.final.name + ".old.partial")
@@ -134,11 +148,6 @@ class Workshop:
             self.final.rename(old)
         self.folder.rename(self.final)
         shutil.rmtree(old, ignore_errors=True)
-
-    def _write_notes(self) -> None:
-        temporary = self.folder / (NOTES + ".new")
-        temporary.write_text(json.dumps({"key": self.key, "steps": self._noted}))
-        temporary.replace(self.folder / NOTES)
 
 
 def _read(file: Path) -> dict:

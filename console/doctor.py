@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
@@ -12,8 +13,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from .. import __version__
-from ..compile.targets import LATER_TARGETS, TARGETS, Target
-from ..graphs.contract import ORT_LLM_SINCE
+from ..graphs.targets import (
+    LATER_TARGETS,
+    TARGETS,
+    TENSORRT,
+    TENSORRT_RTX,
+    Target,
+    show_capability,
+)
+from ..trt.device import Device, find_device
+from ..trt.engines import can_compile
+from ..trt.flavour import find, serves
 from .units import show_bytes
 
 COMPILE_EXTRA = (
@@ -28,14 +38,13 @@ COMPILE_EXTRA = (
 )
 """What building needs besides the runtime; the extra ``compile``."""
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
 
 def doctor_facts() -> dict[str, Any]:
     """Versions, machine and targets, as JSON."""
     versions = {name: _version(name) for name in COMPILE_EXTRA}
     absent = [name for name, found in versions.items() if found is None]
     ort, providers = _onnxruntime()
+    device = find_device()
     return {
         "visistage": __version__,
         "python": platform.python_version(),
@@ -44,9 +53,20 @@ def doctor_facts() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "onnxruntime": ort,
         "providers": providers,
+        "gpu": device and {**asdict(device), "capability": show_capability(device.capability)},
+        "engine_compilers": {
+            name: flavour.version
+            for name in (TENSORRT, TENSORRT_RTX)
+            if (flavour := find(name)) is not None
+        },
         "compiler": versions,
         "targets": {
-            **{target.name: _target(target, absent, ort, providers) for target in TARGETS.values()},
+            **{
+                target.name: _engines(target, absent, device)
+                if target.engines
+                else _graphs(target, absent, ort, providers)
+                for target in TARGETS.values()
+            },
             **{
                 name: {
                     "build": False,
@@ -71,6 +91,14 @@ def doctor_table() -> RenderableType:
     head.add_row("machine", f"{facts['cores']} cores, {memory} of memory")
     providers = f" ({', '.join(facts['providers'])})" if facts["providers"] else ""
     head.add_row("onnxruntime", (facts["onnxruntime"] or "not installed") + providers)
+    gpu = facts["gpu"]
+    if gpu:
+        memory = show_bytes(gpu["memory_bytes"])
+        head.add_row("gpu", f"{gpu['name']}, {gpu['capability']}, {memory}")
+    else:
+        head.add_row("gpu", "none")
+    for name in (TENSORRT, TENSORRT_RTX):
+        head.add_row(name, facts["engine_compilers"].get(name) or "not installed")
     for name, found in facts["compiler"].items():
         head.add_row(name, found or "not installed")
     table = Table("target", "build here", "run here", "missing")
@@ -80,22 +108,37 @@ def doctor_table() -> RenderableType:
     return Group(head, table)
 
 
-def _target(
+def _graphs(
     target: Target, absent: list[str], ort: str | None, providers: list[str]
 ) -> dict[str, Any]:
-    missing = []
-    if absent:
-        missing.append(f"to build: {', '.join(absent)} (pip install 'visistage[compile]')")
-    provider = PROVIDERS[target.name.split("-")[0]]
+    """A target that ONNX Runtime runs."""
+    missing = _to_export(absent)
+    provider = "CUDAExecutionProvider" if target.name == "cuda" else "CPUExecutionProvider"
     runs = provider in providers
     if ort is None:
         missing.append("to run: onnxruntime")
     elif not runs:
         missing.append(f"to run: an ONNX Runtime with {provider} (pip install onnxruntime-gpu)")
-    elif target.lowering == "llm" and _pair(ort) < ORT_LLM_SINCE:
+    elif not serves(target, ort):
         runs = False
-        missing.append(f"to run: ONNX Runtime {'.'.join(map(str, ORT_LLM_SINCE))}, found {ort}")
+        missing.append(f"to run: ONNX Runtime {target.versions[0]}, found {ort}")
     return {"build": not absent, "run": runs, "missing": missing}
+
+
+def _engines(target: Target, absent: list[str], device: Device | None) -> dict[str, Any]:
+    """A target with engines: graphs are exported anywhere, engines compiled where they can be."""
+    missing = _to_export(absent)
+    why = can_compile(target, device)
+    if why is not None:
+        missing.append(f"to compile engines: {why}; until then a portable bundle")
+    missing.append("to run: a later version drives engines; verify runs their graphs on the CPU")
+    return {"build": not absent and why is None, "run": False, "missing": missing}
+
+
+def _to_export(absent: list[str]) -> list[str]:
+    if not absent:
+        return []
+    return [f"to build: {', '.join(absent)} (pip install 'visistage[compile]')"]
 
 
 def _onnxruntime() -> tuple[str | None, list[str]]:
@@ -111,11 +154,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _pair(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
 
 
 def _cores() -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,9 +21,12 @@ from .errors import BundleError
 from .plan import StagePlan
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 MAX_MANIFEST_BYTES = 16 << 20
 STAMP = ".stamp.json"
+
+ANY_CONTEXT = 0
+"""Key of the one variant of a graph without a cache."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,16 @@ class FileFact:
 
 @dataclass(frozen=True)
 class GraphFact:
-    """One graph: its file and its contract."""
+    """One graph: its file and its contract.
+
+    ``variants``: the same graph for an engine compiler that wants sizes fixed, by context length
+    (``ANY_CONTEXT`` where it has no cache). They differ from ``file`` in dimensions and compiler
+    hints only, and share its weights.
+    """
 
     file: str
     spec: GraphSpec
+    variants: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,12 @@ class Manifest:
     versions: dict[str, str]
     weight_bytes: int
     source: str  # hash of everything the build depended on
+    contexts: tuple[int, ...] = ()  # lengths that engines are compiled for, in dense rows
+
+    def parts_of(self, stage: int) -> list[str]:
+        """Names of the graphs that make a stage, in the order of their layers."""
+        name = f"stage{stage}"
+        return [graph for graph in self.graphs if graph.split(".")[0] == name]
 
     def to_json(self) -> str:
         """The manifest's text; equal manifests give equal bytes."""
@@ -101,7 +117,11 @@ class Manifest:
             "precision": self.precision,
             "lowering": self.lowering,
             "graphs": {
-                name: {"file": fact.file, **fact.spec.to_dict()}
+                name: {
+                    "file": fact.file,
+                    **({"variants": fact.variants} if fact.variants else {}),
+                    **fact.spec.to_dict(),
+                }
                 for name, fact in self.graphs.items()
             },
             "embedding": _ref_dict(self.embedding),
@@ -121,6 +141,7 @@ class Manifest:
             "versions": self.versions,
             "weight_bytes": self.weight_bytes,
             "source": self.source,
+            "contexts": list(self.contexts),
         }
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
@@ -143,10 +164,7 @@ class Manifest:
                 target=data["target"],
                 precision=data["precision"],
                 lowering=data["lowering"],
-                graphs={
-                    name: GraphFact(fact["file"], GraphSpec.from_dict(fact))
-                    for name, fact in data["graphs"].items()
-                },
+                graphs={name: _graph(fact) for name, fact in data["graphs"].items()},
                 embedding=_ref(data["embedding"]),
                 prefix=prefix
                 and Prefix(tuple(prefix["ids"]), _ref(prefix["keys"]), _ref(prefix["values"])),
@@ -160,6 +178,7 @@ class Manifest:
                 versions=data["versions"],
                 weight_bytes=int(data["weight_bytes"]),
                 source=data["source"],
+                contexts=tuple(int(context) for context in data["contexts"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(
@@ -210,32 +229,47 @@ class Bundle:
         Raises:
             BundleError: naming the first file that is missing or changed.
         """
-        stamp_file = self.path / STAMP
-        known = {} if rehash else _read_stamps(stamp_file)
-        stamps = {}
-        for name, fact in self.manifest.files.items():
-            file = self.file(name)
-            try:
-                status = file.stat()
-            except OSError as error:
-                raise BundleError(
-                    f"{file} is missing from the bundle ({error.strerror}). "
-                    "Build it again: make engines MODEL=..."
-                ) from error
-            stamp = [status.st_size, status.st_mtime_ns, status.st_ino, fact.sha256]
-            if status.st_size != fact.nbytes or (
-                known.get(name) != stamp and sha256(file) != fact.sha256
-            ):
-                raise BundleError(
-                    f"{file} is not the file that was built: its contents changed. "
-                    "Build it again: make engines MODEL=..."
-                )
-            stamps[name] = stamp
-        if stamps != known:
-            try:
-                stamp_file.write_text(json.dumps(stamps))
-            except OSError:
-                return  # a read-only bundle is hashed every time
+        check_files(
+            {self.file(name): fact for name, fact in self.manifest.files.items()},
+            self.path / STAMP,
+            rehash=rehash,
+            mend="Build it again: make engines MODEL=...",
+        )
+
+
+def check_files(
+    files: Mapping[Path, FileFact], stamp_file: Path, *, rehash: bool, mend: str
+) -> None:
+    """Make sure that ``files`` are there and unchanged; see ``Bundle.check``.
+
+    ``stamp_file`` remembers which of them were hashed; ``mend`` is what to type when one is not
+    what it was.
+
+    Raises:
+        BundleError: naming the first file that is missing or changed.
+    """
+    known = {} if rehash else _read_stamps(stamp_file)
+    stamps = {}
+    for file, fact in files.items():
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise BundleError(
+                f"{file} is missing from the bundle ({error.strerror}). {mend}"
+            ) from error
+        stamp = [status.st_size, status.st_mtime_ns, status.st_ino, fact.sha256]
+        if status.st_size != fact.nbytes or (
+            known.get(file.name) != stamp and sha256(file) != fact.sha256
+        ):
+            raise BundleError(
+                f"{file} is not the file that was built: its contents changed. {mend}"
+            )
+        stamps[file.name] = stamp
+    if stamps != known:
+        try:
+            stamp_file.write_text(json.dumps(stamps))
+        except OSError:
+            return  # a read-only bundle is hashed every time
 
 
 def find_bundle(path: Path) -> Path:
@@ -276,6 +310,11 @@ def _read_stamps(file: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def _graph(data: dict) -> GraphFact:
+    variants = {int(context): str(file) for context, file in data.get("variants", {}).items()}
+    return GraphFact(data["file"], GraphSpec.from_dict(data), variants)
 
 
 def _ref(data: dict) -> TensorRef:

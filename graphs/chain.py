@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .config import TextConfig
-from .contract import INVISIBLE, cache_names, probed
+from .contract import INVISIBLE, cache_names, probed, whole_stages
 from .decoder import DecoderStage
 from .errors import PlanError, PromptError
 from .ops import Eager
@@ -51,8 +51,8 @@ class TorchExecutor:
         self.text, self.batch = text, batch
         self.embedding = weights["model.embed_tokens.weight"]
         self.stages = [
-            load_weights(DecoderStage(text, plan, index, Eager()), weights)
-            for index in range(len(plan.stages))
+            load_weights(DecoderStage(text, plan, part, Eager()), weights)
+            for part in whole_stages(plan)
         ]
         self.selectors = {
             index: Selector(edge) for index, edge in enumerate(plan.edges) if probed(plan, index)

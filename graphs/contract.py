@@ -11,6 +11,7 @@ Source: the append-rows contract of docs/design.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import ModelConfig, TextConfig
@@ -21,6 +22,9 @@ INVISIBLE = 2**31 - 1
 
 PADDING_ORDER = INVISIBLE - 1
 """Order given to a padding row as a *query*: it sees every real row, so its output stays finite."""
+
+SLOT_STEP = 64
+"""Fixed numbers of slots are multiples of this."""
 
 ORT_LLM_SINCE = (1, 25)
 """First ONNX Runtime that runs the ``llm`` lowering (opset 24: Attention, TensorScatter)."""
@@ -54,6 +58,10 @@ class GraphSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    def has(self, symbol: str) -> bool:
+        """Whether a dimension of an input is left open under this symbol."""
+        return any(symbol in tensor.shape for tensor in self.inputs)
+
     def to_dict(self) -> dict:
         """Plain JSON form, as the manifest holds it."""
         return {
@@ -70,6 +78,60 @@ class GraphSpec:
         )
 
 
+@dataclass(frozen=True)
+class Part:
+    """Consecutive layers of one stage that make one graph: the whole stage, unless memory for
+    compiling it is short.
+    """
+
+    stage: int
+    layers: tuple[int, int]  # first, one past the last
+
+    @property
+    def depth(self) -> int:
+        """How many layers."""
+        return self.layers[1] - self.layers[0]
+
+    def ends(self, plan: StagePlan) -> bool:
+        """Whether the stage ends with it."""
+        return self.layers[1] == plan.stages[self.stage].layers[1]
+
+    def gated_layers(self, plan: StagePlan) -> tuple[int, ...]:
+        """Layers of this part that read values through gates."""
+        gated = plan.stages[self.stage].gated_layers
+        return tuple(layer for layer in gated if self.layers[0] <= layer < self.layers[1])
+
+
+def whole_stages(plan: StagePlan) -> list[Part]:
+    """One part for every stage."""
+    return [Part(index, stage.layers) for index, stage in enumerate(plan.stages)]
+
+
+def part_names(parts: Sequence[Part]) -> list[str]:
+    """Names of their graphs: ``stage1``, or ``stage1.part0``, ``stage1.part1``, ..."""
+    names = []
+    for stage in dict.fromkeys(part.stage for part in parts):
+        count = sum(part.stage == stage for part in parts)
+        name = f"stage{stage}"
+        names += [name] if count == 1 else [f"{name}.part{number}" for number in range(count)]
+    return names
+
+
+def stage_of(graph: str) -> int:
+    """The stage that a graph belongs to by its name: 1 for ``stage1.part0`` and ``select1``."""
+    return int(graph.split(".")[0].removeprefix("stage").removeprefix("select"))
+
+
+def stage_slots(plan: StagePlan, visual_tokens: int, context: int) -> list[int]:
+    """Cache slots that each stage needs for ``context`` rows of an unpruned prompt and answer.
+
+    Rows that a stage never sees need no slot: with one image a stage that keeps K of N visual
+    tokens is N - K slots shorter. Rounded up to ``SLOT_STEP``.
+    """
+    needed = [context - visual_tokens + stage.visual_tokens for stage in plan.stages]
+    return [-(-slots // SLOT_STEP) * SLOT_STEP for slots in needed]
+
+
 def cache_names(layers: tuple[int, int]) -> list[tuple[str, str]]:
     """(key, value) input names of every layer of a stage, in layer order."""
     return [(f"key.{layer}", f"value.{layer}") for layer in range(*layers)]
@@ -81,16 +143,16 @@ def appended(name: str) -> str:
 
 
 def stage_spec(
-    text: TextConfig, plan: StagePlan, index: int, dtype: str, portable: bool
+    text: TextConfig, plan: StagePlan, part: Part, dtype: str, portable: bool
 ) -> GraphSpec:
-    """Contract of stage ``index``: Q rows in, the same rows updated out, caches appended to.
+    """Contract of (a part of) a stage: Q rows in, the same rows updated out, caches appended to.
 
     The portable lowering returns only the new key and value rows ([B,G,Q,d]); its caller writes
     them at ``write_index``. The ``llm`` lowering returns the whole cache, aliased to its input.
     """
-    stage = plan.stages[index]
+    gated = part.gated_layers(plan)
     groups, width = text.kv_heads, text.head_dim
-    caches = [name for pair in cache_names(stage.layers) for name in pair]
+    caches = [name for pair in cache_names(part.layers) for name in pair]
     inputs = [
         TensorSpec("rows", dtype, ("B", "Q", text.hidden)),
         TensorSpec("positions", "int32", ("B", "Q")),
@@ -98,14 +160,14 @@ def stage_spec(
         TensorSpec("slot_order", "int32", ("B", "S")),
         TensorSpec("write_index", "int64", ("B",)),
     ]
-    if stage.gated_layers:
-        inputs.append(TensorSpec("gates", dtype, (len(stage.gated_layers), 2, "B", "S")))
+    if gated:
+        inputs.append(TensorSpec("gates", dtype, (len(gated), 2, "B", "S")))
     inputs += [TensorSpec(name, dtype, ("B", groups, "S", width)) for name in caches]
 
     outputs = [TensorSpec("rows.out", dtype, ("B", "Q", text.hidden))]
-    if probed(plan, index):
+    if part.ends(plan) and probed(plan, part.stage):
         outputs.append(TensorSpec("probe_query", dtype, ("B", text.heads, width)))
-    if index == len(plan.stages) - 1:
+    if part.ends(plan) and part.stage == len(plan.stages) - 1:
         outputs.append(TensorSpec("logits", "float32", ("B", text.vocab)))
     slots = "Q" if portable else "S"
     outputs += [TensorSpec(appended(name), dtype, ("B", groups, slots, width)) for name in caches]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TextConfig
-from .contract import probed
+from .contract import Part, probed
 from .ops import Eager, Gate, View
 from .plan import StagePlan
 from .rope import frequencies, turn
@@ -213,18 +213,19 @@ class _Body(nn.Module):
 
 
 class DecoderStage(nn.Module):
-    """Stage ``index`` of ``plan`` over a Llama-shaped decoder."""
+    """A stage of ``plan`` over a Llama-shaped decoder, or the part of its layers in one graph."""
 
-    def __init__(self, text: TextConfig, plan: StagePlan, index: int, ops: Eager):
+    def __init__(self, text: TextConfig, plan: StagePlan, part: Part, ops: Eager):
         super().__init__()
-        self.stage = plan.stages[index]
+        stage = plan.stages[part.stage]
         self.portable = ops.portable
-        last = index == len(plan.stages) - 1
-        start = self.stage.layers[0]
-        kinds = {start + i: (mode, self.stage.norm) for i, mode in enumerate(self.stage.modes)}
+        self.gated = bool(part.gated_layers(plan))
+        last = part.ends(plan) and part.stage == len(plan.stages) - 1
+        modes = dict(enumerate(stage.modes, start=stage.layers[0]))
+        kinds = {layer: (modes[layer], stage.norm) for layer in range(*part.layers)}
         self.model = _Body(text, ops, kinds, last)
         self.head = Head(text, ops)
-        self.probe = Probe() if probed(plan, index) else None
+        self.probe = Probe() if part.ends(plan) and probed(plan, part.stage) else None
         if last:
             self.lm_head = Linear(ops, text.hidden, text.vocab, bias=False)
 

@@ -5,6 +5,7 @@
     ├── PlanError                  a stage plan that contradicts itself or the model
     ├── TargetError                a target, precision or option that cannot be honoured here
     ├── BundleError                a bundle with a missing, changed or foreign file
+    ├── EngineError                an engine that cannot be compiled, or not loaded here
     ├── ImageError                 a picture that cannot be read, or is too large to decode
     ├── PromptError                a prompt, template or sampling option that cannot be used
     ├── CapacityError              not enough slots, memory or disk for what was asked
@@ -36,6 +37,10 @@ class TargetError(VisistageError):
 
 class BundleError(VisistageError):
     """A bundle has a missing, changed or foreign file."""
+
+
+class EngineError(VisistageError):
+    """An engine cannot be compiled, or was compiled for another machine."""
 
 
 class ImageError(VisistageError):

@@ -78,7 +78,8 @@ class Selector(nn.Module):
         # Padding rows share the order of an empty slot, which no query sees.
         scores = torch.where(order <= query_order[:, None], scores, UNSEEN)
         best = torch.topk(scores, self.keep, dim=1).indices
-        kept = torch.topk(best, self.keep, dim=1, largest=False).values  # ascending: keep the order
+        # Ascending, to keep the order; as floats, because old TensorRT sorts nothing else.
+        kept = torch.topk(best.float(), self.keep, dim=1, largest=False).values.long()
         index = kept[:, :, None].expand(-1, -1, rows.shape[2])
         return (
             torch.gather(rows, 1, index),

@@ -19,14 +19,14 @@ import onnxruntime as ort
 import psutil
 
 from ..graphs.bundle import Bundle, GraphFact
-from ..graphs.contract import ORT_LLM_SINCE, appended, cache_names
+from ..graphs.contract import ORT_LLM_SINCE, GraphSpec, appended, cache_names
 from ..graphs.errors import BundleError, CapacityError, TargetError
 from ..graphs.rows import Kept, StageResult
 
 BUCKET = 128
 """Slots are added in multiples of this: growth copies, and attention pays for every slot."""
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class OrtOptions:
     """How graphs are loaded. ``threads`` None: every core this process may use.
 
     ``memory_limit``: bytes the weights may take; None: what is available now. Weights are
-    rearranged for speed (one more copy) when that fits, and mapped from disk otherwise.
+    rearranged for speed (one more copy) when that fits, and mapped from disk otherwise. FP16 graphs
+    on a CPU are computed in FP32, from a copy of twice the size.
     """
 
     threads: int | None = None
@@ -54,21 +55,24 @@ class OrtExecutor:
         self.portable = manifest.lowering == "portable"
         self.dtype = np.dtype("float32" if manifest.precision == "fp32" else "float16")
         self.batch = batch
-        self.prepacked = _prepack(manifest.weight_bytes, options)
         self.provider = _provider(manifest.target)
+        widened = manifest.precision == "fp16" and self.provider == CPU
+        self.prepacked = _prepack(manifest.weight_bytes, widened, options)
         self.elapsed_ms: dict[str, float] = defaultdict(float)
         self.sessions = {
             name: self._load(bundle, fact, options) for name, fact in manifest.graphs.items()
         }
-        self._specs = [
-            manifest.graphs[f"stage{index}"].spec.outputs for index in range(len(self.plan.stages))
-        ]
         self.caches: list[dict[str, np.ndarray]] = []
-        self.bindings: list[ort.IOBinding] = []
+        self.parts: list[list[Part]] = []
         for index, stage in enumerate(self.plan.stages):
             names = [name for pair in cache_names(stage.layers) for name in pair]
             self.caches.append({name: self._empty(0) for name in names})
-            self.bindings.append(self.sessions[f"stage{index}"].io_binding())
+            self.parts.append(
+                [
+                    Part(manifest.graphs[name].spec, self.sessions[name])
+                    for name in manifest.parts_of(index)
+                ]
+            )
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels (B, C, H, W) float32 -> visual rows (B, N, D)."""
@@ -84,21 +88,14 @@ class OrtExecutor:
             new = self._empty(size)
             new[:, :, : old.shape[2]] = old
             self.caches[stage][name] = new
-        binding = self.bindings[stage]
-        binding.clear_binding_inputs()
-        binding.clear_binding_outputs()
-        for name, cache in self.caches[stage].items():
-            value = ort.OrtValue.ortvalue_from_numpy(cache)
-            binding.bind_ortvalue_input(name, value)
-            if not self.portable:
-                binding.bind_ortvalue_output(appended(name), value)
+        for part in self.parts[stage]:
+            part.bind_caches(self.caches[stage], aliased=not self.portable)
         return size
 
     def append(self, stage, rows, positions, order, slot_order, write_index, gates) -> StageResult:
-        """One call of a stage; contract: ``contract.stage_spec``."""
+        """One call of a stage, part after part; contract: ``contract.stage_spec``."""
         count = rows.shape[1]
-        binding = self.bindings[stage]
-        inputs = {
+        feeds = {
             "rows": rows,
             "positions": positions,
             "order": order,
@@ -106,22 +103,17 @@ class OrtExecutor:
             "write_index": np.full((self.batch,), write_index, np.int64),
         }
         if gates is not None:
-            inputs["gates"] = gates.astype(self.dtype, copy=False)
-        inputs = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
-        for name, array in inputs.items():
-            binding.bind_cpu_input(name, array)
-        outputs = {}
-        for spec in self._specs[stage]:
-            if spec.name.removesuffix(".out") in self.caches[stage] and not self.portable:
-                continue
-            sizes = {"B": self.batch, "Q": count}
-            shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
-            outputs[spec.name] = out = np.empty(shape, spec.dtype)
-            binding.bind_output(spec.name, "cpu", 0, out.dtype, out.shape, out.ctypes.data)
+            feeds["gates"] = gates.astype(self.dtype, copy=False)
+        caches = self.caches[stage]
+        outputs: dict[str, np.ndarray] = {}
         with self._timed(f"stage{stage}"):
-            self.sessions[f"stage{stage}"].run_with_iobinding(binding)
+            for part in self.parts[stage]:
+                outputs |= part.run(feeds, {"B": self.batch, "Q": count})
+                feeds["rows"] = outputs["rows.out"]
+                if "gates" in feeds:  # each part takes those of its own layers
+                    feeds["gates"] = feeds["gates"][part.gated :]
             if self.portable:
-                for name, cache in self.caches[stage].items():
+                for name, cache in caches.items():
                     cache[:, :, write_index : write_index + count] = outputs[appended(name)]
         return StageResult(outputs["rows.out"], outputs.get("probe_query"), outputs.get("logits"))
 
@@ -165,7 +157,7 @@ class OrtExecutor:
 
     def close(self) -> None:
         """Drop sessions and buffers."""
-        self.bindings.clear()
+        self.parts.clear()
         self.sessions.clear()
         self.caches.clear()
 
@@ -198,6 +190,47 @@ class OrtExecutor:
             ) from error
 
 
+class Part:
+    """One graph of a stage with its bindings: caches stay bound, the rest is bound per call."""
+
+    def __init__(self, spec: GraphSpec, session: ort.InferenceSession):
+        self.spec, self.session = spec, session
+        self.binding = session.io_binding()
+        self.gated = next((int(s.shape[0]) for s in spec.inputs if s.name == "gates"), 0)
+        self.aliased: set[str] = set()
+
+    def bind_caches(self, caches: dict[str, np.ndarray], *, aliased: bool) -> None:
+        """Bind the caches of this part's layers as inputs, and as outputs where aliased."""
+        self.binding.clear_binding_inputs()
+        self.binding.clear_binding_outputs()
+        for spec in self.spec.inputs:
+            if spec.name not in caches:
+                continue
+            value = ort.OrtValue.ortvalue_from_numpy(caches[spec.name])
+            self.binding.bind_ortvalue_input(spec.name, value)
+            if aliased:
+                self.binding.bind_ortvalue_output(appended(spec.name), value)
+                self.aliased.add(appended(spec.name))
+
+    def run(self, feeds: dict[str, np.ndarray], sizes: dict[str, int]) -> dict[str, np.ndarray]:
+        """Run once; returns every output that is not written in place."""
+        held = {}  # bound arrays must outlive the call
+        for spec in self.spec.inputs:
+            if spec.name in feeds:
+                array = feeds[spec.name][: self.gated] if spec.name == "gates" else feeds[spec.name]
+                held[spec.name] = array = np.ascontiguousarray(array)
+                self.binding.bind_cpu_input(spec.name, array)
+        outputs = {}
+        for spec in self.spec.outputs:
+            if spec.name in self.aliased:
+                continue
+            shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
+            outputs[spec.name] = out = np.empty(shape, spec.dtype)
+            self.binding.bind_output(spec.name, "cpu", 0, out.dtype, out.shape, out.ctypes.data)
+        self.session.run_with_iobinding(self.binding)
+        return outputs
+
+
 def version() -> tuple[int, int]:
     """(major, minor) of the installed ONNX Runtime."""
     major, minor = ort.__version__.split(".")[:2]
@@ -221,26 +254,31 @@ def _check_version(bundle: Bundle) -> None:
 
 
 def _provider(target: str) -> str:
-    provider = PROVIDERS.get(target.split("-")[0])
-    if provider is None or provider not in ort.get_available_providers():
+    """Where the graphs of a bundle for ``target`` run: engines' graphs run on the CPU."""
+    provider = CUDA if target == "cuda" else CPU
+    if provider not in ort.get_available_providers():
         raise TargetError(
-            f"a bundle for target '{target}' needs {provider or 'a back end'} that this machine's "
-            f"ONNX Runtime lacks (it has {', '.join(ort.get_available_providers())}). "
+            f"a bundle for target '{target}' needs {provider}, which this machine's ONNX Runtime "
+            f"lacks (it has {', '.join(ort.get_available_providers())}). "
             "Build one for this machine: make engines TARGET=cpu"
         )
     return provider
 
 
-def _prepack(weight_bytes: int, options: OrtOptions) -> bool:
+def _prepack(weight_bytes: int, widened: bool, options: OrtOptions) -> bool:
     """Whether the weights fit twice (mapped file and rearranged copy).
 
     Raises:
         CapacityError: they do not even fit once.
     """
     limit = options.memory_limit or psutil.virtual_memory().available
-    if options.memory_limit is not None and weight_bytes > options.memory_limit:
+    resident = 2 * weight_bytes if widened else weight_bytes
+    if resident > limit and (widened or options.memory_limit is not None):
+        why = " in FP32, which is what a CPU computes FP16 graphs in," if widened else ""
+        source = "the memory limit is" if options.memory_limit else "this machine has free"
         raise CapacityError(
-            f"the weights take {weight_bytes / 2**20:.0f} MiB, the memory limit is "
-            f"{options.memory_limit / 2**20:.0f} MiB. Raise --memory-limit"
+            f"the weights take {resident / 2**20:.0f} MiB{why} and {source} "
+            f"{limit / 2**20:.0f} MiB. "
+            + ("Raise --memory-limit" if options.memory_limit else "Use a machine with more")
         )
     return 2 * weight_bytes <= limit

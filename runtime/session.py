@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from ..graphs.bundle import Bundle
-from ..graphs.errors import CapacityError, PromptError, VisistageError
+from ..graphs.errors import CapacityError, PromptError, TargetError, VisistageError
+from ..graphs.targets import ONNXRUNTIME, find_target
 from .answer import Answer, PlanFacts, Timings
 from .cache import ByteCache
 from .context import Context, Part, Picture
@@ -47,16 +48,22 @@ Source = Any
 
 
 class Session:
-    """See the module. Not for several threads at once; a stream ends when the next one starts."""
+    """See the module. Not for several threads at once; a stream ends when the next one starts.
+
+    ``backend``: who runs the graphs; None: whoever the bundle's target names. ``onnxruntime`` runs
+    the graphs of any bundle on this CPU.
+    """
 
     def __init__(
         self,
         bundle: Bundle,
         *,
+        backend: str | None = None,
         threads: int | None = None,
         memory_limit: int | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ):
+        _check_backend(bundle, backend)
         bundle.check()
         for name in bundle.manifest.text_files.values():
             bundle.file(name)  # refuses names that leave the bundle
@@ -260,6 +267,19 @@ class Stream(Iterator[str]):
 def load(path: str | os.PathLike, **options) -> Session:
     """Open the bundle at ``path`` (or the only one below it); options as in ``Session``."""
     return Session(Bundle.open(path), **options)
+
+
+def _check_backend(bundle: Bundle, backend: str | None) -> None:
+    """Refuse what cannot run the bundle; None is what its target names."""
+    if backend not in (None, ONNXRUNTIME):
+        raise TargetError(f"unknown back end '{backend}'. Known: {ONNXRUNTIME}")
+    target = find_target(bundle.manifest.target)
+    if target.engines and backend is None:
+        raise TargetError(
+            f"{bundle.path} is for target '{target.name}': its engines run on {target.backend}, "
+            "which this version compiles for and does not drive yet. Its graphs run on this CPU, "
+            f"the same numbers more slowly: --backend {ONNXRUNTIME}"
+        )
 
 
 def _is_many(image: Any) -> bool:

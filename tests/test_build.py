@@ -16,18 +16,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from visistage.compile import build as building
-from visistage.compile import targets, weights
+from visistage.compile import weights
 from visistage.compile.build import build
 from visistage.compile.checkpoint import open_checkpoint
 from visistage.compile.prefix import prefix_cache
 from visistage.compile.steps import Silent, Workshop
+from visistage.graphs import targets
 from visistage.graphs.bundle import MANIFEST, Bundle
 from visistage.graphs.errors import BundleError, CapacityError, TargetError
 from visistage.runtime.session import load
 from visistage.tests import toy
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("calib", "compile", "console", "demo", "graphs", "runtime")
+PACKAGES = ("calib", "compile", "console", "demo", "graphs", "runtime", "trt")
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
 
 
@@ -208,7 +209,7 @@ def test_a_7b_on_this_cpu_is_refused_before_it_is_fetched(tmp_path, monkeypatch)
     ("name", "precision", "message"),
     [
         ("cpuu", None, "Did you mean 'cpu'"),
-        ("orin-jp72", None, "planned"),
+        ("openvino", None, "planned"),
         ("cpu", "int8", "planned, not in this version"),
         ("cpu", "fp16", "computes FP16 graphs in FP32"),
     ],
@@ -243,7 +244,7 @@ def test_manifests_are_read_strictly(checkpoint, tmp_path):
     bundle = build(str(checkpoint), plan="dense", out=tmp_path)
     file = bundle.path / MANIFEST
     good = file.read_text()
-    for bad in ("", "[]", "{}", good.replace('"format": 1', '"format": 99'), good[:500]):
+    for bad in ("", "[]", "{}", good.replace('"format": 2', '"format": 99'), good[:500]):
         file.write_text(bad)
         with pytest.raises(BundleError, match=MANIFEST):
             Bundle.open(bundle.path)

@@ -9,7 +9,7 @@ from visistage.compile.checkpoint import open_checkpoint
 from visistage.compile.export import export, graphs_of
 from visistage.compile.weights import convert, link_files, place
 from visistage.graphs import chain
-from visistage.graphs.contract import INVISIBLE
+from visistage.graphs.contract import INVISIBLE, whole_stages
 from visistage.graphs.decoder import DecoderStage
 from visistage.graphs.errors import CapacityError
 from visistage.graphs.ops import Eager
@@ -230,7 +230,8 @@ def torch_outputs(graph, config, plan, weights, feeds):
     if graph.name.startswith("select"):
         names = [spec.name for spec in graph.spec.outputs]
         return dict(zip(names, Selector(plan.edges[index])(*feeds.values()), strict=True))
-    module = chain.load_weights(DecoderStage(config.text, plan, index, Eager()), weights)
+    part = whole_stages(plan)[index]
+    module = chain.load_weights(DecoderStage(config.text, plan, part, Eager()), weights)
     values = list(feeds.values())
     gates = feeds.get("gates")
     caches = values[6:] if gates is not None else values[5:]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("calib", "compile", "console", "demo", "graphs", "runtime")
+PACKAGES = ("calib", "compile", "console", "demo", "graphs", "runtime", "trt")
 PURE = {"graphs", "graphs.bundle", "graphs.config", "graphs.contract", "graphs.cost"}
-PURE |= {"graphs.errors", "graphs.plan", "graphs.presets", "graphs.values"}
+PURE |= {"graphs.errors", "graphs.plan", "graphs.presets", "graphs.targets", "graphs.values"}
 RUNTIME_MAY = {*PURE, "graphs.rows", "runtime.*"}
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "huggingface_hub")
 
@@ -42,13 +42,17 @@ RULES = {
     "console.*": (
         PURE
         | {"", "calib.*", "console.*", "demo.heldout", "runtime.answer"}
-        | {"compile.planfile", "compile.recipes", "compile.steps", "compile.targets"},
+        | {"compile.planfile", "compile.recipes", "compile.steps"},
         {"click", "psutil", "rich"},
     ),
     "console.doctor": (
-        PURE | {"", "compile.targets", "console.*"},
+        PURE | {"", "console.*", "trt.*"},
         {"onnxruntime", "psutil", "rich"},
     ),
+    "console.engines": (PURE | {"trt.*"}, {"rich"}),
+    # Runs on the device: of the compiler only what needs neither torch nor onnx.
+    "trt.*": (PURE | {"trt.*", "compile.disk", "compile.steps"}, set()),
+    "trt": (set(), set()),
     "cli": ({"", "*"}, {"click"}),
     "__main__": ({"cli"}, set()),
     "": (set(), set()),

@@ -1,0 +1,46 @@
+"""Whether ``visistage engines`` also compiles: a question of target, machine and wish."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from ..graphs.errors import MissingDependencyError, TargetError
+from ..graphs.targets import Capability, find_target
+from ..trt.device import find_device
+from ..trt.engines import can_compile
+from ..trt.flavour import INSTALL, find
+
+
+def compile_here(name: str, portable: bool, capabilities: Sequence[Capability]) -> bool:
+    """Decide, before minutes are spent, and say so where the bundle will stay portable.
+
+    Raises:
+        TargetError: an option that means nothing for the target.
+        MissingDependencyError: a compiler that needs no GPU is not installed.
+    """
+    target = find_target(name)
+    if not target.engines:
+        for option, given in (("--portable", portable), ("--sm", bool(capabilities))):
+            if given:
+                raise TargetError(
+                    f"target '{name}' compiles no engines, {option} means nothing there. "
+                    "Leave it out"
+                )
+        return False
+    why = "--portable was given" if portable else can_compile(target, find_device())
+    if why is None:
+        return True
+    flavour = find(target.backend)
+    if not portable and not target.capabilities and flavour is None:
+        raise MissingDependencyError(
+            f"target '{name}' is compiled by {target.backend}, which is not installed here. "
+            f"{INSTALL[target.backend]}. Or stop at a portable bundle: --portable"
+        )
+    if capabilities:
+        raise TargetError(f"--sm cannot be honoured: {why}")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"the bundle will be portable: {why}. Finish it on its machine: visistage build BUNDLE"
+    )
+    return False

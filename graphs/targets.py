@@ -1,0 +1,252 @@
+"""Where a bundle can run: data, in one place. No logic but the look-ups.
+
+Source of versions, operators and limits: NVIDIA's support matrices and the operator tables of
+onnx-tensorrt for 10.3 and 10.15, and for TensorRT-RTX what its parser was seen to take.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from dataclasses import dataclass
+from importlib import metadata
+
+from .contract import ORT_LLM_SINCE
+from .errors import TargetError
+
+DTYPES = {"fp32": "float32", "fp16": "float16"}
+
+ONNXRUNTIME, TENSORRT, TENSORRT_RTX = "onnxruntime", "tensorrt", "tensorrt_rtx"
+
+Capability = tuple[int, int]
+"""A CUDA compute capability: (8, 7) is an Orin's."""
+
+MAX_TOPK = 3840
+"""Largest K that TensorRT's TopK takes; beyond it the build fails, not the parser."""
+
+MAX_HEAD = 256
+"""Widest attention head that TensorRT has a fused kernel for."""
+
+BASIC_OPERATORS = frozenset(
+    """Abs Add And ArgMax ArgMin Cast CastLike Ceil Clip Concat Constant ConstantOfShape Conv Cos
+    CumSum DequantizeLinear Div Einsum Equal Erf Exp Expand Flatten Floor Gather GatherElements
+    GatherND Gelu Gemm Greater GreaterOrEqual Identity If LayerNormalization Less LessOrEqual Log
+    LogSoftmax Loop MatMul Max Mean Min Mod Mul Neg Not OneHot Or Pad Pow QuantizeLinear Range
+    Reciprocal ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
+    ReduceSumSquare Relu Reshape Resize Round ScatterElements ScatterND Shape Sigmoid Sign Sin Size
+    Slice Softmax Softplus Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where
+    Xor""".split()  # noqa: SIM905
+)
+"""ONNX operators that every TensorRT from 10.3 on imports without a plugin."""
+
+LLM_OPERATORS = BASIC_OPERATORS | {
+    "Attention",
+    "RMSNormalization",
+    "RotaryEmbedding",
+    "TensorScatter",
+}
+"""With the operators of language models, which came in 10.14 and 10.15."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of machine.
+
+    Attributes:
+        backend: who runs it: ``onnxruntime``, ``tensorrt`` or ``tensorrt_rtx``.
+        lowering: ``llm`` or ``portable`` (``graphs/ops.py``).
+        precisions: what it runs, its default first.
+        opset: the highest ONNX opset it reads.
+        operators: what it imports; None: everything of its opset.
+        versions: first version of the back end that serves, and the first one that does not.
+        capabilities: compute capabilities of its GPUs; engines are built for these. Empty: as the
+            compiler's default, or whatever GPU is there.
+        build_memory: bytes that compiling one engine may take, unless told otherwise.
+        local: whether the weights must fit the memory of the machine that builds, because that is
+            where it runs.
+    """
+
+    name: str
+    summary: str
+    backend: str = ONNXRUNTIME
+    lowering: str = "llm"
+    precisions: tuple[str, ...] = ("fp16", "fp32")
+    opset: int = 24
+    operators: frozenset[str] | None = None
+    versions: tuple[str, str | None] = ("1.25", None)
+    capabilities: tuple[Capability, ...] = ()
+    build_memory: int | None = None
+    local: bool = False
+
+    @property
+    def engines(self) -> bool:
+        """Whether a bundle is finished by compiling engines."""
+        return self.backend != ONNXRUNTIME
+
+    @property
+    def static_slots(self) -> bool:
+        """Whether the compiler wants the number of cache slots fixed (an aliased cache)."""
+        return self.engines and self.lowering == "llm"
+
+
+def _tensorrt(name: str, summary: str, capability: Capability | None, **facts) -> Target:
+    """A target of TensorRT proper from 10.15 on, unless ``facts`` say otherwise."""
+    capabilities = () if capability is None else (capability,)
+    defaults = {
+        "backend": TENSORRT,
+        "operators": LLM_OPERATORS,
+        "versions": ("10.15", "12"),
+        "build_memory": 24 << 30,
+    }
+    return Target(name, summary, capabilities=capabilities, **{**defaults, **facts})
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("cpu", "ONNX Runtime on this CPU", precisions=("fp32",), local=True),
+        Target(
+            "cpu-portable",
+            "ONNX Runtime before 1.25, basic operators only",
+            lowering="portable",
+            precisions=("fp32",),
+            opset=20,
+            versions=("1.23", None),
+            local=True,
+        ),
+        Target("cuda", "ONNX Runtime on an NVIDIA GPU"),
+        _tensorrt(
+            "rtx",
+            "TensorRT-RTX: GeForce and RTX cards; its compiler needs no GPU",
+            None,
+            backend=TENSORRT_RTX,
+            versions=("1.7", "2"),
+            build_memory=12 << 30,
+        ),
+        _tensorrt(
+            "dgx-spark",
+            "TensorRT-RTX on a DGX Spark",
+            (12, 1),
+            backend=TENSORRT_RTX,
+            versions=("1.7", "2"),
+            build_memory=48 << 30,
+        ),
+        _tensorrt("h100", "TensorRT on an H100", (9, 0), build_memory=48 << 30),
+        _tensorrt("h200", "TensorRT on an H200", (9, 0), build_memory=48 << 30),
+        _tensorrt(
+            "orin-jp62",
+            "TensorRT 10.3 on a Jetson Orin with JetPack 6.2",
+            (8, 7),
+            lowering="portable",
+            opset=20,
+            operators=BASIC_OPERATORS,
+            versions=("10.3", "10.4"),
+            build_memory=10 << 30,
+        ),
+        _tensorrt(
+            "orin-jp72",
+            "TensorRT 10.16 on a Jetson Orin with JetPack 7.2",
+            (8, 7),
+            build_memory=10 << 30,
+        ),
+        _tensorrt(
+            "thor-jp72",
+            "TensorRT 10.16 on a Jetson Thor with JetPack 7.2",
+            (11, 0),
+            build_memory=24 << 30,
+        ),
+    )
+}
+
+LATER_TARGETS = ("openvino",)
+LATER_PRECISIONS = ("int8", "int4", "w8", "w4")
+
+
+def find_target(name: str) -> Target:
+    """The target called ``name``.
+
+    Raises:
+        TargetError: unknown, or not in this version.
+    """
+    target = TARGETS.get(name)
+    if target is not None:
+        return target
+    if name in LATER_TARGETS:
+        raise TargetError(
+            f"target '{name}' is planned, this version does not build it. "
+            f"It builds: {', '.join(TARGETS)}"
+        )
+    near = difflib.get_close_matches(name, TARGETS, 1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise TargetError(f"unknown target '{name}'.{hint} Known: {', '.join(TARGETS)}")
+
+
+def resolve_target(name: str, precision: str | None) -> tuple[Target, str]:
+    """The target called ``name`` and the precision to build it in.
+
+    Raises:
+        TargetError: unknown, not in this version, or a precision the target does not run.
+    """
+    target = find_target(name)
+    if target.name == "cpu" and _ort_version() < ORT_LLM_SINCE:
+        target = TARGETS["cpu-portable"]
+    precision = precision or target.precisions[0]
+    if precision not in target.precisions:
+        why = ""
+        if precision in LATER_PRECISIONS:
+            why = " (planned, not in this version)"
+        elif precision == "fp16":
+            why = " (ONNX Runtime computes FP16 graphs in FP32 on a CPU, from twice the memory)"
+        raise TargetError(
+            f"target '{target.name}' does not run precision '{precision}'{why}. "
+            f"It runs: {', '.join(target.precisions)}"
+        )
+    return target, precision
+
+
+def check_operators(target: Target, graph: str, opset: int, operators: Collection[str]) -> None:
+    """Refuse a graph that the target's parser would not read, before it is written.
+
+    Raises:
+        TargetError: naming graph, operator (or opset) and target.
+    """
+    if opset > target.opset:
+        raise TargetError(
+            f"graph '{graph}' is written in opset {opset}, target '{target.name}' reads up to "
+            f"{target.opset}"
+        )
+    foreign = set() if target.operators is None else set(operators) - target.operators
+    if foreign:
+        raise TargetError(
+            f"graph '{graph}' uses {', '.join(sorted(foreign))}, which target '{target.name}' "
+            f"({target.backend} {target.versions[0]}) does not import. Choose another plan, or "
+            "another target: visistage doctor lists them"
+        )
+
+
+def parse_capability(text: str) -> Capability:
+    """``86``, ``8.6`` or ``sm_120`` as a pair.
+
+    Raises:
+        TargetError: it is neither.
+    """
+    digits = text.strip().lower().removeprefix("sm_").removeprefix("sm").replace(".", "")
+    if not digits.isdecimal() or len(digits) < 2:
+        raise TargetError(f"'{text}' is no compute capability. Write one like 86 or 8.6")
+    return int(digits[:-1]), int(digits[-1])
+
+
+def show_capability(capability: Capability) -> str:
+    """(8, 6) as ``sm_86``."""
+    return f"sm_{capability[0]}{capability[1]}"
+
+
+def _ort_version() -> tuple[int, int]:
+    """(major, minor) of the installed ONNX Runtime, asked without loading it."""
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            major, minor = metadata.version(name).split(".")[:2]
+            return int(major), int(minor)
+        except metadata.PackageNotFoundError:
+            continue
+    return ORT_LLM_SINCE

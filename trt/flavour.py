@@ -1,0 +1,111 @@
+"""One face for TensorRT and TensorRT-RTX: which module is there, and what it can do.
+
+The two share their Python API almost to the letter. What differs is said here, once: the module's
+name, whether compute capabilities can be named (RTX compiles for GPUs that are not there), and
+whether a timing cache does anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from ..graphs.errors import MissingDependencyError, TargetError
+from ..graphs.targets import TENSORRT, TENSORRT_RTX, Capability, Target, show_capability
+
+MODULES = {TENSORRT: ("tensorrt",), TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings")}
+"""Where each is found; the RTX wheels bring the second name alone."""
+
+INSTALL = {
+    TENSORRT: "On a Jetson it comes with JetPack (apt install python3-libnvinfer, and a venv made "
+    "with --system-site-packages); elsewhere: pip install 'visistage[tensorrt]'",
+    TENSORRT_RTX: "Type: pip install 'visistage[rtx]'",
+}
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """A compiler that was found.
+
+    ``names_capabilities``: it compiles for GPUs by name, so none need be present.
+    ``timing_cache``: what it learns about kernels can be kept for the next build.
+    """
+
+    backend: str
+    module: ModuleType
+    names_capabilities: bool
+    timing_cache: bool
+
+    @property
+    def version(self) -> str:
+        """Such as ``10.3.0`` or ``1.7.1.116``."""
+        return self.module.__version__
+
+    def capability(self, capability: Capability) -> Any:
+        """The compiler's own value for a compute capability.
+
+        Raises:
+            TargetError: it does not compile for that.
+        """
+        known = {name: value for name, value in vars(self.module.ComputeCapability).items()}
+        name = show_capability(capability).replace("_", "").upper()
+        if name not in known:
+            listed = sorted(name for name in known if name.startswith("SM"))
+            raise TargetError(
+                f"{self.backend} {self.version} does not compile for "
+                f"{show_capability(capability)}. It compiles for: {', '.join(listed)}"
+            )
+        return known[name]
+
+
+def find(backend: str) -> Flavour | None:
+    """The flavour called ``backend``, or None where it is not installed or does not load."""
+    for name in MODULES[backend]:
+        if importlib.util.find_spec(name) is None:
+            continue
+        try:
+            module = importlib.import_module(name)
+        except (ImportError, OSError, AttributeError):
+            continue  # bindings without their libraries
+        named = hasattr(module, "ComputeCapability")
+        return Flavour(backend, module, named, timing_cache=not named)
+    return None
+
+
+def load(target: Target) -> Flavour:
+    """The compiler that ``target`` needs, in a version that serves it.
+
+    Raises:
+        MissingDependencyError: not installed.
+        TargetError: another version.
+    """
+    flavour = find(target.backend)
+    if flavour is None:
+        raise MissingDependencyError(
+            f"target '{target.name}' is compiled by {target.backend}, which is not installed here. "
+            f"{INSTALL[target.backend]}"
+        )
+    if not serves(target, flavour.version):
+        first, stop = target.versions
+        below = f" and below {stop}" if stop else ""
+        raise TargetError(
+            f"target '{target.name}' wants {target.backend} {first} or newer{below}, found "
+            f"{flavour.version}. Choose the target for this machine (visistage doctor lists them), "
+            "or install that version"
+        )
+    return flavour
+
+
+def serves(target: Target, version: str) -> bool:
+    """Whether a back end's version is in the target's range."""
+    first, stop = target.versions
+    return _numbers(first) <= _numbers(version) and (
+        stop is None or _numbers(version) < _numbers(stop)
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
