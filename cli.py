@@ -90,14 +90,14 @@ def engines(as_json: bool, portable: bool, capabilities: tuple, **options) -> No
         compiling = compile_here(options["target"], portable, capabilities)
         from .compile.build import build  # seconds of a build: they belong to its time
 
-        bundle = build(**options, reporter=progress)
+        bundle, compiled = build(**options, reporter=progress), None
         if compiling:
             from .trt.engines import compile_engines
 
-            compile_engines(bundle, capabilities=capabilities, reporter=progress)
+            compiled = compile_engines(bundle, capabilities=capabilities, reporter=progress)
         progress.close()
     if as_json:
-        show_json(progress.to_dict(bundle))
+        show_json(progress.to_dict(bundle, compiled))
     else:
         click.echo(bundle.path)
 
@@ -122,10 +122,10 @@ def build(bundle, capabilities, as_json) -> None:
 
     opened = Bundle.open(_bundle(bundle))
     with BuildProgress() as progress:
-        compile_engines(opened, capabilities=capabilities, reporter=progress)
+        engines = compile_engines(opened, capabilities=capabilities, reporter=progress)
         progress.close()
     if as_json:
-        show_json(progress.to_dict(opened))
+        show_json(progress.to_dict(opened, engines))
     else:
         click.echo(opened.path)
 

@@ -18,7 +18,7 @@ from ..graphs.config import ModelConfig
 from ..graphs.contract import SLOT_STEP, Part, stage_of, stage_slots
 from ..graphs.errors import CapacityError, TargetError
 from ..graphs.plan import StagePlan
-from ..graphs.targets import MAX_HEAD, MAX_TOPK, Target
+from ..graphs.targets import MAX_HEAD, Target
 from .export import Graph
 from .split import split
 from .stitch import TORCH_DTYPES
@@ -65,7 +65,7 @@ def resolve_parts(
     """How stages are cut so that compiling each part stays within ``budget`` bytes.
 
     Raises:
-        TargetError: no compiler of the target's can take this model or plan.
+        TargetError: no compiler of the target's can take this model.
         CapacityError: one layer alone takes more than the budget.
     """
     if not target.engines:
@@ -81,12 +81,6 @@ def resolve_parts(
             f"attention heads are {widest} wide, {target.backend} has kernels up to {MAX_HEAD}. "
             "Run this model on ONNX Runtime: make engines TARGET=cpu"
         )
-    for edge in plan.edges:
-        if edge.keep is not None and edge.keep > MAX_TOPK:
-            raise TargetError(
-                f"the plan keeps {edge.keep} tokens, {target.backend} selects at most {MAX_TOPK}. "
-                f"Choose a smaller one: PLAN={plan.name}:keep={MAX_TOPK}"
-            )
     assert target.build_memory is not None
     itemsize = TORCH_DTYPES[dtype].itemsize
     return split(config.text, plan, itemsize, budget or target.build_memory)

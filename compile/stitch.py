@@ -25,6 +25,7 @@ from onnx_ir.passes.common import (
     InlinePass,
     RemoveUnusedNodesPass,
 )
+from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -116,6 +117,9 @@ class Stitcher:
             CommonSubexpressionEliminationPass(),
             RemoveUnusedNodesPass(),
         )(model)
+        # Weights have no values yet, so only what shapes and axes are computed from folds: engine
+        # compilers want those as plain constants.
+        fold_constants(model, onnx_shape_inference=False)
         graph.opset_imports.pop(DOMAIN, None)
         for index, (value, tensor) in enumerate(zip(graph.outputs, spec.outputs, strict=True)):
             assert value.producer() is not None, f"{name}: output {index} is an input"

@@ -1,7 +1,7 @@
 """How a build goes, on stderr: a bar on a terminal, plain lines everywhere else.
 
-    weights            done     2.1 s   171.3 MiB
-    export stage0      cached   0.9 s     1.2 MiB
+    weights                    done       2.1 s   171.3 MiB
+    export stage0              cached     0.9 s     1.2 MiB
 
 Seconds of a cached step are those of the run that did it.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -22,6 +23,7 @@ from .units import show_bytes, show_seconds
 if TYPE_CHECKING:
     from ..compile.steps import StepFact
     from ..graphs.bundle import Bundle
+    from ..trt.engines import Engines
 
 
 class BuildProgress:
@@ -62,7 +64,7 @@ class BuildProgress:
             self._bar.remove_task(task)
         self.facts.append(fact)
         self.console.print(
-            f"{fact.name:<18} {'cached' if fact.cached else 'done':<7}"
+            f"{fact.name:<26} {'cached' if fact.cached else 'done':<7}"
             f"{show_seconds(fact.seconds):>9} {show_bytes(fact.nbytes):>11}",
             markup=False,
         )
@@ -72,7 +74,7 @@ class BuildProgress:
         """Since this was made."""
         return time.perf_counter() - self.started
 
-    def to_dict(self, bundle: Bundle) -> dict[str, Any]:
+    def to_dict(self, bundle: Bundle, engines: Engines | None = None) -> dict[str, Any]:
         """What the run did, as JSON; no steps where the bundle was there already."""
         steps = [
             {"name": f.name, "cached": f.cached, "seconds": f.seconds, "nbytes": f.nbytes}
@@ -84,6 +86,7 @@ class BuildProgress:
             "seconds": self.seconds,
             "peak_memory_bytes": peak_memory_bytes(),
             "weight_bytes": bundle.manifest.weight_bytes,
+            "engines": engines and [asdict(one) for one in engines.engines],
         }
 
     def close(self) -> None:

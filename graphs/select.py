@@ -59,7 +59,7 @@ class Selector(nn.Module):
         self,
         probe_query: Tensor,
         key: Tensor,
-        value: Tensor,
+        value: Tensor | None,
         slot_order: Tensor,
         query_order: Tensor,
         visual_slots: Tensor,
@@ -71,6 +71,7 @@ class Selector(nn.Module):
         visible = slot_order <= query_order[:, None]
         attention = last_row_attention(probe_query, key, visible)
         if self.score == "value_norm":
+            assert value is not None
             by_slot = value_norm(attention, value)
         else:
             by_slot = attention.mean((1, 2))

@@ -21,9 +21,6 @@ ONNXRUNTIME, TENSORRT, TENSORRT_RTX = "onnxruntime", "tensorrt", "tensorrt_rtx"
 Capability = tuple[int, int]
 """A CUDA compute capability: (8, 7) is an Orin's."""
 
-MAX_TOPK = 3840
-"""Largest K that TensorRT's TopK takes; beyond it the build fails, not the parser."""
-
 MAX_HEAD = 256
 """Widest attention head that TensorRT has a fused kernel for."""
 

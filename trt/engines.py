@@ -255,16 +255,7 @@ def _compile(
     """Compile one engine; it gets its final name when it is complete."""
     file = f"{recipe.name}.engine"
     partial_file = folder / f"{file}.partial"
-    job = {
-        "backend": flavour.backend,
-        "source": str(bundle.file(recipe.source)),
-        "output": str(partial_file),
-        "inputs": {spec.name: spec.dtype for spec in recipe.spec.inputs},
-        "outputs": {spec.name: spec.dtype for spec in recipe.spec.outputs},
-        "profiles": recipe.profiles,
-        "capabilities": capabilities,
-        "timing_cache": None if timing_cache is None else str(timing_cache),
-    }
+    job = job_of(bundle, recipe, flavour, capabilities, partial_file, timing_cache)
     log = folder / f"{recipe.name}.log"
     outcome = run_worker(job, f"engine '{recipe.name}'", log, reporter.advance)
     facts: dict[str, Any] = {name: outcome.facts[name] for name in outcome.facts if name != "steps"}
@@ -284,9 +275,30 @@ def _compile(
         peak_anonymous_bytes=outcome.peak_anonymous_bytes,
         **facts,
     )
-    partial_file.replace(folder / file)
     _write(folder / _facts_file(recipe), json.dumps(asdict(fact)))
+    partial_file.replace(folder / file)
     return [file, _facts_file(recipe)]
+
+
+def job_of(
+    bundle: Bundle,
+    recipe: Recipe,
+    flavour: Flavour,
+    capabilities: Sequence[Capability],
+    output: Path,
+    timing_cache: Path | None = None,
+) -> dict[str, Any]:
+    """What the worker is told (``worker.compile_engine``)."""
+    return {
+        "backend": flavour.backend,
+        "source": str(bundle.file(recipe.source)),
+        "output": str(output),
+        "inputs": {spec.name: spec.dtype for spec in recipe.spec.inputs},
+        "outputs": {spec.name: spec.dtype for spec in recipe.spec.outputs},
+        "profiles": recipe.profiles,
+        "capabilities": capabilities,
+        "timing_cache": None if timing_cache is None else str(timing_cache),
+    }
 
 
 def _capabilities(

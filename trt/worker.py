@@ -22,7 +22,7 @@ from ..graphs.errors import EngineError, VisistageError
 from .flavour import Flavour, find
 
 UNUSED = "Unused Input"
-"""What the parser says when it drops an input it does not know: numbers would be wrong."""
+"""What is said of an input that the parser does not know: it builds, and computes wrong numbers."""
 
 PR_SET_PDEATHSIG = 1
 
@@ -72,7 +72,10 @@ def compile_engine(flavour: Flavour, job: dict[str, Any], answers: TextIO) -> di
     cache = _load_timing_cache(config, job["timing_cache"])
     digest = _build(flavour, builder, network, config, Path(job["output"]))
     if digest is None:
-        raise EngineError(logger.last_error or "the compiler returned no engine")
+        raise EngineError(logger.errors[0] if logger.errors else "the compiler returned no engine")
+    dropped = [line for line in logger.warnings if UNUSED in line]
+    if dropped:
+        raise EngineError(f"an input was dropped, numbers would be wrong: {'; '.join(dropped)}")
     if cache is not None:
         _save_timing_cache(config, job["timing_cache"])
     return {**facts, "sha256": digest, "steps": monitor.steps}
@@ -109,9 +112,6 @@ def _parse(trt: Any, network: Any, logger: Any, job: dict[str, Any]) -> None:
     if not parser.parse(Path(source).read_bytes(), path=source):
         said = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
         raise EngineError(f"the parser refuses the graph: {said}")
-    dropped = [line for line in logger.lines if UNUSED in line]
-    if dropped:
-        raise EngineError(f"the parser dropped an input and would compute wrong numbers: {dropped}")
     for side in ("inputs", "outputs"):
         count = getattr(network, f"num_{side}")
         get = network.get_input if side == "inputs" else network.get_output
@@ -147,23 +147,23 @@ def _build(flavour: Flavour, builder, network, config, output: Path) -> str | No
 
 
 def _logger(flavour: Flavour) -> Any:
-    """A logger that writes to stderr and remembers warnings and the last error."""
+    """A logger that writes to stderr and remembers warnings and errors."""
     trt: Any = flavour.module
 
     class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self):
             super().__init__()
-            self.lines: list[str] = []
-            self.last_error = ""
+            self.warnings: list[str] = []
+            self.errors: list[str] = []
 
         def log(self, severity, message: str) -> None:
             if severity == trt.ILogger.VERBOSE:
                 return
             print(f"[{severity.name}] {message}", file=sys.stderr, flush=True)
-            if severity != trt.ILogger.INFO:
-                self.lines.append(message)
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.last_error = message
+            if severity == trt.ILogger.WARNING:
+                self.warnings.append(message)
+            elif severity != trt.ILogger.INFO:
+                self.errors.append(message)
 
     return Logger()
 
