@@ -2,8 +2,9 @@
 
     python -m visistage.bench.size --model llava-7b --target cuda --dummy-weights
 
-Peak memory is the process's largest resident set, the imports included; weights mapped from disk
-count as far as they were touched.
+Peak memory is the process's largest resident set so far, the imports included; an engine is compiled
+in a process of its own, whose peak is its own. Weights mapped from disk count as far as they were
+touched.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def main(model: str, target: str, plan: str, dummy_weights: bool, out: str | Non
     if child:
         _measure(model, target, plan, dummy_weights, out)
         return
+    started = time.perf_counter()
     checkpoint = open_checkpoint(model, dummy_weights=dummy_weights)
+    opening = round(time.perf_counter() - started, 1)
     folder = out or tempfile.mkdtemp(dir=".", prefix="size-")
     flags = ["--dummy-weights"] if dummy_weights else []
     arguments = ["--model", model, "--target", target, "--plan", plan, *flags]
@@ -76,22 +79,34 @@ def main(model: str, target: str, plan: str, dummy_weights: bool, out: str | Non
         if out is None:
             shutil.rmtree(folder)
     facts = json.loads(child_process.stdout.splitlines()[-1])
-    rows = [{"model": model, "target": target, "checkpoint_bytes": checkpoint.file_bytes, **facts}]
+    origin = {"checkpoint_bytes": checkpoint.file_bytes, "checkpoint_seconds": opening}
+    rows = [{"model": model, "target": target, **origin, **facts}]
     save(f"size-{model}-{target}", "python " + " ".join(command), rows)
 
 
 def _measure(model: str, target: str, plan: str, dummy_weights: bool, out: str | None) -> None:
     from ..compile.build import build
+    from ..graphs.targets import find_target
+    from ..trt.engines import compile_engines
 
     steps = Steps()
     started = time.perf_counter()
     bundle = build(
         model, plan=plan, target=target, dummy_weights=dummy_weights, out=out, reporter=steps
     )
+    engine_bytes = 0
+    if find_target(target).engines:
+        peaks = {}
+        for one in compile_engines(bundle, reporter=steps).engines:
+            engine_bytes += one.nbytes
+            peaks[f"engine {one.name}"] = round(one.peak_bytes / 2**20)
+        for row in steps.rows:
+            row["peak_mib"] = peaks.get(row["step"], row["peak_mib"])
     facts = {
         "plan": bundle.manifest.plan.name,
         "seconds": round(time.perf_counter() - started, 1),
         "peak_mib": max(row["peak_mib"] for row in steps.rows),
+        "engine_bytes": engine_bytes,
         "bundle_bytes": sum(fact.nbytes for fact in bundle.manifest.files.values()),
         "steps": steps.rows,
     }

@@ -95,10 +95,11 @@ def size() -> str:
                 [s["step"], f"{s['seconds']:.1f}", f"{s['bytes']:,}", f"{s['peak_mib']:,}"]
                 for s in row["steps"]
             ]
-            total = ["**all**", f"{row['seconds']:.1f}", f"{row['bundle_bytes']:,}"]
+            nbytes = row["bundle_bytes"] + row.get("engine_bytes", 0)
+            total = ["**all**", f"{row['seconds']:.1f}", f"{nbytes:,}"]
             steps.append([*total, f"{row['peak_mib']:,}"])
             title = f"### {row['model']}, {row['plan']}, {row['target']}"
-            table = _table(["step", "seconds", "bytes", "peak MiB so far"], steps)
+            table = _table(["step", "seconds", "bytes", "peak MiB"], steps)
             parts.append(f"{title}\n\n{table}\n\n{_origin(record)}")
     return "\n\n".join(parts)
 

@@ -240,7 +240,9 @@ def test_doctor():
     h100 = facts["targets"]["h100"]
     assert not h100["build"]
     assert "tensorrt is not installed" in h100["missing"][0]
-    assert "onnxruntime" in ok("doctor").stdout
+    table = ok("doctor").stdout
+    assert "onnxruntime" in table
+    assert "orin-jp72" in table
 
 
 # --- how it ends ----------------------------------------------------------------------------------

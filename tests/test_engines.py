@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper
+from visistage.cli import main
 from visistage.compile.build import build
 from visistage.compile.engines import DECOMPOSABLE
 from visistage.graphs.bundle import MANIFEST, Bundle
@@ -253,6 +255,69 @@ def test_a_full_disk_is_noticed_first(copy, monkeypatch):
     with pytest.raises(CapacityError, match="the set of engines needs"):
         compile_engines(copy)
     assert not list(copy.path.rglob("*.engine*"))
+
+
+# --- from the command line ------------------------------------------------------------------------
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(one) for one in arguments])
+
+
+def test_inspect_shows_the_engines(toy_bundle):
+    facts = json.loads(run("inspect", toy_bundle.path, "--json").stdout)["engines"]
+    assert facts["gpus"] == "sm_86, sm_120"
+    by_name = {one["name"]: one for one in facts["engines"]}
+    stage = by_name["stage0.context128"]
+    text = toy_bundle.manifest.config.text
+    row = 2 * 2 * text.kv_heads * text.head_dim  # key and value, two bytes a number
+    assert stage["cache_bytes"] == 2 * 128 * row  # two layers
+    assert facts["memory_bytes"]["128"] == sum(
+        one["nbytes"] + one["cache_bytes"] for one in facts["engines"]
+    )
+    table = run("inspect", toy_bundle.path).stdout
+    assert "stage0.context128" in table
+    assert "4 in place" in table
+    assert "1-8" in table
+
+
+def test_engines_stops_at_a_portable_bundle_where_it_must(tmp_path):
+    checkpoint = toy.make_checkpoint(tmp_path / "toy", layers=2)
+    common = ("engines", "--model", checkpoint, "--plan", "dense", "--out", tmp_path / "out")
+    for options, why in (
+        (("--target", "rtx", "--portable"), "--portable was given"),
+        (("--target", "orin-jp72"), "tensorrt is not installed"),
+    ):
+        done = run(*common, *options)
+        assert done.exit_code == 0, done.stderr
+        assert f"the bundle will be portable: {why}" in done.stderr
+        path = Path(done.stdout.splitlines()[-1])
+        assert Engines.open(Bundle.open(path)) is None
+    compiled = run(*common, "--target", "rtx", "--json")  # the portable bundle is finished
+    facts = json.loads(compiled.stdout)
+    assert [step["name"][:7] for step in facts["steps"]] == ["engine "] * len(facts["engines"])
+    again = run(*common, "--target", "rtx")
+    assert "cached" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "cpu", "--portable"], "--portable means nothing there"),
+        (["--target", "cpu", "--sm", "86"], "--sm means nothing there"),
+        (["--target", "cpu", "--context", "512"], "--context fixes nothing"),
+        (["--target", "cpu", "--build-memory", "4GiB"], "--build-memory limits nothing"),
+        (["--target", "orin-jp72", "--sm", "87"], "--sm cannot be honoured"),
+        (["--target", "rtx", "--sm", "large"], "no compute capability"),
+        (["--target", "rtx", "--context", "100000"], "a context of 100000 rows cannot be"),
+        (["--target", "rtx", "--build-memory", "100MiB"], "Give more: --build-memory"),
+    ],
+)
+def test_options_that_cannot_be_honoured(tmp_path, options, message):
+    done = run("engines", "--model", "demo", "--out", tmp_path / "out", *options)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 # --- how compiling fails --------------------------------------------------------------------------
