@@ -28,6 +28,7 @@ from visistage.runtime.session import load
 from visistage.tests import toy
 from visistage.trt import engines as trt_engines
 from visistage.trt import flavour as flavours
+from visistage.trt import worker
 from visistage.trt.compiler import run_worker
 from visistage.trt.device import Device, find_device
 from visistage.trt.engines import Engines, can_compile, compile_engines, job_of
@@ -567,3 +568,29 @@ def test_a_portable_bundle_is_finished_and_answers_on_the_device(toy_bundle, tmp
     missing = device("engines", "--model", "demo")
     assert missing.returncode == 2
     assert "not installed" in missing.stderr
+
+
+# --- TensorRT proper ------------------------------------------------------------------------------
+
+
+def test_old_compilers_hand_back_the_whole_plan(tmp_path):
+    """TensorRT 10.3 cannot stream: the bytes are the same, held in memory once more."""
+
+    class Old:
+        def build_serialized_network(self, network, config):
+            return memoryview(b"a plan") if network else None
+
+    proper = Flavour(TENSORRT, type("TensorRT", (), {"__version__": "10.3.0"}), False, True)
+    digest = worker._build(proper, Old(), "network", None, tmp_path / "engine")
+    assert (tmp_path / "engine").read_bytes() == b"a plan"
+    assert digest == hashlib.sha256(b"a plan").hexdigest()
+    assert worker._build(proper, Old(), None, None, tmp_path / "engine") is None
+
+
+def test_timing_caches_are_kept_per_version(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    proper = Flavour(TENSORRT, type("TensorRT", (), {"__version__": "10.3.0"}), False, True)
+    kept = trt_engines._timing_cache(proper)
+    assert kept == tmp_path / "visistage" / "timing-tensorrt-10.3.0.cache"
+    assert kept.parent.is_dir()
+    assert trt_engines._timing_cache(RTX) is None  # there it does nothing
