@@ -27,6 +27,7 @@ from ..graphs.contract import (
 from ..graphs.decoder import DecoderStage
 from ..graphs.ops import Llm, Portable
 from ..graphs.plan import StagePlan
+from ..graphs.precision import NARROW, Widening
 from ..graphs.rope import frequencies
 from ..graphs.select import Selector
 from ..graphs.targets import Target, check_operators
@@ -71,11 +72,13 @@ def graphs_of(
     dtype: str,
     lowering: str,
     parts: Sequence[Part] | None = None,
+    widening: Widening = NARROW,
 ) -> list[Graph]:
     """Every graph of a bundle, in the order in which a prompt meets them.
 
     ``dtype`` is ``float32`` or ``float16``; ``lowering`` is ``llm`` or ``portable``; ``parts``
-    cuts stages into several graphs, by default each is one.
+    cuts stages into several graphs, by default each is one; ``widening`` says what of an FP16
+    decoder must be wider.
     """
     parts = parts or whole_stages(plan)
     ops: Llm | Portable = Llm() if lowering == "llm" else Portable()
@@ -87,14 +90,15 @@ def graphs_of(
         out.append(Graph(name, module, spec, ops.opset))
 
     with FakeTensorMode():
-        add("vision", Vision(config, ops), vision_spec(config, dtype))
+        add("vision", Vision(config, ops, widening), vision_spec(config, dtype, widening))
         for name, part in zip(part_names(parts), parts, strict=True):
-            spec = stage_spec(config.text, plan, part, dtype, ops.portable)
-            add(name, DecoderStage(config.text, plan, part, ops), spec)
+            spec = stage_spec(config.text, plan, part, dtype, ops.portable, widening)
+            add(name, DecoderStage(config.text, plan, part, ops, widening), spec)
             index = part.stage
             if part.ends(plan) and probed(plan, index):
                 edge = plan.edges[index]
-                add(f"select{index}", Selector(edge), select_spec(config.text, edge, dtype))
+                spec = select_spec(config.text, edge, dtype, widening)
+                add(f"select{index}", Selector(edge), spec)
     return out
 
 

@@ -11,21 +11,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..graphs.bundle import Prefix, TensorRef
 from ..graphs.config import TextConfig
-from ..graphs.decoder import DecoderLayer
+from ..graphs.decoder import Body
 from ..graphs.ops import Eager
 from ..graphs.rope import rotary
 from .checkpoint import Checkpoint
 from .names import EMBEDDING
 from .stitch import TORCH_DTYPES
+from .stream import Streamed, without_weights
 
 FILE = "prefix.bin"
 
 
-@torch.no_grad()
 def prefix_cache(
     checkpoint: Checkpoint,
     ids: Sequence[int],
@@ -37,16 +37,12 @@ def prefix_cache(
     positions = torch.arange(len(ids))[None]
     view = Eager().view(positions, positions, torch.zeros(1, dtype=torch.int64))
     cos, sin = rotary(text, positions, torch.float32)
-    out = torch.empty(2, text.layers, text.kv_heads, len(ids), text.head_dim)
-    layer = DecoderLayer(text, Eager())  # one, filled anew for each: no second copy in memory
-    for index in range(text.layers):
-        for name, weight in layer.state_dict().items():
-            weight.copy_(checkpoint.load(f"model.layers.{index}.{name}"))
-        checkpoint.release()
-        empty = torch.zeros(1, text.kv_heads, len(ids), text.head_dim)
-        rows, _, keys, values = layer(rows, cos, sin, *view, None, None, empty, empty.clone())
-        out[0, index], out[1, index] = keys[0], values[0]
-        progress(1)
+    out = torch.zeros(2, text.layers, text.kv_heads, len(ids), text.head_dim)
+    body = without_weights(lambda: Body(text, Eager(), {i: () for i in range(text.layers)}))
+    call = Streamed(checkpoint, nn.ModuleDict({"model": body}), progress)
+    for layer, keys, values in zip(body.layers.values(), *out, strict=True):
+        cache = (keys[None], values[None])  # filled where they lie
+        rows, *_ = call(layer, rows, cos, sin, *view, None, None, *cache)
     return out
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ..graphs.bundle import Bundle, GraphFact
 from ..graphs.contract import TensorSpec
+from ..graphs.precision import ALWAYS
 from .units import show_bytes
 
 QUESTION_ROWS = 40
@@ -43,6 +44,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "target": manifest.target,
         "precision": manifest.precision,
         "lowering": manifest.lowering,
+        "widening": manifest.widening.to_dict(),
         "layers": text.layers,
         "visual_tokens": manifest.config.visual_tokens,
         "context": text.max_positions,
@@ -77,6 +79,8 @@ def bundle_table(bundle: Bundle) -> RenderableType:
         ("plan", f"{plan['name']} {plan['hash'][:12]}"),
         ("", plan["note"]),
         ("target", f"{facts['target']}, {facts['precision']}, lowering {facts['lowering']}"),
+        ("in FP32", _always(bundle)),
+        *(("", str(reason)) for reason in bundle.manifest.widening.reasons),
         ("prefix", f"{prefix} rows, computed when the bundle was built" if prefix else "none"),
         ("weights", show_bytes(facts["weight_bytes"])),
         ("files", show_bytes(facts["bundle_bytes"])),
@@ -85,6 +89,11 @@ def bundle_table(bundle: Bundle) -> RenderableType:
         if value:
             head.add_row(name, escape(value))
     return Group(head, _stage_table(facts), _graph_table(bundle))
+
+
+def _always(bundle: Bundle) -> str:
+    """What an FP16 bundle computes in FP32 whatever the checkpoint."""
+    return "" if bundle.manifest.precision == "fp32" else ", ".join(ALWAYS)
 
 
 def _stage_table(facts: dict[str, Any]) -> Table:

@@ -19,9 +19,10 @@ from .config import ModelConfig
 from .contract import GraphSpec
 from .errors import BundleError
 from .plan import StagePlan
+from .precision import NARROW, Widening
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 MAX_MANIFEST_BYTES = 16 << 20
 STAMP = ".stamp.json"
 
@@ -79,7 +80,7 @@ class Manifest:
 
     ``text_files`` maps the roles ``tokenizer``, ``tokenizer_config``, ``chat_template`` ... to file
     names; ``preprocessing`` and ``generation`` are the checkpoint's own facts; ``versions`` says
-    what built it.
+    what built it; ``widening`` is what the range check demanded of an FP16 bundle.
     """
 
     model: str
@@ -99,6 +100,7 @@ class Manifest:
     weight_bytes: int
     source: str  # hash of everything the build depended on
     contexts: tuple[int, ...] = ()  # lengths that engines are compiled for, in dense rows
+    widening: Widening = NARROW
 
     def parts_of(self, stage: int) -> list[str]:
         """Names of the graphs that make a stage, in the order of their layers."""
@@ -142,6 +144,7 @@ class Manifest:
             "weight_bytes": self.weight_bytes,
             "source": self.source,
             "contexts": list(self.contexts),
+            "widening": self.widening.to_dict(),
         }
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
@@ -179,6 +182,7 @@ class Manifest:
                 weight_bytes=int(data["weight_bytes"]),
                 source=data["source"],
                 contexts=tuple(int(context) for context in data["contexts"]),
+                widening=Widening.from_dict(data["widening"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(

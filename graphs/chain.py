@@ -20,6 +20,7 @@ from .decoder import DecoderStage
 from .errors import PlanError, PromptError
 from .ops import Eager
 from .plan import StagePlan
+from .precision import NARROW, Widening
 from .rows import Chain, Kept, Segment, StageResult
 from .select import Selector
 
@@ -46,12 +47,17 @@ class TorchExecutor:
     """``rows.Executor`` over eager stage modules; caches are torch tensors."""
 
     def __init__(
-        self, text: TextConfig, plan: StagePlan, weights: Mapping[str, Tensor], batch: int
+        self,
+        text: TextConfig,
+        plan: StagePlan,
+        weights: Mapping[str, Tensor],
+        batch: int,
+        widening: Widening = NARROW,
     ):
-        self.text, self.batch = text, batch
+        self.text, self.batch, self.widening = text, batch, widening
         self.embedding = weights["model.embed_tokens.weight"]
         self.stages = [
-            load_weights(DecoderStage(text, plan, part, Eager()), weights)
+            load_weights(DecoderStage(text, plan, part, Eager(), widening), weights)
             for part in whole_stages(plan)
         ]
         self.selectors = {
@@ -109,7 +115,8 @@ class TorchExecutor:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (B, Q) -> rows (B, Q, D)."""
-        return torch.nn.functional.embedding(ids, self.embedding)
+        rows = torch.nn.functional.embedding(ids, self.embedding)
+        return rows.float() if self.widening.rows else rows
 
     def _empty(self) -> Tensor:
         shape = (self.batch, self.text.kv_heads, 0, self.text.head_dim)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from .config import ModelConfig, TextConfig
 from .plan import Edge, StagePlan
+from .precision import NARROW, Widening
 
 INVISIBLE = 2**31 - 1
 """Order of a slot that no row may see: empty, or padding."""
@@ -143,7 +144,12 @@ def appended(name: str) -> str:
 
 
 def stage_spec(
-    text: TextConfig, plan: StagePlan, part: Part, dtype: str, portable: bool
+    text: TextConfig,
+    plan: StagePlan,
+    part: Part,
+    dtype: str,
+    portable: bool,
+    widening: Widening = NARROW,
 ) -> GraphSpec:
     """Contract of (a part of) a stage: Q rows in, the same rows updated out, caches appended to.
 
@@ -151,10 +157,11 @@ def stage_spec(
     them at ``write_index``. The ``llm`` lowering returns the whole cache, aliased to its input.
     """
     gated = part.gated_layers(plan)
+    rows = widening.rows_dtype(dtype)
     groups, width = text.kv_heads, text.head_dim
     caches = [name for pair in cache_names(part.layers) for name in pair]
     inputs = [
-        TensorSpec("rows", dtype, ("B", "Q", text.hidden)),
+        TensorSpec("rows", rows, ("B", "Q", text.hidden)),
         TensorSpec("positions", "int32", ("B", "Q")),
         TensorSpec("order", "int32", ("B", "Q")),
         TensorSpec("slot_order", "int32", ("B", "S")),
@@ -164,7 +171,7 @@ def stage_spec(
         inputs.append(TensorSpec("gates", dtype, (len(gated), 2, "B", "S")))
     inputs += [TensorSpec(name, dtype, ("B", groups, "S", width)) for name in caches]
 
-    outputs = [TensorSpec("rows.out", dtype, ("B", "Q", text.hidden))]
+    outputs = [TensorSpec("rows.out", rows, ("B", "Q", text.hidden))]
     if part.ends(plan) and probed(plan, part.stage):
         outputs.append(TensorSpec("probe_query", dtype, ("B", text.heads, width)))
     if part.ends(plan) and part.stage == len(plan.stages) - 1:
@@ -179,28 +186,31 @@ def probed(plan: StagePlan, index: int) -> bool:
     return index < len(plan.edges) and plan.edges[index].op == "select"
 
 
-def select_spec(text: TextConfig, edge: Edge, dtype: str) -> GraphSpec:
+def select_spec(text: TextConfig, edge: Edge, dtype: str, widening: Widening = NARROW) -> GraphSpec:
     """Contract of a selection: the last row's query scores N visual rows, the best K leave.
 
     ``visual_slots`` says in which slot of the probed layer's cache each offered row lies; padding
-    rows carry the order ``INVISIBLE`` and are chosen last.
+    rows carry the order ``INVISIBLE`` and are chosen last. A score of attention alone reads no
+    values, and engine compilers want no input that nobody reads.
     """
     groups, width = text.kv_heads, text.head_dim
+    rows = widening.rows_dtype(dtype)
     assert edge.keep is not None
+    value = TensorSpec("value", dtype, ("B", groups, "S", width))
     return GraphSpec(
         inputs=(
             TensorSpec("probe_query", dtype, ("B", text.heads, width)),
             TensorSpec("key", dtype, ("B", groups, "S", width)),
-            TensorSpec("value", dtype, ("B", groups, "S", width)),
+            *([value] if edge.score == "value_norm" else []),
             TensorSpec("slot_order", "int32", ("B", "S")),
             TensorSpec("query_order", "int32", ("B",)),
             TensorSpec("visual_slots", "int64", ("B", "N")),
-            TensorSpec("rows", dtype, ("B", "N", text.hidden)),
+            TensorSpec("rows", rows, ("B", "N", text.hidden)),
             TensorSpec("positions", "int32", ("B", "N")),
             TensorSpec("order", "int32", ("B", "N")),
         ),
         outputs=(
-            TensorSpec("rows.out", dtype, ("B", edge.keep, text.hidden)),
+            TensorSpec("rows.out", rows, ("B", edge.keep, text.hidden)),
             TensorSpec("positions.out", "int32", ("B", edge.keep)),
             TensorSpec("order.out", "int32", ("B", edge.keep)),
             TensorSpec("scores", "float32", ("B", "N")),
@@ -208,13 +218,17 @@ def select_spec(text: TextConfig, edge: Edge, dtype: str) -> GraphSpec:
     )
 
 
-def vision_spec(config: ModelConfig, dtype: str) -> GraphSpec:
+def vision_spec(config: ModelConfig, dtype: str, widening: Widening = NARROW) -> GraphSpec:
     """Contract of the tower and projector: pixels in, one row per visual token out."""
     vision = config.vision
     side = vision.image_size
     return GraphSpec(
         inputs=(TensorSpec("pixels", "float32", ("B", vision.channels, side, side)),),
         outputs=(
-            TensorSpec("visual_rows", dtype, ("B", config.visual_tokens, config.text.hidden)),
+            TensorSpec(
+                "visual_rows",
+                widening.rows_dtype(dtype),
+                ("B", config.visual_tokens, config.text.hidden),
+            ),
         ),
     )

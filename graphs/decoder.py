@@ -20,6 +20,7 @@ from .config import TextConfig
 from .contract import Part, probed
 from .ops import Eager, Gate, View
 from .plan import StagePlan
+from .precision import NARROW, Widening
 from .rope import frequencies, turn
 
 Cache = tuple[Tensor, Tensor]
@@ -49,13 +50,14 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (M, K) -> (M, N)."""
-        return self.ops.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """x: (M, K), already scaled by ``scale`` -> (M, N), scaled by it."""
+        bias = self.bias if self.bias is None or scale == 1.0 else self.bias * scale
+        return self.ops.linear(x, self.weight, bias)
 
 
 class Norm(nn.Module):
-    """RMS norm. x: (M, D) -> (M, D)."""
+    """RMS norm. x: (M, D) -> (M, D), in the type of the weights."""
 
     def __init__(self, ops: Eager, width: int, eps: float):
         super().__init__()
@@ -68,10 +70,11 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over the stage's cache."""
+    """Grouped-query attention over the stage's cache. The update comes scaled by 2**-shift."""
 
-    def __init__(self, text: TextConfig, ops: Eager):
+    def __init__(self, text: TextConfig, ops: Eager, shift: int = 0):
         super().__init__()
+        self.scale = 2.0**-shift
         self.text, self.ops = text, ops
         width, kv_width = text.heads * text.head_dim, text.kv_heads * text.head_dim
         self.q_proj = Linear(ops, text.hidden, width, text.attention_bias)
@@ -91,14 +94,17 @@ class Attention(nn.Module):
         v = heads(self.v_proj(x))
         out, keys, values = self.ops.cached_attention(q, k, v, cache, view, gate)
         out = out.transpose(1, 2).reshape(batch * rows, -1)
-        return self.o_proj(out), q, keys, values
+        if self.scale != 1.0:
+            out = out * self.scale
+        return self.o_proj(out, self.scale), q, keys, values
 
 
 class MLP(nn.Module):
-    """SwiGLU. x: (M, D) -> (M, D)."""
+    """SwiGLU. x: (M, D) -> (M, D), scaled by 2**-shift."""
 
-    def __init__(self, text: TextConfig, ops: Eager):
+    def __init__(self, text: TextConfig, ops: Eager, shift: int = 0):
         super().__init__()
+        self.scale = 2.0**-shift
         self.gate_proj = Linear(ops, text.hidden, text.intermediate, text.mlp_bias)
         self.up_proj = Linear(ops, text.hidden, text.intermediate, text.mlp_bias)
         self.down_proj = Linear(ops, text.intermediate, text.hidden, text.mlp_bias)
@@ -106,21 +112,33 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (M, D) -> (M, D)."""
         gate = self.gate_proj(x)
-        return self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))
+        gate = gate * torch.sigmoid(gate)
+        up = self.up_proj(x)
+        if self.scale != 1.0:
+            up = up * self.scale  # before the product, which is what overflows
+        return self.down_proj(gate * up, self.scale)
 
 
 class DecoderLayer(nn.Module):
     """Pre-norm attention and MLP with residuals, as in Llama.
 
-    ``mode`` and ``norm`` (``plan.Mode``, ``plan.Norm``) say how text sees vision here.
+    ``mode`` and ``norm`` (``plan.Mode``, ``plan.Norm``) say how text sees vision here; ``shifts``
+    are ``precision.Widening.shifts``. Rows may be of a wider type than the weights.
     """
 
-    def __init__(self, text: TextConfig, ops: Eager, mode: str = "dense", norm: str = "gated"):
+    def __init__(
+        self,
+        text: TextConfig,
+        ops: Eager,
+        mode: str = "dense",
+        norm: str = "gated",
+        shifts: tuple[int, int] = (0, 0),
+    ):
         super().__init__()
-        self.mode, self.norm = mode, norm
-        self.kind = (mode, norm, text, ops.name)
-        self.self_attn = Attention(text, ops)
-        self.mlp = MLP(text, ops)
+        self.mode, self.norm, self.shifts = mode, norm, shifts
+        self.kind = (mode, norm, shifts, text, ops.name)
+        self.self_attn = Attention(text, ops, shifts[0])
+        self.mlp = MLP(text, ops, shifts[1])
         self.input_layernorm = Norm(ops, text.hidden, text.rms_eps)
         self.post_attention_layernorm = Norm(ops, text.hidden, text.rms_eps)
 
@@ -147,15 +165,24 @@ class DecoderLayer(nn.Module):
         update, query, key, value = self.self_attn(
             self.input_layernorm(x),
             (batch, count),
-            cos,
-            sin,
+            cos.to(key.dtype),
+            sin.to(key.dtype),
             (key, value),
             View(write_index, visible, window),
             gate,
         )
-        x = x + update
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        x = _added(x, update, self.shifts[0])
+        x = _added(x, self.mlp(self.post_attention_layernorm(x)), self.shifts[1])
         return x.reshape(batch, count, width), query, key, value
+
+
+def _added(x: Tensor, update: Tensor, shift: int) -> Tensor:
+    """The residual x and an update that came scaled by 2**-shift; added in FP32 where either is
+    wider than FP16 or was scaled to fit it.
+    """
+    if not shift:
+        return x + update.to(x.dtype)
+    return (x.float() + update.float() * 2.0**shift).to(x.dtype)
 
 
 class Head(nn.Module):
@@ -200,10 +227,10 @@ class Logits(nn.Module):
         return self.head(self.norm(rows[:, -1])).float()
 
 
-class _Body(nn.Module):
+class Body(nn.Module):
     """Holds layers under their absolute index, so that parameter names match the checkpoint."""
 
-    def __init__(self, text: TextConfig, ops: Eager, layers: dict[int, tuple], last: bool):
+    def __init__(self, text: TextConfig, ops: Eager, layers: dict[int, tuple], last: bool = False):
         super().__init__()
         self.layers = nn.ModuleDict(
             {str(index): DecoderLayer(text, ops, *kind) for index, kind in layers.items()}
@@ -215,15 +242,25 @@ class _Body(nn.Module):
 class DecoderStage(nn.Module):
     """A stage of ``plan`` over a Llama-shaped decoder, or the part of its layers in one graph."""
 
-    def __init__(self, text: TextConfig, plan: StagePlan, part: Part, ops: Eager):
+    def __init__(
+        self,
+        text: TextConfig,
+        plan: StagePlan,
+        part: Part,
+        ops: Eager,
+        widening: Widening = NARROW,
+    ):
         super().__init__()
         stage = plan.stages[part.stage]
         self.portable = ops.portable
         self.gated = bool(part.gated_layers(plan))
         last = part.ends(plan) and part.stage == len(plan.stages) - 1
         modes = dict(enumerate(stage.modes, start=stage.layers[0]))
-        kinds = {layer: (modes[layer], stage.norm) for layer in range(*part.layers)}
-        self.model = _Body(text, ops, kinds, last)
+        kinds = {
+            layer: (modes[layer], stage.norm, widening.shifts(layer))
+            for layer in range(*part.layers)
+        }
+        self.model = Body(text, ops, kinds, last)
         self.head = Head(text, ops)
         self.probe = Probe() if part.ends(plan) and probed(plan, part.stage) else None
         if last:

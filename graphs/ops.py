@@ -75,10 +75,10 @@ class Eager:
         return F.linear(x, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Statistics in FP32, as Llama's own norm computes them."""
+        """Statistics in FP32, as Llama's own norm computes them; the result has weight's type."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        return weight * wide.to(x.dtype)
+        return weight * wide.to(weight.dtype)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Half-split rotary embedding. x: (B, H, Q, d); cos, sin: (B, Q, d/2)."""
@@ -87,10 +87,13 @@ class Eager:
         cos, sin = cos[:, None], sin[:, None]
         return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Scaled products of queries (B, H, Q, d) and keys (B, G, S, d) -> (B, G, H/G*Q, S)."""
+        return _grouped(q, k) @ k.transpose(-1, -2)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         """Grouped attention. q: (B, H, Q, d); k, v: (B, G, S, d); visible: (B, 1, Q, S)."""
-        scores = _grouped(q, k) @ k.transpose(-1, -2)  # (B, G, H/G*Q, S)
-        probs = _softmax(scores, visible, q.shape, k.shape[1]).to(q.dtype)
+        probs = _softmax(self.scores(q, k), visible, q.shape, k.shape[1]).to(q.dtype)
         return _ungrouped(probs @ v, q)
 
     def scatter(self, cache: Tensor, rows: Tensor, write_index: Tensor) -> Tensor:
@@ -135,9 +138,15 @@ class Llm(Eager):
         return _symbolic("Gemm", inputs, {"transB": 1}, x.dtype, shape, self.opset)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """``RMSNormalization`` with FP32 statistics (stash_type 1)."""
+        """``RMSNormalization`` with FP32 statistics (stash_type 1).
+
+        Rows wider than the weight are normalised in their own type: the operator may take two
+        types, few engines do.
+        """
         attributes = {"axis": -1, "epsilon": eps, "stash_type": 1}
-        return _symbolic("RMSNormalization", [x, weight], attributes, x.dtype, x.shape, self.opset)
+        inputs = [x, weight.to(x.dtype)]
+        out = _symbolic("RMSNormalization", inputs, attributes, x.dtype, x.shape, self.opset)
+        return out.to(weight.dtype)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """``RotaryEmbedding`` over cosines already gathered for these positions."""

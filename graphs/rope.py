@@ -26,7 +26,8 @@ def frequencies(text: TextConfig) -> tuple[Tensor, float]:
         max_position_embeddings=text.max_positions,
         rope_parameters={"rope_theta": text.rope.theta, **dict(text.rope.parameters)},
     )
-    inverse, scaling = ROPE_INIT_FUNCTIONS[text.rope.type](config, torch.device("cpu"))
+    with torch.device("cpu"):  # whatever device the caller makes modules on
+        inverse, scaling = ROPE_INIT_FUNCTIONS[text.rope.type](config, torch.device("cpu"))
     return inverse.float(), float(scaling)
 
 

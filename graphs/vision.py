@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .config import ModelConfig, VisionConfig
 from .decoder import Call, Linear, direct
 from .ops import Eager
+from .precision import NARROW, Widening
 
 
 def activate(name: str, x: Tensor) -> Tensor:
@@ -139,11 +140,15 @@ class Tower(nn.Module):
 
 
 class Projector(nn.Module):
-    """The chosen hidden states, side by side, through two projections to the decoder's width."""
+    """The chosen hidden states, side by side, through two projections to the decoder's width.
 
-    def __init__(self, config: ModelConfig, ops: Eager):
+    ``wide``: the decoder takes its rows in FP32 whatever the weights are.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Eager, wide: bool = False):
         super().__init__()
-        self.kind = (config.projector_activation, config.select, ops.name)
+        self.wide = wide
+        self.kind = (config.projector_activation, config.select, wide, ops.name)
         self.activation = config.projector_activation
         self.skip = 1 if config.select == "default" else 0  # CLIP: its class token
         width = config.vision.hidden * len(config.feature_layers)
@@ -156,18 +161,19 @@ class Projector(nn.Module):
         features = torch.cat(chosen, dim=-1) if len(chosen) > 1 else chosen[0]
         batch, tokens, width = features.shape
         x = self.linear_1(features.reshape(batch * tokens, width))
-        return self.linear_2(activate(self.activation, x)).reshape(batch, tokens, -1)
+        rows = self.linear_2(activate(self.activation, x)).reshape(batch, tokens, -1)
+        return rows.float() if self.wide else rows
 
 
 class Vision(nn.Module):
     """The ``vision`` graph: ``contract.vision_spec``."""
 
-    def __init__(self, config: ModelConfig, ops: Eager):
+    def __init__(self, config: ModelConfig, ops: Eager, widening: Widening = NARROW):
         super().__init__()
         states = config.vision.layers + 1
         self.chosen = [index % states for index in config.feature_layers]
         self.vision_tower = Tower(config.vision, ops, max(self.chosen))
-        self.multi_modal_projector = Projector(config, ops)
+        self.multi_modal_projector = Projector(config, ops, widening.rows)
 
     def compose(self, call: Call, pixels: Any) -> Any:
         """Calls of its pieces, as in ``decoder.DecoderStage.compose``."""

@@ -56,7 +56,7 @@ class Context:
     def __init__(self, bundle: Bundle, executor: OrtExecutor, cache_bytes: int):
         self.executor = executor
         self.visual_tokens = bundle.manifest.config.visual_tokens
-        self.embed = Embedding(bundle, executor.dtype)
+        self.embed = Embedding(bundle, executor.rows_dtype)
         self.chain = Chain(bundle.manifest.plan, executor)
         self.paid: ByteCache[Paid] = ByteCache(cache_bytes)
         self.live: str | None = None  # key of the picture chain that stage 0 holds now

@@ -54,6 +54,7 @@ class OrtExecutor:
         self.plan, self.text = manifest.plan, manifest.config.text
         self.portable = manifest.lowering == "portable"
         self.dtype = np.dtype("float32" if manifest.precision == "fp32" else "float16")
+        self.rows_dtype = np.dtype(manifest.widening.rows_dtype(self.dtype.name))
         self.batch = batch
         self.provider = _provider(manifest.target)
         widened = manifest.precision == "fp16" and self.provider == CPU

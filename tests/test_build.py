@@ -22,7 +22,7 @@ from visistage.compile.checkpoint import open_checkpoint
 from visistage.compile.prefix import prefix_cache
 from visistage.compile.steps import Silent, Workshop
 from visistage.graphs import targets
-from visistage.graphs.bundle import MANIFEST, Bundle
+from visistage.graphs.bundle import FORMAT, MANIFEST, Bundle
 from visistage.graphs.errors import BundleError, CapacityError, TargetError
 from visistage.runtime.session import load
 from visistage.tests import toy
@@ -244,7 +244,9 @@ def test_manifests_are_read_strictly(checkpoint, tmp_path):
     bundle = build(str(checkpoint), plan="dense", out=tmp_path)
     file = bundle.path / MANIFEST
     good = file.read_text()
-    for bad in ("", "[]", "{}", good.replace('"format": 2', '"format": 99'), good[:500]):
+    older = good.replace(f'"format": {FORMAT}', '"format": 1')
+    assert older != good
+    for bad in ("", "[]", "{}", older, good[:500]):
         file.write_text(bad)
         with pytest.raises(BundleError, match=MANIFEST):
             Bundle.open(bundle.path)

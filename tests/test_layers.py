@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("calib", "compile", "console", "demo", "graphs", "runtime", "trt")
 PURE = {"graphs", "graphs.bundle", "graphs.config", "graphs.contract", "graphs.cost"}
-PURE |= {"graphs.errors", "graphs.plan", "graphs.presets", "graphs.targets", "graphs.values"}
+PURE |= {"graphs.errors", "graphs.plan", "graphs.precision", "graphs.presets", "graphs.targets"}
+PURE |= {"graphs.values"}
 RUNTIME_MAY = {*PURE, "graphs.rows", "runtime.*"}
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "huggingface_hub")
 
@@ -29,7 +30,7 @@ RULES = {
     # The compiler asks the runtime's own code for prefix and preprocessing, so that both agree.
     "compile.*": (
         {"", "calib.*", "compile.*", "graphs.*"}
-        | {"runtime.preprocessing", "runtime.prompt", "runtime.template"},
+        | {"runtime.image", "runtime.preprocessing", "runtime.prompt", "runtime.template"},
         {"numpy", "onnx", "onnx_ir", "onnxscript", "psutil", "rich"}
         | {"safetensors", "tokenizers", "torch", "transformers", "yaml"},
     ),

@@ -1,0 +1,92 @@
+"""What an FP16 bundle computes in more than FP16, decided once, with the reason. Pure data.
+
+``ALWAYS`` holds for every bundle. A ``Widening`` is what the range check (``compile/ranges.py``)
+found necessary besides, for one checkpoint: the manifest carries it, export and runtimes obey it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+HALF_MAX = 65504.0
+"""Largest finite FP16 number."""
+
+MARGIN = 4.0
+"""How far below ``HALF_MAX`` a value must stay to count as safe: other prompts reach further than
+those tried, and kernels that add up in FP16 pass through partial sums above the result."""
+
+LIMIT = HALF_MAX / MARGIN
+
+ALWAYS: Mapping[str, str] = {
+    "norm statistics": "a sum of squares overflows where the values themselves are harmless",
+    "rotary angles": "a position times a frequency needs more than 11 bits; only the finished "
+    "cosines and sines are rounded",
+    "softmax": "exponentials of differences; also by which what is invisible is exactly nothing",
+    "selection": "scores are compared with each other: rounding would tie what is not tied",
+    "logits": "returned in FP32, so that sampling adds no rounding to the head's own",
+}
+"""What stays FP32 whatever the checkpoint, and why."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """A tensor that reaches too far, how far, and what is done about it."""
+
+    tensor: str
+    largest: float
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.tensor} reaches {self.largest:g}, {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Widening:
+    """What the range check demands of one checkpoint's decoder.
+
+    Attributes:
+        rows: the residual stream travels in FP32 between layers, stages and graphs; every norm
+            hands FP16 to the projections behind it.
+        attention_shift, mlp_shift: by layer, s: what enters the block's last projection is scaled
+            by 2**-s, its result by 2**s in FP32 while it is added to the residual. Powers of two
+            are exact, so the function is the same.
+        reasons: what was found, one for each remedy.
+    """
+
+    rows: bool = False
+    attention_shift: Mapping[int, int] = field(default_factory=dict)
+    mlp_shift: Mapping[int, int] = field(default_factory=dict)
+    reasons: tuple[Reason, ...] = ()
+
+    def rows_dtype(self, dtype: str) -> str:
+        """Type of the rows between graphs whose weights are of type ``dtype``."""
+        return "float32" if self.rows else dtype
+
+    def shifts(self, layer: int) -> tuple[int, int]:
+        """Exponents of a layer's attention and MLP updates; 0: as they are."""
+        return self.attention_shift.get(layer, 0), self.mlp_shift.get(layer, 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form, as the manifest holds it."""
+        return {
+            "rows": self.rows,
+            "attention_shift": {str(k): v for k, v in sorted(self.attention_shift.items())},
+            "mlp_shift": {str(k): v for k, v in sorted(self.mlp_shift.items())},
+            "reasons": [dict(vars(reason)) for reason in self.reasons],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Widening:
+        """Inverse of ``to_dict``."""
+        return cls(
+            bool(data["rows"]),
+            {int(layer): int(shift) for layer, shift in data["attention_shift"].items()},
+            {int(layer): int(shift) for layer, shift in data["mlp_shift"].items()},
+            tuple(Reason(**reason) for reason in data["reasons"]),
+        )
+
+
+NARROW = Widening()
+"""Nothing beyond ``ALWAYS``: most checkpoints, and every FP32 bundle."""
