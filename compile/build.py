@@ -1,6 +1,6 @@
 """``build``: a checkpoint becomes a bundle, step by step.
 
-checkpoint ─▶ plan ─▶ weights ─▶ graphs ─▶ prefix ─▶ text files ─▶ manifest
+checkpoint ─▶ plan ─▶ weights ─▶ ranges (FP16) ─▶ graphs ─▶ prefix ─▶ text files ─▶ manifest
 """
 
 from __future__ import annotations
@@ -31,16 +31,19 @@ from ..graphs.contract import Part
 from ..graphs.errors import CapacityError
 from ..graphs.plan import StagePlan
 from ..graphs.targets import DTYPES, Target, resolve_target
+from ..graphs.precision import NARROW, Widening
 from .checkpoint import Checkpoint, open_checkpoint
+from ..runtime.preprocessing import Preprocessing
 from .engines import resolve_contexts, resolve_parts, variants_of, write_variant
 from .export import Graph, export, graphs_of
 from .names import tensor_shapes
 from .planfile import resolve_plan
 from .prefix import describe_prefix, prefix_cache, write_prefix
 from .recipes import GEOMETRIES
+from .ranges import decide, measure, pieces, read_ranges, write_ranges
 from .steps import Reporter, Silent, Workshop
 from .stitch import TORCH_DTYPES
-from .texts import TextFacts, text_facts, write_texts
+from .texts import TextFacts, prompt_encoder, text_facts, write_texts
 from .weights import Placement, check_disk, convert, link_files, place
 
 DEFAULT_PLAN = "visipruner"
@@ -100,7 +103,7 @@ def build(
     dtype = DTYPES[precision]
     contexts = resolve_contexts(wanted, config, contexts)
     parts = resolve_parts(wanted, config, staged, dtype, build_memory)
-    graphs = graphs_of(config, staged, dtype, wanted.lowering, parts)
+    graphs = graphs_of(config, staged, dtype, wanted.lowering, parts)  # as names of weights go
     placement = place(checkpoint, [name for graph in graphs for name in graph.weights], dtype)
     _check_memory(wanted, precision, placement.nbytes)
 
@@ -114,6 +117,11 @@ def build(
         tell = work.reporter.advance
 
         def weights() -> list[str]:
+        def ranges() -> list[str]:
+            encoder = prompt_encoder(checkpoint)
+            preprocessing = Preprocessing.from_dict(texts.preprocessing)
+            return write_ranges(measure(checkpoint, encoder, preprocessing, tell), work.folder)
+
             converted = convert(checkpoint, placement, dtype, work.folder, tell)
             return [*link_files(placement, work.folder), *converted]
 
@@ -131,6 +139,11 @@ def build(
 
         work.step("weights", weights, total=placement.new_bytes or None)
         for graph in graphs:
+        widening = NARROW
+        if precision == "fp16":
+            work.step("ranges", ranges, total=pieces(config))
+            widening = decide(read_ranges(work.folder))
+            graphs = graphs_of(config, staged, dtype, wanted.lowering, parts, widening)
             work.step(f"export {graph.name}", partial(one_graph, graph))
         if texts.prefix_ids:
             work.step("prefix", prefix, total=config.text.layers)
@@ -149,6 +162,7 @@ def build(
                 source,
                 contexts,
             ),
+                widening,
         )
         work.finish()
     return Bundle.open(folder)
@@ -166,6 +180,7 @@ def _write_manifest(
     source: str,
     contexts: tuple[int, ...],
 ) -> list[str]:
+    widening: Widening,
     """Hash every file and write the manifest that names them."""
     names = [name for fact in work.facts for name in fact.files]
     facts = {}
@@ -193,6 +208,7 @@ def _write_manifest(
         source=source,
         contexts=contexts,
     )
+        widening=widening,
     (work.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return [MANIFEST]
 

@@ -64,7 +64,7 @@ def text_facts(checkpoint: Checkpoint) -> TextFacts:
         if eos is not None:
             generation = {**generation, "eos_token_id": eos}
     return TextFacts(
-        prefix_ids=tuple(_encoder(checkpoint).prefix_ids()),
+        prefix_ids=tuple(prompt_encoder(checkpoint).prefix_ids()),
         preprocessing=preprocessing.to_dict(),
         generation=generation,
         files={role: name for role, name in TEXT_FILES.items() if (folder / name).is_file()},
@@ -80,7 +80,7 @@ def write_texts(checkpoint: Checkpoint, folder: Path) -> list[str]:
     return names
 
 
-def _encoder(checkpoint: Checkpoint) -> PromptEncoder:
+def prompt_encoder(checkpoint: Checkpoint) -> PromptEncoder:
     """The encoder as the bundle will have it."""
     import tempfile
 

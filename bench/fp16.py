@@ -1,0 +1,149 @@
+"""What FP16 costs the demo model: torch half against torch FP32, stage by stage as in a bundle.
+
+    python -m visistage.bench.fp16 --samples 200
+
+Teacher-forced: both are given FP32's answer token by token, so that each token is compared once. A
+CPU computes ONNX graphs of FP16 in FP32; torch's half type really rounds every result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..compile.checkpoint import open_checkpoint
+from ..compile.planfile import resolve_plan
+from ..compile.ranges import decide, measure
+from ..compile.texts import prompt_encoder, text_facts
+from ..console.evaluation import chosen_samples
+from ..graphs.chain import TorchExecutor, load_weights
+from ..graphs.ops import Eager
+from ..graphs.plan import StagePlan
+from ..graphs.precision import LIMIT, NARROW, Widening
+from ..graphs.rows import Chain, Segment
+from ..graphs.vision import Vision
+from ..runtime.image import load_image, preprocess
+from ..runtime.preprocessing import Preprocessing
+from .record import save
+
+Question = tuple[Any, str, int]
+"""A picture, what is asked, and how many tokens of answer."""
+
+
+class Staged:
+    """A checkpoint's stages in torch, in one type: pixels to logits, decode steps included."""
+
+    def __init__(
+        self, model: str | Path, plan: StagePlan, dtype: torch.dtype, widening: Widening = NARROW
+    ):
+        self.checkpoint = open_checkpoint(str(model))
+        config = self.checkpoint.config
+        self.plan, self.widening = plan, widening
+        self.weights = {n: self.checkpoint.load(n).to(dtype) for n in self.checkpoint.tensors}
+        self.vision = load_weights(Vision(config, Eager(), widening), self.weights)
+        self.encoder = prompt_encoder(self.checkpoint)
+        facts = text_facts(self.checkpoint).preprocessing
+        self.preprocessing = Preprocessing.from_dict(facts)
+
+    @torch.no_grad()
+    def logits(self, image: Any, question: str, answer: Sequence[int]) -> tuple[Tensor, bool]:
+        """(len(answer) + 1, V): after the prompt, and after each token of ``answer``; and whether
+        every cached key and value is finite.
+        """
+        text = self.checkpoint.config.text
+        executor = TorchExecutor(text, self.plan, self.weights, 1, self.widening)
+        runner = Chain(self.plan, executor)
+        pixels = preprocess(load_image(image), self.preprocessing)
+        segments, at = [], 0
+        for part in self.encoder.encode(question, images=1).segments:
+            if part.is_image:
+                rows = self.vision(torch.from_numpy(pixels[None]))
+            else:
+                rows = executor.embed(torch.tensor([part.ids]))
+            order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
+            segments.append(Segment(part.is_image, rows, order, order))
+            at += rows.shape[1]
+        out = [runner.prefill(segments).logits[0]]
+        for token in answer:
+            position = np.full((1, 1), at, np.int32)
+            rows = executor.embed(torch.tensor([[token]]))
+            out.append(runner.decode(Segment(False, rows, position, position))[0])
+            at += 1
+        finite = all(t.isfinite().all() for stage in executor.caches for p in stage for t in p)
+        return torch.stack(out), finite
+
+    def greedy(self, image: Any, question: str, new: int) -> list[int]:
+        """``new`` greedy tokens, however the model would like to end."""
+        tokens: list[int] = []
+        for _ in range(new):
+            tokens.append(int(self.logits(image, question, tokens)[0][-1].argmax()))
+        return tokens
+
+
+@dataclass(frozen=True)
+class Compared:
+    """FP16 against FP32.
+
+    agreement: share of equal tokens. error, typical_error: the largest difference of two logits,
+    and the root mean square of all, relative to the spread of FP32's. finite: no infinity or NaN
+    in any logit, key or value.
+    """
+
+    tokens: int
+    agreement: float
+    error: float
+    typical_error: float
+    finite: bool
+
+
+def compared(
+    model: str | Path, plan: StagePlan, widening: Widening, asked: Iterable[Question]
+) -> Compared:
+    """Ask torch half, under ``widening``, what torch FP32 answers."""
+    full = Staged(model, plan, torch.float32)
+    half = Staged(model, plan, torch.float16, widening)
+    equal: list[bool] = []
+    worst, squares, finite = [], [], True
+    for image, question, new in asked:
+        answer = full.greedy(image, question, new)
+        wanted, _ = full.logits(image, question, answer[:-1])
+        got, cached = half.logits(image, question, answer[:-1])
+        finite = finite and cached and bool(got.isfinite().all())
+        equal += (got.argmax(-1) == wanted.argmax(-1)).tolist()
+        error = (got - wanted) / wanted.std()
+        worst.append(float(error.abs().max()))
+        squares.append(float(error.pow(2).mean()))
+    typical = (sum(squares) / len(squares)) ** 0.5
+    return Compared(len(equal), sum(equal) / len(equal), max(worst), typical, finite)
+
+
+@click.command()
+@click.option("--samples", default=200, show_default=True)
+@click.option("--tokens", default=3, show_default=True, help="Tokens of every answer.")
+def main(samples: int, tokens: int) -> None:
+    """Measure the demo model under two plans, and record how far its numbers reach."""
+    checkpoint = open_checkpoint("demo")
+    config = checkpoint.config
+    facts = Preprocessing.from_dict(text_facts(checkpoint).preprocessing)
+    ranges = measure(checkpoint, prompt_encoder(checkpoint), facts)
+    widening = decide(ranges)
+    asked = [(one.image, one.prompt, tokens) for one in chosen_samples("demo", None, samples)]
+    rows = []
+    for name in ("dense", "visipruner"):
+        plan = resolve_plan(name, config.text.layers, config.visual_tokens)
+        found = compared("demo", plan, widening, asked)
+        rows.append({"plan": name, "questions": samples, **vars(found)})
+    farthest = sorted(ranges.items(), key=lambda item: -item[1])[:8]
+    rows[0] |= {"limit": LIMIT, "widening": widening.to_dict(), "farthest": dict(farthest)}
+    save("fp16-demo", f"python -m visistage.bench.fp16 --samples {samples} --tokens {tokens}", rows)
+
+
+if __name__ == "__main__":
+    main()
