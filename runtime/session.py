@@ -127,8 +127,7 @@ class Session:
         if max_tokens < 1:
             raise PromptError(f"max_tokens is {max_tokens}: it must be at least 1")
         started = time.perf_counter()
-        images = [] if image is None else list(image) if _is_many(image) else [image]
-        opened = [self._decode(one) for one in images]
+        opened = self._decode_all(image)
         preprocess_ms = (time.perf_counter() - started) * 1e3
         parts = self._parts(prompt, opened)
         self._check_room(parts, max_tokens)
@@ -142,6 +141,27 @@ class Session:
             started,
             preprocess_ms,
         )
+
+    def score(
+        self, image: Source | Sequence[Source] | None, prompt: str, tokens: Sequence[int]
+    ) -> np.ndarray:
+        """What the model would say next, had its answer so far been ``tokens`` (teacher forcing).
+
+        Returns:
+            (1 + len(tokens), V) float32 logits: of the prompt's last row, then after each token.
+
+        Raises:
+            As ``stream``.
+        """
+        parts = self._parts(prompt, self._decode_all(image))
+        self._check_room(parts, len(tokens))
+        self._turn += 1
+        first = self.context.prefill(parts).logits[0]
+        return np.stack([first, *(self.context.decode(token) for token in tokens)])
+
+    def _decode_all(self, image: Source | Sequence[Source] | None) -> list[OpenedImage]:
+        images = [] if image is None else list(image) if _is_many(image) else [image]
+        return [self._decode(one) for one in images]
 
     def _stops(self, stop: Sequence[str] | str) -> tuple[str, ...]:
         given = (stop,) if isinstance(stop, str) else tuple(stop)

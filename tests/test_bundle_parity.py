@@ -295,6 +295,22 @@ def test_streams_and_answers_agree(bundles):
             next(old)
 
 
+def test_scores_are_what_a_free_answer_was_chosen_by(bundles):
+    """Teacher forcing along a greedy answer finds that answer, whatever was asked in between."""
+    with load(bundles("visipruner").path) as session:
+        opened = session.open(picture(15))
+        tokens = answer(session, opened, "How many?", 12)
+        answer(session, picture(16), "Why?", 3)
+        logits = session.score(opened, "How many?", tokens[:-1])
+        assert tuple(logits.argmax(-1)) == tokens
+        assert np.array_equal(session.score(opened, "How many?", ()), logits[:1])
+        other = session.score(opened, "How many?", (tokens[0], (tokens[1] + 1) % 300))
+        assert np.array_equal(other[:2], logits[:2])
+        assert not np.allclose(other[2], logits[2])
+        with pytest.raises(CapacityError):
+            session.score(opened, "How many?", [5] * 4096)
+
+
 def test_options_reach_the_back_end(bundles):
     """Every graph runs on the number of threads that was asked for."""
     for threads in (1, 3):
