@@ -6,6 +6,7 @@
     ├── TargetError                a target, precision or option that cannot be honoured here
     ├── BundleError                a bundle with a missing, changed or foreign file
     ├── EngineError                an engine that cannot be compiled, or not loaded here
+    ├── ParityError                a bundle that computes something else than its checkpoint
     ├── ImageError                 a picture that cannot be read, or is too large to decode
     ├── PromptError                a prompt, template or sampling option that cannot be used
     ├── CapacityError              not enough slots, memory or disk for what was asked
@@ -41,6 +42,10 @@ class BundleError(VisistageError):
 
 class EngineError(VisistageError):
     """An engine cannot be compiled, or was compiled for another machine."""
+
+
+class ParityError(VisistageError):
+    """A bundle computes something else than the checkpoint that it was built from."""
 
 
 class ImageError(VisistageError):

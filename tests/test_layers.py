@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("calib", "compile", "console", "demo", "graphs", "runtime", "trt")
+PACKAGES = ("calib", "compile", "console", "demo", "graphs", "parity", "runtime", "trt")
 PURE = {"graphs", "graphs.bundle", "graphs.config", "graphs.contract", "graphs.cost"}
 PURE |= {"graphs.errors", "graphs.plan", "graphs.precision", "graphs.presets", "graphs.targets"}
 PURE |= {"graphs.values"}
@@ -43,17 +43,41 @@ RULES = {
     "console.*": (
         PURE
         | {"", "calib.*", "console.*", "demo.heldout", "runtime.answer"}
-        | {"compile.planfile", "compile.recipes", "compile.steps"},
+        | {"compile.planfile", "compile.recipes", "compile.steps", "trt.engines"},
         {"click", "psutil", "rich"},
     ),
     "console.doctor": (
         PURE | {"", "console.*", "trt.*"},
         {"onnxruntime", "psutil", "rich"},
     ),
+    "console.inspect_engines": (PURE | {"console.*", "trt.engines"}, {"numpy", "rich"}),
+    "console.verify": (
+        PURE | {"console.units", "parity.report", "parity.steps"},
+        {"rich"},
+    ),
     "console.engines": (PURE | {"trt.*"}, {"rich"}),
     # Runs on the device: of the compiler only what needs neither torch nor onnx.
     "trt.*": (PURE | {"trt.*", "compile.disk", "compile.steps"}, set()),
     "trt": (set(), set()),
+    # The ladder sees every rung; what torch and onnx are not needed for runs without them.
+    "parity.*": (
+        {"calib.samples", "compile.*", "graphs.*", "parity.*", "runtime"},
+        {"PIL", "numpy", "onnx", "onnx_ir", "onnxruntime", "torch", "transformers"},
+    ),
+    "parity": (set(), set()),
+    "parity.answers": ({"calib.samples", "parity.report", "runtime"}, {"numpy"}),
+    "parity.compare": ({"parity.report"}, {"numpy"}),
+    "parity.ladder": (
+        PURE | {"", "calib.samples", "compile.checkpoint", "parity.*", "runtime", "trt.*"},
+        {"psutil"},
+    ),
+    "parity.prompts": (
+        {"calib.samples", "compile.recipes", "demo.gallery", "demo.heldout"},
+        set(),
+    ),
+    "parity.report": (PURE, set()),
+    "parity.steps": (PURE | {"parity.report"}, set()),
+    "parity.stored": (PURE | {"parity.report", "parity.steps", "trt.*"}, set()),
     "cli": ({"", "*"}, {"click"}),
     "__main__": ({"cli"}, set()),
     "": (set(), set()),

@@ -1,0 +1,239 @@
+"""The rungs of whole answers: real prompts through the torch chain and through the public runtime.
+
+Teacher-forced: both are given the torch chain's tokens, so one early difference hides no later
+one. Free-running: each goes on with its own tokens, as a user would see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..calib.samples import Sample
+from ..graphs.bundle import Bundle
+from ..graphs.chain import Span, TorchExecutor, load_weights, segments
+from ..graphs.ops import Eager
+from ..graphs.plan import StagePlan
+from ..graphs.precision import NARROW
+from ..graphs.rows import Chain, Segment
+from ..graphs.vision import Vision
+from .compare import WHOLE_TOLERANCE, first_wrong, tensor_error
+from .modules import stored_tensor
+from .report import Finding, TensorError
+from .steps import require_memory
+from .stored_graph import StoredGraph
+
+if TYPE_CHECKING:
+    from ..runtime import Session
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A greedy answer: logits (T, V) float32, their likeliest tokens (T,), and ``kept``: positions
+    of the visual tokens that the last selection left, None without one.
+    """
+
+    logits: np.ndarray
+    tokens: tuple[int, ...]
+    kept: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A sample as both sides take it: pixels (1, C, H, W), and ids with None for the picture."""
+
+    sample: Sample
+    opened: Any
+    pixels: Tensor
+    parts: tuple[tuple[int, ...] | None, ...]
+
+
+def ask(session: Session, samples: Sequence[Sample]) -> list[Asked]:
+    """Preprocess and tokenise with the bundle's own files."""
+    asked = []
+    for sample in samples:
+        opened = session.open(sample.image)
+        encoded = session.encoder.encode(sample.prompt, images=1).segments
+        parts = tuple(None if part.is_image else part.ids for part in encoded)
+        asked.append(Asked(sample, opened, torch.from_numpy(opened.pixels[None]), parts))
+    return asked
+
+
+class TorchChain:
+    """The torch stages over the weights that the bundle's graph files hold.
+
+    ``half``: FP16 arithmetic with what the manifest widens; otherwise FP32.
+    """
+
+    def __init__(self, bundle: Bundle, *, half: bool, free: int):
+        manifest = bundle.manifest
+        self.config, self.plan = manifest.config, manifest.plan
+        self.widening = manifest.widening if half else NARROW
+        stored = [StoredGraph(bundle, name) for name in manifest.graphs]
+        arrays = {name: array for graph in stored for name, array in graph.weights.items()}
+        itemsize = 2 if half else 4
+        needed = sum(array.size for array in arrays.values()) * itemsize
+        require_memory(f"the whole model in {'FP16' if half else 'FP32'}", needed, free)
+        dtype = torch.float16 if half else torch.float32
+        self.weights = {
+            name: torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+            for name, array in arrays.items()
+        }
+        table = stored_tensor(bundle, bundle.manifest.embedding)
+        if manifest.precision == "fp16":
+            table = table.half()  # what the runtime rounds rows to
+        self.weights[EMBEDDING] = table.to(dtype)
+
+    @torch.no_grad()
+    def answer(self, asked: Asked, steps: int, *, plan: StagePlan | None = None) -> Trajectory:
+        """Greedy tokens after a prompt, their end ignored; ``plan`` instead of the bundle's."""
+        return self._run(asked, steps, plan or self.plan, None)
+
+    @torch.no_grad()
+    def follow(self, asked: Asked, tokens: Sequence[int]) -> Trajectory:
+        """The same along given tokens: each logits row is what it would have said there."""
+        return self._run(asked, len(tokens), self.plan, tokens)
+
+    def _run(
+        self, asked: Asked, steps: int, plan: StagePlan, forced: Sequence[int] | None
+    ) -> Trajectory:
+        executor = TorchExecutor(self.config.text, plan, self.weights, 1, self.widening)
+        chain = Chain(plan, executor, 1)
+        embeds, spans = self._embed(asked, executor)
+        done = chain.prefill(segments(embeds, [spans]))
+        logits, tokens = [], []
+        last = done.logits
+        for step in range(steps):
+            logits.append(last[0].float().numpy())
+            tokens.append(int(last[0].argmax()))
+            if step + 1 < steps:
+                given = tokens[-1] if forced is None else forced[step]
+                at = np.full((1, 1), embeds.shape[1] + step, np.int32)
+                row = executor.embed(torch.tensor([[given]]))
+                last = chain.decode(Segment(False, row, at, at))
+        kept = tuple(int(at) for at in done.kept[-1].order[0]) if done.kept else None
+        return Trajectory(np.stack(logits), tuple(tokens), kept)
+
+    def _embed(self, asked: Asked, executor: TorchExecutor) -> tuple[Tensor, list[Span]]:
+        """Rows (1, S, D) of the whole prompt, and where its visual rows stand."""
+        rows: list[Tensor] = []
+        spans: list[Span] = []
+        for part in asked.parts:
+            start = sum(one.shape[1] for one in rows)
+            if part is None:
+                rows.append(self._tower(asked.pixels))
+                spans.append((start, start + self.config.visual_tokens))
+            else:
+                rows.append(executor.embed(torch.tensor([part])))
+        return torch.cat(rows, 1), spans
+
+    @cached_property
+    def _tower(self) -> Vision:
+        return load_weights(Vision(self.config, Eager(), self.widening), self.weights)
+
+
+def compare_runtime(
+    bundle: Bundle, reference: TorchChain, session: Session, asked: Sequence[Asked], steps: int
+) -> Finding:
+    """The runtime on ONNX Runtime against the torch chain in FP32."""
+    precision = bundle.manifest.precision
+    # A checkpoint's own settings may draw at random, or punish repetition.
+    greedy = replace(session.sampling, temperature=0.0, repetition_penalty=1.0)
+    tally = Tally(precision)
+    for one in asked:
+        want = reference.answer(one, steps)
+        logits = session.score(one.opened, one.sample.prompt, want.tokens[:-1])
+        answer = session.infer(one.opened, one.sample.prompt, max_tokens=steps, sampling=greedy)
+        tally.add(one.sample.name, want, logits, answer.plan.kept, answer.tokens)
+    files = tuple(fact.file for fact in bundle.manifest.graphs.values())
+    return tally.finding(files)
+
+
+def compare_half(
+    bundle: Bundle, reference: TorchChain, half: TorchChain, asked: Sequence[Asked], steps: int
+) -> Finding:
+    """The torch chain in FP16 arithmetic against the one in FP32, with and without a teacher."""
+    tally = Tally("fp16")
+    for one in asked:
+        want = reference.answer(one, steps)
+        got = half.follow(one, want.tokens)
+        free = half.answer(one, steps)
+        tally.add(one.sample.name, want, got.logits, got.kept, free.tokens)
+    files = tuple(fact.file for fact in bundle.manifest.graphs.values())
+    return tally.finding(files)
+
+
+class Tally:
+    """Counts agreement over prompts, and says what the first unexplained difference is.
+
+    In FP32 tokens and selections are equal. In FP16 a token may differ, but only as a near tie
+    does: the logits at that place are within the tolerance.
+    """
+
+    def __init__(self, precision: str):
+        self.exact, self.tolerance = precision == "fp32", WHOLE_TOLERANCE[precision]
+        self.failure = ""
+        self.errors: list[TensorError] = []
+        self.places = self.agreed = self.equal = self.reselected = 0
+        self.divergences: dict[str, int] = {}
+
+    def add(
+        self,
+        name: str,
+        want: Trajectory,
+        logits: np.ndarray,
+        kept: tuple[int, ...] | None,
+        free: tuple[int, ...],
+    ) -> None:
+        """Note a prompt: ``logits`` along the wanted tokens, ``free`` tokens without a teacher."""
+        said = logits.argmax(-1)
+        apart = [at for at, token in enumerate(want.tokens) if said[at] != token]
+        self.places += len(want.tokens)
+        self.agreed += len(want.tokens) - len(apart)
+        first = next((at for at, token in enumerate(free) if token != want.tokens[at]), None)
+        if first is None:
+            self.equal += 1
+        else:
+            self.divergences[name] = first
+        errors = [
+            tensor_error(f"{name}: logits of the {where}", logits[steps], want.logits[steps])
+            for where, steps in (("prompt", slice(1)), ("answer", slice(1, len(said))))
+            if len(said[steps])
+        ]
+        self.errors += errors
+        failure = first_wrong(errors, self.tolerance)
+        if kept != want.kept:
+            self.reselected += 1
+            if failure or self.exact:
+                failure = f"{name}: other visual tokens were kept; {failure or 'in FP32'}"
+        if apart and self.exact:
+            failure = failure or f"{name}: token {apart[0]} of the teacher-forced answer differs"
+        if first is not None and first not in apart:
+            failure = failure or (
+                f"{name}: the free-running answer differs at token {first}, where the "
+                "teacher-forced one does not"
+            )
+        self.failure = self.failure or failure
+
+    def finding(self, files: tuple[str, ...]) -> Finding:
+        """All of it."""
+        return Finding(
+            self.failure,
+            files,
+            tuple(self.errors),
+            {
+                "teacher-forced": f"{self.agreed} of {self.places} tokens agree",
+                "free-running": f"{self.equal} of {self.equal + len(self.divergences)} answers "
+                "are equal to their end",
+                "first divergence, by prompt": self.divergences,
+                "prompts whose kept visual tokens differ": self.reselected,
+            },
+        )

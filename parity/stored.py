@@ -1,0 +1,102 @@
+"""The rungs that only read: files and engines are what was built. Neither torch nor onnx needed."""
+
+from __future__ import annotations
+
+from ..graphs.bundle import Bundle
+from ..graphs.errors import EngineError
+from ..graphs.targets import find_target
+from ..trt.device import find_device
+from ..trt.engines import Engines
+from ..trt.flavour import find
+from ..trt.recipe import recipes_of
+from .report import Finding
+from .steps import ImpossibleError, NothingError
+
+
+def rehash(bundle: Bundle) -> Finding:
+    """Every file has the hash that the manifest notes, and the manifest notes every file it uses.
+
+    Raises:
+        BundleError: a file is missing or changed.
+    """
+    manifest = bundle.manifest
+    bundle.check(rehash=True)
+    used = [*manifest.text_files.values(), manifest.embedding.file]
+    for fact in manifest.graphs.values():
+        used += [fact.file, *fact.variants.values()]
+    if manifest.prefix:
+        used += [manifest.prefix.keys.file, manifest.prefix.values.file]
+    stray = sorted(set(used) - set(manifest.files))
+    return Finding(
+        failure=f"the manifest uses {stray[0]} and holds no hash of it" if stray else "",
+        files=tuple(manifest.files),
+        facts={
+            "hashed": len(manifest.files),
+            "bytes": sum(fact.nbytes for fact in manifest.files.values()),
+        },
+    )
+
+
+def engine_files(bundle: Bundle) -> Finding:
+    """The engines were compiled from this very bundle, are all there, and are unchanged.
+
+    Raises:
+        EngineError, BundleError: they are not.
+        NothingError: the bundle has no engines.
+    """
+    engines = _engines(bundle)
+    engines.check(rehash=True)
+    wanted = {recipe.name for recipe in recipes_of(bundle.manifest)}
+    found = {one.name for one in engines.engines}
+    failure = ""
+    if wanted != found:
+        lacking = ", ".join(sorted(wanted - found)) or "none"
+        foreign = ", ".join(sorted(found - wanted)) or "none"
+        failure = f"the index lacks engines ({lacking}) or names foreign ones ({foreign})"
+    return Finding(
+        failure=failure,
+        files=tuple(_name(engines, one.file) for one in engines.engines),
+        facts={
+            "compiled by": f"{engines.backend} {engines.version}",
+            "compiled for": engines.gpus(),
+            "compiled from": {
+                _name(engines, f"{recipe.name}.engine"): recipe.source
+                for recipe in recipes_of(bundle.manifest)
+            },
+            "bytes": sum(one.nbytes for one in engines.engines),
+        },
+    )
+
+
+def engine_run(bundle: Bundle) -> Finding:
+    """The engines compute what the graphs compute.
+
+    Raises:
+        ImpossibleError: always in this version; the reason is the machine's, or this version's.
+        NothingError: the bundle has no engines.
+    """
+    engines = _engines(bundle)
+    try:
+        engines.check_machine(find(engines.backend), find_device())
+    except EngineError as error:
+        raise ImpossibleError(str(error)) from error
+    raise ImpossibleError(
+        f"this machine could run them; driving {engines.backend} comes with a later version"
+    )
+
+
+def _engines(bundle: Bundle) -> Engines:
+    target = find_target(bundle.manifest.target)
+    if not target.engines:
+        raise NothingError(f"target '{target.name}' runs graphs as they are, without engines")
+    engines = Engines.open(bundle)
+    if engines is None:
+        raise NothingError(
+            f"no engines were compiled yet. On the machine that shall run them: visistage build "
+            f"(target '{target.name}')"
+        )
+    return engines
+
+
+def _name(engines: Engines, file: str) -> str:
+    return f"{engines.folder.name}/{file}"
