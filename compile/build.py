@@ -19,6 +19,7 @@ import torch
 
 from .. import __version__
 from ..graphs.bundle import (
+    FORMAT,
     MANIFEST,
     Bundle,
     FileFact,
@@ -30,17 +31,17 @@ from ..graphs.config import ModelConfig
 from ..graphs.contract import Part
 from ..graphs.errors import CapacityError
 from ..graphs.plan import StagePlan
-from ..graphs.targets import DTYPES, Target, resolve_target
 from ..graphs.precision import NARROW, Widening
-from .checkpoint import Checkpoint, open_checkpoint
+from ..graphs.targets import DTYPES, Target, resolve_target
 from ..runtime.preprocessing import Preprocessing
+from .checkpoint import Checkpoint, open_checkpoint
 from .engines import resolve_contexts, resolve_parts, variants_of, write_variant
 from .export import Graph, export, graphs_of
 from .names import tensor_shapes
 from .planfile import resolve_plan
 from .prefix import describe_prefix, prefix_cache, write_prefix
-from .recipes import GEOMETRIES
 from .ranges import decide, measure, pieces, read_ranges, write_ranges
+from .recipes import GEOMETRIES
 from .steps import Reporter, Silent, Workshop
 from .stitch import TORCH_DTYPES
 from .texts import TextFacts, prompt_encoder, text_facts, write_texts
@@ -116,12 +117,12 @@ def build(
         check_disk(placement, work.folder)
         tell = work.reporter.advance
 
-        def weights() -> list[str]:
         def ranges() -> list[str]:
             encoder = prompt_encoder(checkpoint)
             preprocessing = Preprocessing.from_dict(texts.preprocessing)
             return write_ranges(measure(checkpoint, encoder, preprocessing, tell), work.folder)
 
+        def weights() -> list[str]:
             converted = convert(checkpoint, placement, dtype, work.folder, tell)
             return [*link_files(placement, work.folder), *converted]
 
@@ -138,12 +139,12 @@ def build(
             return write_prefix(cache, dtype, work.folder)
 
         work.step("weights", weights, total=placement.new_bytes or None)
-        for graph in graphs:
         widening = NARROW
         if precision == "fp16":
             work.step("ranges", ranges, total=pieces(config))
             widening = decide(read_ranges(work.folder))
             graphs = graphs_of(config, staged, dtype, wanted.lowering, parts, widening)
+        for graph in graphs:
             work.step(f"export {graph.name}", partial(one_graph, graph))
         if texts.prefix_ids:
             work.step("prefix", prefix, total=config.text.layers)
@@ -161,8 +162,8 @@ def build(
                 texts,
                 source,
                 contexts,
-            ),
                 widening,
+            ),
         )
         work.finish()
     return Bundle.open(folder)
@@ -179,8 +180,8 @@ def _write_manifest(
     texts: TextFacts,
     source: str,
     contexts: tuple[int, ...],
-) -> list[str]:
     widening: Widening,
+) -> list[str]:
     """Hash every file and write the manifest that names them."""
     names = [name for fact in work.facts for name in fact.files]
     facts = {}
@@ -207,8 +208,8 @@ def _write_manifest(
         weight_bytes=placement.nbytes,
         source=source,
         contexts=contexts,
-    )
         widening=widening,
+    )
     (work.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return [MANIFEST]
 
@@ -245,6 +246,7 @@ def _source(
 ) -> str:
     """Hash of what the bundle is made from, the same on every machine."""
     facts = [
+        FORMAT,
         checkpoint.config.to_dict(),
         plan.to_dict(),
         target.name,
