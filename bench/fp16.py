@@ -53,9 +53,14 @@ class Staged:
         self.preprocessing = Preprocessing.from_dict(facts)
 
     @torch.no_grad()
-    def logits(self, image: Any, question: str, answer: Sequence[int]) -> tuple[Tensor, bool]:
-        """(len(answer) + 1, V): after the prompt, and after each token of ``answer``; and whether
-        every cached key and value is finite.
+    def answer(
+        self, image: Any, question: str, new: int, forced: Sequence[int] | None = None
+    ) -> tuple[list[int], Tensor, bool]:
+        """``new`` tokens, however the model would like to end: greedy, or those ``forced``.
+
+        Returns:
+            The tokens, the logits (new, V) that each was or would have been chosen from, and
+            whether every cached key and value is finite.
         """
         text = self.checkpoint.config.text
         executor = TorchExecutor(text, self.plan, self.weights, 1, self.widening)
@@ -70,21 +75,16 @@ class Staged:
             order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
             segments.append(Segment(part.is_image, rows, order, order))
             at += rows.shape[1]
-        out = [runner.prefill(segments).logits[0]]
-        for token in answer:
-            position = np.full((1, 1), at, np.int32)
-            rows = executor.embed(torch.tensor([[token]]))
+        out, tokens = [runner.prefill(segments).logits[0]], []
+        while True:
+            tokens.append(int(out[-1].argmax()) if forced is None else forced[len(tokens)])
+            if len(tokens) == new:
+                break
+            position = np.full((1, 1), at + len(tokens) - 1, np.int32)
+            rows = executor.embed(torch.tensor([tokens[-1:]]))
             out.append(runner.decode(Segment(False, rows, position, position))[0])
-            at += 1
         finite = all(t.isfinite().all() for stage in executor.caches for p in stage for t in p)
-        return torch.stack(out), finite
-
-    def greedy(self, image: Any, question: str, new: int) -> list[int]:
-        """``new`` greedy tokens, however the model would like to end."""
-        tokens: list[int] = []
-        for _ in range(new):
-            tokens.append(int(self.logits(image, question, tokens)[0][-1].argmax()))
-        return tokens
+        return tokens, torch.stack(out), finite
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,8 @@ def compared(
     equal: list[bool] = []
     worst, squares, finite = [], [], True
     for image, question, new in asked:
-        answer = full.greedy(image, question, new)
-        wanted, _ = full.logits(image, question, answer[:-1])
-        got, cached = half.logits(image, question, answer[:-1])
+        tokens, wanted, _ = full.answer(image, question, new)
+        _, got, cached = half.answer(image, question, new, forced=tokens)
         finite = finite and cached and bool(got.isfinite().all())
         equal += (got.argmax(-1) == wanted.argmax(-1)).tolist()
         error = (got - wanted) / wanted.std()
@@ -129,6 +128,7 @@ def compared(
 @click.option("--tokens", default=3, show_default=True, help="Tokens of every answer.")
 def main(samples: int, tokens: int) -> None:
     """Measure the demo model under two plans, and record how far its numbers reach."""
+    torch.set_num_threads(1)  # a model this small gains nothing from more
     checkpoint = open_checkpoint("demo")
     config = checkpoint.config
     facts = Preprocessing.from_dict(text_facts(checkpoint).preprocessing)

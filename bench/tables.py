@@ -18,7 +18,10 @@ import click
 from .record import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "demo.md", ROOT / "docs" / "size.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("demo.md", "size.md", "fp16.md")),
+)
 README_PLANS = (
     "without the picture",
     "dense",
@@ -104,11 +107,33 @@ def size() -> str:
     return "\n\n".join(parts)
 
 
-def _origin(record: dict) -> str:
+def fp16() -> str:
+    """What FP16 costs the demo, and how far its numbers reach."""
+    record = _record("fp16-demo")
+    rows = [
+        [
+            row["plan"],
+            f"{row['questions']:,}",
+            f"{row['tokens']:,}",
+            _percent(row["agreement"]),
+            f"{row['error']:.4f}",
+            f"{row['typical_error']:.4f}",
+            "yes" if row["finite"] else "no",
+        ]
+        for row in record["rows"]
+    ]
+    header = ["plan", "questions", "tokens", "equal", "largest error", "RMS error", "all finite"]
+    first = record["rows"][0]
+    farthest = [[f"`{name}`", f"{value:g}"] for name, value in first["farthest"].items()]
+    reach = _table(["reaches farthest", f"of {first['limit']:g}"], farthest)
+    return f"{_table(header, rows)}\n\n{reach}\n\n{_origin(record, 'torch')}"
+
+
+def _origin(record: dict, library: str = "onnxruntime") -> str:
     device, versions = record["device"], record["versions"]
     return (
         f"`{record['command']}`, {record['date']}, {device['processor']}, {device['cores']} cores, "
-        f"onnxruntime {versions['onnxruntime']}"
+        f"{library} {versions[library]}"
     )
 
 
@@ -117,6 +142,7 @@ TABLES = {
     "accuracy-all": accuracy,
     "accuracy-by-type": by_type,
     "size": size,
+    "fp16": fp16,
 }
 
 
