@@ -2,9 +2,9 @@
 
     python -m visistage.bench.size --model llava-7b --target cuda --dummy-weights
 
-Peak memory is the process's largest resident set so far, the imports included; an engine is compiled
-in a process of its own, whose peak is its own. Weights mapped from disk count as far as they were
-touched.
+Peak memory is the process's largest resident set so far, the imports included; an engine is
+compiled in a process of its own, whose peak is its own. Weights mapped from disk count as far as
+they were touched.
 """
 
 from __future__ import annotations

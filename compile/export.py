@@ -123,7 +123,8 @@ def export(
     elif isinstance(module, Vision):
         outputs = [module.compose(stitcher.call, *inputs)]
     else:
-        outputs = list(stitcher.call(module, *inputs))
+        value = [] if any(one.name == "value" for one in inputs) else [None]
+        outputs = list(stitcher.call(module, *inputs[:2], *value, *inputs[2:]))
     model = stitcher.model(graph.name, inputs, graph.spec, outputs)
     if target is not None:
         operators = {node.op_type for node in model.graph.all_nodes()}
@@ -165,6 +166,8 @@ def _attach(
         if name == FREQUENCIES:
             value.const_value = onnx_ir.tensor(frequencies(text)[0].numpy(), name=name)
             continue
+        if value.const_value is not None:
+            continue  # a small constant of the graph's own
         span = weights[name]
         assert value.dtype is not None
         assert value.shape is not None

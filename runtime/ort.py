@@ -134,7 +134,8 @@ class OrtExecutor:
             "positions": positions,
             "order": order,
         }
-        feeds = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        read = {one.name for one in self.sessions[f"select{edge}"].get_inputs()}
+        feeds = {n: np.ascontiguousarray(array) for n, array in feeds.items() if n in read}
         with self._timed(f"select{edge}"):
             return Kept(*self.sessions[f"select{edge}"].run(None, feeds))
 
