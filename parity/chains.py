@@ -6,9 +6,9 @@ one. Free-running: each goes on with its own tokens, as a user would see it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,9 +21,9 @@ from ..graphs.chain import Span, TorchExecutor, load_weights, segments
 from ..graphs.ops import Eager
 from ..graphs.plan import StagePlan
 from ..graphs.precision import NARROW
-from ..graphs.rows import Chain, Segment
+from ..graphs.rows import Chain, Kept, Segment
 from ..graphs.vision import Vision
-from .compare import WHOLE_TOLERANCE, first_wrong, tensor_error
+from .compare import TOLERANCE, WHOLE_TOLERANCE, first_wrong, tensor_error
 from .modules import stored_tensor
 from .report import Finding, TensorError
 from .steps import require_memory
@@ -34,16 +34,20 @@ if TYPE_CHECKING:
 
 EMBEDDING = "model.embed_tokens.weight"
 
+TIE = TOLERANCE["fp16"]
+"""Scores of visual tokens this close, relative to the spread of all, may change places in FP16."""
+
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A greedy answer: logits (T, V) float32, their likeliest tokens (T,), and ``kept``: positions
-    of the visual tokens that the last selection left, None without one.
+    """A greedy answer: logits (T, V) float32, their likeliest tokens (T,), and the last selection:
+    ``kept`` positions of visual tokens, None without one; ``scores`` of all offered, by position.
     """
 
     logits: np.ndarray
     tokens: tuple[int, ...]
     kept: tuple[int, ...] | None
+    scores: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,26 @@ def ask(session: Session, samples: Sequence[Sample]) -> list[Asked]:
         parts = tuple(None if part.is_image else part.ids for part in encoded)
         asked.append(Asked(sample, opened, torch.from_numpy(opened.pixels[None]), parts))
     return asked
+
+
+class Guided(TorchExecutor):
+    """Remembers what the last selection was offered, and leaves ``guide`` instead of the best."""
+
+    guide: tuple[int, ...] | None = None
+    scores: Mapping[int, float] = {}
+
+    def select(
+        self, edge, probe_query, slot_order, query_order, visual_slots, rows, positions, order
+    ) -> Kept:
+        """As its base, but for ``guide`` where all of it is on offer."""
+        given = (probe_query, slot_order, query_order, visual_slots, rows, positions, order)
+        kept = super().select(edge, *given)
+        offered = [int(at) for at in order[0]]
+        self.scores = dict(zip(offered, map(float, kept.scores[0]), strict=True))
+        if self.guide is None or not set(self.guide) <= set(offered):
+            return kept
+        at = [offered.index(position) for position in self.guide]
+        return Kept(rows[:, at], positions[:, at], order[:, at], kept.scores)
 
 
 class TorchChain:
@@ -95,17 +119,28 @@ class TorchChain:
     @torch.no_grad()
     def answer(self, asked: Asked, steps: int, *, plan: StagePlan | None = None) -> Trajectory:
         """Greedy tokens after a prompt, their end ignored; ``plan`` instead of the bundle's."""
-        return self._run(asked, steps, plan or self.plan, None)
+        return self._run(asked, steps, plan or self.plan, None, None)
 
     @torch.no_grad()
-    def follow(self, asked: Asked, tokens: Sequence[int]) -> Trajectory:
-        """The same along given tokens: each logits row is what it would have said there."""
-        return self._run(asked, len(tokens), self.plan, tokens)
+    def follow(
+        self, asked: Asked, tokens: Sequence[int], kept: tuple[int, ...] | None = None
+    ) -> Trajectory:
+        """The same along given tokens: each logits row is what it would have said there.
+
+        ``kept``: positions that the last selection shall leave, instead of its own.
+        """
+        return self._run(asked, len(tokens), self.plan, tokens, kept)
 
     def _run(
-        self, asked: Asked, steps: int, plan: StagePlan, forced: Sequence[int] | None
+        self,
+        asked: Asked,
+        steps: int,
+        plan: StagePlan,
+        forced: Sequence[int] | None,
+        guide: tuple[int, ...] | None,
     ) -> Trajectory:
-        executor = TorchExecutor(self.config.text, plan, self.weights, 1, self.widening)
+        executor = Guided(self.config.text, plan, self.weights, 1, self.widening)
+        executor.guide = guide
         chain = Chain(plan, executor, 1)
         embeds, spans = self._embed(asked, executor)
         done = chain.prefill(segments(embeds, [spans]))
@@ -120,7 +155,7 @@ class TorchChain:
                 row = executor.embed(torch.tensor([[given]]))
                 last = chain.decode(Segment(False, row, at, at))
         kept = tuple(int(at) for at in done.kept[-1].order[0]) if done.kept else None
-        return Trajectory(np.stack(logits), tuple(tokens), kept)
+        return Trajectory(np.stack(logits), tuple(tokens), kept, executor.scores)
 
     def _embed(self, asked: Asked, executor: TorchExecutor) -> tuple[Tensor, list[Span]]:
         """Rows (1, S, D) of the whole prompt, and where its visual rows stand."""
@@ -152,7 +187,8 @@ def compare_runtime(
         want = reference.answer(one, steps)
         logits = session.score(one.opened, one.sample.prompt, want.tokens[:-1])
         answer = session.infer(one.opened, one.sample.prompt, max_tokens=steps, sampling=greedy)
-        tally.add(one.sample.name, want, logits, answer.plan.kept, answer.tokens)
+        guided = partial(reference.follow, one, want.tokens)
+        tally.add(one.sample.name, want, logits, answer.plan.kept, answer.tokens, guided)
     files = tuple(fact.file for fact in bundle.manifest.graphs.values())
     return tally.finding(files)
 
@@ -166,7 +202,8 @@ def compare_half(
         want = reference.answer(one, steps)
         got = half.follow(one, want.tokens)
         free = half.answer(one, steps)
-        tally.add(one.sample.name, want, got.logits, got.kept, free.tokens)
+        guided = partial(reference.follow, one, want.tokens)
+        tally.add(one.sample.name, want, got.logits, got.kept, free.tokens, guided)
     files = tuple(fact.file for fact in bundle.manifest.graphs.values())
     return tally.finding(files)
 
@@ -174,8 +211,9 @@ def compare_half(
 class Tally:
     """Counts agreement over prompts, and says what the first unexplained difference is.
 
-    In FP32 tokens and selections are equal. In FP16 a token may differ, but only as a near tie
-    does: the logits at that place are within the tolerance.
+    In FP32 tokens and selections are equal. In FP16 they may differ as near ties do: a token where
+    the logits are within the tolerance, a visual token where another scores as much within ``TIE``;
+    then the logits are compared with those that the reference has for the same selection.
     """
 
     def __init__(self, precision: str):
@@ -192,8 +230,18 @@ class Tally:
         logits: np.ndarray,
         kept: tuple[int, ...] | None,
         free: tuple[int, ...],
+        guided: Callable[[tuple[int, ...]], Trajectory],
     ) -> None:
-        """Note a prompt: ``logits`` along the wanted tokens, ``free`` tokens without a teacher."""
+        """Note a prompt.
+
+        Args:
+            name: of the prompt.
+            want: the reference's own answer.
+            logits: along its tokens.
+            kept: what the last selection left.
+            free: tokens without a teacher.
+            guided: the reference along the same tokens, its last selection given.
+        """
         said = logits.argmax(-1)
         apart = [at for at, token in enumerate(want.tokens) if said[at] != token]
         self.places += len(want.tokens)
@@ -203,17 +251,22 @@ class Tally:
             self.equal += 1
         else:
             self.divergences[name] = first
+        failure, reference = "", want.logits
+        if kept != want.kept:
+            self.reselected += 1
+            gap = _gap(want, kept)
+            if self.exact or kept is None or gap > TIE:
+                failure = f"{name}: other visual tokens were kept, {gap:.2g} of the scores' spread "
+                failure += "below those that were not"
+            else:
+                reference = guided(kept).logits
         errors = [
-            tensor_error(f"{name}: logits of the {where}", logits[steps], want.logits[steps])
+            tensor_error(f"{name}: logits of the {where}", logits[steps], reference[steps])
             for where, steps in (("prompt", slice(1)), ("answer", slice(1, len(said))))
             if len(said[steps])
         ]
         self.errors += errors
-        failure = first_wrong(errors, self.tolerance)
-        if kept != want.kept:
-            self.reselected += 1
-            if failure or self.exact:
-                failure = f"{name}: other visual tokens were kept; {failure or 'in FP32'}"
+        failure = failure or first_wrong(errors, self.tolerance)
         if apart and self.exact:
             failure = failure or f"{name}: token {apart[0]} of the teacher-forced answer differs"
         if first is not None and first not in apart:
@@ -237,3 +290,14 @@ class Tally:
                 "prompts whose kept visual tokens differ": self.reselected,
             },
         )
+
+
+def _gap(want: Trajectory, kept: tuple[int, ...] | None) -> float:
+    """How far the tokens kept score below those dropped for them, over the scores' spread."""
+    ours, theirs = set(want.kept or ()), set(kept or ())
+    scores = want.scores
+    if not ours ^ theirs or not ours ^ theirs <= set(scores):
+        return float("inf")
+    best = max(scores[at] for at in ours - theirs) if ours - theirs else float("inf")
+    worst = min(scores[at] for at in theirs - ours) if theirs - ours else -float("inf")
+    return (best - worst) / (float(np.std(list(scores.values()))) or 1.0)

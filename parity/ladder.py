@@ -168,7 +168,7 @@ class _Ladder:
         tokens = (
             "tokens and selections equal"
             if precision == "fp32"
-            else "tokens equal but for near ties"
+            else "tokens and selections equal but for near ties"
         )
         yield Step(
             "files",
@@ -224,7 +224,7 @@ class _Ladder:
         yield Step(
             "half answers",
             "the torch chain in FP32 and in FP16 arithmetic",
-            f"tokens equal but for near ties, {loose} of their spread, all finite",
+            f"tokens and selections equal but for near ties, {loose} of their spread, all finite",
             self._half_answers,
             TORCH,
         )
