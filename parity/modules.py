@@ -7,6 +7,7 @@ does and ONNX Runtime on x86 does not (it computes FP16 graphs in FP32 and never
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -47,7 +48,9 @@ def run_module(
     dtype = torch.float16 if half else torch.float32
     inputs = {name: _tensor(value, None if half else dtype) for name, value in feeds.items()}
     if isinstance(module, Selector):
-        outputs = list(module(*inputs.values()))
+        # By name: a score that reads no values has no input for them.
+        wanted = inspect.signature(module.forward).parameters
+        outputs = list(module(**{name: inputs.get(name) for name in wanted}))
     else:
         call = _streamed(module, graph, dtype)
         if isinstance(module, Vision):

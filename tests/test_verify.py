@@ -189,6 +189,15 @@ def test_parts_of_a_stage_are_graphs_of_their_own(folder):
     assert found["answers"] == PASSED
 
 
+def test_a_selection_that_reads_no_values(folder):
+    """FastV scores by attention alone: its graph has one input less."""
+    bundle = build(str(folder / "toy"), plan="fastv:k=2,r=0.75", target="rtx", out=folder / "fastv")
+    assert "value" not in {spec.name for spec in bundle.manifest.graphs["select0"].spec.inputs}
+    report = run(bundle)
+    assert report.failed is None
+    assert statuses(report)["graph select0"] == statuses(report)["half select0"] == PASSED
+
+
 def test_a_second_run_finds_the_same(built):
     bundle, report = built("cpu")
     report.write(bundle.path)
