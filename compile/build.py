@@ -111,7 +111,7 @@ def build(
     folder = Path(out) / checkpoint.name / f"{staged.name}-{precision}-{wanted.name}"
     source = _source(checkpoint, staged, wanted, precision, contexts, parts)
     workshop = Workshop(folder, _key(source, checkpoint), reporter)
-    if workshop.up_to_date():
+    if workshop.up_to_date() and not Bundle.open(folder).changed():
         return Bundle.open(folder)
     with workshop as work:
         check_disk(placement, work.folder)

@@ -7,6 +7,7 @@ inode) beside the manifest says which files need no second hashing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -233,12 +234,15 @@ class Bundle:
         Raises:
             BundleError: naming the first file that is missing or changed.
         """
-        check_files(
-            {self.file(name): fact for name, fact in self.manifest.files.items()},
-            self.path / STAMP,
-            rehash=rehash,
-            mend="Build it again: make engines MODEL=...",
-        )
+        mend = "Build it again: make engines MODEL=..."
+        check_files(self._files(), self.path / STAMP, rehash=rehash, mend=mend)
+
+    def changed(self) -> list[Path]:
+        """Its files that are missing or not what was built."""
+        return changed_files(self._files(), self.path / STAMP)
+
+    def _files(self) -> dict[Path, FileFact]:
+        return {self.file(name): fact for name, fact in self.manifest.files.items()}
 
 
 def check_files(
@@ -246,34 +250,40 @@ def check_files(
 ) -> None:
     """Make sure that ``files`` are there and unchanged; see ``Bundle.check``.
 
-    ``stamp_file`` remembers which of them were hashed; ``mend`` is what to type when one is not
-    what it was.
+    ``mend`` is what to type when one is not what it was.
 
     Raises:
         BundleError: naming the first file that is missing or changed.
     """
+    for file in changed_files(files, stamp_file, rehash=rehash):
+        if not file.is_file():
+            raise BundleError(f"{file} is missing from the bundle. {mend}")
+        raise BundleError(f"{file} is not the file that was built: its contents changed. {mend}")
+
+
+def changed_files(
+    files: Mapping[Path, FileFact], stamp_file: Path, *, rehash: bool = False
+) -> list[Path]:
+    """Those of ``files`` that are missing or changed; ``stamp_file`` remembers what was hashed."""
     known = {} if rehash else _read_stamps(stamp_file)
-    stamps = {}
+    stamps, changed = {}, []
     for file, fact in files.items():
         try:
             status = file.stat()
-        except OSError as error:
-            raise BundleError(
-                f"{file} is missing from the bundle ({error.strerror}). {mend}"
-            ) from error
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ino, fact.sha256]
-        if status.st_size != fact.nbytes or (
-            known.get(file.name) != stamp and sha256(file) != fact.sha256
-        ):
-            raise BundleError(
-                f"{file} is not the file that was built: its contents changed. {mend}"
-            )
-        stamps[file.name] = stamp
-    if stamps != known:
-        try:
-            stamp_file.write_text(json.dumps(stamps))
         except OSError:
-            return  # a read-only bundle is hashed every time
+            changed.append(file)
+            continue
+        stamp = [status.st_size, status.st_mtime_ns, status.st_ino, fact.sha256]
+        if status.st_size == fact.nbytes and (
+            known.get(file.name) == stamp or sha256(file) == fact.sha256
+        ):
+            stamps[file.name] = stamp
+        else:
+            changed.append(file)
+    if stamps != known:
+        with contextlib.suppress(OSError):  # a read-only bundle is hashed every time
+            stamp_file.write_text(json.dumps(stamps))
+    return changed
 
 
 def find_bundle(path: Path) -> Path:

@@ -235,6 +235,8 @@ def test_a_changed_or_missing_file_is_noticed(checkpoint, tmp_path):
     target.write_bytes(data)
     with pytest.raises(BundleError, match=r"prefix\.bin is not the file that was built"):
         load(bundle.path)
+    build(str(checkpoint), plan="dense", out=tmp_path)  # what the message says to type
+    load(bundle.path).close()
     target.unlink()
     with pytest.raises(BundleError, match=r"prefix\.bin is missing"):
         load(bundle.path)

@@ -23,7 +23,7 @@ from typing import Any
 
 from ..compile.disk import require_room
 from ..compile.steps import Reporter, Silent, Steps
-from ..graphs.bundle import MANIFEST, Bundle, FileFact, check_files, sha256
+from ..graphs.bundle import MANIFEST, Bundle, FileFact, changed_files, check_files, sha256
 from ..graphs.errors import EngineError, TargetError
 from ..graphs.targets import Capability, Target, find_target, show_capability
 from .compiler import run_worker
@@ -216,6 +216,7 @@ def compile_engines(
     index = bundle.path / FOLDER / INDEX
     with Steps(bundle.path / FOLDER, key, reporter) as steps:
         recipes = recipes_of(bundle.manifest)
+        _drop_changed(steps.folder, recipes)
         if not index.exists():
             require_room(
                 steps.folder,
@@ -241,6 +242,18 @@ def compile_engines(
     engines = Engines.open(bundle)
     assert engines is not None
     return engines
+
+
+def _drop_changed(folder: Path, recipes: Sequence[Recipe]) -> None:
+    """Remove engines that are not what was compiled, so that they are compiled again."""
+    facts = {}
+    for recipe in recipes:
+        noted = folder / _facts_file(recipe)
+        if noted.is_file():
+            fact = json.loads(noted.read_text())
+            facts[folder / fact["file"]] = FileFact(fact["nbytes"], fact["sha256"])
+    for file in changed_files(facts, folder / STAMP):
+        file.unlink(missing_ok=True)
 
 
 def _compile(
