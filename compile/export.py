@@ -143,7 +143,7 @@ def _stage(stage: DecoderStage, stitcher: Stitcher, inputs: list) -> list:
     out = stage.compose(
         stitcher.call, rows, positions, order, slot_order, write_index, gates, pairs
     )
-    extras = [value for value in (out.probe_query, out.logits) if value is not None]
+    extras = [out.queries] if out.logits is None else [out.queries, out.logits]
     return [out.rows, *extras, *(value for pair in out.caches for value in pair)]
 
 

@@ -23,7 +23,7 @@ from .plan import StagePlan
 from .precision import NARROW, Widening
 
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 MAX_MANIFEST_BYTES = 16 << 20
 STAMP = ".stamp.json"
 

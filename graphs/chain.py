@@ -89,7 +89,7 @@ class TorchExecutor:
             self.caches[stage],
         )
         self.caches[stage] = out.caches
-        return StageResult(out.rows, out.probe_query, out.logits)
+        return StageResult(out.rows, out.queries, out.logits)
 
     def select(
         self, edge, probe_query, slot_order, query_order, visual_slots, rows, positions, order

@@ -153,6 +153,9 @@ def stage_spec(
 ) -> GraphSpec:
     """Contract of (a part of) a stage: Q rows in, the same rows updated out, caches appended to.
 
+    ``queries`` are the last row's, rotated, of every layer: what a selection or a probe of that
+    layer reads, and with the cache all there is to say about the row's attention.
+
     The portable lowering returns only the new key and value rows ([B,G,Q,d]); its caller writes
     them at ``write_index``. The ``llm`` lowering returns the whole cache, aliased to its input.
     """
@@ -171,9 +174,10 @@ def stage_spec(
         inputs.append(TensorSpec("gates", dtype, (len(gated), 2, "B", "S")))
     inputs += [TensorSpec(name, dtype, ("B", groups, "S", width)) for name in caches]
 
-    outputs = [TensorSpec("rows.out", rows, ("B", "Q", text.hidden))]
-    if part.ends(plan) and probed(plan, part.stage):
-        outputs.append(TensorSpec("probe_query", dtype, ("B", text.heads, width)))
+    outputs = [
+        TensorSpec("rows.out", rows, ("B", "Q", text.hidden)),
+        TensorSpec("queries", dtype, (part.depth, "B", text.heads, width)),
+    ]
     if part.ends(plan) and part.stage == len(plan.stages) - 1:
         outputs.append(TensorSpec("logits", "float32", ("B", text.vocab)))
     slots = "Q" if portable else "S"
@@ -182,12 +186,14 @@ def stage_spec(
 
 
 def probed(plan: StagePlan, index: int) -> bool:
-    """Whether stage ``index`` ends in a selection and so hands out its last row's query."""
+    """Whether stage ``index`` ends in a selection."""
     return index < len(plan.edges) and plan.edges[index].op == "select"
 
 
 def select_spec(text: TextConfig, edge: Edge, dtype: str, widening: Widening = NARROW) -> GraphSpec:
     """Contract of a selection: the last row's query scores N visual rows, the best K leave.
+
+    ``probe_query`` is the last of the ``queries`` of the stage before.
 
     ``visual_slots`` says in which slot of the probed layer's cache each offered row lies; padding
     rows carry the order ``INVISIBLE`` and are chosen last. A score of attention alone reads no

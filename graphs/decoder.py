@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TextConfig
-from .contract import Part, probed
+from .contract import Part
 from .ops import Eager, Gate, View
 from .plan import StagePlan
 from .precision import NARROW, Widening
@@ -28,10 +28,10 @@ Call = Callable[..., Any]
 
 
 class StageOutput(NamedTuple):
-    """What a stage returns; ``probe_query`` and ``logits`` only where the contract has them."""
+    """What a stage returns; ``logits`` only where the contract has them."""
 
     rows: Tensor  # (B, Q, D)
-    probe_query: Tensor | None  # (B, H, d), last row of the last layer
+    queries: Tensor  # (layers, B, H, d), rotated, of the last row
     logits: Tensor | None  # (B, V) float32, last row
     caches: list[Cache]
 
@@ -204,14 +204,17 @@ class Head(nn.Module):
         return (cos, sin, view.visible, *window, *split)
 
 
-class Probe(nn.Module):
-    """The query of the last row, which scores the visual tokens at the stage's end."""
+class LastQueries(nn.Module):
+    """The last row's query in every layer: with the caches it says what that row looked at.
+
+    Selections and probes read it; where nothing does, it costs a copy of one row per layer.
+    """
 
     kind = ()
 
-    def forward(self, query: Tensor) -> Tensor:
-        """(B, H, Q, d) -> (B, H, d)."""
-        return query[:, :, -1]
+    def forward(self, *queries: Tensor) -> Tensor:
+        """(B, H, Q, d) of each layer -> (layers, B, H, d)."""
+        return torch.stack([query[:, :, -1] for query in queries])
 
 
 class Logits(nn.Module):
@@ -262,7 +265,7 @@ class DecoderStage(nn.Module):
         }
         self.model = Body(text, ops, kinds, last)
         self.head = Head(text, ops)
-        self.probe = Probe() if part.ends(plan) and probed(plan, part.stage) else None
+        self.last_queries = LastQueries()
         if last:
             self.lm_head = Linear(ops, text.hidden, text.vocab, bias=False)
 
@@ -282,18 +285,18 @@ class DecoderStage(nn.Module):
         cos, sin, visible = shared[:3]
         window = shared[3] if self.portable else None
         gate = iter(shared[4 if self.portable else 3 :])
-        grown, query = [], None
+        grown, queries = [], []
         for layer, (key, value) in zip(self.model.layers.values(), caches, strict=True):
             gated = (None, None) if layer.mode == "dense" else (next(gate), next(gate))
             rows, query, key, value = call(
                 layer, rows, cos, sin, write_index, visible, window, *gated, key, value
             )
             grown.append((key, value))
-        probe_query = call(self.probe, query) if self.probe is not None else None
+            queries.append(query)
         logits = None
         if hasattr(self, "lm_head"):
             logits = call(Logits(self.model.norm, self.lm_head), rows)
-        return StageOutput(rows, probe_query, logits, grown)
+        return StageOutput(rows, call(self.last_queries, *queries), logits, grown)
 
     def forward(self, *inputs: Any) -> StageOutput:
         """Run eagerly; inputs as in ``compose``."""

@@ -32,7 +32,7 @@ class StageResult(NamedTuple):
     """What an executor returns from one call of a stage."""
 
     rows: Rows
-    probe_query: Any | None
+    queries: Any  # (layers, B, H, d): the last row's, rotated
     logits: Any | None
 
 
@@ -201,7 +201,7 @@ class Chain:
         result = results[-1]
         for index, edge in enumerate(self.plan.edges):
             if visual is not None and edge.op == "select":
-                kept = self._select(index, result.probe_query, visual, slots, text.order[:, -1])
+                kept = self._select(index, result.queries[-1], visual, slots, text.order[:, -1])
                 done.kept.append(kept)
                 visual = Segment(True, kept.rows, kept.positions, kept.order)
             elif edge.op == "drop":

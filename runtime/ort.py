@@ -107,16 +107,19 @@ class OrtExecutor:
             feeds["gates"] = gates.astype(self.dtype, copy=False)
         caches = self.caches[stage]
         outputs: dict[str, np.ndarray] = {}
+        queries = []
         with self._timed(f"stage{stage}"):
             for part in self.parts[stage]:
                 outputs |= part.run(feeds, {"B": self.batch, "Q": count})
                 feeds["rows"] = outputs["rows.out"]
+                queries.append(outputs["queries"])
                 if "gates" in feeds:  # each part takes those of its own layers
                     feeds["gates"] = feeds["gates"][part.gated :]
             if self.portable:
                 for name, cache in caches.items():
                     cache[:, :, write_index : write_index + count] = outputs[appended(name)]
-        return StageResult(outputs["rows.out"], outputs.get("probe_query"), outputs.get("logits"))
+        by_layer = queries[0] if len(queries) == 1 else np.concatenate(queries)
+        return StageResult(outputs["rows.out"], by_layer, outputs.get("logits"))
 
     def select(
         self, edge, probe_query, slot_order, query_order, visual_slots, rows, positions, order

@@ -236,7 +236,7 @@ def torch_outputs(graph, config, plan, weights, feeds):
     gates = feeds.get("gates")
     caches = values[6:] if gates is not None else values[5:]
     out = module(*values[:5], gates, list(zip(caches[::2], caches[1::2], strict=True)))
-    flat = [t for t in (out.rows, out.probe_query, out.logits) if t is not None]
+    flat = [t for t in (out.rows, out.queries, out.logits) if t is not None]
     flat += [cache for pair in out.caches for cache in pair]
     return dict(zip([spec.name for spec in graph.spec.outputs], flat, strict=True))
 
