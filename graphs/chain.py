@@ -21,8 +21,8 @@ from .errors import PlanError, PromptError
 from .ops import Eager
 from .plan import StagePlan
 from .precision import NARROW, Widening
-from .rows import Chain, Kept, Segment, StageResult
-from .select import Selector
+from .rows import Chain, Kept, Segment, StageResult, last_layers
+from .select import Prober, Selector
 
 Span = tuple[int, int]
 
@@ -32,14 +32,15 @@ class ChainResult:
     """What ``run`` returns.
 
     logits: (B, V) of the last prompt row. kept: per sample, the absolute positions of the visual
-    tokens left by the last selection (all of them where the plan selects nothing). trigger, exit:
-    last layer with all visual tokens, last layer with any. tokens: (B, max_new_tokens) greedy.
+    tokens left by the last selection (all of them where nothing was selected). trigger, exit: last
+    layer with all visual tokens, last layer with any; one for each sample where the plan decides
+    per prompt and the batch has several. tokens: (B, max_new_tokens) greedy.
     """
 
     logits: Tensor
     kept: list[list[int]]
-    trigger: int
-    exit: int
+    trigger: int | list[int]
+    exit: int | list[int]
     tokens: Tensor
 
 
@@ -60,9 +61,11 @@ class TorchExecutor:
             load_weights(DecoderStage(text, plan, part, Eager(), widening), weights)
             for part in whole_stages(plan)
         ]
+        self.layers = [stage.layers for stage in plan.stages]
         self.selectors = {
             index: Selector(edge) for index, edge in enumerate(plan.edges) if probed(plan, index)
         }
+        self.prober = Prober()
         self.caches = [
             [(self._empty(), self._empty()) for _ in cache_names(stage.layers)]
             for stage in plan.stages
@@ -108,6 +111,23 @@ class TorchExecutor:
             torch.from_numpy(order),
         )
         return Kept(kept_rows, kept_positions.numpy(), kept_order.numpy(), scores.numpy())
+
+    def probe(self, stage, layer, query, slot_order, query_order, visual_slots):
+        """Read one layer of stage ``stage``."""
+        key, value = self.caches[stage][layer - self.layers[stage][0]]
+        readings = self.prober(
+            query,
+            key,
+            value,
+            torch.from_numpy(slot_order.copy()),
+            torch.from_numpy(query_order),
+            torch.from_numpy(visual_slots.copy()),
+        )
+        return tuple(reading.numpy() for reading in readings)
+
+    def take(self, rows: Tensor, index: np.ndarray) -> Tensor:
+        """Rows ``index`` along Q."""
+        return rows[:, torch.from_numpy(index)]
 
     def concatenate(self, parts: Sequence[Tensor]) -> Tensor:
         """Join rows along Q."""
@@ -158,6 +178,8 @@ def run(
     text = TextConfig.from_hf(dict(config))
     batch, length, _ = embeds.shape
     _check(plan, text, spans, batch, length)
+    if plan.probe is not None and batch > 1:
+        return _one_by_one(weights, config, embeds, spans, plan, max_new_tokens)
     executor = TorchExecutor(text, plan, weights, batch)
     chain = Chain(plan, executor, batch)
     done = chain.prefill(segments(embeds, spans))
@@ -172,7 +194,23 @@ def run(
         for sample in range(batch)
     ]
     chosen = torch.stack(tokens, 1) if tokens else torch.zeros((batch, 0), dtype=torch.long)
-    return ChainResult(done.logits, kept, plan.trigger, plan.exit, chosen)
+    trigger, exit_ = last_layers(plan, done)
+    return ChainResult(done.logits, kept, trigger, exit_, chosen)
+
+
+def _one_by_one(weights, config, embeds, spans, plan, max_new_tokens) -> ChainResult:
+    """Prompts that may go different ways through the stages."""
+    results = [
+        run(weights, config, embeds[i : i + 1], spans[i : i + 1], plan, max_new_tokens)
+        for i in range(len(spans))
+    ]
+    return ChainResult(
+        torch.cat([result.logits for result in results]),
+        [result.kept[0] for result in results],
+        [result.trigger for result in results],  # type: ignore[misc]
+        [result.exit for result in results],  # type: ignore[misc]
+        torch.cat([result.tokens for result in results]),
+    )
 
 
 def segments(embeds: Tensor, spans: Sequence[Sequence[Span]]) -> list[Segment]:

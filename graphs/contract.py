@@ -27,6 +27,9 @@ PADDING_ORDER = INVISIBLE - 1
 SLOT_STEP = 64
 """Fixed numbers of slots are multiples of this."""
 
+PROBE = "probe"
+"""Name of the graph that reads a layer in plans that decide per prompt."""
+
 ORT_LLM_SINCE = (1, 25)
 """First ONNX Runtime that runs the ``llm`` lowering (opset 24: Attention, TensorScatter)."""
 
@@ -119,7 +122,12 @@ def part_names(parts: Sequence[Part]) -> list[str]:
 
 
 def stage_of(graph: str) -> int:
-    """The stage that a graph belongs to by its name: 1 for ``stage1.part0`` and ``select1``."""
+    """The stage that a graph belongs to by its name: 1 for ``stage1.part0`` and ``select1``.
+
+    The probe reads any stage; where it runs, all have the same room, so the first stands for them.
+    """
+    if graph == PROBE:
+        return 0
     return int(graph.split(".")[0].removeprefix("stage").removeprefix("select"))
 
 
@@ -220,6 +228,28 @@ def select_spec(text: TextConfig, edge: Edge, dtype: str, widening: Widening = N
             TensorSpec("positions.out", "int32", ("B", edge.keep)),
             TensorSpec("order.out", "int32", ("B", edge.keep)),
             TensorSpec("scores", "float32", ("B", "N")),
+        ),
+    )
+
+
+def probe_spec(text: TextConfig, dtype: str) -> GraphSpec:
+    """Contract of a probe: what the last row's attention in one layer makes of N visual tokens.
+
+    ``query`` is that layer's of ``queries``, key and value its cache.
+    """
+    groups, width = text.kv_heads, text.head_dim
+    return GraphSpec(
+        inputs=(
+            TensorSpec("query", dtype, ("B", text.heads, width)),
+            TensorSpec("key", dtype, ("B", groups, "S", width)),
+            TensorSpec("value", dtype, ("B", groups, "S", width)),
+            TensorSpec("slot_order", "int32", ("B", "S")),
+            TensorSpec("query_order", "int32", ("B",)),
+            TensorSpec("visual_slots", "int64", ("B", "N")),
+        ),
+        outputs=(
+            TensorSpec("cosine", "float32", ("B", "N")),
+            TensorSpec("norm", "float32", ("B", "N")),
         ),
     )
 

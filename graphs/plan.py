@@ -14,15 +14,19 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NoReturn, get_args
 
 from .errors import PlanError
 
 VERSION = 1
 """Version of the dict form. Readers refuse others."""
+
+MAX_NAME = 100
+"""Longest name of a plan: it becomes part of a directory's."""
 
 MAX_KEEP = 3840
 """Largest K of a selection: TensorRT's TopK goes no further."""
@@ -42,7 +46,9 @@ Mode = Literal["dense", "text_blind", "text_blind_novv", "sink", "sink_half"]
 Norm = Literal["gated", "renorm"]
 """``gated``: removed after the softmax, its mass is lost; ``renorm``: masked before the softmax."""
 
-Op = Literal["select", "drop"]
+Op = Literal["select", "drop", "probe"]
+"""What an edge does: keep K tokens, keep none, or whatever the plan's ``Probe`` finds."""
+
 Score = Literal["value_norm", "attention"]
 
 MODES: tuple[str, ...] = get_args(Mode)
@@ -90,7 +96,6 @@ class Edge:
     op: Op
     score: Score | None = None  # select: what the last prompt row ranks them by
     keep: int | None = None  # select: K, for all images of a prompt together
-    threshold: float | None = None  # exact plans; refused by this version
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form, without what a ``drop`` does not have."""
@@ -99,8 +104,51 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """How a plan decides per prompt: what the last prompt row's attention must show, and when.
+
+    In every layer from ``first`` on, o is that row's attention output (all heads, before the
+    output projection) and c_j the part of it that comes from visual token j.
+
+        trigger   the first layer where some cos(o - c_j, o) < cosine; kept are the tokens with
+                  |c_j| > contribution in that layer (>= where not ``strict``)
+        exit      the layer that brings the number of quiet layers since to ``exit_layers``; quiet
+                  is a layer where every kept token has cos(o - c_j, o) >= exit_cosine
+
+    Both act at the next edge. ``consecutive``: a layer that is not quiet starts the count again.
+    ``buckets``: row counts that a selection is padded to, ascending; empty: exactly what is kept.
+
+    Source: methods.md 1.2 and 1.3.
+    """
+
+    first: int
+    cosine: float
+    contribution: float
+    strict: bool = True
+    exit_cosine: float | None = None  # None: vision stays to the end
+    exit_layers: int = 2
+    consecutive: bool = False
+    buckets: tuple[int, ...] = ()
+
+    def rows_for(self, kept: int) -> int:
+        """Rows that ``kept`` tokens take: their bucket, beyond the largest a multiple of it."""
+        if not self.buckets or not kept:
+            return kept
+        largest = self.buckets[-1]
+        return next((size for size in self.buckets if size >= kept), -(-kept // largest) * largest)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form."""
+        return {**asdict(self), "buckets": list(self.buckets)}
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """The ordered stages of a decoder and the edges between them.
+
+    A plan with a ``probe`` decides per prompt: every edge is a ``probe``, and every stage has room
+    for all N visual tokens. It is *exact* where an edge follows each probed layer and nothing is
+    padded, *adaptive* otherwise. All other plans are *static*.
 
     Raises:
         PlanError: on construction, when a field contradicts another or asks for something that
@@ -115,23 +163,38 @@ class StagePlan:
     decode_sees_shallow_vision: bool = False  # gates all open in decode steps
     calibrated: bool = False
     note: str = ""
+    probe: Probe | None = None
 
     def __post_init__(self) -> None:
         _check_plan(self)
 
     @property
-    def trigger(self) -> int:
-        """t: the last layer with all N visual tokens (a selection that keeps all N ends it too)."""
-        return self.stages[0].layers[1] - 1
+    def kind(self) -> Literal["static", "exact", "adaptive"]:
+        """Who decides t, K and e: the plan, or each prompt, exactly or at the next edge."""
+        if self.probe is None:
+            return "static"
+        single = all(len(self.probed_layers(i)) == 1 for i in range(len(self.edges)))
+        reaches_the_end = self.stages[-1].depth == 1
+        return "exact" if single and reaches_the_end and not self.probe.buckets else "adaptive"
 
     @property
-    def exit(self) -> int:
-        """e: the last layer with any visual tokens."""
+    def trigger(self) -> int | None:
+        """t: the last layer with all N visual tokens (a selection that keeps all N ends it too).
+
+        None where every prompt has its own.
+        """
+        return None if self.probe else self.stages[0].layers[1] - 1
+
+    @property
+    def exit(self) -> int | None:
+        """e: the last layer with any visual tokens; None where every prompt has its own."""
+        if self.probe:
+            return None
         return max(stage.layers[1] for stage in self.stages if stage.visual_tokens) - 1
 
     @property
     def keep(self) -> int | None:
-        """K of the first selection, None in a plan without one."""
+        """K of the first selection, None in a plan without one that is known beforehand."""
         return next((edge.keep for edge in self.edges if edge.op == "select"), None)
 
     @property
@@ -139,6 +202,13 @@ class StagePlan:
         """The layers that selections read: the last one of each stage before a ``select``."""
         pairs = zip(self.stages, self.edges, strict=False)
         return tuple(stage.layers[1] - 1 for stage, edge in pairs if edge.op == "select")
+
+    def probed_layers(self, stage: int) -> range:
+        """Layers of ``stage`` whose probe can still change something: an edge follows them."""
+        if self.probe is None or stage >= len(self.edges):
+            return range(0)
+        start, stop = self.stages[stage].layers
+        return range(max(start, self.probe.first), stop)
 
     @property
     def is_dense(self) -> bool:
@@ -170,6 +240,7 @@ class StagePlan:
             "decode_sees_shallow_vision": self.decode_sees_shallow_vision,
             "calibrated": self.calibrated,
             "note": self.note,
+            **({"probe": self.probe.to_dict()} if self.probe else {}),
         }
 
     @classmethod
@@ -189,7 +260,7 @@ class StagePlan:
             for i, item in enumerate(_list(fields["stages"], "stages"))
         ]
         edges = [
-            _fields(item, f"edges[{i}]", ("op",), ("score", "keep", "threshold"))
+            _fields(item, f"edges[{i}]", ("op",), ("score", "keep"))
             for i, item in enumerate(_list(fields.get("edges", []), "edges"))
         ]
         for i, stage in enumerate(stages):
@@ -197,12 +268,20 @@ class StagePlan:
                 stage[key] = tuple(_list(stage[key], f"stages[{i}].{key}"))
         fields["stages"] = tuple(Stage(**stage) for stage in stages)
         fields["edges"] = tuple(Edge(**edge) for edge in edges)
+        if "probe" in fields:
+            probe = _fields(fields["probe"], "probe", *_PROBE_FIELDS)
+            probe["buckets"] = tuple(_list(probe.get("buckets", []), "probe.buckets"))
+            fields["probe"] = Probe(**probe)
         return cls(**fields)
 
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._+-]{{0,{MAX_NAME - 1}}}")
 _PLAN_REQUIRED = ("version", "name", "layers", "visual_tokens", "stages")
-_PLAN_OPTIONAL = ("edges", "decode_sees_shallow_vision", "calibrated", "note")
+_PLAN_OPTIONAL = ("edges", "decode_sees_shallow_vision", "calibrated", "note", "probe")
+_PROBE_FIELDS = (
+    ("first", "cosine", "contribution"),
+    ("strict", "exit_cosine", "exit_layers", "consecutive", "buckets"),
+)
 
 
 def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
@@ -217,7 +296,8 @@ def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
 def _check_plan(plan: StagePlan) -> None:
     if not isinstance(plan.name, str) or not _NAME.fullmatch(plan.name):
         # The name becomes part of a directory's name.
-        _refuse("name", plan.name, "1 to 100 letters, digits or any of . _ + -", "Rename the plan.")
+        wanted = f"1 to {MAX_NAME} letters, digits or any of . _ + -"
+        _refuse("name", plan.name, wanted, "Rename the plan.")
     if not isinstance(plan.note, str) or not (plan.note.isprintable() and len(plan.note) <= 500):
         _refuse("note", plan.note, "one printable line of up to 500 characters", "Shorten it.")
     for field in ("decode_sees_shallow_vision", "calibrated"):
@@ -249,6 +329,7 @@ def _check_plan(plan: StagePlan) -> None:
         )
     for i, edge in enumerate(plan.edges):
         _check_edge(i, edge, plan.stages[i], plan.stages[i + 1])
+    _check_probe(plan)
 
 
 def _check_stage(at: str, stage: Stage, start: int, first: bool) -> None:
@@ -285,17 +366,17 @@ def _check_stage(at: str, stage: Stage, start: int, first: bool) -> None:
 def _check_edge(index: int, edge: Edge, before: Stage, after: Stage) -> None:
     at, after_field = f"edges[{index}]", f"stages[{index + 1}].visual_tokens"
     _check_word(f"{at}.op", edge.op, OPS, LATER_OPS)
-    if edge.threshold is not None:
-        fix = "Remove it and give keep, a number of tokens."
-        _refuse(f"{at}.threshold", edge.threshold, "none: exact plans are not supported yet", fix)
     if before.visual_tokens == 0:
         _refuse(f"{at}.op", edge.op, "no edge after the vision has left", "Merge the two stages.")
-    if edge.op == "drop":
+    if edge.op != "select":
         for key in ("score", "keep"):
             if getattr(edge, key) is not None:
-                _refuse(f"{at}.{key}", getattr(edge, key), "none at a drop", "Remove it.")
-        if after.visual_tokens != 0:
-            _refuse(after_field, after.visual_tokens, f"0 after the drop of {at}", "Write 0.")
+                _refuse(f"{at}.{key}", getattr(edge, key), f"none at a {edge.op}", "Remove it.")
+        # A prompt whose probe finds nothing takes all its visual tokens along.
+        room = 0 if edge.op == "drop" else before.visual_tokens
+        if after.visual_tokens != room:
+            wanted = f"{room} after the {edge.op} of {at}"
+            _refuse(after_field, after.visual_tokens, wanted, f"Write {room}.")
         return
     _check_word(f"{at}.score", edge.score, SCORES)
     limit = min(before.visual_tokens, MAX_KEEP)
@@ -310,6 +391,53 @@ def _check_edge(index: int, edge: Edge, before: Stage, after: Stage) -> None:
         field = f"stages[{index}].modes[{before.depth - 1}]"
         wanted = f"dense: {at} scores the visual tokens in this layer, and text must see them"
         _refuse(field, before.modes[-1], wanted, "Move the edge behind a dense layer.")
+
+
+def _check_probe(plan: StagePlan) -> None:
+    """The numbers of ``plan.probe``, and that edges and probe belong together."""
+    probe = plan.probe
+    for i, edge in enumerate(plan.edges):
+        if probe is None and edge.op == "probe":
+            fix = "Add probe: with first, cosine and contribution, or write select or drop."
+            _refuse(f"edges[{i}].op", "probe", "select or drop in a plan without a probe", fix)
+        if probe is not None and edge.op != "probe":
+            fix = "Write op: probe, or remove the probe."
+            _refuse(f"edges[{i}].op", edge.op, "probe, as the plan decides per prompt", fix)
+    if probe is None:
+        return
+    if not isinstance(probe, Probe):
+        _refuse("probe", probe, "the numbers of a probe", "Write first, cosine and contribution.")
+    if not plan.edges:
+        found = _Words("one")
+        _refuse("probe", found, "none in a plan without edges", "Add an edge, or remove it.")
+    blind = max(plan.stages[0].gated_layers, default=-1) + 1
+    stop = plan.stages[0].layers[1]
+    if not _is_int(probe.first) or not blind <= probe.first < stop:
+        wanted = f"{blind} to {stop - 1}: a layer of the first stage from which on all are dense"
+        _refuse("probe.first", probe.first, wanted, "Move it, or the first edge.")
+    for name, low, high in (
+        ("cosine", -1.0, 1.0),
+        ("contribution", 0.0, math.inf),
+        ("exit_cosine", -1.0, 1.0),
+    ):
+        value = getattr(probe, name)
+        if value is None and name == "exit_cosine":
+            continue
+        if not _is_number(value) or not low <= value <= high:
+            wanted = f"a number from {low:g} to {high:g}"
+            _refuse(f"probe.{name}", value, wanted, "Write one.")
+    for name in ("strict", "consecutive"):
+        if not isinstance(getattr(probe, name), bool):
+            _refuse(f"probe.{name}", getattr(probe, name), "true or false", "Write one of them.")
+    if not _is_int(probe.exit_layers) or probe.exit_layers < 1:
+        _refuse("probe.exit_layers", probe.exit_layers, "a positive integer", "Write 2.")
+    sizes = probe.buckets
+    ascending = isinstance(sizes, tuple) and all(map(_is_int, sizes))
+    if not ascending or list(sizes) != sorted(set(sizes)) or any(size < 1 for size in sizes):
+        _refuse("probe.buckets", sizes, "positive integers, ascending", "Sort them, each once.")
+    if sizes and sizes[-1] > plan.visual_tokens:
+        wanted = f"at most {plan.visual_tokens}, all that an image has"
+        _refuse("probe.buckets", sizes[-1], wanted, f"End with {plan.visual_tokens}.")
 
 
 # --- small parts ----------------------------------------------------------------------------------
@@ -346,6 +474,10 @@ def _check_word(field: str, word: Any, known: tuple[str, ...], later: tuple[str,
 def _is_int(value: Any) -> bool:
     # Positions and orders are int32 tensors, so nothing that counts tokens may exceed them.
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _is_tuple_of(value: Any, kind: type) -> bool:

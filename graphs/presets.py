@@ -3,29 +3,48 @@
 It knows methods, not models: without options every number follows from the depth and the count of
 visual tokens, and the plan says that it is uncalibrated.
 
-Source: docs/design.md section 4; VisiPruner: methods.md 1.3 and 1.8 (b); peers: methods.md 5.1.
+Source: docs/design.md section 4; VisiPruner: methods.md 1.2 to 1.4 and 1.8; peers: methods.md 5.1.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from .errors import PlanError
-from .plan import MAX_KEEP, NORMS, Edge, Mode, Norm, Score, Stage, StagePlan, nearest
+from .plan import (
+    MAX_KEEP,
+    MAX_NAME,
+    NORMS,
+    Edge,
+    Mode,
+    Norm,
+    Probe,
+    Score,
+    Stage,
+    StagePlan,
+    nearest,
+)
 
 UNCALIBRATED = "uncalibrated defaults"
 """How the note of a plan begins whose numbers nobody measured on this model."""
 
-LATER = (
-    "visipruner-code",
-    "visipruner-paper",
-    "visipruner-adaptive",
-    "hidrop",
-    "vica",
-    "embedlens",
-)
+LATER = ("hidrop", "vica", "embedlens")
+
+TEMPLATES = ("7b", "13b")
+EXIT_RULES = ("cumulative", "consecutive")
+
+BOUNDARIES = (8, 10, 12, 14, 16, 18, 20, 23, 27)
+"""Last layers of the stages of an adaptive plan, for 32 layers; others in proportion. Triggers
+fall around the middle, and a stage of two layers wastes 3 % of the visual work at most
+(methods.md 1.8 c); exits fall late and cost little."""
+
+BUCKET_SHARES = (72, 36, 18, 9, 4, 1)
+"""Buckets of an adaptive plan are N divided by these: 8, 16, 32, 64, 144 and all of 576. The
+published mean of K is 10; with all N as the largest, no token that counts is ever left out."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +54,18 @@ class Preset:
     summary: str
     options: dict[str, str]
 
+
+_TRIGGER_OPTIONS = ("boundaries", "buckets", "cosine", "contribution")
+_EXIT_OPTIONS = ("exit_cosine", "exit_layers", "exit_rule")
+_PROBE_OPTIONS = {
+    "middle": "true or false: whether tokens are selected (true)",
+    "deep": "true or false: whether the selected tokens may leave (true)",
+    "cosine": "below it in some token, a layer selects (0.995)",
+    "contribution": "tokens above this L2 norm stay (0.2)",
+    "exit_cosine": "not below it in any token, a layer is quiet (0.999)",
+    "exit_layers": "quiet layers until vision leaves (2)",
+    "exit_rule": "cumulative or consecutive: which quiet layers count together",
+}
 
 PRESETS: dict[str, Preset] = {
     "dense": Preset("the unpruned model", {}),
@@ -47,6 +78,34 @@ PRESETS: dict[str, Preset] = {
             "keep": "K, visual tokens kept after t (a ninth of them)",
             "norm": "gated or renorm: what happens to the attention taken away (gated)",
             "template": "7b or 13b: the rule of layer 0 (7b)",
+        },
+    ),
+    "visipruner-code": Preset(
+        "VisiPruner as its released code runs: every layer's probe decides, per prompt",
+        {
+            "shallow": "first layer that is not text-blind, or false (6, less in short decoders)",
+            "probe": "first layer whose probe counts (the one after shallow)",
+            "template": "7b or 13b: the rule of layer 0 (13b in a decoder of 40 layers)",
+            **_PROBE_OPTIONS,
+        },
+    ),
+    "visipruner-paper": Preset(
+        "VisiPruner as its paper describes it: every layer's probe decides, per prompt",
+        {
+            "shallow": "first layer that is not text-blind, or false (7, less in short decoders)",
+            "probe": "first layer whose probe counts (shallow)",
+            **_PROBE_OPTIONS,
+        },
+    ),
+    "visipruner-adaptive": Preset(
+        "the probe decides per prompt, and acts at the nearest later boundary of a few",
+        {
+            "shallow": "first layer that is not text-blind, or false (3/16 of the depth)",
+            "probe": "first layer whose probe counts (the one after shallow)",
+            "template": "7b or 13b: the rule of layer 0 (7b)",
+            "boundaries": "last layers of stages, such as 8-10-12 (9 of them in 32 layers)",
+            "buckets": "rows that a selection is padded to, such as 8-16-576 (6 of them)",
+            **_PROBE_OPTIONS,
         },
     ),
     "fastv": Preset(
@@ -116,15 +175,27 @@ def options_from_strings(name: str, items: Iterable[str]) -> dict[str, Any]:
     return options
 
 
+_WORDS = ("norm", "template", "exit_rule")
+_SWITCHES = ("middle", "deep")
+_LISTS = ("boundaries", "buckets")
+_NUMBERS = ("r", "ratio", "cosine", "contribution", "exit_cosine")
+
+
 def _parse(name: str, key: str, value: str) -> Any:
-    if name not in PRESETS or key not in PRESETS[name].options or key in ("norm", "template"):
+    if name not in PRESETS or key not in PRESETS[name].options or key in _WORDS:
         return value  # ``preset`` judges it
-    if key == "shallow" and value.lower() in ("false", "no", "off", "none"):
+    if key in _SWITCHES and value.lower() in ("true", "yes", "on"):
+        return True
+    if key in ("shallow", *_SWITCHES) and value.lower() in ("false", "no", "off", "none"):
         return False
     try:
-        return float(value) if key in ("r", "ratio") else int(value)
+        if key in _LISTS:
+            return tuple(int(item) for item in value.split("-"))
+        return float(value) if key in _NUMBERS else int(value)
     except ValueError:
-        kind = "a number" if key in ("r", "ratio") else "an integer"
+        kind = "a number" if key in _NUMBERS else "an integer"
+        kind = "integers such as 8-16-32" if key in _LISTS else kind
+        kind = "true or false" if key in _SWITCHES else kind
         raise PlanError(f"{name}: found {key}={value[:40]}, expected {kind}.") from None
 
 
@@ -151,6 +222,38 @@ class _Request:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             self.refuse(option, value, "a number from 0 to 1")
         return value
+
+    def number(self, option: str, default: float, low: float, high: float) -> float:
+        value = self.options.get(option, default)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not low <= value <= high:
+            self.refuse(option, value, f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    def switch(self, option: str, default: bool) -> bool:
+        value = self.options.get(option, default)
+        if not isinstance(value, bool):
+            self.refuse(option, value, "true or false")
+        return value
+
+    def integers(self, option: str, default: tuple[int, ...], low: int, high: int) -> list[int]:
+        """Ascending, from ``low`` to ``high``."""
+        value = self.options.get(option, default)
+        fits = isinstance(value, (tuple, list)) and bool(value)
+        if not fits or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
+            self.refuse(option, value, "integers")
+        if list(value) != sorted(set(value)) or not low <= value[0] <= value[-1] <= high:
+            self.refuse(option, value, f"integers from {low} to {high}, ascending")
+        return list(value)
+
+    def without(self, reason: str, *options: str) -> None:
+        """Refuse options that ``reason`` leaves without a meaning."""
+        for option in options:
+            if option in self.options:
+                raise PlanError(
+                    f"{self.preset}: found {option}={_word(self.options[option])} beside {reason}, "
+                    f"expected one of the two. Remove {option}."
+                )
 
     def word(self, option: str, known: tuple[str, ...]) -> str:
         value = self.options.get(option, known[0])
@@ -183,20 +286,49 @@ class _Request:
                 edges.append(Edge("select", score, count) if count else Edge("drop"))
             stages.append(Stage((start, stop), count, head + dense, norm if head else "gated"))
             start = stop
+        return self._named(tuple(stages), tuple(edges))
+
+    def probing(
+        self,
+        ends: list[int],
+        probe: Probe | None,
+        shallow: tuple[Mode, ...],
+        decode_sees: bool = False,
+    ) -> StagePlan:
+        """A plan that decides per prompt; ``ends``: the last layer of every stage but the last."""
+        stages: list[Stage] = []
+        ends = ends if probe else []
+        for start, stop in pairwise([0, *(end + 1 for end in ends), self.layers]):
+            head = () if stages else shallow
+            modes = head + _repeat("dense", stop - start - len(head))
+            stages.append(Stage((start, stop), self.visual_tokens, modes))
+        edges = (Edge("probe"),) * len(ends)
+        return self._named(
+            tuple(stages), edges, probe=probe, decode_sees_shallow_vision=decode_sees
+        )
+
+    def _named(self, stages: tuple[Stage, ...], edges: tuple[Edge, ...], **more: Any) -> StagePlan:
+        """The plan, called after what was asked for."""
         changed = {
             key: self.options[key] for key in PRESETS[self.preset].options if key in self.options
         }
         words = [self.preset, *(f"{key}{_word(value)}" for key, value in changed.items())]
         return StagePlan(
-            name="-".join(words),
+            name=_short("-".join(words)),
             layers=self.layers,
             visual_tokens=self.visual_tokens,
-            stages=tuple(stages),
-            edges=tuple(edges),
+            stages=stages,
+            edges=edges,
             note=self._note(set(changed)),
+            **more,
         )
 
     def _note(self, given: set[str]) -> str:
+        if "cosine" in PRESETS[self.preset].options:
+            by_hand = bool(given & {"cosine", "contribution", "exit_cosine"})
+            return (
+                "thresholds chosen by hand" if by_hand else f"{UNCALIBRATED}: as published for 7B"
+            )
         left = [
             key for key in PRESETS[self.preset].options if key not in given | {"norm", "template"}
         ]
@@ -205,7 +337,17 @@ class _Request:
         return f"{UNCALIBRATED}: {', '.join(left)}" if left else "chosen by hand, not calibrated"
 
 
+def _short(name: str) -> str:
+    """A name that a directory can have; two that are cut still differ."""
+    if len(name) <= MAX_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name[: MAX_NAME - 9]}-{digest}"
+
+
 def _word(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return "-".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -221,7 +363,7 @@ def _visipruner(ask: _Request) -> StagePlan:
     e = ask.integer("e", 27 * ask.layers // 32)
     keep = ask.integer("keep", min(max(1, ask.visual_tokens // 9), MAX_KEEP))
     norm: Any = ask.word("norm", NORMS)
-    template = ask.word("template", ("7b", "13b"))
+    template = ask.word("template", TEMPLATES)
     if not 0 <= e <= last:
         ask.refuse("e", e, f"a layer from 0 to {last}")
     if not 0 <= t < e:
@@ -242,6 +384,79 @@ def _visipruner(ask: _Request) -> StagePlan:
         modes = (first, *_repeat("text_blind", shallow - 1))
     counts = [(t + 1, ask.visual_tokens), (e + 1, keep), (ask.layers, 0)]
     return ask.plan(counts if e < last else counts[:2], "value_norm", modes, norm)
+
+
+def _visipruner_code(ask: _Request) -> StagePlan:
+    template = ask.word("template", TEMPLATES if ask.layers != 40 else TEMPLATES[::-1])
+    # The code compares with < and with > around one number, which leaves a dense layer between.
+    shallow, first = _text_blind(ask, min(6, 3 * ask.layers // 16), gap=1)
+    modes = _shallow("sink_half" if template == "13b" else "sink", "text_blind", shallow)
+    ends = list(range(first, ask.layers - 1))
+    return ask.probing(ends, _probe(ask, first), modes, decode_sees=True)
+
+
+def _visipruner_paper(ask: _Request) -> StagePlan:
+    shallow, first = _text_blind(ask, min(7, 3 * ask.layers // 16 + 1), gap=0)
+    modes = _shallow("sink", "text_blind_novv", shallow)
+    probe = _probe(ask, first, EXIT_RULES[::-1])
+    ends = list(range(first, ask.layers - 1))
+    return ask.probing(ends, probe and replace(probe, strict=False), modes)
+
+
+def _visipruner_adaptive(ask: _Request) -> StagePlan:
+    template = ask.word("template", TEMPLATES)
+    shallow, first = _text_blind(ask, 3 * ask.layers // 16, gap=1)
+    modes = _shallow("sink_half" if template == "13b" else "sink", "text_blind", shallow)
+    last = ask.layers - 2
+    near = {min(max(end * ask.layers // 32, first), last) for end in BOUNDARIES}
+    ends = ask.integers("boundaries", tuple(sorted(near)), first, last)
+    sizes = {max(1, ask.visual_tokens // share) for share in BUCKET_SHARES}
+    buckets = ask.integers("buckets", tuple(sorted(sizes)), 1, ask.visual_tokens)
+    probe = _probe(ask, first)
+    return ask.probing(ends, probe and replace(probe, buckets=tuple(buckets)), modes)
+
+
+def _text_blind(ask: _Request, default: int, gap: int) -> tuple[int, int]:
+    """Options ``shallow`` and ``probe``: the number of text-blind layers, the first probed one."""
+    off = ask.options.get("shallow") is False
+    middle = default if off else ask.integer("shallow", default)
+    # What the last layer's probe finds can change nothing.
+    last = ask.layers - 2
+    if not 0 <= middle <= last:
+        ask.refuse("shallow", middle, f"a layer from 0 to {last}")
+    shallow = 0 if off else middle
+    first = ask.integer("probe", min(middle + gap, last))
+    if not shallow <= first <= last:
+        wanted = f"a layer from shallow={shallow} to {last}, the last but one"
+        ask.refuse("probe", first, wanted)
+    return shallow, first
+
+
+def _shallow(first: Mode, others: Mode, count: int) -> tuple[Mode, ...]:
+    return (first, *_repeat(others, count - 1)) if count else ()
+
+
+def _probe(ask: _Request, first: int, rules: tuple[str, ...] = EXIT_RULES) -> Probe | None:
+    """The numbers of the released scripts unless others were asked for; None without a middle."""
+    deep = ask.switch("deep", True)
+    if not ask.switch("middle", True):
+        # Without selected tokens none can leave: the released code runs so, too.
+        ask.without("middle=false", "probe", *_TRIGGER_OPTIONS, *_EXIT_OPTIONS)
+        return None
+    if not deep:
+        ask.without("deep=false", *_EXIT_OPTIONS)
+    exit_cosine = ask.number("exit_cosine", 0.999, -1, 1)
+    exit_layers = ask.integer("exit_layers", 2)
+    if exit_layers < 1:
+        ask.refuse("exit_layers", exit_layers, "1 or more")
+    return Probe(
+        first,
+        cosine=ask.number("cosine", 0.995, -1, 1),
+        contribution=ask.number("contribution", 0.2, 0, 1e9),
+        exit_cosine=exit_cosine if deep else None,
+        exit_layers=exit_layers,
+        consecutive=ask.word("exit_rule", rules) == "consecutive",
+    )
 
 
 def _fastv(ask: _Request) -> StagePlan:
@@ -290,6 +505,9 @@ def _rounded(count: float) -> int:
 _BUILDERS: dict[str, Callable[[_Request], StagePlan]] = {
     "dense": _dense,
     "visipruner": _visipruner,
+    "visipruner-code": _visipruner_code,
+    "visipruner-paper": _visipruner_paper,
+    "visipruner-adaptive": _visipruner_adaptive,
     "fastv": _fastv,
     "pyramiddrop": _pyramiddrop,
     "exit-only": _exit_only,

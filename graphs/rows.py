@@ -23,6 +23,7 @@ import numpy as np
 
 from .contract import INVISIBLE, PADDING_ORDER
 from .plan import StagePlan
+from .probing import Decision
 
 Rows = Any
 """Hidden states (B, Q, D) in whatever form the executor keeps them."""
@@ -76,8 +77,22 @@ class Executor(Protocol):
     ) -> Kept:
         """One call of a selection (``contract.select_spec``)."""
 
+    def probe(
+        self,
+        stage: int,
+        layer: int,
+        query: Any,
+        slot_order: np.ndarray,
+        query_order: np.ndarray,
+        visual_slots: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One probe of a layer of ``stage``: cosines and norms (``contract.probe_spec``)."""
+
     def concatenate(self, parts: Sequence[Rows]) -> Rows:
         """Join rows along Q."""
+
+    def take(self, rows: Rows, index: np.ndarray) -> Rows:
+        """Rows ``index`` (K,) of (B, Q, D) -> (B, K, D)."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +147,18 @@ class StageSlots:
 
 @dataclass
 class Prefilled:
-    """What is known once a prompt has gone through every stage."""
+    """What is known once a prompt has gone through every stage.
+
+    kept: one for each selection that took place. visual_tokens: for each stage, the visual rows
+    that went through it, padding included. Where the plan decides per prompt and there was
+    something to decide on: decision, and the stage after which its selection took place.
+    """
 
     logits: Any
-    kept: list[Kept] = field(default_factory=list)  # one per select edge
+    kept: list[Kept] = field(default_factory=list)
+    visual_tokens: list[int] = field(default_factory=list)
+    decision: Decision | None = None
+    selected_after: int | None = None
 
 
 class Chain:
@@ -198,12 +221,19 @@ class Chain:
         ]
         visual = _joined(self.executor, [(s, r) for s, r, _ in seen], visual=True) if seen else None
         slots = _slot_numbers([(start, s.count) for s, _, start in seen], self.batch)
+        if visual is not None and self.plan.probe is not None:
+            assert self.batch == 1, "a plan that decides per prompt takes them one by one"
+            done.decision = Decision(self.plan.probe)
         result = results[-1]
         for index, edge in enumerate(self.plan.edges):
+            done.visual_tokens.append(visual.count if visual else 0)
             if visual is not None and edge.op == "select":
                 kept = self._select(index, result.queries[-1], visual, slots, text.order[:, -1])
                 done.kept.append(kept)
                 visual = Segment(True, kept.rows, kept.positions, kept.order)
+            elif visual is not None and edge.op == "probe":
+                self._read(index, done, result.queries, visual, slots, text.order[:, -1])
+                visual = self._decided(index, done, visual)
             elif edge.op == "drop":
                 visual = None
             stage = index + 1
@@ -217,6 +247,7 @@ class Chain:
                 text = Segment(False, result.rows[:, count:], text.positions, text.order)
             else:
                 text = Segment(False, result.rows, text.positions, text.order)
+        done.visual_tokens.append(visual.count if visual else 0)
         done.logits = result.logits
         return done
 
@@ -265,6 +296,50 @@ class Chain:
             visual.order,
         )
 
+    def _read(self, stage, done, queries, visual, visual_slots, query_order) -> None:
+        """Show the probes of a stage's layers to the decision."""
+        decision, first = done.decision, self.plan.stages[stage].layers[0]
+        real = visual.order[0] != INVISIBLE
+        for layer in self.plan.probed_layers(stage):
+            cosines, norms = self.executor.probe(
+                stage,
+                layer,
+                queries[layer - first],
+                self.slots[stage].order,
+                np.ascontiguousarray(query_order),
+                visual_slots,
+            )
+            cosines, norms = cosines[0][real], norms[0][real]
+            if decision.kept is not None and not done.kept:  # selected, but not at an edge yet
+                cosines, norms = cosines[decision.kept], norms[decision.kept]
+            decision.read(layer, cosines, norms)
+
+    def _decided(self, stage: int, done: Prefilled, visual: Segment) -> Segment | None:
+        """The visual rows that go on after a probed edge; None where vision has left."""
+        decision = done.decision
+        assert decision is not None
+        if decision.kept is not None and not done.kept:
+            assert decision.norms is not None
+            done.selected_after = stage
+            visual = self._padded(
+                visual, decision.kept, decision.probe.rows_for(len(decision.kept))
+            )
+            done.kept.append(
+                Kept(visual.rows, visual.positions, visual.order, decision.norms[None])
+            )
+        return None if decision.exit is not None or not visual.count else visual
+
+    def _padded(self, visual: Segment, kept: np.ndarray, count: int) -> Segment:
+        """Rows ``kept`` of ``visual``, and as many invisible ones as make ``count``."""
+        index = np.pad(kept, (0, count - len(kept)))  # padding repeats a row that nobody sees
+        order = np.where(np.arange(count) < len(kept), visual.order[:, index], INVISIBLE)
+        return Segment(
+            True,
+            self.executor.take(visual.rows, index),
+            visual.positions[:, index],
+            order.astype(np.int32),
+        )
+
     def _gates(self, stage: int, visual_call: bool, decoding: bool) -> np.ndarray | None:
         """(gated layers, 2, B, S) float32: value gate and sink gate of this call."""
         facts = self.plan.stages[stage]
@@ -289,6 +364,20 @@ class Chain:
                 if mode == "sink":
                     sink[visual] = 1.0
         return gates
+
+
+def last_layers(plan: StagePlan, done: Prefilled) -> tuple[int, int]:
+    """(t, e) of a prompt: its last layer with all visual tokens, its last layer with any.
+
+    A prompt whose probe never selects, or that has no picture, keeps all it has to the end.
+    """
+    if plan.trigger is not None and plan.exit is not None:
+        return plan.trigger, plan.exit
+    last = [stage.layers[1] - 1 for stage in plan.stages]
+    if done.selected_after is None:
+        return last[-1], last[-1]
+    seen = [layer for layer, count in zip(last, done.visual_tokens, strict=True) if count]
+    return last[done.selected_after], seen[-1]
 
 
 def _joined(executor: Executor, parts, visual: bool) -> Segment:

@@ -1,4 +1,6 @@
-"""Which visual tokens survive an edge: score them by the last prompt row, keep the best K.
+"""What the last prompt row makes of each visual token, and which of them survive an edge.
+
+``Selector`` keeps the best K. ``Prober`` only reads, for plans that decide per prompt.
 
 No contribution tensor is formed. With ``a`` the softmax row of the last prompt row and ``o`` its
 attention output, per token j (methods.md 1.5, checked against brute force in the tests):
@@ -33,8 +35,12 @@ def last_row_attention(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
 
 def value_norm(attention: Tensor, value: Tensor) -> Tensor:
     """L2 norm (B, S) of each slot's contribution. attention: (B, G, r, S); value: (B, G, S, d)."""
+    return _squared_norm(attention, value).sqrt()
+
+
+def _squared_norm(attention: Tensor, value: Tensor) -> Tensor:
     squared = value.float().pow(2).sum(-1)  # (B, G, S)
-    return (attention.pow(2).sum(2) * squared).sum(1).sqrt()
+    return (attention.pow(2).sum(2) * squared).sum(1)
 
 
 def cosine_without(attention: Tensor, value: Tensor) -> Tensor:
@@ -43,7 +49,7 @@ def cosine_without(attention: Tensor, value: Tensor) -> Tensor:
     out = attention @ wide  # (B, G, r, d)
     total = out.pow(2).sum((1, 2, 3))[:, None]
     along = (attention * (out @ wide.transpose(-1, -2))).sum((1, 2))
-    squared = value_norm(attention, value).pow(2)
+    squared = _squared_norm(attention, value)
     return (total - along) / (total * (total - 2 * along + squared)).clamp_min(1e-12).sqrt()
 
 
@@ -87,4 +93,29 @@ class Selector(nn.Module):
             torch.gather(positions, 1, kept),
             torch.gather(order, 1, kept),
             scores,
+        )
+
+
+class Prober(nn.Module):
+    """The graph that reads one layer; contract: ``contract.probe_spec``. Runs in FP32.
+
+    No weights and no plan: one graph serves every layer of a model.
+    """
+
+    kind = ()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slot_order: Tensor,
+        query_order: Tensor,
+        visual_slots: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Cosine without each visual token, and norm of its contribution: (B, N) each."""
+        attention = last_row_attention(query, key, slot_order <= query_order[:, None])
+        return (
+            torch.gather(cosine_without(attention, value), 1, visual_slots),
+            torch.gather(value_norm(attention, value), 1, visual_slots),
         )

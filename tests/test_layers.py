@@ -12,7 +12,7 @@ PACKAGES = ("calib", "compile", "console", "demo", "graphs", "parity", "runtime"
 PURE = {"graphs", "graphs.bundle", "graphs.config", "graphs.contract", "graphs.cost"}
 PURE |= {"graphs.errors", "graphs.plan", "graphs.precision", "graphs.presets", "graphs.targets"}
 PURE |= {"graphs.values"}
-RUNTIME_MAY = {*PURE, "graphs.rows", "runtime.*"}
+RUNTIME_MAY = {*PURE, "graphs.probing", "graphs.rows", "runtime.*"}
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "huggingface_hub")
 
 # Module or package -> (what of ours it may import, which libraries). The longest name that fits
@@ -20,7 +20,8 @@ HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors"
 RULES = {
     "graphs": (PURE, set()),
     **dict.fromkeys(PURE, (PURE, set())),
-    "graphs.rows": (PURE, {"numpy"}),
+    "graphs.rows": (PURE | {"graphs.probing"}, {"numpy"}),
+    "graphs.probing": (PURE, {"numpy"}),
     "graphs.*": ({"graphs.*"}, {"numpy", "torch"}),
     "graphs.rope": ({"graphs.*"}, {"torch", "transformers"}),
     "runtime": (RUNTIME_MAY, set()),

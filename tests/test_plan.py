@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from visistage.graphs.errors import PlanError
-from visistage.graphs.plan import MAX_KEEP, MODES, Edge, Stage, StagePlan
+from visistage.graphs.plan import MAX_KEEP, MODES, Edge, Probe, Stage, StagePlan
 
 N = 9
 
@@ -124,7 +124,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "inject": (
         {"edges": (Edge("inject"), DROP)},  # type: ignore[arg-type]
-        "edges[0].op: found 'inject', expected one of select, drop. inject is planned",
+        "edges[0].op: found 'inject', expected one of select, drop, probe. inject is planned",
     ),
     "score": ({"edges": (replace(SELECT, score=None), DROP)}, "edges[0].score: found None"),
     "keep": (
@@ -137,9 +137,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"edges": (replace(SELECT, keep=5), DROP)},
         "stages[1].visual_tokens: found 4, expected edges[0].keep=5. Write 5.",
     ),
-    "threshold": (
-        {"edges": (replace(SELECT, threshold=0.2), DROP)},
-        "edges[0].threshold: found 0.2",
+    "probe edge": (
+        {"edges": (Edge("probe"), DROP)},
+        "stages[1].visual_tokens: found 4, expected 9 after the probe",
     ),
     "drop keeps": ({"edges": (SELECT, Edge("drop", keep=3))}, "edges[1].keep: found 3"),
     "drop scores": ({"edges": (SELECT, Edge("drop", score="attention"))}, "edges[1].score:"),
@@ -372,3 +372,58 @@ def test_mutated_dicts_give_a_plan_or_a_plan_error(plan, data):
 def test_plans_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         PLAN.name = "other"  # type: ignore[misc]
+
+
+PROBE = Probe(2, 0.99, 0.2, exit_cosine=0.999, buckets=(2, N))
+PROBING = StagePlan(
+    "probing",
+    8,
+    N,
+    (
+        Stage((0, 4), N, ("sink", "text_blind", "dense", "dense")),
+        Stage((4, 6), N, dense(2)),
+        Stage((6, 8), N, dense(2)),
+    ),
+    (Edge("probe"), Edge("probe")),
+    probe=PROBE,
+)
+
+
+def test_facts_of_plans_that_decide_per_prompt():
+    assert PROBING.kind == "adaptive"
+    assert (PROBING.trigger, PROBING.keep, PROBING.exit) == (None, None, None)
+    assert [list(PROBING.probed_layers(i)) for i in range(3)] == [[2, 3], [4, 5], []]
+    assert StagePlan.from_dict(json.loads(json.dumps(PROBING.to_dict()))) == PROBING
+    assert PLAN.kind == "static"
+    assert "probe" not in PLAN.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"first": 1}, "probe.first: found 1, expected 2 to 3"),
+        ({"first": 4}, "probe.first: found 4"),
+        ({"cosine": 1.5}, "probe.cosine: found 1.5, expected a number from -1 to 1"),
+        ({"cosine": float("nan")}, "probe.cosine: found nan"),
+        ({"contribution": "0.2"}, "probe.contribution: found '0.2'"),
+        ({"exit_cosine": True}, "probe.exit_cosine: found True"),
+        ({"strict": 1}, "probe.strict: found 1, expected true or false"),
+        ({"exit_layers": 0}, "probe.exit_layers: found 0"),
+        ({"buckets": (4, 2)}, "probe.buckets: found (4, 2), expected positive integers, ascending"),
+        ({"buckets": (2, N + 1)}, "probe.buckets: found 10, expected at most 9"),
+    ],
+)
+def test_numbers_of_a_probe_are_checked(changes, message):
+    with pytest.raises(PlanError) as caught:
+        replace(PROBING, probe=replace(PROBE, **changes))
+    assert message in str(caught.value)
+
+
+def test_edges_and_probe_belong_together():
+    with pytest.raises(PlanError, match=r"edges\[0\].op: found 'probe', expected select or drop"):
+        replace(PROBING, probe=None)
+    drop = (Stage((0, 4), N, STAGES[0].modes), Stage((4, 8), 0, dense(4)))
+    with pytest.raises(PlanError, match=r"edges\[0\].op: found 'drop', expected probe"):
+        replace(PROBING, stages=drop, edges=(DROP,))
+    with pytest.raises(PlanError, match="probe: found one, expected none in a plan without edges"):
+        replace(PROBING, stages=(Stage((0, 8), N, dense(8)),), edges=())

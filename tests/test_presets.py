@@ -197,3 +197,110 @@ def test_bad_option_strings(item, message):
         options_from_strings("visipruner", [item])
     with pytest.raises(PlanError, match="twice"):
         options_from_strings("visipruner", ["t=1", "t=2"])
+
+
+def test_exact_presets_of_the_published_models():
+    """methods.md 1.8 (a) and (d): where shallow layers end, where probes begin, which rules."""
+    code, paper = (preset(f"visipruner-{name}", 32, 576) for name in ("code", "paper"))
+    assert code.stages[0].modes == ("sink", *("text_blind",) * 5, "dense", "dense")
+    assert paper.stages[0].modes == ("sink", *("text_blind_novv",) * 6, "dense")
+    for plan in (code, paper):
+        assert plan.kind == "exact"
+        assert [stage.layers for stage in plan.stages][:2] == [(0, 8), (8, 9)]
+        assert len(plan.stages) == 25
+        assert {stage.visual_tokens for stage in plan.stages} == {576}
+        assert (plan.probe.first, plan.probe.cosine, plan.probe.contribution) == (7, 0.995, 0.2)
+        assert (plan.probe.exit_cosine, plan.probe.exit_layers) == (0.999, 2)
+        assert (plan.trigger, plan.keep, plan.exit) == (None, None, None)
+    assert (code.probe.strict, code.probe.consecutive) == (True, False)
+    assert (paper.probe.strict, paper.probe.consecutive) == (False, True)
+    assert code.decode_sees_shallow_vision
+    assert not paper.decode_sees_shallow_vision
+    thirteen = preset("visipruner-code", 40, 576).stages[0].modes
+    assert thirteen[:7] == ("sink_half", *("text_blind",) * 5, "dense")
+    assert preset("visipruner-code", 40, 576, template="7b").stages[0].modes[0] == "sink"
+
+
+def test_adaptive_preset_of_the_published_model():
+    plan = preset("visipruner-adaptive", 32, 576)
+    assert plan.kind == "adaptive"
+    assert len(plan.edges) >= 6
+    assert len(plan.probe.buckets) >= 4
+    assert plan.probe.buckets == (8, 16, 32, 64, 144, 576)
+    assert [stage.layers[1] - 1 for stage in plan.stages[:-1]] == [
+        8,
+        10,
+        12,
+        14,
+        16,
+        18,
+        20,
+        23,
+        27,
+    ]
+    assert not plan.decode_sees_shallow_vision
+    rows = [plan.probe.rows_for(kept) for kept in (0, 1, 8, 9, 64, 65, 145, 577, 1153)]
+    assert rows == [0, 8, 8, 16, 64, 144, 576, 1152, 1728]
+    two = preset("visipruner-adaptive", 32, 576, boundaries=(9, 20), buckets=(4, 576))
+    assert [stage.layers for stage in two.stages] == [(0, 10), (10, 21), (21, 32)]
+    assert two.name == "visipruner-adaptive-boundaries9-20-buckets4-576"
+
+
+def test_parts_of_the_method_can_be_left_out():
+    middle = preset("visipruner-code", 32, 576, shallow=False, deep=False)
+    assert (middle.stages[0].gated_layers, middle.probe.first) == ((), 7)
+    assert middle.probe.exit_cosine is None
+    shallow = preset("visipruner-code", 32, 576, middle=False)
+    assert (shallow.kind, len(shallow.stages), shallow.probe) == ("static", 1, None)
+    assert preset("visipruner-code", 32, 576, shallow=4).probe.first == 5
+    assert preset("visipruner-paper", 32, 576, shallow=4).probe.first == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"middle": False, "cosine": 0.9}, "found cosine=0.9 beside middle=false"),
+        ({"deep": False, "exit_rule": "consecutive"}, "beside deep=false, expected one of the two"),
+        ({"cosine": 2}, "found cosine=2, expected a number from -1 to 1"),
+        ({"contribution": -0.1}, "found contribution=-0.1"),
+        ({"probe": 5}, "found probe=5, expected a layer from shallow=6 to 30"),
+        ({"probe": 31}, "found probe=31"),
+        ({"shallow": 31}, "found shallow=31, expected a layer from 0 to 30"),
+        ({"exit_layers": 0}, "found exit_layers=0, expected 1 or more"),
+        ({"exit_rule": "always"}, "expected one of cumulative, consecutive"),
+        ({"middle": 1}, "found middle=1, expected true or false"),
+        ({"boundaries": (12, 9)}, "expected integers from 7 to 30, ascending"),
+        ({"boundaries": ()}, "expected integers"),
+        ({"buckets": (0, 4)}, "expected integers from 1 to 576"),
+    ],
+)
+def test_refusals_of_plans_that_decide_per_prompt(options, message):
+    with pytest.raises(PlanError) as caught:
+        preset("visipruner-adaptive", 32, 576, **options)
+    assert message in str(caught.value)
+
+
+def test_options_of_probes_from_strings():
+    found = options_from_strings(
+        "visipruner-adaptive",
+        ["cosine=0.99", "deep=no", "boundaries=8-10-12", "buckets=4", "exit_rule=cumulative"],
+    )
+    assert found == {
+        "cosine": 0.99,
+        "deep": False,
+        "boundaries": (8, 10, 12),
+        "buckets": (4,),
+        "exit_rule": "cumulative",
+    }
+    for item, message in (("middle=maybe", "true or false"), ("buckets=a-b", "such as 8-16-32")):
+        with pytest.raises(PlanError, match=message):
+            options_from_strings("visipruner-adaptive", [item])
+
+
+def test_long_names_are_cut_and_still_differ():
+    many = {"cosine": 0.123456789012345, "contribution": 0.123456789012345, "exit_cosine": 0.5}
+    plans = [
+        preset("visipruner-adaptive", 32, 576, boundaries=(9, 20, end), **many) for end in (25, 26)
+    ]
+    assert all(len(plan.name) == 100 for plan in plans)
+    assert plans[0].name != plans[1].name

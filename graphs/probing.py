@@ -1,0 +1,57 @@
+"""What a prompt's probes decide: when to select, which tokens to keep, when vision leaves.
+
+Pure bookkeeping over the readings of one prompt, layer after layer; it knows neither stages nor
+back ends. What it decides is what the published method would do; when it takes effect is the
+chain's business, so that an adaptive plan can say by how many layers it came late.
+
+Source: methods.md 1.2 and 1.3; the numbers: ``plan.Probe``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .plan import Probe
+
+
+class Decision:
+    """The state of one prompt.
+
+    Attributes:
+        trigger: the layer that selected; None so far.
+        kept: indices (K,) of the kept among the visual tokens offered, ascending; None so far.
+        norms: (N,) contributions in the trigger layer, by which they were kept; None so far.
+        exit: the layer that let vision leave; None so far.
+    """
+
+    def __init__(self, probe: Probe):
+        self.probe = probe
+        self.trigger: int | None = None
+        self.kept: np.ndarray | None = None
+        self.norms: np.ndarray | None = None
+        self.exit: int | None = None
+        self._quiet = 0
+
+    def read(self, layer: int, cosines: np.ndarray, norms: np.ndarray) -> None:
+        """Note the probe of ``layer``.
+
+        cosines, norms: one for each visual token that still counts: all of them up to the trigger,
+        the kept ones from then on.
+        """
+        assert layer >= self.probe.first, layer
+        if self.trigger is None:
+            if (cosines < self.probe.cosine).any():
+                strong = norms > self.probe.contribution
+                if not self.probe.strict:
+                    strong = norms >= self.probe.contribution
+                self.trigger, self.norms = layer, norms
+                self.kept = np.flatnonzero(strong)
+            return
+        if self.probe.exit_cosine is None or self.exit is not None:
+            return
+        if (cosines >= self.probe.exit_cosine).all():
+            self._quiet += 1
+        elif self.probe.consecutive:
+            self._quiet = 0
+        if self._quiet == self.probe.exit_layers:
+            self.exit = layer
