@@ -15,9 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..graphs.config import ModelConfig, TextConfig
 from ..graphs.contract import (
+    PROBE,
     GraphSpec,
     Part,
     part_names,
+    probe_spec,
     probed,
     select_spec,
     stage_spec,
@@ -29,7 +31,7 @@ from ..graphs.ops import Llm, Portable
 from ..graphs.plan import StagePlan
 from ..graphs.precision import NARROW, Widening
 from ..graphs.rope import frequencies
-from ..graphs.select import Selector
+from ..graphs.select import Prober, Selector
 from ..graphs.targets import Target, check_operators
 from ..graphs.vision import Vision
 from .stitch import TORCH_DTYPES, Stitcher
@@ -38,7 +40,7 @@ FREQUENCIES = "head.inverse_frequencies"
 """The one buffer of a stage: small, computed, stored inside the graph."""
 
 
-Pieces = Vision | DecoderStage | Selector
+Pieces = Vision | DecoderStage | Selector | Prober
 """What a graph is made from."""
 
 
@@ -99,6 +101,8 @@ def graphs_of(
                 edge = plan.edges[index]
                 spec = select_spec(config.text, edge, dtype, widening)
                 add(f"select{index}", Selector(edge), spec)
+        if plan.probe is not None:
+            add(PROBE, Prober(), probe_spec(config.text, dtype))
     return out
 
 

@@ -10,37 +10,32 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..graphs.contract import PROBE
 from ..graphs.cost import Cost, Geometry, Load, cost_of, plan_loads, reduction_percent
 
 if TYPE_CHECKING:
     from ..graphs.bundle import Manifest
-    from ..runtime.answer import Answer
+    from ..runtime.answer import Answer, PlanFacts
 
 
-def savings(manifest: Manifest, visual_tokens: int, prompt_rows: int) -> dict[str, Any] | None:
+def savings(manifest: Manifest, facts: PlanFacts) -> dict[str, Any] | None:
     """Per cent that the plan saved on this prompt, against the dense model; None without pictures.
 
     ``visual_flops_percent`` and ``kv_bytes_percent`` are as the graphs run;
     ``visual_flops_percent_of_method`` is what it would be if masked attention were skipped, too.
     """
-    if not visual_tokens:
+    if not facts.visual_tokens:
         return None
-    plan = manifest.plan
-    images = visual_tokens // plan.visual_tokens
     prefix = len(manifest.prefix.ids) if manifest.prefix else 0
-    text = prompt_rows - visual_tokens - prefix
+    text = facts.prompt_rows - facts.visual_tokens - prefix
     geometry = Geometry.of(manifest.config.text)
-    dense = cost_of([Load("dense", visual_tokens)] * geometry.layers, geometry, prefix, text)
+    dense = cost_of([Load("dense", facts.visual_tokens)] * geometry.layers, geometry, prefix, text)
 
     def cost(accounting) -> Cost:
-        loads = [
-            # Before the first selection a plan counts tokens of one image, after it of the prompt.
-            replace(load, visual_tokens=load.visual_tokens * images) if layer < first else load
-            for layer, load in enumerate(plan_loads(plan, accounting))
-        ]
-        return cost_of(loads, geometry, prefix, text)
+        loads = plan_loads(manifest.plan, accounting)
+        ran = zip(loads, facts.visual_tokens_per_layer, strict=True)
+        return cost_of([replace(load, visual_tokens=n) for load, n in ran], geometry, prefix, text)
 
-    first = plan.stages[0].layers[1]
     graphs, method = cost("graphs"), cost("modes")
     return {
         "visual_flops_percent": reduction_percent(graphs.visual_macs, dense.visual_macs),
@@ -56,7 +51,7 @@ def answer_facts(answer: Answer, manifest: Manifest) -> dict[str, Any]:
         **answer.to_dict(),
         "model": manifest.model,
         "precision": manifest.precision,
-        "savings": savings(manifest, facts.visual_tokens, facts.prompt_rows),
+        "savings": savings(manifest, facts),
     }
 
 
@@ -76,9 +71,7 @@ def answer_table(answer: Answer, manifest: Manifest) -> RenderableType:
         table.add_row("preprocess", _ms(timings.preprocess_ms), "")
     for name in manifest.graphs:  # in the order of the chain; what did not run had been paid for
         if name in timings.graphs_ms:
-            table.add_row(
-                name, _ms(timings.graphs_ms[name]), _what(name, manifest, facts.visual_tokens)
-            )
+            table.add_row(name, _ms(timings.graphs_ms[name]), _what(name, manifest, facts))
     table.add_row("first token", _ms(timings.first_token_ms), "from the question to here")
     if timings.per_token_ms is not None:
         count = f"mean of {len(answer.tokens) - 1}"
@@ -90,7 +83,7 @@ def answer_table(answer: Answer, manifest: Manifest) -> RenderableType:
 
 def _plan_lines(answer: Answer, manifest: Manifest) -> list[str]:
     facts = answer.plan
-    saved = savings(manifest, facts.visual_tokens, facts.prompt_rows)
+    saved = savings(manifest, facts)
     if saved is None:
         return [f"plan {facts.plan}: no picture, nothing to prune"]
     if manifest.plan.is_dense:
@@ -100,25 +93,27 @@ def _plan_lines(answer: Answer, manifest: Manifest) -> list[str]:
     after = "to the end" if facts.exit == last else f"none after layer {facts.exit} of 0 to {last}"
     flops, method, kv = (f"{percent:.1f}" for percent in saved.values())
     skipped = "" if method == flops else f" ({method} % if masked attention were skipped)"
+    if facts.called is not None:
+        kept = f"{kept}selected after layer {facts.trigger}, " if kept else "none selected, "
     return [
         f"plan {facts.plan}: {facts.visual_tokens} visual tokens in, {kept}{after}",
+        *(f"not as the probes called for: {deviation}" for deviation in facts.deviations),
         f"against dense: {flops} % less visual computing{skipped}, {kv} % less cache",
     ]
 
 
-def _what(name: str, manifest: Manifest, visual_tokens: int) -> str:
-    """What a graph is; the first stage has the tokens of all pictures, later ones the kept."""
+def _what(name: str, manifest: Manifest, facts: PlanFacts) -> str:
+    """What a graph is, and how many visual rows a stage had."""
     if name == "vision":
         return "tower and projector"
     stages = {f"stage{index}": stage for index, stage in enumerate(manifest.plan.stages)}
     if name not in stages:
-        return "selection" if name.startswith("select") else ""
+        return "selection" if name.startswith("select") else "probes" if name == PROBE else ""
     start, stop = stages[name].layers
     layers = f"layers {start} to {stop - 1}" if stop - start > 1 else f"layer {start}"
-    if not visual_tokens:
+    if not facts.visual_tokens:
         return layers
-    count = visual_tokens if start == 0 else stages[name].visual_tokens
-    return f"{layers}, {count} visual tokens"
+    return f"{layers}, {facts.visual_tokens_per_layer[start]} visual tokens"
 
 
 def _ms(value: float) -> str:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from ..graphs.contract import INVISIBLE
+from ..graphs.cost import Geometry, Load, cost_of
+from ..graphs.plan import StagePlan
+from ..graphs.rows import Prefilled, last_layers
 
 
 @dataclass(frozen=True)
@@ -22,11 +28,27 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class Called:
+    """What this prompt's probes called for, had every layer been followed by an edge.
+
+    trigger: layer that selects; kept: tokens it keeps; exit: layer that lets vision leave. None:
+    it did not happen.
+    """
+
+    trigger: int | None
+    kept: int | None
+    exit: int | None
+
+
+@dataclass(frozen=True)
 class PlanFacts:
     """How the plan treated this prompt.
 
-    ``visual_tokens``: of all images, as they entered; ``kept``: their positions after the last
-    selection (None in a plan without one, or without an image).
+    trigger, exit: last layer with all visual tokens, last layer with any. ``visual_tokens``: of all
+    images, as they entered; ``kept``: their positions after the last selection (None where none
+    took place). ``visual_tokens_per_layer``: rows that ran, padding included. ``visual_flops``:
+    their FLOPs in the prefill, as the graphs run it, and ``dense_visual_flops`` without pruning.
+    ``called``: in plans that decide per prompt; ``deviations``: where the plan did otherwise.
     """
 
     plan: str
@@ -35,6 +57,67 @@ class PlanFacts:
     visual_tokens: int
     prompt_rows: int
     kept: tuple[int, ...] | None
+    visual_tokens_per_layer: tuple[int, ...] = ()
+    visual_flops: int = 0
+    dense_visual_flops: int = 0
+    called: Called | None = None
+    deviations: tuple[str, ...] = ()
+
+
+def plan_facts(
+    plan: StagePlan, geometry: Geometry, done: Prefilled, visual_tokens: int, prompt_rows: int
+) -> PlanFacts:
+    """The facts of one prompt, from what its prefill says."""
+    trigger, exit_ = last_layers(plan, done)
+    kept = None
+    if done.kept:
+        kept = tuple(int(at) for at in done.kept[-1].order[0] if at != INVISIBLE)
+    layers = [
+        count
+        for stage, count in zip(plan.stages, done.visual_tokens, strict=True)
+        for _ in range(stage.depth)
+    ]
+    called = None
+    if done.decision is not None:
+        decision = done.decision
+        count = None if decision.kept is None else len(decision.kept)
+        called = Called(decision.trigger, count, decision.exit)
+    return PlanFacts(
+        plan=plan.name,
+        trigger=trigger,
+        exit=exit_,
+        visual_tokens=visual_tokens,
+        prompt_rows=prompt_rows,
+        kept=kept,
+        visual_tokens_per_layer=tuple(layers),
+        visual_flops=_visual_flops(layers, geometry),
+        dense_visual_flops=_visual_flops([visual_tokens] * plan.layers, geometry),
+        called=called,
+        deviations=_deviations(called, trigger, exit_, layers),
+    )
+
+
+def _visual_flops(layers: Sequence[int], geometry: Geometry) -> int:
+    """Gates skip no work, so every layer counts as a dense one with its visual rows."""
+    return round(2 * cost_of([Load("dense", n) for n in layers], geometry).visual_macs)
+
+
+def _deviations(
+    called: Called | None, trigger: int, exit_: int, layers: Sequence[int]
+) -> tuple[str, ...]:
+    """One phrase for each thing that was not done as the probes called for."""
+    if called is None or called.trigger is None or called.kept is None:
+        return ()
+    out = []
+    if trigger != called.trigger:
+        out.append(f"selected after layer {trigger}, called for after {called.trigger}")
+    rows = layers[trigger + 1] if trigger + 1 < len(layers) else called.kept
+    if rows > called.kept:
+        out.append(f"{called.kept} tokens padded to {rows} rows")
+    # With no token kept, vision leaves with the selection, whatever is called for later.
+    if called.kept and called.exit is not None and exit_ != called.exit:
+        out.append(f"vision left after layer {exit_}, called for after {called.exit}")
+    return tuple(out)
 
 
 @dataclass(frozen=True)

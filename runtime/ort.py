@@ -19,7 +19,7 @@ import onnxruntime as ort
 import psutil
 
 from ..graphs.bundle import Bundle, GraphFact
-from ..graphs.contract import ORT_LLM_SINCE, GraphSpec, appended, cache_names
+from ..graphs.contract import ORT_LLM_SINCE, PROBE, GraphSpec, appended, cache_names
 from ..graphs.errors import BundleError, CapacityError, TargetError
 from ..graphs.rows import Kept, StageResult
 
@@ -141,6 +141,27 @@ class OrtExecutor:
         feeds = {n: np.ascontiguousarray(array) for n, array in feeds.items() if n in read}
         with self._timed(f"select{edge}"):
             return Kept(*self.sessions[f"select{edge}"].run(None, feeds))
+
+    def probe(
+        self, stage, layer, query, slot_order, query_order, visual_slots
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One probe of a layer of stage ``stage``."""
+        feeds = {
+            "query": query,
+            "key": self.caches[stage][f"key.{layer}"],
+            "value": self.caches[stage][f"value.{layer}"],
+            "slot_order": slot_order,
+            "query_order": query_order,
+            "visual_slots": visual_slots,
+        }
+        feeds = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        with self._timed(PROBE):
+            cosine, norm = self.sessions[PROBE].run(["cosine", "norm"], feeds)
+        return cosine, norm
+
+    def take(self, rows: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Rows ``index`` along Q."""
+        return rows[:, index]
 
     def concatenate(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """Join rows along Q."""

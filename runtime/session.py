@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from ..graphs.bundle import Bundle
+from ..graphs.cost import Geometry
 from ..graphs.errors import CapacityError, PromptError, TargetError, VisistageError
 from ..graphs.targets import ONNXRUNTIME, find_target
-from .answer import Answer, PlanFacts, Timings
+from .answer import Answer, Timings, plan_facts
 from .cache import ByteCache
 from .context import Context, Part, Picture
 from .image import Preprocessing, load_image, pixel_key, preprocess
@@ -263,21 +264,19 @@ class Stream(Iterator[str]):
         if rest:
             pieces.append(rest)
         total_ms = (time.perf_counter() - started) * 1e3
-        plan = session.bundle.manifest.plan
         per_token = (total_ms - first_ms) / (len(tokens) - 1) if len(tokens) > 1 else None
         self.answer = Answer(
             text="".join(pieces).strip(),
             tokens=tuple(tokens),
             finish=finish,
             timings=Timings(preprocess_ms, graphs_ms, first_ms, per_token, total_ms),
-            plan=PlanFacts(
-                plan=plan.name,
-                trigger=plan.trigger,
-                exit=plan.exit,
+            plan=plan_facts(
+                session.bundle.manifest.plan,
+                Geometry.of(session.bundle.manifest.config.text),
+                done,
                 visual_tokens=context.visual_tokens
                 * sum(isinstance(part, Picture) for part in parts),
                 prompt_rows=context.rows_of(parts),
-                kept=tuple(int(at) for at in done.kept[-1].order[0]) if done.kept else None,
             ),
         )
         if rest:

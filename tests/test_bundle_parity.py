@@ -1,5 +1,7 @@
 """torch == ONNX Runtime, graph by graph and through the whole runtime; llm == portable lowering."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +11,12 @@ from visistage.compile.checkpoint import open_checkpoint
 from visistage.compile.export import export, graphs_of
 from visistage.compile.weights import convert, link_files, place
 from visistage.graphs import chain
-from visistage.graphs.contract import INVISIBLE, whole_stages
+from visistage.graphs.contract import INVISIBLE, PROBE, whole_stages
 from visistage.graphs.decoder import DecoderStage
 from visistage.graphs.errors import CapacityError
 from visistage.graphs.ops import Eager
 from visistage.graphs.presets import preset
-from visistage.graphs.select import Selector
+from visistage.graphs.select import Prober, Selector
 from visistage.graphs.vision import Vision
 from visistage.runtime.session import Session, load
 from visistage.tests import toy
@@ -25,6 +27,9 @@ PLANS = {
     "dense": "dense",
     "visipruner": "visipruner:shallow=2,t=4,e=6,keep=4",
     "fastv": "fastv:k=3,r=0.75",
+    "code": "visipruner-code:cosine=0.95,contribution=0.5,exit_cosine=0.9",
+    "paper": "visipruner-paper:cosine=0.95,contribution=0.5,exit_cosine=0.9",
+    "adaptive": "visipruner-adaptive:boundaries=3-5,cosine=0.95,contribution=0.5,exit_cosine=0.9",
 }
 NEW = 24
 
@@ -125,7 +130,7 @@ def test_a_paid_picture_is_not_paid_again(bundles):
         assert session.infer(picture(7), "How many?", max_tokens=2).timings.graphs_ms["vision"] > 0
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", ["dense", "visipruner", "fastv"])
 def test_lowerings_and_the_torch_chain_agree(checkpoint, bundles, plan):
     """The runtime on ONNX Runtime, both lowerings, against torch stages over the whole prompt."""
     prompt, image = "What is shown in this image?", picture(8)
@@ -137,7 +142,54 @@ def test_lowerings_and_the_torch_chain_agree(checkpoint, bundles, plan):
     assert len(set(tokens)) >= 8
 
 
+PROBING = [name for name in PLANS if name in ("code", "paper", "adaptive")]
+
+
+@pytest.mark.parametrize("plan", PROBING)
+def test_probes_decide_the_same_in_every_lowering(checkpoint, bundles, plan):
+    """Triggers, kept tokens and exits of several prompts, in torch and on ONNX Runtime."""
+    ways = set()
+    with load(bundles(plan).path) as session, load(bundles(plan, "cpu-portable").path) as portable:
+        for number, prompt in itertools.product(range(20, 24), ("What is this?", "How many?")):
+            image = picture(number)
+            expected = torch_result(checkpoint, session, image, prompt)
+            for one in (session, portable):
+                one.eos = frozenset()
+                got = one.infer(image, prompt, max_tokens=NEW)
+                assert got.tokens == tuple(expected.tokens[0].tolist())
+                assert (got.plan.trigger, got.plan.exit) == (expected.trigger, expected.exit)
+                kept = got.plan.kept
+                assert kept is None or list(kept) == expected.kept[0]
+                check_layers(got.plan, session.bundle.manifest.plan)
+            ways.add((expected.trigger, expected.exit, len(expected.kept[0])))
+    assert len(ways) >= 4, ways
+    assert len({trigger for trigger, _, _ in ways}) >= 2
+
+
+def check_layers(facts, plan):
+    """Visual rows per layer, deviations and savings follow from t, K and e."""
+    kept = plan.visual_tokens if facts.kept is None else plan.probe.rows_for(len(facts.kept))
+    for layer, count in enumerate(facts.visual_tokens_per_layer):
+        full = layer <= facts.trigger
+        assert count == (plan.visual_tokens if full else kept if layer <= facts.exit else 0)
+    assert facts.visual_flops <= facts.dense_visual_flops
+    assert (facts.visual_flops < facts.dense_visual_flops) == (facts.kept is not None)
+    called = facts.called
+    late = called.trigger is not None and called.trigger != facts.trigger
+    padded = called.kept is not None and kept > called.kept
+    overstayed = bool(called.kept) and called.exit not in (None, facts.exit)
+    assert len(facts.deviations) == late + padded + overstayed
+    if plan.kind == "exact":
+        assert facts.deviations == ()
+    else:
+        assert facts.trigger >= (called.trigger or 0)
+
+
 def torch_tokens(path, session, image, prompt):
+    return tuple(torch_result(path, session, image, prompt).tokens[0].tolist())
+
+
+def torch_result(path, session, image, prompt):
     opened = open_checkpoint(str(path))
     weights = {name: opened.load(name) for name in opened.tensors}
     config = opened.config
@@ -154,18 +206,25 @@ def torch_tokens(path, session, image, prompt):
             rows.append(weights["model.embed_tokens.weight"][list(segment.ids)][None])
     plan = session.bundle.manifest.plan
     text = opened.raw["text_config"]
-    return tuple(
-        chain.run(weights, text, torch.cat(rows, 1), [spans], plan, NEW).tokens[0].tolist()
-    )
+    return chain.run(weights, text, torch.cat(rows, 1), [spans], plan, NEW)
 
 
 @pytest.mark.parametrize("lowering", ["llm", "portable"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-4), ("float16", 2e-2)])
-def test_every_graph_equals_its_module(checkpoint, tmp_path, lowering, dtype, tolerance):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("visipruner", {"shallow": 2, "t": 4, "e": 6, "keep": 4}),
+        ("visipruner-adaptive", {"shallow": 2, "boundaries": (5,)}),
+    ],
+)
+def test_every_graph_equals_its_module(
+    checkpoint, tmp_path, name, options, lowering, dtype, tolerance
+):
     """Batch of two, a filled cache, gates half open: outputs relative to their spread."""
     opened = open_checkpoint(str(checkpoint))
     config = opened.config
-    plan = preset("visipruner", 8, config.visual_tokens, shallow=2, t=4, e=6, keep=4)
+    plan = preset(name, 8, config.visual_tokens, **options)
     graphs = graphs_of(config, plan, dtype, lowering)
     placement = place(opened, [name for graph in graphs for name in graph.weights], dtype)
     link_files(placement, tmp_path)
@@ -213,6 +272,7 @@ def example_feeds(graph, plan, generator):
         feeds["slot_order"][1, 0] = INVISIBLE  # one padded slot
     if "query_order" in feeds:
         feeds["query_order"][:] = 13
+    if "rows" in feeds and "query_order" in feeds:
         feeds["order"][:] = feeds["positions"][:] = np.arange(2, 8)
     return feeds
 
@@ -226,6 +286,8 @@ def torch_outputs(graph, config, plan, weights, feeds):
     if graph.name == "vision":
         module = chain.load_weights(Vision(config, Eager()), weights)
         return {"visual_rows": module(*feeds.values())}
+    if graph.name == PROBE:
+        return dict(zip(("cosine", "norm"), Prober()(*feeds.values()), strict=True))
     index = int(graph.name[-1])
     if graph.name.startswith("select"):
         names = [spec.name for spec in graph.spec.outputs]

@@ -20,6 +20,7 @@ from visistage.console.units import show_bytes, show_seconds
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import BundleError, VisistageError
 from visistage.runtime import shared
+from visistage.runtime.answer import PlanFacts
 from visistage.tests import toy
 
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
@@ -161,8 +162,16 @@ def test_control_characters_do_not_reach_the_terminal():
 
 def test_savings_count_all_pictures_before_the_selection(at):
     manifest = Bundle.open("engines").manifest
-    assert savings(manifest, 0, 30) is None
-    one, two = (savings(manifest, 16 * n, 30 + 16 * n) for n in (1, 2))
+    plan = manifest.plan
+    first, middle = (stage.depth for stage in plan.stages[:2])
+    rest = plan.layers - first - middle
+
+    def facts(images):
+        layers = (16 * images,) * first + (4,) * middle + (0,) * rest
+        return PlanFacts(plan.name, first - 1, 0, 16 * images, 30 + 16 * images, None, layers)
+
+    assert savings(manifest, facts(0)) is None
+    one, two = (savings(manifest, facts(n)) for n in (1, 2))
     # The 4 that are kept are kept of all: with more pictures, less of the whole is left.
     assert one["visual_flops_percent"] < two["visual_flops_percent"]
 
