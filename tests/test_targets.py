@@ -152,12 +152,13 @@ def test_limits_of_the_compiler_are_refused_by_name():
         resolve_parts(cpu, LLAVA, dense, "float32", 1 << 30)
 
 
+@pytest.mark.parametrize("plan", ["visipruner:shallow=1,t=1,e=2,keep=4", "visipruner-code"])
 @pytest.mark.parametrize("target", ["rtx", "orin-jp62"])
-def test_recipes_follow_the_contract(tmp_path, target):
+def test_recipes_follow_the_contract(tmp_path, target, plan):
     checkpoint = toy.make_checkpoint(tmp_path / "toy")
     bundle = build(
         str(checkpoint),
-        plan="visipruner:shallow=1,t=1,e=2,keep=4",
+        plan=plan,
         target=target,
         contexts=(128, 256),
         out=tmp_path / "out",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..graphs.bundle import ANY_CONTEXT, Manifest
-from ..graphs.contract import SLOT_STEP, GraphSpec, stage_of, stage_slots
+from ..graphs.contract import PROBE, SLOT_STEP, GraphSpec, stage_of, stage_slots
 
 DECODE_ROWS = 8
 """Most rows of a call in the decode profile."""
@@ -68,7 +68,9 @@ def _recipe(
     spec, most = manifest.graphs[graph].spec, slots[2]
     stage = manifest.plan.stages[stage_of(graph)] if most else None
     visual = stage.visual_tokens if stage else 0
-    sizes: Sizes = {"B": (1, 1, 1), "S": slots, "N": (visual, visual, most)}
+    # A probe reads all visual rows first, and later whatever few were kept.
+    offered = (1 if graph == PROBE else visual, visual, most)
+    sizes: Sizes = {"B": (1, 1, 1), "S": slots, "N": offered}
     if spec.has("Q"):
         likely = visual if stage_of(graph) == 0 and visual else visual + QUESTION_ROWS
         decode = (1, 1, DECODE_ROWS)
