@@ -193,9 +193,14 @@ def infer(images, prompt, bundle, as_json, stream, max_tokens, stop, **options) 
     show_default=True,
     help="What counts: the method, the paper's table, or the graphs as they run.",
 )
+@click.option("--trigger", type=int, help="Where each prompt decides: t of the prompts counted.")
+@click.option("--kept", type=float, help="Their K; a mean will do.")
+@click.option("--exit", "exit_", type=int, help="Their e.")
 @click.option("--yaml", "as_yaml", is_flag=True, help="Print the plan as a file to edit.")
 @as_json
-def plan(plan, model, layers, visual_tokens, as_yaml, as_json, **options) -> None:
+def plan(
+    plan, model, layers, visual_tokens, trigger, kept, exit_, as_yaml, as_json, **options
+) -> None:
     """Show a plan's stages and savings, or list the presets.
 
     PLAN is a preset, preset:key=value,..., or a .yaml or .json file. No weights are read.
@@ -204,9 +209,10 @@ def plan(plan, model, layers, visual_tokens, as_yaml, as_json, **options) -> Non
     visistage plan visipruner
     visistage plan visipruner:t=14,keep=32 --model llava-13b
     visistage plan fastv --accounting paper --json
+    visistage plan visipruner-paper --trigger 14 --kept 10.3 --exit 23
     visistage plan visipruner --yaml > mine.yaml
     """
-    from .console.plan import plan_facts, preset_facts, preset_table
+    from .console.plan import outcome_of, plan_facts, preset_facts, preset_table
 
     if plan is None:
         if as_json:
@@ -218,6 +224,7 @@ def plan(plan, model, layers, visual_tokens, as_yaml, as_json, **options) -> Non
     from .compile.planfile import plan_to_yaml
 
     staged, geometry = plan_facts(plan, model, layers, visual_tokens)
+    options["outcome"] = outcome_of(staged, trigger, kept, exit_)
     if as_yaml:
         click.echo(plan_to_yaml(staged), nl=False)
     elif as_json:

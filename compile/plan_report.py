@@ -18,6 +18,7 @@ from ..graphs.cost import (
     Accounting,
     Cost,
     Geometry,
+    Outcome,
     dense_cost,
     plan_cost,
     reduction_percent,
@@ -57,6 +58,7 @@ def plan_json(
     text: int = 40,
     *,
     accounting: Accounting = "modes",
+    outcome: Outcome | None = None,
     kv_element_bytes: float = FP16_BYTES,
     weight_element_bytes: float = FP16_BYTES,
 ) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def plan_json(
     of the dense model. Stage MACs leave out the output projection, totals include it.
     """
     sizes = {"kv_element_bytes": kv_element_bytes, "weight_element_bytes": weight_element_bytes}
-    cost = plan_cost(plan, geometry, prefix, text, accounting=accounting, **sizes)
+    cost = plan_cost(plan, geometry, prefix, text, accounting=accounting, outcome=outcome, **sizes)
     dense = dense_cost(plan, geometry, prefix, text, **sizes)
     edges = [_edge_text(edge) for edge in plan.edges]
     stages = []
@@ -75,7 +77,7 @@ def plan_json(
         stages.append(
             {
                 "layers": list(stage.layers),
-                "visual_tokens": stage.visual_tokens,
+                "visual_tokens": _mean([item.load.visual_tokens for item in loads]),
                 "modes": modes_text(stage.modes),
                 "norm": stage.norm if stage.gated_layers else None,
                 "edge": edge,
@@ -90,9 +92,10 @@ def plan_json(
         "hash": plan.hash,
         "label": plan_label(plan),
         "note": plan.note,
-        "trigger": plan.trigger,
-        "keep": plan.keep,
-        "exit": plan.exit,
+        "kind": plan.kind,
+        "trigger": outcome.trigger if outcome else plan.trigger,
+        "keep": outcome.kept if outcome else plan.keep,
+        "exit": outcome.exit if outcome else plan.exit,
         "prefix_rows": prefix,
         "visual_tokens": plan.visual_tokens,
         "text_rows": text,
@@ -114,6 +117,7 @@ def plan_table(
     text: int = 40,
     *,
     accounting: Accounting = "modes",
+    outcome: Outcome | None = None,
     kv_element_bytes: float = FP16_BYTES,
     weight_element_bytes: float = FP16_BYTES,
 ) -> RenderableType:
@@ -124,6 +128,7 @@ def plan_table(
         prefix,
         text,
         accounting=accounting,
+        outcome=outcome,
         kv_element_bytes=kv_element_bytes,
         weight_element_bytes=weight_element_bytes,
     )
@@ -132,7 +137,27 @@ def plan_table(
     parts.append(
         Text(f"For {rows} text rows. Accounting: {_ACCOUNTINGS[accounting]}.", style="dim")
     )
+    if plan.probe is not None:
+        parts.append(Text(_decision(plan, outcome), style="dim"))
     return Group(*parts)
+
+
+def _decision(plan: StagePlan, outcome: Outcome | None) -> str:
+    """What the numbers of a plan that decides per prompt are for."""
+    if outcome is None:
+        return (
+            "Every prompt decides for itself; the numbers are for one that never selects. For "
+            "others: --trigger 14 --kept 10.3 --exit 23."
+        )
+    return (
+        f"For prompts that select after layer {outcome.trigger}, keep {outcome.kept:g} and drop "
+        f"them after layer {outcome.exit}."
+    )
+
+
+def _mean(counts: list[float]) -> float:
+    mean = sum(counts) / len(counts)
+    return int(mean) if mean == int(mean) else round(mean, 2)
 
 
 def _title(facts: dict[str, Any]) -> Text:
@@ -180,7 +205,7 @@ def _totals(cost: Cost) -> dict[str, float]:
 
 
 def _edge_text(edge: Edge) -> str:
-    return f"select {edge.keep} by {edge.score}" if edge.op == "select" else edge.op
+    return f"select {edge.keep} by {edge.score}" if edge.op == "select" else str(edge.op)
 
 
 def _macs(value: float) -> str:

@@ -13,8 +13,8 @@ from rich.table import Table
 from ..compile.planfile import resolve_plan
 from ..compile.recipes import ALIASES, DEMO, GEOMETRIES
 from ..graphs.config import ModelConfig
-from ..graphs.cost import Geometry
-from ..graphs.errors import ModelError
+from ..graphs.cost import Geometry, Outcome
+from ..graphs.errors import ModelError, PlanError
 from ..graphs.plan import StagePlan
 from ..graphs.presets import LATER, PRESETS
 
@@ -39,6 +39,27 @@ def plan_facts(
     geometry = replace(geometry, layers=layers or geometry.layers)
     tokens = visual_tokens or config.visual_tokens
     return resolve_plan(plan, geometry.layers, tokens), geometry
+
+
+def outcome_of(
+    plan: StagePlan, trigger: int | None, kept: float | None, exit_: int | None
+) -> Outcome | None:
+    """The outcome that three options give for a plan that decides per prompt; None without any.
+
+    Raises:
+        PlanError: some of them without the others, or for a plan that cannot end so.
+    """
+    given = (trigger, kept, exit_)
+    if all(value is None for value in given):
+        return None
+    if trigger is None or kept is None or exit_ is None:
+        raise PlanError(
+            "found some of --trigger, --kept and --exit, expected all of them: a prompt's cost "
+            "follows from the three. Write such as --trigger 14 --kept 10.3 --exit 23."
+        )
+    outcome = Outcome(trigger, kept, exit_)
+    outcome.check(plan)
+    return outcome
 
 
 def preset_facts() -> dict[str, Any]:

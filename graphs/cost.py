@@ -29,6 +29,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from .errors import PlanError
 from .plan import StagePlan
 
 Accounting = Literal["modes", "paper", "graphs"]
@@ -88,6 +89,44 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What a prompt made of a plan that decides per prompt; averages over prompts are welcome.
+
+    trigger, exit: last layer with all visual tokens, last layer with any; kept: tokens between.
+    """
+
+    trigger: int
+    kept: float
+    exit: int
+
+    def check(self, plan: StagePlan) -> None:
+        """Raises PlanError unless ``plan`` may end so."""
+        if plan.probe is None:
+            raise PlanError(
+                f"found an outcome for plan '{plan.name}', expected none: it fixes t, K and e "
+                "itself. Leave out --trigger, --kept and --exit, or take visipruner-code."
+            )
+        last, first = plan.layers - 1, plan.probe.first
+        if not first <= self.trigger <= self.exit <= last:
+            raise PlanError(
+                f"found trigger={self.trigger} and exit={self.exit}, expected layers from "
+                f"{first} (the first that plan '{plan.name}' probes) to {last}, the exit not "
+                "before the trigger. Write such layers."
+            )
+        if not 0 <= self.kept <= plan.visual_tokens:
+            raise PlanError(
+                f"found kept={self.kept:g}, expected 0 to {plan.visual_tokens}, what an image "
+                "has. Write such a number."
+            )
+
+    def visual_tokens_in(self, layer: int, offered: int) -> float:
+        """Visual tokens that run through ``layer``."""
+        if layer <= self.trigger:
+            return offered
+        return self.kept if layer <= self.exit else 0
+
+
+@dataclass(frozen=True)
 class LoadCost:
     """Cost of one ``Load``, for all its layers together."""
 
@@ -139,19 +178,31 @@ class Cost:
         return self.weight_bytes + self.kv_bytes
 
 
-def plan_loads(plan: StagePlan, accounting: Accounting = "modes") -> tuple[Load, ...]:
-    """One ``Load`` per layer of ``plan``, its kind according to ``accounting``."""
+def plan_loads(
+    plan: StagePlan, accounting: Accounting = "modes", outcome: Outcome | None = None
+) -> tuple[Load, ...]:
+    """One ``Load`` per layer of ``plan``, its kind according to ``accounting``.
+
+    A plan that decides per prompt is loaded as ``outcome`` says, without one as if no prompt ever
+    triggered. In the paper's accounting its layers with all visual tokens count as one stage.
+    """
     if accounting not in ACCOUNTINGS:
         raise ValueError(f"accounting {accounting!r}, expected one of {', '.join(ACCOUNTINGS)}")
     loads = []
     for stage in plan.stages:
-        for mode in stage.modes:
+        for layer, mode in enumerate(stage.modes, start=stage.layers[0]):
+            count: float = stage.visual_tokens
+            if outcome is not None:
+                count = outcome.visual_tokens_in(layer, plan.visual_tokens)
+            blind = stage.gated_layers
+            if outcome is not None and layer <= outcome.trigger:
+                blind = plan.stages[0].gated_layers
             kind: str = mode
             if accounting == "graphs":
                 kind = "dense"
-            elif accounting == "paper" and stage.gated_layers:
+            elif accounting == "paper" and blind:
                 kind = "no_attention"
-            loads.append(Load(kind, stage.visual_tokens))
+            loads.append(Load(kind, count))
     return tuple(loads)
 
 
@@ -162,17 +213,18 @@ def plan_cost(
     text: int = 40,
     *,
     accounting: Accounting = "modes",
+    outcome: Outcome | None = None,
     kv_element_bytes: float = FP16_BYTES,
     weight_element_bytes: float = FP16_BYTES,
 ) -> Cost:
     """Cost of ``plan`` for one image between ``prefix`` and ``text`` text rows, per layer.
 
     The defaults are LLaVA-1.5's prompt and a short question. Plan and geometry must have the same
-    depth; ``resolve_plan`` has seen to that.
+    depth; ``resolve_plan`` has seen to that. ``outcome``: see ``plan_loads``.
     """
     assert plan.layers == geometry.layers, (plan.layers, geometry.layers)
     return cost_of(
-        plan_loads(plan, accounting),
+        plan_loads(plan, accounting, outcome),
         geometry,
         prefix,
         text,

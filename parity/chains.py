@@ -18,6 +18,7 @@ from torch import Tensor
 from ..calib.samples import Sample
 from ..graphs.bundle import Bundle
 from ..graphs.chain import Span, TorchExecutor, load_weights, segments
+from ..graphs.contract import INVISIBLE
 from ..graphs.ops import Eager
 from ..graphs.plan import StagePlan
 from ..graphs.precision import NARROW
@@ -154,7 +155,9 @@ class TorchChain:
                 at = np.full((1, 1), embeds.shape[1] + step, np.int32)
                 row = executor.embed(torch.tensor([[given]]))
                 last = chain.decode(Segment(False, row, at, at))
-        kept = tuple(int(at) for at in done.kept[-1].order[0]) if done.kept else None
+        kept = None
+        if done.kept:  # a plan that decides per prompt may pad what it keeps
+            kept = tuple(int(at) for at in done.kept[-1].order[0] if at != INVISIBLE)
         return Trajectory(np.stack(logits), tuple(tokens), kept, executor.scores)
 
     def _embed(self, asked: Asked, executor: TorchExecutor) -> tuple[Tensor, list[Span]]:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from ..compile.stream import without_weights
 from ..graphs.bundle import Bundle, TensorRef
-from ..graphs.contract import Part
+from ..graphs.contract import PROBE, Part
 from ..graphs.decoder import DecoderStage
 from ..graphs.errors import BundleError
 from ..graphs.ops import Eager
 from ..graphs.precision import NARROW, Widening
-from ..graphs.select import Selector
+from ..graphs.select import Prober, Selector
 from ..graphs.vision import Vision
 from .stored_graph import StoredGraph, map_raw, new_rows
 
@@ -47,7 +47,7 @@ def run_module(
     module = without_weights(partial(_module, graph, widening))
     dtype = torch.float16 if half else torch.float32
     inputs = {name: _tensor(value, None if half else dtype) for name, value in feeds.items()}
-    if isinstance(module, Selector):
+    if isinstance(module, (Selector, Prober)):
         # By name: a score that reads no values has no input for them.
         wanted = inspect.signature(module.forward).parameters
         outputs = list(module(**{name: inputs.get(name) for name in wanted}))
@@ -78,6 +78,8 @@ def _module(graph: StoredGraph, widening: Widening) -> nn.Module:
     config, plan = graph.manifest.config, graph.manifest.plan
     if graph.kind == "vision":
         return Vision(config, Eager(), widening)
+    if graph.kind == PROBE:
+        return Prober()
     if graph.kind == "select":
         return Selector(plan.edges[graph.stage])
     part = Part(graph.stage, graph.layers)

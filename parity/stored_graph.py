@@ -61,7 +61,7 @@ class StoredGraph:
 
     @property
     def kind(self) -> str:
-        """``vision``, ``stage`` or ``select``."""
+        """``vision``, ``stage``, ``select`` or ``probe``."""
         return self.name.rstrip("0123456789") if "." not in self.name else "stage"
 
     @property

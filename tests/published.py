@@ -27,6 +27,7 @@ class Method:
     strict: keep where |c| > contribution; otherwise >=.
     cumulative: quiet layers are counted over all; otherwise they must follow each other.
     decode_sees: whether decoded rows see the picture in the text-blind layers.
+    edges: the layers after which anything can take effect; None: after each. Not published.
     """
 
     shallow: int = 6
@@ -43,6 +44,7 @@ class Method:
     strict: bool = True
     cumulative: bool = True
     decode_sees: bool = True
+    edges: tuple[int, ...] | None = None
 
 
 CODE = Method()
@@ -58,10 +60,16 @@ PAPER = replace(
 
 @dataclass
 class Trace:
-    """What happened: t, e (last layers with all and with any visual tokens), kept rows, probes."""
+    """What happened: t, e (last layers with all and with any visual tokens), kept rows, probes.
+
+    called, left: the layers whose probes called for a selection and an exit; they are t and e where
+    an edge follows each layer.
+    """
 
     trigger: int | None = None
     exit: int | None = None
+    called: int | None = None
+    left: int | None = None
     kept: torch.Tensor | None = None
     cosines: dict = field(default_factory=dict)  # layer -> (visual tokens there,)
     norms: dict = field(default_factory=dict)
@@ -80,6 +88,7 @@ def forward(weights, config, embeds, visual, method, decided=None, prompt=None):
     prompt = len(embeds) if prompt is None else prompt
     trace = Trace()
     quiet = 0
+    edges = range(depth - 1) if method.edges is None else method.edges
     rows = torch.arange(len(embeds))
     x = embeds
     for layer in range(depth):
@@ -109,28 +118,33 @@ def forward(weights, config, embeds, visual, method, decided=None, prompt=None):
                 leave = seen & ~torch.isin(rows, decided.kept)
             if decided.exit == layer:
                 leave = seen
-        elif method.middle and seen.any() and layer >= method.probe and layer < depth - 1:
+        elif method.middle and seen.any() and method.probe <= layer <= max(edges):
             contribution = (a[:, -1, :, None] * v).transpose(0, 1).reshape(n, -1)[seen]
             o = out[-1]
             without = o - contribution
             cosine = without @ o / (without.norm(dim=1) * o.norm())
             length = contribution.norm(dim=1)
             trace.cosines[layer], trace.norms[layer] = cosine, length
-            if trace.trigger is None:
+            if trace.called is None:
                 if (cosine < method.cosine).any():
                     strong = length > method.contribution
                     if not method.strict:
                         strong = length >= method.contribution
-                    trace.trigger = layer
+                    trace.called = layer
                     trace.kept = rows[seen][strong]
-                    leave = seen & ~torch.isin(rows, trace.kept)
-            elif method.deep:
-                if (cosine >= method.exit_cosine).all():
+            elif method.deep and trace.left is None:
+                if (cosine[torch.isin(rows[seen], trace.kept)] >= method.exit_cosine).all():
                     quiet += 1
                 elif not method.cumulative:
                     quiet = 0
                 if quiet == method.exit_layers:
-                    leave = seen
+                    trace.left = layer
+        if decided is None and layer in edges and seen.any():
+            if trace.called is not None and trace.trigger is None:
+                trace.trigger = layer
+                leave = seen & ~torch.isin(rows, trace.kept)
+            if trace.left is not None:
+                leave = seen
 
         x = x + out @ w("self_attn.o_proj").T
         h = norm(x, w("post_attention_layernorm"), eps)
@@ -191,3 +205,16 @@ def generate(weights, config, embeds, visual, method, new_tokens):
         visual = torch.cat((visual, torch.tensor([False])))
         logits, _ = forward(weights, config, embeds, visual, method, trace, prompt)
     return first, trace, tokens
+
+
+def visual_macs(full, kept, tokens, n=576, d=4096, m=11008, attention=True):
+    """MACs of the visual rows: ``full`` layers with n of them, ``kept`` with ``tokens``.
+
+    methods.md 7.1; without ``attention`` the n^2 term of the full layers is left out, as in the
+    paper's own figures.
+    """
+
+    def layer(count, pairs):
+        return 4 * count * d * d + 2 * pairs * d + 3 * count * d * m
+
+    return full * layer(n, n * n * attention) + kept * layer(tokens, tokens * tokens)

@@ -112,7 +112,8 @@ def options(method):
 def small(variant, **changes):
     """The published numbers scaled to nine layers: the same gap, the same rules."""
     shallow, probe = (2, 3) if variant == "code" else (3, 3)
-    return dataclasses.replace(VARIANTS[variant], shallow=shallow, probe=probe, **changes)
+    scaled = dataclasses.replace(VARIANTS[variant], shallow=shallow, probe=probe)
+    return dataclasses.replace(scaled, **changes)
 
 
 def agree(result, logits, trace, tokens, prompt, note):
@@ -283,3 +284,69 @@ def test_a_batch_goes_prompt_by_prompt(case):
         assert (together.trigger[index], together.exit[index]) == (alone.trigger, alone.exit)
         assert together.kept[index] == alone.kept[0]
         assert together.tokens[index].tolist() == alone.tokens[0].tolist()
+
+
+# --- adaptive: the same decisions, acting at the next of a few edges ------------------------------
+
+ADAPTIVE = dataclasses.replace(published.CODE, shallow=2, probe=3, decode_sees=False)
+EDGES = {"every layer": (3, 4, 5, 6, 7), "some": (4, 6), "one": (5,)}
+
+
+def adaptive_plan(case, method, edges, **more):
+    given = options(method) | {"boundaries": edges, "buckets": (2, 5, 16)} | more
+    return case.plan("visipruner-adaptive", **given)
+
+
+@pytest.mark.parametrize("edges", EDGES.values(), ids=EDGES)
+def test_adaptive_acts_at_the_next_edge(case, edges):
+    """Against the reference with the same edges: padding to buckets must leave no trace."""
+    ways, padded = set(), 0
+    for seed in (3, 4, 5):
+        prompt = Prompt(case, seed)
+        for note, method in prompt.events(dataclasses.replace(ADAPTIVE, edges=edges)):
+            logits, trace, _ = prompt.judge(method)
+            plan = adaptive_plan(case, method, edges)
+            result = chain.run(case.weights, case.text, prompt.rows, prompt.spans, plan)
+            if trace.trigger is None:  # called for after the last edge, or never
+                trace.kept = None
+            agree(result, logits, trace, [], prompt, f"{seed}: {note}")
+            ways.add((trace.called, trace.trigger, trace.left, trace.exit))
+            padded += bool(len(result.kept[0]) not in (0, 2, 5, 16))
+    assert padded >= 3
+    assert len(ways) >= 5
+    late = [way for way in ways if way[0] is not None and way[0] != way[1]]
+    assert bool(late) == (edges != EDGES["every layer"])
+
+
+def test_adaptive_generates_like_the_reference(case):
+    prompt = Prompt(case, 6)
+    edges = EDGES["some"]
+    methods = [m for _, m in prompt.events(dataclasses.replace(ADAPTIVE, edges=edges))]
+    method = next(m for m in methods if len(prompt.judge(m)[1].kept) > 2)
+    logits, trace, tokens = prompt.judge(method, NEW)
+    plan = adaptive_plan(case, method, edges)
+    result = chain.run(case.weights, case.text, prompt.rows, prompt.spans, plan, NEW)
+    agree(result, logits, trace, tokens, prompt, "adaptive")
+
+
+def test_padding_is_masked_not_filled(case):
+    """Rows that fill a bucket are nobody's; the next best tokens there are another model."""
+    prompt = Prompt(case, 3)
+    method = next(
+        m
+        for _, m in prompt.events(ADAPTIVE)
+        if prompt.judge(m)[1].kept is not None and len(prompt.judge(m)[1].kept) > 2
+    )
+    count = len(prompt.judge(method)[1].kept)
+    results = {}
+    for buckets in ((count,), (count + 4,), (16,)):
+        plan = adaptive_plan(case, method, EDGES["every layer"], buckets=buckets)
+        results[buckets] = chain.run(case.weights, case.text, prompt.rows, prompt.spans, plan)
+    exact = results[(count,)]
+    for result in results.values():
+        assert result.kept == exact.kept
+        assert (result.logits - exact.logits).abs().max() < 1e-4
+    norms = prompt.judge(method)[1].norms[exact.trigger].sort().values
+    more = dataclasses.replace(method, contribution=float(norms[-count - 4 : -count - 2].mean()))
+    filled = prompt.judge(more)[0]
+    assert (filled - exact.logits[0]).abs().max() > 1e-3
