@@ -79,6 +79,7 @@ def evaluate(
     *,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     progress: Callable[[], None] = lambda: None,
+    heard: Callable[[Answer], None] = lambda answer: None,
 ) -> Report:
     """Ask every sample once, greedily, and compare.
 
@@ -87,6 +88,7 @@ def evaluate(
         samples: asked in their order.
         max_tokens: longest answer; what is longer is cut, and then seldom right.
         progress: called after each sample.
+        heard: called with each answer.
 
     Raises:
         DataError: no sample had a picture that could be opened.
@@ -102,6 +104,7 @@ def evaluate(
                 sample.image, sample.prompt, max_tokens=max_tokens, sampling=greedy
             )
             asked.append((sample, answer))
+            heard(answer)
         except ImageError as error:
             unreadable.append((sample.name, str(error)))
         progress()

@@ -45,8 +45,9 @@ SAMPLES = [
 
 
 def test_counts_by_type_and_names_what_was_wrong():
-    ticks = []
-    report = evaluate(Scripted(), SAMPLES, progress=lambda: ticks.append(1))
+    ticks, heard = [], []
+    report = evaluate(Scripted(), SAMPLES, progress=lambda: ticks.append(1), heard=heard.append)
+    assert [answer.text for answer in heard] == ["One.", "three", "Top-left"]
     assert report.overall == Tally(2, 3)
     assert report.by_type == {"count": Tally(1, 2), UNTYPED: Tally(1, 1)}
     (miss,) = report.misses
