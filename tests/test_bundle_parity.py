@@ -1,6 +1,7 @@
 """torch == ONNX Runtime, graph by graph and through the whole runtime; llm == portable lowering."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from visistage.graphs.presets import preset
 from visistage.graphs.select import Prober, Selector
 from visistage.graphs.vision import Vision
 from visistage.runtime.session import Session, load
-from visistage.tests import toy
+from visistage.tests import published, toy
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -190,6 +191,12 @@ def torch_tokens(path, session, image, prompt):
 
 
 def torch_result(path, session, image, prompt):
+    weights, text, rows, spans = embedded(path, session, image, prompt)
+    return chain.run(weights, text, rows, [spans], session.bundle.manifest.plan, NEW)
+
+
+def embedded(path, session, image, prompt):
+    """Weights, text config, rows (1, S, D) and visual spans of a prompt."""
     opened = open_checkpoint(str(path))
     weights = {name: opened.load(name) for name in opened.tensors}
     config = opened.config
@@ -204,9 +211,45 @@ def torch_result(path, session, image, prompt):
             spans.append((start, start + config.visual_tokens))
         else:
             rows.append(weights["model.embed_tokens.weight"][list(segment.ids)][None])
-    plan = session.bundle.manifest.plan
-    text = opened.raw["text_config"]
-    return chain.run(weights, text, torch.cat(rows, 1), [spans], plan, NEW)
+    return weights, opened.raw["text_config"], torch.cat(rows, 1), spans
+
+
+PARTS = list(itertools.product((True, False), repeat=3))
+
+
+@pytest.mark.parametrize("variant", ["code", "paper"])
+@pytest.mark.parametrize(("shallow", "middle", "deep"), PARTS)
+def test_exact_bundles_equal_the_published_method(
+    checkpoint, tmp_path, variant, shallow, middle, deep
+):
+    """Every combination of its parts, 32 tokens through ONNX Runtime, against the reference."""
+    base = published.CODE if variant == "code" else published.PAPER
+    count = 2 if shallow else 0
+    method = replace(base, shallow=count, probe=3, middle=middle, deep=deep, cosine=0.95)
+    method = replace(method, contribution=0.5, exit_cosine=0.8)
+    options = f"shallow={count or 'false'},middle={middle},deep={deep}"
+    if middle:
+        options += ",probe=3,cosine=0.95,contribution=0.5" + ",exit_cosine=0.8" * deep
+    plan = f"visipruner-{variant}:{options}"
+    bundle = build(str(checkpoint), plan=plan, out=tmp_path)
+    ways = set()
+    with load(bundle.path) as session:
+        session.eos = frozenset()
+        for number in (20, 21, 22):
+            weights, text, rows, spans = embedded(checkpoint, session, picture(number), "Why?")
+            text = {**text, "rope_theta": text["rope_parameters"]["rope_theta"]}
+            visual = torch.zeros(rows.shape[1], dtype=torch.bool)
+            visual[slice(*spans[0])] = True
+            _, trace, tokens = published.generate(weights, text, rows[0], visual, method, 32)
+            got = session.infer(picture(number), "Why?", max_tokens=32)
+            assert list(got.tokens) == tokens
+            facts = got.plan
+            assert facts.exit == trace.exit
+            if middle:
+                assert (facts.trigger, list(facts.kept)) == (trace.trigger, trace.kept.tolist())
+            ways.add((trace.trigger, trace.exit))
+    assert all((trigger is not None) == middle for trigger, _ in ways)
+    assert any(exit_ < 7 for _, exit_ in ways) == (middle and deep)
 
 
 @pytest.mark.parametrize("lowering", ["llm", "portable"])
