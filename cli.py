@@ -163,7 +163,7 @@ def infer(images, prompt, bundle, as_json, stream, max_tokens, stop, **options) 
     if not images and os.path.isfile(prompt):  # a long prompt is no path: Path would raise
         raise click.UsageError(f"{prompt} is a file, and no question follows it. Add one.")
     load = {name: options.pop(name) for name in ("backend", "threads", "memory_limit")}
-    pictures = [sys.stdin.buffer.read() if image == "-" else image for image in images]
+    pictures = _pictures(images)
     with _session(bundle, **load) as session:
         sampling = _sampling(session.sampling, options)
         limits = {"max_tokens": max_tokens, "stop": stop}
@@ -256,6 +256,49 @@ def inspect(bundle, as_json) -> None:
     else:
         show(bundle_table(opened))
         show(engine_table(opened))
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.argument("question")
+@click.option(
+    "--out",
+    default="explain.html",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="The page.",
+)
+@click.option(
+    "--dense",
+    type=click.Path(path_type=Path),
+    help="Bundle of the unpruned model; by default one that lies beside BUNDLE.",
+)
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--backend", help="onnxruntime: run the graphs of any bundle on this CPU.")
+@click.option("--threads", type=click.IntRange(1), help="Default: every core.")
+@as_json
+def explain(bundle, images, question, out, as_json, **options) -> None:
+    """Show on a page which parts of a picture an answer came from.
+
+    One HTML file that needs nothing else: the picture with the kept tokens, their contributions in
+    every layer, where vision left, the answer with and without pruning, and what was saved. With a
+    dense bundle of the same model beside BUNDLE it compares the two. '-' reads a picture from
+    stdin.
+
+    \b
+    visistage explain engines/demo photo.jpg "Which shape is red?"
+    visistage explain engines/llava-7b/mine before.png after.png "What changed?" --out changes.html
+    """
+    from .explain.explanation import explain
+    from .explain.page import write
+
+    explained = explain(bundle, _pictures(images), question, **options)
+    write(explained.html, out)
+    if as_json:
+        show_json({"page": str(out), **explained.facts})
+    else:
+        click.echo(out)
 
 
 @main.command(epilog=bundle_default)
@@ -365,6 +408,10 @@ def _bundle(given: Path | None) -> Path:
     from .runtime.shared import default_bundle
 
     return given or default_bundle()
+
+
+def _pictures(images: tuple[str, ...]) -> list[str | bytes]:
+    return [sys.stdin.buffer.read() if image == "-" else image for image in images]
 
 
 def _session(bundle: Path | None, **options) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("calib", "compile", "console", "demo", "graphs", "parity", "runtime", "trt")
+PACKAGES = ("calib", "compile", "console", "demo", "explain", "graphs", "parity", "runtime", "trt")
 PURE = {"graphs", "graphs.bundle", "graphs.config", "graphs.contract", "graphs.cost"}
 PURE |= {"graphs.errors", "graphs.plan", "graphs.precision", "graphs.presets", "graphs.targets"}
 PURE |= {"graphs.values"}
@@ -57,6 +57,14 @@ RULES = {
         {"rich"},
     ),
     "console.engines": (PURE | {"trt.*"}, {"rich"}),
+    # Runs wherever a bundle runs, and looks further into it than the public runtime lets others.
+    "explain.*": (
+        PURE
+        | {"", "console.units", "explain.*", "graphs.rows", "runtime.answer"}
+        | {"runtime.image", "runtime.preprocessing", "runtime.session"},
+        {"PIL", "jinja2", "numpy"},
+    ),
+    "explain": (set(), set()),
     # Runs on the device: of the compiler only what needs neither torch nor onnx.
     "trt.*": (PURE | {"trt.*", "compile.disk", "compile.steps"}, set()),
     "trt": (set(), set()),
@@ -184,6 +192,8 @@ def test_the_rules_name_modules_that_exist():
         ("console.answer", "import torch"),
         ("console.answer", "from ..compile.build import build"),
         ("console.answer", "import onnxruntime"),
+        ("explain.readings", "import torch"),
+        ("explain.trace", "from ..runtime.ort import OrtExecutor"),
         ("cli", "import torch"),
     ],
 )
