@@ -147,7 +147,7 @@ def _decision(plan: StagePlan, outcome: Outcome | None) -> str:
     if outcome is None:
         return (
             "Every prompt decides for itself; the numbers are for one that never selects. For "
-            "others: --trigger 14 --kept 10.3 --exit 23."
+            "others add --trigger, --kept and --exit."
         )
     return (
         f"For prompts that select after layer {outcome.trigger}, keep {outcome.kept:g} and drop "

@@ -167,6 +167,36 @@ def test_probes_decide_the_same_in_every_lowering(checkpoint, bundles, plan):
     assert len({trigger for trigger, _, _ in ways}) >= 2
 
 
+@pytest.mark.parametrize("plan", PROBING)
+def test_caches_and_several_pictures_do_not_disturb_the_probes(checkpoint, bundles, plan):
+    """A short, a long and the short question again, with other pictures and two in between."""
+    one, other = picture(20), picture(22)
+    long = "Describe the picture in detail, with every object in it, and say where it is. " * 3
+    with load(bundles(plan).path) as session:
+        session.eos = frozenset()
+        opened = session.open(one)
+        for image, prompt in (
+            (opened, "How many?"),
+            (opened, long),
+            ([opened, other], "How many?"),
+            (other, "How many?"),
+            (opened, "How many?"),
+        ):
+            pictures = [other if i is other else one for i in _listed(image)]
+            expected = torch_result(checkpoint, session, pictures, prompt)
+            got = session.infer(image, prompt, max_tokens=NEW)
+            assert got.tokens == tuple(expected.tokens[0].tolist())
+            assert (got.plan.trigger, got.plan.exit) == (expected.trigger, expected.exit)
+            assert list(got.plan.kept or expected.kept[0]) == expected.kept[0]
+            assert got.plan.visual_tokens == 16 * len(pictures)
+        nothing = session.infer(None, "How many?", max_tokens=4).plan
+        assert (nothing.kept, nothing.called, nothing.visual_flops) == (None, None, 0)
+
+
+def _listed(image):
+    return image if isinstance(image, list) else [image]
+
+
 def check_layers(facts, plan):
     """Visual rows per layer, deviations and savings follow from t, K and e."""
     kept = plan.visual_tokens if facts.kept is None else plan.probe.rows_for(len(facts.kept))
@@ -200,14 +230,15 @@ def embedded(path, session, image, prompt):
     opened = open_checkpoint(str(path))
     weights = {name: opened.load(name) for name in opened.tensors}
     config = opened.config
-    pixels = torch.from_numpy(session._decode(image).pixels[None])
+    images = _listed(image)
+    tower = chain.load_weights(Vision(config, Eager()), weights)
     with torch.no_grad():
-        visual = chain.load_weights(Vision(config, Eager()), weights)(pixels)
+        visual = [tower(torch.from_numpy(session._decode(i).pixels[None])) for i in images]
     rows, spans = [], []
-    for segment in session.encoder.encode(prompt, images=1).segments:
+    for segment in session.encoder.encode(prompt, images=len(images)).segments:
         start = sum(part.shape[1] for part in rows)
         if segment.is_image:
-            rows.append(visual)
+            rows.append(visual[len(spans)])
             spans.append((start, start + config.visual_tokens))
         else:
             rows.append(weights["model.embed_tokens.weight"][list(segment.ids)][None])
