@@ -32,6 +32,13 @@ class Decision:
         self.exit: int | None = None
         self._quiet = 0
 
+    @property
+    def settled(self) -> bool:
+        """Whether no reading can change anything any more."""
+        if self.trigger is None:
+            return False
+        return self.probe.exit_cosine is None or self.exit is not None
+
     def read(self, layer: int, cosines: np.ndarray, norms: np.ndarray) -> None:
         """Note the probe of ``layer``.
 

@@ -301,6 +301,8 @@ class Chain:
         decision, first = done.decision, self.plan.stages[stage].layers[0]
         real = visual.order[0] != INVISIBLE
         for layer in self.plan.probed_layers(stage):
+            if decision.settled:
+                return
             cosines, norms = self.executor.probe(
                 stage,
                 layer,
