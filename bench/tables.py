@@ -30,6 +30,10 @@ README_PLANS = (
     "visipruner:t=2,keep=16",
     "visipruner:t=2,keep=1",
     "visipruner:t=1,keep=1",
+    "visipruner-code",
+    "visipruner-paper",
+    "visipruner-adaptive",
+    "visipruner-adaptive:cosine=0.95,exit_cosine=0.95",
     "fastv",
     "pyramiddrop",
 )
@@ -52,25 +56,58 @@ def _saved(row: dict, name: str) -> str:
     return f"{row[name]:.2f} %" if name in row else ""
 
 
+def _mean(row: dict, name: str) -> str:
+    """A mean over the questions; a whole number where the plan fixes it."""
+    value = row.get(name)
+    return (
+        ""
+        if value is None
+        else f"{value:.0f}"
+        if row.get("kind", "static") == "static"
+        else f"{value:.2f}"
+    )
+
+
 def accuracy(plans: tuple[str, ...] | None = None) -> str:
     """One row a plan: what it keeps, what it saves, how often it is right."""
-    record = _record("accuracy-demo")
+    record, timing = _record("accuracy-demo"), _record("first-token-demo")
+    first_ms = {row["plan"]: f"{row['p10_ms']:.1f} ms" for row in timing["rows"]}
     rows = [
         [
             f"`{row['plan']}`" if "trigger" in row else row["plan"],
-            str(row.get("trigger", "")),
-            str(row.get("keep") or ""),
-            str(row.get("exit", "")),
+            *(_mean(row, name) for name in ("trigger", "keep", "exit")),
             _percent(row["accuracy"]),
             _percent(row.get("agreement")),
+            first_ms.get(row["plan"], ""),
+            f"{row['visual_flops'] / 1e6:.0f} M" if "visual_flops" in row else "",
             _saved(row, "visual_macs_saved_percent"),
+            f"{row['visual_kv_bytes'] / 1024:.0f} KiB" if "visual_kv_bytes" in row else "",
             _saved(row, "visual_kv_saved_percent"),
         ]
         for row in record["rows"]
         if plans is None or row["plan"] in plans
     ]
-    header = ["plan", "t", "K", "e", "accuracy", "= dense", "visual MACs saved", "visual KV saved"]
-    return f"{_table(header, rows)}\n\n{_origin(record)}"
+    header = ["plan", "t", "K", "e", "accuracy", "= dense", "TTFT", "visual FLOPs", "saved"]
+    header += ["visual KV", "saved"]
+    return f"{_table(header, rows)}\n\n{_origin(record)}; TTFT: `{timing['command']}`"
+
+
+def exactness() -> str:
+    """How often adaptive plans did what the exact one does."""
+    record = _record("accuracy-demo")
+    columns = {
+        "answer": "same answer",
+        "trigger": "same t",
+        "kept": "same tokens kept",
+        "exit": "same e",
+        "undeviating": "nothing late or padded",
+    }
+    rows = [
+        [f"`{row['plan']}`", *(_percent(row["exact"][name]) for name in columns)]
+        for row in record["rows"]
+        if "exact" in row
+    ]
+    return f"{_table(['plan', *columns.values()], rows)}\n\n{_origin(record)}"
 
 
 def by_type() -> str:
@@ -141,6 +178,7 @@ TABLES = {
     "accuracy": lambda: accuracy(README_PLANS),
     "accuracy-all": accuracy,
     "accuracy-by-type": by_type,
+    "accuracy-exactness": exactness,
     "size": size,
     "fp16": fp16,
 }
