@@ -85,6 +85,7 @@ def render(facts: dict[str, Any], pictures: Sequence[Shown]) -> str:
         masks=masks.of_layer,
         captions=[_captions(layer, facts) for layer in facts["layers"]],
         kept_words=_kept_words(facts),
+        runs=_runs(facts),
         start=_start(facts),
         top=max(max(layer["part"], layer["dense_part"] or 0.0) for layer in facts["layers"]),
         style=(FOLDER / "page.css").read_text(encoding="utf-8"),
@@ -183,10 +184,19 @@ def _flops(value: float) -> str:
 
 
 def _kept_words(facts: dict[str, Any]) -> str:
-    """``16 of 144``, or ``72, 36, 18 of 144``."""
+    """``16 of 144``, or ``72, then 36, then 18 of 144``."""
     counts = [layer["visual_tokens"] for layer in facts["layers"] if layer["phase"] == "kept"]
     distinct = dict.fromkeys(counts) or [facts["visual_tokens"]]
-    return f"{', '.join(map(str, distinct))} of {facts['visual_tokens']}"
+    return f"{', then '.join(map(str, distinct))} of {facts['visual_tokens']}"
+
+
+def _runs(facts: dict[str, Any]) -> str:
+    """``5 runs``, ``5 runs each`` or ``5 and 3 runs``."""
+    own = facts["answer"]["timing"]["runs"]
+    other = facts["dense"]["timing"]["runs"] if facts["dense"] else None
+    if other is not None and other != own:
+        return f"{own} and {other} runs"
+    return f"{own} run{'s' if own > 1 else ''}{' each' if other else ''}"
 
 
 def _start(facts: dict[str, Any]) -> int:

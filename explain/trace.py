@@ -1,14 +1,14 @@
 """One answer, watched: what the last prompt row took from each visual token in every layer.
 
-Stages hand out their last row's queries, caches hold keys and values. So nothing runs twice: while
-a question is answered, an executor around the real one notes the calls, and afterwards NumPy reads
-the caches.
+Stages hand out their last row's queries, caches hold keys and values. So no other graphs run than
+those that answer: an executor around the real one notes the calls of a prefill, and afterwards
+NumPy reads the caches.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -120,14 +120,17 @@ def trace(session: Session, images: Sequence[Any], question: str, max_tokens: in
     Raises:
         VisistageError: as ``Session.stream``.
     """
-    options = {"max_tokens": max_tokens, "sampling": replace(session.sampling, temperature=0.0)}
+    sampling = replace(session.sampling, temperature=0.0)
     with _watching(session.context.chain) as calls:
-        answer = session.infer(images, question, **options)
-    layers, positions = _read(session, calls, answer.plan.prompt_rows - 1)
-    kept = answer.plan.kept
+        first = session.infer(images, question, max_tokens=1, sampling=sampling)
+    layers, positions = _read(session, calls, first.plan.prompt_rows - 1)
+    kept = first.plan.kept
     if kept is not None:
         kept = tuple(int(at) for at in np.searchsorted(positions, kept))
-    return Trace(answer, layers, kept, _timed(session, images, question, options))
+    answers = _repeated(
+        lambda: session.infer(images, question, max_tokens=max_tokens, sampling=sampling)
+    )
+    return Trace(answers[0], layers, kept, _timing([answer.timings for answer in answers]))
 
 
 @contextmanager
@@ -145,10 +148,7 @@ def _watching(chain: Chain) -> Iterator[list[Call]]:
 def _read(
     session: Session, calls: Sequence[Call], last: int
 ) -> tuple[tuple[LayerTrace, ...], np.ndarray]:
-    """Every layer of the prefill whose last row has order ``last``; positions of its tokens (N,).
-
-    Decode steps came later: their rows stand in slots that the row did not see.
-    """
+    """Every layer of the prefill with the last row ``last``, and positions (N,) of its tokens."""
     chain = session.context.chain
     prefill = {call.stage: call for call in calls if call.last == last}
     first = prefill[0].slot_order
@@ -186,12 +186,16 @@ def _by_token(reading: Reading, tokens: np.ndarray, count: int) -> LayerTrace:
     return LayerTrace(present, norms, cosines, reading)
 
 
-def _timed(session: Session, images: Sequence[Any], question: str, options: dict) -> Timing:
-    """Run again for the clock: the watched run was the warm-up."""
+def _repeated(ask: Callable[[], Answer]) -> list[Answer]:
+    """Ask for the clock; the watched run was the warm-up."""
     stop = time.perf_counter() + SECONDS
-    timings: list[Timings] = []
-    while not timings or (len(timings) < REPEATS and time.perf_counter() < stop):
-        timings.append(session.infer(images, question, **options).timings)
+    answers = [ask()]
+    while len(answers) < REPEATS and time.perf_counter() < stop:
+        answers.append(ask())
+    return answers
+
+
+def _timing(timings: Sequence[Timings]) -> Timing:
     steps = [timing.per_token_ms for timing in timings if timing.per_token_ms is not None]
     return Timing(
         len(timings),

@@ -59,7 +59,7 @@ def bundles(folder):
         found[Bundle.open(manifest.parent).manifest.plan.name] = manifest.parent
     named = {"dense": found["dense"]}
     named["adaptive"] = next(p for name, p in found.items() if "adaptive" in name)
-    named["pruned"] = next(p for p in found.values() if p not in named.values())
+    (named["pruned"],) = (p for p in found.values() if p not in named.values())
     return named
 
 
@@ -281,6 +281,15 @@ def test_a_dense_bundle_explains_itself(folder, bundles):
     assert "With and without pruning" not in page.html
 
 
+def test_an_early_exit_without_a_selection(folder, tmp_path):
+    built = build(str(folder / "toy"), plan="exit-only:e=4", out=str(tmp_path))
+    page = explain(built.path, [folder / "1.png"], QUESTION, max_tokens=2)
+    assert page.facts["kept"] is None
+    assert [layer["phase"] for layer in page.facts["layers"]] == ["all"] * 5 + ["none"] * 3
+    assert "After layer 4 of 0–7 it went on <b>without the picture</b>" in page.html
+    assert "kept tokens</span>" not in page.html
+
+
 def test_a_plan_that_decides_per_prompt(folder, bundles):
     page = explain(bundles["adaptive"], [folder / "1.png"], QUESTION, max_tokens=2)
     assert page.facts["plan"]["kind"] == "adaptive"
@@ -401,7 +410,8 @@ def test_the_page_says_it_all(explained):
     assert text.count('class="heat"') == 1
     assert len(re.findall(r'<li data-layer="\d+" data-phase="\w+" data-mask', text)) == 8
     assert len(re.findall(r"<img data-image=", text)) == 16  # both runs, eight layers
-    assert "4 of 16" in text
+    assert "After layer 3 of 0–7 it went on with <b>4 of 16</b> visual tokens" in text
+    assert "after layer 5 with none" in text
 
 
 def test_nothing_is_fetched_from_elsewhere(explained):
