@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from visistage.cli import main
+from visistage.compile.planfile import save_plan
 from visistage.graphs import chain
 from visistage.graphs.cost import LLAVA_7B, LLAVA_13B, Outcome, plan_cost
 from visistage.graphs.errors import PlanError
@@ -338,11 +339,24 @@ ROWS = [  # plan, outcome, accounting, (mean tokens, visual %, prefill % at T=40
     ("visipruner:shallow=6,t=14,e=23,keep=128", None, "modes", (306, 47.0, 41.7, 40.5, 153)),
     ("visipruner:shallow=6,t=18,e=27,keep=32", None, "modes", (351.0, 39.1, 34.7, 33.7, 175.5)),
     ("exit-only:e=24", None, "modes", (450, 21.9, 19.4, 18.8, 225)),
+    ("without visual self-attention", None, "modes", (279, 55.1, 48.9, 47.5, 85.5)),
 ]
 
 
+@pytest.fixture
+def novv(tmp_path):
+    """No preset has these modes with a static selection; a file can."""
+    known = preset("visipruner", 32, 576, shallow=6, t=14, e=23, keep=32)
+    modes = ("text_blind_novv",) * 6 + ("dense",) * 9
+    first = dataclasses.replace(known.stages[0], modes=modes)
+    path = tmp_path / "novv.yaml"
+    save_plan(dataclasses.replace(known, stages=(first, *known.stages[1:])), path)
+    return str(path)
+
+
 @pytest.mark.parametrize(("plan", "outcome", "accounting", "wanted"), ROWS, ids=str)
-def test_rows_of_section_7_3(plan, outcome, accounting, wanted):
+def test_rows_of_section_7_3(plan, outcome, accounting, wanted, novv):
+    plan = novv if " " in plan else plan
     given = ["--accounting", accounting]
     if outcome:
         given += ["--trigger", outcome[0], "--kept", outcome[1], "--exit", outcome[2]]

@@ -350,3 +350,23 @@ def test_padding_is_masked_not_filled(case):
     more = dataclasses.replace(method, contribution=float(norms[-count - 4 : -count - 2].mean()))
     filled = prompt.judge(more)[0]
     assert (filled - exact.logits[0]).abs().max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """As many layers as LLaVA-1.5-7B, so that the presets' own numbers fit."""
+    return Case(tmp_path_factory.mktemp("deep"), layers=32, kv_heads=2, seed=4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("seed", [3, 4])
+def test_presets_without_options_are_the_published_methods(deep, variant, seed):
+    """No number is handed over: presets and reference both know the published ones."""
+    prompt = Prompt(deep, seed)
+    plan = deep.plan(f"visipruner-{variant}")
+    method = VARIANTS[variant]
+    logits, trace, tokens = prompt.judge(method, 12)
+    result = chain.run(deep.weights, deep.text, prompt.rows, prompt.spans, plan, 12)
+    agree(result, logits, trace, tokens, prompt, variant)
+    assert trace.trigger >= 7
+    assert 0 < len(trace.kept) < 16
