@@ -15,8 +15,10 @@ from PIL import Image
 from visistage.cli import main
 from visistage.compile.build import build
 from visistage.compile.checkpoint import open_checkpoint
+from visistage.console.answer import savings
 from visistage.explain.dense import dense_bundle, how_to_build
 from visistage.explain.explanation import explain
+from visistage.explain.facts import Run, explain_facts
 from visistage.explain.page import masks_of, outlines, percent, ranges
 from visistage.explain.picture import Grid, cropped_share, heat_uri, seen
 from visistage.explain.readings import Gates, read_row
@@ -232,6 +234,17 @@ def test_facts_add_up(explained, bundles):
     assert facts["dense"]["bundle"] == bundles["dense"].name
     assert facts["same_answer"] == (facts["answer"]["tokens"] == facts["dense"]["tokens"])
     json.dumps(facts, allow_nan=False)
+
+
+def test_savings_are_those_that_infer_prints(folder, bundles):
+    for name in ("pruned", "adaptive"):
+        got, manifest = traced(bundles[name], [folder / "1.png", folder / "2.png"])
+        ours = explain_facts(QUESTION, Run(name, manifest, got), None, None)["savings"]
+        theirs = savings(manifest, got.answer.plan)
+        for kind in ("visual_flops", "kv_bytes"):
+            percent_less = 100 * (1 - ours[kind] / ours[f"dense_{kind}"])
+            assert percent_less == pytest.approx(theirs[f"{kind}_percent"])
+            assert percent_less > 10
 
 
 # --- the unpruned model ---------------------------------------------------------------------------
