@@ -7,7 +7,7 @@ one. Free-running: each goes on with its own tokens, as a user would see it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from ..graphs.plan import StagePlan
 from ..graphs.precision import NARROW
 from ..graphs.rows import Chain, Kept, Segment
 from ..graphs.vision import Vision
+from .choices import Choice, Grounds, Reading, gap, lead
 from .compare import TOLERANCE, WHOLE_TOLERANCE, first_wrong, tensor_error
 from .modules import stored_tensor
 from .report import Finding, TensorError
@@ -41,14 +42,14 @@ TIE = TOLERANCE["fp16"]
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A greedy answer: logits (T, V) float32, their likeliest tokens (T,), and the last selection:
-    ``kept`` positions of visual tokens, None without one; ``scores`` of all offered, by position.
+    """A greedy answer: logits (T, V) float32, their likeliest tokens (T,), what the plan chose for
+    the prompt, and on what grounds.
     """
 
     logits: np.ndarray
     tokens: tuple[int, ...]
-    kept: tuple[int, ...] | None
-    scores: Mapping[int, float] = field(default_factory=dict)
+    choice: Choice
+    grounds: Grounds
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,13 @@ def ask(session: Session, samples: Sequence[Sample]) -> list[Asked]:
 
 
 class Guided(TorchExecutor):
-    """Remembers what the last selection was offered, and leaves ``guide`` instead of the best."""
+    """Remembers the grounds of the plan's choice; a ``guide`` is chosen instead."""
 
-    guide: tuple[int, ...] | None = None
-    scores: Mapping[int, float] = {}
+    def __init__(self, text, plan, weights, batch, widening, guide: Choice | None):
+        super().__init__(text, plan, weights, batch, widening)
+        self.rule, self.guide = plan.probe, guide
+        self.scores: Mapping[int, float] = {}
+        self.readings: dict[int, Reading] = {}
 
     def select(
         self, edge, probe_query, slot_order, query_order, visual_slots, rows, positions, order
@@ -86,10 +90,23 @@ class Guided(TorchExecutor):
         kept = super().select(edge, *given)
         offered = [int(at) for at in order[0]]
         self.scores = dict(zip(offered, map(float, kept.scores[0]), strict=True))
-        if self.guide is None or not set(self.guide) <= set(offered):
+        if self.guide is None or not set(self.guide.kept or ()) <= set(offered):
             return kept
-        at = [offered.index(position) for position in self.guide]
+        at = [offered.index(position) for position in self.guide.kept or ()]
         return Kept(rows[:, at], positions[:, at], order[:, at], kept.scores)
+
+    def probe(self, stage, layer, query, slot_order, query_order, visual_slots):
+        """As its base, but for readings that lead to ``guide``."""
+        given = (query, slot_order, query_order, visual_slots)
+        cosines, norms = super().probe(stage, layer, *given)
+        positions = slot_order[0, visual_slots[0]]
+        seen = [(int(at), i) for i, at in enumerate(positions) if at != INVISIBLE]
+        self.readings[layer] = Reading(
+            {at: float(cosines[0, i]) for at, i in seen}, {at: float(norms[0, i]) for at, i in seen}
+        )
+        if self.guide is None:
+            return cosines, norms
+        return lead(self.rule, self.guide, layer, positions, cosines, norms)
 
 
 class TorchChain:
@@ -124,13 +141,13 @@ class TorchChain:
 
     @torch.no_grad()
     def follow(
-        self, asked: Asked, tokens: Sequence[int], kept: tuple[int, ...] | None = None
+        self, asked: Asked, tokens: Sequence[int], choice: Choice | None = None
     ) -> Trajectory:
         """The same along given tokens: each logits row is what it would have said there.
 
-        ``kept``: positions that the last selection shall leave, instead of its own.
+        ``choice``: what the plan shall choose, instead of its own.
         """
-        return self._run(asked, len(tokens), self.plan, tokens, kept)
+        return self._run(asked, len(tokens), self.plan, tokens, choice)
 
     def _run(
         self,
@@ -138,10 +155,9 @@ class TorchChain:
         steps: int,
         plan: StagePlan,
         forced: Sequence[int] | None,
-        guide: tuple[int, ...] | None,
+        guide: Choice | None,
     ) -> Trajectory:
-        executor = Guided(self.config.text, plan, self.weights, 1, self.widening)
-        executor.guide = guide
+        executor = Guided(self.config.text, plan, self.weights, 1, self.widening, guide)
         chain = Chain(plan, executor, 1)
         embeds, spans = self._embed(asked, executor)
         done = chain.prefill(segments(embeds, [spans]))
@@ -158,7 +174,10 @@ class TorchChain:
         kept = None
         if done.kept:  # a plan that decides per prompt may pad what it keeps
             kept = tuple(int(at) for at in done.kept[-1].order[0] if at != INVISIBLE)
-        return Trajectory(np.stack(logits), tuple(tokens), kept, executor.scores)
+        decision = done.decision
+        choice = Choice(kept) if decision is None else Choice(kept, decision.trigger, decision.exit)
+        grounds = Grounds(executor.scores, plan.probe, executor.readings)
+        return Trajectory(np.stack(logits), tuple(tokens), choice, grounds)
 
     def _embed(self, asked: Asked, executor: TorchExecutor) -> tuple[Tensor, list[Span]]:
         """Rows (1, S, D) of the whole prompt, and where its visual rows stand."""
@@ -191,7 +210,11 @@ def compare_runtime(
         logits = session.score(one.opened, one.sample.prompt, want.tokens[:-1])
         answer = session.infer(one.opened, one.sample.prompt, max_tokens=steps, sampling=greedy)
         guided = partial(reference.follow, one, want.tokens)
-        tally.add(one.sample.name, want, logits, answer.plan.kept, answer.tokens, guided)
+        called = answer.plan.called
+        choice = Choice(answer.plan.kept)
+        if called is not None:
+            choice = Choice(answer.plan.kept, called.trigger, called.exit)
+        tally.add(one.sample.name, want, logits, choice, answer.tokens, guided)
     files = tuple(fact.file for fact in bundle.manifest.graphs.values())
     return tally.finding(files)
 
@@ -206,7 +229,7 @@ def compare_half(
         got = half.follow(one, want.tokens)
         free = half.answer(one, steps)
         guided = partial(reference.follow, one, want.tokens)
-        tally.add(one.sample.name, want, got.logits, got.kept, free.tokens, guided)
+        tally.add(one.sample.name, want, got.logits, got.choice, free.tokens, guided)
     files = tuple(fact.file for fact in bundle.manifest.graphs.values())
     return tally.finding(files)
 
@@ -214,9 +237,10 @@ def compare_half(
 class Tally:
     """Counts agreement over prompts, and says what the first unexplained difference is.
 
-    In FP32 tokens and selections are equal. In FP16 they may differ as near ties do: a token where
-    the logits are within the tolerance, a visual token where another scores as much within ``TIE``;
-    then the logits are compared with those that the reference has for the same selection.
+    In FP32 tokens and choices are equal. In FP16 they may differ as near ties do: a token where
+    the logits are within the tolerance, a visual token where another scores as much within ``TIE``,
+    a probe that reads a threshold within it; then the logits are compared with those that the
+    reference has for the same choice.
     """
 
     def __init__(self, precision: str):
@@ -231,9 +255,9 @@ class Tally:
         name: str,
         want: Trajectory,
         logits: np.ndarray,
-        kept: tuple[int, ...] | None,
+        choice: Choice,
         free: tuple[int, ...],
-        guided: Callable[[tuple[int, ...]], Trajectory],
+        guided: Callable[[Choice], Trajectory],
     ) -> None:
         """Note a prompt.
 
@@ -241,9 +265,9 @@ class Tally:
             name: of the prompt.
             want: the reference's own answer.
             logits: along its tokens.
-            kept: what the last selection left.
+            choice: what the plan chose.
             free: tokens without a teacher.
-            guided: the reference along the same tokens, its last selection given.
+            guided: the reference along the same tokens, its choice given.
         """
         said = logits.argmax(-1)
         apart = [at for at, token in enumerate(want.tokens) if said[at] != token]
@@ -255,14 +279,13 @@ class Tally:
         else:
             self.divergences[name] = first
         failure, reference = "", want.logits
-        if kept != want.kept:
+        if choice != want.choice:
             self.reselected += 1
-            gap = _gap(want, kept)
-            if self.exact or kept is None or gap > TIE:
-                failure = f"{name}: other visual tokens were kept, {gap:.2g} of the scores' spread "
-                failure += "below those that were not"
+            apart_by = gap(want.grounds, want.choice, choice)
+            if self.exact or apart_by > TIE:
+                failure = f"{name}: {_difference(want.choice, choice)}, {apart_by:.2g} from a tie"
             else:
-                reference = guided(kept).logits
+                reference = guided(choice).logits
         errors = [
             tensor_error(f"{name}: logits of the {where}", logits[steps], reference[steps])
             for where, steps in (("prompt", slice(1)), ("answer", slice(1, len(said))))
@@ -295,12 +318,9 @@ class Tally:
         )
 
 
-def _gap(want: Trajectory, kept: tuple[int, ...] | None) -> float:
-    """How far the tokens kept score below those dropped for them, over the scores' spread."""
-    ours, theirs = set(want.kept or ()), set(kept or ())
-    scores = want.scores
-    if not ours ^ theirs or not ours ^ theirs <= set(scores):
-        return float("inf")
-    best = max(scores[at] for at in ours - theirs) if ours - theirs else float("inf")
-    worst = min(scores[at] for at in theirs - ours) if theirs - ours else -float("inf")
-    return (best - worst) / (float(np.std(list(scores.values()))) or 1.0)
+def _difference(want: Choice, got: Choice) -> str:
+    if want.trigger != got.trigger:
+        return f"layer {got.trigger} called for a selection, expected {want.trigger}"
+    if want.kept != got.kept:
+        return "other visual tokens were kept"
+    return f"vision left after layer {got.exit}, expected {want.exit}"

@@ -19,9 +19,12 @@ from visistage.compile.split import compiler_peak
 from visistage.console.verify import report_table, require_passed
 from visistage.graphs.bundle import MANIFEST, Bundle, FileFact, sha256
 from visistage.graphs.errors import BundleError, DataError, ImageError, ModelError, ParityError
+from visistage.graphs.plan import Probe
+from visistage.graphs.probing import Decision
 from visistage.graphs.targets import TENSORRT_RTX
 from visistage.parity import stored
 from visistage.parity.chains import Tally, Trajectory
+from visistage.parity.choices import APART, Choice, Grounds, Reading, gap, lead
 from visistage.parity.compare import WHOLE_TOLERANCE, tensor_error
 from visistage.parity.ladder import verify
 from visistage.parity.prompts import DEFAULT_SAMPLES, chosen
@@ -516,13 +519,15 @@ def test_a_checkpoint_of_another_shape_is_an_error(built, tmp_path):
 def trajectory(tokens, kept=(1, 2), vocab=8):
     """Logits with a margin of 4 for each token; positions 2 and 3 score nearly the same."""
     logits = 4 * np.eye(vocab, dtype=np.float32)[list(tokens)]
-    return Trajectory(logits, tuple(tokens), kept, {1: 9.0, 2: 5.0, 3: 4.99, 4: 1.0})
+    grounds = Grounds({1: 9.0, 2: 5.0, 3: 4.99, 4: 1.0})
+    return Trajectory(logits, tuple(tokens), Choice(kept), grounds)
 
 
 def judged(precision, logits, kept=(1, 2), free=(3, 5, 1), guided=(3, 5, 1)):
     tally = Tally(precision)
     want = trajectory((3, 5, 1))
-    tally.add("it", want, np.asarray(logits, np.float32), kept, free, lambda _: trajectory(guided))
+    choice, got = Choice(kept), np.asarray(logits, np.float32)
+    tally.add("it", want, got, choice, free, lambda _: trajectory(guided))
     return tally.finding(())
 
 
@@ -542,7 +547,7 @@ def test_a_token_may_differ_as_near_ties_do_and_in_fp16_only():
 
     def tried(precision, free):
         tally = Tally(precision)
-        tally.add("it", want, got, (1, 2), free, lambda _: want)
+        tally.add("it", want, got, Choice((1, 2)), free, lambda _: want)
         return tally.finding(())
 
     finding = tried("fp16", (3, 6, 1))
@@ -571,6 +576,65 @@ def test_visual_tokens_that_score_alike_may_change_places_in_fp16():
     assert near.failure == ""
     assert near.facts["prompts whose kept visual tokens differ"] == 1
     assert "is off by" in judged("fp16", good, kept=(1, 3), guided=(3, 2, 1)).failure
+
+
+PROBE = Probe(first=1, cosine=0.9, contribution=1.0, exit_cosine=0.98)
+READINGS = {  # of three visual tokens; spread of the norms in layer 2: 1
+    1: Reading({0: 0.95, 1: 0.99, 2: 0.901}, {0: 0.5, 1: 0.2, 2: 0.4}),
+    2: Reading({0: 0.80, 1: 0.85, 2: 0.99}, {0: 1.0 + 1.5**0.5, 1: 1.0, 2: 1.0 - 1.5**0.5}),
+    3: Reading({0: 0.95, 1: 0.979}, {0: 1.0, 1: 1.0}),
+}
+OURS = Choice((0, 1), 2, None)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "expected"),
+    [
+        (OURS, 0.0),
+        (Choice((0,), 2, None), 0.0),  # token 1 lies on the threshold
+        (Choice((1,), 2, None), 1.5**0.5),  # token 0 is far above it
+        (Choice((0, 7), 2, None), APART),
+        (Choice((2,), 1, None), 0.001 / 0.1),  # layer 1 nearly called for a selection
+        (Choice(None, None, None), 0.1 / 0.1),  # layer 2 clearly did
+        (Choice((0, 1), 2, 3), (0.98 - 0.95) / 0.02),
+    ],
+)
+def test_choices_by_thresholds_differ_as_readings_lie_on_them(theirs, expected):
+    grounds = Grounds(probe=PROBE, readings=READINGS)
+    assert gap(grounds, OURS, theirs) == pytest.approx(expected)
+
+
+def test_a_led_decision_chooses_what_it_is_led_to():
+    positions = np.array([4, 5, 6, 7])
+    for choice in (
+        Choice((5, 7), 3, 6),
+        Choice((), 2, 4),  # with no token left every layer is quiet
+        Choice(None, None, None),
+        Choice((4,), 1, 3),
+    ):
+        decision = Decision(PROBE)
+        for layer in range(PROBE.first, 8):
+            if decision.settled:
+                break
+            at = positions if decision.kept is None else positions[decision.kept]
+            real = np.full((1, len(at)), 0.5, np.float32)
+            cosines, norms = lead(PROBE, choice, layer, at, real, real)
+            decision.read(layer, cosines[0], norms[0])
+        kept = (
+            None if decision.kept is None else tuple(int(one) for one in positions[decision.kept])
+        )
+        assert Choice(kept, decision.trigger, decision.exit) == choice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["visipruner-code", "visipruner-adaptive"])
+def test_plans_that_decide_per_prompt_in_fp16(tmp_path, plan):
+    """Their thresholds are read in FP16: what lies on one may fall on either side."""
+    bundle = build("demo", plan=plan, target="orin-jp72", out=tmp_path)
+    report = run(bundle, 6, model="demo")
+    wrong = {rung.name: rung.reason for rung in report.rungs if rung.status == FAILED}
+    assert not wrong
+    assert {"half answers", "answers"} <= {r.name for r in report.rungs if r.status == PASSED}
 
 
 def test_errors_are_relative_to_the_spread():
