@@ -96,10 +96,7 @@ def engines(as_json: bool, portable: bool, capabilities: tuple, **options) -> No
 
             compiled = compile_engines(bundle, capabilities=capabilities, reporter=progress)
         progress.close()
-    if as_json:
-        show_json(progress.to_dict(bundle, compiled))
-    else:
-        click.echo(bundle.path)
+    _show_build(progress, bundle, compiled, as_json)
 
 
 @main.command(epilog=bundle_default)
@@ -124,10 +121,7 @@ def build(bundle, capabilities, as_json) -> None:
     with BuildProgress() as progress:
         engines = compile_engines(opened, capabilities=capabilities, reporter=progress)
         progress.close()
-    if as_json:
-        show_json(progress.to_dict(opened, engines))
-    else:
-        click.echo(opened.path)
+    _show_build(progress, opened, engines, as_json)
 
 
 @main.command()
@@ -396,6 +390,14 @@ def doctor(as_json) -> None:
         show_json(doctor_facts())
     else:
         show(doctor_table())
+
+
+def _show_build(progress: Any, bundle: Any, engines: Any, as_json: bool) -> None:
+    """What a build ends with on stdout: its facts, or the bundle's folder for the next command."""
+    if as_json:
+        show_json(progress.to_dict(bundle, engines))
+    else:
+        click.echo(bundle.path)
 
 
 def _capability(text: str) -> tuple[int, int]:

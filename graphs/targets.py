@@ -1,7 +1,8 @@
 """Where a bundle can run: data, in one place. No logic but the look-ups.
 
-Source of versions, operators and limits: NVIDIA's support matrices and the operator tables of
-onnx-tensorrt for 10.3 and 10.15, and for TensorRT-RTX what its parser was seen to take.
+Source of versions and limits: NVIDIA's support matrices. Of operators: onnx-tensorrt's tables for
+TensorRT 8.4 and 10.15, and what TensorRT-RTX's parser was seen to take; the table for 10.3 itself
+was not at hand.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ BASIC_OPERATORS = frozenset(
     Slice Softmax Softplus Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where
     Xor""".split()  # noqa: SIM905
 )
-"""ONNX operators that every TensorRT from 10.3 on imports without a plugin."""
+"""ONNX operators that TensorRT 10.3 is taken to import without a plugin: those of the 8.4 table,
+and a few that came between it and 10.3 (CastLike, Gelu, LayerNormalization, Mod, OneHot, Reciprocal,
+Trilu).
+"""
 
 LLM_OPERATORS = BASIC_OPERATORS | {
     "Attention",

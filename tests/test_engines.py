@@ -163,7 +163,7 @@ def test_compiling_again_keeps_what_is_there(copy):
     assert other.capabilities == ((8, 9),)
 
 
-def test_a_changed_byte_is_noticed_before_anything_is_deserialised(copy, monkeypatch):
+def test_a_changed_byte_is_noticed_and_mended(copy):
     engines = Engines.open(copy)
     engines.check()
     file = engines.folder / engines.engines[1].file

@@ -132,7 +132,7 @@ class Engines:
         )
 
     def check_machine(self, flavour: Flavour | None, device: Device | None) -> None:
-        """Make sure that this machine can run them; nothing is deserialised before.
+        """Make sure that this machine can run them; whoever deserialises one calls this first.
 
         Raises:
             EngineError: says what was found and what they were compiled for.

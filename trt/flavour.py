@@ -50,7 +50,7 @@ class Flavour:
         Raises:
             TargetError: it does not compile for that.
         """
-        known = {name: value for name, value in vars(self.module.ComputeCapability).items()}
+        known = vars(self.module.ComputeCapability)
         name = show_capability(capability).replace("_", "").upper()
         if name not in known:
             listed = sorted(name for name in known if name.startswith("SM"))
