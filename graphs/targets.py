@@ -35,9 +35,9 @@ BASIC_OPERATORS = frozenset(
     Slice Softmax Softplus Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where
     Xor""".split()  # noqa: SIM905
 )
-"""ONNX operators that TensorRT 10.3 is taken to import without a plugin: those of the 8.4 table,
-and a few that came between it and 10.3 (CastLike, Gelu, LayerNormalization, Mod, OneHot, Reciprocal,
-Trilu).
+"""ONNX operators that TensorRT 10.3 is taken to import without a plugin: those of the table for
+8.4, and a few that came between the two (CastLike, Gelu, LayerNormalization, Mod, OneHot,
+Reciprocal, Trilu).
 """
 
 LLM_OPERATORS = BASIC_OPERATORS | {
