@@ -10,8 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("calib", "compile", "console", "demo", "explain", "graphs", "parity", "runtime", "trt")
 PURE = {"graphs", "graphs.bundle", "graphs.config", "graphs.contract", "graphs.cost"}
-PURE |= {"graphs.errors", "graphs.plan", "graphs.precision", "graphs.presets", "graphs.targets"}
-PURE |= {"graphs.values"}
+PURE |= {
+    "graphs.errors",
+    "graphs.linears",
+    "graphs.plan",
+    "graphs.precision",
+    "graphs.presets",
+    "graphs.targets",
+}
+PURE |= {"graphs.quantization", "graphs.values"}
 RUNTIME_MAY = {*PURE, "graphs.probing", "graphs.rows", "runtime.*"}
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "huggingface_hub")
 

@@ -1,0 +1,203 @@
+"""How the linear layers of a bundle compute: in float, or from integers. Pure data.
+
+    int8                              W8A8 everywhere, the head W8
+    int8:vision=float,stage2=w4       the tower in float, the last of three stages W4
+    w4:keep=5%                        weights alone; the most sensitive 5 % stay float
+
+A *recipe* is what a user writes as precision; a ``Quantization`` is what came of it for one model
+and plan: a scheme for every linear layer that is not float. The manifest holds both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from .errors import TargetError
+from .linears import Group
+from .plan import StagePlan, nearest
+
+Scheme = Literal["float", "w8a8", "w8", "w4"]
+"""How one linear layer computes.
+
+    float  in the type of the graph
+    w8a8   INT8 inputs and weights: one static scale for the inputs, one per output channel
+    w8     INT8 weights, one scale per output channel; inputs in float
+    w4     INT4 weights, one scale per output channel and ``BLOCK`` inputs; inputs in float
+
+All symmetric: engines take no zero points.
+"""
+
+Observer = Literal["minmax", "percentile", "entropy", "mse"]
+"""How a range of inputs becomes one scale."""
+
+SCHEMES: tuple[str, ...] = get_args(Scheme)
+OBSERVERS: tuple[str, ...] = get_args(Observer)
+QUANTISED = ("int8", "w8", "w4")
+"""Precisions that quantise."""
+
+BLOCK = 128
+"""Inputs that share one INT4 scale."""
+
+_OPTIONS = "vision, head, stage0, stage1, ..., observer, smooth, keep"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A quantised precision as a user wrote it.
+
+    Attributes:
+        base: ``int8``, ``w8`` or ``w4``.
+        vision, head: scheme of tower and projector, and of the head.
+        stages: schemes of single stages; the others take the base's.
+        observer: None: the one that the calibration found best.
+        smooth: whether ranges are smoothed where the calibration found that to help.
+        keep: share of the linear layers that stay float, the most sensitive ones.
+        keep_names: linear layers that stay float.
+    """
+
+    base: str
+    vision: Scheme
+    head: Scheme
+    stages: Mapping[int, Scheme] = field(default_factory=dict)
+    observer: Observer | None = None
+    smooth: bool = True
+    keep: float = 0.0
+    keep_names: tuple[str, ...] = ()
+
+    @property
+    def scheme(self) -> Scheme:
+        """Of every decoder layer that nothing else is said of."""
+        return "w8a8" if self.base == "int8" else self.base  # type: ignore[return-value]
+
+    @property
+    def name(self) -> str:
+        """What a bundle's folder is called after: the precision, and what of it is not usual."""
+        usual = parse_recipe(self.base)
+        parts = [self.base]
+        if self.vision != usual.vision:
+            parts.append(f"vision={self.vision}")
+        if self.head != usual.head:
+            parts.append(f"head={self.head}")
+        parts += [f"stage{stage}={scheme}" for stage, scheme in sorted(self.stages.items())]
+        if self.observer is not None:
+            parts.append(f"observer={self.observer}")
+        if not self.smooth:
+            parts.append("smooth=no")
+        if self.keep:
+            parts.append(f"keep={100 * self.keep:g}")
+        parts += [f"keep={name}" for name in self.keep_names]
+        return "+".join(parts)
+
+    def scheme_of(self, group: Group, plan: StagePlan) -> Scheme:
+        """Scheme of a group's layers before any is kept float."""
+        if group.place != "decoder":
+            return self.vision if group.place == "vision" else self.head
+        assert group.layer is not None
+        index = next(i for i, stage in enumerate(plan.stages) if group.layer < stage.layers[1])
+        return self.stages.get(index, self.scheme)
+
+
+def is_quantised(precision: str) -> bool:
+    """Whether a precision names a recipe."""
+    return precision.partition(":")[0] in QUANTISED
+
+
+def parse_recipe(text: str) -> Recipe:
+    """Read ``base[:option=value,...]``.
+
+    Raises:
+        TargetError: naming what is wrong and what to write.
+    """
+    base, _, rest = text.partition(":")
+    if base not in QUANTISED:
+        raise TargetError(f"unknown precision '{base}'. Known: {', '.join(QUANTISED)}")
+    float_: Scheme = "float"
+    recipe = Recipe(
+        base,
+        vision="w8a8" if base == "int8" else float_,
+        head="w4" if base == "w4" else "w8",
+    )
+    for item in rest.split(",") if rest else ():
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise TargetError(
+                f"'{item}' in precision '{text}' is no option=value. Known: {_OPTIONS}"
+            )
+        recipe = _with_option(recipe, key.strip(), value.strip())
+    return recipe
+
+
+def _with_option(recipe: Recipe, key: str, value: str) -> Recipe:
+    if key in ("vision", "head"):
+        return replace(recipe, **{key: _one_of(key, value, SCHEMES)})
+    if match := re.fullmatch(r"stage(\d+)", key):
+        stages = {**recipe.stages, int(match[1]): _one_of(key, value, SCHEMES)}
+        return replace(recipe, stages=stages)
+    if key == "observer":
+        return replace(recipe, observer=_one_of(key, value, OBSERVERS))
+    if key == "smooth":
+        return replace(recipe, smooth=_one_of(key, value, ("yes", "no")) == "yes")
+    if key == "keep":
+        if match := re.fullmatch(r"(?:auto:)?(\d+(?:\.\d+)?)%?", value):
+            share = float(match[1]) / 100
+            if share > 1:
+                raise TargetError(f"keep={value} is more than 100 %. Write a share such as keep=5%")
+            return replace(recipe, keep=share)
+        return replace(recipe, keep_names=(*recipe.keep_names, value))
+    raise TargetError(
+        f"unknown option '{key}' of precision '{recipe.base}'."
+        f"{nearest(key, _OPTIONS.split(', '))} Known: {_OPTIONS}"
+    )
+
+
+def _one_of(key: str, value: str, known: Sequence[str]) -> Any:
+    if value not in known:
+        raise TargetError(f"{key}={value}: found '{value}', expected one of {', '.join(known)}")
+    return value
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a recipe came to for one model and plan.
+
+    Attributes:
+        schemes: of every linear layer that is not float, by the checkpoint's name.
+        recipe: as the user wrote it.
+        calibration: hash of the calibration it rests on; None where it needs none.
+        observer: the one used; None where inputs stay float.
+        smoothed: groups whose inputs were smoothed, by name, with alpha.
+    """
+
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    recipe: str = ""
+    calibration: str | None = None
+    observer: str | None = None
+    smoothed: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form, as the manifest holds it."""
+        return {
+            "recipe": self.recipe,
+            "calibration": self.calibration,
+            "observer": self.observer,
+            "schemes": dict(self.schemes),
+            "smoothed": dict(self.smoothed),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Quantization:
+        """Inverse of ``to_dict``."""
+        return cls(
+            {str(name): scheme for name, scheme in data["schemes"].items()},
+            str(data["recipe"]),
+            data["calibration"],
+            data["observer"],
+            {str(name): float(alpha) for name, alpha in data["smoothed"].items()},
+        )
+
+
+FLOAT = Quantization()
+"""Every linear layer in the type of its graph."""
