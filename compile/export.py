@@ -34,6 +34,7 @@ from ..graphs.rope import frequencies
 from ..graphs.select import Prober, Selector
 from ..graphs.targets import Target, check_operators
 from ..graphs.vision import Vision
+from .label import label_layers
 from .stitch import TORCH_DTYPES, Stitcher
 
 FREQUENCIES = "head.inverse_frequencies"
@@ -134,6 +135,7 @@ def export(
         operators = {node.op_type for node in model.graph.all_nodes()}
         check_operators(target, graph.name, graph.opset, operators)
     _strip(model)
+    label_layers(model)
     _attach(model, text, weights, path.parent)
     onnx_ir.save(model, path)
 

@@ -13,12 +13,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import psutil
 
-from ..graphs.bundle import Bundle, GraphFact
+from ..graphs.bundle import Bundle
 from ..graphs.contract import ORT_LLM_SINCE, PROBE, GraphSpec, appended, cache_names
 from ..graphs.errors import BundleError, CapacityError, TargetError
 from ..graphs.rows import Kept, StageResult
@@ -36,10 +37,13 @@ class OrtOptions:
     ``memory_limit``: bytes the weights may take; None: what is available now. Weights are
     rearranged for speed (one more copy) when that fits, and mapped from disk otherwise. FP16 graphs
     on a CPU are computed in FP32, from a copy of twice the size.
+
+    ``profile``: a folder for ONNX Runtime's own times of every operator; they take time themselves.
     """
 
     threads: int | None = None
     memory_limit: int | None = None
+    profile: Path | None = None
 
 
 class OrtExecutor:
@@ -60,9 +64,7 @@ class OrtExecutor:
         widened = manifest.precision == "fp16" and self.provider == CPU
         self.prepacked = _prepack(manifest.weight_bytes, widened, options)
         self.elapsed_ms: dict[str, float] = defaultdict(float)
-        self.sessions = {
-            name: self._load(bundle, fact, options) for name, fact in manifest.graphs.items()
-        }
+        self.sessions = {name: self._load(bundle, name, options) for name in manifest.graphs}
         self.caches: list[dict[str, np.ndarray]] = []
         self.parts: list[list[Part]] = []
         for index, stage in enumerate(self.plan.stages):
@@ -181,6 +183,10 @@ class OrtExecutor:
         elapsed, self.elapsed_ms = dict(self.elapsed_ms), defaultdict(float)
         return elapsed
 
+    def end_profiles(self) -> dict[str, Path]:
+        """Stop noting operators; the file of every graph (``OrtOptions.profile``)."""
+        return {name: Path(session.end_profiling()) for name, session in self.sessions.items()}
+
     def close(self) -> None:
         """Drop sessions and buffers."""
         self.parts.clear()
@@ -198,7 +204,7 @@ class OrtExecutor:
         shape = (self.batch, self.text.kv_heads, slots, self.text.head_dim)
         return np.zeros(shape, self.dtype)
 
-    def _load(self, bundle: Bundle, fact: GraphFact, options: OrtOptions) -> ort.InferenceSession:
+    def _load(self, bundle: Bundle, name: str, options: OrtOptions) -> ort.InferenceSession:
         session = ort.SessionOptions()
         session.intra_op_num_threads = options.threads or _cores()
         session.log_severity_level = 3
@@ -206,7 +212,10 @@ class OrtExecutor:
         session.add_session_config_entry("session.force_spinning_stop", "1")
         if not self.prepacked:
             session.add_session_config_entry("session.disable_prepacking", "1")
-        file = bundle.file(fact.file)
+        if options.profile is not None:
+            session.enable_profiling = True
+            session.profile_file_prefix = str(options.profile / name)
+        file = bundle.file(bundle.manifest.graphs[name].file)
         try:
             return ort.InferenceSession(str(file), session, providers=[self.provider])
         except Exception as error:  # ONNX Runtime's exceptions share no base but this

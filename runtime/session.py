@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,8 @@ class Session:
     """See the module. Not for several threads at once; a stream ends when the next one starts.
 
     ``backend``: who runs the graphs; None: whoever the bundle's target names. ``onnxruntime`` runs
-    the graphs of any bundle on this CPU.
+    the graphs of any bundle on this CPU. ``profile``: a folder where ONNX Runtime shall note every
+    operator's times (``executor.end_profiles``).
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Session:
         threads: int | None = None,
         memory_limit: int | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        profile: Path | None = None,
     ):
         _check_backend(bundle, backend)
         bundle.check()
@@ -74,7 +77,7 @@ class Session:
         self.encoder = PromptEncoder.from_files(bundle.path, manifest.text_files)
         self.sampling = Sampling.from_generation_config(manifest.generation)
         self.eos = frozenset(eos_ids(manifest.generation))
-        self.executor = OrtExecutor(bundle, OrtOptions(threads, memory_limit))
+        self.executor = OrtExecutor(bundle, OrtOptions(threads, memory_limit, profile))
         self.context = Context(bundle, self.executor, cache_bytes // 2)
         self.visual_rows: ByteCache[np.ndarray] = ByteCache(cache_bytes // 2)
         self._turn = 0
