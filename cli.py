@@ -380,6 +380,62 @@ def verify(bundle, model, data, samples, max_tokens, memory_limit, as_json) -> N
     require_passed(report, where)
 
 
+@main.command(epilog=bundle_default)
+@bundle_argument
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="Another bundle of the model, in turns; by default a dense one that lies beside BUNDLE.",
+)
+@click.option("--repetitions", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--warm-up", type=click.IntRange(0), default=3, show_default=True)
+@click.option("--tokens", type=click.IntRange(2), default=32, show_default=True, help="An answer.")
+@click.option("--operators/--no-operators", default=True, help="Times of layers and operators.")
+@click.option("--backend", help="onnxruntime: run the graphs of any bundle on this CPU.")
+@click.option("--threads", type=click.IntRange(1), help="Default: every core.")
+@click.option(
+    "--out",
+    default="profile.html",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="The page.",
+)
+@as_json
+def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **options) -> None:
+    """Measure where the time of an answer goes.
+
+    Every repetition asks about a picture that nobody has seen, then again about the same picture.
+    Shown are medians and percentiles of every stage, memory, energy where power can be read, times
+    of layers and operators, and how near each graph comes to what this machine can do, which is
+    measured in the same run. The page has a timeline and the roofline. Nothing else should run
+    meanwhile.
+
+    \b
+    visistage profile engines/demo/visipruner-fp32-cpu
+    visistage profile engines/llava-7b --against engines/llava-7b/fastv-fp16-cuda --json
+    visistage profile engines/llava-7b --repetitions 5 --tokens 256       longer: energy, too
+    """
+    from .console.profile import command_lines, profile_table, profiling_bar
+    from .explain.page import write
+    from .profiling.measure import Settings
+    from .profiling.page import render
+    from .profiling.profile import profile
+
+    settings = Settings(repetitions, warm_up, tokens)
+    with profiling_bar() as tick:
+        facts = profile(
+            _bundle(bundle), against=against, settings=settings, progress=tick, **options
+        )
+    write(render(facts), out)
+    if as_json:
+        show_json({"page": str(out), **facts})
+        return
+    show(profile_table(facts))
+    for line in command_lines(facts):
+        click.echo(line)
+    click.echo(f"\nthe page: {out}")
+
+
 @main.command()
 @as_json
 def doctor(as_json) -> None:

@@ -1,0 +1,237 @@
+"""A profile on the terminal: where the time went, beside another bundle and beside the roofline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from .units import show_bytes
+
+COLUMNS = ("median", "p90", "p99")
+ROWS = {
+    "preprocess": "decode and preprocess",
+    "vision": "tower and projector",
+    "host": "between the graphs",
+    "first_token": "first token",
+    "per_token": "each later token",
+    "step.host": "  of it between the graphs",
+    "total": "whole answer",
+}
+TOP_LAYERS = 5
+
+
+@contextmanager
+def profiling_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr that names what is measured; nothing where there is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("load", total=None)
+        yield lambda what, done, total: bar.update(
+            task, description=what, completed=done, total=total
+        )
+
+
+def profile_table(facts: dict[str, Any]) -> RenderableType:
+    """Everything but the commands."""
+    return Group(
+        _head(facts),
+        _times(facts),
+        *([_roofline(facts)] if facts["peaks"] else []),
+        *_operators(facts),
+        *(Text(line) for line in closing_lines(facts)),
+    )
+
+
+def command_lines(facts: dict[str, Any]) -> list[str]:
+    """The stock commands, each under what it measures."""
+    if not facts["commands"]:
+        return []
+    lines = ["", f"the same with Polygraphy, in {facts['bundle']}:"]
+    for one in facts["commands"]:
+        lines += [f"# {one['about']}", one["command"]]
+    return lines
+
+
+def closing_lines(facts: dict[str, Any]) -> list[str]:
+    """What the numbers amount to, and what is missing with its reason."""
+    plan, top = facts["runs"]["plan"], facts["dominant"]
+    lines = [
+        f"most of the first token is {top['part']}: {_ms(top['ms'])}, {_percent(top['share'])}"
+    ]
+    host, token = plan["cold"]["step.host"]["median"], plan["cold"]["per_token"]["median"]
+    lines.append(
+        f"host overhead of a later token: {_ms(host)}, {_percent(host / token)} of it"
+    )
+    up = facts["speed_up"]
+    if up:
+        against = facts["runs"]["against"]["name"]
+        lines.append(
+            f"{plan['name']} against {against}: first token {up['first_token']:.2f}x, second "
+            f"question {up['second_question']:.2f}x, later token {up['per_token']:.2f}x as fast"
+        )
+        if "prefill" in up:
+            lines.append(
+                f"decoder prefill {up['prefill']:.2f}x, the roofline promises "
+                f"{up['prefill_promised']:.2f}x: {_percent(up['prefill_share'])} of that"
+            )
+    elif facts["how_to_compare"]:
+        lines.append(f"nothing to compare with; build it: {facts['how_to_compare']}")
+    if facts["no_peaks"]:
+        lines.append(f"no roofline: {facts['no_peaks']} was measured")
+    lines.append(_power_line(facts))
+    return lines
+
+
+def _power_line(facts: dict[str, Any]) -> str:
+    power, energy = facts["power"], facts["runs"]["plan"]["energy"]
+    if power["source"] is None:
+        return f"no energy: {power['reason']}"
+    rails = ", ".join(f"{name} {mw / 1e3:.2f} W" for name, mw in power["rails_mw"].items())
+    if energy is None:
+        why = power["reason"] or (
+            f"an answer is over within {power['interval_ms']:.0f} ms samples; ask for more "
+            "tokens: --tokens 256"
+        )
+        return f"no energy per answer: {why}. Rails by {power['source']}: {rails}"
+    return (
+        f"{energy['answer_joules']['median']:.2f} J an answer, {energy['token_joules']:.3f} J a "
+        f"token ({power['source']}: {rails})"
+    )
+
+
+def _head(facts: dict[str, Any]) -> Table:
+    machine, settings, plan = facts["machine"], facts["settings"], facts["runs"]["plan"]
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("bundle", escape(facts["bundle"]))
+    table.add_row("machine", escape(machine_line(machine)))
+    runs = f"{settings['repetitions']} repetitions after {settings['warm_up']}, new pixels and "
+    table.add_row("measured", f"{runs}words in each, {settings['tokens']} tokens an answer")
+    memory = plan["memory"]
+    table.add_row(
+        "memory",
+        f"{show_bytes(memory['peak_bytes'])} at most, {show_bytes(memory['loaded_bytes'])} once "
+        f"loaded in {memory['load_ms'] / 1e3:.2f} s",
+    )
+    return table
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """Processor or board, threads, clocks, power mode, and how busy it was."""
+    parts = [machine.get("board") or machine["processor"], f"{machine['threads']} threads"]
+    if "power_mode" in machine:
+        parts.append(f"power mode {machine['power_mode']}")
+    for name, one in machine.get("clocks", {}).items():
+        mhz = f" {one['now_mhz']:.0f} MHz" if "now_mhz" in one else ""
+        parts.append(f"{name}{mhz} {one.get('governor', '')}".strip())
+    if "load_average" in machine:
+        parts.append(f"load {machine['load_average']}")
+    return ", ".join(parts)
+
+
+def _times(facts: dict[str, Any]) -> Table:
+    """Milliseconds of both bundles, cold and again."""
+    runs = facts["runs"]
+    table = Table("ms", *(f"{column}" for column in COLUMNS), "same picture again")
+    if "against" in runs:
+        table.add_column(f"{runs['against']['name']}")
+        table.add_column("again")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name in row_names(runs):
+        own = runs["plan"]["cold"].get(name)
+        cells = [_number(own and own[column]) for column in COLUMNS]
+        for run in runs.values():
+            kinds = ("cold", "again") if run is not runs["plan"] else ("again",)
+            cells += [_number(run[kind].get(name, {}).get("median")) for kind in kinds]
+        bold = name in ("first_token", "per_token", "total")
+        table.add_row(label(name), *cells, style="bold" if bold else None)
+    return table
+
+
+def row_names(runs: dict[str, Any]) -> list[str]:
+    """Every quantity of any bundle, in the order of an answer."""
+    names = list(dict.fromkeys(name for run in runs.values() for name in run["cold"]))
+    order = {"first_token": 2, "host": 1, "per_token": 3, "total": 9}
+    rank = {n: order.get(n, 4 if n.startswith("step.") else 0) for n in names}
+    rank["step.host"] = 5
+    return sorted(names, key=lambda name: rank[name])
+
+
+def label(name: str) -> str:
+    """A quantity in words."""
+    if name in ROWS:
+        return ROWS[name]
+    return f"  of it {name.removeprefix('step.')}" if name.startswith("step.") else name
+
+
+def _roofline(facts: dict[str, Any]) -> Table:
+    peaks = facts["peaks"]
+    table = Table("graph", "FLOPs", "bytes", "floor", "measured", "of the roofline", "bound by")
+    table.caption = (
+        f"floor: {peaks['flops'] / 1e9:.0f} GFLOP/s and {peaks['bandwidth'] / 1e9:.1f} GB/s "
+        f"(over {show_bytes(peaks['nbytes'])}), measured in this run"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for phase, title in (("prefill", "first token"), ("token", "later token")):
+        table.add_section()
+        for part in facts["runs"]["plan"]["roofline"][phase]:
+            table.add_row(
+                f"{part['graph']}, {title}",
+                show_flops(part["flops"]),
+                show_bytes(part["nbytes"]),
+                _ms(part["floor_ms"]),
+                _ms(part["measured_ms"]),
+                _percent(part["share"]),
+                part["bound"],
+            )
+    return table
+
+
+def _operators(facts: dict[str, Any]) -> list[RenderableType]:
+    """Kinds of operators and decoder layers that take most, per graph."""
+    noted = facts["runs"]["plan"]["operators"]
+    if noted is None:
+        return []
+    table = Table("graph", "phase", "operators", "layers, ms each")
+    for phase, title in (("prefill", "first token"), ("decode", "later token")):
+        for graph, kinds in noted[phase]["kinds"].items():
+            whole = sum(kinds.values())
+            most = list(kinds.items())[:TOP_LAYERS]
+            shares = ", ".join(f"{kind} {_percent(ms / whole)}" for kind, ms in most if whole)
+            layers = noted[phase]["layers"][graph]
+            each = " ".join(f"{key}:{ms:.2f}" for key, ms in layers.items())
+            table.add_row(graph, title, shares, each)
+    return [table]
+
+
+def show_flops(value: float) -> str:
+    """``1.2 GFLOP``."""
+    power = 0
+    while value >= 1000 and power < 5:
+        value, power = value / 1000, power + 1
+    return f"{value:.3g} {('', 'K', 'M', 'G', 'T', 'P')[power]}FLOP"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f} ms"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
