@@ -416,7 +416,7 @@ def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **optio
     visistage profile engines/llava-7b --repetitions 5 --tokens 256       longer: energy, too
     """
     from .console.profile import command_lines, profile_table, profiling_bar
-    from .explain.page import write
+    from .pages.page import write
     from .profiling.measure import Settings
     from .profiling.page import render
     from .profiling.profile import profile
@@ -426,7 +426,7 @@ def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **optio
         facts = profile(
             _bundle(bundle), against=against, settings=settings, progress=tick, **options
         )
-    write(render(facts), out)
+    write(render(facts), out, "--out profile.html")
     if as_json:
         show_json({"page": str(out), **facts})
         return

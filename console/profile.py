@@ -69,9 +69,7 @@ def closing_lines(facts: dict[str, Any]) -> list[str]:
         f"most of the first token is {top['part']}: {_ms(top['ms'])}, {_percent(top['share'])}"
     ]
     host, token = plan["cold"]["step.host"]["median"], plan["cold"]["per_token"]["median"]
-    lines.append(
-        f"host overhead of a later token: {_ms(host)}, {_percent(host / token)} of it"
-    )
+    lines.append(f"host overhead of a later token: {_ms(host)}, {_percent(host / token)} of it")
     up = facts["speed_up"]
     if up:
         against = facts["runs"]["against"]["name"]
