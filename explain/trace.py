@@ -160,17 +160,17 @@ def _read(
         visible = call.slot_order <= last
         visual = np.flatnonzero(chain.slots[index].visual[0, :slots] & visible)
         tokens = np.searchsorted(positions, call.slot_order[visual])
+        caches = session.executor.snapshot(index, 0, slots)
         for number, layer in enumerate(range(*stage.layers)):
             gates = None
             if layer in stage.gated_layers:
                 assert call.gates is not None
                 pair = call.gates[stage.gated_layers.index(layer)]
                 gates = Gates(pair[0], pair[1], stage.norm == "renorm")
-            caches = session.executor.caches[index]
             reading = read_row(
                 call.queries[number, 0],
-                caches[f"key.{layer}"][0, :, :slots],
-                caches[f"value.{layer}"][0, :, :slots],
+                np.asarray(caches[f"key.{layer}"])[0],
+                np.asarray(caches[f"value.{layer}"])[0],
                 visible,
                 visual,
                 gates,

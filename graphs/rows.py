@@ -15,8 +15,8 @@ Source: docs/design.md sections 2 and 3; gates: methods.md 1.3 and 1.5.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -62,7 +62,11 @@ class Executor(Protocol):
         write_index: int,
         gates: np.ndarray | None,
     ) -> StageResult:
-        """One call of a stage (``contract.stage_spec``)."""
+        """One call of a stage (``contract.stage_spec``).
+
+        An executor that asked for padding (``Chain``) gets fewer rows than orders: what lacks on
+        the left is padding, which it returns no rows for.
+        """
 
     def select(
         self,
@@ -166,13 +170,28 @@ class Chain:
 
     Stage 0 may be advanced alone (prefix, images) and rewound, so that an image is paid once and
     a question costs its own rows.
+
+    ``padding``: how many padding rows the executor wants before so many rows of a stage; by
+    default none.
     """
 
-    def __init__(self, plan: StagePlan, executor: Executor, batch: int = 1):
+    def __init__(
+        self,
+        plan: StagePlan,
+        executor: Executor,
+        batch: int = 1,
+        padding: Callable[[int, int], int] | None = None,
+    ):
         self.plan, self.executor, self.batch = plan, executor, batch
+        self.padding = padding or (lambda stage, count: 0)
+        self.slots: list[StageSlots] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Start again with caches that hold nothing and have no slots yet."""
         self.slots = [
-            StageSlots(np.zeros((batch, 0), np.int32), np.zeros((batch, 0), bool))
-            for _ in plan.stages
+            StageSlots(np.zeros((self.batch, 0), np.int32), np.zeros((self.batch, 0), bool))
+            for _ in self.plan.stages
         ]
 
     def reserve(self, stage: int, extra: int) -> None:
@@ -196,6 +215,26 @@ class Chain:
             write_index,
             self._gates(stage, segment.visual, decoding),
         )
+
+    def append_padded(self, stage: int, segment: Segment) -> StageResult:
+        """Append text that no visual row follows, with the padding that the executor wants."""
+        padding = self.padding(stage, segment.count)
+        return self.append(stage, _padded_left(segment, padding) if padding else segment)
+
+    def append_together(self, stage: int, parts: Sequence[Segment]) -> list[StageResult]:
+        """Append several segments in one call of a stage without gates; a result for each.
+
+        Only the last one's ``queries`` and ``logits`` say anything of its rows.
+        """
+        assert not self.plan.stages[stage].gated_layers, "a call under gates holds one kind"
+        whole, _ = self._append_merged(stage, parts)
+        ends = np.cumsum([part.count for part in parts])
+        return [
+            StageResult(
+                whole.rows[:, int(end) - part.count : int(end)], whole.queries, whole.logits
+            )
+            for part, end in zip(parts, ends, strict=True)
+        ]
 
     def finish(
         self,
@@ -237,9 +276,8 @@ class Chain:
             elif edge.op == "drop":
                 visual = None
             stage = index + 1
-            start = self.slots[stage].used
             parts = [text] if visual is None else [visual, text]
-            result = self._append_merged(stage, parts)
+            result, start = self._append_merged(stage, parts)
             if visual is not None:
                 count = visual.count
                 slots = _slot_numbers([(start, count)], self.batch)
@@ -266,23 +304,30 @@ class Chain:
             segment = Segment(False, result.rows, segment.positions, segment.order)
         return result.logits
 
-    def _append_merged(self, stage: int, parts: Sequence[Segment]) -> StageResult:
-        """Several kinds in one call: allowed because only stage 0 has text-blind layers."""
-        self.reserve(stage, sum(part.count for part in parts))
+    def _append_merged(self, stage: int, parts: Sequence[Segment]) -> tuple[StageResult, int]:
+        """Several kinds in one call, which no gates forbid; and the slot of its first row."""
+        count = sum(part.count for part in parts)
+        padding = self.padding(stage, count)
+        self.reserve(stage, padding + count)
         slots = self.slots[stage]
         write_index = slots.used
+        order = np.concatenate([part.order for part in parts], 1)
+        positions = np.concatenate([part.positions for part in parts], 1)
+        if padding:
+            order, positions = _pad_left(order, positions, padding)
+            slots.write(Segment(False, None, positions[:, :padding], order[:, :padding]))
         for part in parts:
             slots.write(part)
-        order = np.concatenate([part.order for part in parts], 1)
-        return self.executor.append(
+        result = self.executor.append(
             stage,
             self.executor.concatenate([part.rows for part in parts]),
-            np.concatenate([part.positions for part in parts], 1),
+            positions,
             np.where(order == INVISIBLE, PADDING_ORDER, order).astype(np.int32),
             slots.order,
             write_index,
             None,
         )
+        return result, write_index + padding
 
     def _select(self, edge, probe_query, visual, visual_slots, query_order) -> Kept:
         return self.executor.select(
@@ -380,6 +425,20 @@ def last_layers(plan: StagePlan, done: Prefilled) -> tuple[int, int]:
         return last[-1], last[-1]
     seen = [layer for layer, count in zip(last, done.visual_tokens, strict=True) if count]
     return last[done.selected_after], seen[-1]
+
+
+def _padded_left(segment: Segment, padding: int) -> Segment:
+    """The segment with invisible orders on its left; it has no rows for them."""
+    order, positions = _pad_left(segment.order, segment.positions, padding)
+    return replace(segment, positions=positions, order=order)
+
+
+def _pad_left(
+    order: np.ndarray, positions: np.ndarray, padding: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Order and positions (B, padding + Q): padding has position 0, and nobody sees it."""
+    width = ((0, 0), (padding, 0))
+    return np.pad(order, width, constant_values=INVISIBLE), np.pad(positions, width)
 
 
 def _joined(executor: Executor, parts, visual: bool) -> Segment:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from ..graphs.bundle import Bundle
+from ..graphs.plan import StagePlan
 from ..graphs.rows import Chain, Prefilled, Rows, Segment, StageResult
+from .backend import Backend
 from .cache import ByteCache
-from .ort import OrtExecutor
 from .tensors import Embedding, map_tensor
 
 
@@ -41,7 +43,7 @@ class Paid:
     starts: tuple[int, ...]
     begin: int
     end: int
-    caches: dict[str, np.ndarray]
+    caches: dict[str, Any]
 
     @property
     def nbytes(self) -> int:
@@ -53,11 +55,11 @@ class Paid:
 class Context:
     """Prompts through the chain, without paying twice."""
 
-    def __init__(self, bundle: Bundle, executor: OrtExecutor, cache_bytes: int):
+    def __init__(self, bundle: Bundle, executor: Backend, cache_bytes: int):
         self.executor = executor
         self.visual_tokens = bundle.manifest.config.visual_tokens
         self.embed = Embedding(bundle, executor.rows_dtype)
-        self.chain = Chain(bundle.manifest.plan, executor)
+        self.chain = Chain(bundle.manifest.plan, executor, padding=executor.padding)
         self.paid: ByteCache[Paid] = ByteCache(cache_bytes)
         self.live: str | None = None  # key of the picture chain that stage 0 holds now
         self.length = 0  # rows of the prompt and the answer so far, pruned ones counted
@@ -68,6 +70,19 @@ class Context:
     def rows_of(self, parts: Sequence[Part]) -> int:
         """Rows a prompt takes before pruning."""
         return sum(self.visual_tokens if isinstance(p, Picture) else len(p) for p in parts)
+
+    def make_room(self, parts: Sequence[Part], max_tokens: int) -> None:
+        """Have the executor choose engines in which prompt and answer fit.
+
+        Raises:
+            CapacityError: it has none.
+        """
+        pictures = sum(isinstance(part, Picture) for part in parts) * self.visual_tokens
+        text = self.rows_of(parts) - pictures + max_tokens
+        visual = visual_rows(self.chain.plan, pictures)
+        if self.executor.prepare([text + rows for rows in visual]):
+            self.chain.forget()
+            self.live, self.held = None, 0
 
     def advance(self, parts: Sequence[Part]) -> tuple[list, list, list]:
         """Bring stage 0 to the end of the last picture of ``parts``, paying only what is new."""
@@ -88,18 +103,22 @@ class Context:
         segments, results, starts = self.advance(parts)
         begin, rest = self._after_prefix(parts)
         pictures = [i for i, part in enumerate(rest) if isinstance(part, Picture)]
-        for part in rest[pictures[-1] + 1 :] if pictures else rest:
-            self._append(part, segments, results, starts)
+        question = rest[pictures[-1] + 1 :] if pictures else rest
+        for number, part in enumerate(question):
+            last = number == len(question) - 1
+            self._append(part, segments, results, starts, padded=last)
         for slots in self.chain.slots[1:]:
             slots.rewind(begin)
         self.length = self.rows_of(parts)
-        return self.chain.finish(segments, results, starts)
+        done = self.chain.finish(segments, results, starts)
+        done.logits = np.asarray(done.logits)
+        return done
 
     def decode(self, token: int) -> np.ndarray:
         """Append one token; returns the logits (V,) of the next."""
         at = np.full((1, 1), self.length, np.int32)
         self.length += 1
-        return self.chain.decode(Segment(False, self.embed([token]), at, at))[0]
+        return np.asarray(self.chain.decode(Segment(False, self.embed([token]), at, at)))[0]
 
     def _map_prefix(self, bundle: Bundle) -> list[dict[str, np.ndarray]]:
         """The shipped keys and values, by stage; mapped, not read."""
@@ -158,7 +177,9 @@ class Context:
         self.live = None
         return 0, ((), (), ())
 
-    def _append(self, part: Part, segments: list, results: list, starts: list) -> None:
+    def _append(
+        self, part: Part, segments: list, results: list, starts: list, padded: bool = False
+    ) -> None:
         """Append one part to stage 0 and note it."""
         slots = self.chain.slots[0]
         rows = part.rows() if isinstance(part, Picture) else self.embed(part)
@@ -167,7 +188,8 @@ class Context:
         segment = Segment(isinstance(part, Picture), rows, order, order)
         starts.append(slots.used)
         segments.append(segment)
-        results.append(self.chain.append(0, segment))
+        append = self.chain.append_padded if padded else self.chain.append
+        results.append(append(0, segment))
 
     def _keep(self, key: str, begin: int, segments: list, results: list, starts: list) -> None:
         """Remember stage 0 as it is now, right after a picture."""
@@ -178,6 +200,17 @@ class Context:
         paid = Paid(bare, tuple(results), tuple(starts), begin, end, caches)
         self.paid.put(key, paid, paid.nbytes)
         self.live = key
+
+
+def visual_rows(plan: StagePlan, pictures: int) -> list[int]:
+    """Most visual rows that each stage may hold of a prompt with ``pictures`` visual tokens."""
+    counts = [pictures]
+    for stage, edge in zip(plan.stages[1:], plan.edges, strict=True):
+        if edge.op == "select":
+            counts.append(min(counts[-1], stage.visual_tokens))
+        else:
+            counts.append(0 if edge.op == "drop" else counts[-1])
+    return counts
 
 
 def _chain_keys(begin: int, parts: Sequence[Part]) -> list[str]:

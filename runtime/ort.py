@@ -77,6 +77,14 @@ class OrtExecutor:
                 ]
             )
 
+    def prepare(self, needs: Sequence[int]) -> bool:
+        """Nothing to prepare: caches grow as they are needed."""
+        return False
+
+    def padding(self, stage: int, count: int) -> int:
+        """No padding rows: a call of any size costs the same to start."""
+        return 0
+
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels (B, C, H, W) float32 -> visual rows (B, N, D)."""
         with self._timed("vision"):

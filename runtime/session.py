@@ -22,13 +22,14 @@ import numpy as np
 
 from ..graphs.bundle import Bundle
 from ..graphs.cost import Geometry
-from ..graphs.errors import CapacityError, PromptError, TargetError, VisistageError
-from ..graphs.targets import ONNXRUNTIME, find_target
+from ..graphs.errors import CapacityError, PromptError, VisistageError
+from ..graphs.rows import Rows
 from .answer import Answer, Timings, plan_facts
+from .backend import check_backend, open_backend
 from .cache import ByteCache
 from .context import Context, Part, Picture
 from .image import Preprocessing, load_image, pixel_key, preprocess
-from .ort import OrtExecutor, OrtOptions
+from .ort import OrtOptions
 from .prompt import PromptEncoder
 from .sampling import Sampling, choose, eos_ids, stop_strings
 from .text import TextStream
@@ -67,7 +68,7 @@ class Session:
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         profile: Path | None = None,
     ):
-        _check_backend(bundle, backend)
+        check_backend(bundle, backend)
         bundle.check()
         for name in bundle.manifest.text_files.values():
             bundle.file(name)  # refuses names that leave the bundle
@@ -77,9 +78,10 @@ class Session:
         self.encoder = PromptEncoder.from_files(bundle.path, manifest.text_files)
         self.sampling = Sampling.from_generation_config(manifest.generation)
         self.eos = frozenset(eos_ids(manifest.generation))
-        self.executor = OrtExecutor(bundle, OrtOptions(threads, memory_limit, profile))
+        options = OrtOptions(threads, memory_limit, profile)
+        self.executor = open_backend(bundle, backend, options)
         self.context = Context(bundle, self.executor, cache_bytes // 2)
-        self.visual_rows: ByteCache[np.ndarray] = ByteCache(cache_bytes // 2)
+        self.visual_rows: ByteCache[Rows] = ByteCache(cache_bytes // 2)
         self._turn = 0
 
     def __enter__(self) -> Session:
@@ -95,7 +97,10 @@ class Session:
     def open(self, image: Source) -> OpenedImage:
         """Decode a picture and run it through the tower and stage 0, so that questions do not."""
         opened = self._decode(image)
-        self.context.advance(self._parts("-", [opened]))
+        parts = self._parts("-", [opened])
+        self._turn += 1  # a stream that is under way would go on in another picture
+        self.context.make_room(parts, 0)
+        self.context.advance(parts)
         return opened
 
     def infer(self, image: Source | Sequence[Source] | None, prompt: str, **options) -> Answer:
@@ -190,7 +195,7 @@ class Session:
                 parts.append(segment.ids)
         return parts
 
-    def _rows(self, opened: OpenedImage) -> np.ndarray:
+    def _rows(self, opened: OpenedImage) -> Rows:
         """Visual rows (1, N, D) of a picture, from the cache or the tower."""
         rows = self.visual_rows.get(opened.key)
         if rows is None:
@@ -212,6 +217,7 @@ class Session:
                     else "Shorten the prompt"
                 )
             )
+        self.context.make_room(parts, max_tokens)
 
 
 class Stream(Iterator[str]):
@@ -289,19 +295,6 @@ class Stream(Iterator[str]):
 def load(path: str | os.PathLike, **options) -> Session:
     """Open the bundle at ``path`` (or the only one below it); options as in ``Session``."""
     return Session(Bundle.open(path), **options)
-
-
-def _check_backend(bundle: Bundle, backend: str | None) -> None:
-    """Refuse what cannot run the bundle; None is what its target names."""
-    if backend not in (None, ONNXRUNTIME):
-        raise TargetError(f"unknown back end '{backend}'. Known: {ONNXRUNTIME}")
-    target = find_target(bundle.manifest.target)
-    if target.engines and backend is None:
-        raise TargetError(
-            f"{bundle.path} is for target '{target.name}': its engines run on {target.backend}, "
-            "which this version compiles for and does not drive yet. Its graphs run on this CPU, "
-            f"the same numbers more slowly: --backend {ONNXRUNTIME}"
-        )
 
 
 def _is_many(image: Any) -> bool:

@@ -22,6 +22,7 @@ PURE |= {
 PURE |= {"graphs.quantization", "graphs.values"}
 RUNTIME_MAY = {*PURE, "graphs.probing", "graphs.rows", "runtime.*"}
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "huggingface_hub")
+HEAVY += ("cuda", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 
 # Module or package -> (what of ours it may import, which libraries). The longest name that fits
 # counts; "x.*" is package x with its modules, "" is the root package with the version.
@@ -35,6 +36,10 @@ RULES = {
     "runtime": (RUNTIME_MAY, set()),
     "runtime.*": (RUNTIME_MAY, {"PIL", "jinja2", "numpy", "tokenizers"}),
     "runtime.ort": (RUNTIME_MAY, {"numpy", "onnxruntime", "psutil"}),
+    "runtime.device.cuda": (RUNTIME_MAY, {"cuda", "numpy"}),
+    "runtime.device.engine_ort": (RUNTIME_MAY, {"numpy", "onnxruntime"}),
+    "runtime.device.engine_trt": (RUNTIME_MAY | {"trt.flavour"}, {"numpy"}),
+    "runtime.device.opening": (RUNTIME_MAY | {"trt.device", "trt.engines", "trt.flavour"}, set()),
     "calib.*": ({"calib.*", "graphs.*", "runtime"}, {"PIL", "numpy"}),
     # The compiler asks the runtime's own code for prefix and preprocessing, so that both agree.
     "compile.*": (
@@ -186,6 +191,10 @@ def test_the_rules_name_modules_that_exist():
         ("runtime.session", "from ..graphs.decoder import DecoderStage"),
         ("runtime.session", "from ..graphs import decoder"),
         ("runtime.ort", "import onnx"),
+        ("runtime.session", "from ..trt.engines import Engines"),
+        ("runtime.device.executor", "import cuda.core"),
+        ("runtime.device.cuda", "import torch"),
+        ("runtime.device.engine_trt", "import tensorrt"),
         ("runtime.text", "from .. import demo"),
         ("graphs.plan", "import numpy"),
         ("graphs.plan", "from .rows import Chain"),

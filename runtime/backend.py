@@ -1,0 +1,107 @@
+"""Who runs a bundle's graphs: ONNX Runtime on this CPU, or a device.
+
+The target names the back end; ``onnxruntime`` may be asked for any bundle, whose graphs then run
+on this CPU. Nothing of a device is imported until a bundle needs one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..graphs.bundle import Bundle
+from ..graphs.errors import TargetError
+from ..graphs.rows import Executor, Rows
+from ..graphs.targets import ONNXRUNTIME, TARGETS, TENSORRT, TENSORRT_RTX, find_target
+from .ort import OrtExecutor, OrtOptions
+
+BACKENDS = (ONNXRUNTIME, TENSORRT, TENSORRT_RTX)
+CUDA_TARGET = "cuda"
+
+
+class Backend(Executor, Protocol):
+    """An executor that a session can load, fill, rewind and close."""
+
+    rows_dtype: np.dtype
+
+    def prepare(self, needs: Sequence[int]) -> bool:
+        """Make sure of room for ``needs`` slots in each stage; True: the caches are new and empty.
+
+        Raises:
+            CapacityError: there is not that much room.
+        """
+
+    def padding(self, stage: int, count: int) -> int:
+        """Padding rows that it wants before ``count`` rows of a question."""
+
+    def encode(self, pixels: np.ndarray) -> Rows:
+        """Pixels (1, C, H, W) float32 -> visual rows (1, N, D)."""
+
+    def snapshot(self, stage: int, start: int, stop: int) -> dict[str, Any]:
+        """Copies of a stage's cache slots [start, stop)."""
+
+    def restore(self, stage: int, start: int, saved: dict[str, Any]) -> None:
+        """Write a snapshot back, or arrays of the host; the slots must exist."""
+
+    def reset_elapsed(self) -> dict[str, float]:
+        """Milliseconds per graph since the last call."""
+
+    def end_profiles(self) -> dict[str, Path]:
+        """Files with the times of every operator, by graph, where they were asked for."""
+
+    def close(self) -> None:
+        """Free everything."""
+
+
+def open_backend(bundle: Bundle, backend: str | None, options: OrtOptions) -> Backend:
+    """Load the bundle's graphs or engines.
+
+    Args:
+        bundle: complete and unchanged.
+        backend: ``onnxruntime`` for its graphs on this CPU; None: as its target says.
+        options: of ONNX Runtime; None in them where a device runs the bundle, but ``threads``
+            where that is ONNX Runtime again.
+
+    Raises:
+        TargetError: the back end is unknown, or another than the target's, or takes no such option.
+        EngineError, BundleError, MissingDependencyError: it cannot run here; says what to type.
+    """
+    check_backend(bundle, backend)
+    target = find_target(bundle.manifest.target)
+    cuda = target.name == CUDA_TARGET and backend is None
+    if not cuda and (backend or target.backend) == ONNXRUNTIME:
+        return OrtExecutor(bundle, options)
+    allowed = {"threads"} if cuda else set()
+    for field in fields(options):
+        if getattr(options, field.name) is not None and field.name not in allowed:
+            raise TargetError(
+                f"--{field.name.replace('_', '-')} is for ONNX Runtime on a CPU, and {bundle.path} "
+                f"runs on a GPU (target '{target.name}'). Leave it out, or run the graphs on this "
+                f"CPU: --backend {ONNXRUNTIME}"
+            )
+    from .device import opening
+
+    return opening.open_cuda(bundle, options.threads) if cuda else opening.open_engines(bundle)
+
+
+def check_backend(bundle: Bundle, backend: str | None) -> None:
+    """Refuse a back end that cannot run the bundle.
+
+    Raises:
+        TargetError: says which can.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise TargetError(f"unknown back end '{backend}'. Known: {', '.join(BACKENDS)}")
+    target = find_target(bundle.manifest.target)
+    if backend in (None, ONNXRUNTIME, target.backend):
+        return
+    makers = [one.name for one in TARGETS.values() if one.backend == backend]
+    raise TargetError(
+        f"{bundle.path} is for target '{target.name}', which runs on {target.backend}; {backend} "
+        f"runs bundles for {', '.join(makers)}. Leave --backend out, or build one: make engines "
+        f"TARGET={makers[0]}"
+    )

@@ -1,0 +1,174 @@
+"""Calls of loaded engines: which profile, where everything lies, captured or not.
+
+``Replay`` is for calls that come again and again with the same shapes at the same addresses;
+``LooseCall`` for those that come once in a prompt, on arrays wherever they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ...graphs.contract import GraphSpec
+from ...graphs.errors import EngineError
+from .memory import DeviceArray, Memory, offsets_of
+from .protocol import (
+    ALIGNMENT,
+    Buffer,
+    CaptureError,
+    Compiled,
+    Device,
+    Engine,
+    ExecutionContext,
+    Graph,
+    Shape,
+)
+
+BATCH = 1
+"""Prompts at a time on a device."""
+
+
+class Loaded:
+    """An engine on the device, with the scratch memory that it shares with others."""
+
+    def __init__(self, compiled: Compiled, engine: Engine):
+        self.compiled, self.engine = compiled, engine
+        self.scratch: Buffer | None = None
+
+    @property
+    def spec(self) -> GraphSpec:
+        """The graph's contract."""
+        return self.compiled.spec
+
+    def context(self, sizes: Mapping[str, int], addresses: Mapping[str, int]) -> ExecutionContext:
+        """A context with these sizes of the contract's symbols, everything bound.
+
+        Raises:
+            EngineError: no profile takes these shapes.
+        """
+        shapes = shapes_of(self.spec, sizes)
+        inputs = {spec.name: shapes[spec.name] for spec in self.spec.inputs}
+        profile = self.compiled.profile_for(inputs)
+        if profile is None:
+            asked = ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())
+            raise EngineError(
+                f"engine {self.compiled.file.name} was compiled for other sizes than {asked}. "
+                f"Compile the engines again: visistage build {self.compiled.file.parent.parent}"
+            )
+        context = self.engine.context(profile, self.scratch)
+        for name, shape in shapes.items():
+            context.bind(name, shape, addresses[name])
+        return context
+
+
+def share_scratch(device: Device, engines: Sequence[Loaded]) -> int:
+    """Give ``engines`` one scratch buffer that suffices for each; returns its bytes."""
+    nbytes = max((one.engine.scratch_bytes for one in engines), default=0)
+    if nbytes:
+        scratch = device.allocate(nbytes)
+        for one in engines:
+            one.scratch = scratch
+    return nbytes
+
+
+class Replay:
+    """Contexts that run one after another, always the same.
+
+    The first time they run as they are, which lets an engine settle what it left for later; the
+    second time they are captured, from then on replayed. What comes once is not worth a capture.
+    """
+
+    def __init__(self, device: Device, contexts: Sequence[ExecutionContext]):
+        self.device, self.contexts = device, contexts
+        self.graph: Graph | None = None
+        self.refused: str | None = None
+        self._settled = False
+
+    def run(self) -> None:
+        """Ask the device for it."""
+        if self.graph is None and self._settled and self.refused is None:
+            self._capture()
+        if self.graph is not None:
+            self.graph.launch()
+            return
+        self._enqueue()
+        self._settled = True
+
+    def _capture(self) -> None:
+        if not all(context.capturable for context in self.contexts):
+            self.refused = "an engine says that its work cannot be captured"
+            return
+        try:
+            self.graph = self.device.capture(self._enqueue)
+        except (CaptureError, EngineError) as error:
+            self.refused = str(error)
+
+    def _enqueue(self) -> None:
+        for context in self.contexts:
+            context.enqueue()
+
+
+class LooseCall:
+    """One engine called on arrays of host and device, its outputs in memory of their own."""
+
+    def __init__(self, memory: Memory, loaded: Loaded):
+        self.memory, self.loaded = memory, loaded
+        self._contexts: dict[tuple[int, ...], ExecutionContext] = {}
+
+    def __call__(
+        self, inputs: Mapping[str, np.ndarray | DeviceArray], sizes: Mapping[str, int]
+    ) -> dict[str, DeviceArray]:
+        """Outputs by name, all in one piece of memory; ``inputs`` may hold more than are read."""
+        spec = self.loaded.spec
+        shapes = shapes_of(spec, sizes)
+        arrays: dict[str, DeviceArray] = {}
+        uploads = []
+        for one in spec.inputs:
+            array = inputs[one.name]
+            assert tuple(array.shape) == shapes[one.name], (one.name, array.shape)
+            if isinstance(array, DeviceArray):
+                arrays[one.name] = self._aligned(array)
+            else:
+                uploads.append((one, np.ascontiguousarray(array, one.dtype)))
+        if uploads:
+            packed, total = offsets_of([array.nbytes for _, array in uploads])
+            block = np.zeros(total, np.uint8)  # one upload, not one for each
+            for offset, (_, array) in zip(packed, uploads, strict=True):
+                block[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
+            there = self.memory.pack([(a.shape, a.dtype) for _, a in uploads])
+            self.memory.write(there[0].address, block)
+            arrays |= {one.name: array for (one, _), array in zip(uploads, there, strict=True)}
+        outputs = self.memory.pack([(shapes[o.name], np.dtype(o.dtype)) for o in spec.outputs])
+        named = {one.name: array for one, array in zip(spec.outputs, outputs, strict=True)}
+        addresses = {name: array.address for name, array in (arrays | named).items()}
+        self._context(sizes, shapes, addresses).enqueue()
+        return named
+
+    def _aligned(self, array: DeviceArray) -> DeviceArray:
+        """Itself, or a copy where a slice starts where engines do not read from."""
+        if array.address % ALIGNMENT == 0:
+            return array
+        copy = self.memory.empty(array.shape, array.dtype)
+        self.memory.put(copy.address, array)
+        return copy
+
+    def _context(
+        self, sizes: Mapping[str, int], shapes: Mapping[str, Shape], addresses: Mapping[str, int]
+    ) -> ExecutionContext:
+        """The context for these sizes, bound to these addresses."""
+        key = tuple(sizes.values())
+        if key not in self._contexts:
+            self._contexts[key] = self.loaded.context(sizes, addresses)
+            return self._contexts[key]
+        for name, shape in shapes.items():
+            self._contexts[key].bind(name, shape, addresses[name])
+        return self._contexts[key]
+
+
+def shapes_of(spec: GraphSpec, sizes: Mapping[str, int]) -> dict[str, Shape]:
+    """Shape of every input and output."""
+    return {
+        one.name: tuple(sizes[dim] if isinstance(dim, str) else dim for dim in one.shape)
+        for one in (*spec.inputs, *spec.outputs)
+    }

@@ -1,0 +1,177 @@
+"""TensorRT and TensorRT-RTX engines, driven through their Python API.
+
+One execution context for every set of shapes that is used: a captured graph bakes in the state of
+the context that it was captured from. Contexts are cheap, because they bring no memory of their
+own: all share one scratch buffer, for one engine runs at a time.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import numpy as np
+
+from ...graphs.contract import TensorSpec, appended
+from ...graphs.errors import EngineError
+from ...trt.flavour import Flavour
+from .protocol import Buffer, Compiled, Shape
+
+AGAIN = "Compile the engines again: visistage build"
+
+
+class TrtApi:
+    """``protocol.EngineApi`` over a flavour of TensorRT; ``stream`` is the device's, as integer.
+
+    Whoever calls this has made sure that the engines are for this version and this GPU
+    (``trt.engines.Engines.check_machine``).
+    """
+
+    def __init__(self, flavour: Flavour, stream: int):
+        self.flavour, self.stream = flavour, stream
+        trt: Any = flavour.module
+        self.messages: list[str] = []
+        self._logger = _logger(trt, self.messages)
+        self._runtime = trt.Runtime(self._logger)
+
+    def load(self, compiled: Compiled) -> TrtEngine:
+        """See ``protocol.EngineApi``. The file is mapped, not read: no copy on the host."""
+        with (
+            compiled.file.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            engine = self._runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise EngineError(
+                f"{self.flavour.backend} {self.flavour.version} refuses {compiled.file}: "
+                f"{self.said()}. {AGAIN} {compiled.file.parent.parent}"
+            )
+        return TrtEngine(self, compiled, engine)
+
+    def said(self) -> str:
+        """What it complained about last."""
+        return self.messages[-1] if self.messages else "it gives no reason"
+
+    def close(self) -> None:
+        """See ``protocol.EngineApi``."""
+        self._runtime = None
+
+
+class TrtEngine:
+    """``protocol.Engine``; refuses an engine whose tensors are not the contract's."""
+
+    def __init__(self, api: TrtApi, compiled: Compiled, engine: Any):
+        self.api, self.compiled, self.engine = api, compiled, engine
+        self._check_tensors()
+        self._check_aliases()
+        self.scratch_bytes = int(engine.device_memory_size_v2)
+
+    def context(self, profile: int, scratch: Buffer | None) -> TrtContext:
+        """See ``protocol.Engine``."""
+        return TrtContext(self, profile, scratch)
+
+    def _check_tensors(self) -> None:
+        trt, engine = self.api.flavour.module, self.engine
+        names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
+        for mode, specs in (
+            (trt.TensorIOMode.INPUT, self.compiled.spec.inputs),
+            (trt.TensorIOMode.OUTPUT, self.compiled.spec.outputs),
+        ):
+            found = {
+                name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name
+                for name in names
+                if engine.get_tensor_mode(name) == mode
+            }
+            wanted = {spec.name: spec.dtype for spec in specs}
+            if found != wanted:
+                differ = sorted(found.items() ^ wanted.items())
+                raise EngineError(
+                    f"{self.compiled.file} has other tensors than the bundle's contract: "
+                    f"{differ}. {AGAIN} {self.compiled.file.parent.parent}"
+                )
+
+    def _check_aliases(self) -> None:
+        """Caches that the engine updates in place are those that we bind in place."""
+        if not hasattr(self.engine, "get_aliased_input_tensor"):
+            return
+        inputs = {spec.name for spec in self.compiled.spec.inputs}
+        for spec in self.compiled.spec.outputs:
+            source = self.engine.get_aliased_input_tensor(spec.name)
+            if source and (source not in inputs or appended(source) != spec.name):
+                raise EngineError(
+                    f"{self.compiled.file} writes '{spec.name}' over '{source}', which is not "
+                    f"where the bundle keeps it. {AGAIN} {self.compiled.file.parent.parent}"
+                )
+
+
+class TrtContext:
+    """``protocol.ExecutionContext``."""
+
+    def __init__(self, engine: TrtEngine, profile: int, scratch: Buffer | None):
+        trt: Any = engine.api.flavour.module
+        self._engine, self._scratch = engine, scratch
+        managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self.context = engine.engine.create_execution_context(managed)
+        if self.context is None:
+            raise self._refused("cannot be given an execution context")
+        if not self.context.set_optimization_profile_async(profile, engine.api.stream):
+            raise self._refused(f"has no profile {profile}")
+        if scratch is not None:
+            self.context.set_device_memory(scratch.address, scratch.nbytes)
+        self._inputs: dict[str, TensorSpec] = {s.name: s for s in engine.compiled.spec.inputs}
+        self._outputs: dict[str, Shape] = {}
+        self._inferred = False
+
+    @property
+    def capturable(self) -> bool:
+        """Whether its work may be captured; TensorRT proper does not say before it is tried."""
+        ask = getattr(self.context, "is_stream_capturable", None)
+        return True if ask is None else bool(ask(self._engine.api.stream))
+
+    def bind(self, name: str, shape: Shape, address: int) -> None:
+        """See ``protocol.ExecutionContext``."""
+        if name not in self._inputs:
+            self._outputs[name] = tuple(shape)
+        elif not self.context.set_input_shape(name, shape):
+            raise self._refused(f"does not take '{name}' in shape {list(shape)}")
+        if not self.context.set_tensor_address(name, address):
+            raise self._refused(f"has no tensor '{name}'")
+
+    def enqueue(self) -> None:
+        """See ``protocol.ExecutionContext``."""
+        if not self._inferred:
+            self._check_shapes()
+        if not self.context.execute_async_v3(self._engine.api.stream):
+            raise self._refused("did not run")
+
+    def _check_shapes(self) -> None:
+        """The engine writes what we made room for, no more and no less."""
+        missing = self.context.infer_shapes()
+        if missing:
+            raise self._refused(f"lacks {', '.join(missing)}")
+        for name, shape in self._outputs.items():
+            found = tuple(self.context.get_tensor_shape(name))
+            if found != shape:
+                raise self._refused(f"writes '{name}' in shape {list(found)}, not {list(shape)}")
+        self._inferred = True
+
+    def _refused(self, what: str) -> EngineError:
+        compiled = self._engine.compiled
+        return EngineError(
+            f"engine {compiled.file.name} {what}: {self._engine.api.said()}. "
+            f"{AGAIN} {compiled.file.parent.parent}"
+        )
+
+
+def _logger(trt: Any, messages: list[str]) -> Any:
+    """A logger that keeps errors for our own messages, and is silent otherwise."""
+
+    class Logger(trt.ILogger):  # type: ignore[name-defined]
+        def __init__(self):
+            super().__init__()
+
+        def log(self, severity, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                messages.append(message)
+
+    return Logger()

@@ -1,0 +1,204 @@
+"""``graphs.rows.Executor`` on a device: engines over memory that never leaves it.
+
+What goes up in a call is a few kilobytes of positions, orders and gates, and the rows of text;
+what comes down is the logits of the last row, and of a selection which rows it kept. Sampling,
+penalties and stops look at logits on the host, so an argmax on the device would spare 128 KB of a
+step that reads gigabytes of weights.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from ...graphs.bundle import Manifest
+from ...graphs.contract import PROBE
+from ...graphs.rows import Kept, StageResult
+from .calls import BATCH
+from .memory import DeviceArray, Memory, nbytes_of
+from .protocol import Compiled, Device, EngineApi, Event
+from .rooms import Room, Rooms
+
+DECODE_ROWS = 8
+PREFILL_STEP = 32
+"""Numbers of rows that a question is padded to, so that few different calls are captured: 8, which
+the profile for decoding takes, and multiples of 32."""
+
+MOST_EVENTS = 512
+"""Pairs of events that wait to be read."""
+
+
+class DeviceExecutor:
+    """One prompt at a time. ``elapsed_ms`` is the device's own time, by graph."""
+
+    def __init__(
+        self, manifest: Manifest, device: Device, api: EngineApi, compiled: Sequence[Compiled]
+    ):
+        self.plan = manifest.plan
+        self.device, self.api = device, api
+        self.memory = Memory(device)
+        self.rooms = Rooms(manifest, self.memory, api, compiled)
+        stage0 = manifest.graphs[manifest.parts_of(0)[0]].spec
+        self.rows_dtype = np.dtype(next(s.dtype for s in stage0.inputs if s.name == "rows"))
+        self.slack = [0] * len(self.plan.stages)
+        self._events: list[tuple[str, Event, Event]] = []
+        self._elapsed: dict[str, float] = defaultdict(float)
+
+    @property
+    def room(self) -> Room:
+        """The engines in use."""
+        return self.rooms.current
+
+    def prepare(self, needs: Sequence[int]) -> bool:
+        """Choose engines with room for ``needs`` slots in each stage.
+
+        Returns whether they are others than before: then the caches hold nothing.
+
+        Raises:
+            CapacityError: none have that much room.
+        """
+        changed = self.rooms.choose(needs)
+        most = [stage.most for stage in self.room.stages]
+        self.slack = [
+            PREFILL_STEP if not slots else slots - need
+            for slots, need in zip(most, needs, strict=True)
+        ]
+        return changed
+
+    def padding(self, stage: int, count: int) -> int:
+        """Rows to put before a question of ``count`` rows so that its call is one of a few."""
+        if not self.room.stages[stage].captures:
+            return 0
+        step = DECODE_ROWS if count <= DECODE_ROWS else PREFILL_STEP
+        padding = -count % step
+        return padding if padding <= self.slack[stage] else 0
+
+    def encode(self, pixels: np.ndarray) -> DeviceArray:
+        """Pixels (1, C, H, W) float32 -> visual rows (1, N, D)."""
+        with self._timed("vision"):
+            return self.rooms.vision({"pixels": pixels}, {"B": BATCH})["visual_rows"]
+
+    def ensure_slots(self, stage: int, slots: int) -> int:
+        """See ``graphs.rows.Executor``."""
+        return self.room.stages[stage].ensure_slots(slots)
+
+    def append(self, stage, rows, positions, order, slot_order, write_index, gates) -> StageResult:
+        """See ``graphs.rows.Executor``; more orders than rows: those on the left are padding."""
+        with self._timed(f"stage{stage}"):
+            return self.room.stages[stage].append(
+                rows, positions, order, slot_order, write_index, gates
+            )
+
+    def select(
+        self, edge, probe_query, slot_order, query_order, visual_slots, rows, positions, order
+    ) -> Kept:
+        """See ``graphs.rows.Executor``; only which rows were kept comes down."""
+        stage = self.room.stages[edge]
+        key, value = list(stage.caches)[-2:]
+        inputs = {
+            "probe_query": probe_query,
+            "key": stage.cache(key),
+            "value": stage.cache(value),
+            "slot_order": slot_order,
+            "query_order": query_order,
+            "visual_slots": visual_slots,
+            "rows": rows,
+            "positions": positions,
+            "order": order,
+        }
+        out = self._call(f"select{edge}", inputs, stage.slots, visual_slots.shape[1])
+        kept = [np.asarray(out[name]) for name in ("positions.out", "order.out", "scores")]
+        return Kept(out["rows.out"], *kept)
+
+    def probe(
+        self, stage, layer, query, slot_order, query_order, visual_slots
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See ``graphs.rows.Executor``; the decision is the host's, so its readings come down."""
+        one = self.room.stages[stage]
+        inputs = {
+            "query": query,
+            "key": one.cache(f"key.{layer}"),
+            "value": one.cache(f"value.{layer}"),
+            "slot_order": slot_order,
+            "query_order": query_order,
+            "visual_slots": visual_slots,
+        }
+        out = self._call(PROBE, inputs, one.slots, visual_slots.shape[1])
+        return np.asarray(out["cosine"]), np.asarray(out["norm"])
+
+    def take(self, rows: DeviceArray, index: np.ndarray) -> DeviceArray:
+        """Rows ``index`` along Q; neighbours are copied together."""
+        out = self.memory.empty((1, len(index), *rows.shape[2:]), rows.dtype)
+        row = nbytes_of(rows.shape[2:], rows.dtype)
+        breaks = np.flatnonzero(np.diff(index) != 1) + 1
+        at = 0
+        for run in np.split(index, breaks):
+            if len(run):
+                source = rows.address + int(run[0]) * row
+                self.device.copy(out.address + at * row, source, len(run) * row)
+            at += len(run)
+        return out
+
+    def concatenate(self, parts: Sequence[np.ndarray | DeviceArray]):
+        """Join rows along Q, wherever they are."""
+        if len(parts) == 1:
+            return parts[0]
+        count = sum(part.shape[1] for part in parts)
+        out = self.memory.empty((1, count, *parts[0].shape[2:]), parts[0].dtype)
+        at = out.address
+        for part in parts:
+            self.memory.put(at, part)
+            at += part.nbytes
+        return out
+
+    def snapshot(self, stage: int, start: int, stop: int) -> dict[str, DeviceArray]:
+        """Copies of a stage's cache slots [start, stop)."""
+        return self.room.stages[stage].snapshot(start, stop)
+
+    def restore(
+        self, stage: int, start: int, saved: Mapping[str, np.ndarray | DeviceArray]
+    ) -> None:
+        """Write a snapshot back, or arrays of the host; the slots must exist."""
+        self.room.stages[stage].restore(start, saved)
+
+    def reset_elapsed(self) -> dict[str, float]:
+        """Milliseconds of the device per graph since the last call."""
+        self._read_events()
+        elapsed, self._elapsed = dict(self._elapsed), defaultdict(float)
+        return elapsed
+
+    def end_profiles(self) -> dict[str, Path]:
+        """None: nobody can ask for them here (``backend.open_backend``)."""
+        return {}
+
+    def close(self) -> None:
+        """Let go of engines, memory and device."""
+        self._events.clear()
+        self.device.synchronize()
+        self.rooms.close()
+        self.api.close()
+        self.device.close()
+
+    def _call(self, graph: str, inputs, slots: int, visual: int) -> dict[str, DeviceArray]:
+        sizes = {"B": BATCH, "S": slots, "N": visual}
+        with self._timed(graph):
+            return self.room.calls[graph](inputs, sizes)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = self.device.record()
+        yield
+        self._events.append((name, start, self.device.record()))
+        if len(self._events) > MOST_EVENTS:
+            self._read_events()
+
+    def _read_events(self) -> None:
+        if self._events:
+            self._events[-1][2].wait()
+        for name, start, stop in self._events:
+            self._elapsed[name] += stop.since(start)
+        self._events.clear()

@@ -1,0 +1,171 @@
+"""NumPy in the place of a device, for machines that have none: late, forgetful and strict.
+
+What is asked for is done when somebody waits, not before; memory holds rubbish (NaN in every float
+type) until something is written, and again once it is freed; an address outside of living memory
+is an ``AssertionError``. Whatever depends on luck on a real device fails here.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable
+
+import numpy as np
+
+from .protocol import ALIGNMENT, CaptureError
+
+RUBBISH = 0xFF
+
+
+class HostDevice:
+    """``protocol.Device`` in NumPy. ``log`` lists what was done, by name, in order."""
+
+    def __init__(self, name: str = "NumPy", memory: int = 1 << 40):
+        self.name, self.memory = name, memory
+        self.taken = 0
+        self.log: list[str] = []
+        self._queue: list[tuple[str, Callable[[], None]]] = []
+        self._captured: list[tuple[str, Callable[[], None]]] | None = None
+        self._living: dict[int, np.ndarray] = {}
+
+    def allocate(self, nbytes: int) -> HostMemory:
+        """Memory full of rubbish."""
+        self._not_capturing("allocate")
+        buffer = HostMemory(self, nbytes)
+        self.taken += nbytes
+        return buffer
+
+    allocate_host = allocate
+
+    def copy(self, to: int, source: int, nbytes: int) -> None:
+        """See ``protocol.Device``."""
+        self.submit("copy", lambda: np.copyto(self.bytes(to, nbytes), self.bytes(source, nbytes)))
+
+    def copy_rows(
+        self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, rows: int
+    ) -> None:
+        """See ``protocol.Device``."""
+
+        def work() -> None:
+            for row in range(rows):
+                read = self.bytes(source + row * source_pitch, width)
+                np.copyto(self.bytes(to + row * to_pitch, width), read)
+
+        self.submit("copy_rows", work)
+
+    def zero(self, to: int, nbytes: int) -> None:
+        """See ``protocol.Device``."""
+        self.submit("zero", lambda: self.bytes(to, nbytes).fill(0))
+
+    def record(self) -> HostEvent:
+        """See ``protocol.Device``."""
+        event = HostEvent(self)
+        self.submit("record", event.come)
+        return event
+
+    def synchronize(self) -> None:
+        """Do what was asked for."""
+        self._not_capturing("synchronize")
+        queue, self._queue = self._queue, []
+        for name, work in queue:
+            self.log.append(name)
+            work()
+
+    def capture(self, work: Callable[[], None]) -> HostGraph:
+        """See ``protocol.Device``."""
+        self._not_capturing("capture")
+        self._captured = []
+        try:
+            work()
+            return HostGraph(self, self._captured)
+        finally:
+            self._captured = None
+
+    def free_bytes(self) -> int:
+        """What is left of ``memory``."""
+        return self.memory - self.taken
+
+    def close(self) -> None:
+        """Do what is left to do."""
+        self.synchronize()
+
+    def submit(self, name: str, work: Callable[[], None]) -> None:
+        """Ask for ``work``: an engine's run, for example."""
+        (self._queue if self._captured is None else self._captured).append((name, work))
+
+    def bytes(self, address: int, nbytes: int) -> np.ndarray:
+        """(nbytes,) uint8 at ``address``, which must lie in one living buffer."""
+        starts = sorted(self._living)
+        at = bisect_right(starts, address) - 1
+        if at >= 0:
+            start, array = starts[at], self._living[starts[at]]
+            if address - start + nbytes <= len(array):
+                return array[address - start : address - start + nbytes]
+        raise AssertionError(f"{nbytes} bytes at {address:#x} are not in one living buffer")
+
+    def freed(self, start: int) -> None:
+        """A buffer is held by nobody: it goes once the work asked for before is done."""
+
+        def work() -> None:
+            array = self._living.pop(start)
+            self.taken -= len(array)
+            array.fill(RUBBISH)
+
+        self._queue.append(("free", work))
+
+    def _not_capturing(self, what: str) -> None:
+        if self._captured is not None:
+            raise CaptureError(f"{what} while capturing")
+
+
+class HostMemory:
+    """``protocol.Buffer`` and ``HostBuffer`` at once."""
+
+    def __init__(self, device: HostDevice, nbytes: int):
+        room = np.full(nbytes + ALIGNMENT, RUBBISH, np.uint8)
+        skip = -room.ctypes.data % ALIGNMENT
+        self.array = room[skip : skip + nbytes]
+        self.address, self.nbytes = int(room.ctypes.data) + skip, nbytes
+        device._living[self.address] = self.array
+        weakref.finalize(self, device.freed, self.address).atexit = False
+
+
+class HostEvent:
+    """``protocol.Event``."""
+
+    def __init__(self, device: HostDevice):
+        self._device = device
+        self._came: float | None = None
+
+    def come(self) -> None:
+        """The device is here."""
+        self._came = time.perf_counter()
+
+    def wait(self) -> None:
+        """See ``protocol.Event``."""
+        if self._came is None:
+            self._device.synchronize()
+
+    def since(self, earlier: HostEvent) -> float:
+        """See ``protocol.Event``."""
+        assert self._came is not None
+        assert earlier._came is not None
+        return (self._came - earlier._came) * 1e3
+
+
+class HostGraph:
+    """``protocol.Graph``: a list of work."""
+
+    def __init__(self, device: HostDevice, work: list[tuple[str, Callable[[], None]]]):
+        self.work = work
+        self._device = device
+
+    def launch(self) -> None:
+        """See ``protocol.Graph``."""
+        self._device.submit("launch", self._all)
+
+    def _all(self) -> None:
+        for _, work in self.work:
+            work()

@@ -1,0 +1,129 @@
+"""Engines in sets, one for each context length that the bundle was compiled for.
+
+A set is loaded when a prompt first needs its room, and the smallest that fits is used: attention
+costs time for every slot there is. Engines share no weights, so sets stay together on the device
+only while its memory suffices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...graphs.bundle import Manifest
+from ...graphs.contract import SLOT_STEP
+from ...graphs.errors import CapacityError
+from .calls import Loaded, LooseCall, share_scratch
+from .memory import Memory
+from .protocol import Compiled, EngineApi
+from .stage import DeviceStage, Workspace
+
+VISION = "vision"
+SPARE = 1.2
+"""A set is expected to take this much of its files' bytes, caches and scratch included."""
+
+
+class Room:
+    """Loaded engines for one context length (None: any), and the caches that they work on."""
+
+    def __init__(
+        self, manifest: Manifest, memory: Memory, api: EngineApi, engines: Sequence[Compiled]
+    ):
+        self.context = engines[0].context
+        loaded = {one.graph: Loaded(one, api.load(one)) for one in engines}
+        self.scratch_bytes = share_scratch(memory.device, list(loaded.values()))
+        workspace = Workspace(memory)
+        self.stages: list[DeviceStage] = []
+        self.calls: dict[str, LooseCall] = {}
+        for index in range(len(manifest.plan.stages)):
+            parts = [loaded.pop(name) for name in manifest.parts_of(index)]
+            self.stages.append(
+                DeviceStage(
+                    memory,
+                    workspace,
+                    parts,
+                    most=parts[0].compiled.slots,
+                    fixed=self.context is not None,
+                    portable=manifest.lowering == "portable",
+                )
+            )
+        for graph, one in loaded.items():
+            self.calls[graph] = LooseCall(memory, one)
+
+
+class Rooms:
+    """All sets of a bundle: which are loaded, and which is in use."""
+
+    def __init__(
+        self, manifest: Manifest, memory: Memory, api: EngineApi, compiled: Sequence[Compiled]
+    ):
+        self.manifest, self.memory, self.api = manifest, memory, api
+        (tower,) = [one for one in compiled if one.graph == VISION]
+        rest = [one for one in compiled if one is not tower]
+        self.sets: dict[int | None, list[Compiled]] = {}
+        for context in sorted({one.context for one in rest}, key=lambda c: c or 0):
+            self.sets[context] = [one for one in rest if one.context == context]
+        loaded = Loaded(tower, api.load(tower))
+        share_scratch(memory.device, [loaded])
+        self.vision = LooseCall(memory, loaded)
+        self.loaded: dict[int | None, Room] = {}
+        self._current: Room | None = None
+
+    @property
+    def current(self) -> Room:
+        """The set in use; the smallest before anybody chose."""
+        if self._current is None:
+            self._current = self._load(next(iter(self.sets)))
+        return self._current
+
+    def choose(self, needs: Sequence[int]) -> bool:
+        """Use the smallest set with room for ``needs`` slots in each stage.
+
+        Returns whether it is another than before.
+
+        Raises:
+            CapacityError: there is none; or the device has no memory for it.
+        """
+        for context in self.sets:
+            if all(
+                not most or need <= most
+                for need, most in zip(needs, self._most(context), strict=True)
+            ):
+                changed = self._current is None or self._current.context != context
+                self._current = self._load(context)
+                return changed
+        raise self._too_small(needs)
+
+    def close(self) -> None:
+        """Let go of every engine."""
+        self._current = None
+        self.loaded.clear()
+        del self.vision
+
+    def _load(self, context: int | None) -> Room:
+        if context not in self.loaded:
+            wanted = SPARE * sum(one.nbytes for one in self.sets[context])
+            if self.memory.device.free_bytes() < wanted:
+                self._current = None
+                self.memory.device.synchronize()
+                self.loaded.clear()
+            room = Room(self.manifest, self.memory, self.api, self.sets[context])
+            self.loaded[context] = room
+        return self.loaded[context]
+
+    def _most(self, context: int | None) -> list[int]:
+        """Slots that each stage of a set has; 0: any number."""
+        slots = {one.graph: one.slots for one in self.sets[context]}
+        stages = range(len(self.manifest.plan.stages))
+        return [slots[self.manifest.parts_of(stage)[0]] for stage in stages]
+
+    def _too_small(self, needs: Sequence[int]) -> CapacityError:
+        largest = list(self.sets)[-1]
+        most = self._most(largest)
+        over = max(need - slots for need, slots in zip(needs, most, strict=True))
+        longest = self.manifest.contexts[-1]
+        again = -(-(longest + over) // SLOT_STEP) * SLOT_STEP
+        return CapacityError(
+            f"the prompt and its answer are {over} rows too long for the engines, which were "
+            f"compiled for contexts of {', '.join(map(str, self.manifest.contexts))} rows. Ask for "
+            f"fewer tokens, shorten the prompt, or build again with --context {again}"
+        )
