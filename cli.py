@@ -437,6 +437,47 @@ def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **optio
 
 
 @main.command()
+@click.argument("subject", metavar="BUNDLE_OR_MODEL")
+@click.option(
+    "--device",
+    required=True,
+    help="orin-agx-64, orin-nx-16, orin-nano-8, thor, h100, h200, rtx-4090, or cpu: this one.",
+)
+@click.option("--plan", help="Of a model: a preset or a file (default visipruner).")
+@click.option("--precision", help="Of a model: fp32, fp16 (default), int8, w8 or w4.")
+@click.option("--prefix", type=click.IntRange(0), help="Of a model: rows before it (default 35).")
+@click.option(
+    "--text", type=click.IntRange(1), default=40, show_default=True, help="Question rows."
+)
+@click.option("--tokens", type=click.IntRange(1), default=32, show_default=True, help="An answer.")
+@click.option("--context", type=click.IntRange(64), default=1024, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="Of this CPU; default: every core.")
+@as_json
+def estimate(subject, device, as_json, plan, precision, prefix, threads, **prompt) -> None:
+    """Estimate times and memory on a machine that is not at hand.
+
+    From the operations and bytes of every call and the device's published peaks; nothing is run,
+    but that the peaks of `cpu` are measured. Where a device was measured its efficiency is fitted,
+    and the error of that on models it had not seen is shown; elsewhere the answer is a range.
+    CONTEXT is the room that engines have.
+
+    \b
+    visistage estimate llava-7b --device orin-agx-64
+    visistage estimate llava-7b --device orin-nano-8 --precision w4 --plan visipruner:t=14
+    visistage estimate engines/demo/visipruner-fp32-cpu --device cpu --json
+    """
+    from .console.estimate import estimate_table, subject_of
+    from .estimate.predict import Prompt, estimate
+
+    of = subject_of(subject, plan, precision, prefix)
+    facts = estimate(of, device, Prompt(**prompt), threads=threads)
+    if as_json:
+        show_json(facts)
+    else:
+        show(estimate_table(facts))
+
+
+@main.command()
 @as_json
 def doctor(as_json) -> None:
     """Show what this machine can build and run, and what it lacks."""

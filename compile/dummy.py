@@ -56,6 +56,7 @@ def make_dummy(
     *,
     dtype: str = "float16",
     seed: int = 0,
+    recipe: Geometry | None = None,
     progress: Progress = lambda nbytes: None,
 ) -> Path:
     """Make the checkpoint folder ``path``, or find it complete.
@@ -63,17 +64,18 @@ def make_dummy(
     The folder appears under its name when it is whole; an interrupted run leaves nothing.
 
     Args:
-        geometry: a key of ``recipes.GEOMETRIES``.
+        geometry: a key of ``recipes.GEOMETRIES``, or the name of ``recipe``.
         path: the folder to make.
         dtype: ``float16``, ``float32`` or ``bfloat16``.
         seed: of the random numbers.
+        recipe: shapes that are not listed there.
         progress: told about bytes as they are written.
 
     Raises:
         ModelError: an unknown geometry or type, or ``path`` holds something else.
         CapacityError: the disk has no room for it, or another run is making it.
     """
-    if geometry not in GEOMETRIES:
+    if recipe is None and geometry not in GEOMETRIES:
         raise ModelError(
             f"there are no dummy weights of {geometry!r}, only of {', '.join(GEOMETRIES)}. "
             "Choose one of those: MODEL=llava-45m DUMMY=1"
@@ -83,7 +85,7 @@ def make_dummy(
             f"dummy weights cannot be {dtype!r}, only {', '.join(DTYPES)}. Choose one of those."
         )
     path = Path(path)
-    recipe = GEOMETRIES[geometry]
+    recipe = recipe or GEOMETRIES[geometry]
     config = ModelConfig.from_hf(recipe.config)
     shapes = tensor_shapes(config, whole_tower=True)
     facts = {"geometry": geometry, "dtype": dtype, "seed": seed, "version": VERSION}

@@ -34,11 +34,20 @@ def plan_facts(
         ModelError: an unknown model, or a config that is not supported.
         PlanError: see ``resolve_plan``.
     """
-    config = ModelConfig.from_hf(_config(model))
+    config = model_config(model)
     geometry = Geometry.of(config.text)
     geometry = replace(geometry, layers=layers or geometry.layers)
     tokens = visual_tokens or config.visual_tokens
     return resolve_plan(plan, geometry.layers, tokens), geometry
+
+
+def model_config(model: str) -> ModelConfig:
+    """The sizes of a known model or of a folder with a ``config.json``.
+
+    Raises:
+        ModelError: an unknown model, or a config that is not supported.
+    """
+    return ModelConfig.from_hf(_config(model))
 
 
 def outcome_of(

@@ -31,6 +31,10 @@ CACHE_BYTES = {"fp32": 4.0}
 """Bytes of one cached number where they are not 2."""
 
 
+TOWER_FLOAT = ("w8", "w4")
+"""Precisions that leave the tower in float."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a graph: ``rows`` of hidden states go in, its cache has ``slots``.
@@ -66,16 +70,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of one weight and of one cached number."""
+    """Bytes of one weight of the decoder, of one cached number, and of one weight of the tower."""
 
     weight: float
     cache: float
+    tower: float
 
     @classmethod
     def of(cls, precision: str) -> Sizes:
         """Those of a precision's name, whatever stands behind its colon."""
         base = precision.partition(":")[0].partition("+")[0]
-        return cls(WEIGHT_BYTES[base], CACHE_BYTES.get(base, 2.0))
+        weight = WEIGHT_BYTES[base]
+        tower = WEIGHT_BYTES["fp16"] if base in TOWER_FLOAT else weight
+        return cls(weight, CACHE_BYTES.get(base, 2.0), tower)
 
 
 def work_of(call: Call, config: ModelConfig, plan: StagePlan, sizes: Sizes) -> Work:
@@ -106,17 +113,16 @@ def stage_work(geometry: Geometry, depth: int, call: Call, sizes: Sizes, *, head
 def vision_work(config: ModelConfig, sizes: Sizes) -> Work:
     """Tower up to the deepest hidden state that is read, and projector, for one picture."""
     vision, tokens = config.vision, config.vision.tokens
-    states = [i if i >= 0 else vision.layers + 1 + i for i in config.feature_layers]
     h, d = vision.hidden, config.text.hidden
     layer = 4 * h * h + 2 * h * vision.intermediate
     patch = vision.channels * vision.patch_size**2 * h
-    projector = h * len(states) * d + d * d
-    depth = max(states)
+    projector = h * len(config.feature_layers) * d + d * d
+    depth = tower_depth(config)
     return Work(
         flops=2 * vision.patches * patch
         + depth * (2 * tokens * layer + 4 * tokens * tokens * h)
         + 2 * config.visual_tokens * projector,
-        weight_bytes=(patch + depth * layer + projector) * sizes.weight,
+        weight_bytes=(patch + depth * layer + projector) * sizes.tower,
     )
 
 
@@ -164,6 +170,19 @@ def token_calls(
         )
         for index, stage in enumerate(plan.stages)
     ]
+
+
+def layers_of(call: Call, config: ModelConfig, plan: StagePlan) -> int:
+    """Decoder or tower layers that one call runs; a selection or a probe counts as one."""
+    if call.graph == VISION:
+        return tower_depth(config)
+    return plan.stages[stage_of(call.graph)].depth if call.graph.startswith("stage") else 1
+
+
+def tower_depth(config: ModelConfig) -> int:
+    """Tower layers up to the deepest hidden state that is read; state 0 is the embedding."""
+    states = config.feature_layers
+    return max(i if i >= 0 else config.vision.layers + 1 + i for i in states)
 
 
 def total(works: Iterable[Work]) -> Work:

@@ -1,0 +1,141 @@
+"""Measure models of several shapes at several lengths, and fit what a device reaches of its peaks.
+
+    python -m visistage.bench.fit [--threads 2] [--repetitions 10]
+
+Models and plans take turns only within a model: sessions of all at once would not fit. The peaks
+are measured beside every model. Writes ``results/estimate-DEVICE.json`` (every observation) and
+``estimate/measured.json`` (what ``visistage estimate`` reads).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..compile.build import build
+from ..compile.dummy import make_dummy
+from ..compile.recipes import GEOMETRIES, Geometry
+from ..estimate.fit import Observation, fit, validate
+from ..estimate.measured import FILE
+from ..graphs.work import Call, Sizes, layers_of, total, work_of
+from ..profiling.machine import cores
+from ..profiling.measure import Settings, measure
+from ..profiling.peaks import MOST_BYTES, Peaks, measure_peaks
+from ..profiling.sweep import sweep
+from ..runtime.session import Session
+from .record import RESULTS, save
+
+PLANS = ("dense", "visipruner")
+SMALL = GEOMETRIES["llava-45m"]
+
+
+def _shape(layers: int, hidden: int, intermediate: int) -> Geometry:
+    """llava-45m with another decoder."""
+    text = {
+        **SMALL.config["text_config"],
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": hidden // 64,
+    }
+    about = f"llava-45m with {layers} layers of {hidden}"
+    return Geometry({**SMALL.config, "text_config": text}, SMALL.specials, about)
+
+
+SHAPES = {
+    "shallow-wide": _shape(6, 1024, 2752),
+    "deep-wide": _shape(16, 1024, 2752),
+}
+
+
+@click.command()
+@click.option("--repetitions", default=10, show_default=True)
+@click.option("--threads", type=int, help="Default: every core.")
+@click.option("--out", default="engines", show_default=True, help="Folder of the bundles.")
+@click.option("--models", default="demo,llava-45m,shallow-wide,deep-wide", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="Name to keep the record under.")
+def main(repetitions: int, threads: int | None, out: str, models: str, device: str) -> None:
+    """Build, measure, fit, record."""
+    observations: list[Observation] = []
+    for model in models.split(","):
+        observations += list(_observe(model, Path(out), repetitions, threads))
+    efficiency = fit(observations)
+    validations = [one.to_dict() for one in validate(observations)]
+    rows: list[dict[str, Any]] = [
+        {"efficiency": asdict(efficiency), "validations": validations},
+        *map(asdict, observations),
+    ]
+    given = f" --threads {threads}" if threads else ""
+    command = f"python -m visistage.bench.fit --repetitions {repetitions}{given}"
+    save(f"estimate-{device}", command, rows)
+    FILE.write_text(json.dumps(fitted(), indent=1) + "\n")
+
+
+def fitted() -> dict[str, Any]:
+    """``measured.json``, from the records."""
+    known: dict[str, Any] = {}
+    for file in sorted(RESULTS.glob("estimate-*.json")):
+        record = json.loads(file.read_text())
+        device = file.stem.removeprefix("estimate-")
+        origin = {"command": record["command"], "date": record["date"], "device": record["device"]}
+        known[device] = {"fp32": {**record["rows"][0], "origin": origin}}
+    return known
+
+
+def _observe(model: str, out: Path, repetitions: int, threads: int | None) -> Iterator[Observation]:
+    """Prefills of several lengths, the tower, and later tokens of one model under all plans."""
+    source = model
+    if model in SHAPES:
+        source = str(make_dummy(model, out / "checkpoints" / model, recipe=SHAPES[model]))
+    bundles = {
+        plan: build(source, plan=plan, out=out, dummy_weights=model in GEOMETRIES) for plan in PLANS
+    }
+    settings = Settings(repetitions, warm_up=2, tokens=16)
+    with ExitStack() as stack:
+        sessions = {
+            plan: stack.enter_context(Session(bundle, threads=threads))
+            for plan, bundle in bundles.items()
+        }
+        series = measure(sessions, settings)
+        points = sweep(sessions, repetitions, parts=True)
+    for plan, bundle in bundles.items():
+        manifest = bundle.manifest
+
+        def of(phase: str, length: int, calls: list[Call], ms: float, plan=plan, m=manifest):
+            sizes = Sizes.of(m.precision)
+            work = total(work_of(call, m.config, m.plan, sizes) for call in calls)
+            # Calls read their weights one after another: a cache holds those of one at best.
+            peaks = _peaks(threads, work.nbytes / len(calls))
+            layers = sum(layers_of(call, m.config, m.plan) for call in calls)
+            return Observation(
+                *(model, plan, phase, length, work.flops, work.nbytes, layers, ms),
+                *(peaks.flops, peaks.bandwidth),
+            )
+
+        cold, _, step = series[plan].calls()
+        spreads = series[plan].spreads()["cold"]
+        yield of("vision", 0, [c for c in cold if c.graph == "vision"], spreads["vision"].median)
+        yield of("token", 0, step, spreads["per_token"].median)
+        for point in points[plan]:
+            yield of("prefill", point.visual_tokens, list(point.calls), point.ms.median)
+
+
+_measured: dict[int, Peaks] = {}
+
+
+def _peaks(threads: int | None, nbytes: float) -> Peaks:
+    """The machine's, reading about ``nbytes``: once for every power of two."""
+    size = 1 << max((min(int(nbytes), MOST_BYTES) - 1).bit_length(), 22)
+    if size not in _measured:
+        _measured[size] = measure_peaks(threads=threads or cores(), read_bytes=size)
+    return _measured[size]
+
+
+if __name__ == "__main__":
+    main()

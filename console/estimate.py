@@ -1,0 +1,158 @@
+"""An estimate on the terminal: a range or a fitted figure, and on what grounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from ..compile.planfile import resolve_plan
+from ..estimate.subject import PREFIX_ROWS, Subject
+from ..graphs.bundle import MANIFEST, Bundle
+from ..graphs.errors import TargetError
+from .plan import model_config
+from .units import show_bytes
+
+PHASES = {
+    "tower_ms": "tower and projector",
+    "prefill_ms": "decoder prefill",
+    "first_token_ms": "first token, new picture",
+    "second_question_ms": "first token, same picture",
+    "per_token_ms": "each later token",
+}
+
+
+def subject_of(name: str, plan: str | None, precision: str | None, prefix: int | None) -> Subject:
+    """The bundle at ``name``, or a model of that name with a plan.
+
+    Raises:
+        TargetError: an option that a bundle fixes itself.
+        VisistageError: an unknown model, plan or precision.
+    """
+    path = Path(name)
+    if path.is_dir() and any(path.glob("**/" + MANIFEST)):
+        bundle = Bundle.open(path)
+        for option, value in (("plan", plan), ("precision", precision), ("prefix", prefix)):
+            if value is not None:
+                raise TargetError(
+                    f"{bundle.path} has its own {option}; --{option} is for models by name. "
+                    f"Leave it out, or type: visistage estimate {bundle.manifest.model} "
+                    f"--{option} {value}"
+                )
+        return Subject.of(bundle)
+    config = model_config(name)
+    staged = resolve_plan(plan or "visipruner", config.text.layers, config.visual_tokens)
+    rows = PREFIX_ROWS if prefix is None else prefix
+    return Subject(name, config, staged, precision or "fp16", rows)
+
+
+def estimate_table(facts: dict[str, Any]) -> RenderableType:
+    """Times, memory and grounds."""
+    head = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    head.add_column(style="dim")
+    head.add_column()
+    prompt, device, memory = facts["prompt"], facts["device"], facts["memory"]
+    head.add_row("model", escape(f"{facts['model']}, plan {facts['plan']}, {facts['precision']}"))
+    head.add_row(
+        "prompt",
+        f"{prompt['rows']} rows: {prompt['prefix']} before the picture, {prompt['text']} of the "
+        f"question, {prompt['tokens']} of the answer",
+    )
+    rate = f"{device['flops'] / 1e12:.3g} TFLOP/s" if device["flops"] else "computing unknown"
+    head.add_row(
+        "device", escape(f"{device['about']}: {rate}, {device['bandwidth'] / 1e9:.4g} GB/s")
+    )
+    needed = memory["weight_bytes"] + memory["cache_bytes"]
+    verdict = "fits" if memory["fits"] else "does not fit"
+    with_system = " and the system" if memory["shared"] else ""
+    head.add_row(
+        "memory",
+        f"{verdict}: {show_bytes(memory['weight_bytes'])} of weights and "
+        f"{show_bytes(memory['cache_bytes'])} of cache are {show_bytes(needed)}, and "
+        f"{show_bytes(memory['reserve_bytes'])} kept for activations{with_system}, of "
+        f"{show_bytes(memory['device_bytes'])}",
+    )
+    runs = facts["estimates"]
+    table = Table("estimated", *(run["plan"] for run in runs.values()))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    error = facts["efficiency"]["error"]
+    for key, words in PHASES.items():
+        table.add_row(words, *(show_times(run[key], error) for run in runs.values()))
+    rates = (run["per_token_ms"] for run in runs.values())
+    table.add_row("tokens a second", *(_per_second(rate) for rate in rates))
+    return Group(head, table, *_peers(facts), *(Text(line) for line in grounds(facts)))
+
+
+def grounds(facts: dict[str, Any]) -> list[str]:
+    """On what grounds, in words; the last lines of the output."""
+    known, lines = facts["efficiency"], []
+    if known["fitted"]:
+        one = known["ends"][0]
+        lines.append(
+            f"efficiency fitted on measurements ({known['origin']['date']}, "
+            f"{known['origin']['device']['processor']}): {100 * one['compute']:.0f} % of the "
+            f"computing peak, {100 * one['bandwidth']:.0f} % of the bandwidth, "
+            f"{1e3 * one['layer_ms']:.0f} us to call a layer"
+        )
+        for check in known["validations"]:
+            lines.append(
+                f"predicting each {check['by']} from the others was wrong by "
+                f"{100 * check['median_error']:.0f} % (median), {100 * check['largest_error']:.0f} "
+                "% at worst"
+            )
+    else:
+        fast, slow = known["ends"]
+        lines.append(
+            "this device was not measured: the range is what published figures of other stacks "
+            f"reached on an Orin, {100 * slow['compute']:.0f} to {100 * fast['compute']:.0f} % of "
+            f"the computing peak and {100 * slow['bandwidth']:.0f} to "
+            f"{100 * fast['bandwidth']:.0f} % of the bandwidth"
+        )
+    if facts["device"]["flops"] is None:
+        lines.append(
+            f"no source says how fast it computes in {facts['precision']}, so only later tokens, "
+            "which memory decides, are estimated"
+        )
+    if facts["decides_per_prompt"]:
+        lines.append("this plan decides per prompt: as if no prompt ever pruned")
+    derived = facts["device"]["derived"]
+    lines.append(f"peaks: {'; '.join(facts['device']['sources'])}")
+    return [*lines, f"derived: {derived}"] if derived else lines
+
+
+def show_times(ends: list[float] | None, error: float | None) -> str:
+    """A range, or a figure with the error that such figures had."""
+    if ends is None:
+        return "unknown"
+    if len(ends) > 1:
+        return f"{_ms(min(ends))} to {_ms(max(ends))} ms"
+    return f"{_ms(ends[0])} ms" + (f" +- {100 * error:.0f} %" if error else "")
+
+
+def _per_second(ends: list[float]) -> str:
+    rates = sorted(1e3 / one for one in ends)
+    return f"{rates[0]:.3g} to {rates[-1]:.3g}" if len(rates) > 1 else f"{rates[0]:.3g}"
+
+
+def _peers(facts: dict[str, Any]) -> list[RenderableType]:
+    """What others published for this device: other models, other precisions."""
+    if not facts["peers"]:
+        return []
+    table = Table("published by others", "model", "precision", "figure")
+    for one in facts["peers"]:
+        what = (
+            f"{one['ms']:.0f} ms for {one['tokens']} tokens of prefill"
+            if one["tokens"]
+            else f"{one['ms']:.1f} ms a token"
+        )
+        table.add_row(one["stack"], one["model"], one["precision"], what)
+    return [table]
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

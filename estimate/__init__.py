@@ -1,0 +1,1 @@
+"""What a bundle or a model would take on a machine that is not at hand."""

@@ -1,0 +1,147 @@
+"""How much of its peaks a device reaches: two efficiencies, fitted to measured calls.
+
+    t = F / (c P) + B / (b W) + n h
+
+F FLOPs, B bytes, P and W the peaks measured in the same run, n layers that were called. c and b are
+the efficiencies; h is what calling a layer costs whatever it computes, without which small models
+would be fitted as inefficient. Least squares of relative errors; nothing may be negative.
+
+An estimate is worth what it says of things it has not seen: each model, and each length, is left
+out once, fitted without, and predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One measured phase: what it did, what the machine could do then, and how long it took.
+
+    length: visual tokens of a prefill, 0 for a later token. layers: layers called, over all calls.
+    """
+
+    model: str
+    plan: str
+    phase: str
+    length: int
+    flops: float
+    nbytes: float
+    layers: int
+    ms: float
+    peak_flops: float
+    peak_bandwidth: float
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of the peaks, and milliseconds of calling one layer."""
+
+    compute: float
+    bandwidth: float
+    layer_ms: float
+
+    def predict_ms(
+        self, flops: float, nbytes: float, layers: int, peak_flops: float, peak_bandwidth: float
+    ) -> float:
+        """How long a phase takes on a device with these peaks."""
+        operations = flops / (self.compute * peak_flops)
+        reading = nbytes / (self.bandwidth * peak_bandwidth)
+        return 1e3 * (operations + reading) + layers * self.layer_ms
+
+    def error(self, seen: Observation) -> float:
+        """Relative error of the prediction: 0.1 is 10 % too slow."""
+        told = self.predict_ms(
+            seen.flops, seen.nbytes, seen.layers, seen.peak_flops, seen.peak_bandwidth
+        )
+        return told / seen.ms - 1
+
+
+def fit(observations: Sequence[Observation]) -> Efficiency:
+    """The best efficiencies; at least three observations, of compute and of memory.
+
+    Raises:
+        ValueError: too few, or all alike.
+    """
+    rows = np.array(
+        [
+            (1e3 * o.flops / o.peak_flops, 1e3 * o.nbytes / o.peak_bandwidth, float(o.layers))
+            for o in observations
+        ]
+    )
+    if len(rows) < rows.shape[1]:
+        raise ValueError(f"{len(rows)} observations cannot fix {rows.shape[1]} numbers")
+    times = np.array([o.ms for o in observations])
+    weighted = rows / times[:, None]
+    slow_compute, slow_memory, layer_ms = _not_negative(weighted, np.ones(len(times)))
+    if not slow_compute or not slow_memory:
+        raise ValueError("the observations do not tell operations from bytes")
+    return Efficiency(1 / slow_compute, 1 / slow_memory, layer_ms)
+
+
+def _not_negative(matrix: np.ndarray, wanted: np.ndarray) -> list[float]:
+    """Least squares with no negative factor: the best of all choices of columns."""
+    best, least = [0.0] * matrix.shape[1], np.inf
+    columns = range(matrix.shape[1])
+    for count in range(1, matrix.shape[1] + 1):
+        for chosen in combinations(columns, count):
+            found = np.linalg.lstsq(matrix[:, chosen], wanted, rcond=None)[0]
+            if (found < 0).any():
+                continue
+            error = float(((matrix[:, chosen] @ found - wanted) ** 2).sum())
+            if error < least:
+                least = error
+                best = [0.0] * matrix.shape[1]
+                for column, factor in zip(chosen, found, strict=True):
+                    best[column] = float(factor)
+    return best
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Absolute relative errors of what was left out: their median and the largest, by group."""
+
+    by: str
+    median_error: float
+    largest_error: float
+    groups: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form."""
+        return asdict(self)
+
+
+def leave_one_out(
+    observations: Sequence[Observation], by: str, group: Callable[[Observation], str | None]
+) -> Validation:
+    """Fit without each group, and predict it. ``group`` None: always in, never predicted.
+
+    Raises:
+        ValueError: fewer than two groups.
+    """
+    names = sorted({name for name in map(group, observations) if name is not None})
+    if len(names) < 2:
+        raise ValueError(f"leaving out one {by} needs two of them, found {names}")
+    errors: dict[str, list[float]] = {}
+    for name in names:
+        known = fit([o for o in observations if group(o) != name])
+        errors[name] = [abs(known.error(o)) for o in observations if group(o) == name]
+    every = [error for one in errors.values() for error in one]
+    return Validation(
+        by, median(every), max(every), {name: median(one) for name, one in errors.items()}
+    )
+
+
+def validate(observations: Sequence[Observation]) -> list[Validation]:
+    """Across models, and across lengths."""
+    return [
+        leave_one_out(observations, "model", lambda o: o.model),
+        leave_one_out(observations, "length", lambda o: str(o.length) if o.length else None),
+    ]
