@@ -227,13 +227,11 @@ class Chain:
         Only the last one's ``queries`` and ``logits`` say anything of its rows.
         """
         assert not self.plan.stages[stage].gated_layers, "a call under gates holds one kind"
-        whole, _ = self._append_merged(stage, parts)
-        ends = np.cumsum([part.count for part in parts])
+        whole, _ = self._append_merged(stage, parts, padding=0)
+        stops = np.cumsum([part.count for part in parts])
         return [
-            StageResult(
-                whole.rows[:, int(end) - part.count : int(end)], whole.queries, whole.logits
-            )
-            for part, end in zip(parts, ends, strict=True)
+            whole._replace(rows=whole.rows[:, int(stop) - part.count : int(stop)])
+            for part, stop in zip(parts, stops, strict=True)
         ]
 
     def finish(
@@ -277,7 +275,8 @@ class Chain:
                 visual = None
             stage = index + 1
             parts = [text] if visual is None else [visual, text]
-            result, start = self._append_merged(stage, parts)
+            padding = self.padding(stage, sum(part.count for part in parts))
+            result, start = self._append_merged(stage, parts, padding)
             if visual is not None:
                 count = visual.count
                 slots = _slot_numbers([(start, count)], self.batch)
@@ -304,11 +303,11 @@ class Chain:
             segment = Segment(False, result.rows, segment.positions, segment.order)
         return result.logits
 
-    def _append_merged(self, stage: int, parts: Sequence[Segment]) -> tuple[StageResult, int]:
+    def _append_merged(
+        self, stage: int, parts: Sequence[Segment], padding: int
+    ) -> tuple[StageResult, int]:
         """Several kinds in one call, which no gates forbid; and the slot of its first row."""
-        count = sum(part.count for part in parts)
-        padding = self.padding(stage, count)
-        self.reserve(stage, padding + count)
+        self.reserve(stage, padding + sum(part.count for part in parts))
         slots = self.slots[stage]
         write_index = slots.used
         order = np.concatenate([part.order for part in parts], 1)

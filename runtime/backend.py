@@ -27,6 +27,7 @@ class Backend(Executor, Protocol):
     """An executor that a session can load, fill, rewind and close."""
 
     rows_dtype: np.dtype
+    device_name: str | None  # None: no device, this CPU
 
     def prepare(self, needs: Sequence[int]) -> bool:
         """Make sure of room for ``needs`` slots in each stage; True: the caches are new and empty.

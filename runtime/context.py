@@ -53,10 +53,15 @@ class Paid:
 
 
 class Context:
-    """Prompts through the chain, without paying twice."""
+    """Prompts through the chain, without paying twice.
 
-    def __init__(self, bundle: Bundle, executor: Backend, cache_bytes: int):
-        self.executor = executor
+    ``merged``: a picture that was not seen before goes through stage 0 together with its question.
+    """
+
+    def __init__(
+        self, bundle: Bundle, executor: Backend, cache_bytes: int, *, merged: bool = False
+    ):
+        self.executor, self.merged = executor, merged
         self.visual_tokens = bundle.manifest.config.visual_tokens
         self.embed = Embedding(bundle, executor.rows_dtype)
         self.chain = Chain(bundle.manifest.plan, executor, padding=executor.padding)
@@ -84,8 +89,13 @@ class Context:
             self.chain.forget()
             self.live, self.held = None, 0
 
-    def advance(self, parts: Sequence[Part]) -> tuple[list, list, list]:
-        """Bring stage 0 to the end of the last picture of ``parts``, paying only what is new."""
+    def advance(
+        self, parts: Sequence[Part], question: Part | None = None
+    ) -> tuple[list, list, list]:
+        """Bring stage 0 to the end of the last picture of ``parts``, paying only what is new.
+
+        Where that picture is new and there is a ``question``, both go in one call.
+        """
         begin, parts = self._after_prefix(parts)
         self._hold_prefix(begin)
         last = max((i for i, part in enumerate(parts) if isinstance(part, Picture)), default=-1)
@@ -93,20 +103,24 @@ class Context:
         done, paid = self._resume(begin, keys)
         segments, results, starts = list(paid[0]), list(paid[1]), list(paid[2])
         for index in range(done, last + 1):
+            if index == last and question is not None:
+                pair = [parts[index], question]
+                self._append_together(pair, keys[index], begin, segments, results, starts)
+                continue
             self._append(parts[index], segments, results, starts)
             if isinstance(parts[index], Picture):
-                self._keep(keys[index], begin, segments, results, starts)
+                end = self.chain.slots[0].used
+                self._keep(keys[index], begin, end, segments, results, starts)
         return segments, results, starts
 
     def prefill(self, parts: Sequence[Part]) -> Prefilled:
         """Run a whole prompt; its last part is text. Returns the logits of its last row."""
-        segments, results, starts = self.advance(parts)
         begin, rest = self._after_prefix(parts)
         pictures = [i for i, part in enumerate(rest) if isinstance(part, Picture)]
-        question = rest[pictures[-1] + 1 :] if pictures else rest
-        for number, part in enumerate(question):
-            last = number == len(question) - 1
-            self._append(part, segments, results, starts, padded=last)
+        together = self.merged and bool(pictures) and pictures[-1] == len(rest) - 2
+        segments, results, starts = self.advance(parts, rest[-1] if together else None)
+        for part in rest[len(segments) :]:
+            self._append(part, segments, results, starts, padded=part is rest[-1])
         for slots in self.chain.slots[1:]:
             slots.rewind(begin)
         self.length = self.rows_of(parts)
@@ -182,18 +196,42 @@ class Context:
     ) -> None:
         """Append one part to stage 0 and note it."""
         slots = self.chain.slots[0]
-        rows = part.rows() if isinstance(part, Picture) else self.embed(part)
-        first = int(slots.order[0, : slots.used].max(initial=-1)) + 1
-        order = np.arange(first, first + rows.shape[1], dtype=np.int32)[None]
-        segment = Segment(isinstance(part, Picture), rows, order, order)
+        segment = self._segment(part, int(slots.order[0, : slots.used].max(initial=-1)) + 1)
         starts.append(slots.used)
         segments.append(segment)
         append = self.chain.append_padded if padded else self.chain.append
         results.append(append(0, segment))
 
-    def _keep(self, key: str, begin: int, segments: list, results: list, starts: list) -> None:
-        """Remember stage 0 as it is now, right after a picture."""
-        end = self.chain.slots[0].used
+    def _append_together(
+        self, parts: Sequence[Part], key: str, begin: int, segments: list, results: list,
+        starts: list,
+    ) -> None:  # fmt: skip
+        """Append a picture and its question in one call, and keep what is the picture's."""
+        slots = self.chain.slots[0]
+        start = slots.used
+        first = int(slots.order[0, :start].max(initial=-1)) + 1
+        picture = self._segment(parts[0], first)
+        question = self._segment(parts[1], first + picture.count)
+        both = self.chain.append_together(0, [picture, question])
+        end = start + picture.count
+        segments.append(picture)
+        results.append(both[0])
+        starts.append(start)
+        self._keep(key, begin, end, segments, results, starts)
+        segments.append(question)
+        results.append(both[1])
+        starts.append(end)
+
+    def _segment(self, part: Part, first: int) -> Segment:
+        """The rows of one part, their orders and positions counted from ``first``."""
+        rows = part.rows() if isinstance(part, Picture) else self.embed(part)
+        order = np.arange(first, first + rows.shape[1], dtype=np.int32)[None]
+        return Segment(isinstance(part, Picture), rows, order, order)
+
+    def _keep(
+        self, key: str, begin: int, end: int, segments: list, results: list, starts: list
+    ) -> None:
+        """Remember stage 0 up to slot ``end``, right after a picture."""
         # Stage 0's input rows are not needed again; its slots and its output rows are.
         bare = tuple(replace(segment, rows=None) for segment in segments)
         caches = self.executor.snapshot(0, begin, end)

@@ -52,6 +52,8 @@ class OrtExecutor:
     ``elapsed_ms`` adds up the time of every graph by name until ``reset_elapsed``.
     """
 
+    device_name: str | None = None
+
     def __init__(self, bundle: Bundle, options: OrtOptions, batch: int = 1):
         manifest = bundle.manifest
         _check_version(bundle)

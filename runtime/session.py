@@ -29,6 +29,7 @@ from .backend import check_backend, open_backend
 from .cache import ByteCache
 from .context import Context, Part, Picture
 from .image import Preprocessing, load_image, pixel_key, preprocess
+from .merging import choose_merging
 from .ort import OrtOptions
 from .prompt import PromptEncoder
 from .sampling import Sampling, choose, eos_ids, stop_strings
@@ -80,7 +81,13 @@ class Session:
         self.eos = frozenset(eos_ids(manifest.generation))
         options = OrtOptions(threads, memory_limit, profile)
         self.executor = open_backend(bundle, backend, options)
-        self.context = Context(bundle, self.executor, cache_bytes // 2)
+        self.merging = choose_merging(bundle, self.executor)
+        self.context = Context(
+            bundle,
+            self.executor,
+            cache_bytes // 2,
+            merged=self.merging is not None and self.merging.merged,
+        )
         self.visual_rows: ByteCache[Rows] = ByteCache(cache_bytes // 2)
         self._turn = 0
 

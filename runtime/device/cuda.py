@@ -95,13 +95,15 @@ class CudaDevice:
         builder = self._stream.create_graph_builder()
         try:
             # Relaxed: an engine may ask the driver things that a strict capture forbids.
+            if int(builder.stream.handle) != self.stream:
+                raise CaptureError("cuda-core captures another stream than it was asked to")
             builder.begin_building(mode="relaxed")
             try:
                 work()
             finally:
                 builder.end_building()
             return CudaGraph(builder.complete(), self._stream)
-        except EngineError:
+        except (CaptureError, EngineError):
             raise
         except Exception as error:
             raise CaptureError(str(error)) from error
