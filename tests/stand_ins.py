@@ -15,7 +15,6 @@ from visistage.graphs.bundle import MANIFEST, sha256
 from visistage.graphs.contract import appended
 from visistage.graphs.targets import find_target
 from visistage.runtime.device import opening
-from visistage.runtime.device.calls import shapes_of
 from visistage.runtime.device.engine_ort import OrtApi
 from visistage.runtime.device.host import HostDevice
 from visistage.trt.device import Device
@@ -179,6 +178,3 @@ class StrictContext:
 
         api.device.submit("check", check)
         self.context.enqueue()
-
-
-__all__ = ["GPU", "Machine", "StrictApi", "shapes_of", "stand_in", "write_engines"]
