@@ -27,7 +27,7 @@ $(error CALIB is for quantised precisions, which a later version brings. Leave i
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo engines test check types clean
+.PHONY: help setup demo engines profile test check types clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -41,6 +41,9 @@ demo: setup  ## build the demo model and ask it about a picture
 
 engines: setup  ## build a bundle: MODEL=llava-7b [PLAN TARGET PRECISION DUMMY OUT]
 	@$(BIN)/visistage engines $(ENGINES)
+
+profile: setup  ## time a bundle part by part: MODEL=llava-7b [PLAN TARGET PRECISION DUMMY OUT]
+	@bundle=$$($(BIN)/visistage engines $(ENGINES)) && $(BIN)/visistage profile "$$bundle"
 
 test: setup  ## run the tests, or some: TESTS=tests/test_plan.py
 	$(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)

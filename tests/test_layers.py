@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("calib", "compile", "console", "demo", "explain", "graphs", "pages", "parity")
 PACKAGES += ("runtime", "trt")
+PACKAGES += ("estimate", "profiling")
 PURE = {"graphs", "graphs.bundle", "graphs.config", "graphs.contract", "graphs.cost"}
 PURE |= {
     "graphs.errors",
@@ -19,7 +20,7 @@ PURE |= {
     "graphs.presets",
     "graphs.targets",
 }
-PURE |= {"graphs.quantization", "graphs.values"}
+PURE |= {"graphs.quantization", "graphs.values", "graphs.work"}
 RUNTIME_MAY = {*PURE, "graphs.probing", "graphs.rows", "runtime.*"}
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "huggingface_hub")
 HEAVY += ("cuda", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
@@ -70,6 +71,10 @@ RULES = {
         {"rich"},
     ),
     "console.engines": (PURE | {"trt.*"}, {"rich"}),
+    "console.estimate": (
+        PURE | {"compile.planfile", "console.*", "estimate.subject"},
+        {"rich"},
+    ),
     # Runs wherever a bundle runs, and looks further into it than the public runtime lets others.
     "explain.*": (
         PURE
@@ -81,6 +86,23 @@ RULES = {
     # What pages share; it knows nothing of what they show.
     "pages.*": ({"console.units", "graphs.errors", "pages.*"}, {"jinja2"}),
     "pages": (set(), set()),
+    # Runs wherever a bundle runs, engines included.
+    "profiling.*": (
+        PURE
+        | {"", "console.profile", "explain.dense", "pages.*", "profiling.*"}
+        | {"runtime.context", "runtime.session", "trt.engines", "trt.recipe"},
+        {"PIL", "numpy", "psutil"},
+    ),
+    "profiling": (set(), set()),
+    "profiling.peaks": (PURE, {"numpy", "onnxruntime"}),
+    "profiling.rails": (set(), set()),
+    "profiling.spread": (set(), set()),
+    # Needs nothing of a bundle but its manifest, and of this machine its peaks.
+    "estimate.*": (
+        PURE | {"estimate.*", "profiling.machine", "profiling.peaks"},
+        {"numpy"},
+    ),
+    "estimate": (set(), set()),
     # Runs on the device: of the compiler only what needs neither torch nor onnx.
     "trt.*": (PURE | {"trt.*", "compile.disk", "compile.steps"}, set()),
     "trt": (set(), set()),
@@ -214,6 +236,10 @@ def test_the_rules_name_modules_that_exist():
         ("console.answer", "import onnxruntime"),
         ("explain.readings", "import torch"),
         ("explain.trace", "from ..runtime.ort import OrtExecutor"),
+        ("profiling.measure", "from ..runtime.ort import OrtExecutor"),
+        ("profiling.measure", "import torch"),
+        ("estimate.predict", "from ..runtime.session import Session"),
+        ("graphs.work", "import numpy"),
         ("cli", "import torch"),
     ],
 )

@@ -65,7 +65,10 @@ def test_data_is_in_the_wheel(installed):
     data = {name for name in tracked() if name.startswith(("demo/model/", "demo/pictures/"))}
     assert any(name.endswith(".png") for name in data)
     data |= {f"explain/page.{kind}" for kind in ("css", "html", "js")}
-    data |= {"pages/base.css"}
+    data |= {"pages/base.css", "pages/chart.css"}
+    data |= {f"profiling/{name}" for name in ("page.css", "page.html")}
+    data |= {f"profiling/{name}.onnx" for name in ("matmul", "matmul-fp16")}
+    data |= {name for name in tracked() if name == "estimate/measured.json"}
     assert {name for name in installed if not name.endswith(".py")} == data | {"py.typed"}
 
 
