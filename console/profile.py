@@ -84,8 +84,13 @@ def closing_lines(facts: dict[str, Any]) -> list[str]:
             )
     elif facts["how_to_compare"]:
         lines.append(f"nothing to compare with; build it: {facts['how_to_compare']}")
+    if facts["beaten"]:
+        lines.append(
+            f"{', '.join(facts['beaten'])} beat the roofline: it was measured too low. Something "
+            "else was running; measure again on an idle machine"
+        )
     if facts["no_peaks"]:
-        lines.append(f"no roofline: {facts['no_peaks']} was measured")
+        lines.append(f"no roofline: {facts['no_peaks']}")
     lines.append(_power_line(facts))
     return lines
 
@@ -116,11 +121,12 @@ def _head(facts: dict[str, Any]) -> Table:
     table.add_row("machine", escape(machine_line(machine)))
     runs = f"{settings['repetitions']} repetitions after {settings['warm_up']}, new pixels and "
     table.add_row("measured", f"{runs}words in each, {settings['tokens']} tokens an answer")
-    memory = plan["memory"]
+    memory, device = plan["memory"], facts["power"].get("device_memory_bytes")
     table.add_row(
         "memory",
         f"{show_bytes(memory['peak_bytes'])} at most, {show_bytes(memory['loaded_bytes'])} once "
-        f"loaded in {memory['load_ms'] / 1e3:.2f} s",
+        f"loaded in {memory['load_ms'] / 1e3:.2f} s"
+        + (f"; of the device {show_bytes(device)} in use by everybody" if device else ""),
     )
     return table
 
@@ -130,12 +136,23 @@ def machine_line(machine: dict[str, Any]) -> str:
     parts = [machine.get("board") or machine["processor"], f"{machine['threads']} threads"]
     if "power_mode" in machine:
         parts.append(f"power mode {machine['power_mode']}")
-    for name, one in machine.get("clocks", {}).items():
-        mhz = f" {one['now_mhz']:.0f} MHz" if "now_mhz" in one else ""
-        parts.append(f"{name}{mhz} {one.get('governor', '')}".strip())
+    parts += clock_words(machine.get("clocks", {}))
     if "load_average" in machine:
         parts.append(f"load {machine['load_average']}")
     return ", ".join(parts)
+
+
+def clock_words(clocks: dict[str, dict[str, Any]]) -> list[str]:
+    """Clock domains of a kind together: ``cpu 1190 to 2265 MHz (schedutil)``."""
+    words = []
+    for kind in dict.fromkeys(name.partition(".")[0] for name in clocks):
+        own = [one for name, one in clocks.items() if name.partition(".")[0] == kind]
+        mhz = sorted({round(one["now_mhz"]) for one in own if "now_mhz" in one})
+        governors = sorted({one["governor"] for one in own if "governor" in one})
+        ends = dict.fromkeys((mhz[0], mhz[-1])) if mhz else ()
+        text = f"{kind} {' to '.join(map(str, ends))} MHz" if mhz else kind
+        words.append(f"{text} ({', '.join(governors)})" if governors else text)
+    return words
 
 
 def _times(facts: dict[str, Any]) -> Table:

@@ -159,7 +159,11 @@ def _published(device: Device, subject: Subject) -> Machine:
 def _times(subject: Subject, machine: Machine, prompt: Prompt, bucketed: bool) -> dict[str, Any]:
     """Milliseconds of every phase: [fastest, slowest]; None where the device's rate is unknown."""
     slots = _slots(subject, prompt, bucketed)
-    shape = {"prefix": subject.prefix, "visual": subject.plan.visual_tokens, "slots": slots}
+    shape: dict[str, Any] = {
+        "prefix": subject.prefix,
+        "visual": subject.plan.visual_tokens,
+        "slots": slots,
+    }
     cold = question_calls(subject.plan, text=prompt.text, **shape)
     again = question_calls(subject.plan, text=prompt.text, cached=True, **shape)
     middle = prompt.text + prompt.tokens // 2

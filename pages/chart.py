@@ -14,7 +14,7 @@ from html import escape
 
 Point = tuple[float, float]
 
-TOP, BOTTOM, LEFT, RIGHT = 14, 40, 52, 14
+TOP, BOTTOM, LEFT, RIGHT = 14, 40, 52, 24
 """Room around the plot, in units of the drawing; axis labels stand in it."""
 
 CROWD = 17
@@ -23,13 +23,17 @@ CROWD = 17
 
 @dataclass(frozen=True)
 class Axis:
-    """A range and its ticks (value, words); what lies outside is drawn at the nearer end."""
+    """A range and its ticks (value, words); what lies outside is drawn at the nearer end.
+
+    ruled: whether an upright axis draws a line across at each tick.
+    """
 
     low: float
     high: float
     ticks: tuple[tuple[float, str], ...] = ()
     title: str = ""
     log: bool = False
+    ruled: bool = True
 
     def part(self, value: float) -> float:
         """Where ``value`` lies, 0 at ``low`` and 1 at ``high``."""
@@ -66,16 +70,29 @@ def of_counts(most: int, title: str = "") -> Axis:
     return Axis(0, last * step, tuple((i * step, str(i * step)) for i in range(last + 1)), title)
 
 
-def of_decades(values: Iterable[float], title: str = "") -> Axis:
-    """Powers of ten (of two within one or two) around the positive ones among ``values``."""
+def of_decades(values: Iterable[float], title: str = "", *, shares: bool = False) -> Axis:
+    """Round steps around the positive ones among ``values``: decades, or 1, 2, 5 within few.
+
+    shares: whether they are told in per cent.
+    """
     seen = [value for value in values if value > 0] or [1.0]
-    low, high = min(seen) / 1.1, max(seen) * 1.1
-    base = 2.0 if high / low < 40 else 10.0
-    first, last = math.floor(math.log(low, base)), math.ceil(math.log(high, base))
-    last = max(last, first + 1)
-    step = max(1, math.ceil((last - first) / 6))
-    ticks = tuple((base**i, f"{base**i:.3g}") for i in range(first, last + 1, step))
-    return Axis(base**first, base**last, ticks, title, log=True)
+    low, high = min(seen), max(seen)
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1, 2, 5) if high / low < 100 else (1,)
+    marks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+    start = max(i for i, mark in enumerate(marks) if mark <= low)
+    stop = min((i for i, mark in enumerate(marks) if mark >= high), default=len(marks) - 1)
+    marks = marks[start : max(stop, start + 1) + 1]
+    every = math.ceil(len(marks) / 7)
+    words = "{:.6g} %" if shares else "{:.6g}"
+    ticks = tuple((mark, words.format(100 * mark if shares else mark)) for mark in marks[::every])
+    return Axis(marks[0], marks[-1], ticks, title, log=True)
+
+
+def of_names(names: Sequence[str], *, down: bool = False) -> Axis:
+    """One place for each name; ``down``: the first on top of an upright axis."""
+    ends = (len(names) - 0.5, -0.5) if down else (-0.5, len(names) - 0.5)
+    return Axis(*ends, tuple(enumerate(names)), ruled=False)
 
 
 class Chart:
@@ -116,6 +133,14 @@ class Chart:
         faint = "" if shade >= 1 else f' fill-opacity="{shade:.2f}"'
         self._mark(f'<rect class="mark {kind}" x="{left}" y="{top}" {size}{faint}', title)
 
+    def tile(
+        self, x: float, y: float, share: float, kind: str, title: str = "", words: str = ""
+    ) -> None:
+        """The place (x, y) of two axes that count in ones, as full of colour as ``share``."""
+        around = (x - 0.47, x + 0.47), (y - 0.45, y + 0.45)
+        self.cell(*around, kind, title, 0.1 + 0.9 * share)
+        self._text(self._x(x), self._y(y) + 4, words, "middle", "over" if share > 0.55 else "on")
+
     def dot(self, x: float, y: float, kind: str, title: str = "", radius: float = 4) -> None:
         """A circle of ``radius`` units."""
         at = f'cx="{self._x(x)}" cy="{self._y(y)}"'
@@ -132,17 +157,14 @@ class Chart:
         self._mark(f'<path class="line {kind}" d="M{self.left} {at}H{self.width - RIGHT}"', "")
         self._text(self.width - RIGHT - 4, at - 5, words, "end")
 
-    def words(self, x: float, y: float, words: str, *, anchor: str = "start", dy: int = 0) -> None:
-        """Text at a point, moved by ``dy`` units."""
-        self._text(self._x(x), self._y(y) + dy, words, anchor)
-
     def svg(self) -> str:
         """The drawing, its axes behind the marks."""
         foot = self.height - BOTTOM
         axes = []
         for value, words in self.y.ticks:
             at = self._y(value)
-            axes.append(f'<path class="tick" d="M{self.left} {at}H{self.width - RIGHT}"/>')
+            if self.y.ruled:
+                axes.append(f'<path class="tick" d="M{self.left} {at}H{self.width - RIGHT}"/>')
             axes.append(_text(self.left - 8, at + 4, words, "end"))
         for value, words in self.x.ticks:
             axes.append(_text(self._x(value), foot + 17, words, "middle"))
@@ -163,9 +185,9 @@ class Chart:
         end = f"><title>{escape(title)}</title></{tag}>" if title else "/>"
         self.marks.append(start + end)
 
-    def _text(self, x: float, y: float, words: str, anchor: str) -> None:
+    def _text(self, x: float, y: float, words: str, anchor: str, kind: str = "") -> None:
         if words:
-            self.marks.append(_text(x, y, words, anchor))
+            self.marks.append(_text(x, y, words, anchor, kind))
 
     def _x(self, value: float) -> float:
         return round(self.left + self.x.part(value) * (self.width - self.left - RIGHT), 1)
@@ -179,5 +201,6 @@ class Chart:
         return TOP + (10 if self.y.title else 0)
 
 
-def _text(x: float, y: float, words: str, anchor: str) -> str:
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(words)}</text>'
+def _text(x: float, y: float, words: str, anchor: str, kind: str = "") -> str:
+    name = f' class="{kind}"' if kind else ""
+    return f'<text{name} x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(words)}</text>'

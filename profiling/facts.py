@@ -15,6 +15,9 @@ from .spread import Spread
 from .sweep import Point
 from .watch import Event
 
+BEATEN = 1.1
+"""Share of the roofline above which it cannot be right: a busy machine looked slower than it is."""
+
 
 def run_facts(
     bundle: Bundle,
@@ -143,7 +146,7 @@ def speed_up(plan: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
         "second_question": ratio("again", "first_token"),
         "per_token": ratio("cold", "per_token"),
     }
-    if plan["roofline"]:
+    if plan["roofline"] and against["roofline"]:  # not between precisions
 
         def decoder(run: dict[str, Any], field: str) -> float:
             return sum(p[field] for p in run["roofline"]["prefill"] if p["graph"] != "vision")
@@ -165,3 +168,15 @@ def dominant(run: dict[str, Any]) -> dict[str, Any]:
     parts = {name: one["median"] for name, one in list(cold.items())[:end]}
     name = max(parts, key=lambda key: parts[key])
     return {"part": name, "ms": parts[name], "share": parts[name] / cold["first_token"]["median"]}
+
+
+def beaten(runs: dict[str, Any]) -> list[str]:
+    """Graphs that were faster than the roofline says is possible: then it was measured too low."""
+    names = {
+        part["graph"]: None
+        for run in runs.values()
+        for phase in (run["roofline"] or {}).values()
+        for part in phase
+        if part["share"] > BEATEN
+    }
+    return list(names)

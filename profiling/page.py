@@ -99,6 +99,7 @@ def roof_chart(facts: dict[str, Any]) -> str:
     parts = [
         (name, phase, part)
         for name, run in facts["runs"].items()
+        if run["roofline"]
         for phase in ("prefill", "token")
         for part in run["roofline"][phase]
         if part["measured_ms"] and part["flops"] and part["nbytes"]

@@ -29,6 +29,7 @@ MOST_BYTES = 256 << 20
 LEAST_BYTES = 4 << 20
 REPEATS = 5
 WIDTH = 4096
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 FILES = {"fp32": "matmul.onnx", "fp16": "matmul-fp16.onnx"}
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
@@ -55,11 +56,16 @@ class Peaks:
         return "compute" if work.flops / self.flops >= work.nbytes / self.bandwidth else "memory"
 
 
+def providers() -> list[str]:
+    """What this machine's ONNX Runtime can compute with."""
+    return ort.get_available_providers()
+
+
 def measure_peaks(
     *,
     precision: str = "fp32",
     threads: int | None = None,
-    provider: str = "CPUExecutionProvider",
+    provider: str = CPU,
     read_bytes: float = MOST_BYTES,
 ) -> Peaks:
     """Measure both, in under a second on a CPU.
@@ -91,7 +97,7 @@ class _Product:
         options.log_severity_level = 3
         file = Path(__file__).with_name(FILES[precision])
         self.session = ort.InferenceSession(str(file), options, providers=[provider])
-        self.device = "cuda" if provider.startswith("CUDA") else "cpu"
+        self.device = "cuda" if provider == CUDA else "cpu"
 
     def bound(self, a: np.ndarray, b: np.ndarray) -> Callable[[], None]:
         """One product, with everything in place before the clock starts."""

@@ -17,13 +17,13 @@ from ..graphs.targets import ONNXRUNTIME, find_target
 from ..graphs.work import Call, Sizes, work_of
 from ..runtime.session import Session
 from .commands import as_facts, commands_of
-from .facts import dominant, power_facts, run_facts, speed_up
+from .facts import beaten, dominant, power_facts, run_facts, speed_up
 from .machine import cores, machine_facts
 from .measure import Series, Settings, measure
 from .memory import Footprint, footprint
 from .operators import operator_times
 from .opponent import missing, opponent
-from .peaks import FILES, Peaks, measure_peaks
+from .peaks import CPU, CUDA, FILES, Peaks, measure_peaks, providers
 from .power import Meter
 from .sweep import sweep
 
@@ -70,7 +70,8 @@ def profile(
         memory[name] = footprint(one.path, tokens=min(settings.tokens, 8), **options)
     with ExitStack() as stack:
         sessions = {n: stack.enter_context(Session(b, **options)) for n, b in bundles.items()}
-        peaks = _peaks(bundle, threads)
+        device = sessions[PLAN].executor.device_name
+        peaks = _peaks(bundle, device, threads)
         rounds = settings.warm_up + settings.repetitions
         done = 0
 
@@ -84,15 +85,21 @@ def profile(
         progress("visual tokens", 0, 1)
         points = sweep(sessions, SWEEP_ROUNDS, parts=_cuts(bundle, backend))
         if peaks is not None:  # once more: the better one is nearer to what the machine can do
-            peaks = _better(peaks, _peaks(bundle, threads))
-        provider = getattr(sessions[PLAN].executor, "provider", "")
+            peaks = _better(peaks, _peaks(bundle, device, threads))
     noted: dict[str, Any] = {}
-    if operators and provider:
+    if operators and device is None:
         for number, (name, one) in enumerate(bundles.items()):
             progress("operators", number, len(bundles))
             noted[name] = asdict(operator_times(one, tokens=min(settings.tokens, 8), **options))
     runs = {
-        name: run_facts(one, series[name], memory[name], points[name], peaks, meter)
+        name: run_facts(
+            one,
+            series[name],
+            memory[name],
+            points[name],
+            peaks if one.manifest.precision == bundle.manifest.precision else None,
+            meter,
+        )
         | {"operators": noted.get(name)}
         for name, one in bundles.items()
     }
@@ -100,9 +107,10 @@ def profile(
         "bundle": str(bundle.path),
         "settings": asdict(settings),
         "machine": {**machine_facts(), "threads": threads or cores()},
-        "provider": provider or None,
+        "device": device,
         "peaks": peaks and asdict(peaks),
-        "no_peaks": None if peaks else f"no product of precision {bundle.manifest.precision}",
+        "beaten": beaten(runs),
+        "no_peaks": None if peaks else _why_no_peaks(bundle),
         "runs": runs,
         "speed_up": speed_up(runs[PLAN], runs[AGAINST]) if other else None,
         "how_to_compare": None if other else missing(bundle),
@@ -122,19 +130,25 @@ def _check(settings: Settings) -> None:
             )
 
 
-def _peaks(bundle: Bundle, threads: int | None) -> Peaks | None:
-    """The machine's, in the type that the bundle's products have; None where none is known."""
+def _peaks(bundle: Bundle, device: str | None, threads: int | None) -> Peaks | None:
+    """The machine's, where the bundle runs and in the type of its products; None: not known."""
     manifest = bundle.manifest
-    if manifest.precision not in FILES:
+    if manifest.precision not in FILES or (device is not None and CUDA not in providers()):
         return None
-    cuda = manifest.target == "cuda"
     return measure_peaks(
         # A CPU computes FP16 graphs in FP32, from a widened copy.
-        precision=manifest.precision if cuda else "fp32",
+        precision="fp32" if device is None else manifest.precision,
         threads=threads or cores(),
-        provider="CUDAExecutionProvider" if cuda else "CPUExecutionProvider",
+        provider=CPU if device is None else CUDA,
         read_bytes=_step_bytes(bundle),
     )
+
+
+def _why_no_peaks(bundle: Bundle) -> str:
+    precision = bundle.manifest.precision
+    if precision not in FILES:
+        return f"there is no product of precision {precision} to measure"
+    return "a GPU's products are measured by ONNX Runtime; type: pip install onnxruntime-gpu"
 
 
 def _step_bytes(bundle: Bundle) -> float:
@@ -161,5 +175,5 @@ def _cuts(bundle: Bundle, backend: str | None) -> bool:
 
 
 def _all_calls(series: Series) -> list[Call]:
-    cold, again, step = series.calls()
-    return [*cold, *again, *step]
+    cold, _, step = series.calls()
+    return [*cold, *step]

@@ -62,6 +62,7 @@ def sweep(
             limit = manifest.config.text.max_positions
             for count in counts_of(manifest.plan, limit, length, parts=parts):
                 prompt = _prompt(session, rows[name], count, f"{round_}.{count}")
+                session.context.make_room(prompt, 0)
                 with watch(session.executor) as events:
                     start = time.perf_counter()
                     session.context.prefill(prompt)
@@ -93,11 +94,11 @@ def _prompt(session: Session, rows: Any, count: int, key: str) -> list[Part]:
     sizes = [whole] * (count // whole) or [count]
     encoded = session.encoder.encode(FIRST.format(number=100), images=len(sizes))
     pictures = iter(
-        Picture(f"sweep {key}.{number}", partial(_cut, rows, size))
+        Picture(f"sweep {key}.{number}", partial(_cut, session.executor, rows, size))
         for number, size in enumerate(sizes)
     )
     return [next(pictures) if one.is_image else one.ids for one in encoded.segments]
 
 
-def _cut(rows: Any, count: int) -> Any:
-    return rows[:, :count]
+def _cut(executor: Any, rows: Any, count: int) -> Any:
+    return rows if count == rows.shape[1] else executor.take(rows, np.arange(count))

@@ -20,11 +20,13 @@ from PIL import Image
 from visistage.cli import main
 from visistage.compile.build import build
 from visistage.compile.label import label_layers
-from visistage.graphs.bundle import Bundle
+from visistage.console.profile import clock_words
+from visistage.graphs.bundle import ANY_CONTEXT, Bundle
 from visistage.graphs.errors import BundleError, CapacityError, PromptError
 from visistage.graphs.work import Call, Work, question_calls, token_calls
 from visistage.profiling import commands, memory
 from visistage.profiling.engine_layers import layer_times
+from visistage.profiling.facts import beaten
 from visistage.profiling.machine import clocks, machine_facts, parse_power_mode
 from visistage.profiling.measure import Settings, measure, until_first_token
 from visistage.profiling.operators import OTHER, operator_times
@@ -411,6 +413,10 @@ def test_clocks_governors_and_power_modes_are_noted(tmp_path):
         "cpu.policy0": {"governor": "schedutil", "now_mhz": 1190.4},
         "devfreq.17000000.gpu": {"governor": "nvhost_podgov", "now_mhz": 918.0},
     }
+    assert clock_words(clocks(tmp_path) | {"cpu.policy4": {"now_mhz": 2265.6}}) == [
+        "cpu 1190 to 2266 MHz (schedutil)",
+        "devfreq 918 MHz (nvhost_podgov)",
+    ]
     assert parse_power_mode("NV Power Mode: MAXN_SUPER\n2\n") == "MAXN_SUPER"
     assert parse_power_mode("command not understood") is None
     model = tmp_path / "proc/device-tree/model"
@@ -436,6 +442,19 @@ def test_dense_stands_beside_the_plan_by_itself(facts, bundles):
     assert up["prefill_promised"] > 1
     assert [p["visual_tokens"] for p in plan["sweep"]] == [4, 8, 12, 16, 32, 64]
     assert plan["memory"]["peak_bytes"] >= plan["memory"]["loaded_bytes"] > 10 << 20
+
+
+def test_a_roofline_that_is_beaten_is_called_wrong(facts):
+    found = json.loads(json.dumps(facts["runs"]))
+    for part in (p for run in found.values() for phase in run["roofline"].values() for p in phase):
+        part["share"] = 0.9
+    assert beaten(found) == []
+    found["against"]["roofline"]["token"][0]["share"] = 1.4
+    assert beaten(found) == ["stage0"]
+    found["plan"]["roofline"] = None  # another precision than the peaks'
+    assert beaten(found) == ["stage0"]
+    shown = render({**facts, "beaten": ["stage0"]})
+    assert "stage0 beat it" in shown
 
 
 def test_what_takes_most_is_named(facts):
@@ -564,21 +583,22 @@ def test_a_child_that_dies_says_why(bundles):
 
 
 @pytest.fixture(scope="module")
-def portable(folder):
-    """Bundles for engines that nobody has compiled; two of them as far as commands read them."""
-    built = build(
-        str(folder / "toy"),
-        plan=PLAN,
-        target="orin-jp72",
-        contexts=(256,),
-        out=folder / "engines",
-    )
-    own = built.manifest
-    flexible = {name: replace(fact, variants={}) for name, fact in own.graphs.items()}
+def portable(bundles):
+    """The bundle as it would be for engines that nobody has compiled, as far as commands read."""
+    built = bundles["pruned"]
+    own, fixed = built.manifest, {}
+    for name, fact in own.graphs.items():
+        context = 256 if fact.spec.has("S") else ANY_CONTEXT
+        fixed[name] = replace(fact, variants={context: f"{name}.fixed.onnx"})
+
+    def bundle(target, graphs):
+        facts = {"target": target, "contexts": (256,), "graphs": graphs}
+        return replace(built, manifest=replace(own, **facts))
+
     return {
-        "orin-jp72": built,
-        "rtx": replace(built, manifest=replace(own, target="rtx")),
-        "orin-jp62": replace(built, manifest=replace(own, target="orin-jp62", graphs=flexible)),
+        "rtx": bundle("rtx", fixed),
+        "orin-jp62": bundle("orin-jp62", own.graphs),
+        "orin-jp72": bundle("orin-jp72", fixed),
     }
 
 
