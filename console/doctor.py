@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
@@ -38,6 +39,9 @@ COMPILE_EXTRA = (
     "pyyaml",
 )
 """What building needs besides the runtime; the extra ``compile``."""
+
+CUDA_CORE = "cuda-core (pip install 'cuda-core[cu13]')"
+"""What drives a GPU."""
 
 
 def doctor_facts() -> dict[str, Any]:
@@ -123,6 +127,9 @@ def _graphs(
     elif not serves(target, ort):
         runs = False
         missing.append(f"to run: ONNX Runtime {target.versions[0]}, found {ort}")
+    if target.name == "cuda" and not _has_cuda_core():
+        runs = False
+        missing.append(f"to run: {CUDA_CORE}")
     return {"build": not absent, "run": runs, "missing": missing}
 
 
@@ -132,8 +139,28 @@ def _engines(target: Target, absent: list[str], device: Device | None) -> dict[s
     why = can_compile(target, device)
     if why is not None:
         missing.append(f"to compile engines: {why}; until then a portable bundle")
-    missing.append("to run: a later version drives engines; verify runs their graphs on the CPU")
-    return {"build": not absent and why is None, "run": False, "missing": missing}
+    reasons = [*_to_run(target, device)]
+    missing += [f"to run: {reason}" for reason in reasons]
+    return {"build": not absent and why is None, "run": not reasons, "missing": missing}
+
+
+def _to_run(target: Target, device: Device | None) -> Iterator[str]:
+    """What lacks to run the target's engines here."""
+    if device is None:
+        yield "an NVIDIA GPU and its driver; verify runs their graphs on the CPU"
+    elif target.capabilities and device.capability not in target.capabilities:
+        yield f"another GPU than this {show_capability(device.capability)}"
+    flavour = find(target.backend)
+    if flavour is None:
+        yield f"{target.backend} is not installed"
+    elif not serves(target, flavour.version):
+        yield f"{target.backend} {target.versions[0]}, found {flavour.version}"
+    if not _has_cuda_core():
+        yield CUDA_CORE
+
+
+def _has_cuda_core() -> bool:
+    return _version("cuda-core") is not None
 
 
 def _to_export(absent: list[str]) -> list[str]:

@@ -22,6 +22,7 @@ import psutil
 from .. import __version__, runtime
 from ..calib.samples import Sample
 from ..graphs.bundle import MANIFEST, Bundle, sha256
+from ..graphs.errors import MissingDependencyError
 from ..graphs.targets import ONNXRUNTIME, TENSORRT, TENSORRT_RTX, show_capability
 from ..trt.device import find_device
 from ..trt.flavour import find
@@ -245,7 +246,7 @@ class _Ladder:
             "engine runs",
             "ONNX Runtime and the engines",
             "errors within the precision's tolerance",
-            partial(stored.engine_run, bundle),
+            self._engine_run,
         )
 
     def anonymous(self, rung: Rung) -> Rung:
@@ -326,6 +327,19 @@ class _Ladder:
         return compare_runtime(
             self.bundle, self.reference, self.session, self.asked, self.max_tokens
         )
+
+    def _engine_run(self) -> Finding:
+        from .engine_runs import compare_engines
+
+        stored.check_engines_run(self.bundle)
+
+        def load() -> runtime.Session:
+            try:
+                return runtime.load(self.bundle.path)
+            except MissingDependencyError as error:
+                raise ImpossibleError(str(error)) from error
+
+        return compare_engines(self.session, load, self.samples, self.max_tokens)
 
     def _half_answers(self) -> Finding:
         from .chains import TorchChain, compare_half

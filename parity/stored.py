@@ -68,11 +68,11 @@ def engine_files(bundle: Bundle) -> Finding:
     )
 
 
-def engine_run(bundle: Bundle) -> Finding:
-    """The engines compute what the graphs compute.
+def check_engines_run(bundle: Bundle) -> None:
+    """Make sure that this machine can run the bundle's engines.
 
     Raises:
-        ImpossibleError: always in this version; the reason is the machine's, or this version's.
+        ImpossibleError: it cannot; the reason is the machine's.
         NothingError: the bundle has no engines.
     """
     engines = _engines(bundle)
@@ -80,9 +80,6 @@ def engine_run(bundle: Bundle) -> Finding:
         engines.check_machine(find(engines.backend), find_device())
     except EngineError as error:
         raise ImpossibleError(str(error)) from error
-    raise ImpossibleError(
-        f"this machine could run them; driving {engines.backend} comes with a later version"
-    )
 
 
 def _engines(bundle: Bundle) -> Engines:

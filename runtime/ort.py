@@ -1,4 +1,4 @@
-"""The ONNX Runtime back end: one session per graph, caches written in place through I/O binding.
+"""ONNX Runtime on this CPU: one session per graph, caches written in place through I/O binding.
 
 Every buffer is a NumPy array that an ``OrtValue`` looks into, so a cache is read, rewound and
 snapshot without a copy. The ``llm`` lowering binds each cache as input and output at once; the
@@ -21,13 +21,13 @@ import psutil
 
 from ..graphs.bundle import Bundle
 from ..graphs.contract import ORT_LLM_SINCE, PROBE, GraphSpec, appended, cache_names
-from ..graphs.errors import BundleError, CapacityError, TargetError
+from ..graphs.errors import BundleError, CapacityError
 from ..graphs.rows import Kept, StageResult
 
 BUCKET = 128
 """Slots are added in multiples of this: growth copies, and attention pays for every slot."""
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ class OrtExecutor:
         self.dtype = np.dtype("float32" if manifest.precision == "fp32" else "float16")
         self.rows_dtype = np.dtype(manifest.widening.rows_dtype(self.dtype.name))
         self.batch = batch
-        self.provider = _provider(manifest.target)
-        widened = manifest.precision == "fp16" and self.provider == CPU
+        widened = manifest.precision == "fp16"
         self.prepacked = _prepack(manifest.weight_bytes, widened, options)
         self.elapsed_ms: dict[str, float] = defaultdict(float)
         self.sessions = {name: self._load(bundle, name, options) for name in manifest.graphs}
@@ -227,7 +226,7 @@ class OrtExecutor:
             session.profile_file_prefix = str(options.profile / name)
         file = bundle.file(bundle.manifest.graphs[name].file)
         try:
-            return ort.InferenceSession(str(file), session, providers=[self.provider])
+            return ort.InferenceSession(str(file), session, providers=[CPU])
         except Exception as error:  # ONNX Runtime's exceptions share no base but this
             raise BundleError(
                 f"ONNX Runtime {ort.__version__} cannot load {file}: {error}. "
@@ -296,18 +295,6 @@ def _check_version(bundle: Bundle) -> None:
             f"found {ort.__version__}. Upgrade it, or build for this one: "
             "make engines TARGET=cpu-portable"
         )
-
-
-def _provider(target: str) -> str:
-    """Where the graphs of a bundle for ``target`` run: engines' graphs run on the CPU."""
-    provider = CUDA if target == "cuda" else CPU
-    if provider not in ort.get_available_providers():
-        raise TargetError(
-            f"a bundle for target '{target}' needs {provider}, which this machine's ONNX Runtime "
-            f"lacks (it has {', '.join(ort.get_available_providers())}). "
-            "Build one for this machine: make engines TARGET=cpu"
-        )
-    return provider
 
 
 def _prepack(weight_bytes: int, widened: bool, options: OrtOptions) -> bool:

@@ -8,6 +8,7 @@ ONNX Runtime back end gives.
 import gc
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from visistage.graphs.errors import (
     TargetError,
     VisistageError,
 )
+from visistage.parity.engine_runs import compare_engines
 from visistage.runtime import merging
 from visistage.runtime.context import visual_rows
 from visistage.runtime.device import opening
@@ -29,6 +31,7 @@ from visistage.runtime.device.calls import Replay
 from visistage.runtime.device.host import HostDevice
 from visistage.runtime.device.memory import BLOCK, BLOCKS, DeviceArray, Layers, Memory, Place
 from visistage.runtime.device.protocol import CaptureError, Compiled
+from visistage.runtime.device.stage import DeviceStage
 from visistage.runtime.session import load
 from visistage.tests import toy
 from visistage.tests.stand_ins import stand_in, write_engines
@@ -566,6 +569,30 @@ def test_times_are_the_devices_own(machine, bundles):
     times = answer.timings.graphs_ms
     assert set(times) == {"vision", "stage0", "select0", "stage1", "stage2"}
     assert all(ms > 0 for ms in times.values())
+
+
+# --- engines against graphs -----------------------------------------------------------------------
+
+
+def compared(bundle):
+    samples = [
+        SimpleNamespace(name=f"sample {seed}", image=picture(seed), prompt=QUESTION)
+        for seed in (1, 2)
+    ]
+    with load(bundle.path, backend="onnxruntime") as graphs:
+        return compare_engines(graphs, lambda: load(bundle.path), samples, 6)
+
+
+def test_verify_compares_engines_with_graphs(machine, bundles):
+    found = compared(bundles("pruned"))
+    assert not found.failure
+    assert [error.tensor for error in found.errors] == ["sample 1", "sample 2"]
+    assert machine.api.runs
+
+
+def test_verify_finds_engines_that_compute_something_else(machine, bundles, monkeypatch):
+    monkeypatch.setattr(DeviceStage, "restore", lambda self, start, saved: None)  # no prefix
+    assert "sample 1 is off by" in compared(bundles("pruned")).failure
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -114,6 +114,10 @@ RULES = {
     "parity": (set(), set()),
     "parity.answers": ({"calib.samples", "parity.report", "runtime"}, {"numpy"}),
     "parity.compare": ({"parity.report"}, {"numpy"}),
+    "parity.engine_runs": (
+        {"calib.samples", "parity.compare", "parity.report", "runtime"},
+        set(),
+    ),
     "parity.ladder": (
         PURE | {"", "calib.samples", "compile.checkpoint", "parity.*", "runtime", "trt.*"},
         {"psutil"},

@@ -59,6 +59,8 @@ def compile_engine(flavour: Flavour, job: dict[str, Any], answers: TextIO) -> di
     facts = network_facts(trt, network)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # RTX: else it may allocate in a run,
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # and no run can be captured
     for number, capability in enumerate(job["capabilities"]):
         config.num_compute_capabilities = len(job["capabilities"])
         config.set_compute_capability(flavour.capability(tuple(capability)), number)

@@ -36,7 +36,7 @@ class OrtApi:
     ):
         self.submit = submit or _now
         self.device = "cpu" if stream is None else "cuda"
-        self.capturable = stream is None
+        self.capturable = submit is not None  # a run that happens now is not there to be kept
         self.options = ort.SessionOptions()
         self.options.log_severity_level = 3
         if threads is not None:

@@ -49,8 +49,10 @@ class TrtApi:
         return TrtEngine(self, compiled, engine)
 
     def said(self) -> str:
-        """What it complained about last."""
-        return self.messages[-1] if self.messages else "it gives no reason"
+        """What it complained about first since it was last asked: the others follow from it."""
+        said = self.messages[0] if self.messages else "it gives no reason"
+        self.messages.clear()
+        return said
 
     def close(self) -> None:
         """See ``protocol.EngineApi``."""
