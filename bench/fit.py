@@ -65,27 +65,32 @@ def main(repetitions: int, threads: int | None, out: str, models: str, device: s
     observations: list[Observation] = []
     for model in models.split(","):
         observations += list(_observe(model, Path(out), repetitions, threads))
-    efficiency = fit(observations)
-    validations = [one.to_dict() for one in validate(observations)]
-    rows: list[dict[str, Any]] = [
-        {"efficiency": asdict(efficiency), "validations": validations},
-        *map(asdict, observations),
-    ]
     given = f" --threads {threads}" if threads else ""
     command = f"python -m visistage.bench.fit --repetitions {repetitions}{given}"
-    save(f"estimate-{device}", command, rows)
+    save(f"estimate-{device}", command, [asdict(one) for one in observations])
     FILE.write_text(json.dumps(fitted(), indent=1) + "\n")
 
 
 def fitted() -> dict[str, Any]:
-    """``measured.json``, from the records."""
+    """``measured.json``, from the records: by device and precision, in digits that count."""
     known: dict[str, Any] = {}
     for file in sorted(RESULTS.glob("estimate-*.json")):
         record = json.loads(file.read_text())
-        device = file.stem.removeprefix("estimate-")
-        origin = {"command": record["command"], "date": record["date"], "device": record["device"]}
-        known[device] = {"fp32": {**record["rows"][0], "origin": origin}}
+        seen = [Observation(**row) for row in record["rows"]]
+        known[file.stem.removeprefix("estimate-")] = {
+            "fp32": {
+                "efficiency": _rounded(asdict(fit(seen))),
+                "validations": [_rounded(one.to_dict()) for one in validate(seen)],
+                "origin": {name: record[name] for name in ("command", "date", "device")},
+            }
+        }
     return known
+
+
+def _rounded(facts: Any) -> Any:
+    if isinstance(facts, dict):
+        return {name: _rounded(value) for name, value in facts.items()}
+    return float(f"{facts:.4g}") if isinstance(facts, float) else facts
 
 
 def _observe(model: str, out: Path, repetitions: int, threads: int | None) -> Iterator[Observation]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from ..profiling.machine import cores, processor
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("visistage", "torch", "transformers", "onnx-ir", "onnxruntime")
@@ -16,15 +17,10 @@ LIBRARIES = ("visistage", "torch", "transformers", "onnx-ir", "onnxruntime")
 
 def device_facts() -> dict[str, Any]:
     """Processor, cores and memory of this machine, without its name."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        model = next((x.split(":", 1)[1].strip() for x in lines if "model name" in x), model)
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "processor": model,
-        "cores": len(os.sched_getaffinity(0)),
+        "processor": processor(),
+        "cores": cores(),
         "memory_gib": round(pages / 2**30, 1),
         "load_average": round(os.getloadavg()[0], 1),
     }

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -94,6 +94,21 @@ def test_the_shipped_efficiencies_are_those_of_the_records():
         for one in precisions.values():
             assert 0 < one["efficiency"]["compute"] <= 1.5
             assert {"model", "length"} == {check["by"] for check in one["validations"]}
+
+
+def test_a_record_becomes_what_estimates_read(tmp_path, monkeypatch):
+    rows = [asdict(one) for one in observations()]
+    origin = {"command": "c", "date": "d", "device": {"processor": "p"}}
+    (tmp_path / "estimate-h200.json").write_text(json.dumps({**origin, "rows": rows}))
+    monkeypatch.setattr(bench_fit, "RESULTS", tmp_path)
+    found = bench_fit.fitted()
+    file = tmp_path / "measured.json"
+    file.write_text(json.dumps(found))
+    known = measured("h200", "fp32", file)
+    assert known.efficiency == TRUE
+    assert known.error < 1e-6
+    assert known.origin == origin
+    assert measured("h200", "fp16", file) is None
 
 
 # --- data -----------------------------------------------------------------------------------------
