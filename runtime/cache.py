@@ -43,5 +43,10 @@ class ByteCache(Generic[Value]):
         if item is not None:
             self.nbytes -= item[1]
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._items.clear()
+        self.nbytes = 0
+
     def __len__(self) -> int:
         return len(self._items)

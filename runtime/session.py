@@ -99,6 +99,8 @@ class Session:
 
     def close(self) -> None:
         """Free the graphs and caches; the session cannot be used afterwards."""
+        self.visual_rows.clear()
+        self.context.paid.clear()
         self.executor.close()
 
     def open(self, image: Source) -> OpenedImage:

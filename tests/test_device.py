@@ -385,6 +385,16 @@ def test_questions_of_any_length_share_a_few_calls(machine, bundles):
     assert sizes <= {1, 8, 32, 64, visual}
 
 
+def test_only_so_many_calls_are_kept_ready(machine, bundles, monkeypatch):
+    bundle = bundles("pruned")
+    questions = [(picture(seed), QUESTION, 6) for seed in (1, 2)]
+    expected = on_cpu(bundle, *questions)
+    monkeypatch.setattr("visistage.runtime.device.stage.MOST_REPLAYS", 2)
+    with load(bundle.path) as session:
+        assert [ask(session, *question) for question in questions] == expected
+        assert [len(stage.replays) for stage in session.executor.room.stages] == [2, 2, 2]
+
+
 def test_engines_that_cannot_be_captured_run_without_padding(monkeypatch, bundles):
     machine = stand_in(monkeypatch, capturable=False)
     bundle = bundles("pruned")
