@@ -40,7 +40,7 @@ COMPILE_EXTRA = (
 )
 """What building needs besides the runtime; the extra ``compile``."""
 
-CUDA_CORE = "cuda-core (pip install 'cuda-core[cu13]')"
+CUDA_CORE = "cuda-core (pip install cuda-core 'cuda-bindings==13.*')"
 """What drives a GPU."""
 
 

@@ -257,7 +257,7 @@ def test_cuda_core_is_imported_when_a_device_is_opened(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'cuda-core\[cu13\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install cuda-core 'cuda-bindings==13"):
         CudaDevice()
 
 

@@ -16,7 +16,7 @@ from visistage.trt.engines import can_compile, compile_engines
 
 GPU = find_device()
 CUDA_CORE = importlib.util.find_spec("cuda") is not None
-WHY = "no GPU, or no driver" if GPU is None else "pip install 'cuda-core[cu13]'"
+WHY = "no GPU, or no driver" if GPU is None else "pip install cuda-core 'cuda-bindings==13.*'"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPU is None or not CUDA_CORE, reason=WHY)]
 
 PLANS = ["dense", "visipruner:shallow=1,t=1,e=2,keep=4"]

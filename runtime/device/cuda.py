@@ -191,7 +191,7 @@ def _libraries() -> tuple[Any, Any]:
     except ImportError as error:
         raise MissingDependencyError(
             f"a GPU is driven through {PACKAGE}, which is not installed ({error}). Type: pip "
-            f"install '{PACKAGE}[cu13]' (with a driver for CUDA 12, such as JetPack 6's: "
-            f"'{PACKAGE}[cu12]')"
+            f"install {PACKAGE} 'cuda-bindings==13.*' (12.* with a driver for CUDA 12, such as "
+            "JetPack 6's)"
         ) from error
     return core, driver
