@@ -25,6 +25,9 @@ PHASES = {
     "per_token_ms": "each later token",
 }
 
+LONG_MS = 10_000
+"""From here on times are told in seconds."""
+
 
 def subject_of(name: str, plan: str | None, precision: str | None, prefix: int | None) -> Subject:
     """The bundle at ``name``, or a model of that name with a plan.
@@ -129,9 +132,12 @@ def show_times(ends: list[float] | None, error: float | None) -> str:
     """A range, or a figure with the error that such figures had."""
     if ends is None:
         return "unknown"
+    slow = max(ends) >= LONG_MS
+    low, high = (f"{_number(one / 1e3 if slow else one)}" for one in (min(ends), max(ends)))
+    unit = "s" if slow else "ms"
     if len(ends) > 1:
-        return f"{_ms(min(ends))} to {_ms(max(ends))} ms"
-    return f"{_ms(ends[0])} ms" + (f" +- {100 * error:.0f} %" if error else "")
+        return f"{low} to {high} {unit}"
+    return f"{low} {unit}" + (f" +- {100 * error:.0f} %" if error else "")
 
 
 def _per_second(ends: list[float]) -> str:
@@ -154,5 +160,5 @@ def _peers(facts: dict[str, Any]) -> list[RenderableType]:
     return [table]
 
 
-def _ms(value: float) -> str:
+def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

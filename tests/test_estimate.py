@@ -304,6 +304,7 @@ def test_this_cpu_is_measured_and_never_looked_up(monkeypatch):
 def test_ranges_and_figures_read_as_such():
     assert show_times([12.34, 20.0], None) == "12.3 to 20.0 ms"
     assert show_times([234.5], 0.08) == "234 ms +- 8 %"
+    assert show_times([9000.0, 12_345.0], None) == "9.00 to 12.3 s"
     assert show_times(None, None) == "unknown"
 
 
