@@ -35,6 +35,12 @@ RULES = {
     "runtime.*": (RUNTIME_MAY, {"PIL", "jinja2", "numpy", "tokenizers"}),
     "runtime.ort": (RUNTIME_MAY, {"numpy", "onnxruntime", "psutil"}),
     "calib.*": ({"calib.*", "graphs.*", "runtime"}, {"PIL", "numpy"}),
+    "calib.calibration": ({"calib.*", "graphs.*"}, {"numpy", "safetensors"}),
+    # Calibration sees what the runtime will: the same pictures, the same ids.
+    "calib.prompts": (
+        {"calib.*", "graphs.*", "runtime.image", "runtime.preprocessing", "runtime.prompt"},
+        {"numpy"},
+    ),
     # The compiler asks the runtime's own code for prefix and preprocessing, so that both agree.
     "compile.*": (
         {"", "calib.*", "compile.*", "graphs.*"}
