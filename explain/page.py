@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
-from ..console.units import show_bytes
-from ..graphs.errors import CapacityError
+from ..pages.page import style, template
+from ..pages.page import write as write_page
+from ..pages.words import percent
 from .picture import Grid
 
 FOLDER = Path(__file__).parent
@@ -45,24 +43,10 @@ class Shown:
 
 def render(facts: dict[str, Any], pictures: Sequence[Shown]) -> str:
     """The page's HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": percent,
-        "ms": _ms,
-        "flops": _flops,
-        "bytes": show_bytes,
-        "ranges": ranges,
-    }
     script = (FOLDER / "page.js").read_text(encoding="utf-8").strip()
     digest = base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode()
     masks = masks_of([layer["phase"] for layer in facts["layers"]], pictures)
-    return environment.get_template("page.html").render(
+    return template(FOLDER / "page.html").render(
         facts=facts,
         pictures=[
             {
@@ -88,7 +72,7 @@ def render(facts: dict[str, Any], pictures: Sequence[Shown]) -> str:
         runs=_runs(facts),
         start=_start(facts),
         top=max(max(layer["part"], layer["dense_part"] or 0.0) for layer in facts["layers"]),
-        style=(FOLDER / "page.css").read_text(encoding="utf-8"),
+        style=style(FOLDER / "page.css"),
         script=script,
         script_hash=f"sha256-{digest}",
     )
@@ -100,16 +84,7 @@ def write(html: str, path: Path) -> None:
     Raises:
         CapacityError: it cannot be written there.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(html, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise CapacityError(
-            f"the page cannot be written to {path}: {error.strerror}. "
-            "Name a file in a folder that exists: --out explain.html"
-        ) from error
+    write_page(html, path, "--out explain.html")
 
 
 @dataclass(frozen=True)
@@ -148,39 +123,6 @@ def outlines(cells: np.ndarray) -> dict[str, str]:
         sides += [(1, 0, f"M{x} {y}v1"), (1, 2, f"M{x + 1} {y}v1")]
         border += [line for dy, dx, line in sides if not framed[row + dy, column + dx]]
     return {"border": "".join(border), "rest": "".join(holes)}
-
-
-def percent(share: float | None) -> str:
-    """``0.123`` as ``12 %``; one decimal below 10, none of a share that is not known."""
-    if share is None:
-        return "–"
-    value = 100 * share
-    digits = 0 if abs(value) >= 9.95 or value == 0 else 1
-    return f"{value:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """``[0, 1, 2, 5]`` as ``0–2, 5``."""
-    runs = []
-    for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
-        run = [number for _, number in group]
-        runs.append(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}")
-    return ", ".join(runs)
-
-
-def _ms(value: float | None) -> str:
-    if value is None:
-        return "–"
-    if value >= 10_000:
-        return f"{value / 1000:.1f} s"
-    return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
-
-
-def _flops(value: float) -> str:
-    power = 0
-    while value >= 1000 and power < 5:
-        value, power = value / 1000, power + 1
-    return f"{value:.3g} {('', 'K', 'M', 'G', 'T', 'P')[power]}FLOP"
 
 
 def _kept_words(facts: dict[str, Any]) -> str:

@@ -1,5 +1,15 @@
 """One torch thread a process: the tests' tensors are small, and pytest-xdist fills the cores."""
 
+import pytest
 import torch
+from visistage.tests import browser as headless
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """``tests.browser.look``, where there is a browser."""
+    if headless.find() is None:
+        pytest.skip(f"no browser: none of {', '.join(headless.NAMES)} is installed")
+    return headless.look

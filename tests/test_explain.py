@@ -4,7 +4,6 @@ import html
 import json
 import re
 import shutil
-import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +18,7 @@ from visistage.console.answer import savings
 from visistage.explain.dense import dense_bundle, how_to_build
 from visistage.explain.explanation import explain
 from visistage.explain.facts import Run, explain_facts
-from visistage.explain.page import masks_of, outlines, percent, ranges
+from visistage.explain.page import masks_of, outlines
 from visistage.explain.picture import Grid, cropped_share, heat_uri, seen
 from visistage.explain.readings import Gates, read_row
 from visistage.explain.trace import Watched, trace
@@ -28,6 +27,7 @@ from visistage.graphs.bundle import Bundle
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.errors import BundleError, CapacityError, PromptError
 from visistage.graphs.ops import Eager
+from visistage.pages.words import percent, ranges
 from visistage.runtime.preprocessing import Preprocessing
 from visistage.runtime.session import Session
 from visistage.tests import toy
@@ -37,7 +37,6 @@ NASTY = '</script><script>document.title="owned"</script> "a" & <b>\'x\'</b>'
 PLAN = "visipruner:shallow=2,t=3,e=5,keep=4"
 ADAPTIVE = "visipruner-adaptive:boundaries=3-5,cosine=0.95,contribution=0.5,exit_cosine=0.9"
 SHAPE = {"layers": 8, "heads": 4, "kv_heads": 2}  # grouped queries
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
 @pytest.fixture(scope="module")
@@ -507,28 +506,6 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path):
 
 
 # --- a browser ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    name = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if name is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
-
-    def open_(address, *options):
-        # fmt: off
-        command = [
-            name, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-            "--no-first-run", "--disable-background-networking", "--disable-component-update",
-            "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=3000",
-            *options, address,
-        ]
-        # fmt: on
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-    return open_
 
 
 @pytest.fixture(scope="module")

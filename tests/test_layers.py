@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("calib", "compile", "console", "demo", "explain", "graphs", "parity", "runtime", "trt")
+PACKAGES = ("calib", "compile", "console", "demo", "explain", "graphs", "pages", "parity")
+PACKAGES += ("runtime", "trt")
 PURE = {"graphs", "graphs.bundle", "graphs.config", "graphs.contract", "graphs.cost"}
 PURE |= {
     "graphs.errors",
@@ -73,11 +74,14 @@ RULES = {
     # Runs wherever a bundle runs, and looks further into it than the public runtime lets others.
     "explain.*": (
         PURE
-        | {"", "console.units", "explain.*", "graphs.rows", "runtime.answer"}
+        | {"", "console.units", "explain.*", "graphs.rows", "pages.*", "runtime.answer"}
         | {"runtime.image", "runtime.preprocessing", "runtime.session"},
         {"PIL", "jinja2", "numpy"},
     ),
     "explain": (set(), set()),
+    # What pages share; it knows nothing of what they show.
+    "pages.*": ({"console.units", "graphs.errors", "pages.*"}, {"jinja2"}),
+    "pages": (set(), set()),
     # Runs on the device: of the compiler only what needs neither torch nor onnx.
     "trt.*": (PURE | {"trt.*", "compile.disk", "compile.steps"}, set()),
     "trt": (set(), set()),
