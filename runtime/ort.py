@@ -53,11 +53,11 @@ class OrtExecutor:
         _check_version(bundle)
         self.plan, self.text = manifest.plan, manifest.config.text
         self.portable = manifest.lowering == "portable"
-        self.dtype = np.dtype("float32" if manifest.precision == "fp32" else "float16")
+        self.dtype = np.dtype(manifest.dtype)
         self.rows_dtype = np.dtype(manifest.widening.rows_dtype(self.dtype.name))
         self.batch = batch
         self.provider = _provider(manifest.target)
-        widened = manifest.precision == "fp16" and self.provider == CPU
+        widened = manifest.dtype == "float16" and self.provider == CPU
         self.prepacked = _prepack(manifest.weight_bytes, widened, options)
         self.elapsed_ms: dict[str, float] = defaultdict(float)
         self.sessions = {

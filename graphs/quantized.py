@@ -1,0 +1,82 @@
+"""Linear layers over integer weights: what takes the place of ``decoder.Linear`` in a module.
+
+Weights are [K, N] and every product is a ``MatMul``: engines fuse the rounding into that form only
+(``Gemm`` runs unfused, many times slower). Layers of one input share its range; ``replace_linears``
+says why each may still hold a scale of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .decoder import Linear
+from .linears import Group
+from .ops import Eager
+from .quantization import BLOCK, Scheme
+
+WEIGHT = {"w8a8": "weight_int8", "w8": "weight_int8", "w4": "weight_int4"}
+"""Parameter that holds the rounded weight, by scheme. INT4 values stand one to a byte in torch, two
+to a byte in files."""
+
+SCALE, INPUT_SCALE = "weight_scale", "input_scale"
+
+
+def scale_shape(scheme: Scheme, inputs: int, outputs: int) -> tuple[int, ...]:
+    """Shape of the weight's scales: one per output channel, in blocks of inputs where the inputs
+    are float.
+    """
+    return (outputs,) if scheme == "w8a8" else (-(-inputs // BLOCK), outputs)
+
+
+class QuantizedLinear(nn.Module):
+    """A projection from integer weights. x: (M, K) -> (M, N).
+
+    Parameters: ``weight_int8`` or ``weight_int4`` (K, N) int8, ``weight_scale`` as
+    ``scale_shape``, for ``w8a8`` ``input_scale`` (), and perhaps ``bias`` (N,).
+    """
+
+    def __init__(self, ops: Eager, scheme: Scheme, inputs: int, outputs: int, bias: bool):
+        super().__init__()
+        self.ops, self.scheme = ops, scheme
+        values = torch.empty(inputs, outputs, dtype=torch.int8)
+        setattr(self, WEIGHT[scheme], nn.Parameter(values, requires_grad=False))
+        self.weight_scale = nn.Parameter(torch.empty(scale_shape(scheme, inputs, outputs)))
+        self.input_scale = nn.Parameter(torch.empty(())) if scheme == "w8a8" else None
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """As ``decoder.Linear.forward``; ``input_scale`` is that of x as it comes, scaled."""
+        if self.input_scale is not None:
+            x = self.ops.rounded(x, self.input_scale)
+        block = BLOCK if self.weight_scale.dim() == 2 else None
+        weight = self.ops.restored(getattr(self, WEIGHT[self.scheme]), self.weight_scale, block)
+        out = self.ops.product(x, weight)
+        if self.bias is None:
+            return out
+        return out + (self.bias if scale == 1.0 else self.bias * scale)
+
+
+def replace_linears(
+    module: nn.Module, schemes: Mapping[str, Scheme], groups: Iterable[Group], *, share: bool
+) -> None:
+    """Put a ``QuantizedLinear`` where ``schemes`` names a layer of ``module``, in place.
+
+    ``share``: the layers of one input round it once, as engines like it. ONNX Runtime does not fuse
+    a rounded tensor that several products read; there each layer rounds for itself, with scales
+    that differ in their last bit so that the roundings are not merged again.
+    """
+    first: dict[str, nn.Parameter] = {}
+    group_of = {name: group.name for group in groups for name in group.linears}
+    for name, linear in list(module.named_modules()):
+        scheme = schemes.get(name)
+        if scheme is None or not isinstance(linear, Linear):
+            continue
+        outputs, inputs = linear.weight.shape
+        new = QuantizedLinear(linear.ops, scheme, inputs, outputs, linear.bias is not None)
+        if share and new.input_scale is not None:
+            new.input_scale = first.setdefault(group_of[name], new.input_scale)
+        parent, _, own = name.rpartition(".")
+        setattr(module.get_submodule(parent), own, new)
