@@ -98,7 +98,7 @@ def threshold(histogram: Histogram, observer: Observer) -> float:
         minmax      the maximum
         percentile  ``PERCENTILE`` % of the values are below, to within a bin
         entropy     least Kullback-Leibler divergence: from the clipped distribution to what 128
-                    levels leave of it (Migacz, "8-bit inference with TensorRT", GTC 2017)
+                    levels leave of it ("8-bit inference with TensorRT", GTC 2017, S7310)
         mse         least expected squared error of rounding and clipping
 
     Raises:

@@ -5,7 +5,7 @@ factors are folded into what is before the group (``graphs/linears.py``), so the
 
     smoothing   W8A8: channels of X that dwarf the others share their size with W
                 (SmoothQuant, arXiv 2211.10438, eq. 4)
-    awareness   W4: channels of W that X amplifies get finer steps (AWQ, arXiv 2306.00978, eq. 5)
+    awareness   W4: channels of W that X amplifies get finer steps (AWQ, arXiv 2306.00978)
 
 Strength alpha is searched by the error of the group's outputs, on rows and outputs spread evenly.
 """

@@ -37,6 +37,9 @@ RULES = {
     "runtime.ort": (RUNTIME_MAY, {"numpy", "onnxruntime", "psutil"}),
     "calib.*": ({"calib.*", "graphs.*", "runtime"}, {"PIL", "numpy"}),
     "calib.calibration": ({"calib.*", "graphs.*"}, {"numpy", "safetensors"}),
+    "calib.observers": (PURE | {"calib.rounding"}, {"numpy"}),
+    "calib.rounding": (PURE, {"numpy"}),
+    "calib.smoothing": (PURE | {"calib.observers", "calib.rounding"}, {"numpy"}),
     # Calibration sees what the runtime will: the same pictures, the same ids.
     "calib.prompts": (
         {"calib.*", "graphs.*", "runtime.image", "runtime.preprocessing", "runtime.prompt"},
