@@ -120,12 +120,13 @@ class Dynamics:
 
     @cached_property
     def influence(self) -> list[np.ndarray]:
-        """For each prompt (L, N) float32: by what angle each token turns the output.
+        """For each prompt (L, N) float32: how far each token turns the output, squared.
 
-        Norms of different layers do not compare, angles do: sqrt(2 (1 - cos)) is the angle in
-        radians where it is small, and the length of what is missing relative to the output.
+        Norms of different layers do not compare, angles do: 2 (1 - cos) is the squared angle where
+        it is small. Squares, because contributions of many tokens add up like a random walk: the
+        sum of angles would let hundreds of tokens that do nothing outweigh a few that do.
         """
-        return [np.sqrt(2 * np.clip(1 - one.cosine, 0, None)) for one in self.readings]
+        return [np.clip(2 * (1 - one.cosine), 0, None) for one in self.readings]
 
     def contribution_ladder(self) -> tuple[float, ...]:
         """Thresholds for K, ascending: parts of a strong token's norm, and the published one."""
@@ -251,7 +252,7 @@ def spread(values: Sequence[float | None], layers: int | None = None) -> dict[st
         f"{name}: {(beyond or 'none') if at is None else f'{at:.4g}'}"
         for name, at in points.items()
     ]
-    never = f" ({of - len(known)} of {of} never got there)" if len(known) < of else ""
+    never = f" ({of - len(known)} of {of} never fired)" if len(known) < of else ""
     out["text"] = ", ".join(shown) + never
     if layers is not None:
         out["histogram"] = [known.count(layer) for layer in range(layers)]

@@ -1,0 +1,122 @@
+"""Which candidates are worth a measurement, one measurement after the other.
+
+Measuring takes a bundle each, so of hundreds of candidates a dozen are measured: first coarsely
+over all t, then where the measured front is steepest. No budget has a say in it: plans for several
+budgets can be read off the same measurements, and a looser one is never worse off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from ..graphs.plan import StagePlan
+from .agreement import Agreement
+from .candidates import Candidate, Pricing, front, knee
+
+Measure = Callable[[StagePlan], Agreement]
+
+CLOSE = 0.01
+"""Plans whose costs differ by less are not worth telling apart by a measurement."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A candidate that was measured."""
+
+    candidate: Candidate
+    measured: Agreement
+    held_out: Agreement | None = None
+    verdict: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form, without ``front``."""
+        one = self.candidate
+        return {
+            "text": one.text,
+            "s": one.shallow,
+            "t": one.t,
+            "keep": one.keep,
+            "e": one.e,
+            "cost": one.cost,
+            "visual_flops": one.visual_flops,
+            "predicted": one.predicted,
+            "measured": self.measured.to_dict(),
+            "held_out": self.held_out and self.held_out.to_dict(),
+            "verdict": self.verdict,
+        }
+
+
+def measure_some(
+    by_t: dict[int, tuple[Candidate, ...]], pricing: Pricing, measure: Measure, most: int
+) -> list[Tried]:
+    """Up to ``most`` candidates measured, by cost ascending.
+
+    First the uncalibrated preset, to compare with, and the knees of evenly spread t. Then, again
+    and again, one between those neighbours on the measured front between which most is lost.
+    """
+    pool = {one.text: one for of_t in by_t.values() for one in of_t}
+    tried: list[Tried] = []
+
+    def take(one: Candidate) -> None:
+        pool.pop(one.text, None)
+        tried.append(Tried(one, measure(pricing.plan(one))))
+
+    published = pricing.published()
+    if published is not None and most:
+        take(published)
+    knees = [knee(of_t) for of_t in by_t.values()]
+    for one in _spaced(knees, (most - len(tried) + 1) // 2):
+        take(one)
+    while len(tried) < most:
+        found = _between(best_of(tried), list(pool.values()))
+        if found is None:
+            break
+        take(found)
+    return sorted(tried, key=lambda one: (one.candidate.cost, one.candidate.text))
+
+
+def _between(best: Sequence[Tried], pool: Sequence[Candidate]) -> Candidate | None:
+    """What to measure next: the most promising near the middle of the steepest step in ``best``.
+
+    Steps are of the logarithm of what is lost: from 2 % to 1 % is as far as from 50 % to 25 %.
+    """
+
+    def step(pair: tuple[Tried, Tried]) -> float:
+        low, high = (_loss(one) for one in pair)
+        return math.log(low / high)
+
+    for low, high in sorted(pairwise(best), key=step, reverse=True):
+        start, stop = low.candidate.cost, high.candidate.cost
+        inside = [one for one in pool if start + CLOSE < one.cost < stop - CLOSE]
+        if inside:
+            middle = [
+                one for one in inside if abs(one.cost - (start + stop) / 2) < (stop - start) / 4
+            ]
+            return min(middle or inside, key=lambda one: (one.predicted, one.cost))
+    return None
+
+
+def _loss(one: Tried) -> float:
+    """Share of tokens that disagree, as if half a token more did: a logarithm needs something."""
+    tokens = one.measured.tokens
+    return (tokens.total - tokens.right + 0.5) / (tokens.total + 1)
+
+
+def best_of(tried: Sequence[Tried]) -> list[Tried]:
+    """Those that no other beats by cost and measured agreement, by cost ascending."""
+    by_candidate = {one.candidate: one for one in tried}
+    best = front(by_candidate, lambda one: by_candidate[one].measured.tokens.share)
+    return [by_candidate[one] for one in best]
+
+
+def _spaced(values: Sequence[Candidate], most: int) -> list[Candidate]:
+    """``most`` of ``values``, ends included, evenly spread."""
+    if len(values) <= most:
+        return list(values)
+    if most < 2:
+        return list(values[len(values) // 2 :][:most])
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
