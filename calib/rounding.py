@@ -63,7 +63,8 @@ def activation_scale(threshold: float, *, half: bool = False) -> np.float32:
 
     ``half``, the limits and the errors are those of ``scales_of``.
     """
-    return np.float32(scales_of(np.float32(threshold), INT8_LEVELS, half=half, name="a range"))
+    largest = np.array(threshold, np.float32)
+    return np.float32(scales_of(largest, INT8_LEVELS, half=half, name="a range"))
 
 
 def quantise(

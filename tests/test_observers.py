@@ -179,6 +179,16 @@ def test_entropy_equals_a_slow_transcription(name):
     assert divergence(counts, found) <= least + 1e-7
 
 
+def test_entropy_does_not_clip_half_of_the_values_for_nothing():
+    """Clipping 10 into the bin of 1 diverges by 0, as does clipping nothing."""
+    values = np.repeat(np.float32([1, 10]), 1000)
+    histogram = observed(values)
+    at_one = 1 + int(histogram.counts.nonzero()[0][0])
+    assert at_one >= 128
+    assert divergence(histogram.counts.tolist(), at_one) == 0
+    assert threshold(histogram, "entropy") == 10
+
+
 @pytest.mark.parametrize("name", DATA)
 def test_mse_is_as_good_as_an_exhaustive_search_on_the_samples(name):
     """Of 3 000 thresholds; what a bin cannot tell apart may cost half its width."""

@@ -20,6 +20,7 @@ from visistage.calib.smoothing import (
     OUTPUTS,
     ROWS,
     awareness_factors,
+    rounding_error,
     search_awareness,
     search_smoothing,
     sensitivity,
@@ -272,6 +273,7 @@ def test_sensitivity_is_the_error_of_each_scheme():
         },
         rel=1e-3,
     )
+    assert rounding_error(rows, weight, scale) == found["w8a8"]
     assert found["w8"] < found["w8a8"]
     assert found["w8"] < found["w4"]
 
