@@ -119,19 +119,22 @@ def int4_weight(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Round a weight to INT4 with one scale per output channel and ``block`` inputs.
 
-    Arguments and errors are those of ``int8_weight``; the last block may be short.
+    Other arguments and errors are those of ``int8_weight``; the last block may be short.
+
+    Args:
+        levels: largest integer in use; ``INT8_LEVELS`` rounds to INT8 in blocks (``w8``).
 
     Returns:
-        Values (K, N) INT8 within ±7, and scales (ceil(K / block), N) FP32.
+        Values (K, N) INT8 within ±levels, and scales (ceil(K / block), N) FP32.
     """
     outputs, inputs = weight.shape
     values = np.empty((inputs, outputs), np.int8)
     scales = np.empty((-(-inputs // block), outputs), np.float32)
     for rows in _chunks(outputs, inputs):
         part = _blocks(np.asarray(weight[rows], np.float32), block)
-        of_rows = scales_of(absmax(part, 2), INT4_LEVELS, half=half, name=name)
+        of_rows = scales_of(absmax(part, 2), levels, half=half, name=name)
         scales[:, rows] = of_rows.T
-        whole = quantise(part, of_rows[..., None], INT4_LEVELS).reshape(len(part), -1)
+        whole = quantise(part, of_rows[..., None], levels).reshape(len(part), -1)
         values[:, rows] = whole[:, :inputs].T
     return values, scales
 

@@ -254,3 +254,14 @@ def test_temporaries_do_not_grow_with_the_matrix(rounded, monkeypatch):
         tracemalloc.stop()
     results = sum(array.nbytes for array in kept)
     assert peak - results < 8 * (4 << 16) < weight.nbytes
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_int8_in_blocks_fills_its_own_range(half):
+    """As INT4 in blocks, with 127 steps to a side and not 7."""
+    weight = normal(3, 10, seed=5)
+    values, scales = int4_weight(weight, 4, levels=127, half=half)
+    expected, of_blocks = by_definition(weight, 127, [(0, 4), (4, 8), (8, 12)], half)
+    assert (values == expected.T).all()
+    assert (scales == of_blocks.T).all()
+    assert np.abs(values).max() >= 126
