@@ -119,10 +119,8 @@ def int4_weight(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Round a weight to INT4 with one scale per output channel and ``block`` inputs.
 
-    Other arguments and errors are those of ``int8_weight``; the last block may be short.
-
-    Args:
-        levels: largest integer in use; ``INT8_LEVELS`` rounds to INT8 in blocks (``w8``).
+    Arguments and errors are those of ``int8_weight``; the last block may be short. ``levels`` is
+    the largest integer in use: with ``INT8_LEVELS`` it is INT8 in blocks (``w8``).
 
     Returns:
         Values (K, N) INT8 within ±levels, and scales (ceil(K / block), N) FP32.
