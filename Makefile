@@ -4,7 +4,7 @@
 PYTHON ?= python3
 MODEL  ?= demo
 OUT    ?= engines
-# Also understood: PLAN TARGET PRECISION REVISION CONTEXT BUILD_MEMORY, DUMMY=1, OFFLINE=1; TESTS (of `make test`);
+# Also understood: PLAN TARGET PRECISION CALIB KEEP_FLOAT REVISION CONTEXT BUILD_MEMORY, DUMMY=1, OFFLINE=1; TESTS (of `make test`);
 # PIP_OPTIONS (of `make setup`), such as an index with a CPU build of torch.
 
 VENV := .venv
@@ -16,15 +16,13 @@ ENGINES = --model "$(MODEL)" --out "$(OUT)" \
 	$(if $(PLAN),--plan "$(PLAN)") \
 	$(if $(TARGET),--target "$(TARGET)") \
 	$(if $(PRECISION),--precision "$(PRECISION)") \
+	$(if $(CALIB),--calib "$(CALIB)") \
+	$(foreach layer,$(KEEP_FLOAT),--keep-float "$(layer)") \
 	$(if $(REVISION),--revision "$(REVISION)") \
 	$(foreach length,$(CONTEXT),--context "$(length)") \
 	$(if $(BUILD_MEMORY),--build-memory "$(BUILD_MEMORY)") \
 	$(if $(filter-out 0 no false,$(DUMMY)),--dummy-weights) \
 	$(if $(filter-out 0 no false,$(OFFLINE)),--offline)
-
-ifneq ($(CALIB),)
-$(error CALIB is for quantised precisions, which a later version brings. Leave it out)
-endif
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo engines test check types clean

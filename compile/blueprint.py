@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -18,22 +18,31 @@ import psutil
 import torch
 
 from .. import __version__
-from ..calib.calibration import Calibration, facts_of
-from ..graphs.bundle import FORMAT, sha256
+from ..calib.calibration import Calibration
+from ..graphs.bundle import FORMAT
 from ..graphs.config import ModelConfig
 from ..graphs.contract import Part
 from ..graphs.errors import CapacityError, DataError, TargetError
 from ..graphs.plan import StagePlan
 from ..graphs.precision import NARROW, Widening
-from ..graphs.quantization import FLOAT, Quantization, Recipe, is_quantised, parse_recipe
+from ..graphs.quantization import (
+    FLOAT,
+    Quantization,
+    Recipe,
+    base_of,
+    is_quantised,
+    parse_recipe,
+)
 from ..graphs.targets import Target
 from .checkpoint import Checkpoint
+from .collect import fits
 from .engines import resolve_contexts, resolve_parts
 from .export import Graph, graphs_of
 from .names import tensor_shapes
 from .planfile import resolve_plan
 from .quantize import CALIBRATIONS, Rounding, resolve
 from .recipes import GEOMETRIES
+from .stitch import TORCH_DTYPES
 from .texts import TextFacts, text_facts
 
 DEFAULT_PLAN = "visipruner"
@@ -133,7 +142,7 @@ class Blueprint:
             DataError: naming what does not fit.
         """
         if self.calibration is not None:
-            self.calibration.check_fits(checkpoint_facts(self.checkpoint, self.texts))
+            self.calibration.check_fits(fits(self.checkpoint, self.texts))
 
     def check_memory(self, nbytes: int) -> None:
         """Refuse ``nbytes`` of weights that the machine cannot hold, if it is to run them."""
@@ -177,7 +186,7 @@ def draw(
     if recipe is not None:
         quantization = resolve(recipe, known, config, staged, target)
         precision = recipe.name
-    dtype = target.dtype(precision.partition("+")[0])
+    dtype = target.dtype(precision)
     parts = resolve_parts(target, config, staged, dtype, build_memory)
     return Blueprint(
         checkpoint,
@@ -211,26 +220,6 @@ def same_rows(one: StagePlan, other: StagePlan) -> bool:
     return plain(one) == plain(other)
 
 
-def checkpoint_facts(
-    checkpoint: Checkpoint,
-    texts: TextFacts,
-    progress: Callable[[int], None] = lambda nbytes: None,
-) -> dict[str, str]:
-    """What a calibration must fit (``calibration.facts_of``); every weight is read.
-
-    As template counts every file that a prompt's ids come from: tokenizer and settings, too.
-    """
-    files = [checkpoint.path / name for _, name in sorted(texts.files.items())]
-    return facts_of(
-        checkpoint.config.to_dict(),
-        checkpoint.weight_files,
-        "\n".join(sha256(file) for file in files if file.is_file()),
-        texts.prefix_ids,
-        texts.preprocessing,
-        progress,
-    )
-
-
 def versions() -> dict[str, str]:
     """What builds a bundle."""
     return {
@@ -255,9 +244,8 @@ def _calibration(
 
 def _bits(target: Target, precision: str) -> int:
     """About how many bits a weight takes in a precision."""
-    base = precision.partition(":")[0]
     quantised = {"int8": 8, "w8": 9, "w4": 5}
-    return quantised.get(base, 8 * torch.finfo(getattr(torch, target.dtype(base))).bits // 8)
+    return quantised.get(base_of(precision), 8 * TORCH_DTYPES[target.dtype(precision)].itemsize)
 
 
 def _check_memory(target: Target, precision: str, nbytes: int) -> None:

@@ -183,7 +183,7 @@ class Rounding:
             values, scales = int4_weight(weight, BLOCK, levels=levels, half=self.half, name=module)
         out = {WEIGHT[scheme]: pack_int4(values) if scheme == "w4" else values, SCALE: scales}
         if scheme == "w8a8":
-            out[INPUT_SCALE] = np.float32(self._input_scale(module)).reshape(())
+            out[INPUT_SCALE] = np.asarray(self._input_scale(module))
         return out
 
     def _input_scale(self, module: str) -> np.float32:

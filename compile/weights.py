@@ -154,7 +154,7 @@ def convert(
             if name in placement.converted and tensor.is_floating_point():
                 tensor = _to(tensor, TORCH_DTYPES[dtype], name)
             stream.seek(span.offset)
-            stream.write(tensor.contiguous().view(torch.uint8).numpy().data)
+            stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             checkpoint.release()
             progress(span.nbytes)
     return [CONVERTED]

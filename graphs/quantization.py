@@ -115,16 +115,21 @@ class Recipe:
 
 def is_quantised(precision: str) -> bool:
     """Whether a precision names a recipe."""
-    return precision.partition(":")[0] in QUANTISED
+    return base_of(precision) in QUANTISED
+
+
+def base_of(precision: str) -> str:
+    """A precision without its options: ``int8`` of ``int8:vision=float``."""
+    return re.split("[:+]", precision, maxsplit=1)[0]
 
 
 def parse_recipe(text: str) -> Recipe:
-    """Read ``base[:option=value,...]``.
+    """Read ``base[:option=value,...]``, or a recipe's ``name``, as folders carry it.
 
     Raises:
         TargetError: naming what is wrong and what to write.
     """
-    base, _, rest = text.partition(":")
+    base, _, rest = text.replace("+", ",").replace(":", ",", 1).partition(",")
     if base not in QUANTISED:
         raise TargetError(f"unknown precision '{base}'. Known: {', '.join(QUANTISED)}")
     recipe = Recipe(base)

@@ -14,7 +14,7 @@ from importlib import metadata
 
 from .contract import ORT_LLM_SINCE
 from .errors import TargetError
-from .quantization import QUANTISED, is_quantised
+from .quantization import QUANTISED, base_of, is_quantised
 
 DTYPES = {"fp32": "float32", "fp16": "float16"}
 
@@ -99,7 +99,7 @@ class Target:
         """Type of the float numbers in a graph: engines fuse integers into FP16 graphs, ONNX
         Runtime on a CPU into FP32 graphs only.
         """
-        return DTYPES.get(precision, "float16" if self.engines else "float32")
+        return DTYPES.get(base_of(precision), "float16" if self.engines else "float32")
 
     @property
     def static_slots(self) -> bool:
@@ -215,7 +215,7 @@ def resolve_target(name: str, precision: str | None) -> tuple[Target, str]:
     if target.name == "cpu" and _ort_version() < ORT_LLM_SINCE:
         target = TARGETS["cpu-portable"]
     precision = precision or target.precisions[0]
-    if precision.partition(":")[0] not in target.precisions:
+    if base_of(precision) not in target.precisions:
         why = ""
         if precision == "fp16":
             why = " (ONNX Runtime computes FP16 graphs in FP32 on a CPU, from twice the memory)"

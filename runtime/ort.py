@@ -22,6 +22,7 @@ from ..graphs.bundle import Bundle, GraphFact
 from ..graphs.contract import ORT_LLM_SINCE, PROBE, GraphSpec, appended, cache_names
 from ..graphs.errors import BundleError, CapacityError, TargetError
 from ..graphs.rows import Kept, StageResult
+from .integers import integer_entries
 
 BUCKET = 128
 """Slots are added in multiples of this: growth copies, and attention pays for every slot."""
@@ -204,6 +205,9 @@ class OrtExecutor:
         session.log_severity_level = 3
         # Graphs take turns: threads that go on spinning would steal the next graph's cores.
         session.add_session_config_entry("session.force_spinning_stop", "1")
+        if bundle.manifest.quantization.schemes:
+            for entry, value in integer_entries().items():
+                session.add_session_config_entry(entry, value)
         if not self.prepacked:
             session.add_session_config_entry("session.disable_prepacking", "1")
         file = bundle.file(fact.file)
