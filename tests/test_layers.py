@@ -37,6 +37,10 @@ RULES = {
     "runtime.ort": (RUNTIME_MAY, {"numpy", "onnxruntime", "psutil"}),
     "calib.*": ({"calib.*", "graphs.*", "runtime"}, {"PIL", "numpy"}),
     "calib.calibration": ({"calib.*", "graphs.*"}, {"numpy", "safetensors"}),
+    **dict.fromkeys(
+        ("calib.charts", "calib.doubts", "calib.range_charts", "calib.report", "calib.series"),
+        (PURE | {"calib.*", "pages.*"}, set()),
+    ),
     "calib.observers": (PURE | {"calib.rounding"}, {"numpy"}),
     "calib.rounding": (PURE, {"numpy"}),
     "calib.smoothing": (PURE | {"calib.observers", "calib.rounding"}, {"numpy"}),

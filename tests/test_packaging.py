@@ -65,7 +65,7 @@ def test_data_is_in_the_wheel(installed):
     data = {name for name in tracked() if name.startswith(("demo/model/", "demo/pictures/"))}
     assert any(name.endswith(".png") for name in data)
     data |= {f"explain/page.{kind}" for kind in ("css", "html", "js")}
-    data |= {"pages/base.css"}
+    data |= {"calib/report.css", "calib/report.html", "pages/base.css", "pages/chart.css"}
     assert {name for name in installed if not name.endswith(".py")} == data | {"py.typed"}
 
 
