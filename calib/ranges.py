@@ -68,7 +68,7 @@ class GroupRanges:
         """
         if len({(vector.shape, vector.dtype) for vector in vectors.values()}) != 1:
             raise ValueError("arrays differ in shape or type")
-        group = cls(**data, **vectors)
+        group = cls(**{**data, **vectors})
         by_observer = (
             group.thresholds,
             group.smoothed_thresholds,

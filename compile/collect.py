@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 from torch import Tensor
@@ -34,7 +35,7 @@ from ..graphs.config import ModelConfig
 from ..graphs.linears import Group, linear_groups
 from ..graphs.plan import StagePlan
 from ..graphs.presets import preset
-from ..graphs.quantization import OBSERVERS
+from ..graphs.quantization import OBSERVERS, Observer
 from ..runtime.template import find_template
 from .checkpoint import Checkpoint
 from .texts import TextFacts
@@ -213,7 +214,7 @@ def _measured(group: Group, inputs: _Inputs, weights: Mapping[str, np.ndarray]) 
         awake = search_awareness(rows, matrices, input_mean=inputs.total / inputs.rows)
         aware_alpha, aware = awake.alpha, awake.factors
 
-    plain = {name: threshold(inputs.histogram, name) for name in OBSERVERS}
+    plain = _thresholds(inputs.histogram)
     smoothed = plain if alpha is None else _smoothed(inputs, factors, group.name)
     some = evenly(rows, ROWS)
     each = {linear: evenly(weight, OUTPUTS) for linear, weight in weights.items()}
@@ -256,8 +257,12 @@ def _smoothed(inputs: _Inputs, factors: np.ndarray, name: str) -> dict[str, floa
     histogram = Histogram(f"the smoothed input of {name}")
     for start in range(0, len(inputs.kept), ROWS):
         histogram.add(inputs.kept[start : start + ROWS] / factors)
-    found = {name: threshold(histogram, name) for name in OBSERVERS}
-    return {**found, "minmax": float((inputs.absmax / factors).max())}
+    return {**_thresholds(histogram), "minmax": float((inputs.absmax / factors).max())}
+
+
+def _thresholds(histogram: Histogram) -> dict[str, float]:
+    """By observer."""
+    return {name: threshold(histogram, name) for name in get_args(Observer)}
 
 
 def _errors(

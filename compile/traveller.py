@@ -212,7 +212,7 @@ class Traveller:
 
     def _visual_slots(self) -> Tensor:
         """(1, N) slots of the visual rows."""
-        slots = []
+        slots: list[int] = []
         for call in self._prompt_calls:
             at = call.start
             for segment in call.segments:

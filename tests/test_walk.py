@@ -8,6 +8,8 @@ import pytest
 import torch
 from visistage.calib.prompts import Prompt
 from visistage.compile.checkpoint import open_checkpoint
+from visistage.compile.prefix import prefix_cache
+from visistage.compile.traveller import View
 from visistage.compile.walk import pieces, see, walk
 from visistage.compile.watch import ANSWER, TEXT, TOWER
 from visistage.graphs import chain
@@ -15,7 +17,7 @@ from visistage.graphs.decoder import Linear
 from visistage.graphs.errors import CapacityError, PlanError, PromptError
 from visistage.graphs.ops import Eager
 from visistage.graphs.presets import preset
-from visistage.graphs.rows import Chain, Segment
+from visistage.graphs.rows import Chain, Segment, stage_gates
 from visistage.graphs.vision import Vision
 
 from . import reference, toy
@@ -147,6 +149,46 @@ def test_plans_differ(checkpoint):
             if name < other:
                 most = max(float((a - b).abs().max()) for a, b in zip(logits, theirs, strict=True))
                 assert most > 0.01, (name, other)
+
+
+def moved(visual, rows, at):
+    order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
+    return Segment(visual, rows, order + visual, order)
+
+
+BUGS = {
+    "answers under the prompt's gates": (
+        "compile.traveller.stage_gates",
+        lambda plan, stage, visual, call, decoding: stage_gates(plan, stage, visual, call),
+    ),
+    "vision sees vision": (
+        "compile.traveller.stage_gates",
+        lambda plan, stage, visual, call, decoding: stage_gates(
+            plan, stage, visual, False, decoding
+        ),
+    ),
+    "another prefix": (
+        "compile.walk.prefix_cache",
+        lambda checkpoint, given, progress: prefix_cache(checkpoint, given[::-1]),
+    ),
+    "positions moved": ("compile.traveller._segment", moved),
+    "another row selects": (
+        "compile.traveller.View",
+        lambda query, *others: View(query.flip(1), *others),
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_noticed(checkpoint, weights, monkeypatch, bug):
+    where, wrong = BUGS[bug]
+    plan, given = PLANS["decode-sees"], prompts()[:1]
+    expected, _ = Judge(checkpoint, weights, plan).run(given[0])
+    right = walk(checkpoint, given, plan, PREFIX).logits[0]
+    monkeypatch.setattr(f"visistage.{where}", wrong)
+    broken = walk(checkpoint, given, plan, PREFIX).logits[0]
+    assert (right - expected).abs().max() < TOLERANCE * expected.std()
+    assert (broken - expected).abs().max() > 100 * TOLERANCE * expected.std()
 
 
 def test_visipruner_is_the_independent_reference(checkpoint, weights):
