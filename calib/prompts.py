@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from ..graphs.errors import DataError, ImageError, PromptError
 from ..runtime.image import load_image, pixel_key, preprocess
@@ -96,17 +97,31 @@ def _prompt(
     name: str, text: str, answer: str, key: str, pixels: np.ndarray, encoder: PromptEncoder
 ) -> Prompt:
     try:
-        segments = encoder.encode(text, images=1).segments
+        encoded = encoder.encode(text, images=1)
     except PromptError as error:
         raise DataError(f"{name}: {error}") from None
-    parts = tuple(pixels if segment.is_image else segment.ids for segment in segments)
+    parts = tuple(pixels if segment.is_image else segment.ids for segment in encoded.segments)
     digest = hashlib.sha256(json.dumps([key, text, answer]).encode()).hexdigest()
-    return Prompt(name, parts, _answer_ids(name, answer, encoder), digest)
+    answer_ids = _answer_ids(name, encoded.text, answer.strip(), encoder.tokenizer)
+    return Prompt(name, parts, answer_ids, digest)
 
 
-def _answer_ids(name: str, answer: str, encoder: PromptEncoder) -> tuple[int, ...]:
-    ids = encoder.tokenizer.encode(answer.strip(), add_special_tokens=False).ids
-    added = encoder.tokenizer.get_added_tokens_decoder()
+def _answer_ids(name: str, text: str, answer: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What comes after the prompt's ids when the answer stands behind its text.
+
+    Tokenisers tell a word at the beginning of a text from one behind a space; an answer is the
+    latter, unless the template ends its line: ``ASSISTANT: Yes``.
+    """
+    if not answer:
+        return ()
+    behind = answer if text[-1:].isspace() else f" {answer}"
+    before, whole = (
+        tokenizer.encode(one, add_special_tokens=False).ids for one in (text, text + behind)
+    )
+    ids = whole[len(before) :]
+    if whole[: len(before)] != before:  # the prompt's last token would have grown
+        ids = tokenizer.encode(behind, add_special_tokens=False).ids
+    added = tokenizer.get_added_tokens_decoder()
     control = [added[i].content for i in ids if i in added and added[i].special]
     if control:
         raise DataError(

@@ -296,6 +296,10 @@ def test_samples_become_ids_and_pixels_in_order(tmp_path, texts):
         assert (head, tail) == (written[0].ids, written[2].ids)
     assert encoder.tokenizer.decode(list(prompts[0].answer_ids)).strip() == "a dog"
     assert prompts[1].answer_ids == ()
+    text = encoder.encode("What?", images=1).text
+    whole = encoder.tokenizer.encode(f"{text} a dog", add_special_tokens=False).ids
+    assert tuple(whole[-len(prompts[0].answer_ids) :]) == prompts[0].answer_ids
+    assert encoder.tokenizer.decode(whole).count("dog") == 1
 
 
 def test_broken_pictures_are_named_without_folders_and_counted(tmp_path, texts):

@@ -47,7 +47,7 @@ RULES = {
     # Calibration sees what the runtime will: the same pictures, the same ids.
     "calib.prompts": (
         {"calib.*", "graphs.*", "runtime.image", "runtime.preprocessing", "runtime.prompt"},
-        {"numpy"},
+        {"numpy", "tokenizers"},
     ),
     # The compiler asks the runtime's own code for prefix and preprocessing, so that both agree.
     "compile.*": (

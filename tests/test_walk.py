@@ -6,12 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from visistage.calib.prompts import Prompt
+from visistage.calib.prompts import Prompt, prepare
+from visistage.calib.samples import Sample
 from visistage.compile.checkpoint import open_checkpoint
 from visistage.compile.prefix import prefix_cache
+from visistage.compile.texts import prompt_encoder, text_facts
 from visistage.compile.traveller import View
 from visistage.compile.walk import pieces, see, walk
 from visistage.compile.watch import ANSWER, TEXT, TOWER
+from visistage.demo.heldout import held_out
 from visistage.graphs import chain
 from visistage.graphs.decoder import Linear
 from visistage.graphs.errors import CapacityError, PlanError, PromptError
@@ -19,6 +22,7 @@ from visistage.graphs.ops import Eager
 from visistage.graphs.presets import preset
 from visistage.graphs.rows import Chain, Segment, stage_gates
 from visistage.graphs.vision import Vision
+from visistage.runtime.preprocessing import Preprocessing
 
 from . import reference, toy
 
@@ -189,6 +193,26 @@ def test_planted_bugs_are_noticed(checkpoint, weights, monkeypatch, bug):
     broken = walk(checkpoint, given, plan, PREFIX).logits[0]
     assert (right - expected).abs().max() < TOLERANCE * expected.std()
     assert (broken - expected).abs().max() > 100 * TOLERANCE * expected.std()
+
+
+def test_answers_are_fed_as_the_demo_model_writes_them():
+    """Or their rows would be of a text that no decode step ever sees."""
+    checkpoint = open_checkpoint("demo")
+    texts = text_facts(checkpoint)
+    samples = [
+        Sample(str(number), one.image, one.question, one.answer)
+        for number, one in enumerate(held_out(10))
+    ]
+    preprocessing = Preprocessing.from_dict(texts.preprocessing)
+    given, _ = prepare(samples, prompt_encoder(checkpoint), preprocessing)
+    config = checkpoint.config
+    plan = preset("dense", config.text.layers, config.visual_tokens)
+    said = [
+        one.argmax(-1).tolist() for one in walk(checkpoint, given, plan, texts.prefix_ids).logits
+    ]
+    right = [tuple(mine[:-1]) == one.answer_ids for mine, one in zip(said, given, strict=True)]
+    assert sum(right) >= 7
+    assert {mine[-1] for mine in said} == {texts.generation["eos_token_id"]}
 
 
 def test_visipruner_is_the_independent_reference(checkpoint, weights):
