@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 from visistage.calib.agreement import Agreement, Share
 from visistage.calib.calibration import Calibration, SampleFacts
+from visistage.calib.candidates import Pricing
 from visistage.calib.charts import cosines, histograms, pareto
+from visistage.calib.choose import Budget, choose_plan
 from visistage.calib.doubts import doubts
 from visistage.calib.dynamics import Dynamics, Reading, spread
 from visistage.calib.ranges import GroupRanges
@@ -19,6 +21,7 @@ from visistage.calib.report import NAME, render, write_report
 from visistage.calib.series import by_sensitivity, kept_float, rows_seen, series_of
 from visistage.compile.recipes import GEOMETRIES
 from visistage.graphs.config import ModelConfig
+from visistage.graphs.cost import Geometry
 from visistage.graphs.errors import CapacityError
 from visistage.graphs.linears import linear_groups
 from visistage.graphs.presets import preset
@@ -425,6 +428,29 @@ def test_a_dense_choice_and_a_cost_budget_have_a_page(calibration):
     assert "at most 20.0" in html.unescape(text)
     nothing = choice(fits=False, chosen=None, candidates=[])
     assert "candidates" not in Tables(render(without(calibration, choice=nothing))).tables
+
+
+@pytest.mark.parametrize("budget", [Budget(lose=0.01), Budget(lose=0.0), Budget(cost=0.6)])
+def test_what_choose_plan_hands_over_can_be_shown(calibration, budget):
+    def measure(plan):
+        lost = 0 if plan.trigger >= 4 else 40 * (4 - plan.trigger)
+        return Agreement(Share(400 - lost, 400), Share(400 - lost, 400), lost / 400, (None, 1))
+
+    dynamics = Dynamics.of(readings())
+    pricing = Pricing(Geometry(LAYERS, 64, 128, 100), TOKENS)
+    made = choose_plan(dynamics, pricing, budget, measure, measure, most=6)
+    shown = replace(
+        calibration,
+        plan=made.plan,
+        choice=made.to_dict() | {"max_tokens": 16},
+        dynamics=dynamics.to_dict(),
+    )
+    text = render(shown)
+    Tables(text)
+    assert len(cells(text, "candidates")) == len(made.tried)
+    assert f"<h1>{made.text}</h1>" in text
+    for reason in made.reasons.values():
+        assert reason in html.unescape(text)
 
 
 def test_a_large_model_makes_a_page_of_bounded_size(calibration):
