@@ -265,12 +265,11 @@ def _traveller(
 
     pictures, segments, at = iter(visual), [], begin
     for part in parts:
-        is_picture = isinstance(part, np.ndarray)
-        if is_picture or len(part):
-            segments.append(
-                _segment(is_picture, next(pictures) if is_picture else embedded(part), at)
-            )
-            at += segments[-1].count
+        if isinstance(part, np.ndarray):
+            segments.append(_segment(True, next(pictures), at))
+        elif len(part):  # all of a text may have been prefix
+            segments.append(_segment(False, embedded(part), at))
+        at = begin + sum(segment.count for segment in segments)
     answer = None
     if prompt.answer_ids:
         answer = _segment(False, embedded(prompt.answer_ids), at)
