@@ -5,6 +5,7 @@ PYTHON ?= python3
 MODEL  ?= demo
 OUT    ?= engines
 # Also understood: PLAN TARGET PRECISION CALIB KEEP_FLOAT REVISION CONTEXT BUILD_MEMORY, DUMMY=1, OFFLINE=1; TESTS (of `make test`);
+# DATA SAMPLES LOSE COST HOLDOUT CANDIDATES (of `make calibrate`);
 # PIP_OPTIONS (of `make setup`), such as an index with a CPU build of torch.
 
 VENV := .venv
@@ -24,8 +25,20 @@ ENGINES = --model "$(MODEL)" --out "$(OUT)" \
 	$(if $(filter-out 0 no false,$(DUMMY)),--dummy-weights) \
 	$(if $(filter-out 0 no false,$(OFFLINE)),--offline)
 
+CALIBRATE = "$(MODEL)" --out "$(OUT)" \
+	$(if $(DATA),--data "$(DATA)") \
+	$(if $(SAMPLES),--samples "$(SAMPLES)") \
+	$(if $(PLAN),--plan "$(PLAN)") \
+	$(if $(LOSE),--lose "$(LOSE)") \
+	$(if $(COST),--cost "$(COST)") \
+	$(if $(HOLDOUT),--holdout "$(HOLDOUT)") \
+	$(if $(CANDIDATES),--candidates "$(CANDIDATES)") \
+	$(if $(REVISION),--revision "$(REVISION)") \
+	$(if $(filter-out 0 no false,$(DUMMY)),--dummy-weights) \
+	$(if $(filter-out 0 no false,$(OFFLINE)),--offline)
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo engines test check types clean
+.PHONY: help setup demo engines calibrate test check types clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -39,6 +52,11 @@ demo: setup  ## build the demo model and ask it about a picture
 
 engines: setup  ## build a bundle: MODEL=llava-7b [PLAN TARGET PRECISION DUMMY OUT]
 	@$(BIN)/visistage engines $(ENGINES)
+
+# Unless OUT is typed, calibrations lie apart from engines.
+calibrate: OUT = calibrations
+calibrate: setup  ## choose a plan, measure ranges: MODEL=demo [DATA SAMPLES PLAN LOSE COST OUT]
+	@$(BIN)/visistage calibrate $(CALIBRATE)
 
 test: setup  ## run the tests, or some: TESTS=tests/test_plan.py
 	$(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)

@@ -104,16 +104,26 @@ class Agreement:
 class Referred:
     """One dense answer.
 
-    tokens: (T,) ids, the end included where the model ended it; counted: how many of them count.
+    tokens: (T,) ids, the end included where the model ended it (``ended``).
     ids: (T, R) int32, the likeliest tokens of each position, descending; log_probs: theirs, (T, R)
     float32.
     """
 
     sample: Sample
     tokens: tuple[int, ...]
-    counted: int
+    ended: bool
     ids: np.ndarray
     log_probs: np.ndarray
+
+    @property
+    def counted(self) -> int:
+        """How many of the tokens count."""
+        return max(len(self.text_tokens), 1)
+
+    @property
+    def text_tokens(self) -> tuple[int, ...]:
+        """Without the end; empty where the model said nothing."""
+        return self.tokens[: -1 if self.ended else None]
 
 
 @dataclass(frozen=True)
@@ -151,11 +161,9 @@ def reference(
         except ImageError as error:
             unreadable.append((sample.name, str(error)))
         else:
-            ended = answer.finish == "eos" and len(answer.tokens) > 1
             ids, log_probs = _likeliest(log_softmax(logits))
-            answers.append(
-                Referred(sample, answer.tokens, len(answer.tokens) - ended, ids, log_probs)
-            )
+            ended = answer.finish == "eos"
+            answers.append(Referred(sample, answer.tokens, ended, ids, log_probs))
         progress()
     if not answers:
         first = f", the first because: {unreadable[0][1]}" if unreadable else ""

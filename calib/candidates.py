@@ -49,8 +49,7 @@ class Candidate:
         shallow, t, keep, e: s, t, K (None where nothing is selected) and e.
         cost: visual FLOPs as the graphs run them, dense = 1.
         visual_flops: the same, not relative.
-        predicted: share of the visual tokens' influence that is cut off (``cut_off``); None where
-            nothing was predicted.
+        predicted: share of the visual tokens' influence that is cut off (``cut_off``).
     """
 
     text: str
@@ -60,7 +59,7 @@ class Candidate:
     e: int
     cost: float
     visual_flops: float
-    predicted: float | None = None
+    predicted: float
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Pricing:
         e: int,
         *,
         shallow: int = 0,
-        predicted: float | None = None,
+        predicted: float,
     ) -> Candidate:
         """A plan with its costs."""
         flops = self.flops(t, keep, e)
@@ -102,16 +101,28 @@ class Pricing:
         options = {key: int(value) for key, value in pairs}
         return preset(name, self.geometry.layers, self.visual_tokens, **options)
 
-    def published(self) -> Candidate | None:
-        """The preset whose numbers follow from the depth alone; None where it cannot be."""
-        try:
-            plan = preset("visipruner", self.geometry.layers, self.visual_tokens)
-        except PlanError:
-            return None
-        assert plan.trigger is not None
-        assert plan.exit is not None
-        shallow = len(plan.stages[0].gated_layers)
-        return self.candidate("visipruner", plan.trigger, plan.keep, plan.exit, shallow=shallow)
+
+def published(dynamics: Dynamics, pricing: Pricing) -> Candidate | None:
+    """The preset whose numbers follow from the depth alone; None where it cannot be.
+
+    Its prediction leaves out what text-blind layers cost.
+    """
+    try:
+        plan = preset("visipruner", pricing.geometry.layers, pricing.visual_tokens)
+    except PlanError:
+        return None
+    t, keep, e = plan.trigger, plan.keep, plan.exit
+    assert t is not None
+    assert keep is not None
+    assert e is not None
+    return pricing.candidate(
+        "visipruner",
+        t,
+        keep,
+        e,
+        shallow=len(plan.stages[0].gated_layers),
+        predicted=float(cut_off(dynamics, t, [keep])[1, e]),
+    )
 
 
 def candidates(dynamics: Dynamics, pricing: Pricing) -> dict[int, tuple[Candidate, ...]]:
@@ -129,15 +140,14 @@ def candidates(dynamics: Dynamics, pricing: Pricing) -> dict[int, tuple[Candidat
                     text = f"visipruner:shallow=0,t={t},e={e},keep={keep}"
                     predicted = float(cut[row, e])
                     of_t.append(pricing.candidate(text, t, keep, e, predicted=predicted))
-        found[t] = front(of_t, lambda one: -one.predicted)  # type: ignore[operator]
+        found[t] = front(of_t, lambda one: -one.predicted)
     return found
 
 
 def knee(of_t: Sequence[Candidate]) -> Candidate:
     """The cheapest of one t that cuts off hardly more than the best of it."""
-    assert of_t[-1].predicted is not None
     limit = of_t[-1].predicted + SLACK
-    return next(one for one in of_t if one.predicted is not None and one.predicted <= limit)
+    return next(one for one in of_t if one.predicted <= limit)
 
 
 def trigger_layers(dynamics: Dynamics) -> list[int]:

@@ -43,7 +43,7 @@ from ..graphs.errors import PlanError
 from ..graphs.plan import StagePlan
 from ..graphs.presets import preset
 from .agreement import Agreement
-from .candidates import Pricing, candidates
+from .candidates import Pricing
 from .dynamics import Dynamics
 from .reasons import reasons_for, warnings_for
 from .search import CLOSE, Measure, Tried, best_of, measure_some
@@ -138,9 +138,9 @@ def choose_plan(
 ) -> Choice:
     """The cheapest plan within a budget of agreement, or the best within one of cost.
 
-    Which plans are measured does not depend on the budget, so a looser one never gives a costlier
-    plan. What is best on the choosing samples must hold on those held out, too, else the next is
-    taken; without any that does, the dense plan is, and the choice says so.
+    Which plans are measured does not depend on what they may lose, so a looser budget never gives a
+    costlier plan. What is best on the choosing samples must hold on those held out, too, else the
+    next is taken; without any that does, the dense plan is, and the choice says so.
 
     Args:
         dynamics: of the dense model, on the choosing samples.
@@ -151,7 +151,7 @@ def choose_plan(
         most: how many plans are measured.
         text_blind: rows of ``dynamics.to_dict``: what text-blind layers cost by themselves.
     """
-    tried = measure_some(candidates(dynamics, pricing), pricing, measure, most)
+    tried = measure_some(dynamics, pricing, measure, most, budget.cost or 1.0)
     order = _order(tried, budget)
     chosen: int | None = None
     confirmed = 0
@@ -185,7 +185,7 @@ def choose_plan(
         tuple(tried),
         chosen,
         reasons_for(dynamics, tried, taken, text_blind),
-        warnings_for(budget.lose, taken, tried, confirmed, confirm is not None),
+        warnings_for(budget.lose, taken, confirmed),
     )
 
 

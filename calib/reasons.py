@@ -18,6 +18,9 @@ FIRM = 0.95
 """A cosine that no token reaches by noise; the published trigger, 0.995, is far more easily set
 off in short decoders."""
 
+LEAST_LOSS = 1e-4
+"""What is below it, no number of samples that anybody has could prove."""
+
 MOST_HELD_OUT_TRIES = 2
 """Plans that held-out samples may judge before they have become choosing samples themselves."""
 
@@ -44,22 +47,9 @@ def reasons_for(
     }
 
 
-def warnings_for(
-    lose: float | None,
-    taken: Tried | None,
-    tried: Sequence[Tried],
-    confirmed: int,
-    held_out: bool,
-) -> tuple[str, ...]:
+def warnings_for(lose: float | None, taken: Tried | None, confirmed: int) -> tuple[str, ...]:
     """What weakens the choice. confirmed: how many plans the held-out samples judged."""
     out = []
-    if taken is None:
-        out.append("Nothing that was measured keeps the budget: the dense plan is taken.")
-    elif not held_out:
-        out.append(
-            "No samples were held out, so the agreement is that of the samples which chose the "
-            "plan, and looks better than it is."
-        )
     if confirmed > MOST_HELD_OUT_TRIES:
         out.append(
             f"The held-out samples judged {confirmed} plans before one held, so they had a part in "
@@ -72,7 +62,7 @@ def warnings_for(
             f"{judged.tokens.total} tokens do not prove the budget: a loss of up to {low:.1f} % "
             "cannot be ruled out (95 %)."
         )
-        if lose > 0:
+        if lose >= LEAST_LOSS:
             # With nothing wrong, Wilson's lower end is n / (n + z^2).
             text += f" {math.ceil(Z95**2 * (1 - lose) / lose)} tokens without a miss would."
         out.append(text)

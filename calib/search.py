@@ -1,13 +1,13 @@
 """Which candidates are worth a measurement, one measurement after the other.
 
 Measuring takes a bundle each, so of hundreds of candidates a dozen are measured: first coarsely
-over all t, then where the measured front is steepest. No budget has a say in it: plans for several
-budgets can be read off the same measurements, and a looser one is never worse off.
+over all t, then where the measured front is steepest. What a plan may lose has no say in it, so a
+looser budget chooses from the same measurements and is never worse off. What a plan may cost has:
+dearer ones are left alone.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +15,8 @@ from typing import Any
 
 from ..graphs.plan import StagePlan
 from .agreement import Agreement
-from .candidates import Candidate, Pricing, front, knee
+from .candidates import Candidate, Pricing, candidates, front, knee, published
+from .dynamics import Dynamics
 
 Measure = Callable[[StagePlan], Agreement]
 
@@ -51,24 +52,29 @@ class Tried:
 
 
 def measure_some(
-    by_t: dict[int, tuple[Candidate, ...]], pricing: Pricing, measure: Measure, most: int
+    dynamics: Dynamics, pricing: Pricing, measure: Measure, most: int, limit: float = 1.0
 ) -> list[Tried]:
-    """Up to ``most`` candidates measured, by cost ascending.
+    """Up to ``most`` candidates measured, none dearer than ``limit``, by cost ascending.
 
-    First the uncalibrated preset, to compare with, and the knees of evenly spread t. Then, again
-    and again, one between those neighbours on the measured front between which most is lost.
+    First the uncalibrated preset, whatever it costs, to compare with; and the knees of evenly
+    spread t. Then, again and again, one between those neighbours on the measured front between
+    which most is lost.
     """
-    pool = {one.text: one for of_t in by_t.values() for one in of_t}
+    by_t = [
+        tuple(one for one in of_t if one.cost <= limit)
+        for of_t in candidates(dynamics, pricing).values()
+    ]
+    pool = {one.text: one for of_t in by_t for one in of_t}
     tried: list[Tried] = []
 
     def take(one: Candidate) -> None:
         pool.pop(one.text, None)
         tried.append(Tried(one, measure(pricing.plan(one))))
 
-    published = pricing.published()
-    if published is not None and most:
-        take(published)
-    knees = [knee(of_t) for of_t in by_t.values()]
+    usual = published(dynamics, pricing)
+    if usual is not None and most:
+        take(usual)
+    knees = [knee(of_t) for of_t in by_t if of_t]
     for one in _spaced(knees, (most - len(tried) + 1) // 2):
         take(one)
     while len(tried) < most:
@@ -82,20 +88,16 @@ def measure_some(
 def _between(best: Sequence[Tried], pool: Sequence[Candidate]) -> Candidate | None:
     """What to measure next: the most promising near the middle of the steepest step in ``best``.
 
-    Steps are of the logarithm of what is lost: from 2 % to 1 % is as far as from 50 % to 25 %.
+    The first step is that from a plan which costs nothing and is always wrong. Steps are of the
+    logarithm of what is lost: from 2 % to 1 % is as far as from 50 % to 25 %.
     """
-
-    def step(pair: tuple[Tried, Tried]) -> float:
-        low, high = (_loss(one) for one in pair)
-        return math.log(low / high)
-
-    for low, high in sorted(pairwise(best), key=step, reverse=True):
-        start, stop = low.candidate.cost, high.candidate.cost
+    points = [(0.0, 1.0), *((one.candidate.cost, _loss(one)) for one in best)]
+    steps = sorted(pairwise(points), key=lambda pair: pair[1][1] / pair[0][1])
+    for (start, _), (stop, _) in steps:
         inside = [one for one in pool if start + CLOSE < one.cost < stop - CLOSE]
+        centre, quarter = (start + stop) / 2, (stop - start) / 4
+        middle = [one for one in inside if abs(one.cost - centre) <= quarter]
         if inside:
-            middle = [
-                one for one in inside if abs(one.cost - (start + stop) / 2) < (stop - start) / 4
-            ]
             return min(middle or inside, key=lambda one: (one.predicted, one.cost))
     return None
 
