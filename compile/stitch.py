@@ -195,6 +195,7 @@ def _trace(key: tuple, piece: nn.Module, specs: Sequence[TensorSpec | None], ops
             dynamic_shapes=shapes,
         )
     graph = program.model.graph
+    _merge_shared(graph, piece)
     weights = []
     for weight in _tensors(piece):
         value = graph.initializers.pop(weight, None)
@@ -213,6 +214,21 @@ def _trace(key: tuple, piece: nn.Module, specs: Sequence[TensorSpec | None], ops
     name = f"{type(piece).__name__}_{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}"
     function = onnx_ir.Function(DOMAIN, name, graph=graph, attributes=())
     return Traced(function, outputs, isinstance(returned, tuple))
+
+
+def _merge_shared(graph: onnx_ir.Graph, piece: nn.Module) -> None:
+    """Let a parameter that modules share be one value, under its first name."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in piece.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), []).append(name)
+    for first, *others in names.values():
+        for name in others:
+            value = graph.initializers.pop(name, None)
+            if value is not None and first in graph.initializers:
+                onnx_ir.convenience.replace_all_uses_with(value, graph.initializers[first])
+            elif value is not None:
+                value.name = first
+                graph.initializers.add(value)
 
 
 def _inline_constants(graph: onnx_ir.Graph) -> None:
