@@ -37,7 +37,7 @@ def errors(series: Series, observer: str, plan: StagePlan) -> str:
     before = [group.errors[observer] for group in series.groups]
     after = [group.smoothed_errors[observer] for group in series.groups]
     label = f"INT8 error of {series.title}, before and after smoothing"
-    chart = Chart(_x(series), of_decades([*before, *after]), label, HALF, 220)
+    chart = Chart(_x(series), of_decades([*before, *after], shares=True), label, HALF, 220)
     _edges(chart, series, plan)
     rows = zip(series.layers, series.names, series.groups, before, after, strict=True)
     for x, name, group, plain, smooth in rows:
@@ -52,8 +52,12 @@ def errors(series: Series, observer: str, plan: StagePlan) -> str:
 
 
 def alphas(every: Sequence[Series]) -> str:
-    """Alpha of every group that is smoothed: a line of cells for each kind."""
-    layered = [series for series in every if any(g.alpha is not None for g in series.groups)]
+    """Alpha of every smoothed group that is in a layer: a line of cells for each kind."""
+    layered = [
+        series
+        for series in every
+        if series.title != ELSEWHERE and any(g.alpha is not None for g in series.groups)
+    ]
     layers = 1 + max((max(series.layers) for series in layered), default=0)
     y = of_names([one.title for one in layered], down=True)
     x = of_layers(layers)
@@ -69,7 +73,7 @@ def alphas(every: Sequence[Series]) -> str:
 
 def sensitivity(ranked: Sequence[tuple[str, float]], kept: int) -> str:
     """Error of every linear layer in INT8, the worst first; log scale. kept: how many stand out."""
-    y = of_decades([error for _, error in ranked], "relative squared error")
+    y = of_decades([error for _, error in ranked], "relative squared error", shares=True)
     x = Axis(-0.5, len(ranked) - 0.5, title=f"{len(ranked)} linear layers, the worst first")
     chart = Chart(x, y, "Error of each linear layer in INT8", height=260)
     for index, (name, error) in enumerate(ranked):

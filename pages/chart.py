@@ -70,8 +70,11 @@ def of_counts(most: int, title: str = "") -> Axis:
     return Axis(0, last * step, tuple((i * step, str(i * step)) for i in range(last + 1)), title)
 
 
-def of_decades(values: Iterable[float], title: str = "") -> Axis:
-    """Round steps around the positive ones among ``values``: decades, or 1, 2, 5 within few."""
+def of_decades(values: Iterable[float], title: str = "", *, shares: bool = False) -> Axis:
+    """Round steps around the positive ones among ``values``: decades, or 1, 2, 5 within few.
+
+    shares: whether they are told in per cent.
+    """
     seen = [value for value in values if value > 0] or [1.0]
     low, high = min(seen), max(seen)
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
@@ -81,7 +84,8 @@ def of_decades(values: Iterable[float], title: str = "") -> Axis:
     stop = min((i for i, mark in enumerate(marks) if mark >= high), default=len(marks) - 1)
     marks = marks[start : max(stop, start + 1) + 1]
     every = math.ceil(len(marks) / 7)
-    ticks = tuple((mark, f"{mark:g}") for mark in marks[::every])
+    words = "{:.6g} %" if shares else "{:.6g}"
+    ticks = tuple((mark, words.format(100 * mark if shares else mark)) for mark in marks[::every])
     return Axis(marks[0], marks[-1], ticks, title, log=True)
 
 

@@ -16,6 +16,7 @@ from visistage.calib.charts import cosines, histograms, pareto
 from visistage.calib.choose import Budget, choose_plan
 from visistage.calib.doubts import doubts
 from visistage.calib.dynamics import Dynamics, Reading, spread
+from visistage.calib.range_charts import alphas
 from visistage.calib.ranges import GroupRanges
 from visistage.calib.report import NAME, render, write_report
 from visistage.calib.series import by_sensitivity, kept_float, rows_seen, series_of
@@ -362,6 +363,13 @@ def test_each_doubt_is_raised_by_its_cause_alone(calibration, changes, said):
     assert said in doubted[0]
 
 
+def test_few_rows_of_the_head_are_no_doubt(calibration):
+    """INT8 bundles round only its weights."""
+    spotless = clean(calibration)
+    head = {**spotless.groups, "lm_head": replace(spotless.groups["lm_head"], rows=7)}
+    assert doubts(without(spotless, groups=head)) == []
+
+
 def wide():
     few = candidate("visipruner", 0.5, 398, verdict="chosen", front=True)
     return choice(chosen=0, candidates=[{**few, "held_out": agreed(19, 20)}])
@@ -495,9 +503,22 @@ def test_log_axes_give_every_decade_the_same_room():
     assert axis.part(0) == 0
 
 
+def test_only_smoothed_layers_have_an_alpha(calibration):
+    smoothed = [
+        name
+        for name, group in calibration.groups.items()
+        if group.alpha is not None and ".layers." in name
+    ]
+    drawn = alphas(series_of(calibration.groups))
+    assert sorted(re.findall(r"<title>(\S+): alpha 0.5</title>", drawn)) == sorted(smoothed)
+
+
 @pytest.mark.parametrize(
     ("axis", "words"),
     [
+        (of_decades([0.0001, 0.0004], shares=True), ["0.01 %", "0.02 %", "0.05 %"]),
+        (of_decades([3, 40]), ["2", "5", "10", "20", "50"]),
+        (of_decades([0]), ["1", "2"]),
         (of_shares(0.93, 1.0), ["92 %", "94 %", "96 %", "98 %", "100 %"]),
         (of_shares(0, 1), ["0 %", "25 %", "50 %", "75 %", "100 %"]),
         (of_shares(0.9991, 1.0), ["99.9 %", "100.0 %"]),
