@@ -16,6 +16,9 @@ Facts = Mapping[str, Any]
 CLOSE = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999, 0.99999)
 """Cosines that an axis may name."""
 
+FOOT = 0.8
+"""Plans that agree less stand on the foot of the plot: how bad a bad one is tells little."""
+
 HALF = 470
 """Width of a chart that stands beside another."""
 
@@ -29,7 +32,8 @@ def pareto(choice: Facts) -> str:
     lowest = min((one["measured"][kind]["low"] for one in candidates), default=1.0)
     most = max((one["cost"] for one in candidates), default=1.0)
     title = f"{kind} that agree with dense"
-    x, y = of_shares(0.0, max(1.0, most), choice["cost"]), of_shares(lowest, 1.0, title)
+    x = of_shares(0.0, max(1.0, most), choice["cost"])
+    y = of_shares(max(lowest, FOOT), 1.0, title)
     chart = Chart(x, y, "Candidate plans by cost and agreement with the dense model", height=380)
     if "lose" in choice["budget"]:
         floor = 1 - choice["budget"]["lose"]

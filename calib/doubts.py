@@ -59,7 +59,8 @@ def _about_choice(choice: Mapping[str, Any]) -> Iterator[str]:
         )
         return
     share = chosen["held_out"][choice["agreement"]]
-    if share["high"] - share["low"] > WIDE:
+    # Of a budget of agreement the choice itself says whether it is proved.
+    if "cost" in choice["budget"] and share["high"] - share["low"] > WIDE:
         yield (
             f"The agreement of the plan lies anywhere between {percent(share['low'], 1)} and "
             f"{percent(share['high'], 1)}: {share['total']} {choice['agreement']} held out are "

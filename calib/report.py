@@ -22,6 +22,9 @@ from .series import by_sensitivity, kept_float, rows_seen, series_of
 FOLDER = Path(__file__).parent
 NAME = "calibration.html"
 
+ORDER = "stKe"
+"""Reasons in the order of the layers they are about; JSON sorts them otherwise."""
+
 MOST_LISTED = 200
 """Samples named on the page; calibration.json has all of them."""
 
@@ -58,6 +61,12 @@ def _choice(choice: Mapping[str, Any]) -> dict[str, Any] | None:
     return {
         **choice,
         "taken": chosen,
+        "reasons": sorted(choice["reasons"].items(), key=lambda one: ORDER.find(one[0])),
+        "foot": charts.FOOT,
+        "below": any(
+            one["measured"][choice["agreement"]]["share"] < charts.FOOT
+            for one in choice["candidates"]
+        ),
         "plot": charts.pareto(choice) if choice["candidates"] else "",
     }
 

@@ -372,7 +372,7 @@ def test_few_rows_of_the_head_are_no_doubt(calibration):
 
 def wide():
     few = candidate("visipruner", 0.5, 398, verdict="chosen", front=True)
-    return choice(chosen=0, candidates=[{**few, "held_out": agreed(19, 20)}])
+    return choice(budget={"cost": 0.5}, chosen=0, candidates=[{**few, "held_out": agreed(19, 20)}])
 
 
 def test_prompts_that_never_trigger_are_a_doubt(calibration):
@@ -557,6 +557,19 @@ def test_the_plot_marks_the_chosen_plan_and_the_budget():
     assert len(re.findall(r'class="mark amber"', drawn)) == 1
     assert len(re.findall(r'class="mark cool open"', drawn)) == 1
     assert "budget: 99.0" in drawn
+
+
+def test_a_plan_that_agrees_little_does_not_flatten_the_plot(calibration):
+    bad = choice(candidates=[candidate("bad", 0.1, 80), *choice()["candidates"]], chosen=2)
+    assert "75 %" not in re.findall(r"<text[^>]*end.>(.*?)</text>", pareto(bad))
+    assert "stand on the foot" in render(without(calibration, choice=bad))
+    assert "stand on the foot" not in render(calibration)
+
+
+def test_reasons_come_in_the_order_of_the_layers(calibration):
+    turned = choice(reasons={"K": "holds", "e": "quiet", "s": "none", "t": "late"})
+    text = render(without(calibration, choice=turned))
+    assert re.findall(r"<div><dt>(.)</dt>", text) == ["s", "t", "K", "e"]
 
 
 # --- a browser ------------------------------------------------------------------------------------
