@@ -185,7 +185,7 @@ def choose_plan(
         tuple(tried),
         chosen,
         reasons_for(dynamics, tried, taken, text_blind),
-        warnings_for(budget.lose, taken, confirmed),
+        warnings_for(budget.lose, tried, taken, confirmed),
     )
 
 
@@ -214,10 +214,7 @@ def _holds(one: Tried, budget: Budget) -> bool:
 
 def _near_miss(one: Tried, budget: Budget) -> str:
     assert one.held_out is not None
-    return (
-        f"near miss: agrees on {_percent(one.measured)} of the choosing samples' tokens, but on "
-        f"{_percent(one.held_out)} of those held out"
-    )
+    return f"near miss: {_percent(one.measured)}, but on held-out samples {_percent(one.held_out)}"
 
 
 def _judged(one: Tried, budget: Budget, tried: Sequence[Tried], chosen: int | None) -> Tried:
@@ -228,12 +225,13 @@ def _judged(one: Tried, budget: Budget, tried: Sequence[Tried], chosen: int | No
         return one
     lost = 1 - one.measured.tokens.share
     if budget.lose < lost <= max(NEAR * budget.lose, CLOSE):
-        return replace(one, verdict=f"near miss: agrees on {_percent(one.measured)} of the tokens")
+        return replace(one, verdict=f"near miss: {_percent(one.measured)}")
     return one
 
 
 def _percent(measured: Agreement) -> str:
-    return f"{100 * measured.tokens.share:.1f} %"
+    tokens = measured.tokens
+    return f"{100 * tokens.share:.1f} % ({tokens.total - tokens.right} of {tokens.total} differ)"
 
 
 def _share(measured: Agreement | None) -> float:

@@ -47,9 +47,17 @@ def reasons_for(
     }
 
 
-def warnings_for(lose: float | None, taken: Tried | None, confirmed: int) -> tuple[str, ...]:
+def warnings_for(
+    lose: float | None, tried: Sequence[Tried], taken: Tried | None, confirmed: int
+) -> tuple[str, ...]:
     """What weakens the choice. confirmed: how many plans the held-out samples judged."""
     out = []
+    tokens = min((one.measured.tokens.total for one in tried), default=0)
+    if tokens and lose is not None and LEAST_LOSS <= lose < 1 / tokens:
+        out.append(
+            f"One token of {tokens} is more than the budget allows, so one difference rules a plan "
+            f"out: with {math.ceil(1 / lose)} tokens or more, cheaper ones may fit."
+        )
     if confirmed > MOST_HELD_OUT_TRIES:
         out.append(
             f"The held-out samples judged {confirmed} plans before one held, so they had a part in "
@@ -120,4 +128,7 @@ def _exit(dynamics: Dynamics, e: int) -> str:
 
 
 def _tokens(one: Tried) -> str:
-    return f"{100 * one.measured.tokens.share:.1f} % of the tokens"
+    text = f"{100 * one.measured.tokens.share:.1f} % of the tokens"
+    if one.held_out is not None:
+        text += f", but on {100 * one.held_out.tokens.share:.1f} % of those held out"
+    return text

@@ -8,6 +8,7 @@ dearer ones are left alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +18,9 @@ from ..graphs.plan import StagePlan
 from .agreement import Agreement
 from .candidates import Candidate, Pricing, candidates, front, knee, published
 from .dynamics import Dynamics
+
+NO_GOOD = 0.25
+"""Plans that lose more are all alike: nobody wants to know by how much."""
 
 Measure = Callable[[StagePlan], Agreement]
 
@@ -75,7 +79,7 @@ def measure_some(
     if usual is not None and most:
         take(usual)
     knees = [knee(of_t) for of_t in by_t if of_t]
-    for one in _spaced(knees, (most - len(tried) + 1) // 2):
+    for one in _spaced(knees, min(-(-most // 3), most - len(tried))):
         take(one)
     while len(tried) < most:
         found = _between(best_of(tried), list(pool.values()))
@@ -86,14 +90,19 @@ def measure_some(
 
 
 def _between(best: Sequence[Tried], pool: Sequence[Candidate]) -> Candidate | None:
-    """What to measure next: the most promising near the middle of the steepest step in ``best``.
+    """What to measure next: the most promising near the middle of the largest step in ``best``.
 
-    The first step is that from a plan which costs nothing and is always wrong. Steps are of the
-    logarithm of what is lost: from 2 % to 1 % is as far as from 50 % to 25 %.
+    The first step is that from a plan which costs nothing and is no good. A step's size is its
+    width in cost by its height in the logarithm of what is lost: from 2 % to 1 % is as high as from
+    20 % to 10 %.
     """
-    points = [(0.0, 1.0), *((one.candidate.cost, _loss(one)) for one in best)]
-    steps = sorted(pairwise(points), key=lambda pair: pair[1][1] / pair[0][1])
-    for (start, _), (stop, _) in steps:
+    points = [(0.0, NO_GOOD), *((one.candidate.cost, _loss(one)) for one in best)]
+
+    def size(step: tuple[tuple[float, float], tuple[float, float]]) -> float:
+        (start, more), (stop, less) = step
+        return (stop - start) * math.log(more / less)
+
+    for (start, _), (stop, _) in sorted(pairwise(points), key=size, reverse=True):
         inside = [one for one in pool if start + CLOSE < one.cost < stop - CLOSE]
         centre, quarter = (start + stop) / 2, (stop - start) / 4
         middle = [one for one in inside if abs(one.cost - centre) <= quarter]
@@ -105,7 +114,7 @@ def _between(best: Sequence[Tried], pool: Sequence[Candidate]) -> Candidate | No
 def _loss(one: Tried) -> float:
     """Share of tokens that disagree, as if half a token more did: a logarithm needs something."""
     tokens = one.measured.tokens
-    return (tokens.total - tokens.right + 0.5) / (tokens.total + 1)
+    return min((tokens.total - tokens.right + 0.5) / (tokens.total + 1), NO_GOOD)
 
 
 def best_of(tried: Sequence[Tried]) -> list[Tried]:

@@ -128,7 +128,7 @@ def test_what_does_not_hold_on_held_out_samples_is_a_near_miss(dynamics):
     assert choice.text != refused
     (miss,) = [one for one in choice.tried if one.candidate.text == refused]
     assert miss.verdict.startswith("near miss")
-    assert "50.0 % of those held out" in miss.verdict
+    assert "held-out samples 50.0 % (100 of 200 differ)" in miss.verdict
     taken = choice.tried[choice.chosen]
     assert taken.verdict == "chosen"
     assert taken.candidate.cost > miss.candidate.cost
