@@ -184,15 +184,13 @@ def exit_layers(dynamics: Dynamics) -> list[int]:
         [int(max(np.flatnonzero(row < cosine), default=0)) for row in dynamics.lowest]
         for cosine in COSINES
     ]
-    left = [
-        [one.exit for one in dynamics.decide(replace(PUBLISHED, **numbers))]
+    probes = [
+        replace(PUBLISHED, first=dynamics.first, cosine=cosine, exit_cosine=quiet, consecutive=rule)
         for cosine in COSINES
-        for numbers in (
-            {"first": dynamics.first, "cosine": cosine, "exit_cosine": exit_, "consecutive": rule}
-            for exit_ in COSINES
-            for rule in (False, True)
-        )
+        for quiet in COSINES
+        for rule in (False, True)
     ]
+    left = [[one.exit for one in dynamics.decide(probe)] for probe in probes]
     return sorted(_quantiles([*loud, *left]) | {last})
 
 

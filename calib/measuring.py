@@ -15,7 +15,7 @@ from ..compile.build import build
 from ..compile.planfile import save_plan
 from ..graphs.bundle import Bundle
 from ..graphs.errors import CapacityError
-from ..graphs.plan import Stage, StagePlan
+from ..graphs.plan import Mode, Stage, StagePlan
 from ..graphs.presets import preset
 from .agreement import Agreement, Referred, agreement, reference
 from .samples import Sample
@@ -113,13 +113,13 @@ class Measuring:
 def text_blind_plans(layers: int, visual_tokens: int) -> dict[int, StagePlan]:
     """By s: plans in which the first s layers are text-blind, and nothing else happens.
 
-    By the rule of the preset ``visipruner`` for 7B. None in a decoder of one layer.
+    By the rule of the preset ``visipruner`` for 7B. None in a decoder of fewer than four layers.
     """
     out = {}
     for shallow in sorted({layers * sixteenths // 16 for sixteenths in (1, 2, 3, 4)} - {0}):
         options = {"shallow": shallow, "t": layers - 2, "e": layers - 1, "keep": 1}
         modes = preset("visipruner", layers, visual_tokens, **options).stages[0].modes[:shallow]
-        modes += ("dense",) * (layers - shallow)
-        stage = Stage((0, layers), visual_tokens, modes)
+        full: Mode = "dense"
+        stage = Stage((0, layers), visual_tokens, modes + (full,) * (layers - shallow))
         out[shallow] = StagePlan(f"text-blind-{shallow}", layers, visual_tokens, (stage,))
     return out

@@ -63,7 +63,7 @@ def warnings_for(
             f"The held-out samples judged {confirmed} plans before one held, so they had a part in "
             "choosing. More samples would mend that."
         )
-    judged = taken and (taken.held_out or taken.measured)
+    judged = None if taken is None else taken.held_out or taken.measured
     if judged is not None and lose is not None and judged.tokens.interval[0] < 1 - lose:
         low = 100 * (1 - judged.tokens.interval[0])
         text = (
