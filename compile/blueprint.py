@@ -40,7 +40,7 @@ from .engines import resolve_contexts, resolve_parts
 from .export import Graph, graphs_of
 from .names import tensor_shapes
 from .planfile import resolve_plan
-from .quantize import CALIBRATIONS, Rounding, resolve
+from .quantize import CALIBRATIONS, Rounding, input_shifts, resolve
 from .recipes import GEOMETRIES
 from .stitch import TORCH_DTYPES
 from .texts import TextFacts, text_facts
@@ -111,28 +111,20 @@ class Blueprint:
             self.parts,
             widening,
             self.quantization,
-            share_inputs=self.target.engines,
+            engines=self.target.engines,
         )
 
     def rounding(self, widening: Widening = NARROW) -> Rounding | None:
         """Where quantised weights come from; None where nothing is quantised."""
         if not self.quantization.schemes:
             return None
-        blocks = (
-            ("mlp.down_proj", widening.mlp_shift),
-            ("self_attn.o_proj", widening.attention_shift),
-        )
         return Rounding(
             self.checkpoint,
             self.quantization,
             self.calibration,
             half=self.half,
-            share_inputs=self.target.engines,
-            shifts={
-                f"model.layers.{layer}.{name}": shift
-                for name, by_layer in blocks
-                for layer, shift in by_layer.items()
-            },
+            engines=self.target.engines,
+            shifts=input_shifts(widening),
         )
 
     def check_calibration(self) -> None:

@@ -79,13 +79,13 @@ def graphs_of(
     parts: Sequence[Part] | None = None,
     widening: Widening = NARROW,
     quantization: Quantization = FLOAT,
-    share_inputs: bool = False,
+    engines: bool = False,
 ) -> list[Graph]:
     """Every graph of a bundle, in the order in which a prompt meets them.
 
     ``dtype`` is ``float32`` or ``float16``; ``lowering`` is ``llm`` or ``portable``; ``parts``
     cuts stages into several graphs, by default each is one; ``widening`` says what of an FP16
-    decoder must be wider; ``quantization`` which linear layers read integers, and ``share_inputs``
+    decoder must be wider; ``quantization`` which linear layers read integers, and ``engines``
     whether those of one input round it once (``quantized.replace_linears``).
     """
     parts = parts or whole_stages(plan)
@@ -94,7 +94,7 @@ def graphs_of(
     out = []
 
     def add(name: str, module: Pieces, spec: GraphSpec) -> None:
-        replace_linears(module, quantization.schemes, groups, share=share_inputs)
+        replace_linears(module, quantization.schemes, groups, engines=engines)
         for parameter in module.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(TORCH_DTYPES[dtype])

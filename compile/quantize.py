@@ -31,9 +31,9 @@ from ..graphs.config import ModelConfig
 from ..graphs.errors import DataError, TargetError
 from ..graphs.linears import Group, linear_groups
 from ..graphs.plan import StagePlan, nearest
-from ..graphs.precision import LIMIT
-from ..graphs.quantization import BLOCK, Quantization, Recipe, Scheme
-from ..graphs.quantized import INPUT_SCALE, SCALE, WEIGHT, scale_shape
+from ..graphs.precision import LIMIT, Widening
+from ..graphs.quantization import Quantization, Recipe, Scheme
+from ..graphs.quantized import INPUT_SCALE, SCALE, WEIGHT, block_of, scale_shape
 from ..graphs.targets import Target
 from .checkpoint import Checkpoint
 
@@ -89,12 +89,25 @@ def resolve(
     )
 
 
+def input_shifts(widening: Widening) -> dict[str, int]:
+    """Exponents by which inputs come scaled, by the name of the layer that reads them."""
+    blocks = (
+        ("mlp.down_proj", widening.mlp_shift),
+        ("self_attn.o_proj", widening.attention_shift),
+    )
+    return {
+        f"model.layers.{layer}.{name}": shift
+        for name, by_layer in blocks
+        for layer, shift in by_layer.items()
+    }
+
+
 class Rounding:
     """The tensors that quantised graphs read instead of, or otherwise than, the checkpoint's.
 
     One linear layer is in memory at a time. ``shifts``: exponents by which a layer's input comes
     scaled (``precision.Widening``), by the layer's name. ``half``: the graphs are FP16, so scales
-    must be. ``share_inputs`` as in ``quantized.replace_linears``.
+    must be. ``engines`` as in ``quantized.replace_linears``.
     """
 
     def __init__(
@@ -104,11 +117,11 @@ class Rounding:
         calibration: Calibration | None,
         *,
         half: bool,
-        share_inputs: bool,
+        engines: bool,
         shifts: Mapping[str, int] | None = None,
     ):
         self.checkpoint, self.quantization, self.calibration = checkpoint, quantization, calibration
-        self.half, self.share_inputs, self.shifts = half, share_inputs, shifts or {}
+        self.half, self.engines, self.shifts = half, engines, shifts or {}
         self.group_of: dict[str, Group] = {}
         self.columns: dict[str, np.ndarray] = {}  # factors (K,) of a linear layer's inputs
         self.outputs: dict[str, np.ndarray] = {}  # divisors of what a module puts out
@@ -141,7 +154,8 @@ class Rounding:
         if own == SCALE:
             outputs, inputs = weight
             scheme = self.quantization.schemes[module]
-            return math.prod(scale_shape(scheme, inputs, outputs)) * itemsize
+            block = block_of(scheme, engines=self.engines)
+            return math.prod(scale_shape(block, inputs, outputs)) * itemsize
         return math.prod(self.checkpoint.tensors[name].shape) * itemsize
 
     def tensor(self, name: str) -> Tensor:
@@ -176,11 +190,12 @@ class Rounding:
         """Every tensor of a quantised layer but its bias, by its own name."""
         scheme = self.quantization.schemes[module]
         weight = self._folded(module, "weight")
-        if scheme == "w8a8":
+        block = block_of(scheme, engines=self.engines)
+        if block is None:
             values, scales = int8_weight(weight, half=self.half, name=module)
         else:
             levels = INT4_LEVELS if scheme == "w4" else INT8_LEVELS
-            values, scales = int4_weight(weight, BLOCK, levels=levels, half=self.half, name=module)
+            values, scales = int4_weight(weight, block, levels=levels, half=self.half, name=module)
         out = {WEIGHT[scheme]: pack_int4(values) if scheme == "w4" else values, SCALE: scales}
         if scheme == "w8a8":
             out[INPUT_SCALE] = np.asarray(self._input_scale(module))
@@ -194,7 +209,7 @@ class Rounding:
         smoothed = group.name in self.quantization.smoothed
         threshold = (ranges.smoothed_thresholds if smoothed else ranges.thresholds)[observer]
         scale = activation_scale(threshold * 2.0 ** -self.shifts.get(module, 0), half=self.half)
-        if not self.share_inputs:
+        if not self.engines:
             # Equal roundings would be merged into one, which ONNX Runtime then does not fuse.
             for _ in range(group.linears.index(module)):
                 scale = np.nextafter(scale, np.float32(np.inf))

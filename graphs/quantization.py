@@ -24,7 +24,8 @@ Scheme = Literal["float", "w8a8", "w8", "w4"]
 
     float  in the type of the graph
     w8a8   INT8 inputs and weights: one static scale for the inputs, one per output channel
-    w8     INT8 weights, one scale per output channel and ``BLOCK`` inputs; inputs in float
+    w8     INT8 weights, one scale per output channel, in ONNX Runtime also per ``BLOCK`` inputs;
+           inputs in float
     w4     INT4 weights, one scale per output channel and ``BLOCK`` inputs; inputs in float
 
 All symmetric: engines take no zero points.

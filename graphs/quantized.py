@@ -24,11 +24,18 @@ to a byte in files."""
 SCALE, INPUT_SCALE = "weight_scale", "input_scale"
 
 
-def scale_shape(scheme: Scheme, inputs: int, outputs: int) -> tuple[int, ...]:
-    """Shape of the weight's scales: one per output channel, in blocks of inputs where the inputs
-    are float.
+def block_of(scheme: Scheme, *, engines: bool) -> int | None:
+    """How many inputs share a scale of an output channel; None: all of them.
+
+    INT8 weights alone: ONNX Runtime is fastest with blocks, while TensorRT-RTX was seen to store
+    weights in blocks as FP16, twice as large.
     """
-    return (outputs,) if scheme == "w8a8" else (-(-inputs // BLOCK), outputs)
+    return BLOCK if scheme == "w4" or (scheme == "w8" and not engines) else None
+
+
+def scale_shape(block: int | None, inputs: int, outputs: int) -> tuple[int, ...]:
+    """Shape of a weight's scales: (N,), or with blocks (ceil(K / block), N)."""
+    return (outputs,) if block is None else (-(-inputs // block), outputs)
 
 
 class QuantizedLinear(nn.Module):
@@ -38,12 +45,14 @@ class QuantizedLinear(nn.Module):
     ``scale_shape``, for ``w8a8`` ``input_scale`` (), and perhaps ``bias`` (N,).
     """
 
-    def __init__(self, ops: Eager, scheme: Scheme, inputs: int, outputs: int, bias: bool):
+    def __init__(
+        self, ops: Eager, scheme: Scheme, inputs: int, outputs: int, bias: bool, block: int | None
+    ):
         super().__init__()
-        self.ops, self.scheme = ops, scheme
+        self.ops, self.scheme, self.block = ops, scheme, block
         values = torch.empty(inputs, outputs, dtype=torch.int8)
         setattr(self, WEIGHT[scheme], nn.Parameter(values, requires_grad=False))
-        self.weight_scale = nn.Parameter(torch.empty(scale_shape(scheme, inputs, outputs)))
+        self.weight_scale = nn.Parameter(torch.empty(scale_shape(block, inputs, outputs)))
         self.input_scale = nn.Parameter(torch.empty(())) if scheme == "w8a8" else None
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
@@ -51,8 +60,8 @@ class QuantizedLinear(nn.Module):
         """As ``decoder.Linear.forward``; ``input_scale`` is that of x as it comes, scaled."""
         if self.input_scale is not None:
             x = self.ops.rounded(x, self.input_scale)
-        block = BLOCK if self.weight_scale.dim() == 2 else None
-        weight = self.ops.restored(getattr(self, WEIGHT[self.scheme]), self.weight_scale, block)
+        values = getattr(self, WEIGHT[self.scheme])
+        weight = self.ops.restored(values, self.weight_scale, self.block)
         out = self.ops.product(x, weight)
         if self.bias is None:
             return out
@@ -60,13 +69,13 @@ class QuantizedLinear(nn.Module):
 
 
 def replace_linears(
-    module: nn.Module, schemes: Mapping[str, Scheme], groups: Iterable[Group], *, share: bool
+    module: nn.Module, schemes: Mapping[str, Scheme], groups: Iterable[Group], *, engines: bool
 ) -> None:
     """Put a ``QuantizedLinear`` where ``schemes`` names a layer of ``module``, in place.
 
-    ``share``: the layers of one input round it once, as engines like it. ONNX Runtime does not fuse
-    a rounded tensor that several products read; there each layer rounds for itself, with scales
-    that differ in their last bit so that the roundings are not merged again.
+    ``engines``: as TensorRT likes it, the layers of one input round it once. ONNX Runtime does not
+    fuse a rounded tensor that several products read; there each layer rounds for itself, with
+    scales that differ in their last bit so that the roundings are not merged again.
     """
     first: dict[str, nn.Parameter] = {}
     group_of = {name: group.name for group in groups for name in group.linears}
@@ -75,8 +84,10 @@ def replace_linears(
         if scheme is None or not isinstance(linear, Linear):
             continue
         outputs, inputs = linear.weight.shape
-        new = QuantizedLinear(linear.ops, scheme, inputs, outputs, linear.bias is not None)
-        if share and new.input_scale is not None:
+        block = block_of(scheme, engines=engines)
+        bias = linear.bias is not None
+        new = QuantizedLinear(linear.ops, scheme, inputs, outputs, bias, block)
+        if engines and new.input_scale is not None:
             new.input_scale = first.setdefault(group_of[name], new.input_scale)
         parent, _, own = name.rpartition(".")
         setattr(module.get_submodule(parent), own, new)

@@ -19,8 +19,8 @@ from .quantization import QUANTISED, base_of, is_quantised
 DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 QUANTISED_LLM = ("int8", "w8", "w4")
-"""Quantised precisions of the ``llm`` lowering. The ``portable`` one has INT8 alone: scales in
-blocks came with opset 21."""
+"""Quantised precisions of the ``llm`` lowering. The ``portable`` one has none with scales in
+blocks, which came with opset 21."""
 
 ONNXRUNTIME, TENSORRT, TENSORRT_RTX = "onnxruntime", "tensorrt", "tensorrt_rtx"
 
@@ -162,7 +162,7 @@ TARGETS = {
             "TensorRT 10.3 on a Jetson Orin with JetPack 6.2",
             (8, 7),
             lowering="portable",
-            precisions=("fp16", "fp32", "int8"),
+            precisions=("fp16", "fp32", "int8", "w8"),
             opset=20,
             operators=BASIC_OPERATORS,
             versions=("10.3", "10.4"),
