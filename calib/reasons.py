@@ -60,8 +60,8 @@ def warnings_for(
         )
     if confirmed > MOST_HELD_OUT_TRIES:
         out.append(
-            f"The held-out samples judged {confirmed} plans one after the other, so they had a part "
-            "in choosing. More samples would mend that."
+            f"The held-out samples judged {confirmed} plans in turn, so they had a part in "
+            "choosing. More samples would mend that."
         )
     judged = None if taken is None else taken.held_out or taken.measured
     if judged is not None and lose is not None and judged.tokens.interval[0] < 1 - lose:
