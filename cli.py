@@ -403,12 +403,18 @@ def calibrate(
 @main.command(epilog=bundle_default)
 @bundle_argument
 @click.option("--model", help="The checkpoint that it was built from, on this machine.")
+@click.option(
+    "--calib",
+    "calibration",
+    type=click.Path(path_type=Path),
+    help="The calibration that it was built with; by default calibrations/MODEL where it fits.",
+)
 @click.option("--data", type=click.Path(path_type=Path), help="JSONL file of samples.")
 @click.option("--samples", type=click.IntRange(1), help="Ask so many only (default 6).")
 @click.option("--max-tokens", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--memory-limit", type=ByteSize(), help="For each rung; by default what is free.")
 @as_json
-def verify(bundle, model, data, samples, max_tokens, memory_limit, as_json) -> None:
+def verify(bundle, model, calibration, data, samples, max_tokens, memory_limit, as_json) -> None:
     """Check a bundle's files, and that they compute what the checkpoint computes.
 
     Hashes every file, then climbs from Hugging Face over torch and ONNX Runtime to the engines:
@@ -437,6 +443,7 @@ def verify(bundle, model, data, samples, max_tokens, memory_limit, as_json) -> N
             opened,
             asked,
             model=model,
+            calibration=calibration,
             max_tokens=max_tokens,
             memory=memory_limit,
             watcher=progress,

@@ -28,6 +28,8 @@ FORMAT = 5
 MAX_MANIFEST_BYTES = 16 << 20
 STAMP = ".stamp.json"
 
+ELEMENT_BYTES = {"float32": 4, "float16": 2}
+
 ANY_CONTEXT = 0
 """Key of the one variant of a graph without a cache."""
 
@@ -106,6 +108,11 @@ class Manifest:
     contexts: tuple[int, ...] = ()  # lengths that engines are compiled for, in dense rows
     widening: Widening = NARROW
     quantization: Quantization = FLOAT
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one float number in the graphs, and so of one cached number."""
+        return ELEMENT_BYTES[self.dtype]
 
     def parts_of(self, stage: int) -> list[str]:
         """Names of the graphs that make a stage, in the order of their layers."""

@@ -78,6 +78,7 @@ RULES = {
         {"onnxruntime", "psutil", "rich"},
     ),
     "console.inspect_engines": (PURE | {"console.*", "trt.engines"}, {"numpy", "rich"}),
+    "console.rounding": (PURE | {"compile.names", "console.units"}, set()),
     "console.verify": (
         PURE | {"console.units", "parity.report", "parity.steps"},
         {"rich"},
@@ -99,14 +100,17 @@ RULES = {
     "trt": (set(), set()),
     # The ladder sees every rung; what torch and onnx are not needed for runs without them.
     "parity.*": (
-        {"calib.samples", "compile.*", "graphs.*", "parity.*", "runtime"},
+        {"calib.calibration", "calib.rounding", "calib.samples", "compile.*", "graphs.*"}
+        | {"parity.*", "runtime", "runtime.integers"},
         {"PIL", "numpy", "onnx", "onnx_ir", "onnxruntime", "torch", "transformers"},
     ),
     "parity": (set(), set()),
     "parity.answers": ({"calib.samples", "parity.report", "runtime"}, {"numpy"}),
     "parity.compare": ({"parity.report"}, {"numpy"}),
     "parity.ladder": (
-        PURE | {"", "calib.samples", "compile.checkpoint", "parity.*", "runtime", "trt.*"},
+        PURE
+        | {"", "calib.calibration", "calib.samples", "compile.checkpoint", "parity.*", "runtime"}
+        | {"trt.*"},
         {"psutil"},
     ),
     "parity.prompts": (
