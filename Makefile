@@ -4,7 +4,8 @@
 PYTHON ?= python3
 MODEL  ?= demo
 OUT    ?= engines
-# Also understood: PLAN TARGET PRECISION REVISION CONTEXT BUILD_MEMORY, DUMMY=1, OFFLINE=1; TESTS (of `make test`);
+# Also understood: PLAN TARGET PRECISION CALIB KEEP_FLOAT REVISION CONTEXT BUILD_MEMORY, DUMMY=1, OFFLINE=1; TESTS (of `make test`);
+# DATA SAMPLES LOSE COST HOLDOUT CANDIDATES (of `make calibrate`);
 # PIP_OPTIONS (of `make setup`), such as an index with a CPU build of torch.
 
 VENV := .venv
@@ -16,18 +17,28 @@ ENGINES = --model "$(MODEL)" --out "$(OUT)" \
 	$(if $(PLAN),--plan "$(PLAN)") \
 	$(if $(TARGET),--target "$(TARGET)") \
 	$(if $(PRECISION),--precision "$(PRECISION)") \
+	$(if $(CALIB),--calib "$(CALIB)") \
+	$(foreach layer,$(KEEP_FLOAT),--keep-float "$(layer)") \
 	$(if $(REVISION),--revision "$(REVISION)") \
 	$(foreach length,$(CONTEXT),--context "$(length)") \
 	$(if $(BUILD_MEMORY),--build-memory "$(BUILD_MEMORY)") \
 	$(if $(filter-out 0 no false,$(DUMMY)),--dummy-weights) \
 	$(if $(filter-out 0 no false,$(OFFLINE)),--offline)
 
-ifneq ($(CALIB),)
-$(error CALIB is for quantised precisions, which a later version brings. Leave it out)
-endif
+CALIBRATE = "$(MODEL)" --out "$(OUT)" \
+	$(if $(DATA),--data "$(DATA)") \
+	$(if $(SAMPLES),--samples "$(SAMPLES)") \
+	$(if $(PLAN),--plan "$(PLAN)") \
+	$(if $(LOSE),--lose "$(LOSE)") \
+	$(if $(COST),--cost "$(COST)") \
+	$(if $(HOLDOUT),--holdout "$(HOLDOUT)") \
+	$(if $(CANDIDATES),--candidates "$(CANDIDATES)") \
+	$(if $(REVISION),--revision "$(REVISION)") \
+	$(if $(filter-out 0 no false,$(DUMMY)),--dummy-weights) \
+	$(if $(filter-out 0 no false,$(OFFLINE)),--offline)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo engines profile test check types clean
+.PHONY: help setup demo engines calibrate profile test check types clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -41,6 +52,11 @@ demo: setup  ## build the demo model and ask it about a picture
 
 engines: setup  ## build a bundle: MODEL=llava-7b [PLAN TARGET PRECISION DUMMY OUT]
 	@$(BIN)/visistage engines $(ENGINES)
+
+# Unless OUT is typed, calibrations lie apart from engines.
+calibrate: OUT = calibrations
+calibrate: setup  ## choose a plan, measure ranges: MODEL=demo [DATA SAMPLES PLAN LOSE COST OUT]
+	@$(BIN)/visistage calibrate $(CALIBRATE)
 
 profile: setup  ## time a bundle part by part: MODEL=llava-7b [PLAN TARGET PRECISION DUMMY OUT]
 	@bundle=$$($(BIN)/visistage engines $(ENGINES)) && $(BIN)/visistage profile "$$bundle"

@@ -16,7 +16,7 @@ import click
 from . import __version__
 from .console.commands import Commands
 from .console.output import show, show_json
-from .console.units import ByteSize
+from .console.units import ByteSize, Share
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 bundle_argument = click.argument("bundle", required=False, type=click.Path(path_type=Path))
@@ -47,9 +47,11 @@ def main(traceback: bool) -> None:
 
 @main.command()
 @click.option("--model", required=True, help="demo, llava-7b, llava-13b, a hub id or a folder.")
-@click.option("--plan", default="visipruner", show_default=True, help="A preset or a YAML file.")
+@click.option("--plan", help="A preset or a YAML file; by default the calibration's or visipruner.")
 @click.option("--target", default="cpu", show_default=True, help="Machine that shall run it.")
-@click.option("--precision", help="fp32 or fp16; by default what suits the target.")
+@click.option("--precision", help="fp32, fp16, int8, w8 or w4; by default what suits the target.")
+@click.option("--calib", "calibration", type=click.Path(), help="What visistage calibrate wrote.")
+@click.option("--keep-float", multiple=True, help="auto:5%, or a layer's name; may be repeated.")
 @click.option("--out", default="engines", show_default=True, help="Folder of all bundles.")
 @click.option("--revision", help="Branch, tag or commit of a model on the hub.")
 @click.option("--offline", is_flag=True, help="Use only what was downloaded before.")
@@ -65,7 +67,9 @@ def main(traceback: bool) -> None:
 @sm_option
 @click.option("--portable", is_flag=True, help="Leave compiling engines to visistage build.")
 @as_json
-def engines(as_json: bool, portable: bool, capabilities: tuple, **options) -> None:
+def engines(
+    as_json: bool, portable: bool, capabilities: tuple, keep_float: tuple, **options
+) -> None:
     """Build a bundle from a model.
 
     A bundle holds graphs, weights and tokenizer, the decoder split as the plan says. One that is
@@ -77,15 +81,22 @@ def engines(as_json: bool, portable: bool, capabilities: tuple, **options) -> No
     visistage engines --model llava-7b --target cuda
     visistage engines --model ./my-llava --plan visipruner:t=14,keep=32
     visistage engines --model llava-45m --dummy-weights
+    visistage engines --model demo --precision int8 --calib calibrations/demo
+    visistage engines --model demo --precision int8:vision=float,stage2=w4 --keep-float auto:5%
     visistage engines --model llava-7b --target rtx --context 1024 --context 4096
     visistage engines --model llava-7b --target orin-jp72     stops at a portable bundle
+
+    int8 rounds inputs and weights, for which it takes a calibration (by default the one in
+    calibrations/MODEL); w8 and w4 round weights alone. Single stages, the vision tower and the head
+    may differ: docs/quantisation.md.
 
     For a target with engines they are compiled here if this machine can; for a board the bundle
     stays portable: copy it there, and type visistage build.
     """
-    from .console.engines import compile_here
+    from .console.engines import compile_here, with_kept
     from .console.progress import BuildProgress
 
+    options["precision"] = with_kept(options["precision"], keep_float)
     with BuildProgress() as progress:
         compiling = compile_here(options["target"], portable, capabilities)
         from .compile.build import build  # seconds of a build: they belong to its time
@@ -330,15 +341,80 @@ def evaluate(bundle, data, samples, max_tokens, backend, as_json) -> None:
         show(report_table(report))
 
 
+@main.command()
+@click.argument("model")
+@click.option("--data", type=click.Path(path_type=Path), help="JSONL file, or a folder with one.")
+@click.option("--samples", type=click.IntRange(1), help="Read so many only (demo: 120).")
+@click.option("--plan", help="Calibrate for this static plan; nothing is chosen or run.")
+@click.option("--lose", type=Share(), help="Choose the cheapest plan that loses so much (1%).")
+@click.option("--cost", type=Share(), help="Choose the best plan within so much of dense.")
+@click.option("--holdout", type=Share(), help="Samples that confirm what others chose (33%).")
+@click.option("--candidates", "most", type=click.IntRange(1), help="Plans to measure (12).")
+@click.option("--out", default="calibrations", show_default=True, help="Folder of them all.")
+@click.option("--revision", help="Branch, tag or commit of a model on the hub.")
+@click.option("--offline", is_flag=True, help="Use only what was downloaded before.")
+@click.option("--dummy-weights", is_flag=True, help="Random weights in the model's shape.")
+@as_json
+def calibrate(
+    model, data, samples, plan, lose, cost, holdout, most, out, as_json, **options
+) -> None:
+    """Choose a plan from data, and measure the ranges that INT8 needs.
+
+    Writes OUT/MODEL: the plan with its reasons, the ranges, and calibration.html, which is to be
+    read before either is trusted. A line of --data, its image relative to the file, answer left
+    out at will:
+
+    \b
+    {"image": "1.jpg", "prompt": "How many dogs?", "answer": "2"}
+
+    A plan is chosen by what it may lose (--lose 1% of the tokens that the dense model says) or by
+    what it may cost (--cost 50% of its visual FLOPs), from bundles that are built and asked here;
+    samples held out confirm it. With --plan no bundle runs, and large models go through small
+    machines. The demo model needs no --data.
+
+    \b
+    visistage calibrate demo --lose 1%
+    visistage calibrate llava-7b --data questions.jsonl --cost 50%
+    visistage calibrate llava-7b --data photos/ --samples 64 --plan visipruner:t=14,keep=32
+    """
+    from .console.calibration import (
+        CalibrationProgress,
+        calibration_facts,
+        calibration_samples,
+        calibration_table,
+        wish_or_plan,
+    )
+
+    chosen, files = calibration_samples(model, data, samples)
+    with CalibrationProgress() as progress:
+        wish = wish_or_plan(plan, lose=lose, cost=cost, holdout=holdout, most=most)
+        from .calib.calibrate import calibrate
+        from .calib.measuring import Origin
+
+        folder, calibration = calibrate(
+            Origin(model, **options), chosen, wish, files=files, out=out, watcher=progress
+        )
+    if as_json:
+        show_json(calibration_facts(folder, calibration))
+    else:
+        show(calibration_table(folder, calibration))
+
+
 @main.command(epilog=bundle_default)
 @bundle_argument
 @click.option("--model", help="The checkpoint that it was built from, on this machine.")
+@click.option(
+    "--calib",
+    "calibration",
+    type=click.Path(path_type=Path),
+    help="The calibration that it was built with; by default calibrations/MODEL where it fits.",
+)
 @click.option("--data", type=click.Path(path_type=Path), help="JSONL file of samples.")
 @click.option("--samples", type=click.IntRange(1), help="Ask so many only (default 6).")
 @click.option("--max-tokens", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--memory-limit", type=ByteSize(), help="For each rung; by default what is free.")
 @as_json
-def verify(bundle, model, data, samples, max_tokens, memory_limit, as_json) -> None:
+def verify(bundle, model, calibration, data, samples, max_tokens, memory_limit, as_json) -> None:
     """Check a bundle's files, and that they compute what the checkpoint computes.
 
     Hashes every file, then climbs from Hugging Face over torch and ONNX Runtime to the engines:
@@ -367,6 +443,7 @@ def verify(bundle, model, data, samples, max_tokens, memory_limit, as_json) -> N
             opened,
             asked,
             model=model,
+            calibration=calibration,
             max_tokens=max_tokens,
             memory=memory_limit,
             watcher=progress,

@@ -102,7 +102,6 @@ def _row(bundle: Bundle, report: Report, answers: list[Answer]) -> dict[str, Any
     kept = [len(fact.kept) for fact in facts if fact.kept is not None]
     rows = _mean(sum(fact.visual_tokens_per_layer) for fact in facts)
     dense_rows = _mean(fact.visual_tokens * text.layers for fact in facts)
-    itemsize = 2 if bundle.manifest.precision == "fp16" else 4
     flops = _mean(fact.visual_flops for fact in facts)
     return {
         "kind": plan.kind,
@@ -116,7 +115,7 @@ def _row(bundle: Bundle, report: Report, answers: list[Answer]) -> dict[str, Any
         "visual_macs_saved_percent": reduction_percent(
             flops, _mean(fact.dense_visual_flops for fact in facts)
         ),
-        "visual_kv_bytes": rows * 2 * text.kv_heads * text.head_dim * itemsize,
+        "visual_kv_bytes": rows * 2 * text.kv_heads * text.head_dim * bundle.manifest.element_bytes,
         "visual_kv_saved_percent": reduction_percent(rows, dense_rows),
     }
 

@@ -52,6 +52,11 @@ class Staged:
         facts = text_facts(self.checkpoint).preprocessing
         self.preprocessing = Preprocessing.from_dict(facts)
 
+    def executor(self) -> TorchExecutor:
+        """What runs one question: its caches are empty."""
+        text = self.checkpoint.config.text
+        return TorchExecutor(text, self.plan, self.weights, 1, self.widening)
+
     @torch.no_grad()
     def answer(
         self, image: Any, question: str, new: int, forced: Sequence[int] | None = None
@@ -62,8 +67,7 @@ class Staged:
             The tokens, the logits (new, V) that each was or would have been chosen from, and
             whether every cached key and value is finite.
         """
-        text = self.checkpoint.config.text
-        executor = TorchExecutor(text, self.plan, self.weights, 1, self.widening)
+        executor = self.executor()
         runner = Chain(self.plan, executor)
         pixels = preprocess(load_image(image), self.preprocessing)
         segments, at = [], 0

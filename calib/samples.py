@@ -2,8 +2,9 @@
 
     {"image": "photos/1.jpg", "prompt": "How many dogs?", "answer": "2", "type": "count"}
 
-One object a line; ``image`` is relative to the file, ``type`` may be left out. Every line is
-checked before the first one is used. Pictures are opened by whoever asks: a damaged one shows then.
+One object a line; ``image`` is relative to the file, ``type`` may be left out, and ``answer`` where
+nothing is compared with it. Every line is checked before the first one is used. Pictures are opened
+by whoever asks: a damaged one shows then.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ MAX_LINE_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True)
 class Sample:
-    """One question: ``name`` says where it is from, ``image`` is a path or a picture in memory."""
+    """One question: ``name`` says where it is from, ``image`` is a path or a picture in memory.
+
+    ``answer`` is empty where none is known.
+    """
 
     name: str
     image: Any
@@ -32,13 +36,20 @@ class Sample:
     type: str | None = None
 
 
-def read_samples(path: str | Path, limit: int | None = None) -> list[Sample]:
+def read_samples(
+    path: str | Path, limit: int | None = None, *, answers: bool = True
+) -> list[Sample]:
     """The first ``limit`` samples of a JSONL file, in its order; all of it is checked.
+
+    Args:
+        path: the file, or a folder that holds exactly one.
+        limit: how many at most; None takes all.
+        answers: whether each must have one.
 
     Raises:
         DataError: unreadable, empty, or a line that is no sample; names file and line.
     """
-    path = Path(path)
+    path = samples_file(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -48,7 +59,7 @@ def read_samples(path: str | Path, limit: int | None = None) -> list[Sample]:
             'line: {"image": "photo.jpg", "prompt": "...", "answer": "..."}'
         ) from None
     samples = [
-        _sample(line, f"{path}:{number}", path.parent)
+        _sample(line, f"{path}:{number}", path.parent, answers)
         # Not splitlines(): it also breaks at characters that may stand inside a JSON string.
         for number, line in enumerate(text.split("\n"), start=1)
         if line.strip()
@@ -56,6 +67,25 @@ def read_samples(path: str | Path, limit: int | None = None) -> list[Sample]:
     if not samples:
         raise DataError(f"{path}: found no samples, expected one JSON object a line.")
     return samples[:limit]
+
+
+def samples_file(path: str | Path) -> Path:
+    """``path``, or the only JSONL file in it where it is a folder.
+
+    Raises:
+        DataError: a folder with none, or with several.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = sorted(file.name for file in path.glob("*.jsonl"))
+    if len(found) != 1:
+        names = f": {', '.join(found[:5])}" if found else ""
+        raise DataError(
+            f"{path}: cannot read samples: found {len(found)} files *.jsonl{names}, expected "
+            "exactly one. Name the file: --data questions.jsonl"
+        )
+    return path / found[0]
 
 
 def normalise(answer: str) -> str:
@@ -86,7 +116,8 @@ def _in_number(text: str, at: int) -> bool:
     return text[at] == "-" and not before.isalnum()
 
 
-def _sample(line: str, where: str, folder: Path) -> Sample:
+def _sample(line: str, where: str, folder: Path, answers: bool) -> Sample:
+    required = REQUIRED if answers else REQUIRED[:2]
     if len(line) > MAX_LINE_CHARACTERS:
         raise DataError(
             f"{where}: found {len(line)} characters, expected at most {MAX_LINE_CHARACTERS}. "
@@ -101,7 +132,7 @@ def _sample(line: str, where: str, folder: Path) -> Sample:
     for key in data:
         if key not in REQUIRED + OPTIONAL:
             raise DataError(f"{where}: unknown key {key!r}, expected {_keys()}. Remove it.")
-    for key in REQUIRED:
+    for key in required:
         if key not in data:
             raise DataError(f"{where}: {key!r} is missing, expected {_keys()}. Add it.")
     for key, value in data.items():
@@ -109,13 +140,13 @@ def _sample(line: str, where: str, folder: Path) -> Sample:
             raise DataError(
                 f"{where}: {key} is {json.dumps(value)[:80]}, expected text that is not empty."
             )
-    if not normalise(data["answer"]):
+    if "answer" in data and not normalise(data["answer"]):
         raise DataError(
             f"{where}: answer {data['answer']!r} is punctuation only, which is left out when "
             "answers are compared. Ask for a word or a number."
         )
     image = folder / data["image"]
-    return Sample(where, image, data["prompt"], data["answer"], data.get("type"))
+    return Sample(where, image, data["prompt"], data.get("answer", ""), data.get("type"))
 
 
 def _keys() -> str:

@@ -1,59 +1,35 @@
 """``build``: a checkpoint becomes a bundle, step by step.
 
-checkpoint ─▶ plan ─▶ weights ─▶ ranges (FP16) ─▶ graphs ─▶ prefix ─▶ text files ─▶ manifest
+checkpoint ─▶ plan ─▶ ranges (FP16) ─▶ weights ─▶ graphs ─▶ prefix ─▶ text files ─▶ manifest
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
-import onnx_ir
-import psutil
-import torch
-
-from .. import __version__
-from ..graphs.bundle import (
-    FORMAT,
-    MANIFEST,
-    Bundle,
-    FileFact,
-    GraphFact,
-    Manifest,
-    sha256,
-)
-from ..graphs.config import ModelConfig
-from ..graphs.contract import Part
-from ..graphs.errors import CapacityError
-from ..graphs.plan import StagePlan
+from ..graphs.bundle import MANIFEST, Bundle, FileFact, GraphFact, Manifest, sha256
 from ..graphs.precision import NARROW, Widening
-from ..graphs.targets import DTYPES, Target, resolve_target
+from ..graphs.targets import resolve_target
 from ..runtime.preprocessing import Preprocessing
+from .blueprint import Blueprint, check_geometry, draw, versions
 from .checkpoint import Checkpoint, open_checkpoint
-from .engines import resolve_contexts, resolve_parts, variants_of, write_variant
-from .export import Graph, export, graphs_of
-from .names import tensor_shapes
-from .planfile import resolve_plan
+from .engines import variants_of, write_variant
+from .export import Graph, export
 from .prefix import describe_prefix, prefix_cache, write_prefix
 from .ranges import decide, measure, pieces, read_ranges, write_ranges
-from .recipes import GEOMETRIES
 from .steps import Reporter, Silent, Workshop
-from .stitch import TORCH_DTYPES
-from .texts import TextFacts, prompt_encoder, text_facts, write_texts
+from .texts import prompt_encoder, write_texts
 from .weights import Placement, check_disk, convert, link_files, place
-
-DEFAULT_PLAN = "visipruner"
 
 
 def build(
     model: str,
     *,
-    plan: str = DEFAULT_PLAN,
+    plan: str | None = None,
     target: str = "cpu",
     precision: str | None = None,
     out: str | Path = "engines",
@@ -62,6 +38,7 @@ def build(
     dummy_weights: bool = False,
     contexts: Sequence[int] = (),
     build_memory: int | None = None,
+    calibration: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> Bundle:
     """Build the bundle of ``model`` in ``OUT/<model>/<plan>-<precision>-<target>/``.
@@ -70,9 +47,11 @@ def build(
 
     Args:
         model: an alias, a hub id or a directory.
-        plan: a preset, ``preset:key=value,...`` or a YAML file.
+        plan: a preset, ``preset:key=value,...`` or a YAML file; None: the calibration's, or
+            ``visipruner``.
         target: a name of ``targets.TARGETS``.
-        precision: one the target runs; its default otherwise.
+        precision: one the target runs, or a recipe (``graphs.quantization``); its default
+            otherwise.
         out: folder of all bundles.
         revision: of a hub model.
         offline: use only what was downloaded before.
@@ -81,6 +60,8 @@ def build(
             give several sets of engines. For targets with engines only.
         build_memory: bytes that compiling one engine may take; stages are cut into parts that
             do. For targets with engines only.
+        calibration: folder that ``calibrate`` wrote; None: for quantised precisions
+            ``calibrations/<model>``, where that is.
         reporter: told of every step.
 
     Raises:
@@ -88,8 +69,7 @@ def build(
     """
     reporter = reporter or Silent()
     wanted, precision = resolve_target(target, precision)
-    if model in GEOMETRIES:  # known before gigabytes are fetched or made
-        _check_memory(wanted, precision, _geometry_bytes(model, precision))
+    check_geometry(model, wanted, precision)
     reporter.start("open checkpoint", None)
     checkpoint = open_checkpoint(
         model,
@@ -98,106 +78,94 @@ def build(
         dummy_weights=dummy_weights,
         progress=reporter.advance,
     )
-    config = checkpoint.config
-    staged = resolve_plan(plan, config.text.layers, config.visual_tokens)
-    texts = text_facts(checkpoint)
-    dtype = DTYPES[precision]
-    contexts = resolve_contexts(wanted, config, contexts)
-    parts = resolve_parts(wanted, config, staged, dtype, build_memory)
-    graphs = graphs_of(config, staged, dtype, wanted.lowering, parts)  # as names of weights go
-    placement = place(checkpoint, [name for graph in graphs for name in graph.weights], dtype)
-    _check_memory(wanted, precision, placement.nbytes)
-
-    folder = Path(out) / checkpoint.name / f"{staged.name}-{precision}-{wanted.name}"
-    source = _source(checkpoint, staged, wanted, precision, contexts, parts)
-    workshop = Workshop(folder, _key(source, checkpoint), reporter)
+    blueprint = draw(
+        checkpoint,
+        plan=plan,
+        target=wanted,
+        precision=precision,
+        contexts=contexts,
+        build_memory=build_memory,
+        calibration=calibration,
+    )
+    folder = Path(out) / checkpoint.name / blueprint.name
+    workshop = Workshop(folder, _key(blueprint), reporter)
     if workshop.up_to_date() and not Bundle.open(folder).changed():
         return Bundle.open(folder)
     with workshop as work:
-        check_disk(placement, work.folder)
-        tell = work.reporter.advance
-
-        def ranges() -> list[str]:
-            encoder = prompt_encoder(checkpoint)
-            preprocessing = Preprocessing.from_dict(texts.preprocessing)
-            return write_ranges(measure(checkpoint, encoder, preprocessing, tell), work.folder)
-
-        def weights() -> list[str]:
-            converted = convert(checkpoint, placement, dtype, work.folder, tell)
-            return [*link_files(placement, work.folder), *converted]
-
-        def one_graph(graph: Graph) -> list[str]:
-            file = f"{graph.name}.onnx"
-            export(graph, config.text, work.folder / file, placement.spans, wanted)
-            copies = variants_of(graph, wanted, staged, config.visual_tokens, contexts)
-            for copy, slots in copies.values():
-                write_variant(work.folder / file, work.folder / copy, slots)
-            return [file, *(copy for copy, _ in copies.values())]
-
-        def prefix() -> list[str]:
-            cache = prefix_cache(checkpoint, texts.prefix_ids, tell)
-            return write_prefix(cache, dtype, work.folder)
-
-        work.step("weights", weights, total=placement.new_bytes or None)
-        widening = NARROW
-        if precision == "fp16":
-            work.step("ranges", ranges, total=pieces(config))
-            widening = decide(read_ranges(work.folder))
-            graphs = graphs_of(config, staged, dtype, wanted.lowering, parts, widening)
-        for graph in graphs:
-            work.step(f"export {graph.name}", partial(one_graph, graph))
-        if texts.prefix_ids:
-            work.step("prefix", prefix, total=config.text.layers)
-        work.step("text files", lambda: write_texts(checkpoint, work.folder))
-        work.step(
-            "manifest",
-            lambda: _write_manifest(
-                work,
-                checkpoint,
-                staged,
-                wanted,
-                precision,
-                graphs,
-                placement,
-                texts,
-                source,
-                contexts,
-                widening,
-            ),
-        )
+        _write(blueprint, work)
         work.finish()
     return Bundle.open(folder)
 
 
+def _write(blueprint: Blueprint, work: Workshop) -> None:
+    """Every step of a build, in the folder that becomes the bundle."""
+    checkpoint, config, dtype = blueprint.checkpoint, blueprint.config, blueprint.dtype
+    tell = work.reporter.advance
+    blueprint.check_calibration()
+
+    def ranges() -> list[str]:
+        preprocessing = Preprocessing.from_dict(blueprint.texts.preprocessing)
+        encoder = prompt_encoder(checkpoint)
+        return write_ranges(measure(checkpoint, encoder, preprocessing, tell), work.folder)
+
+    widening = NARROW
+    if blueprint.half:
+        work.step("ranges", ranges, total=pieces(config))
+        widening = decide(read_ranges(work.folder))
+    graphs, rounding = blueprint.graphs(widening), blueprint.rounding(widening)
+    placement = place(checkpoint, [n for graph in graphs for n in graph.weights], dtype, rounding)
+    blueprint.check_memory(placement.nbytes)
+    check_disk(placement, work.folder)
+
+    def weights() -> list[str]:
+        converted = convert(checkpoint, placement, dtype, work.folder, tell, rounding)
+        return [*link_files(placement, work.folder), *converted]
+
+    def one_graph(graph: Graph) -> list[str]:
+        file = f"{graph.name}.onnx"
+        export(graph, config.text, work.folder / file, placement.spans, blueprint.target)
+        copies = _variants(graph, blueprint)
+        for copy, slots in copies.values():
+            write_variant(work.folder / file, work.folder / copy, slots)
+        return [file, *(copy for copy, _ in copies.values())]
+
+    def prefix() -> list[str]:
+        cache = prefix_cache(checkpoint, blueprint.texts.prefix_ids, tell)
+        return write_prefix(cache, dtype, work.folder)
+
+    work.step("weights", weights, total=placement.new_bytes or None)
+    for graph in graphs:
+        work.step(f"export {graph.name}", partial(one_graph, graph))
+    if blueprint.texts.prefix_ids:
+        work.step("prefix", prefix, total=config.text.layers)
+    work.step("text files", lambda: write_texts(checkpoint, work.folder))
+    work.step("manifest", lambda: _write_manifest(work, blueprint, graphs, placement, widening))
+
+
 def _write_manifest(
     work: Workshop,
-    checkpoint: Checkpoint,
-    plan: StagePlan,
-    target: Target,
-    precision: str,
+    blueprint: Blueprint,
     graphs: list[Graph],
     placement: Placement,
-    texts: TextFacts,
-    source: str,
-    contexts: tuple[int, ...],
     widening: Widening,
 ) -> list[str]:
     """Hash every file and write the manifest that names them."""
-    names = [name for fact in work.facts for name in fact.files]
+    texts, text = blueprint.texts, blueprint.config.text
     facts = {}
-    for name in names:
+    for name in (name for fact in work.facts for name in fact.files):
         file = work.folder / name
         facts[name] = FileFact(file.stat().st_size, sha256(file))
     manifest = Manifest(
-        model=checkpoint.name,
-        config=checkpoint.config,
-        plan=plan,
-        target=target.name,
-        precision=precision,
-        lowering=target.lowering,
-        graphs={graph.name: _fact(graph, target, plan, checkpoint, contexts) for graph in graphs},
+        model=blueprint.checkpoint.name,
+        config=blueprint.config,
+        plan=blueprint.plan,
+        target=blueprint.target.name,
+        precision=blueprint.precision,
+        dtype=blueprint.dtype,
+        lowering=blueprint.target.lowering,
+        graphs={graph.name: _fact(graph, blueprint) for graph in graphs},
         embedding=placement.embedding,
-        prefix=describe_prefix(checkpoint.config.text, texts.prefix_ids, DTYPES[precision])
+        prefix=describe_prefix(text, texts.prefix_ids, blueprint.dtype)
         if texts.prefix_ids
         else None,
         preprocessing=texts.preprocessing,
@@ -206,82 +174,30 @@ def _write_manifest(
         files=facts,
         versions=versions(),
         weight_bytes=placement.nbytes,
-        source=source,
-        contexts=contexts,
+        source=blueprint.source,
+        contexts=blueprint.contexts,
         widening=widening,
+        quantization=blueprint.quantization,
     )
     (work.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return [MANIFEST]
 
 
-def _fact(
-    graph: Graph,
-    target: Target,
-    plan: StagePlan,
-    checkpoint: Checkpoint,
-    contexts: tuple[int, ...],
-) -> GraphFact:
-    copies = variants_of(graph, target, plan, checkpoint.config.visual_tokens, contexts)
-    variants = {context: file for context, (file, _) in copies.items()}
+def _fact(graph: Graph, blueprint: Blueprint) -> GraphFact:
+    variants = {context: file for context, (file, _) in _variants(graph, blueprint).items()}
     return GraphFact(f"{graph.name}.onnx", graph.spec, variants)
 
 
-def versions() -> dict[str, str]:
-    """What built a bundle."""
-    return {
-        "visistage": __version__,
-        "torch": torch.__version__.split("+")[0],
-        "onnx_ir": onnx_ir.__version__,
-        "transformers": metadata.version("transformers"),
-    }
+def _variants(graph: Graph, blueprint: Blueprint) -> dict[int, tuple[str, int | None]]:
+    tokens = blueprint.config.visual_tokens
+    return variants_of(graph, blueprint.target, blueprint.plan, tokens, blueprint.contexts)
 
 
-def _source(
-    checkpoint: Checkpoint,
-    plan: StagePlan,
-    target: Target,
-    precision: str,
-    contexts: tuple[int, ...],
-    parts: Sequence[Part] | None,
-) -> str:
-    """Hash of what the bundle is made from, the same on every machine."""
-    facts = [
-        FORMAT,
-        checkpoint.config.to_dict(),
-        plan.to_dict(),
-        target.name,
-        target.lowering,
-        precision,
-        versions(),
-        contexts,
-        [part.layers for part in parts or ()],
-    ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _key(source: str, checkpoint: Checkpoint) -> str:
+def _key(blueprint: Blueprint) -> str:
     """What tells one build from another here: the source, and whether any input file changed."""
+    checkpoint: Checkpoint = blueprint.checkpoint
     stamps = []
     for file in sorted(path for path in checkpoint.path.iterdir() if path.is_file()):
         status = file.stat()
         stamps.append([file.name, status.st_size, status.st_mtime_ns])
-    return hashlib.sha256(json.dumps([source, stamps]).encode()).hexdigest()
-
-
-def _geometry_bytes(model: str, precision: str) -> int:
-    """Bytes of a published geometry's weights in one precision."""
-    config = ModelConfig.from_hf(GEOMETRIES[model].config)
-    values = sum(math.prod(shape) for shape in tensor_shapes(config).values())
-    return values * TORCH_DTYPES[DTYPES[precision]].itemsize
-
-
-def _check_memory(target: Target, precision: str, nbytes: int) -> None:
-    """Refuse weights that the machine cannot hold, where it is the one that shall run them."""
-    memory = psutil.virtual_memory().total
-    if target.local and nbytes > memory:
-        raise CapacityError(
-            f"in {precision} the weights take {nbytes / 2**30:.1f} GiB, this machine has "
-            f"{memory / 2**30:.1f} GiB of memory, so target '{target.name}' cannot run them here. "
-            "Export FP16 graphs for a GPU instead (TARGET=cuda), or take a smaller model; "
-            "PRECISION=int8, which would fit, comes with a later version"
-        )
+    return hashlib.sha256(json.dumps([blueprint.source, stamps]).encode()).hexdigest()

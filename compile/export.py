@@ -27,9 +27,12 @@ from ..graphs.contract import (
     whole_stages,
 )
 from ..graphs.decoder import DecoderStage
+from ..graphs.linears import linear_groups
 from ..graphs.ops import Llm, Portable
 from ..graphs.plan import StagePlan
 from ..graphs.precision import NARROW, Widening
+from ..graphs.quantization import FLOAT, Quantization
+from ..graphs.quantized import replace_linears
 from ..graphs.rope import frequencies
 from ..graphs.select import Prober, Selector
 from ..graphs.targets import Target, check_operators
@@ -76,20 +79,26 @@ def graphs_of(
     lowering: str,
     parts: Sequence[Part] | None = None,
     widening: Widening = NARROW,
+    quantization: Quantization = FLOAT,
+    engines: bool = False,
 ) -> list[Graph]:
     """Every graph of a bundle, in the order in which a prompt meets them.
 
     ``dtype`` is ``float32`` or ``float16``; ``lowering`` is ``llm`` or ``portable``; ``parts``
     cuts stages into several graphs, by default each is one; ``widening`` says what of an FP16
-    decoder must be wider.
+    decoder must be wider; ``quantization`` which linear layers read integers, and ``engines``
+    whether those of one input round it once (``quantized.replace_linears``).
     """
     parts = parts or whole_stages(plan)
     ops: Llm | Portable = Llm() if lowering == "llm" else Portable()
+    groups = linear_groups(config)
     out = []
 
     def add(name: str, module: Pieces, spec: GraphSpec) -> None:
+        replace_linears(module, quantization.schemes, groups, engines=engines)
         for parameter in module.parameters():
-            parameter.data = parameter.data.to(TORCH_DTYPES[dtype])
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(TORCH_DTYPES[dtype])
         out.append(Graph(name, module, spec, ops.opset))
 
     with FakeTensorMode():

@@ -31,6 +31,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..graphs.contract import GraphSpec, TensorSpec
+from ..graphs.quantized import WEIGHT
 
 DOMAIN = "visistage"
 IR_VERSION = 10
@@ -44,6 +45,7 @@ SYMBOLS[EXAMPLE_SIZES["S"] + EXAMPLE_SIZES["Q"]] = "S+Q"
 TORCH_DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
+    "int8": torch.int8,
     "int32": torch.int32,
     "int64": torch.int64,
     "bool": torch.bool,
@@ -130,10 +132,11 @@ class Stitcher:
     def _initializer(self, tensor: Tensor) -> onnx_ir.Value:
         name = self.names[id(tensor)]
         if name not in self.initializers:
+            dtype = _ir_dtype(str(tensor.dtype).removeprefix("torch."))
+            if name.endswith(WEIGHT["w4"]):  # torch has no such type
+                dtype = onnx_ir.DataType.INT4
             self.initializers[name] = onnx_ir.Value(
-                name=name,
-                shape=onnx_ir.Shape(tensor.shape),
-                type=onnx_ir.TensorType(_ir_dtype(str(tensor.dtype).removeprefix("torch."))),
+                name=name, shape=onnx_ir.Shape(tensor.shape), type=onnx_ir.TensorType(dtype)
             )
         return self.initializers[name]
 
@@ -192,6 +195,7 @@ def _trace(key: tuple, piece: nn.Module, specs: Sequence[TensorSpec | None], ops
             dynamic_shapes=shapes,
         )
     graph = program.model.graph
+    _merge_shared(graph, piece)
     weights = []
     for weight in _tensors(piece):
         value = graph.initializers.pop(weight, None)
@@ -210,6 +214,21 @@ def _trace(key: tuple, piece: nn.Module, specs: Sequence[TensorSpec | None], ops
     name = f"{type(piece).__name__}_{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}"
     function = onnx_ir.Function(DOMAIN, name, graph=graph, attributes=())
     return Traced(function, outputs, isinstance(returned, tuple))
+
+
+def _merge_shared(graph: onnx_ir.Graph, piece: nn.Module) -> None:
+    """Let a parameter that modules share be one value, under its first name."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in piece.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), []).append(name)
+    for first, *others in names.values():
+        for name in others:
+            value = graph.initializers.pop(name, None)
+            if value is not None and first in graph.initializers:
+                onnx_ir.convenience.replace_all_uses_with(value, graph.initializers[first])
+            elif value is not None:
+                value.name = first
+                graph.initializers.add(value)
 
 
 def _inline_constants(graph: onnx_ir.Graph) -> None:
@@ -246,6 +265,7 @@ def _ir_dtype(name: str) -> onnx_ir.DataType:
     return {
         "float32": onnx_ir.DataType.FLOAT,
         "float16": onnx_ir.DataType.FLOAT16,
+        "int8": onnx_ir.DataType.INT8,
         "int32": onnx_ir.DataType.INT32,
         "int64": onnx_ir.DataType.INT64,
         "bool": onnx_ir.DataType.BOOL,

@@ -6,7 +6,8 @@ module's own parameters stay on torch's meta device, which takes no memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -45,19 +46,34 @@ class Streamed:
         self.names = {id(weight): name for name, weight in module.named_parameters()}
         self.weights: dict[str, Tensor] = {}
 
-    @torch.no_grad()
     def __call__(self, piece: nn.Module, *args: Tensor | None) -> Any:
         """Run one piece."""
+        with self.loaded(piece) as run:
+            return run(*args)
+
+    @contextmanager
+    def loaded(self, piece: nn.Module) -> Iterator[Callable[..., Any]]:
+        """What runs one piece, any number of times while its weights are in memory."""
         self._fill(piece)
         handles = list(self._watch(piece))
+
+        @torch.no_grad()
+        def run(*args: Tensor | None) -> Any:
+            return torch.func.functional_call(piece, self.weights, args)
+
         try:
-            out = torch.func.functional_call(piece, self.weights, args)
+            yield run
         finally:
             for handle in handles:
                 handle.remove()
         if self.weights:
             self.progress(1)
-        return out
+
+    def loaded_weights(self, piece: nn.Module) -> dict[str, Tensor]:
+        """The weights of a piece that is ``loaded``, by the checkpoint's names."""
+        return {
+            self.names[id(weight)]: self.weights[name] for name, weight in piece.named_parameters()
+        }
 
     def _fill(self, piece: nn.Module) -> None:
         """Read the piece's weights, into the storage of the piece before where it was alike."""

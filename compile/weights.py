@@ -2,12 +2,14 @@
 
 A weight whose type is already the graph's is left in its safetensors file, which the bundle hard
 links (or copies, across file systems): ONNX Runtime refuses links that leave the folder. Only what
-must change type goes to ``weights.bin``, one tensor in memory at a time.
+must change type, and what quantising makes, goes to ``weights.bin``, one tensor in memory at a
+time.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -21,6 +23,7 @@ from ..graphs.errors import CapacityError, TargetError
 from .checkpoint import Checkpoint
 from .export import WeightSpan
 from .names import EMBEDDING
+from .quantize import Rounding
 from .stitch import TORCH_DTYPES
 
 CONVERTED = "weights.bin"
@@ -49,8 +52,14 @@ class Placement:
         return max(ends, default=0)
 
 
-def place(checkpoint: Checkpoint, names: Iterable[str], dtype: str) -> Placement:
-    """Decide, without reading a weight, where the graphs' ``names`` will lie in type ``dtype``."""
+def place(
+    checkpoint: Checkpoint, names: Iterable[str], dtype: str, rounding: Rounding | None = None
+) -> Placement:
+    """Decide, without reading a weight, where the graphs' ``names`` will lie in type ``dtype``.
+
+    What ``rounding`` changes is not the checkpoint's any more, and always written anew.
+    """
+    itemsize = TORCH_DTYPES[dtype].itemsize
     spans: dict[str, WeightSpan] = {}
     linked: dict[Path, None] = {}
     converted: list[str] = []
@@ -63,13 +72,17 @@ def place(checkpoint: Checkpoint, names: Iterable[str], dtype: str) -> Placement
         return start
 
     for name in sorted(set(names)):
+        if rounding is not None and rounding.changes(name):
+            nbytes = rounding.nbytes(name, itemsize)
+            spans[name] = WeightSpan(CONVERTED, reserve(nbytes), nbytes)
+            converted.append(name)
+            continue
         info = checkpoint.tensors[name]
         if info.dtype == STORED_AS[dtype]:
             linked[info.file] = None
             spans[name] = WeightSpan(info.file.name, info.offset, info.nbytes)
         else:
-            count = _count(info.shape)
-            nbytes = count * TORCH_DTYPES[dtype].itemsize
+            nbytes = math.prod(info.shape) * itemsize
             spans[name] = WeightSpan(CONVERTED, reserve(nbytes), nbytes)
             converted.append(name)
     nbytes = sum(span.nbytes for span in spans.values())
@@ -121,8 +134,9 @@ def convert(
     dtype: str,
     folder: Path,
     progress: Callable[[int], None] = lambda nbytes: None,
+    rounding: Rounding | None = None,
 ) -> list[str]:
-    """Write ``weights.bin``; returns its name, or nothing where no tensor changes type.
+    """Write ``weights.bin``; returns its name, or nothing where no tensor changes.
 
     Raises:
         TargetError: a value does not fit FP16; the message names the tensor.
@@ -133,11 +147,14 @@ def convert(
         for name, span in sorted(placement.spans.items(), key=lambda item: item[1].offset):
             if span.file != CONVERTED:
                 continue
-            tensor = checkpoint.load(name)
-            if name in placement.converted:
+            if rounding is not None and rounding.changes(name):
+                tensor = rounding.tensor(name)
+            else:
+                tensor = checkpoint.load(name)
+            if name in placement.converted and tensor.is_floating_point():
                 tensor = _to(tensor, TORCH_DTYPES[dtype], name)
             stream.seek(span.offset)
-            stream.write(tensor.contiguous().view(torch.uint8).numpy().data)
+            stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             checkpoint.release()
             progress(span.nbytes)
     return [CONVERTED]
@@ -152,10 +169,3 @@ def _to(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
                 "Build with PRECISION=fp32 on a target that offers it (TARGET=cpu)"
             )
     return tensor.to(dtype)
-
-
-def _count(shape: Iterable[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -7,10 +7,28 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from ..graphs.errors import MissingDependencyError, TargetError
+from ..graphs.quantization import QUANTISED, is_quantised
 from ..graphs.targets import Capability, find_target
 from ..trt.device import find_device
 from ..trt.engines import can_compile
 from ..trt.flavour import INSTALL, find
+
+
+def with_kept(precision: str | None, kept: Sequence[str]) -> str | None:
+    """A precision with the layers that ``--keep-float`` names added to its recipe.
+
+    Raises:
+        TargetError: nothing is quantised that could be kept from it.
+    """
+    if not kept:
+        return precision
+    if precision is None or not is_quantised(precision):
+        raise TargetError(
+            "--keep-float keeps layers of a quantised precision float, "
+            f"{precision or 'the default'} quantises none. Choose one of {', '.join(QUANTISED)}, "
+            "or leave it out"
+        )
+    return "+".join([precision, *(f"keep={one}" for one in kept)])
 
 
 def compile_here(name: str, portable: bool, capabilities: Sequence[Capability]) -> bool:

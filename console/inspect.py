@@ -11,13 +11,11 @@ from rich.table import Table
 from ..graphs.bundle import Bundle, GraphFact
 from ..graphs.contract import TensorSpec
 from ..graphs.precision import ALWAYS
+from .rounding import rounding_facts, rounding_rows
 from .units import show_bytes
 
 QUESTION_ROWS = 40
 """Text rows of the prompt that cache sizes are stated for, besides the prefix and one picture."""
-
-ELEMENT_BYTES = {"fp32": 4}
-"""Bytes of one cached number by precision; 2 in every other."""
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
@@ -25,7 +23,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     manifest = bundle.manifest
     text, plan = manifest.config.text, manifest.plan
     prefix = len(manifest.prefix.ids) if manifest.prefix else 0
-    row = 2 * text.kv_heads * text.head_dim * ELEMENT_BYTES.get(manifest.precision, 2)
+    row = 2 * text.kv_heads * text.head_dim * manifest.element_bytes
     stages = []
     for stage in plan.stages:
         rows = prefix + stage.visual_tokens + QUESTION_ROWS
@@ -43,6 +41,8 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "plan": {"name": plan.name, "hash": plan.hash, "note": plan.note},
         "target": manifest.target,
         "precision": manifest.precision,
+        "dtype": manifest.dtype,
+        "quantization": rounding_facts(manifest),
         "lowering": manifest.lowering,
         "widening": manifest.widening.to_dict(),
         "layers": text.layers,
@@ -79,6 +79,7 @@ def bundle_table(bundle: Bundle) -> RenderableType:
         ("plan", f"{plan['name']} {plan['hash'][:12]}"),
         ("", plan["note"]),
         ("target", f"{facts['target']}, {facts['precision']}, lowering {facts['lowering']}"),
+        *rounding_rows(facts["quantization"]),
         ("in FP32", _always(bundle)),
         *(("", str(reason)) for reason in bundle.manifest.widening.reasons),
         ("prefix", f"{prefix} rows, computed when the bundle was built" if prefix else "none"),
@@ -93,7 +94,7 @@ def bundle_table(bundle: Bundle) -> RenderableType:
 
 def _always(bundle: Bundle) -> str:
     """What an FP16 bundle computes in FP32 whatever the checkpoint."""
-    return "" if bundle.manifest.precision == "fp32" else ", ".join(ALWAYS)
+    return "" if bundle.manifest.dtype == "float32" else ", ".join(ALWAYS)
 
 
 def _stage_table(facts: dict[str, Any]) -> Table:

@@ -44,3 +44,19 @@ class ByteSize(click.ParamType):
         if match is None or unit not in _SIZES or not float(match[1]):
             self.fail(f"{value!r} is no size. Write one like 4GiB, 512MiB or 2000000000.")
         return round(float(match[1]) * _SIZES[unit])
+
+
+class Share(click.ParamType):
+    """An option such as ``1%`` or ``0.01``; a number above 1 without a sign is refused."""
+
+    name = "share"
+
+    def convert(self, value, param, ctx) -> float:
+        """The share, 0 to 1, or click's error for a wrong option."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", value.strip(), re.ASCII)
+        share = float(match[1]) / (100 if match[2] else 1) if match else 2.0
+        if share > 1:
+            self.fail(f"{value!r} is no share. Write one like 1% or 0.01.")
+        return share

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+from dataclasses import replace
 from pathlib import Path
 
 from ..graphs.bundle import MANIFEST, Bundle, Manifest
 from ..graphs.errors import BundleError
+from ..graphs.quantization import is_quantised, parse_recipe
 from ..graphs.targets import find_target
 
 
@@ -28,29 +32,48 @@ def dense_bundle(bundle: Bundle, given: Path | None) -> Bundle | None:
             other = Bundle.open(manifest.parent)
         except BundleError:
             continue  # of another version, or half written: not what is looked for
-        same = ("target", "precision")
-        if all(getattr(other.manifest, n) == getattr(bundle.manifest, n) for n in same) and (
-            other.manifest.plan.is_dense and same_model(bundle.manifest, other.manifest)
-        ):
+        alike = other.manifest.target == bundle.manifest.target and other.manifest.plan.is_dense
+        if alike and _precision(other) == _precision(bundle) and same_model(bundle, other):
             return other
     return None
 
 
-def same_model(one: Manifest, other: Manifest) -> bool:
+def same_model(one: Bundle, other: Bundle) -> bool:
     """Whether both were built from one checkpoint, as far as the files tell."""
 
     def facts(manifest: Manifest):
         return manifest.config, manifest.generation, manifest.preprocessing, _texts(manifest)
 
-    return facts(one) == facts(other) and _weights(one) == _weights(other)
+    if facts(one.manifest) != facts(other.manifest):
+        return False
+    # Rounded weights differ from plan to plan, and the file that holds them with them.
+    return _place(one.manifest) == _place(other.manifest) or _table(one) == _table(other)
 
 
 def how_to_build(manifest: Manifest) -> str:
     """The command that builds the unpruned bundle."""
     command = f"make engines MODEL={manifest.model} PLAN=dense TARGET={manifest.target}"
-    target = find_target(manifest.target)
-    usual = manifest.precision == target.precisions[0]
-    return command if usual else f"{command} PRECISION={manifest.precision}"
+    precision = unstaged(manifest.precision)
+    if precision != find_target(manifest.target).precisions[0]:
+        command += f" PRECISION={precision}"
+    if manifest.quantization.calibration is None:
+        return command
+    # Ranges are of the rows that a plan's layers see: dense ones take a calibration of their own.
+    folder = "calibrations/dense"
+    data = "" if manifest.model == "demo" else " --data SAMPLES"
+    calibrate = f"visistage calibrate {manifest.model} --plan dense{data} --out {folder}"
+    return f"{calibrate} && {command} CALIB={folder}/{manifest.model}"
+
+
+def unstaged(precision: str) -> str:
+    """A precision without its schemes of single stages, which the dense plan has not."""
+    if not is_quantised(precision):
+        return precision
+    return replace(parse_recipe(precision), stages={}).name
+
+
+def _precision(bundle: Bundle) -> str:
+    return unstaged(bundle.manifest.precision)
 
 
 def _texts(manifest: Manifest) -> dict[str, str]:
@@ -61,11 +84,24 @@ def _texts(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def _weights(manifest: Manifest) -> tuple | None:
+def _place(manifest: Manifest) -> tuple:
     """The file, by its hash, and the place in it of the embedding table."""
     ref = manifest.embedding
     fact = manifest.files.get(ref.file)
     return (fact and fact.sha256, ref.offset, ref.dtype, ref.shape)
+
+
+def _table(bundle: Bundle) -> str:
+    """Hash of the embedding table's own bytes."""
+    ref = bundle.manifest.embedding
+    left = math.prod(ref.shape) * (4 if ref.dtype == "float32" else 2)
+    digest = hashlib.sha256(f"{ref.dtype} {ref.shape}".encode())
+    with bundle.file(ref.file).open("rb") as stream:
+        stream.seek(ref.offset)
+        while left and (block := stream.read(min(left, 1 << 22))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
 
 
 def _checked(bundle: Bundle, dense: Bundle) -> Bundle:
@@ -74,13 +110,13 @@ def _checked(bundle: Bundle, dense: Bundle) -> Bundle:
             f"{dense.path} has the plan '{dense.manifest.plan.name}', the comparison wants the "
             f"unpruned model. Build it: {how_to_build(bundle.manifest)}"
         )
-    if dense.manifest.precision != bundle.manifest.precision:
+    if _precision(dense) != _precision(bundle):
         raise BundleError(
             f"{dense.path} is {dense.manifest.precision}, {bundle.path} is "
             f"{bundle.manifest.precision}: answers and times would differ by more than the plan. "
             f"Build one of the same: {how_to_build(bundle.manifest)}"
         )
-    if not same_model(bundle.manifest, dense.manifest):
+    if not same_model(bundle, dense):
         raise BundleError(
             f"{dense.path} is of another model ({dense.manifest.model}) than {bundle.path} "
             f"({bundle.manifest.model}), or of other weights. "

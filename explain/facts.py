@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from ..graphs.bundle import Manifest
     from ..graphs.plan import Stage
 
-ELEMENT_BYTES = {"fp32": 4}
-"""Bytes of one cached number by precision; 2 in every other."""
-
 NEAR = 0.8
 """Share of the largest part that counts as near it."""
 
@@ -192,7 +189,7 @@ def _savings(run: Run) -> dict[str, Any]:
     geometry = Geometry.of(manifest.config.text)
 
     def kv_bytes(counts) -> int:
-        size = ELEMENT_BYTES.get(manifest.precision, 2)
+        size = manifest.element_bytes
         loads = [Load("dense", count) for count in counts]
         return round(cost_of(loads, geometry, prefix, text, kv_element_bytes=size).kv_bytes)
 

@@ -21,11 +21,14 @@ from .contract import GraphSpec
 from .errors import BundleError
 from .plan import StagePlan
 from .precision import NARROW, Widening
+from .quantization import FLOAT, Quantization
 
 MANIFEST = "manifest.json"
-FORMAT = 4
+FORMAT = 5
 MAX_MANIFEST_BYTES = 16 << 20
 STAMP = ".stamp.json"
+
+ELEMENT_BYTES = {"float32": 4, "float16": 2}
 
 ANY_CONTEXT = 0
 """Key of the one variant of a graph without a cache."""
@@ -81,7 +84,8 @@ class Manifest:
 
     ``text_files`` maps the roles ``tokenizer``, ``tokenizer_config``, ``chat_template`` ... to file
     names; ``preprocessing`` and ``generation`` are the checkpoint's own facts; ``versions`` says
-    what built it; ``widening`` is what the range check demanded of an FP16 bundle.
+    what built it; ``widening`` is what the range check demanded of FP16 graphs, ``quantization``
+    which linear layers read integers.
     """
 
     model: str
@@ -89,6 +93,7 @@ class Manifest:
     plan: StagePlan
     target: str
     precision: str
+    dtype: str  # of the float numbers in the graphs: "float32" or "float16"
     lowering: str
     graphs: dict[str, GraphFact]
     embedding: TensorRef
@@ -102,6 +107,12 @@ class Manifest:
     source: str  # hash of everything the build depended on
     contexts: tuple[int, ...] = ()  # lengths that engines are compiled for, in dense rows
     widening: Widening = NARROW
+    quantization: Quantization = FLOAT
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one float number in the graphs, and so of one cached number."""
+        return ELEMENT_BYTES[self.dtype]
 
     def parts_of(self, stage: int) -> list[str]:
         """Names of the graphs that make a stage, in the order of their layers."""
@@ -118,6 +129,7 @@ class Manifest:
             "plan": self.plan.to_dict(),
             "target": self.target,
             "precision": self.precision,
+            "dtype": self.dtype,
             "lowering": self.lowering,
             "graphs": {
                 name: {
@@ -146,6 +158,7 @@ class Manifest:
             "source": self.source,
             "contexts": list(self.contexts),
             "widening": self.widening.to_dict(),
+            "quantization": self.quantization.to_dict(),
         }
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
@@ -167,6 +180,7 @@ class Manifest:
                 plan=StagePlan.from_dict(data["plan"]),
                 target=data["target"],
                 precision=data["precision"],
+                dtype=data["dtype"],
                 lowering=data["lowering"],
                 graphs={name: _graph(fact) for name, fact in data["graphs"].items()},
                 embedding=_ref(data["embedding"]),
@@ -184,6 +198,7 @@ class Manifest:
                 source=data["source"],
                 contexts=tuple(int(context) for context in data["contexts"]),
                 widening=Widening.from_dict(data["widening"]),
+                quantization=Quantization.from_dict(data["quantization"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(

@@ -6,7 +6,7 @@ stand at their spans; it stages them by a plan and returns logits and greedy tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -45,7 +45,10 @@ class ChainResult:
 
 
 class TorchExecutor:
-    """``rows.Executor`` over eager stage modules; caches are torch tensors."""
+    """``rows.Executor`` over eager stage modules; caches are torch tensors.
+
+    ``prepare`` changes each stage before it is given its weights (``quantized.replace_linears``).
+    """
 
     def __init__(
         self,
@@ -54,13 +57,16 @@ class TorchExecutor:
         weights: Mapping[str, Tensor],
         batch: int,
         widening: Widening = NARROW,
+        prepare: Callable[[torch.nn.Module], None] = lambda stage: None,
     ):
         self.text, self.batch, self.widening = text, batch, widening
         self.embedding = weights["model.embed_tokens.weight"]
         self.stages = [
-            load_weights(DecoderStage(text, plan, part, Eager(), widening), weights)
-            for part in whole_stages(plan)
+            DecoderStage(text, plan, part, Eager(), widening) for part in whole_stages(plan)
         ]
+        for stage in self.stages:
+            prepare(stage)
+            load_weights(stage, weights)
         self.layers = [stage.layers for stage in plan.stages]
         self.selectors = {
             index: Selector(edge) for index, edge in enumerate(plan.edges) if probed(plan, index)

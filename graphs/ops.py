@@ -74,6 +74,20 @@ class Eager:
         """x: (M, K), weight: (N, K) -> (M, N)."""
         return F.linear(x, weight, bias)
 
+    def rounded(self, x: Tensor, scale: Tensor) -> Tensor:
+        """To multiples of ``scale`` (), at most 127 of them; halves go to even."""
+        return torch.clamp(torch.round(x / scale), -128, 127) * scale
+
+    def restored(self, weight: Tensor, scale: Tensor, block: int | None) -> Tensor:
+        """What integers (K, N) stand for; scale: (N,), or (K / block, N) with ``block`` inputs."""
+        if block is not None:
+            scale = scale.repeat_interleave(block, 0)[: weight.shape[0]]
+        return weight.to(scale.dtype) * scale
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x: (M, K), weight: (K, N) -> (M, N)."""
+        return x @ weight
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Statistics in FP32, as Llama's own norm computes them; the result has weight's type."""
         wide = x.float()
@@ -137,6 +151,21 @@ class Llm(Eager):
         shape = (x.shape[0], weight.shape[0])
         return _symbolic("Gemm", inputs, {"transB": 1}, x.dtype, shape, self.opset)
 
+    def rounded(self, x: Tensor, scale: Tensor) -> Tensor:
+        """``QuantizeLinear`` and back; without a zero point its integers would be unsigned."""
+        zero = torch.zeros((), dtype=torch.int8, device=x.device)
+        inputs = [x, scale, zero]
+        values = _symbolic("QuantizeLinear", inputs, {}, torch.int8, x.shape, self.opset)
+        return _symbolic("DequantizeLinear", [values, scale], {}, x.dtype, x.shape, self.opset)
+
+    def restored(self, weight: Tensor, scale: Tensor, block: int | None) -> Tensor:
+        """``DequantizeLinear``, which engines fuse into the product behind it."""
+        attributes = {"axis": 1} if block is None else {"axis": 0, "block_size": block}
+        inputs = [weight, scale]
+        return _symbolic(
+            "DequantizeLinear", inputs, attributes, scale.dtype, weight.shape, self.opset
+        )
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """``RMSNormalization`` with FP32 statistics (stash_type 1).
 
@@ -173,6 +202,8 @@ class Portable(Eager):
     opset = 20
 
     linear = Llm.linear
+    rounded = Llm.rounded
+    restored = Llm.restored
 
     def view(self, order: Tensor, slot_order: Tensor, write_index: Tensor) -> View:
         """Old slots and new rows apart.

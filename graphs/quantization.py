@@ -24,7 +24,8 @@ Scheme = Literal["float", "w8a8", "w8", "w4"]
 
     float  in the type of the graph
     w8a8   INT8 inputs and weights: one static scale for the inputs, one per output channel
-    w8     INT8 weights, one scale per output channel; inputs in float
+    w8     INT8 weights, one scale per output channel, in ONNX Runtime also per ``BLOCK`` inputs;
+           inputs in float
     w4     INT4 weights, one scale per output channel and ``BLOCK`` inputs; inputs in float
 
 All symmetric: engines take no zero points.
@@ -39,7 +40,7 @@ QUANTISED = ("int8", "w8", "w4")
 """Precisions that quantise."""
 
 BLOCK = 128
-"""Inputs that share one INT4 scale."""
+"""Inputs that share one scale of an output channel where weights alone are rounded."""
 
 _OPTIONS = "vision, head, stage0, stage1, ..., observer, smooth, keep"
 
@@ -50,7 +51,8 @@ class Recipe:
 
     Attributes:
         base: ``int8``, ``w8`` or ``w4``.
-        vision, head: scheme of tower and projector, and of the head.
+        vision, head: scheme of tower and projector, and of the head; None: what suits base and
+            target.
         stages: schemes of single stages; the others take the base's.
         observer: None: the one that the calibration found best.
         smooth: whether ranges are smoothed where the calibration found that to help.
@@ -59,8 +61,8 @@ class Recipe:
     """
 
     base: str
-    vision: Scheme
-    head: Scheme
+    vision: Scheme | None = None
+    head: Scheme | None = None
     stages: Mapping[int, Scheme] = field(default_factory=dict)
     observer: Observer | None = None
     smooth: bool = True
@@ -75,11 +77,10 @@ class Recipe:
     @property
     def name(self) -> str:
         """What a bundle's folder is called after: the precision, and what of it is not usual."""
-        usual = parse_recipe(self.base)
         parts = [self.base]
-        if self.vision != usual.vision:
+        if self.vision is not None:
             parts.append(f"vision={self.vision}")
-        if self.head != usual.head:
+        if self.head is not None:
             parts.append(f"head={self.head}")
         parts += [f"stage{stage}={scheme}" for stage, scheme in sorted(self.stages.items())]
         if self.observer is not None:
@@ -91,35 +92,48 @@ class Recipe:
         parts += [f"keep={name}" for name in self.keep_names]
         return "+".join(parts)
 
-    def scheme_of(self, group: Group, plan: StagePlan) -> Scheme:
-        """Scheme of a group's layers before any is kept float."""
-        if group.place != "decoder":
-            return self.vision if group.place == "vision" else self.head
+    def scheme_of(self, group: Group, plan: StagePlan, runs: Sequence[str]) -> Scheme:
+        """Scheme of a group's layers before any is kept float; ``runs``: those of the target.
+
+        The tower is run once a picture and has many rows: only rounded inputs make it faster. The
+        head is run for one row: its weights are all that counts.
+        """
+        if group.place == "vision":
+            return self.vision or ("w8a8" if self.base == "int8" else "float")
+        if group.place == "head":
+            weights: Scheme = "w4" if self.base == "w4" else "w8"
+            return self.head or (weights if weights in runs else "float")
         assert group.layer is not None
         index = next(i for i, stage in enumerate(plan.stages) if group.layer < stage.layers[1])
         return self.stages.get(index, self.scheme)
 
+    @property
+    def asked(self) -> set[str]:
+        """Every scheme that the user named, or that the base stands for."""
+        named = {self.scheme, self.vision, self.head, *self.stages.values()}
+        return {scheme for scheme in named if scheme}
+
 
 def is_quantised(precision: str) -> bool:
     """Whether a precision names a recipe."""
-    return precision.partition(":")[0] in QUANTISED
+    return base_of(precision) in QUANTISED
+
+
+def base_of(precision: str) -> str:
+    """A precision without its options: ``int8`` of ``int8:vision=float``."""
+    return re.split("[:+]", precision, maxsplit=1)[0]
 
 
 def parse_recipe(text: str) -> Recipe:
-    """Read ``base[:option=value,...]``.
+    """Read ``base[:option=value,...]``, or a recipe's ``name``, as folders carry it.
 
     Raises:
         TargetError: naming what is wrong and what to write.
     """
-    base, _, rest = text.partition(":")
+    base, _, rest = text.replace("+", ",").replace(":", ",", 1).partition(",")
     if base not in QUANTISED:
         raise TargetError(f"unknown precision '{base}'. Known: {', '.join(QUANTISED)}")
-    float_: Scheme = "float"
-    recipe = Recipe(
-        base,
-        vision="w8a8" if base == "int8" else float_,
-        head="w4" if base == "w4" else "w8",
-    )
+    recipe = Recipe(base)
     for item in rest.split(",") if rest else ():
         key, equals, value = item.partition("=")
         if not equals:

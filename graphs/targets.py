@@ -14,8 +14,13 @@ from importlib import metadata
 
 from .contract import ORT_LLM_SINCE
 from .errors import TargetError
+from .quantization import QUANTISED, base_of, is_quantised
 
 DTYPES = {"fp32": "float32", "fp16": "float16"}
+
+QUANTISED_LLM = ("int8", "w8", "w4")
+"""Quantised precisions of the ``llm`` lowering. The ``portable`` one has none with scales in
+blocks, which came with opset 21."""
 
 ONNXRUNTIME, TENSORRT, TENSORRT_RTX = "onnxruntime", "tensorrt", "tensorrt_rtx"
 
@@ -85,6 +90,18 @@ class Target:
         return self.backend != ONNXRUNTIME
 
     @property
+    def schemes(self) -> tuple[str, ...]:
+        """Schemes of linear layers (``quantization.Scheme``) that it runs."""
+        quantised = [one for one in self.precisions if one in QUANTISED]
+        return tuple("w8a8" if one == "int8" else one for one in quantised)
+
+    def dtype(self, precision: str) -> str:
+        """Type of the float numbers in a graph: engines fuse integers into FP16 graphs, ONNX
+        Runtime on a CPU into FP32 graphs only.
+        """
+        return DTYPES.get(base_of(precision), "float16" if self.engines else "float32")
+
+    @property
     def static_slots(self) -> bool:
         """Whether the compiler wants the number of cache slots fixed (an aliased cache)."""
         return self.engines and self.lowering == "llm"
@@ -98,6 +115,7 @@ def _tensorrt(name: str, summary: str, capability: Capability | None, **facts) -
         "operators": LLM_OPERATORS,
         "versions": ("10.15", "12"),
         "build_memory": 24 << 30,
+        "precisions": ("fp16", "fp32", *QUANTISED_LLM),
     }
     return Target(name, summary, capabilities=capabilities, **{**defaults, **facts})
 
@@ -105,12 +123,17 @@ def _tensorrt(name: str, summary: str, capability: Capability | None, **facts) -
 TARGETS = {
     target.name: target
     for target in (
-        Target("cpu", "ONNX Runtime on this CPU", precisions=("fp32",), local=True),
+        Target(
+            "cpu",
+            "ONNX Runtime on this CPU",
+            precisions=("fp32", *QUANTISED_LLM),
+            local=True,
+        ),
         Target(
             "cpu-portable",
             "ONNX Runtime before 1.25, basic operators only",
             lowering="portable",
-            precisions=("fp32",),
+            precisions=("fp32", "int8"),
             opset=20,
             versions=("1.23", None),
             local=True,
@@ -139,6 +162,7 @@ TARGETS = {
             "TensorRT 10.3 on a Jetson Orin with JetPack 6.2",
             (8, 7),
             lowering="portable",
+            precisions=("fp16", "fp32", "int8", "w8"),
             opset=20,
             operators=BASIC_OPERATORS,
             versions=("10.3", "10.4"),
@@ -160,7 +184,6 @@ TARGETS = {
 }
 
 LATER_TARGETS = ("openvino",)
-LATER_PRECISIONS = ("int8", "int4", "w8", "w4")
 
 
 def find_target(name: str) -> Target:
@@ -192,12 +215,14 @@ def resolve_target(name: str, precision: str | None) -> tuple[Target, str]:
     if target.name == "cpu" and _ort_version() < ORT_LLM_SINCE:
         target = TARGETS["cpu-portable"]
     precision = precision or target.precisions[0]
-    if precision not in target.precisions:
+    if base_of(precision) not in target.precisions:
         why = ""
-        if precision in LATER_PRECISIONS:
-            why = " (planned, not in this version)"
-        elif precision == "fp16":
+        if precision == "fp16":
             why = " (ONNX Runtime computes FP16 graphs in FP32 on a CPU, from twice the memory)"
+        elif is_quantised(precision) and target.name == "cuda":
+            why = " (ONNX Runtime's kernels for it are not ones this project has seen run)"
+        elif is_quantised(precision):
+            why = " (its opset has no scales in blocks)"
         raise TargetError(
             f"target '{target.name}' does not run precision '{precision}'{why}. "
             f"It runs: {', '.join(target.precisions)}"

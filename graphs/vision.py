@@ -180,8 +180,10 @@ class Vision(nn.Module):
         tower = self.vision_tower
         stem = Stem(tower.embeddings, getattr(tower, "pre_layrnorm", None))
         hidden = [call(stem, pixels)]
-        for layer in tower.encoder.layers:
+        for index, layer in enumerate(tower.encoder.layers):
             hidden.append(call(layer, hidden[-1]))
+            if index not in self.chosen:
+                hidden[index] = None  # a walk holds those of many pictures at once
         return call(self.multi_modal_projector, *(hidden[index] for index in self.chosen))
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from itertools import groupby
 
 
-def percent(share: float | None) -> str:
-    """``0.123`` as ``12 %``; one decimal below 10, none of a share that is not known."""
+def percent(share: float | None, digits: int | None = None) -> str:
+    """``0.123`` as ``12 %``; a dash for what is not known.
+
+    digits: after the point; None: one below 10, none above.
+    """
     if share is None:
         return "–"
     value = 100 * share
-    digits = 0 if abs(value) >= 9.95 or value == 0 else 1
+    if digits is None:
+        digits = 0 if abs(value) >= 9.95 or value == 0 else 1
     return f"{value:.{digits}f}\N{NO-BREAK SPACE}%"
 
 

@@ -6,6 +6,7 @@ one. Free-running: each goes on with its own tokens, as a user would see it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -13,43 +14,32 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calib.samples import Sample
-from ..graphs.bundle import Bundle
+from ..compile.checkpoint import Checkpoint
+from ..graphs.bundle import Bundle, Manifest
 from ..graphs.chain import Span, TorchExecutor, load_weights, segments
 from ..graphs.contract import INVISIBLE
+from ..graphs.linears import linear_groups
 from ..graphs.ops import Eager
 from ..graphs.plan import StagePlan
 from ..graphs.precision import NARROW
+from ..graphs.quantized import INPUT_SCALE, WEIGHT
 from ..graphs.rows import Chain, Kept, Segment
 from ..graphs.vision import Vision
-from .choices import Choice, Grounds, Reading, gap, lead
-from .compare import TOLERANCE, WHOLE_TOLERANCE, first_wrong, tensor_error
-from .modules import stored_tensor
-from .report import Finding, TensorError
+from .choices import Choice, Grounds, Reading, lead
+from .compare import Bounds
+from .modules import STORED, quantise, stored_tensor
+from .report import Finding
 from .steps import require_memory
-from .stored_graph import StoredGraph
+from .stored_graph import all_weights, graph_files
+from .tally import Tally, Trajectory
 
 if TYPE_CHECKING:
     from ..runtime import Session
 
 EMBEDDING = "model.embed_tokens.weight"
-
-TIE = TOLERANCE["fp16"]
-"""Scores of visual tokens this close, relative to the spread of all, may change places in FP16."""
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """A greedy answer: logits (T, V) float32, their likeliest tokens (T,), what the plan chose for
-    the prompt, and on what grounds.
-    """
-
-    logits: np.ndarray
-    tokens: tuple[int, ...]
-    choice: Choice
-    grounds: Grounds
 
 
 @dataclass(frozen=True)
@@ -76,8 +66,8 @@ def ask(session: Session, samples: Sequence[Sample]) -> list[Asked]:
 class Guided(TorchExecutor):
     """Remembers the grounds of the plan's choice; a ``guide`` is chosen instead."""
 
-    def __init__(self, text, plan, weights, batch, widening, guide: Choice | None):
-        super().__init__(text, plan, weights, batch, widening)
+    def __init__(self, text, plan, weights, batch, widening, prepare, guide: Choice | None):
+        super().__init__(text, plan, weights, batch, widening, prepare)
         self.rule, self.guide = plan.probe, guide
         self.scores: Mapping[int, float] = {}
         self.readings: dict[int, Reading] = {}
@@ -110,29 +100,80 @@ class Guided(TorchExecutor):
 
 
 class TorchChain:
-    """The torch stages over the weights that the bundle's graph files hold.
+    """The torch stages over given weights, by the names that a bundle's graphs have for them.
 
-    ``half``: FP16 arithmetic with what the manifest widens; otherwise FP32.
+    ``half``: FP16 arithmetic with what the manifest widens; otherwise FP32. ``quantised``: layers
+    read integers where they do so in the graphs. ``prefix``: keys and values (layers, G, P, d) of
+    the manifest's prefix; None: its rows are computed like all others.
     """
 
-    def __init__(self, bundle: Bundle, *, half: bool, free: int):
-        manifest = bundle.manifest
+    def __init__(
+        self,
+        manifest: Manifest,
+        weights: dict[str, Tensor],
+        *,
+        half: bool,
+        quantised: bool,
+        prefix: tuple[Tensor, Tensor] | None = None,
+    ):
+        self.ids = manifest.prefix.ids if manifest.prefix and prefix else ()
+        self.prefix = prefix
         self.config, self.plan = manifest.config, manifest.plan
+        self.weights = weights
         self.widening = manifest.widening if half else NARROW
-        stored = [StoredGraph(bundle, name) for name in manifest.graphs]
-        arrays = {name: array for graph in stored for name, array in graph.weights.items()}
-        itemsize = 2 if half else 4
-        needed = sum(array.size for array in arrays.values()) * itemsize
-        require_memory(f"the whole model in {'FP16' if half else 'FP32'}", needed, free)
+        self.prepare: Callable[[nn.Module], None] = lambda module: None
+        if quantised:
+            self.prepare = partial(quantise, manifest=manifest)
+
+    @classmethod
+    def stored(cls, bundle: Bundle, *, half: bool, free: int) -> TorchChain:
+        """Over the weights that the bundle's graph files hold.
+
+        Raises:
+            ImpossibleError: more than ``free`` bytes.
+        """
+        manifest = bundle.manifest
+        stored = all_weights(bundle)
         dtype = torch.float16 if half else torch.float32
-        self.weights = {
-            name: torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
-            for name, array in arrays.items()
-        }
-        table = stored_tensor(bundle, bundle.manifest.embedding)
-        if manifest.precision == "fp16":
-            table = table.half()  # what the runtime rounds rows to
-        self.weights[EMBEDDING] = table.to(dtype)
+        needed = sum(
+            stored.size(name) * (1 if is_integer(name) else dtype.itemsize) for name in stored
+        )
+        require_memory(f"the whole model in {'FP16' if half else 'FP32'}", needed, free)
+        weights = {}
+        for name, array in stored.items():
+            tensor = torch.from_numpy(np.ascontiguousarray(array))
+            weights[name] = tensor if is_integer(name) else tensor.to(dtype)
+        for group in linear_groups(manifest.config):  # engines' layers share the first one's scale
+            scales = [f"{linear}.{INPUT_SCALE}" for linear in group.linears]
+            shared = [weights[name] for name in scales if name in weights]
+            for name in scales:
+                if shared and name not in weights:
+                    weights[name] = shared[0]
+        weights[EMBEDDING] = _rounded(stored_tensor(bundle, manifest.embedding), manifest, dtype)
+        prefix = None
+        if manifest.quantization.schemes and manifest.prefix:
+            # Shipped as computed from float weights: rounded ones would make another.
+            refs = (manifest.prefix.keys, manifest.prefix.values)
+            keys, values = (stored_tensor(bundle, ref).to(dtype) for ref in refs)
+            prefix = keys, values
+        return cls(manifest, weights, half=half, quantised=True, prefix=prefix)
+
+    @classmethod
+    def original(cls, bundle: Bundle, checkpoint: Checkpoint, *, free: int) -> TorchChain:
+        """Over the checkpoint's own weights in FP32, none of them an integer.
+
+        They are rounded to the type of the bundle's floats.
+
+        Raises:
+            ImpossibleError: more than ``free`` bytes.
+        """
+        sizes = {name: math.prod(info.shape) for name, info in checkpoint.tensors.items()}
+        require_memory("the whole checkpoint in FP32", 4 * sum(sizes.values()), free)
+        weights = {}
+        for name in sizes:
+            weights[name] = _rounded(checkpoint.load(name), bundle.manifest, torch.float32)
+            checkpoint.release()
+        return cls(bundle.manifest, weights, half=False, quantised=False)
 
     @torch.no_grad()
     def answer(self, asked: Asked, steps: int, *, plan: StagePlan | None = None) -> Trajectory:
@@ -157,10 +198,13 @@ class TorchChain:
         forced: Sequence[int] | None,
         guide: Choice | None,
     ) -> Trajectory:
-        executor = Guided(self.config.text, plan, self.weights, 1, self.widening, guide)
+        executor = Guided(
+            self.config.text, plan, self.weights, 1, self.widening, self.prepare, guide
+        )
         chain = Chain(plan, executor, 1)
         embeds, spans = self._embed(asked, executor)
-        done = chain.prefill(segments(embeds, [spans]))
+        prompt = segments(embeds, [spans])
+        done = chain.prefill(self._behind_prefix(chain, executor, asked, prompt))
         logits, tokens = [], []
         last = done.logits
         for step in range(steps):
@@ -179,6 +223,31 @@ class TorchChain:
         grounds = Grounds(executor.scores, plan.probe, executor.readings)
         return Trajectory(np.stack(logits), tuple(tokens), choice, grounds)
 
+    def _behind_prefix(
+        self, chain: Chain, executor: TorchExecutor, asked: Asked, prompt: list[Segment]
+    ) -> list[Segment]:
+        """What of ``prompt`` is left once every stage holds the prefix that it begins with."""
+        count, head = len(self.ids), asked.parts[0]
+        if self.prefix is None or head is None or head[:count] != self.ids:
+            return prompt
+        order = np.arange(count, dtype=np.int32)[None]
+        for index, caches in enumerate(executor.caches):
+            chain.reserve(index, count)
+            chain.slots[index].write(Segment(False, None, order, order))
+            first = chain.plan.stages[index].layers[0]
+            executor.caches[index] = [
+                tuple(both[first + at][None].clone() for both in self.prefix)
+                for at in range(len(caches))
+            ]
+        head_rows, *rest = prompt
+        cut = replace(
+            head_rows,
+            rows=head_rows.rows[:, count:],
+            positions=head_rows.positions[:, count:],
+            order=head_rows.order[:, count:],
+        )
+        return [cut, *rest] if cut.count else rest
+
     def _embed(self, asked: Asked, executor: TorchExecutor) -> tuple[Tensor, list[Span]]:
         """Rows (1, S, D) of the whole prompt, and where its visual rows stand."""
         rows: list[Tensor] = []
@@ -194,17 +263,33 @@ class TorchChain:
 
     @cached_property
     def _tower(self) -> Vision:
-        return load_weights(Vision(self.config, Eager(), self.widening), self.weights)
+        tower = Vision(self.config, Eager(), self.widening)
+        self.prepare(tower)
+        return load_weights(tower, self.weights)
+
+
+def is_integer(name: str) -> bool:
+    """Whether a weight of this name is rounded."""
+    return name.endswith(tuple(WEIGHT.values()))
+
+
+def _rounded(tensor: Tensor, manifest: Manifest, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``, by way of the type of the bundle's floats."""
+    return tensor.to(STORED[manifest.dtype]).to(dtype)
 
 
 def compare_runtime(
-    bundle: Bundle, reference: TorchChain, session: Session, asked: Sequence[Asked], steps: int
+    bundle: Bundle,
+    reference: TorchChain,
+    session: Session,
+    asked: Sequence[Asked],
+    steps: int,
+    bounds: Bounds,
 ) -> Finding:
     """The runtime on ONNX Runtime against the torch chain in FP32."""
-    precision = bundle.manifest.precision
     # A checkpoint's own settings may draw at random, or punish repetition.
     greedy = replace(session.sampling, temperature=0.0, repetition_penalty=1.0)
-    tally = Tally(precision)
+    tally = Tally(bounds)
     for one in asked:
         want = reference.answer(one, steps)
         logits = session.score(one.opened, one.sample.prompt, want.tokens[:-1])
@@ -215,112 +300,23 @@ def compare_runtime(
         if called is not None:
             choice = Choice(answer.plan.kept, called.trigger, called.exit)
         tally.add(one.sample.name, want, logits, choice, answer.tokens, guided)
-    files = tuple(fact.file for fact in bundle.manifest.graphs.values())
-    return tally.finding(files)
+    return tally.finding(graph_files(bundle))
 
 
 def compare_half(
-    bundle: Bundle, reference: TorchChain, half: TorchChain, asked: Sequence[Asked], steps: int
+    bundle: Bundle,
+    reference: TorchChain,
+    half: TorchChain,
+    asked: Sequence[Asked],
+    steps: int,
+    bounds: Bounds,
 ) -> Finding:
     """The torch chain in FP16 arithmetic against the one in FP32, with and without a teacher."""
-    tally = Tally("fp16")
+    tally = Tally(bounds)
     for one in asked:
         want = reference.answer(one, steps)
         got = half.follow(one, want.tokens)
         free = half.answer(one, steps)
         guided = partial(reference.follow, one, want.tokens)
         tally.add(one.sample.name, want, got.logits, got.choice, free.tokens, guided)
-    files = tuple(fact.file for fact in bundle.manifest.graphs.values())
-    return tally.finding(files)
-
-
-class Tally:
-    """Counts agreement over prompts, and says what the first unexplained difference is.
-
-    In FP32 tokens and choices are equal. In FP16 they may differ as near ties do: a token where
-    the logits are within the tolerance, a visual token where another scores as much within ``TIE``,
-    a probe that reads a threshold within it; then the logits are compared with those that the
-    reference has for the same choice.
-    """
-
-    def __init__(self, precision: str):
-        self.exact, self.tolerance = precision == "fp32", WHOLE_TOLERANCE[precision]
-        self.failure = ""
-        self.errors: list[TensorError] = []
-        self.places = self.agreed = self.equal = self.reselected = 0
-        self.divergences: dict[str, int] = {}
-
-    def add(
-        self,
-        name: str,
-        want: Trajectory,
-        logits: np.ndarray,
-        choice: Choice,
-        free: tuple[int, ...],
-        guided: Callable[[Choice], Trajectory],
-    ) -> None:
-        """Note a prompt.
-
-        Args:
-            name: of the prompt.
-            want: the reference's own answer.
-            logits: along its tokens.
-            choice: what the plan chose.
-            free: tokens without a teacher.
-            guided: the reference along the same tokens, its choice given.
-        """
-        said = logits.argmax(-1)
-        apart = [at for at, token in enumerate(want.tokens) if said[at] != token]
-        self.places += len(want.tokens)
-        self.agreed += len(want.tokens) - len(apart)
-        first = next((at for at, token in enumerate(free) if token != want.tokens[at]), None)
-        if first is None:
-            self.equal += 1
-        else:
-            self.divergences[name] = first
-        failure, reference = "", want.logits
-        if choice != want.choice:
-            self.reselected += 1
-            apart_by = gap(want.grounds, want.choice, choice)
-            if self.exact or apart_by > TIE:
-                failure = f"{name}: {_difference(want.choice, choice)}, {apart_by:.2g} from a tie"
-            else:
-                reference = guided(choice).logits
-        errors = [
-            tensor_error(f"{name}: logits of the {where}", logits[steps], reference[steps])
-            for where, steps in (("prompt", slice(1)), ("answer", slice(1, len(said))))
-            if len(said[steps])
-        ]
-        self.errors += errors
-        failure = failure or first_wrong(errors, self.tolerance)
-        if apart and self.exact:
-            failure = failure or f"{name}: token {apart[0]} of the teacher-forced answer differs"
-        if first is not None and first not in apart:
-            failure = failure or (
-                f"{name}: the free-running answer differs at token {first}, where the "
-                "teacher-forced one does not"
-            )
-        self.failure = self.failure or failure
-
-    def finding(self, files: tuple[str, ...]) -> Finding:
-        """All of it."""
-        return Finding(
-            self.failure,
-            files,
-            tuple(self.errors),
-            {
-                "teacher-forced": f"{self.agreed} of {self.places} tokens agree",
-                "free-running": f"{self.equal} of {self.equal + len(self.divergences)} answers "
-                "are equal to their end",
-                "first divergence, by prompt": self.divergences,
-                "prompts whose kept visual tokens differ": self.reselected,
-            },
-        )
-
-
-def _difference(want: Choice, got: Choice) -> str:
-    if want.trigger != got.trigger:
-        return f"layer {got.trigger} called for a selection, expected {want.trigger}"
-    if want.kept != got.kept:
-        return "other visual tokens were kept"
-    return f"vision left after layer {got.exit}, expected {want.exit}"
+    return tally.finding(graph_files(bundle))

@@ -1,7 +1,8 @@
 """The lowest rung: Hugging Face's own model and processor against the torch stages, unpruned.
 
-Both take the weights as the bundle rounds them, so that in FP16 bundles it is the stages that are
-compared and not the rounding.
+Both take the weights in the type of the bundle's floats, so that in FP16 bundles it is the stages
+that are compared and not the rounding. Hugging Face knows nothing of a bundle's integers: of
+quantised ones the stages read the checkpoint's weights here.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from ..compile.checkpoint import Checkpoint
 from ..graphs.bundle import Bundle
 from ..graphs.presets import preset
 from .chains import Asked, TorchChain
-from .compare import WHOLE_TOLERANCE, first_wrong, tensor_error
+from .compare import BOUNDS, first_wrong, tensor_error
 from .report import Finding
 from .steps import require_memory
+from .stored_graph import graph_files
 
 
 def compare_dense(
@@ -45,7 +47,7 @@ def compare_dense(
         checkpoint.path,
         [one.sample for one in asked],
         steps,
-        rounded=bundle.manifest.precision == "fp16",
+        rounded=bundle.manifest.dtype == "float16",
     )
     config = bundle.manifest.config
     dense = preset("dense", config.text.layers, config.visual_tokens)
@@ -61,8 +63,8 @@ def compare_dense(
         if apart is not None:
             failure = failure or f"{name}: token {apart} differs from Hugging Face's"
     return Finding(
-        failure or first_wrong(errors, WHOLE_TOLERANCE["fp32"]),
-        tuple(fact.file for fact in bundle.manifest.graphs.values()),
+        failure or first_wrong(errors, BOUNDS["float32"].whole),
+        graph_files(bundle),
         tuple(errors),
         {"free-running": f"{equal} of {len(asked)} answers of {steps} tokens are equal"},
     )

@@ -1,6 +1,7 @@
 """The whole ladder over one bundle: every rung in its order, and what each of them shares.
 
     files ─ weights, prefix ─ Hugging Face ─ torch stages ─ ONNX Runtime ─ variants ─ engines
+                                    float ─┴─ quantised
 
 torch and onnx are imported by the rungs that need them: a machine with the runtime alone climbs
 the others, and the report says what it could not.
@@ -22,16 +23,19 @@ import psutil
 from .. import __version__, runtime
 from ..calib.samples import Sample
 from ..graphs.bundle import MANIFEST, Bundle, sha256
-from ..graphs.errors import MissingDependencyError
+from ..graphs.errors import DataError, MissingDependencyError
 from ..graphs.targets import ONNXRUNTIME, TENSORRT, TENSORRT_RTX, show_capability
 from ..trt.device import find_device
 from ..trt.flavour import find
 from . import answers, stored
-from .compare import TOLERANCE, WHOLE_TOLERANCE
+from .compare import LOOSE, bounds_of, strict
 from .report import FAILED, Finding, Report, Rung
 from .steps import ImpossibleError, NothingError, Step, attempt, refuse
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..calib.calibration import Calibration
     from ..compile.checkpoint import Checkpoint
     from .chains import Asked, TorchChain
     from .graphs import GraphRungs
@@ -75,6 +79,7 @@ def verify(
     samples: Sequence[Sample],
     *,
     model: str | None = None,
+    calibration: Path | None = None,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     memory: int | None = None,
     watcher: Watcher | None = None,
@@ -85,21 +90,29 @@ def verify(
         bundle: nothing of it is believed but that it has a manifest.
         samples: prompts for the rungs of whole answers; at least one.
         model: the checkpoint it was built from, on this machine; None leaves its rungs out.
+        calibration: folder of the calibration it rests on; None: the usual one if it is there.
         max_tokens: length of the answers.
         memory: bytes that a rung may take; None: what is free when it begins.
         watcher: told of every rung.
 
     Raises:
         ModelError: ``model`` cannot be opened, or is not the bundle's.
+        DataError: ``calibration`` cannot be read, or is not the bundle's.
         ModuleNotFoundError: ``model`` was given and torch is not there to read it.
     """
     watcher = watcher or Silent()
-    origin = None
+    origin, known = None, None
     if model is not None:
-        from .origin import open_origin
+        from .origin import open_calibration, open_origin
 
         origin = open_origin(bundle, model)
-    ladder = _Ladder(bundle, samples, origin, max_tokens, memory)
+        known = open_calibration(bundle, calibration)
+    elif calibration is not None:
+        raise DataError(
+            "a calibration is checked together with the checkpoint: --model CHECKPOINT, or leave "
+            "--calib out"
+        )
+    ladder = _Ladder(bundle, samples, origin, known, max_tokens, memory)
     rungs: list[Rung] = []
     with ladder, _few_threads(bundle.manifest.weight_bytes):
         for step in ladder.steps():
@@ -146,10 +159,12 @@ class _Ladder:
         bundle: Bundle,
         samples: Sequence[Sample],
         origin: Checkpoint | None,
+        calibration: Calibration | None,
         max_tokens: int,
         memory: int | None,
     ):
-        self.bundle, self.samples, self.origin = bundle, samples, origin
+        self.bundle, self.samples = bundle, samples
+        self.origin, self.calibration = origin, calibration
         self.max_tokens, self.memory = max_tokens, memory
         self.graph = lru_cache(maxsize=1)(self._graph)  # one graph's arrays at a time
 
@@ -162,15 +177,20 @@ class _Ladder:
 
     def steps(self) -> Iterator[Step]:
         """Every rung, the cheap and decisive ones first."""
-        bundle, precision = self.bundle, self.bundle.manifest.precision
-        near = f"errors up to {TOLERANCE[precision]:g} of the reference's spread"
-        nearly = f"errors up to {TOLERANCE['fp16']:g} of the reference's spread, all finite"
-        whole, loose = (f"logits within {WHOLE_TOLERANCE[p]:g}" for p in (precision, "fp16"))
-        tokens = (
-            "tokens and selections equal"
-            if precision == "fp32"
-            else "tokens and selections equal but for near ties"
+        bundle, near = self.bundle, "of the reference's spread"
+        kinds = self.kinds
+        same = "tokens and selections equal"
+        tied = f"{same} but for near ties"
+        floats = bounds_of([bundle.manifest.dtype])
+        strictly, loosely = bounds_of(strict(kinds)), bounds_of(kinds)
+        halved = bounds_of({"float16", *strict(kinds)})
+        graph, answer = (
+            f"errors up to {strictly.graph:g} {near}",
+            f"{tied if strictly.tie else same}, logits within {strictly.whole:g} of their spread",
         )
+        if self.loose:
+            graph += f"; {loosely.graph:g} where ONNX Runtime rounds the inputs"
+            answer += f"; {loosely.whole:g} where ONNX Runtime rounds the inputs"
         yield Step(
             "files",
             "the bundle's files and the manifest's hashes",
@@ -180,32 +200,43 @@ class _Ladder:
         yield Step(
             "weights",
             "the checkpoint and the graphs' weights",
-            "every bit equal after rounding to the bundle's precision",
+            "every bit equal in the bundle's type; integers within half a step",
             self._weights,
             TORCH,
         )
         yield Step(
-            "prefix", "the checkpoint and the shipped prefix cache", near, self._prefix, TORCH
+            "prefix",
+            "the checkpoint and the shipped prefix cache",
+            f"errors up to {floats.graph:g} {near}",
+            self._prefix,
+            TORCH,
         )
         yield Step(
             "hugging face",
             "Hugging Face and the torch stages, both unpruned, in FP32",
-            f"tokens equal, logits within {WHOLE_TOLERANCE['fp32']:g} of their spread",
+            f"tokens equal, logits within {bounds_of(['float32']).whole:g} of their spread",
             self._hugging_face,
             COMPILER,
+        )
+        yield Step(
+            "quantisation",
+            "the checkpoint's own weights and the rounded ones, both in torch, same plan",
+            "logits finite, within their spread in the root mean square",
+            self._quantisation,
+            TORCH,
         )
         for name in bundle.manifest.graphs:
             yield Step(
                 f"graph {name}",
                 "the torch stage in FP32 and the file in ONNX Runtime",
-                near,
+                graph,
                 partial(self._run_graph, name, half=False),
                 TORCH,
             )
             yield Step(
                 f"half {name}",
                 "the torch stage in FP32 and in FP16 arithmetic",
-                nearly,
+                f"errors up to {halved.graph:g} {near}, all finite",
                 partial(self._run_graph, name, half=True),
                 TORCH,
             )
@@ -218,14 +249,14 @@ class _Ladder:
         yield Step(
             "answers",
             "the torch chain in FP32 and the runtime on ONNX Runtime",
-            f"{tokens}, {whole} of their spread",
+            answer,
             self._answers,
             TORCH,
         )
         yield Step(
             "half answers",
             "the torch chain in FP32 and in FP16 arithmetic",
-            f"tokens and selections equal but for near ties, {loose} of their spread, all finite",
+            f"{tied}, logits within {halved.whole:g} of their spread, all finite",
             self._half_answers,
             TORCH,
         )
@@ -281,7 +312,25 @@ class _Ladder:
         """The torch chain in FP32."""
         from .chains import TorchChain
 
-        return TorchChain(self.bundle, half=False, free=self.free)
+        return TorchChain.stored(self.bundle, half=False, free=self.free)
+
+    @property
+    def kinds(self) -> set[str]:
+        """What the bundle's graphs compute in (``compare.BOUNDS``)."""
+        manifest = self.bundle.manifest
+        return {manifest.dtype, *manifest.quantization.schemes.values()}
+
+    @property
+    def loose(self) -> bool:
+        """Whether ONNX Runtime rounds more than the graphs do."""
+        return bool(self.kinds & set(LOOSE))
+
+    @cached_property
+    def original(self) -> TorchChain:
+        """The torch chain over the checkpoint's own weights."""
+        from .chains import TorchChain
+
+        return TorchChain.original(self.bundle, self._origin(), free=self.free)
 
     def _load(self) -> runtime.Session:
         return runtime.load(self.bundle.path, backend=ONNXRUNTIME, memory_limit=self.memory)
@@ -296,7 +345,7 @@ class _Ladder:
     def _weights(self) -> Finding:
         from .origin import weights
 
-        return weights(self.bundle, self._origin())
+        return weights(self.bundle, self._origin(), self.calibration)
 
     def _prefix(self) -> Finding:
         from .origin import prefix
@@ -306,8 +355,20 @@ class _Ladder:
     def _hugging_face(self) -> Finding:
         from .hugging_face import compare_dense
 
-        return compare_dense(
-            self.bundle, self._origin(), self.reference, self.asked, self.max_tokens, self.free
+        # Only the checkpoint's own weights are Hugging Face's, too.
+        origin = self._origin()
+        quantised = bool(self.bundle.manifest.quantization.schemes)
+        stages = self.original if quantised else self.reference
+        return compare_dense(self.bundle, origin, stages, self.asked, self.max_tokens, self.free)
+
+    def _quantisation(self) -> Finding:
+        from .rounding import compare_rounding
+
+        if not self.bundle.manifest.quantization.schemes:
+            raise NothingError("every layer is a float one")
+        self._origin()
+        return compare_rounding(
+            self.bundle, self.original, self.reference, self.asked, self.max_tokens
         )
 
     def _graph(self, name: str) -> GraphRungs:
@@ -324,9 +385,23 @@ class _Ladder:
     def _answers(self) -> Finding:
         from .chains import compare_runtime
 
-        return compare_runtime(
-            self.bundle, self.reference, self.session, self.asked, self.max_tokens
-        )
+        def compare(session: runtime.Session, kinds: set[str]) -> Finding:
+            bounds = bounds_of(kinds)
+            steps = self.max_tokens
+            return compare_runtime(self.bundle, self.reference, session, self.asked, steps, bounds)
+
+        found = compare(self.session, self.kinds)
+        manifest = self.bundle.manifest
+        if found.failure or not self.loose or manifest.dtype == "float16":
+            return found  # FP16 graphs are widened on a CPU, never mapped
+        # With weights that are mapped nothing is rounded but what the graphs round.
+        with runtime.load(
+            self.bundle.path, backend=ONNXRUNTIME, memory_limit=manifest.weight_bytes
+        ) as mapped:
+            exact = compare(mapped, strict(self.kinds))
+        facts = {f"mapped weights, {name}": fact for name, fact in exact.facts.items()}
+        errors = [replace(one, tensor=f"{one.tensor}, mapped weights") for one in exact.errors]
+        return replace(exact, errors=(*found.errors, *errors), facts={**found.facts, **facts})
 
     def _engine_run(self) -> Finding:
         from .engine_runs import compare_engines
@@ -346,8 +421,9 @@ class _Ladder:
 
         self._computes_half(True)
         reference, asked = self.reference, self.asked
-        half = TorchChain(self.bundle, half=True, free=self.free)
-        return compare_half(self.bundle, reference, half, asked, self.max_tokens)
+        half = TorchChain.stored(self.bundle, half=True, free=self.free)
+        bounds = bounds_of({"float16", *strict(self.kinds)})
+        return compare_half(self.bundle, reference, half, asked, self.max_tokens, bounds)
 
     def _variants(self) -> Finding:
         from .variants import compare_variants
@@ -355,9 +431,9 @@ class _Ladder:
         return compare_variants(self.bundle)
 
     def _computes_half(self, wanted: bool) -> None:
-        precision = self.bundle.manifest.precision
-        if wanted and precision != "fp16":
-            raise NothingError(f"the bundle computes in {precision}")
+        dtype = self.bundle.manifest.dtype
+        if wanted and dtype != "float16":
+            raise NothingError(f"the graphs compute in {dtype}")
 
 
 def _versions(bundle: Bundle) -> dict[str, str]:

@@ -19,13 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from ..compile.stream import without_weights
-from ..graphs.bundle import Bundle, TensorRef
+from ..graphs.bundle import Bundle, Manifest, TensorRef
 from ..graphs.contract import PROBE, Part
 from ..graphs.decoder import DecoderStage
 from ..graphs.errors import BundleError
+from ..graphs.linears import linear_groups
 from ..graphs.ops import Eager
 from ..graphs.precision import NARROW, Widening
+from ..graphs.quantized import replace_linears
 from ..graphs.select import Prober, Selector
+from ..graphs.targets import find_target
 from ..graphs.vision import Vision
 from .stored_graph import StoredGraph, map_raw, new_rows
 
@@ -74,16 +77,27 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def quantise(module: nn.Module, manifest: Manifest) -> None:
+    """Let the layers of ``module`` read integers that do so in the bundle's graphs."""
+    share = find_target(manifest.target).engines
+    groups = linear_groups(manifest.config)
+    replace_linears(module, manifest.quantization.schemes, groups, engines=share)
+
+
 def _module(graph: StoredGraph, widening: Widening) -> nn.Module:
     config, plan = graph.manifest.config, graph.manifest.plan
-    if graph.kind == "vision":
-        return Vision(config, Eager(), widening)
     if graph.kind == PROBE:
         return Prober()
     if graph.kind == "select":
         return Selector(plan.edges[graph.stage])
-    part = Part(graph.stage, graph.layers)
-    return DecoderStage(config.text, plan, part, Eager(), widening)
+    module: nn.Module
+    if graph.kind == "vision":
+        module = Vision(config, Eager(), widening)
+    else:
+        part = Part(graph.stage, graph.layers)
+        module = DecoderStage(config.text, plan, part, Eager(), widening)
+    quantise(module, graph.manifest)
+    return module
 
 
 def _stage(stage: DecoderStage, call: Any, inputs: dict[str, Tensor]) -> list[Tensor]:

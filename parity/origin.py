@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..calib.calibration import Calibration
+from ..calib.rounding import unpack_int4
 from ..compile.checkpoint import Checkpoint, open_checkpoint
 from ..compile.names import EMBEDDING
 from ..compile.prefix import prefix_cache
-from ..graphs.bundle import Bundle
-from ..graphs.errors import ModelError
-from .compare import TOLERANCE, first_wrong, tensor_error
+from ..compile.quantize import CALIBRATIONS, Rounding, input_shifts
+from ..graphs.bundle import Bundle, Manifest
+from ..graphs.errors import DataError, ModelError
+from ..graphs.quantized import WEIGHT
+from ..graphs.targets import find_target
+from .compare import BOUNDS, first_wrong, tensor_error
 from .modules import stored_tensor
 from .report import Finding
+from .rounded import RoundedWeights, WrongError
 from .steps import NothingError
-from .stored_graph import StoredGraph
+from .stored_graph import StoredGraph, all_weights, graph_files
 
 
 def open_origin(bundle: Bundle, model: str) -> Checkpoint:
@@ -32,21 +43,106 @@ def open_origin(bundle: Bundle, model: str) -> Checkpoint:
     return checkpoint
 
 
-def weights(bundle: Bundle, checkpoint: Checkpoint) -> Finding:
-    """Every weight is, bit for bit, the checkpoint's in the bundle's precision."""
-    failure, files, count = "", [], 1
-    if not _same(stored_tensor(bundle, bundle.manifest.embedding), checkpoint.load(EMBEDDING)):
+def weights(bundle: Bundle, checkpoint: Checkpoint, calibration: Calibration | None) -> Finding:
+    """Every weight is the checkpoint's: bit for bit in the bundle's precision, or rounded from it.
+
+    ``calibration``: the one that the bundle rests on; with it what was rounded is rounded again.
+    """
+    manifest = bundle.manifest
+    failure = ""
+    if not _same(stored_tensor(bundle, manifest.embedding), checkpoint.load(EMBEDDING)):
         failure = f"weight {EMBEDDING} is not the checkpoint's"
-    for graph_name in bundle.manifest.graphs:
+    arrays = all_weights(bundle)
+    rounded = RoundedWeights(manifest, checkpoint, arrays)
+    for graph_name in manifest.graphs:
         graph = StoredGraph(bundle, graph_name)
-        files.append(graph.fact.file)
-        for name, array in graph.weights.items():
-            count += 1
-            found = torch.from_numpy(array)
+        for name in graph.weights:
+            if rounded.touches(name):
+                continue
+            found = torch.from_numpy(graph.weights[name])
             if not _same(found, checkpoint.load(name).to(found.dtype)):
-                failure = failure or f"weight {name} of {files[-1]} is not the checkpoint's"
+                failure = failure or f"weight {name} of {graph.fact.file} is not the checkpoint's"
             checkpoint.release()
-    return Finding(failure, tuple(files), facts={"tensors": count})
+    facts: dict[str, Any] = {"tensors": len(arrays) + 1}
+    if manifest.quantization.schemes and not failure:
+        try:
+            rounded.check()
+            if calibration is not None:
+                _round_again(manifest, checkpoint, calibration, arrays)
+        except WrongError as error:
+            failure = f"weight {error}"
+        facts |= _rounded_facts(manifest, rounded, calibration)
+    return Finding(failure, graph_files(bundle), facts=facts)
+
+
+def open_calibration(bundle: Bundle, folder: Path | None) -> Calibration | None:
+    """The calibration that ``bundle`` rests on: in ``folder``, or in the usual place if there.
+
+    Raises:
+        DataError: ``folder`` holds none, or another one.
+    """
+    wanted = bundle.manifest.quantization.calibration
+    usual = CALIBRATIONS / bundle.manifest.model
+    if folder is None and (wanted is None or not usual.is_dir()):
+        return None
+    found = Calibration.load(folder or usual)
+    if found.hash == wanted:
+        return found
+    if folder is None:
+        return None
+    rests = f"rests on {wanted[:12]}" if wanted else "needs none"
+    raise DataError(
+        f"{folder} holds calibration {found.hash[:12]}, {bundle.path} {rests}. Name the one that "
+        "it was built with, or leave --calib out"
+    )
+
+
+def _round_again(
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    arrays: Mapping[str, np.ndarray],
+) -> None:
+    """Every tensor that a build makes of the checkpoint and the calibration, bit for bit.
+
+    Raises:
+        WrongError: the first that differs.
+    """
+    rounding = Rounding(
+        checkpoint,
+        manifest.quantization,
+        calibration,
+        half=manifest.dtype == "float16",
+        engines=find_target(manifest.target).engines,
+        shifts=input_shifts(manifest.widening),
+    )
+    for name in sorted(name for name in arrays if rounding.changes(name)):
+        found, want = torch.from_numpy(arrays[name]), rounding.tensor(name)
+        if name.endswith(WEIGHT["w4"]):
+            want = torch.from_numpy(unpack_int4(want.numpy(), tuple(found.shape)))
+        if not _same(found, want.to(found.dtype)):
+            raise WrongError(f"{name} is not what checkpoint and calibration make of it")
+
+
+def _rounded_facts(
+    manifest: Manifest, rounded: RoundedWeights, calibration: Calibration | None
+) -> dict[str, Any]:
+    """What was checked of rounded weights, and what could not be."""
+    facts: dict[str, Any] = {
+        "rounded or folded layers": rounded.layers,
+        "largest rounding error": f"{rounded.worst / 2:.4f} steps",
+    }
+    if rounded.hidden:
+        facts["not checked: channels whose norm is 0"] = rounded.hidden
+    known = manifest.quantization.calibration
+    if known is not None and calibration is None:
+        facts["not checked"] = (
+            f"input scales and strengths of smoothing against calibration {known[:12]}: "
+            "--calib CALIBRATION"
+        )
+    if calibration is not None:
+        facts["rounded again"] = f"with calibration {calibration.hash[:12]}, bit for bit"
+    return facts
 
 
 def prefix(bundle: Bundle, checkpoint: Checkpoint) -> Finding:
@@ -65,7 +161,7 @@ def prefix(bundle: Bundle, checkpoint: Checkpoint) -> Finding:
         for layer in range(found.shape[0]):
             want = again[number, layer].numpy()
             errors.append(tensor_error(f"prefix {name} of layer {layer}", found[layer], want))
-    tolerance = TOLERANCE[bundle.manifest.precision]
+    tolerance = BOUNDS[bundle.manifest.dtype].graph
     return Finding(first_wrong(errors, tolerance), (shipped.keys.file,), tuple(errors))
 
 
@@ -73,4 +169,4 @@ def _same(found: Tensor, wanted: Tensor) -> bool:
     """Bit for bit: a NaN equals itself."""
     if found.dtype != wanted.dtype or found.shape != wanted.shape:
         return False
-    return torch.equal(*(one.contiguous().view(torch.uint8) for one in (found, wanted)))
+    return torch.equal(*(one.reshape(-1).view(torch.uint8) for one in (found, wanted)))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx_ir
 
+from ..calib.rounding import unpack_int4
 from ..graphs.bundle import Bundle
 from ..graphs.contract import INVISIBLE, GraphSpec, stage_of
 from ..graphs.errors import BundleError
@@ -26,6 +27,35 @@ ROWS = 5
 
 SPARE = 6
 """Slots beyond them that hold nothing yet, and rows that a selection is offered beyond K."""
+
+
+class StoredWeights(Mapping[str, np.ndarray]):
+    """Arrays by the checkpoint's names, mapped when asked for; INT4 comes as INT8, one to a byte.
+
+    ``nbytes``: that they take in the files.
+    """
+
+    def __init__(self, bundle: Bundle, tensors: Mapping[str, onnx_ir.ExternalTensor]):
+        self.bundle, self.tensors = bundle, tensors
+        self.nbytes = sum(_stored_bytes(tensor) for tensor in tensors.values())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The stored array. onnx_ir itself refuses hard links, which a bundle's weights are."""
+        tensor = self.tensors[name]
+        raw = map_raw(self.bundle, str(tensor.location), tensor.offset or 0, _stored_bytes(tensor))
+        if tensor.dtype == onnx_ir.DataType.INT4:
+            return unpack_int4(raw, _shape(tensor))
+        return raw.view(tensor.dtype.numpy()).reshape(_shape(tensor))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def size(self, name: str) -> int:
+        """How many numbers an array holds."""
+        return math.prod(_shape(self.tensors[name]))
 
 
 class StoredGraph:
@@ -43,7 +73,7 @@ class StoredGraph:
             model = onnx_ir.load(self.path)
         except Exception as error:  # protobuf's and onnx_ir's exceptions share no base but this
             raise BundleError(f"{self.path} is no ONNX file ({error})") from error
-        self.weights: dict[str, np.ndarray] = {}
+        tensors: dict[str, onnx_ir.ExternalTensor] = {}
         for initializer in model.graph.initializers.values():
             tensor = initializer.const_value
             if isinstance(tensor, onnx_ir.ExternalTensor):
@@ -52,7 +82,8 @@ class StoredGraph:
                         f"{self.path} reads {tensor.location}, which the manifest does not name. "
                         "Build the bundle again: make engines MODEL=..."
                     )
-                self.weights[str(initializer.name)] = _mapped(bundle, tensor)
+                tensors[str(initializer.name)] = tensor
+        self.weights = StoredWeights(bundle, tensors)
 
     @property
     def spec(self) -> GraphSpec:
@@ -74,11 +105,6 @@ class StoredGraph:
         """First layer of a stage's graph, and one past its last: those whose caches it takes."""
         own = [int(s.name[4:]) for s in self.spec.inputs if s.name.startswith("key.")]
         return min(own), max(own) + 1
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its weights."""
-        return sum(weight.nbytes for weight in self.weights.values())
 
     def feeds(self) -> dict[str, np.ndarray]:
         """Inputs by name: batch 1, a filled cache, one padded slot, half of the gates open."""
@@ -112,13 +138,29 @@ class StoredGraph:
         return feeds
 
 
-def _mapped(bundle: Bundle, tensor: onnx_ir.ExternalTensor) -> np.ndarray:
-    """The stored array. onnx_ir itself refuses hard links, which is what a bundle's weights are."""
-    shape = tuple(size for size in tensor.shape if isinstance(size, int))
-    dtype = tensor.dtype.numpy()
-    nbytes = math.prod(shape) * dtype.itemsize
-    raw = map_raw(bundle, str(tensor.location), tensor.offset or 0, nbytes)
-    return raw.view(dtype).reshape(shape)
+def all_weights(bundle: Bundle) -> StoredWeights:
+    """The weights of every graph of ``bundle``.
+
+    Raises:
+        BundleError: as ``StoredGraph``.
+    """
+    tensors: dict[str, onnx_ir.ExternalTensor] = {}
+    for name in bundle.manifest.graphs:
+        tensors |= StoredGraph(bundle, name).weights.tensors
+    return StoredWeights(bundle, tensors)
+
+
+def graph_files(bundle: Bundle) -> tuple[str, ...]:
+    """Names of the files of every graph."""
+    return tuple(fact.file for fact in bundle.manifest.graphs.values())
+
+
+def _shape(tensor: onnx_ir.ExternalTensor) -> tuple[int, ...]:
+    return tuple(size for size in tensor.shape if isinstance(size, int))
+
+
+def _stored_bytes(tensor: onnx_ir.ExternalTensor) -> int:
+    return math.ceil(math.prod(_shape(tensor)) * tensor.dtype.itemsize)
 
 
 def map_raw(bundle: Bundle, name: str, offset: int, nbytes: int) -> np.ndarray:

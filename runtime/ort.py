@@ -23,6 +23,7 @@ from ..graphs.bundle import Bundle
 from ..graphs.contract import ORT_LLM_SINCE, PROBE, GraphSpec, appended, cache_names
 from ..graphs.errors import BundleError, CapacityError
 from ..graphs.rows import Kept, StageResult
+from .integers import integer_entries
 
 BUCKET = 128
 """Slots are added in multiples of this: growth copies, and attention pays for every slot."""
@@ -59,10 +60,10 @@ class OrtExecutor:
         _check_version(bundle)
         self.plan, self.text = manifest.plan, manifest.config.text
         self.portable = manifest.lowering == "portable"
-        self.dtype = np.dtype("float32" if manifest.precision == "fp32" else "float16")
+        self.dtype = np.dtype(manifest.dtype)
         self.rows_dtype = np.dtype(manifest.widening.rows_dtype(self.dtype.name))
         self.batch = batch
-        widened = manifest.precision == "fp16"
+        widened = manifest.dtype == "float16"
         self.prepacked = _prepack(manifest.weight_bytes, widened, options)
         self.elapsed_ms: dict[str, float] = defaultdict(float)
         self.sessions = {name: self._load(bundle, name, options) for name in manifest.graphs}
@@ -219,6 +220,9 @@ class OrtExecutor:
         session.log_severity_level = 3
         # Graphs take turns: threads that go on spinning would steal the next graph's cores.
         session.add_session_config_entry("session.force_spinning_stop", "1")
+        if bundle.manifest.quantization.schemes:
+            for entry, value in integer_entries().items():
+                session.add_session_config_entry(entry, value)
         if not self.prepacked:
             session.add_session_config_entry("session.disable_prepacking", "1")
         if options.profile is not None:

@@ -15,7 +15,7 @@ from visistage.cli import main
 from visistage.compile.build import build
 from visistage.compile.checkpoint import open_checkpoint
 from visistage.console.answer import savings
-from visistage.explain.dense import dense_bundle, how_to_build
+from visistage.explain.dense import dense_bundle, how_to_build, same_model
 from visistage.explain.explanation import explain
 from visistage.explain.facts import Run, explain_facts
 from visistage.explain.page import masks_of, outlines
@@ -23,10 +23,11 @@ from visistage.explain.picture import Grid, cropped_share, heat_uri, seen
 from visistage.explain.readings import Gates, read_row
 from visistage.explain.trace import Watched, trace
 from visistage.graphs import chain
-from visistage.graphs.bundle import Bundle
+from visistage.graphs.bundle import Bundle, FileFact
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.errors import BundleError, CapacityError, PromptError
 from visistage.graphs.ops import Eager
+from visistage.graphs.quantization import Quantization
 from visistage.pages.words import percent, ranges
 from visistage.runtime.preprocessing import Preprocessing
 from visistage.runtime.session import Session
@@ -272,6 +273,27 @@ def test_without_one_the_page_says_how_to_get_it(folder, bundles, tmp_path):
 def test_the_command_names_an_unusual_precision(bundles):
     manifest = Bundle.open(bundles["pruned"]).manifest
     assert how_to_build(replace(manifest, precision="fp16")).endswith(" PRECISION=fp16")
+    rounded = how_to_build(replace(manifest, precision="w4+head=float+stage2=w8"))
+    assert rounded.endswith(" PRECISION=w4+head=float")
+    known = replace(manifest, precision="int8", quantization=Quantization(calibration="12" * 32))
+    assert how_to_build(known) == (
+        "visistage calibrate toy --plan dense --data SAMPLES --out calibrations/dense && "
+        "make engines MODEL=toy PLAN=dense TARGET=cpu PRECISION=int8 CALIB=calibrations/dense/toy"
+    )
+
+
+def test_one_model_is_known_by_its_table_where_rounded_weights_differ(bundles, tmp_path):
+    pruned, dense = (Bundle.open(bundles[name]) for name in ("pruned", "dense"))
+    moved = Bundle.open(shutil.copytree(dense.path, tmp_path / "moved"))
+    file = moved.file(moved.manifest.embedding.file)
+    data = bytearray(file.read_bytes())
+    files = {**moved.manifest.files, file.name: FileFact(len(data), "0" * 64)}
+    moved = Bundle(moved.path, replace(moved.manifest, files=files))
+    assert same_model(pruned, moved)
+    data[moved.manifest.embedding.offset] ^= 1
+    file.unlink()  # a link to the checkpoint's
+    file.write_bytes(data)
+    assert not same_model(pruned, moved)
 
 
 def test_a_wrong_comparison_is_refused(bundles, tmp_path):

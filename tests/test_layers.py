@@ -42,6 +42,24 @@ RULES = {
     "runtime.device.engine_trt": (RUNTIME_MAY | {"trt.flavour"}, {"numpy"}),
     "runtime.device.opening": (RUNTIME_MAY | {"trt.device", "trt.engines", "trt.flavour"}, set()),
     "calib.*": ({"calib.*", "graphs.*", "runtime"}, {"PIL", "numpy"}),
+    "calib.calibration": ({"calib.*", "graphs.*"}, {"numpy", "safetensors"}),
+    **dict.fromkeys(
+        ("calib.charts", "calib.doubts", "calib.range_charts", "calib.report", "calib.series"),
+        (PURE | {"calib.*", "pages.*"}, set()),
+    ),
+    # Choosing a plan runs bundles of it, so these two alone see the compiler and the runtime.
+    **dict.fromkeys(
+        ("calib.calibrate", "calib.measuring"),
+        ({"calib.*", "compile.*", "graphs.*", "runtime", "runtime.preprocessing"}, {"numpy"}),
+    ),
+    "calib.observers": (PURE | {"calib.rounding"}, {"numpy"}),
+    "calib.rounding": (PURE, {"numpy"}),
+    "calib.smoothing": (PURE | {"calib.observers", "calib.rounding"}, {"numpy"}),
+    # Calibration sees what the runtime will: the same pictures, the same ids.
+    "calib.prompts": (
+        {"calib.*", "graphs.*", "runtime.image", "runtime.preprocessing", "runtime.prompt"},
+        {"numpy", "tokenizers"},
+    ),
     # The compiler asks the runtime's own code for prefix and preprocessing, so that both agree.
     "compile.*": (
         {"", "calib.*", "compile.*", "graphs.*"}
@@ -66,6 +84,7 @@ RULES = {
         {"onnxruntime", "psutil", "rich"},
     ),
     "console.inspect_engines": (PURE | {"console.*", "trt.engines"}, {"numpy", "rich"}),
+    "console.rounding": (PURE | {"compile.names", "console.units"}, set()),
     "console.verify": (
         PURE | {"console.units", "parity.report", "parity.steps"},
         {"rich"},
@@ -108,7 +127,8 @@ RULES = {
     "trt": (set(), set()),
     # The ladder sees every rung; what torch and onnx are not needed for runs without them.
     "parity.*": (
-        {"calib.samples", "compile.*", "graphs.*", "parity.*", "runtime"},
+        {"calib.calibration", "calib.rounding", "calib.samples", "compile.*", "graphs.*"}
+        | {"parity.*", "runtime", "runtime.integers"},
         {"PIL", "numpy", "onnx", "onnx_ir", "onnxruntime", "torch", "transformers"},
     ),
     "parity": (set(), set()),
@@ -119,7 +139,9 @@ RULES = {
         set(),
     ),
     "parity.ladder": (
-        PURE | {"", "calib.samples", "compile.checkpoint", "parity.*", "runtime", "trt.*"},
+        PURE
+        | {"", "calib.calibration", "calib.samples", "compile.checkpoint", "parity.*", "runtime"}
+        | {"trt.*"},
         {"psutil"},
     ),
     "parity.prompts": (

@@ -67,11 +67,31 @@ def test_a_file_without_samples_is_refused(tmp_path):
         read_samples(write(tmp_path, "", ""))
     with pytest.raises(DataError, match=r"nowhere\.jsonl: cannot read"):
         read_samples(tmp_path / "nowhere.jsonl")
-    with pytest.raises(DataError, match="cannot read"):
-        read_samples(tmp_path)
     (tmp_path / "latin.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="UTF-8"):
         read_samples(tmp_path / "latin.jsonl")
+
+
+def test_a_folder_stands_for_the_only_file_in_it(tmp_path):
+    with pytest.raises(DataError, match=r"found 0 files \*\.jsonl"):
+        read_samples(tmp_path)
+    file = write(tmp_path, GOOD)
+    assert read_samples(tmp_path) == read_samples(file)
+    write(tmp_path, GOOD, name="more.jsonl")
+    with pytest.raises(DataError, match=r"found 2 files .*: data\.jsonl, more\.jsonl"):
+        read_samples(tmp_path)
+
+
+def test_answers_may_be_left_out_where_nothing_is_compared_with_them(tmp_path):
+    asked = {key: GOOD[key] for key in ("image", "prompt")}
+    file = write(tmp_path, asked, GOOD)
+    assert [one.answer for one in read_samples(file, answers=False)] == ["", "2"]
+    with pytest.raises(DataError, match=r"data\.jsonl:1: 'answer' is missing"):
+        read_samples(file)
+    with pytest.raises(DataError, match=r"data\.jsonl:1: 'image' is missing"):
+        read_samples(write(tmp_path, {"prompt": "?"}), answers=False)
+    with pytest.raises(DataError, match="punctuation only"):
+        read_samples(write(tmp_path, {**asked, "answer": "."}), answers=False)
 
 
 @pytest.mark.parametrize(

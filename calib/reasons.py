@@ -1,0 +1,134 @@
+"""Why a plan was chosen, in plain words, and what should be known before it is trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .agreement import Z95
+from .dynamics import Dynamics
+
+if TYPE_CHECKING:
+    from .search import Tried
+
+FIRM = 0.95
+"""A cosine that no token reaches by noise; the published trigger, 0.995, is far more easily set
+off in short decoders."""
+
+LEAST_LOSS = 1e-4
+"""What is below it, no number of samples that anybody has could prove."""
+
+MOST_HELD_OUT_TRIES = 2
+"""Plans that held-out samples may judge before they have become choosing samples themselves."""
+
+
+def reasons_for(
+    dynamics: Dynamics,
+    tried: Sequence[Tried],
+    taken: Tried | None,
+    text_blind: Sequence[dict[str, Any]],
+) -> dict[str, str]:
+    """A sentence each for s, t, K and e of what was taken; None: dense was."""
+    if taken is None:
+        closest = max(tried, key=lambda one: one.measured.tokens.share, default=None)
+        why = "no plan that was measured keeps the budget on all samples"
+        if closest is not None:
+            why += f"; the closest, {closest.candidate.text}, agrees on {_tokens(closest)}"
+        return {"s": _shallow(0, text_blind), "t": why, "K": why, "e": why}
+    one = taken.candidate
+    return {
+        "s": _shallow(one.shallow, text_blind),
+        "t": _trigger(dynamics, tried, taken),
+        "K": _keep(dynamics, one.t, one.keep),
+        "e": _exit(dynamics, one.e),
+    }
+
+
+def warnings_for(
+    lose: float | None, tried: Sequence[Tried], taken: Tried | None, confirmed: int
+) -> tuple[str, ...]:
+    """What weakens the choice. confirmed: how many plans the held-out samples judged."""
+    out = []
+    tokens = min((one.measured.tokens.total for one in tried), default=0)
+    if tokens and lose is not None and LEAST_LOSS <= lose < 1 / tokens:
+        out.append(
+            f"One token of {tokens} is more than the budget allows, so one difference rules a plan "
+            f"out: with {math.ceil(1 / lose)} tokens or more, cheaper ones may fit."
+        )
+    if confirmed > MOST_HELD_OUT_TRIES:
+        out.append(
+            f"The held-out samples judged {confirmed} plans in turn, so they had a part in "
+            "choosing. More samples would mend that."
+        )
+    judged = None if taken is None else taken.held_out or taken.measured
+    if judged is not None and lose is not None and judged.tokens.interval[0] < 1 - lose:
+        low = 100 * (1 - judged.tokens.interval[0])
+        text = (
+            f"{judged.tokens.total} tokens do not prove the budget: a loss of up to {low:.1f} % "
+            "cannot be ruled out (95 %)."
+        )
+        if lose >= LEAST_LOSS:
+            # With nothing wrong, Wilson's lower end is n / (n + z^2).
+            text += f" {math.ceil(Z95**2 * (1 - lose) / lose)} tokens without a miss would."
+        out.append(text)
+    return tuple(out)
+
+
+def _shallow(shallow: int, text_blind: Sequence[dict[str, Any]]) -> str:
+    measured = ", ".join(
+        f"s={row['shallow']}: {100 * row['tokens']['share']:.1f} %" for row in text_blind
+    )
+    cost = f" Agreement with them alone, nothing else pruned: {measured}." if measured else ""
+    if shallow:
+        return (
+            f"s = {shallow}, as the uncalibrated preset has it. Text-blind layers save no work in "
+            f"the graphs as they run.{cost}"
+        )
+    return f"s = 0: text-blind layers save no work in the graphs as they run.{cost}"
+
+
+def _trigger(dynamics: Dynamics, tried: Sequence[Tried], taken: Tried) -> str:
+    t = taken.candidate.t
+    fired = np.mean((dynamics.lowest[:, dynamics.first : t + 1] < FIRM).any(1))
+    earlier = [one for one in tried if one.candidate.t < t]
+    text = (
+        f"t = {t}: up to this layer a single token has turned the last row's output beyond cosine "
+        f"{FIRM:g} in {100 * fired:.0f} % of the prompts"
+    )
+    if earlier:
+        best = max(earlier, key=lambda one: one.measured.tokens.share)
+        text += (
+            f"; the best earlier t that was measured, {best.candidate.t}, agrees on {_tokens(best)}"
+        )
+    return text + "."
+
+
+def _keep(dynamics: Dynamics, t: int, keep: int | None) -> str:
+    if keep is None:
+        return f"No selection: vision leaves after layer {t} as a whole."
+    held = dynamics.mass([keep])[:, t, 0]
+    low, median = (100 * float(np.quantile(held, share)) for share in (0.1, 0.5))
+    return (
+        f"K = {keep}: the top {keep} tokens hold {median:.1f} % of the contributions in layer {t} "
+        f"in the median prompt, and {low:.1f} % or more in nine of ten."
+    )
+
+
+def _exit(dynamics: Dynamics, e: int) -> str:
+    if e == dynamics.layers - 1:
+        return f"e = {e}, the last layer: vision stays to the end."
+    after = [float(one[e + 1 :].sum() / max(one.sum(), 1e-30)) for one in dynamics.influence]
+    return (
+        f"e = {e}: the layers after it have {100 * float(np.mean(after)):.1f} % of the influence "
+        "that visual tokens have on the dense model's last row."
+    )
+
+
+def _tokens(one: Tried) -> str:
+    text = f"{100 * one.measured.tokens.share:.1f} % of the tokens"
+    if one.held_out is not None:
+        text += f", but on {100 * one.held_out.tokens.share:.1f} % of those held out"
+    return text

@@ -1,0 +1,193 @@
+"""A calibration: its samples, how it goes, and what it ends with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from ..calib.samples import Sample, read_samples, samples_file
+from ..compile.recipes import DEMO
+from ..graphs.errors import DataError, PlanError
+from .units import show_seconds
+
+if TYPE_CHECKING:
+    from ..calib.calibration import Calibration
+
+DEMO_SAMPLES = 120
+"""Scenes read unless told otherwise."""
+
+DEMO_SERIES = 1000
+"""The series of held-out scenes that calibrates the demo. Evaluations ask series 0, and a scene of
+one is not in the other (tests/test_calibrate.py)."""
+
+MOST_SHOWN = 5
+"""Unreadable pictures listed; calibration.json has all of them."""
+
+
+def calibration_samples(
+    model: str, data: Path | None, count: int | None
+) -> tuple[list[Sample], tuple[str, ...]]:
+    """Samples, with answers or without, and the names of the files that they are from.
+
+    Raises:
+        DataError: unusable data, or none for a model that brings none.
+    """
+    if data is not None:
+        return read_samples(data, count, answers=False), (samples_file(data).name,)
+    if model != DEMO:
+        raise DataError(
+            f"there are no samples for model '{model}' in this package, only for '{DEMO}'. Give "
+            "pictures and prompts of the kind that it will be asked: --data questions.jsonl"
+        )
+    from ..demo.heldout import held_out
+
+    made = enumerate(held_out(count or DEMO_SAMPLES, DEMO_SERIES))
+    return [
+        Sample(f"scene {number}", one.image, one.question, one.answer, one.kind)
+        for number, one in made
+    ], (f"demo scenes, series {DEMO_SERIES}",)
+
+
+def wish_or_plan(plan: str | None, **wish: Any) -> Any:
+    """The plan that was named, or how to choose one: a ``calib.calibrate.Wish``.
+
+    wish: ``lose``, ``cost``, ``holdout`` and ``most``, None where not typed.
+
+    Raises:
+        PlanError: both, or a budget that is none.
+    """
+    typed = {name: value for name, value in wish.items() if value is not None}
+    if plan is not None:
+        if typed:
+            option = {"most": "candidates"}.get(next(iter(typed)), next(iter(typed)))
+            raise PlanError(
+                f"found --{option} beside --plan {plan}, expected one of the two: a plan that is "
+                f"named is not chosen. Leave out --{option} or --plan."
+            )
+        return plan
+    from ..calib.calibrate import Wish
+    from ..calib.choose import Budget
+
+    limits = {name: typed.pop(name) for name in ("lose", "cost") if name in typed}
+    return Wish(Budget(**(limits or {"lose": 0.01})), **typed)
+
+
+class CalibrationProgress:
+    """A ``calib.calibrate.Watcher`` on stderr: a bar on a terminal, a line for each step."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+
+    def __enter__(self) -> CalibrationProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def start(self, step: str, total: int | None) -> None:
+        """Show the step that runs now."""
+        self._task = self._bar.add_task(escape(step), total=total)
+
+    def advance(self, units: int) -> None:
+        """Move its bar."""
+        self._bar.advance(self._task, units)
+
+    def done(self, step: str, seconds: float, outcome: str) -> None:
+        """Leave one line behind."""
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self.console.print(f"{step:<40} {show_seconds(seconds):>9}   {outcome}", markup=False)
+
+
+def calibration_facts(folder: Path, calibration: Calibration) -> dict[str, Any]:
+    """What ``--json`` prints; the ranges themselves are in the folder."""
+    from ..calib.doubts import doubts
+
+    return {
+        "path": str(folder),
+        "hash": calibration.hash,
+        "model": calibration.model,
+        "plan": calibration.plan.to_dict(),
+        "samples": calibration.samples.to_dict(),
+        "groups": len(calibration.groups),
+        "best_observer": calibration.best_observer,
+        "dynamics": dict(calibration.dynamics),
+        "choice": dict(calibration.choice),
+        "doubts": doubts(calibration),
+        "next": next_command(folder, calibration),
+    }
+
+
+def next_command(folder: Path, calibration: Calibration) -> str:
+    """What to type to use it."""
+    dummy = calibration.model.endswith("-dummy")
+    model = calibration.model.removesuffix("-dummy")
+    return f"make engines MODEL={model}{' DUMMY=1' if dummy else ''} PRECISION=int8 CALIB={folder}"
+
+
+def calibration_table(folder: Path, calibration: Calibration) -> RenderableType:
+    """The plan with its reasons, what else was tried, doubts, and what to do next."""
+    from ..calib.doubts import doubts
+    from ..calib.report import NAME
+
+    samples, choice = calibration.samples, calibration.choice
+    lines = [f"plan {choice.get('text', calibration.plan.name)}"]
+    lines += [f"  {why}" for why in dict.fromkeys(choice.get("reasons", {}).values())]
+    parts: list[RenderableType] = []
+    if choice.get("candidates"):
+        parts.append(_candidates(choice))
+    parts += [Text(line) for line in lines]
+    suggested = calibration.dynamics.get("suggested")
+    if suggested:
+        parts.append(Text(f"per prompt instead: {suggested['plan']}, not measured"))
+    if samples.unreadable:
+        parts.append(Text(f"{len(samples.unreadable)} pictures could not be read, count nowhere:"))
+        parts += [Text(f"  {name}: {why}") for name, why in samples.unreadable[:MOST_SHOWN]]
+    found = doubts(calibration)
+    if found:
+        parts.append(Text("before you trust it:"))
+        parts += [Text(f"  - {one}") for one in found]
+    parts.append(Text(f"read first: {folder / NAME}"))
+    parts.append(Text(f"then: {next_command(folder, calibration)}"))
+    return Group(*parts)
+
+
+def _candidates(choice: Any) -> Table:
+    table = Table("plan", "t", "K", "e", "visual FLOPs", "choosing", "held out", "verdict")
+    for column in table.columns[1:7]:
+        column.justify = "right"
+    for number, one in enumerate(choice["candidates"]):
+        held = one["held_out"]
+        table.add_row(
+            one["text"],
+            str(one["t"]),
+            "" if one["keep"] is None else str(one["keep"]),
+            str(one["e"]),
+            f"{100 * one['cost']:.1f} %",
+            _agreement(one["measured"]["tokens"]),
+            _agreement(held["tokens"]) if held else "",
+            one["verdict"],
+            style="bold" if number == choice["chosen"] else None,
+        )
+    return table
+
+
+def _agreement(tokens: Any) -> str:
+    low, high = 100 * tokens["low"], 100 * tokens["high"]
+    return f"{100 * tokens['share']:.1f} % ({low:.1f} to {high:.1f})"

@@ -1,0 +1,97 @@
+"""Which layers of a bundle read integers, where they stand, and what their weights take."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+from ..compile.names import tensor_shapes
+from ..graphs.bundle import Manifest
+from ..graphs.linears import Group, linear_groups
+from ..graphs.quantization import BLOCK
+from .units import show_bytes
+
+MOST_NAMES = 6
+"""Layers kept float that are named in the table."""
+
+VALUE_BITS = {"w8a8": 8, "w8": 8, "w4": 4}
+
+
+def rounding_facts(manifest: Manifest) -> dict[str, Any] | None:
+    """What ``visistage inspect`` shows of quantisation, as JSON; None where all is float.
+
+    ``places``: number of linear layers by scheme, for vision, each stage and the head;
+    ``weight_bytes``: of linear layers, scales included, by scheme; ``float``: names of those that
+    are float in a place where others are not.
+    """
+    quantization = manifest.quantization
+    if not quantization.schemes:
+        return None
+    shapes = tensor_shapes(manifest.config)
+    places: dict[str, Counter[str]] = {}
+    nbytes: Counter[str] = Counter()
+    kept: dict[str, list[str]] = {}
+    for group in linear_groups(manifest.config):
+        place = _place(group, manifest)
+        for name in group.linears:
+            scheme = quantization.schemes.get(name, "float")
+            places.setdefault(place, Counter())[scheme] += 1
+            nbytes[scheme] += _bytes(scheme, shapes[f"{name}.weight"], manifest.element_bytes)
+            if scheme == "float":
+                kept.setdefault(place, []).append(name)
+    mixed = [name for place, names in kept.items() if len(places[place]) > 1 for name in names]
+    return {
+        **{key: value for key, value in quantization.to_dict().items() if key != "schemes"},
+        "places": {place: dict(counts) for place, counts in places.items()},
+        "float": mixed,
+        "weight_bytes": dict(nbytes),
+    }
+
+
+def rounding_rows(facts: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """The same for people: names and values of table rows."""
+    if facts is None:
+        return []
+    where = "; ".join(
+        f"{place} {', '.join(f'{count} {scheme}' for scheme, count in counts.items())}"
+        for place, counts in facts["places"].items()
+    )
+    sizes = ", ".join(f"{scheme} {show_bytes(n)}" for scheme, n in facts["weight_bytes"].items())
+    strengths = facts["smoothed"].values()
+    smoothed = ""
+    if strengths:
+        smoothed = f"{len(strengths)} groups, alpha {min(strengths):g} to {max(strengths):g}"
+    return [
+        ("linear layers", where),
+        ("kept float", _some(facts["float"])),
+        ("linear weights", sizes),
+        ("inputs", f"ranges by {facts['observer']}" if facts["observer"] else "in float"),
+        ("smoothed", smoothed),
+        ("calibration", (facts["calibration"] or "")[:12]),
+    ]
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more (--json)" if more > 0 else "")
+
+
+def _place(group: Group, manifest: Manifest) -> str:
+    if group.place != "decoder":
+        return group.place
+    assert group.layer is not None
+    return next(
+        f"stage{index}"
+        for index, stage in enumerate(manifest.plan.stages)
+        if group.layer < stage.layers[1]
+    )
+
+
+def _bytes(scheme: str, shape: tuple[int, ...], element: int) -> int:
+    """Of a weight (N, K) in a scheme, and of its scales."""
+    outputs, inputs = shape
+    if scheme == "float":
+        return outputs * inputs * element
+    scales = outputs + 1 if scheme == "w8a8" else outputs * math.ceil(inputs / BLOCK)
+    return math.ceil(outputs * inputs * VALUE_BITS[scheme] / 8) + scales * element

@@ -1,0 +1,93 @@
+"""Linear layers over integer weights: what takes the place of ``decoder.Linear`` in a module.
+
+Weights are [K, N] and every product is a ``MatMul``: engines fuse the rounding into that form only
+(``Gemm`` runs unfused, many times slower). Layers of one input share its range; ``replace_linears``
+says why each may still hold a scale of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .decoder import Linear
+from .linears import Group
+from .ops import Eager
+from .quantization import BLOCK, Scheme
+
+WEIGHT = {"w8a8": "weight_int8", "w8": "weight_int8", "w4": "weight_int4"}
+"""Parameter that holds the rounded weight, by scheme. INT4 values stand one to a byte in torch, two
+to a byte in files."""
+
+SCALE, INPUT_SCALE = "weight_scale", "input_scale"
+
+
+def block_of(scheme: Scheme, *, engines: bool) -> int | None:
+    """How many inputs share a scale of an output channel; None: all of them.
+
+    INT8 weights alone: ONNX Runtime is fastest with blocks, while TensorRT-RTX was seen to store
+    weights in blocks as FP16, twice as large.
+    """
+    return BLOCK if scheme == "w4" or (scheme == "w8" and not engines) else None
+
+
+def scale_shape(block: int | None, inputs: int, outputs: int) -> tuple[int, ...]:
+    """Shape of a weight's scales: (N,), or with blocks (ceil(K / block), N)."""
+    return (outputs,) if block is None else (-(-inputs // block), outputs)
+
+
+class QuantizedLinear(nn.Module):
+    """A projection from integer weights. x: (M, K) -> (M, N).
+
+    Parameters: ``weight_int8`` or ``weight_int4`` (K, N) int8, ``weight_scale`` as
+    ``scale_shape``, for ``w8a8`` ``input_scale`` (), and perhaps ``bias`` (N,).
+    """
+
+    def __init__(
+        self, ops: Eager, scheme: Scheme, inputs: int, outputs: int, bias: bool, block: int | None
+    ):
+        super().__init__()
+        self.ops, self.scheme, self.block = ops, scheme, block
+        values = torch.empty(inputs, outputs, dtype=torch.int8)
+        setattr(self, WEIGHT[scheme], nn.Parameter(values, requires_grad=False))
+        self.weight_scale = nn.Parameter(torch.empty(scale_shape(block, inputs, outputs)))
+        self.input_scale = nn.Parameter(torch.empty(())) if scheme == "w8a8" else None
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """As ``decoder.Linear.forward``; ``input_scale`` is that of x as it comes, scaled."""
+        if self.input_scale is not None:
+            x = self.ops.rounded(x, self.input_scale)
+        values = getattr(self, WEIGHT[self.scheme])
+        weight = self.ops.restored(values, self.weight_scale, self.block)
+        out = self.ops.product(x, weight)
+        if self.bias is None:
+            return out
+        return out + (self.bias if scale == 1.0 else self.bias * scale)
+
+
+def replace_linears(
+    module: nn.Module, schemes: Mapping[str, Scheme], groups: Iterable[Group], *, engines: bool
+) -> None:
+    """Put a ``QuantizedLinear`` where ``schemes`` names a layer of ``module``, in place.
+
+    ``engines``: as TensorRT likes it, the layers of one input round it once. ONNX Runtime does not
+    fuse a rounded tensor that several products read; there each layer rounds for itself, with
+    scales that differ in their last bit so that the roundings are not merged again.
+    """
+    first: dict[str, nn.Parameter] = {}
+    group_of = {name: group.name for group in groups for name in group.linears}
+    for name, linear in list(module.named_modules()):
+        scheme = schemes.get(name)
+        if scheme is None or not isinstance(linear, Linear):
+            continue
+        outputs, inputs = linear.weight.shape
+        block = block_of(scheme, engines=engines)
+        bias = linear.bias is not None
+        new = QuantizedLinear(linear.ops, scheme, inputs, outputs, bias, block)
+        if engines and new.input_scale is not None:
+            new.input_scale = first.setdefault(group_of[name], new.input_scale)
+        parent, _, own = name.rpartition(".")
+        setattr(module.get_submodule(parent), own, new)

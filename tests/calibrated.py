@@ -1,0 +1,51 @@
+"""Calibrations of small checkpoints, made from drawn pictures in a second."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from visistage.calib.calibration import Calibration, SampleFacts
+from visistage.calib.prompts import order_hash, prepare
+from visistage.calib.samples import Sample
+from visistage.compile.checkpoint import open_checkpoint
+from visistage.compile.collect import collect, fits
+from visistage.compile.planfile import resolve_plan
+from visistage.compile.texts import prompt_encoder, text_facts
+from visistage.runtime.preprocessing import Preprocessing
+
+QUESTIONS = ("What is this?", "How many of them are there, and where?", "Why?")
+
+
+def calibrate(model, plan: str, folder: Path) -> Calibration:
+    """Calibrate ``model`` for ``plan`` and save it in ``folder``."""
+    checkpoint = open_checkpoint(str(model))
+    config, texts = checkpoint.config, text_facts(checkpoint)
+    generator = np.random.default_rng(5)
+    pictures = generator.integers(0, 256, (len(QUESTIONS), 40, 48, 3), np.uint8)
+    samples = [
+        Sample(f"drawn {number}", picture, question, "It is")
+        for number, (picture, question) in enumerate(zip(pictures, QUESTIONS, strict=True))
+    ]
+    preprocessing = Preprocessing.from_dict(texts.preprocessing)
+    prompts, _ = prepare(samples, prompt_encoder(checkpoint), preprocessing)
+    staged = resolve_plan(plan, config.text.layers, config.visual_tokens)
+    calibration = Calibration(
+        checkpoint.name,
+        fits(checkpoint, texts),
+        staged,
+        "stage",
+        False,
+        SampleFacts(("drawn",), tuple(one.name for one in prompts), order_hash(prompts)),
+        collect(checkpoint, prompts, staged, texts.prefix_ids),
+        {},
+    )
+    calibration.save(folder)
+    return calibration
+
+
+def spoilt(folder: Path, field: str) -> None:
+    """Make a saved calibration fit another ``model``, ``template`` or ``preprocessing``."""
+    file = folder / "calibration.json"
+    facts = json.loads(file.read_text())
+    facts["fits"][field] = "0" * 64
+    file.write_text(json.dumps(facts))

@@ -1,0 +1,233 @@
+"""``visistage calibrate`` from samples to a folder, and how it ends when something is wrong."""
+
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from visistage import runtime
+from visistage.calib import calibrate as pipeline
+from visistage.calib.calibration import Calibration
+from visistage.calib.measuring import Measuring, Origin, text_blind_plans
+from visistage.calib.samples import Sample
+from visistage.cli import main
+from visistage.compile.build import build
+from visistage.compile.planfile import load_plan
+from visistage.console.calibration import DEMO_SERIES, calibration_samples
+from visistage.console.units import Share
+from visistage.demo.heldout import _series
+from visistage.graphs.presets import preset
+from visistage.tests import toy
+
+LAYERS, TOKENS = 4, 16
+PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["calibrate", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A toy checkpoint and six questions about five pictures, one of them broken."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    toy.make_checkpoint(folder / "toy")
+    rng = np.random.default_rng(0)
+    (folder / "data").mkdir()
+    lines = []
+    for number in range(5):
+        noise = rng.integers(0, 256, (40, 52, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / "data" / f"{number}.png")
+        lines.append({"image": f"{number}.png", "prompt": f"What is {number}?"})
+    (folder / "data" / "3.png").write_bytes(b"no picture")
+    lines.append({**lines[0], "prompt": "And what else?", "answer": "a dog"})
+    text = "\n".join(map(json.dumps, lines))
+    (folder / "data" / "questions.jsonl").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chosen(folder):
+    """A calibration that chose its plan, as printed facts."""
+    done = run(
+        *(folder / "toy", "--data", folder / "data", "--out", folder / "out"),
+        *("--cost", "90%", "--candidates", "2", "--json"),
+    )
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_the_folder_holds_plan_ranges_and_page(folder, chosen):
+    where = folder / "out" / "toy"
+    assert chosen["path"] == str(where)
+    assert sorted(file.name for file in where.iterdir()) == [
+        *("calibration.html", "calibration.json", "calibration.safetensors", "plan.yaml"),
+    ]
+    assert [file.name for file in where.parent.iterdir()] == ["toy"]
+    calibration = Calibration.load(where)
+    assert calibration.hash == chosen["hash"]
+    assert load_plan(where / "plan.yaml") == calibration.plan
+    assert calibration.plan.calibrated
+    assert calibration.rows == "stage"
+    assert chosen["next"] == f"make engines MODEL=toy PRECISION=int8 CALIB={where}"
+
+
+def test_what_was_read_is_told_and_what_was_not_is_named(chosen):
+    samples = chosen["samples"]
+    assert samples["files"] == ["questions.jsonl"]
+    assert [name.partition(":")[2] for name in samples["names"]] == ["1", "2", "3", "5", "6"]
+    (broken,) = samples["unreadable"]
+    assert broken["sample"] == "questions.jsonl:4"
+    assert "3.png" in broken["reason"]
+    assert "/" not in broken["reason"].partition("3.png")[0]  # no folder of this machine
+
+
+def test_the_choice_was_measured_on_some_and_confirmed_on_others(chosen):
+    choice = chosen["choice"]
+    assert choice["budget"] == {"cost": 0.9}
+    assert choice["samples"]["choosing"] + choice["samples"]["held_out"] == 5
+    assert choice["samples"]["held_out"] >= 1
+    assert 1 <= len(choice["candidates"]) <= 2
+    taken = choice["candidates"][choice["chosen"]]
+    assert taken["cost"] <= 0.9
+    assert taken["held_out"]["prompts"] == choice["samples"]["held_out"]
+    assert chosen["plan"] == choice["plan"]
+    assert [row["shallow"] for row in chosen["dynamics"]["text_blind"]] == [1]
+    assert chosen["dynamics"]["prompts"] == choice["samples"]["choosing"]
+    assert chosen["dynamics"]["layers"] == LAYERS
+
+
+def test_a_measured_agreement_is_that_of_the_real_bundle(folder, tmp_path):
+    rng = np.random.default_rng(1)
+    pictures = [Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)) for _ in range(3)]
+    samples = [Sample(str(i), picture, "Why?", "") for i, picture in enumerate(pictures)]
+    measuring = Measuring(Origin(str(folder / "toy")), tmp_path / "work")
+    dense = preset("dense", LAYERS, TOKENS)
+    measuring.refer(dense, samples, [2], 5, lambda: None)
+    same = measuring.measure(dense)
+    assert same.tokens.share == same.answers.share == 1.0
+    assert same.answers.total == 2
+    assert measuring.confirm(dense).answers.total == 1
+    assert not (tmp_path / "work").exists()
+
+    plan = preset("visipruner", LAYERS, TOKENS, shallow=1, t=1, e=2, keep=1)
+    found = measuring.measure(plan)
+    bundles = [
+        build(str(folder / "toy"), plan=text, out=tmp_path / "by hand")
+        for text in ("dense", "visipruner:shallow=1,t=1,e=2,keep=1")
+    ]
+    with runtime.load(bundles[0].path) as one, runtime.load(bundles[1].path) as other:
+        said = [one.infer(s.image, s.prompt, max_tokens=5).tokens for s in samples[:2]]
+        scores = [
+            other.score(s.image, s.prompt, tokens[:-1])
+            for s, tokens in zip(samples, said, strict=False)
+        ]
+    right = [
+        list(score.argmax(-1)) == list(tokens) for score, tokens in zip(scores, said, strict=True)
+    ]
+    assert found.answers.right == sum(right)
+
+
+def test_a_named_plan_is_calibrated_without_a_bundle(folder, tmp_path, monkeypatch):
+    def refuse(*_args, **_options):
+        raise AssertionError("a bundle was built")
+
+    monkeypatch.setattr("visistage.calib.measuring.build", refuse)
+    done = run(folder / "toy", "--data", folder / "data", "--plan", PLAN, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    calibration = Calibration.load(tmp_path / "toy")
+    assert calibration.plan == preset("visipruner", LAYERS, TOKENS, shallow=1, t=1, e=2, keep=4)
+    assert (calibration.choice, calibration.dynamics) == ({}, {})
+    assert calibration.groups
+    assert "then: make engines MODEL=toy PRECISION=int8" in done.stdout
+    assert "1 pictures could not be read" in done.stdout
+
+
+def test_the_same_samples_give_the_same_calibration(folder, tmp_path):
+    arguments = (folder / "toy", "--data", folder / "data", "--plan", PLAN, "--json", "--out")
+    one, other = (json.loads(run(*arguments, tmp_path / name).stdout) for name in ("a", "b"))
+    assert one["hash"] == other["hash"]
+    fewer = json.loads(run(*arguments, tmp_path / "c", "--samples", 2).stdout)
+    assert fewer["hash"] != one["hash"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_end_in_the_middle_leaves_what_was_there_before(folder, tmp_path, monkeypatch, error):
+    arguments = (folder / "toy", "--data", folder / "data", "--plan", PLAN, "--out", tmp_path)
+    assert run(*arguments).exit_code == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "toy").iterdir()}
+
+    def fail(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr(pipeline, "write_report", fail)
+    done = run(*arguments)
+    assert done.exit_code == (130 if error is KeyboardInterrupt else 1)
+    assert [file.name for file in tmp_path.iterdir()] == ["toy"]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "toy").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--lose", "1%", "--cost", "50%"), "expected one of the two"),
+        (("--plan", PLAN, "--lose", "1%"), "found --lose beside --plan"),
+        (("--plan", PLAN, "--candidates", "3"), "found --candidates beside --plan"),
+        (("--plan", "visipruner-adaptive"), "decides per prompt"),
+        (("--plan", "visiprune"), "Did you mean 'visipruner'"),
+        (("--lose", "100%"), "expected 0 % to below 100 %"),
+        (("--lose", "half"), "is no share"),
+        (("--lose", "5"), "Write one like 1% or 0.01"),
+        (("--holdout", "1"), "expected 0 to below 1"),
+        (("--samples", "1"), "found 1 picture"),
+    ],
+)
+def test_what_cannot_be_honoured_is_one_error_and_leaves_nothing(
+    folder, tmp_path, arguments, words
+):
+    done = run(folder / "toy", "--data", folder / "data", "--out", tmp_path / "out", *arguments)
+    assert done.exit_code == 2, done.output
+    assert words in done.output
+    assert "Traceback" not in done.output
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_model_without_samples_of_its_own_asks_for_them(tmp_path):
+    done = run(tmp_path, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "--data questions.jsonl" in done.output
+
+
+def test_text_blind_plans_do_nothing_else():
+    plans = text_blind_plans(32, 576)
+    assert list(plans) == [2, 4, 6, 8]
+    assert text_blind_plans(1, 576) == {}
+    for shallow, plan in plans.items():
+        (stage,) = plan.stages
+        assert stage.modes[:shallow] == ("sink", *("text_blind",) * (shallow - 1))
+        assert set(stage.modes[shallow:]) == {"dense"}
+        assert stage.visual_tokens == 576
+
+
+def test_the_demo_is_not_calibrated_on_what_evaluations_ask():
+    asked = {scene for scene, _ in map(_known, islice(_series(2000, "held out 0", True), 2000))}
+    seen = {scene for scene, _ in map(_known, _series(512, f"held out {DEMO_SERIES}", True))}
+    assert len(seen) > 500
+    assert not asked & seen
+    samples, files = calibration_samples("demo", None, 3)
+    assert files == (f"demo scenes, series {DEMO_SERIES}",)
+    assert [one.name for one in samples] == ["scene 0", "scene 1", "scene 2"]
+    assert [one.prompt for one in samples] == [
+        question.text for _, question in _series(3, f"held out {DEMO_SERIES}", True)
+    ]
+
+
+def _known(pair):
+    return repr(pair[0]), pair[1]
+
+
+def test_shares_are_typed_as_people_write_them():
+    read = [Share().convert(text, None, None) for text in ("1%", "0.5 %", "0.01", ".5", "100%")]
+    assert read == pytest.approx([0.01, 0.005, 0.01, 0.5, 1.0])
