@@ -9,7 +9,8 @@ from typing import Any
 from ..compile.names import tensor_shapes
 from ..graphs.bundle import Manifest
 from ..graphs.linears import Group, linear_groups
-from ..graphs.quantization import BLOCK
+from ..graphs.quantization import Scheme, block_of
+from ..graphs.targets import find_target
 from .units import show_bytes
 
 MOST_NAMES = 6
@@ -37,7 +38,7 @@ def rounding_facts(manifest: Manifest) -> dict[str, Any] | None:
         for name in group.linears:
             scheme = quantization.schemes.get(name, "float")
             places.setdefault(place, Counter())[scheme] += 1
-            nbytes[scheme] += _bytes(scheme, shapes[f"{name}.weight"], manifest.element_bytes)
+            nbytes[scheme] += _bytes(scheme, shapes[f"{name}.weight"], manifest)
             if scheme == "float":
                 kept.setdefault(place, []).append(name)
     mixed = [name for place, names in kept.items() if len(places[place]) > 1 for name in names]
@@ -88,10 +89,12 @@ def _place(group: Group, manifest: Manifest) -> str:
     )
 
 
-def _bytes(scheme: str, shape: tuple[int, ...], element: int) -> int:
+def _bytes(scheme: Scheme, shape: tuple[int, ...], manifest: Manifest) -> int:
     """Of a weight (N, K) in a scheme, and of its scales."""
-    outputs, inputs = shape
+    (outputs, inputs), element = shape, manifest.element_bytes
     if scheme == "float":
         return outputs * inputs * element
-    scales = outputs + 1 if scheme == "w8a8" else outputs * math.ceil(inputs / BLOCK)
+    block = block_of(scheme, engines=find_target(manifest.target).engines)
+    scales = outputs * (1 if block is None else math.ceil(inputs / block))
+    scales += scheme == "w8a8"  # that of its inputs
     return math.ceil(outputs * inputs * VALUE_BITS[scheme] / 8) + scales * element

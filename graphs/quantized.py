@@ -15,22 +15,13 @@ from torch import Tensor, nn
 from .decoder import Linear
 from .linears import Group
 from .ops import Eager
-from .quantization import BLOCK, Scheme
+from .quantization import Scheme, block_of
 
 WEIGHT = {"w8a8": "weight_int8", "w8": "weight_int8", "w4": "weight_int4"}
 """Parameter that holds the rounded weight, by scheme. INT4 values stand one to a byte in torch, two
 to a byte in files."""
 
 SCALE, INPUT_SCALE = "weight_scale", "input_scale"
-
-
-def block_of(scheme: Scheme, *, engines: bool) -> int | None:
-    """How many inputs share a scale of an output channel; None: all of them.
-
-    INT8 weights alone: ONNX Runtime is fastest with blocks, while TensorRT-RTX was seen to store
-    weights in blocks as FP16, twice as large.
-    """
-    return BLOCK if scheme == "w4" or (scheme == "w8" and not engines) else None
 
 
 def scale_shape(block: int | None, inputs: int, outputs: int) -> tuple[int, ...]:

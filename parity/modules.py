@@ -79,9 +79,9 @@ def one_thread() -> Iterator[None]:
 
 def quantise(module: nn.Module, manifest: Manifest) -> None:
     """Let the layers of ``module`` read integers that do so in the bundle's graphs."""
-    share = find_target(manifest.target).engines
+    engines = find_target(manifest.target).engines
     groups = linear_groups(manifest.config)
-    replace_linears(module, manifest.quantization.schemes, groups, engines=share)
+    replace_linears(module, manifest.quantization.schemes, groups, engines=engines)
 
 
 def _module(graph: StoredGraph, widening: Widening) -> nn.Module:

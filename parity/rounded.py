@@ -132,8 +132,8 @@ class RoundedWeights:
                 ratio = np.take_along_axis(plain, at, 1) / np.take_along_axis(ours, at, 1)
             values = ratio[:, 0]
         else:
-            largest = _absmax(plain, scheme)
-            scales = self._ours(f"{linear}.{SCALE}").reshape(-1, len(plain)).T
+            stored = self._ours(f"{linear}.{SCALE}")
+            largest, scales = _absmax(plain, stored), stored.reshape(-1, len(plain)).T
             ratio = largest / (LEVELS[scheme] * scales)
             usable = (largest > 0) & (scales > self._tiny * 1.5)
             values = np.nanmax(np.where(usable, ratio, np.nan), 1, initial=-np.inf)
@@ -176,10 +176,10 @@ class RoundedWeights:
         block = BLOCK if scales.ndim == 2 else None
         known = np.isfinite(want)
         if exact and known.all():
-            largest = _absmax(want, scheme)
+            largest = _absmax(want, scales)
             filled = np.where(largest == 0, 1.0, np.maximum(largest / levels, self._tiny))
             found = scales.reshape(-1, len(want)).T
-            allowed = (_absmax(slack, scheme) / levels) + filled * self.slack
+            allowed = (_absmax(slack, scales) / levels) + filled * self.slack
             _require_within(f"{linear}.{SCALE}", np.abs(found - filled), allowed, "its share")
         error = np.abs(restored(values, scales, block) - want)
         step = restored(np.ones_like(values), scales, block)
@@ -231,9 +231,9 @@ def _ones(count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.ones(count, np.float32), np.zeros(count, np.float32)
 
 
-def _absmax(weight: np.ndarray, scheme: str) -> np.ndarray:
-    """(N, K) -> (N, blocks): the largest absolute value that each scale stands for."""
-    if scheme == "w8a8":
+def _absmax(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """(N, K) -> (N, blocks): the largest absolute value that each of ``scales`` stands for."""
+    if scales.ndim == 1:
         return absmax(weight, 1)[:, None]
     starts = range(0, weight.shape[1], BLOCK)
     return np.stack([absmax(weight[:, at : at + BLOCK], 1) for at in starts], 1)
