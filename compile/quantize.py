@@ -32,8 +32,8 @@ from ..graphs.errors import DataError, TargetError
 from ..graphs.linears import Group, linear_groups
 from ..graphs.plan import StagePlan, nearest
 from ..graphs.precision import LIMIT, Widening
-from ..graphs.quantization import Quantization, Recipe, Scheme
-from ..graphs.quantized import INPUT_SCALE, SCALE, WEIGHT, block_of, scale_shape
+from ..graphs.quantization import Quantization, Recipe, Scheme, block_of
+from ..graphs.quantized import INPUT_SCALE, SCALE, WEIGHT, ZERO, scale_shape
 from ..graphs.targets import Target
 from .checkpoint import Checkpoint
 
@@ -151,11 +151,11 @@ class Rounding:
             return math.prod(weight)
         if own == INPUT_SCALE:
             return itemsize
-        if own == SCALE:
+        if own in (SCALE, ZERO):
             outputs, inputs = weight
-            scheme = self.quantization.schemes[module]
-            block = block_of(scheme, engines=self.engines)
-            return math.prod(scale_shape(block, inputs, outputs)) * itemsize
+            block = block_of(self.quantization.schemes[module], engines=self.engines)
+            size = 1 if own == ZERO else itemsize
+            return math.prod(scale_shape(block, inputs, outputs)) * size
         return math.prod(self.checkpoint.tensors[name].shape) * itemsize
 
     def tensor(self, name: str) -> Tensor:
@@ -197,6 +197,8 @@ class Rounding:
             levels = INT4_LEVELS if scheme == "w4" else INT8_LEVELS
             values, scales = int4_weight(weight, block, levels=levels, half=self.half, name=module)
         out = {WEIGHT[scheme]: pack_int4(values) if scheme == "w4" else values, SCALE: scales}
+        if scheme == "w8" and block is not None:
+            out[ZERO] = np.zeros(scales.shape, np.int8)
         if scheme == "w8a8":
             out[INPUT_SCALE] = np.asarray(self._input_scale(module))
         return out

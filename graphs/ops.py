@@ -78,8 +78,13 @@ class Eager:
         """To multiples of ``scale`` (), at most 127 of them; halves go to even."""
         return torch.clamp(torch.round(x / scale), -128, 127) * scale
 
-    def restored(self, weight: Tensor, scale: Tensor, block: int | None) -> Tensor:
-        """What integers (K, N) stand for; scale: (N,), or (K / block, N) with ``block`` inputs."""
+    def restored(
+        self, weight: Tensor, scale: Tensor, block: int | None, zero: Tensor | None = None
+    ) -> Tensor:
+        """What integers (K, N) stand for; scale: (N,), or (K / block, N) with ``block`` inputs.
+
+        ``zero``: zero points, all 0, for who wants them said.
+        """
         if block is not None:
             scale = scale.repeat_interleave(block, 0)[: weight.shape[0]]
         return weight.to(scale.dtype) * scale
@@ -158,10 +163,12 @@ class Llm(Eager):
         values = _symbolic("QuantizeLinear", inputs, {}, torch.int8, x.shape, self.opset)
         return _symbolic("DequantizeLinear", [values, scale], {}, x.dtype, x.shape, self.opset)
 
-    def restored(self, weight: Tensor, scale: Tensor, block: int | None) -> Tensor:
+    def restored(
+        self, weight: Tensor, scale: Tensor, block: int | None, zero: Tensor | None = None
+    ) -> Tensor:
         """``DequantizeLinear``, which engines fuse into the product behind it."""
         attributes = {"axis": 1} if block is None else {"axis": 0, "block_size": block}
-        inputs = [weight, scale]
+        inputs = [weight, scale] if zero is None else [weight, scale, zero]
         return _symbolic(
             "DequantizeLinear", inputs, attributes, scale.dtype, weight.shape, self.opset
         )

@@ -25,7 +25,8 @@ from visistage.graphs.ops import Eager
 from visistage.graphs.quantization import Quantization, parse_recipe
 from visistage.graphs.quantized import QuantizedLinear, block_of
 from visistage.graphs.targets import TARGETS, TENSORRT_RTX
-from visistage.runtime.integers import NO_GEMM, integer_entries, saturates
+from visistage.runtime.integers import EXACT, NO_GEMM, integer_entries, saturates
+from visistage.runtime.session import load
 from visistage.tests import calibrated, toy
 from visistage.trt.engines import compile_engines
 from visistage.trt.flavour import find
@@ -372,3 +373,20 @@ def test_engines_of_every_scheme_keep_their_weights_in_integers(wide, tmp_path):
         assert layers["DEQUANTIZE"] >= 2 * 7
         assert layers.get("QUANTIZE", 0) == (2 * 4 if "int8" in precision else 0)
         assert whole - nbytes > 0.8 * (weights - smaller), (precision, whole, nbytes)
+
+
+def test_bundles_answer_the_same_where_integer_products_must_be_kept_from_saturating(
+    model, calibration, int8, tmp_path, monkeypatch
+):
+    """As on a processor without VNNI: weights become unsigned, and mean the same."""
+    w8 = build(str(model), plan=PLAN, precision="w8", out=tmp_path)
+    picture = np.full((32, 32, 3), 90, np.uint8)
+    for bundle in (int8, w8):
+        with load(bundle.path) as session:
+            want = session.score(picture, "Why?", [7, 8, 9])
+        entries = dict([NO_GEMM, EXACT])
+        monkeypatch.setattr("visistage.runtime.ort.integer_entries", lambda found=entries: found)
+        with load(bundle.path) as session:
+            got = session.score(picture, "Why?", [7, 8, 9])
+        monkeypatch.undo()
+        assert np.abs(got - want).max() < 0.2 * want.std()
