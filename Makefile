@@ -33,6 +33,7 @@ CALIBRATE = "$(MODEL)" --out "$(OUT)" \
 	$(if $(COST),--cost "$(COST)") \
 	$(if $(HOLDOUT),--holdout "$(HOLDOUT)") \
 	$(if $(CANDIDATES),--candidates "$(CANDIDATES)") \
+	$(if $(PRECISION),--precision "$(PRECISION)") \
 	$(if $(REVISION),--revision "$(REVISION)") \
 	$(if $(filter-out 0 no false,$(DUMMY)),--dummy-weights) \
 	$(if $(filter-out 0 no false,$(OFFLINE)),--offline)
@@ -55,7 +56,7 @@ engines: setup  ## build a bundle: MODEL=llava-7b [PLAN TARGET PRECISION DUMMY O
 
 # Unless OUT is typed, calibrations lie apart from engines.
 calibrate: OUT = calibrations
-calibrate: setup  ## choose a plan, measure ranges: MODEL=demo [DATA SAMPLES PLAN LOSE COST OUT]
+calibrate: setup  ## choose a plan, measure ranges: MODEL=demo [DATA SAMPLES PLAN LOSE COST PRECISION OUT]
 	@$(BIN)/visistage calibrate $(CALIBRATE)
 
 profile: setup  ## time a bundle part by part: MODEL=llava-7b [PLAN TARGET PRECISION DUMMY OUT]

@@ -350,13 +350,14 @@ def evaluate(bundle, data, samples, max_tokens, backend, as_json) -> None:
 @click.option("--cost", type=Share(), help="Choose the best plan within so much of dense.")
 @click.option("--holdout", type=Share(), help="Samples that confirm what others chose (33%).")
 @click.option("--candidates", "most", type=click.IntRange(1), help="Plans to measure (12).")
+@click.option("--precision", help="Choose for fp32 (default), int8, w8, w4, or a recipe.")
 @click.option("--out", default="calibrations", show_default=True, help="Folder of them all.")
 @click.option("--revision", help="Branch, tag or commit of a model on the hub.")
 @click.option("--offline", is_flag=True, help="Use only what was downloaded before.")
 @click.option("--dummy-weights", is_flag=True, help="Random weights in the model's shape.")
 @as_json
 def calibrate(
-    model, data, samples, plan, lose, cost, holdout, most, out, as_json, **options
+    model, data, samples, plan, lose, cost, holdout, most, precision, out, as_json, **options
 ) -> None:
     """Choose a plan from data, and measure the ranges that INT8 needs.
 
@@ -369,11 +370,13 @@ def calibrate(
 
     A plan is chosen by what it may lose (--lose 1% of the tokens that the dense model says) or by
     what it may cost (--cost 50% of its visual FLOPs), from bundles that are built and asked here;
-    samples held out confirm it. With --plan no bundle runs, and large models go through small
-    machines. The demo model needs no --data.
+    samples held out confirm it. With --precision those bundles are quantised, and what is lost is
+    lost to rounding and pruning together. With --plan no bundle runs, and large models go through
+    small machines. The demo model needs no --data.
 
     \b
     visistage calibrate demo --lose 1%
+    visistage calibrate demo --lose 2% --precision int8
     visistage calibrate llava-7b --data questions.jsonl --cost 50%
     visistage calibrate llava-7b --data photos/ --samples 64 --plan visipruner:t=14,keep=32
     """
@@ -387,7 +390,9 @@ def calibrate(
 
     chosen, files = calibration_samples(model, data, samples)
     with CalibrationProgress() as progress:
-        wish = wish_or_plan(plan, lose=lose, cost=cost, holdout=holdout, most=most)
+        wish = wish_or_plan(
+            plan, lose=lose, cost=cost, holdout=holdout, most=most, precision=precision
+        )
         from .calib.calibrate import calibrate
         from .calib.measuring import Origin
 

@@ -7,11 +7,17 @@ chosen). Shares are of 1, not per cent.
     agreement     what "lose" counts: "tokens" (teacher-forced, see calib/agreement.py)
     cost          what "cost" counts: "visual FLOPs as the graphs run them, dense = 1"
     max_tokens    longest answer that was compared
+    precision     of the bundles that were measured: "fp32", or a recipe's name; the dense answers
+                  that they are compared with are those of FP32
+    rounding      quantised precisions only: the dense plan in it, on the choosing samples: an
+                  Agreement, see below
+    shipped       quantised precisions only: the chosen plan with its own ranges, which rest on all
+                  samples: {"samples": "held_out" or "choosing", and an Agreement}
     samples       {"choosing": n, "held_out": n}
     plan          the chosen plan, StagePlan.to_dict()
     text          the same as one can type it: "visipruner:shallow=false,t=4,e=6,keep=16", "dense"
     fits          whether a pruned plan kept the budget; false: dense was taken
-    reasons       {"s", "t", "K", "e"}: a sentence each
+    reasons       {"s", "t", "K", "e"}: a sentence each; "precision" where it is quantised
     warnings      sentences; what should be known before the choice is trusted
     chosen        index into candidates, or null for dense
     candidates    by cost, ascending:
@@ -105,7 +111,9 @@ class Choice:
         return self.chosen is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form, but for ``max_tokens``, which only those know who measured."""
+        """Plain JSON form, but for what only those know who measured: ``max_tokens``,
+        ``precision``, ``rounding`` and ``shipped``.
+        """
         best = {one.candidate for one in best_of(self.tried)}
         held = next((one.held_out for one in self.tried if one.held_out), None)
         return {

@@ -43,6 +43,7 @@ def _about_choice(choice: Mapping[str, Any]) -> Iterator[str]:
         )
         return
     yield from choice["warnings"]
+    yield from _about_shipped(choice)
     if not choice["fits"]:
         yield (
             "No pruned plan kept the budget, so the plan is dense: nothing is pruned. A looser "
@@ -65,6 +66,20 @@ def _about_choice(choice: Mapping[str, Any]) -> Iterator[str]:
             f"The agreement of the plan lies anywhere between {percent(share['low'], 1)} and "
             f"{percent(share['high'], 1)}: {share['total']} {choice['agreement']} held out are "
             "too few to tell. Give more samples."
+        )
+
+
+def _about_shipped(choice: Mapping[str, Any]) -> Iterator[str]:
+    """What a quantised bundle loses in the end, if it is more than it may."""
+    if "shipped" not in choice or "lose" not in choice["budget"]:
+        return
+    kind, lose = choice["agreement"], choice["budget"]["lose"]
+    lost, alone = (1 - choice[name][kind]["share"] for name in ("shipped", "rounding"))
+    if lost > lose + 1e-9:
+        yield (
+            f"As it ships, in {choice['precision']}, the plan loses {percent(lost, 1)} of the "
+            f"{kind}; the budget is {percent(lose, 1)}. Rounding alone loses {percent(alone, 1)}: "
+            "leave sensitive layers in float (keep=5%), or choose a looser budget."
         )
 
 

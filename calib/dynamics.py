@@ -1,6 +1,6 @@
 """What a dense model makes of its visual tokens, layer by layer: when, how many, how long.
 
-A reading is the last prompt row's view of each visual token in every layer of a dense FP32 run:
+A reading is the last prompt row's view of each visual token in every layer of a dense run:
 how little its attention output turns without the token, and how large the token's part of it is.
 Readings say when the published rules would fire at any threshold, so one run serves them all. The
 model may be quantised or of any depth; the only thing that counts is who made the readings.

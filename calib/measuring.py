@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from .. import runtime
 from ..compile.build import build
@@ -18,9 +19,11 @@ from ..graphs.errors import CapacityError
 from ..graphs.plan import Mode, Stage, StagePlan
 from ..graphs.presets import preset
 from .agreement import Agreement, Referred, agreement, reference
+from .calibration import Calibration
 from .samples import Sample
 
 Tick = Callable[[], None]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,14 @@ class Measuring:
     Both are measured while a bundle exists, and those held out are not looked at before
     ``confirm``: building twice would take longer than asking.
 
-    folder: for plans and bundles; empty between two calls.
+    folder: for plans and bundles; gone between two calls. precision: of the plans' bundles; the
+    dense answers are those of an FP32 bundle always. ``ranges`` must be set before plans are
+    measured in a quantised one: of rows that none of them changes, for each has rows of its own.
     """
 
-    def __init__(self, origin: Origin, folder: Path):
-        self.origin, self.folder = origin, folder
+    def __init__(self, origin: Origin, folder: Path, precision: str = "fp32"):
+        self.origin, self.folder, self.precision = origin, folder, precision
+        self.ranges: Calibration | None = None
         self._choosing: list[Referred] = []
         self._held: list[Referred] = []
         self._confirmed: dict[str, Agreement] = {}
@@ -82,6 +88,8 @@ class Measuring:
 
     def measure(self, plan: StagePlan, tick: Tick = lambda: None) -> Agreement:
         """On the choosing samples."""
+        # Else a build would look for a calibration of its own.
+        assert self.precision == "fp32" or self.ranges is not None
 
         def run(session: runtime.Session) -> Agreement:
             found = agreement(session, self._choosing, tick)
@@ -89,20 +97,54 @@ class Measuring:
                 self._confirmed[plan.hash] = agreement(session, self._held, tick)
             return found
 
-        return self._with_bundle(plan, run)
+        return self._with_bundle(plan, run, self.precision, self.ranges)
+
+    def ship(self, calibration: Calibration, tick: Tick = lambda: None) -> Agreement:
+        """The plan of a calibration with its own ranges, on samples held out if there are any."""
+        answers = self._held or self._choosing
+        return self._with_bundle(
+            calibration.plan,
+            lambda session: agreement(session, answers, tick),
+            self.precision,
+            calibration,
+        )
+
+    @property
+    def shipped_on(self) -> str:
+        """Which samples ``ship`` asks."""
+        return "held_out" if self._held else "choosing"
+
+    @property
+    def ship_asks(self) -> int:
+        """How many."""
+        return len(self._held or self._choosing)
 
     def confirm(self, plan: StagePlan) -> Agreement:
         """On those held out; of a plan that was measured."""
         return self._confirmed[plan.hash]
 
-    def _with_bundle(self, plan, run):
+    def _with_bundle(
+        self,
+        plan: StagePlan,
+        run: Callable[[runtime.Session], Found],
+        precision: str = "fp32",
+        calibration: Calibration | None = None,
+    ) -> Found:
         """What ``run`` makes of a session with the plan's bundle, which is gone afterwards."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / "plan.json"
-        save_plan(plan, file)
+        file, ranges = self.folder / "plan.json", None
         try:
+            save_plan(plan, file)
+            if calibration is not None:
+                ranges = self.folder / "ranges"
+                replace(calibration, plan=plan).save(ranges)
             bundle: Bundle = build(
-                **vars(self.origin), plan=str(file), target="cpu", out=self.folder
+                **vars(self.origin),
+                plan=str(file),
+                target="cpu",
+                precision=precision,
+                calibration=ranges,
+                out=self.folder,
             )
             with runtime.load(bundle.path) as session:
                 return run(session)

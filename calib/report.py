@@ -60,6 +60,8 @@ def _choice(choice: Mapping[str, Any]) -> dict[str, Any] | None:
     chosen = None if choice["chosen"] is None else choice["candidates"][choice["chosen"]]
     return {
         **choice,
+        "precision": choice.get("precision", "fp32"),
+        "shipped": choice.get("shipped"),
         "taken": chosen,
         "reasons": sorted(choice["reasons"].items(), key=lambda one: ORDER.find(one[0])),
         "foot": charts.FOOT,

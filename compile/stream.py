@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..graphs.decoder import Linear
 from .checkpoint import Checkpoint
+from .rounded import Rounded
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Hook = Callable[[str, Tensor, Tensor], None]
@@ -30,7 +32,7 @@ class Streamed:
     """Calls pieces of ``module``, a ``without_weights``, with the checkpoint's weights in FP32.
 
     ``watched`` are the kinds of modules that ``hook`` is told of; ``progress`` counts pieces that
-    have weights.
+    have weights. With ``rounded``, weights and what linear layers are given come rounded.
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class Streamed:
         progress: Callable[[int], None] = lambda pieces: None,
         watched: tuple[type[nn.Module], ...] = (),
         hook: Hook | None = None,
+        rounded: Rounded | None = None,
     ):
-        self.checkpoint, self.progress = checkpoint, progress
+        self.checkpoint, self.progress, self.rounded = checkpoint, progress, rounded
         self.watched, self.hook = watched, hook
         self.names = {id(weight): name for name, weight in module.named_parameters()}
         self.weights: dict[str, Tensor] = {}
@@ -55,7 +58,7 @@ class Streamed:
     def loaded(self, piece: nn.Module) -> Iterator[Callable[..., Any]]:
         """What runs one piece, any number of times while its weights are in memory."""
         self._fill(piece)
-        handles = list(self._watch(piece))
+        handles = [*self._round(piece), *self._watch(piece)]
 
         @torch.no_grad()
         def run(*args: Tensor | None) -> Any:
@@ -81,10 +84,24 @@ class Streamed:
         shapes = {name: weight.shape for name, weight in piece.named_parameters()}
         old = {name: weight for name, weight in old.items() if weight.shape == shapes.get(name)}
         for name, weight in piece.named_parameters():
-            stored = self.checkpoint.load(self.names[id(weight)])
+            stored = (self.rounded or self.checkpoint).load(self.names[id(weight)])
             place = old.pop(name) if name in old else torch.empty(stored.shape)
             self.weights[name] = place.copy_(stored)
             self.checkpoint.release()
+
+    def _round(self, piece: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        """Hooks that round what linear layers are given."""
+        rounded = self.rounded
+        if rounded is None:
+            return
+
+        def given(name: str) -> Callable[..., tuple]:
+            return lambda module, args: (rounded.inputs(name, args[0]), *args[1:])
+
+        for module in piece.modules():
+            if isinstance(module, Linear):
+                name = self.names[id(module.weight)].removesuffix(".weight")
+                yield module.register_forward_pre_hook(given(name))
 
     def _watch(self, piece: nn.Module) -> Iterable[torch.utils.hooks.RemovableHandle]:
         if self.hook is None:

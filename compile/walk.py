@@ -34,6 +34,7 @@ from . import ranges
 from .checkpoint import Checkpoint
 from .names import EMBEDDING
 from .prefix import prefix_cache
+from .rounded import Rounded
 from .stream import without_weights
 from .traveller import travellers
 from .watch import ANSWER, TEXT, TOWER, WatchedStream, Watcher
@@ -68,12 +69,13 @@ def see(
     prompts: Sequence[Prompt],
     *,
     watcher: Watcher | None = None,
+    rounded: Rounded | None = None,
     progress: Callable[[int], None] = lambda pieces: None,
 ) -> Visual:
     """Run every picture through tower and projector, one after the other within each piece."""
     config = checkpoint.config
     module = without_weights(lambda: Vision(config, Eager()))
-    stream = WatchedStream(checkpoint, module, watcher, progress)
+    stream = WatchedStream(checkpoint, module, watcher, progress, rounded)
     pictures = [
         torch.from_numpy(part)[None]
         for prompt in prompts
@@ -102,6 +104,7 @@ def walk(
     visual: Visual | None = None,
     watcher: Watcher | None = None,
     reading: Reading | None = None,
+    rounded: Rounded | None = None,
     want_logits: bool = True,
     progress: Callable[[int], None] = lambda pieces: None,
 ) -> Walked:
@@ -116,6 +119,8 @@ def walk(
         visual: what ``see`` returned for these prompts; None sees now.
         watcher: shown the inputs of every linear layer, of the tower too if ``visual`` is None.
         reading: told of each layer without gates through which visual rows of a prompt run.
+        rounded: what linear layers compute with, the tower's too if ``visual`` is None; the prefix
+            stays in float, as in every bundle. None: nothing is rounded.
         want_logits: whether to keep them; with long answers they are large.
         progress: told of ``pieces(config, prefix_ids)`` pieces in all, fewer with ``visual``.
 
@@ -127,7 +132,7 @@ def walk(
     text = checkpoint.config.text
     _check(plan, checkpoint.config)
     if visual is None:
-        visual = see(checkpoint, prompts, watcher=watcher, progress=progress)
+        visual = see(checkpoint, prompts, watcher=watcher, rounded=rounded, progress=progress)
     prefix = prefix_cache(checkpoint, prefix_ids, progress) if prefix_ids else None
     table = checkpoint.load(EMBEDDING)
     everyone = travellers(prompts, visual, table, prefix_ids, text.max_positions)
@@ -136,7 +141,7 @@ def walk(
 
     body, lm_head = _decoder(checkpoint.config, plan)
     module = nn.ModuleDict({"model": body, "lm_head": lm_head})
-    stream = WatchedStream(checkpoint, module, watcher, progress)
+    stream = WatchedStream(checkpoint, module, watcher, progress, rounded)
     head, prober = Head(text, Eager()), Prober()
     for index, stage in enumerate(plan.stages):
         edge = plan.edges[index] if index < len(plan.edges) else None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..graphs.decoder import Linear
 from .checkpoint import Checkpoint
+from .rounded import Rounded
 from .stream import Streamed
 
 TOWER, VISUAL, TEXT, ANSWER = range(4)
@@ -39,10 +40,11 @@ class WatchedStream:
         module: nn.Module,
         watcher: Watcher | None,
         progress: Callable[[int], None],
+        rounded: Rounded | None = None,
     ):
         self.watcher = watcher
         watched, hook = ((Linear,), self._told) if watcher else ((), None)
-        self.stream = Streamed(checkpoint, module, progress, watched, hook)
+        self.stream = Streamed(checkpoint, module, progress, watched, hook, rounded)
 
     @contextmanager
     def loaded(self, piece: nn.Module, kinds: Sequence[np.ndarray]) -> Iterator[Callable[..., Any]]:

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from ..calib.samples import Sample, read_samples, samples_file
 from ..compile.recipes import DEMO
-from ..graphs.errors import DataError, PlanError
+from ..graphs.errors import DataError, PlanError, TargetError
+from ..graphs.quantization import QUANTISED, Recipe, is_quantised, parse_recipe
 from .units import show_seconds
 
 if TYPE_CHECKING:
@@ -55,12 +56,13 @@ def calibration_samples(
 
 
 def wish_or_plan(plan: str | None, **wish: Any) -> Any:
-    """The plan that was named, or how to choose one: a ``calib.calibrate.Wish``.
+    """The plan that was named, or how to choose one: a ``calib.choosing.Wish``.
 
-    wish: ``lose``, ``cost``, ``holdout`` and ``most``, None where not typed.
+    wish: ``lose``, ``cost``, ``holdout``, ``most`` and ``precision``, None where not typed.
 
     Raises:
         PlanError: both, or a budget that is none.
+        TargetError: a precision that plans are not measured in.
     """
     typed = {name: value for name, value in wish.items() if value is not None}
     if plan is not None:
@@ -71,15 +73,30 @@ def wish_or_plan(plan: str | None, **wish: Any) -> Any:
                 f"named is not chosen. Leave out --{option} or --plan."
             )
         return plan
-    from ..calib.calibrate import Wish
     from ..calib.choose import Budget
+    from ..calib.choosing import Wish
 
+    if "precision" in typed:
+        typed["recipe"] = _recipe(typed.pop("precision"))
     limits = {name: typed.pop(name) for name in ("lose", "cost") if name in typed}
     return Wish(Budget(**(limits or {"lose": 0.01})), **typed)
 
 
+def _recipe(precision: str) -> Recipe | None:
+    """Of a quantised precision; None: FP32."""
+    if precision == "fp32":
+        return None
+    if not is_quantised(precision):
+        raise TargetError(
+            f"--precision {precision}: plans are measured on this machine's CPU, in fp32, "
+            f"{', '.join(QUANTISED)}, or a recipe such as int8:vision=float. For the FP16 graphs "
+            "of a GPU choose in fp32: leave --precision out"
+        )
+    return parse_recipe(precision)
+
+
 class CalibrationProgress:
-    """A ``calib.calibrate.Watcher`` on stderr: a bar on a terminal, a line for each step."""
+    """A ``calib.watching.Watcher`` on stderr: a bar on a terminal, a line for each step."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
@@ -138,7 +155,10 @@ def next_command(folder: Path, calibration: Calibration) -> str:
     """What to type to use it."""
     dummy = calibration.model.endswith("-dummy")
     model = calibration.model.removesuffix("-dummy")
-    return f"make engines MODEL={model}{' DUMMY=1' if dummy else ''} PRECISION=int8 CALIB={folder}"
+    chosen = calibration.choice.get("precision", "fp32")
+    precision = chosen if is_quantised(chosen) else "int8"
+    named = f"MODEL={model}{' DUMMY=1' if dummy else ''} PRECISION={precision}"
+    return f"make engines {named} CALIB={folder}"
 
 
 def calibration_table(folder: Path, calibration: Calibration) -> RenderableType:
@@ -153,6 +173,11 @@ def calibration_table(folder: Path, calibration: Calibration) -> RenderableType:
     if choice.get("candidates"):
         parts.append(_candidates(choice))
     parts += [Text(line) for line in lines]
+    if "shipped" in choice:
+        shipped = choice["shipped"]
+        asked = "held-out" if shipped["samples"] == "held_out" else "choosing"
+        agrees = _agreement(shipped["tokens"])
+        parts.append(Text(f"as it ships, {choice['precision']}: {agrees} on {asked} samples"))
     suggested = calibration.dynamics.get("suggested")
     if suggested:
         parts.append(Text(f"per prompt instead: {suggested['plan']}, not measured"))

@@ -1,24 +1,40 @@
 """``visistage calibrate`` from samples to a folder, and how it ends when something is wrong."""
 
 import json
+from dataclasses import replace
+from io import StringIO
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from rich.console import Console
 from visistage import runtime
 from visistage.calib import calibrate as pipeline
-from visistage.calib.calibration import Calibration
+from visistage.calib import measuring as bundles
+from visistage.calib.calibration import Calibration, SampleFacts
+from visistage.calib.doubts import doubts
 from visistage.calib.measuring import Measuring, Origin, text_blind_plans
+from visistage.calib.prompts import order_hash, prepare
 from visistage.calib.samples import Sample
 from visistage.cli import main
 from visistage.compile.build import build
+from visistage.compile.checkpoint import open_checkpoint
+from visistage.compile.collect import collect, fits
 from visistage.compile.planfile import load_plan
-from visistage.console.calibration import DEMO_SERIES, calibration_samples
+from visistage.compile.rounded import Rounded
+from visistage.compile.texts import prompt_encoder, text_facts
+from visistage.compile.walk import walk
+from visistage.console.calibration import DEMO_SERIES, calibration_samples, calibration_table
 from visistage.console.units import Share
 from visistage.demo.heldout import _series
 from visistage.graphs.presets import preset
+from visistage.graphs.quantization import parse_recipe
+from visistage.runtime import ort
+from visistage.runtime.integers import integer_entries
+from visistage.runtime.preprocessing import Preprocessing
 from visistage.tests import toy
 
 LAYERS, TOKENS = 4, 16
@@ -130,6 +146,142 @@ def test_a_measured_agreement_is_that_of_the_real_bundle(folder, tmp_path):
     assert found.answers.right == sum(right)
 
 
+@pytest.fixture(scope="module")
+def rounded(folder, tmp_path_factory):
+    """A calibration chosen for int8, as printed; plan, precision, ranges' rows of each bundle."""
+    built = []
+
+    def spy(*arguments, plan, precision, calibration, **options):
+        bundle = build(
+            *arguments, plan=plan, precision=precision, calibration=calibration, **options
+        )
+        used = None if calibration is None else Calibration.load(calibration)
+        built.append((load_plan(plan), precision, used))
+        return bundle
+
+    out = tmp_path_factory.mktemp("rounded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundles, "build", spy)
+        done = run(
+            *(folder / "toy", "--data", folder / "data", "--out", out, "--precision", "int8"),
+            *("--cost", "90%", "--candidates", "1", "--json"),
+        )
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout), built
+
+
+def test_a_plan_for_int8_is_chosen_on_bundles_in_int8(rounded):
+    facts, built = rounded
+    (first, precision, nothing), *others = built
+    assert (first.name, precision, nothing) == ("dense", "fp32", None)
+    assert {precision for _, precision, _ in others} == {"int8"}
+    assert all(used.plan == plan for plan, _, used in others)
+    *measured, shipped = others
+    assert [used.rows for _, _, used in measured] == ["dense"] * 3  # dense, text-blind, a candidate
+    ranges = [
+        {name: group.facts() for name, group in used.groups.items()} for _, _, used in measured
+    ]
+    assert ranges[0] == ranges[1] == ranges[2]
+    assert measured[0][2].samples.count == facts["choice"]["samples"]["choosing"]
+
+    calibration = Calibration.load(facts["path"])
+    plan, _, used = shipped
+    assert (plan, used.rows) == (calibration.plan, "stage")
+    assert {name: group.facts() for name, group in used.groups.items()} == {
+        name: group.facts() for name, group in calibration.groups.items()
+    }
+
+
+def test_a_choice_for_int8_says_so_and_what_ships(rounded):
+    facts, _ = rounded
+    choice = facts["choice"]
+    assert choice["precision"] == "int8"
+    assert choice["rounding"]["prompts"] == choice["samples"]["choosing"]
+    assert choice["shipped"]["samples"] == "held_out"
+    assert choice["shipped"]["prompts"] == choice["samples"]["held_out"]
+    assert choice["reasons"]["precision"].startswith("int8: every plan was measured in it")
+    assert facts["next"] == f"make engines MODEL=toy PRECISION=int8 CALIB={facts['path']}"
+    share = f"{100 * choice['shipped']['tokens']['share']:.1f}"
+    folder = Path(facts["path"])
+    page = (folder / "calibration.html").read_text()
+    assert "As it ships, in int8" in page
+    assert "rounded as in int8" in page
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(calibration_table(folder, Calibration.load(folder)))
+    assert f"as it ships, int8: {share} %" in console.export_text()
+    assert sorted(one.name for one in folder.iterdir()) == [
+        *("calibration.html", "calibration.json", "calibration.safetensors", "plan.yaml"),
+    ]
+
+
+def test_what_ships_and_loses_more_than_it_may_is_doubted(rounded):
+    facts, _ = rounded
+    calibration = Calibration.load(facts["path"])
+
+    def doubted(lose):
+        choice = {
+            **calibration.choice,
+            "budget": {"lose": lose},
+            "shipped": {"tokens": {"share": 0.9}},
+            "rounding": {"tokens": {"share": 0.95}},
+        }
+        return [one for one in doubts(replace(calibration, choice=choice)) if "As it ships" in one]
+
+    (doubt,) = doubted(0.02)
+    assert "in int8, the plan loses 10.0" in doubt
+    assert "Rounding alone loses 5.0" in doubt
+    assert not doubted(0.1)
+
+
+@pytest.mark.parametrize("precision", ["int8", "w8", "w4:vision=w8"])
+def test_a_rounded_walk_computes_what_the_rounded_bundle_does(
+    folder, tmp_path, precision, monkeypatch
+):
+    # By itself ONNX Runtime also rounds inputs where weights alone are rounded, as it runs.
+    entries = {**integer_entries(), "session.qdq_matmulnbits_accuracy_level": "1"}
+    monkeypatch.setattr(ort, "integer_entries", lambda: entries)
+    checkpoint = open_checkpoint(str(folder / "toy"))
+    texts, dense = text_facts(checkpoint), preset("dense", LAYERS, TOKENS)
+    rng = np.random.default_rng(2)
+    pictures = [Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)) for _ in range(2)]
+    samples = [Sample(str(i), picture, "Why?", "") for i, picture in enumerate(pictures)]
+    prompts, _ = prepare(
+        samples, prompt_encoder(checkpoint), Preprocessing.from_dict(texts.preprocessing)
+    )
+    calibration = Calibration(
+        model="toy",
+        fits=fits(checkpoint, texts),
+        plan=dense,
+        rows="dense",
+        include_prefix=False,
+        samples=SampleFacts((), ("0", "1"), order_hash(prompts)),
+        groups=collect(checkpoint, prompts, dense, texts.prefix_ids),
+        versions={},
+    )
+    calibration.save(tmp_path / "ranges")
+    model = Rounded(checkpoint, parse_recipe(precision), calibration)
+    asked = [replace(one, answer_ids=()) for one in prompts]
+    exact, near = (
+        [
+            one[0].numpy()
+            for one in walk(checkpoint, asked, dense, texts.prefix_ids, rounded=by).logits
+        ]
+        for by in (None, model)
+    )
+    bundle = build(
+        str(folder / "toy"),
+        plan="dense",
+        precision=precision,
+        calibration=tmp_path / "ranges",
+        out=tmp_path,
+    )
+    with runtime.load(bundle.path) as session:
+        for sample, float_one, rounded_one in zip(samples, exact, near, strict=True):
+            ran = session.score(sample.image, sample.prompt, ())[0]
+            apart = np.abs(ran - float_one).max()
+            assert np.abs(ran - rounded_one).max() < apart / 10
+
+
 def test_a_named_plan_is_calibrated_without_a_bundle(folder, tmp_path, monkeypatch):
     def refuse(*_args, **_options):
         raise AssertionError("a bundle was built")
@@ -175,6 +327,10 @@ def test_an_end_in_the_middle_leaves_what_was_there_before(folder, tmp_path, mon
         (("--lose", "1%", "--cost", "50%"), "expected one of the two"),
         (("--plan", PLAN, "--lose", "1%"), "found --lose beside --plan"),
         (("--plan", PLAN, "--candidates", "3"), "found --candidates beside --plan"),
+        (("--plan", PLAN, "--precision", "int8"), "found --precision beside --plan"),
+        (("--precision", "fp16"), "leave --precision out"),
+        (("--precision", "int8:stage1=w4"), "names stage1, but which stages"),
+        (("--precision", "int8:visio=w4"), "unknown option 'visio'"),
         (("--plan", "visipruner-adaptive"), "decides per prompt"),
         (("--plan", "visiprune"), "Did you mean 'visipruner'"),
         (("--lose", "100%"), "expected 0 % to below 100 %"),

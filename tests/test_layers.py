@@ -47,9 +47,9 @@ RULES = {
         ("calib.charts", "calib.doubts", "calib.range_charts", "calib.report", "calib.series"),
         (PURE | {"calib.*", "pages.*"}, set()),
     ),
-    # Choosing a plan runs bundles of it, so these two alone see the compiler and the runtime.
+    # Choosing a plan runs bundles of it, so these alone see the compiler and the runtime.
     **dict.fromkeys(
-        ("calib.calibrate", "calib.measuring"),
+        ("calib.calibrate", "calib.choosing", "calib.measuring"),
         ({"calib.*", "compile.*", "graphs.*", "runtime", "runtime.preprocessing"}, {"numpy"}),
     ),
     "calib.observers": (PURE | {"calib.rounding"}, {"numpy"}),

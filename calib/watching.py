@@ -1,0 +1,38 @@
+"""Who is told how a calibration goes, and when."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+
+class Watcher(Protocol):
+    """Who is told how a calibration goes."""
+
+    def start(self, step: str, total: int | None) -> None:
+        """A step begins; ``total`` units will be done if that is known."""
+
+    def advance(self, units: int) -> None:
+        """Some units are done."""
+
+    def done(self, step: str, seconds: float, outcome: str) -> None:
+        """It is done, with this to show for it."""
+
+
+Tell = Callable[[str], None]
+
+
+def steps(watcher: Watcher) -> Callable[..., Any]:
+    """Steps that the watcher sees; what a step tells in the end is shown beside it."""
+
+    @contextmanager
+    def step(name: str, total: int | None = None) -> Iterator[Tell]:
+        outcome: list[str] = []
+        watcher.start(name, total)
+        started = time.perf_counter()
+        yield outcome.append
+        watcher.done(name, time.perf_counter() - started, "".join(outcome))
+
+    return step
