@@ -74,12 +74,14 @@ def _about_shipped(choice: Mapping[str, Any]) -> Iterator[str]:
     if "shipped" not in choice or "lose" not in choice["budget"]:
         return
     kind, lose = choice["agreement"], choice["budget"]["lose"]
-    lost, alone = (1 - choice[name][kind]["share"] for name in ("shipped", "rounding"))
+    shipped, rounding = choice["shipped"][kind], choice["rounding"][kind]
+    lost, alone = 1 - shipped["share"], 1 - rounding["share"]
     if lost > lose + 1e-9:
         yield (
-            f"As it ships, in {choice['precision']}, the plan loses {percent(lost, 1)} of the "
-            f"{kind}; the budget is {percent(lose, 1)}. Rounding alone loses {percent(alone, 1)}: "
-            "leave sensitive layers in float (keep=5%), or choose a looser budget."
+            f"As it ships, in {choice['precision']}, the plan loses {percent(lost, 1)} of "
+            f"{shipped['total']} {kind}; the budget is {percent(lose, 1)}. On the choosing samples "
+            f"rounding alone loses {percent(alone, 1)} of {rounding['total']}. Leave "
+            "sensitive layers in float (keep=5%), or choose a looser budget."
         )
 
 

@@ -1,6 +1,7 @@
 """``visistage calibrate`` from samples to a folder, and how it ends when something is wrong."""
 
 import json
+import re
 from dataclasses import replace
 from io import StringIO
 from itertools import islice
@@ -222,14 +223,14 @@ def test_what_ships_and_loses_more_than_it_may_is_doubted(rounded):
         choice = {
             **calibration.choice,
             "budget": {"lose": lose},
-            "shipped": {"tokens": {"share": 0.9}},
-            "rounding": {"tokens": {"share": 0.95}},
+            "shipped": {"tokens": {"share": 0.9, "total": 50}},
+            "rounding": {"tokens": {"share": 0.95, "total": 80}},
         }
         return [one for one in doubts(replace(calibration, choice=choice)) if "As it ships" in one]
 
     (doubt,) = doubted(0.02)
-    assert "in int8, the plan loses 10.0" in doubt
-    assert "Rounding alone loses 5.0" in doubt
+    assert re.search(r"in int8, the plan loses 10\.0\W+% of 50 tokens; the budget is 2\.0", doubt)
+    assert re.search(r"choosing samples rounding alone loses 5\.0\W+% of 80", doubt)
     assert not doubted(0.1)
 
 
