@@ -77,7 +77,7 @@ def resolve(
             alpha = _alpha(group, schemes, calibration.groups[group.name], half)
             if alpha is not None:
                 smoothed[group.name] = alpha
-    observer = recipe.observer
+    observer: str | None = recipe.observer
     if calibration is not None and rounded_inputs:
         observer = observer or calibration.best_observer
     return Quantization(
