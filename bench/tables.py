@@ -20,7 +20,7 @@ from .record import RESULTS
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("demo.md", "size.md", "fp16.md")),
+    *(ROOT / "docs" / name for name in ("demo.md", "size.md", "fp16.md", "quantisation.md")),
 )
 README_PLANS = (
     "without the picture",
@@ -166,6 +166,46 @@ def fp16() -> str:
     return f"{_table(header, rows)}\n\n{reach}\n\n{_origin(record, 'torch')}"
 
 
+def quantisation() -> str:
+    """Every bundle of the demo: how it is rounded, how often it is right, how fast it is."""
+    record = _record("quantisation-demo")
+    dense = record["rows"][0]
+    rows = [
+        [
+            f"`{row['plan']}`",
+            f"`{row['precision']}`",
+            row["ranges"] if "int8" in row["precision"] else "",
+            _percent(row["accuracy"]),
+            _percent(row["agreement"]),
+            f"{row['weight_bytes'] / 2**20:.1f} MiB",
+            f"{row['first_token_p10_ms']:.1f} ms",
+            f"{dense['first_token_p10_ms'] / row['first_token_p10_ms']:.2f}x",
+            f"{row['per_token_p10_ms']:.2f} ms",
+        ]
+        for row in record["rows"]
+    ]
+    header = ["plan", "precision", "ranges of", "accuracy", "= dense FP32", "weights", "TTFT"]
+    return f"{_table([*header, 'faster', 'a token'], rows)}\n\n{_origin(record)}"
+
+
+def kv_cache() -> str:
+    """What an INT8 cache would cost the demo."""
+    record = _record("kv-cache-demo")
+    rows = [
+        [
+            f"`{row['plan']}`",
+            row["scales"] or "FP32",
+            _percent(row["accuracy"]),
+            _percent(row["answer_agreement"]),
+            _percent(row["token_agreement"]),
+            f"{row.get('bytes', row.get('bytes_fp32')) / 1024:.0f} KiB",
+        ]
+        for row in record["rows"]
+    ]
+    header = ["plan", "cache", "accuracy", "answers equal", "tokens equal", "one question"]
+    return f"{_table(header, rows)}\n\n{_origin(record, 'torch')}"
+
+
 def _origin(record: dict, library: str = "onnxruntime") -> str:
     device, versions = record["device"], record["versions"]
     return (
@@ -181,6 +221,8 @@ TABLES = {
     "accuracy-exactness": exactness,
     "size": size,
     "fp16": fp16,
+    "quantisation": quantisation,
+    "kv-cache": kv_cache,
 }
 
 
