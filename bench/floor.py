@@ -1,0 +1,197 @@
+"""The floor under a measurement: what a machine's own rates leave no way around.
+
+Rates are measured, best of several, with the threads that everyone else gets: multiplying large
+matrices, and reading what no cache holds. Work is counted from the geometry: multiply-accumulates
+of linear layers and of attention (pairs that see each other only), weights and cached values read
+once. Neither knows who does the work or how.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from ..graphs.config import ModelConfig, TextConfig
+from ..graphs.cost import Geometry
+
+ROWS, SIDE = 600, 2048
+"""A prompt's rows through a square layer: large enough to reach the rate, small enough to repeat."""
+
+READ_BYTES = 512 << 20
+REPEATS = 7
+
+PRECISIONS = {
+    "fp32": ("float32", 4.0),
+    "fp16": ("float32", 2.0),  # a CPU computes in FP32 from weights of two bytes
+    "bf16": ("bfloat16", 2.0),
+    "int8": ("int8", 1.0),
+}
+"""Precision -> the type whose rate bounds linear layers, and bytes of a weight."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations a second of matrix products by type (a multiply-add is two), bytes read a second."""
+
+    operations: dict[str, float]
+    bandwidth: float
+
+    def best(self, other: Rates) -> Rates:
+        """The better of two measurements, each for itself: a disturbed one says nothing."""
+        names = self.operations
+        better = {name: max(self.operations[name], other.operations[name]) for name in names}
+        return Rates(better, max(self.bandwidth, other.bandwidth))
+
+    def to_dict(self) -> dict:
+        """For the record."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counts: multiply-accumulates of linear layers and of attention, values read once."""
+
+    linear: float = 0
+    attention: float = 0
+    weights: float = 0
+    cached: float = 0
+
+    def __add__(self, other: Work) -> Work:
+        mine, theirs = asdict(self), asdict(other)
+        return Work(**{name: mine[name] + theirs[name] for name in mine})
+
+    def milliseconds(self, rates: Rates, precision: str) -> float:
+        """The longer of computing and reading; attention and caches are of FP32, or BF16."""
+        kind, weight_bytes = PRECISIONS[precision]
+        half = kind == "bfloat16"
+        attention = rates.operations["bfloat16" if half else "float32"]
+        compute = 2 * self.linear / rates.operations[kind] + 2 * self.attention / attention
+        read = self.weights * weight_bytes + self.cached * (2 if half else 4)
+        return max(compute, read / rates.bandwidth) * 1e3
+
+
+def tower_work(config: ModelConfig) -> Work:
+    """One picture through the layers of the tower that count, and the projector."""
+    vision, hidden = config.vision, config.text.hidden
+    depth = max(n if n >= 0 else vision.layers + 1 + n for n in config.feature_layers)
+    layer = 4 * vision.hidden**2 + 2 * vision.hidden * vision.intermediate
+    patches = vision.channels * vision.patch_size**2 * vision.hidden
+    projector = len(config.feature_layers) * vision.hidden * hidden + hidden**2
+    rows = vision.tokens
+    return Work(
+        linear=depth * rows * layer
+        + vision.patches * patches
+        + config.visual_tokens * projector,
+        attention=depth * 2 * rows**2 * vision.hidden,
+        weights=depth * layer + patches + projector,
+    )
+
+
+def layer_work(text: TextConfig, rows: float, before: float) -> Work:
+    """``rows`` new rows through one layer whose cache holds ``before``; all of them causal."""
+    shape = Geometry.of(text)
+    query, kv = shape.widths
+    weights = 2 * shape.hidden * (query + kv) + 3 * shape.hidden * shape.intermediate
+    pairs = rows * before + rows * (rows + 1) / 2
+    return Work(rows * weights, 2 * pairs * query, weights, 2 * kv * before)
+
+
+def prefill_work(
+    text: TextConfig, visual: Sequence[float], prefix: int, question: int, paid: int = 0
+) -> Work:
+    """The decoder up to the first token's logits.
+
+    Args:
+        text: the decoder.
+        visual: visual rows of every layer.
+        prefix: rows before the picture; those in caches from the start are not counted again
+            where ``paid`` is positive.
+        question: rows after the picture.
+        paid: how many leading layers hold prefix and picture already. Later layers hold the
+            prefix, and see the rows that were kept for another question anew.
+    """
+    head = text.hidden * text.vocab
+    work = Work(linear=head, weights=head)
+    for layer, count in enumerate(visual):
+        if not paid:
+            work += layer_work(text, prefix + count + question, 0)
+        elif layer < paid:
+            work += layer_work(text, question, prefix + count)
+        else:
+            work += layer_work(text, count + question, prefix)
+    return work
+
+
+def step_work(text: TextConfig, visual: Sequence[float], others: int) -> Work:
+    """One token after a prompt with ``others`` rows of text."""
+    head = text.hidden * text.vocab
+    work = Work(linear=head, weights=head)
+    for count in visual:
+        work += layer_work(text, 1, others + count)
+    return work
+
+
+def measure_rates(threads: int) -> Rates:
+    """Best rates of torch's and ONNX Runtime's own matrix products, and of reading memory."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        operations = {
+            "float32": max(_torch_rate(torch.float32), _onnxruntime_rate("float32", threads)),
+            "bfloat16": _torch_rate(torch.bfloat16),
+            # Processors differ in whether the left side's sign costs anything.
+            "int8": max(_onnxruntime_rate(left, threads) for left in ("int8", "uint8")),
+        }
+        values = torch.ones(READ_BYTES // 4)
+        return Rates(operations, READ_BYTES / _best(values.sum))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _torch_rate(dtype) -> float:
+    import torch
+
+    rows, weights = torch.ones(ROWS, SIDE, dtype=dtype), torch.ones(SIDE, SIDE, dtype=dtype)
+    return 2 * ROWS * SIDE**2 / _best(lambda: rows @ weights)
+
+
+def _onnxruntime_rate(dtype: str, threads: int) -> float:
+    """``dtype`` of the left side. A constant right side: it is packed as a model's weights are."""
+    import numpy as np
+    import onnxruntime as ort
+    from onnx import TensorProto, helper, numpy_helper
+
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    integer = dtype != "float32"
+    out, name = (TensorProto.INT32, "MatMulInteger") if integer else (kind, "MatMul")
+    right = np.ones((SIDE, SIDE), "int8" if integer else dtype)
+    weights = numpy_helper.from_array(right, "weights")
+    graph = helper.make_graph(
+        [helper.make_node(name, ["rows", "weights"], ["product"])],
+        "product",
+        [helper.make_tensor_value_info("rows", kind, [ROWS, SIDE])],
+        [helper.make_tensor_value_info("product", out, [ROWS, SIDE])],
+        [weights],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    rows = np.ones((ROWS, SIDE), dtype)
+    return 2 * ROWS * SIDE**2 / _best(lambda: session.run(None, {"rows": rows}))
+
+
+def _best(call: Callable[[], object]) -> float:
+    """Seconds of the fastest of several calls, the first not counted."""
+    call()
+    taken = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - started)
+    return min(taken)

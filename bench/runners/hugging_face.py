@@ -1,0 +1,56 @@
+"""transformers' own ``generate``; runs in this project's environment."""
+
+from serving import Stopwatch, serve  # isort: skip  (first: it notes when this process began)
+
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoProcessor, GenerationConfig, LlavaForConditionalGeneration
+from transformers.generation.streamers import BaseStreamer
+
+
+class Listener(BaseStreamer):
+    """Passes new tokens on; the first call brings the prompt."""
+
+    def __init__(self, watch):
+        self.watch, self.prompt = watch, True
+
+    def put(self, value):
+        """Ids of the prompt, then one new id a call."""
+        if not self.prompt:
+            self.watch.hear(value)
+        self.prompt = False
+
+    def end(self):
+        """Nothing is held back."""
+
+
+class Eager:
+    """The reference: FP32, greedy, the end of an answer ignored."""
+
+    def __init__(self, model, threads):
+        torch.set_num_threads(threads)
+        self.processor = AutoProcessor.from_pretrained(model, backend="pil", local_files_only=True)
+        self.model = LlavaForConditionalGeneration.from_pretrained(
+            model, dtype=torch.float32, local_files_only=True
+        ).eval()
+        self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+        attention = self.model.config.text_config._attn_implementation
+        self.about = {
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "attention": attention,
+        }
+
+    @torch.no_grad()
+    def ask(self, picture, question, text, new):
+        """Nothing is kept between questions: transformers has no cache of pictures."""
+        del question
+        watch = Stopwatch()
+        inputs = self.processor(text=text, images=Image.fromarray(picture), return_tensors="pt")
+        self.model.generate(**inputs, max_new_tokens=new, streamer=Listener(watch))
+        return watch.heard(inputs["input_ids"].shape[1])
+
+
+if __name__ == "__main__":
+    serve(Eager)
