@@ -24,7 +24,7 @@ NOTE = "visistage.json"
 
 @dataclass(frozen=True)
 class Environment:
-    """``steps``: arguments of pip, in turn. ``variables``: of the environment, for its processes."""
+    """``steps``: arguments of pip, in turn. ``variables``: what its processes find set."""
 
     name: str
     steps: tuple[tuple[str, ...], ...] = ()

@@ -16,7 +16,7 @@ from ..graphs.config import ModelConfig, TextConfig
 from ..graphs.cost import Geometry
 
 ROWS, SIDE = 600, 2048
-"""A prompt's rows through a square layer: large enough to reach the rate, small enough to repeat."""
+"""A prompt's rows through a square layer: enough to reach the rate, and soon over."""
 
 READ_BYTES = 512 << 20
 REPEATS = 7
@@ -32,7 +32,7 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations a second of matrix products by type (a multiply-add is two), bytes read a second."""
+    """Operations a second of matrix products, by type (a multiply-add is two); bytes a second."""
 
     operations: dict[str, float]
     bandwidth: float
@@ -80,9 +80,7 @@ def tower_work(config: ModelConfig) -> Work:
     projector = len(config.feature_layers) * vision.hidden * hidden + hidden**2
     rows = vision.tokens
     return Work(
-        linear=depth * rows * layer
-        + vision.patches * patches
-        + config.visual_tokens * projector,
+        linear=depth * rows * layer + vision.patches * patches + config.visual_tokens * projector,
         attention=depth * 2 * rows**2 * vision.hidden,
         weights=depth * layer + patches + projector,
     )
@@ -97,30 +95,36 @@ def layer_work(text: TextConfig, rows: float, before: float) -> Work:
     return Work(rows * weights, 2 * pairs * query, weights, 2 * kv * before)
 
 
-def prefill_work(
-    text: TextConfig, visual: Sequence[float], prefix: int, question: int, paid: int = 0
-) -> Work:
-    """The decoder up to the first token's logits.
+def prefill_layers(
+    text: TextConfig, visual: Sequence[float], prefix: int, question: int, paid: int | None = None
+) -> list[Work]:
+    """Every layer up to the first token's logits, and the output projection.
 
     Args:
         text: the decoder.
         visual: visual rows of every layer.
-        prefix: rows before the picture; those in caches from the start are not counted again
-            where ``paid`` is positive.
+        prefix: rows before the picture.
         question: rows after the picture.
-        paid: how many leading layers hold prefix and picture already. Later layers hold the
-            prefix, and see the rows that were kept for another question anew.
+        paid: None: caches are empty. Otherwise they hold the prefix, and in so many leading layers
+            the picture; later layers see the rows that this question keeps for the first time.
     """
     head = text.hidden * text.vocab
-    work = Work(linear=head, weights=head)
+    works = []
     for layer, count in enumerate(visual):
-        if not paid:
-            work += layer_work(text, prefix + count + question, 0)
+        if paid is None:
+            works.append(layer_work(text, prefix + count + question, 0))
         elif layer < paid:
-            work += layer_work(text, question, prefix + count)
+            works.append(layer_work(text, question, prefix + count))
         else:
-            work += layer_work(text, count + question, prefix)
-    return work
+            works.append(layer_work(text, count + question, prefix))
+    return [*works, Work(linear=head, weights=head)]
+
+
+def prefill_work(
+    text: TextConfig, visual: Sequence[float], prefix: int, question: int, paid: int | None = None
+) -> Work:
+    """All of ``prefill_layers`` together."""
+    return sum(prefill_layers(text, visual, prefix, question, paid), Work())
 
 
 def step_work(text: TextConfig, visual: Sequence[float], others: int) -> Work:

@@ -21,8 +21,8 @@ from ..calib.samples import Sample
 from ..compile.build import build
 from ..compile.checkpoint import Checkpoint, open_checkpoint
 from ..compile.names import canonical, published
-from ..compile.safetensors_file import read_header
 from ..compile.recipes import DEMO
+from ..compile.safetensors_file import read_header
 from ..demo.heldout import held_out
 from ..graphs.quantization import is_quantised
 from .environments import LLAMA_CPP, OPENVINO, ROOT, run_in
@@ -126,7 +126,6 @@ def gguf(subject: Subject, kind: str, minutes: float) -> Path:
     Raises:
         PeerError: the environment or the conversion failed.
     """
-
     source = hugging_face(subject)
 
     def make(folder: Path, log: Path) -> None:
@@ -138,7 +137,7 @@ def gguf(subject: Subject, kind: str, minutes: float) -> Path:
 
 
 def bundle(subject: Subject, plan: str, precision: str, target: str) -> Path:
-    """This project's bundle; a quantised one is calibrated first, on scenes nobody is asked about.
+    """A bundle of ours; a quantised one is calibrated first, on scenes nobody is asked about.
 
     Raises:
         VisistageError: it cannot be built.

@@ -1,4 +1,4 @@
-"""This project beside the best: one checkpoint, the same pictures and questions, taking turns.
+"""Ours beside the best of others: one checkpoint, the same pictures and questions, in turns.
 
     python -m visistage.bench.peers [--model llava-45m] [--rounds 20]
 
@@ -18,25 +18,27 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, median, quantiles
+from statistics import mean
 from typing import Any
 
 import click
 import numpy as np
 
 from ..compile.planfile import resolve_plan
+from ..compile.texts import text_facts
 from ..demo.heldout import held_out
 from ..graphs.cost import plan_loads
 from ..graphs.errors import VisistageError
 from ..runtime.prompt import Prompt, PromptEncoder
-from . import peer_models
-from .environments import LLAMA_CPP, OPENVINO, OWN, ROOT, Environment, interpreter
+from ..runtime.sampling import eos_ids
+from .answers import agreement, spread
+from .environments import ROOT, interpreter
 from .floor import Rates, measure_rates, prefill_work, step_work, tower_work
+from .peer_list import REFERENCE, REPORTED, Peer, all_peers
 from .peer_models import Subject
 from .record import save
 from .runner import RUNNERS, Answered, PeerError, Ready, Runner
@@ -44,32 +46,7 @@ from .runner import RUNNERS, Answered, PeerError, Ready, Runner
 SERIES = 2000
 """Held-out scenes that neither evaluations nor calibrations use."""
 
-REFERENCE = "transformers"
-PLANS = ("dense", "visipruner")
-PRECISIONS = ("fp32", "int8")
 ANSWER_SECONDS, LOAD_SECONDS = 300, 600
-REPORTED = {"f32": "fp32", "bf16": "bf16"}
-"""What OpenVINO calls its inference precision, and the floor's name for it."""
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Who is asked.
-
-    key: names it in the record. script: in ``runners/``. model: makes the folder it reads, within
-    some minutes a step. precision: of its linear layers, None where it says so itself. keeps:
-    whether a second question finds the picture paid.
-    """
-
-    key: str
-    label: str
-    script: str
-    environment: Environment
-    model: Callable[[Subject, float], Path]
-    settings: dict[str, Any] = field(default_factory=dict)
-    precision: str | None = "fp32"
-    plan: str = "dense"
-    keeps: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,69 +56,6 @@ class Question:
     key: tuple[int, str]
     text: str
     prompt: Prompt
-
-
-def all_peers(targets: Sequence[str]) -> list[Peer]:
-    """Everyone, the reference first."""
-    genai = partial(Peer, script="openvino_genai_vlm", environment=OPENVINO)
-    peers = [Peer(REFERENCE, "transformers", "hugging_face", OWN, _folder, keeps=False)]
-    for weights, precision in (("fp32", "f32"), ("fp32", None), ("int8", "f32"), ("int8", None)):
-        for prefix in (False, True):
-            words = ["OpenVINO GenAI", f"{weights} weights" if weights == "int8" else ""]
-            words += [precision or "default", "prefix caching" if prefix else ""]
-            keys = ["openvino", weights, precision or "default", "prefix" if prefix else ""]
-            floor = "int8" if weights == "int8" else REPORTED["f32"] if precision else None
-            peers.append(
-                genai(
-                    key="-".join(filter(None, keys)),
-                    label=", ".join(filter(None, words)),
-                    model=partial(_openvino, weights),
-                    settings={"precision": precision, "prefix": prefix},
-                    precision=floor,
-                    keeps=prefix,
-                )
-            )
-    for kind, precision in (("f32", "fp32"), ("f16", "fp16")):
-        model = partial(_gguf, kind)
-        label = f"llama.cpp, {kind.upper()}"
-        peers.append(
-            Peer(f"llama.cpp-{kind}", label, "llama_cpp_mtmd", LLAMA_CPP, model, {}, precision)
-        )
-    for target in targets:
-        for precision in PRECISIONS:
-            for plan in PLANS:
-                where = "" if target == "cpu" else f"-{target}"
-                peers.append(
-                    Peer(
-                        f"visistage-{plan}-{precision}{where}",
-                        f"visistage, {plan}, {'W8A8' if precision == 'int8' else 'FP32'}"
-                        + (f", {target}" if where else ""),
-                        "ours",
-                        OWN,
-                        partial(_bundle, plan, precision, target),
-                        precision=precision,
-                        plan=plan,
-                    )
-                )
-    return peers
-
-
-def _folder(subject: Subject, minutes: float) -> Path:
-    del minutes  # a copy
-    return peer_models.hugging_face(subject)
-
-
-def _openvino(kind: str, subject: Subject, minutes: float) -> Path:
-    return peer_models.openvino(subject, kind, minutes)
-
-
-def _gguf(kind: str, subject: Subject, minutes: float) -> Path:
-    return peer_models.gguf(subject, kind, minutes)
-
-
-def _bundle(plan: str, precision: str, target: str, subject: Subject, minutes: float) -> Path:
-    del minutes  # builds here end by themselves
-    return peer_models.bundle(subject, plan, precision, target).absolute()
 
 
 class Stand:
@@ -214,40 +128,6 @@ def check(answer: Answered, name: str, rows: int, new: int) -> None:
         raise PeerError(f"{name}: answered {len(answer.tokens)} tokens, expected {new}")
 
 
-def agreement(
-    answers: dict[tuple[int, str], Answered], wanted: dict[tuple[int, str], Answered]
-) -> dict[str, float] | None:
-    """How long answers begin as the reference's do, and how many are equal; None without any.
-
-    Once a token differs the rest answers another beginning, so only what precedes it counts.
-    """
-    both = [key for key in answers if key in wanted]
-    if not both:
-        return None
-    shares = [leading(answers[key].tokens, wanted[key].tokens) for key in both]
-    return {
-        "leading": mean(shares),
-        "equal": mean(share == 1 for share in shares),
-        "answers": len(both),
-    }
-
-
-def leading(one: Sequence[int], other: Sequence[int]) -> float:
-    """Share of tokens before the first that differs."""
-    equal = 0
-    for mine, theirs in zip(one, other, strict=True):
-        if mine != theirs:
-            break
-        equal += 1
-    return equal / len(one)
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """First decile, median and last decile."""
-    cut = quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
-    return {"p10": cut[0], "median": median(values), "p90": cut[-1]}
-
-
 def row_of(
     stand: Stand, subject: Subject, asked: Sequence[Question], rates: Rates, reference: Stand
 ) -> dict[str, Any]:
@@ -270,7 +150,8 @@ def row_of(
     row["per_token"] = spread([one.per_token_ms for one in counted.values()])
     row["peak_mib"] = max(one.peak_mib for one in counted.values())
     wanted = {key: one for key, one in reference.answers.items() if key[0]}
-    row["agreement"] = agreement(counted, wanted)
+    ends = eos_ids(text_facts(subject.checkpoint).generation)
+    row["agreement"] = agreement(counted, wanted, ends)
     if precision is not None:
         row["floor"] = floors(peer, subject, asked, rates, precision)
     return row
@@ -283,12 +164,12 @@ def floors(
     config = subject.checkpoint.config
     plan = resolve_plan(peer.plan, config.text.layers, config.visual_tokens)
     visual = [load.visual_tokens for load in plan_loads(plan)]
-    paid = plan.stages[0].depth if peer.keeps else 0
+    begun, paid = (0, plan.stages[0].depth) if peer.keeps else (None, None)
     found: dict[str, list[float]] = defaultdict(list)
     for question in asked:
         prefix, _, rest = (len(segment.ids) for segment in question.prompt.segments)
-        cold = tower_work(config) + prefill_work(config.text, visual, prefix, rest)
-        second = prefill_work(config.text, visual, prefix, rest, paid) if paid else cold
+        cold = tower_work(config) + prefill_work(config.text, visual, prefix, rest, begun)
+        second = prefill_work(config.text, visual, prefix, rest, paid) if peer.keeps else cold
         work = cold if question.key[1] == "cold" else second
         found[question.key[1]].append(work.milliseconds(rates, precision))
         step = step_work(config.text, visual, prefix + rest)
@@ -372,7 +253,9 @@ def main(model, rounds, tokens, threads, targets, only, minutes, dry) -> None:
             click.echo(json.dumps(row))
         return
     command = f"python -m visistage.bench.peers --model {model} --rounds {rounds}"
-    command += "".join(f" --target {target}" for target in targets if targets != ("cpu",))
+    command += f" --tokens {tokens} --threads {threads}"
+    command += "".join(f" --target {one}" for one in targets)
+    command += "".join(f" --only {one}" for one in only)
     save(f"peers-{model}", command, [machine, *table])
 
 

@@ -15,12 +15,16 @@ from pathlib import Path
 
 import click
 
+from . import speed_tables
 from .record import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("demo.md", "size.md", "fp16.md", "quantisation.md")),
+    *(
+        ROOT / "docs" / name
+        for name in ("benchmarks.md", "demo.md", "size.md", "fp16.md", "quantisation.md")
+    ),
 )
 README_PLANS = (
     "without the picture",
@@ -206,6 +210,51 @@ def kv_cache() -> str:
     return f"{_table(header, rows)}\n\n{_origin(record, 'torch')}"
 
 
+def peers(model: str) -> str:
+    """One checkpoint, everyone; the goals, and who was not measured to the end."""
+    name = f"peers-{model}"
+    if not (RESULTS / f"{name}.json").exists():
+        return f"Not recorded: `python -m visistage.bench.peers --model {model}`"
+    record = _record(name)
+    first, *rows = record["rows"]
+    parts = [_table(*speed_tables.peers(rows)), _table(*speed_tables.goals(rows))]
+    parts += _failures(rows)
+    parts.append(
+        f"{first['rounds']} rounds, {first['threads']} threads, answers of {first['tokens']} tokens"
+        f" to {first['prompt_tokens']:.0f} (mean); floors: {speed_tables.rates([first])}"
+    )
+    return "\n\n".join([*parts, _origin(record)])
+
+
+def scaling(geometry: str = "llava-45m") -> str:
+    """Every sweep, and how far presets come towards the roofline."""
+    name = f"scaling-{geometry}"
+    if not (RESULTS / f"{name}.json").exists():
+        return f"Not recorded: `python -m visistage.bench.scaling --geometry {geometry}`"
+    record = _record(name)
+    first, *rows = record["rows"]
+    parts = []
+    for sweep, (axis, title) in speed_tables.SWEEPS.items():
+        header, cells = speed_tables.sweep(rows, sweep, axis)
+        if cells:
+            parts.append(f"### {title}\n\n{_table(header, cells)}")
+    header, cells = speed_tables.presets(rows)
+    if cells:
+        parts.append(f"### Presets beside the roofline\n\n{_table(header, cells)}")
+    parts += _failures(rows)
+    parts.append(f"{first['repeats']} repetitions, {first['threads']} threads; roofline: ")
+    parts[-1] += speed_tables.rates([first])
+    return "\n\n".join([*parts, _origin(record)])
+
+
+def _failures(rows: list[dict]) -> list[str]:
+    """A paragraph on what was not measured to the end, if anything."""
+    failed = speed_tables.failures(rows)
+    if not failed:
+        return []
+    return ["\n".join(["Not measured to the end:", "", *(f"* {one}" for one in failed)])]
+
+
 def _origin(record: dict, library: str = "onnxruntime") -> str:
     device, versions = record["device"], record["versions"]
     return (
@@ -223,6 +272,9 @@ TABLES = {
     "fp16": fp16,
     "quantisation": quantisation,
     "kv-cache": kv_cache,
+    "peers-llava-45m": lambda: peers("llava-45m"),
+    "peers-demo": lambda: peers("demo"),
+    "scaling": scaling,
 }
 
 

@@ -20,6 +20,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,7 @@ def make_dummy(
     dtype: str = "float16",
     seed: int = 0,
     recipe: Geometry | None = None,
+    image_size: int | None = None,
     progress: Progress = lambda nbytes: None,
 ) -> Path:
     """Make the checkpoint folder ``path``, or find it complete.
@@ -69,6 +71,7 @@ def make_dummy(
         dtype: ``float16``, ``float32`` or ``bfloat16``.
         seed: of the random numbers.
         recipe: shapes that are not listed there.
+        image_size: side of the pictures in pixels, and so the visual tokens; None: as published.
         progress: told about bytes as they are written.
 
     Raises:
@@ -86,9 +89,14 @@ def make_dummy(
         )
     path = Path(path)
     recipe = recipe or GEOMETRIES[geometry]
+    recipe = GEOMETRIES[geometry]
+    if image_size is not None:
+        recipe = _resized(recipe, image_size)
     config = ModelConfig.from_hf(recipe.config)
     shapes = tensor_shapes(config, whole_tower=True)
-    facts = {"geometry": geometry, "dtype": dtype, "seed": seed, "version": VERSION}
+    facts: dict = {"geometry": geometry, "dtype": dtype, "seed": seed, "version": VERSION}
+    if image_size is not None:
+        facts["image_size"] = image_size
     if _complete(path, facts):
         return path
     if path.exists():
@@ -108,6 +116,14 @@ def make_dummy(
         sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.name != LOCK}
         (folder / NOTE).write_text(json.dumps(facts | {"files": dict(sorted(sizes.items()))}))
     return path
+
+
+def _resized(recipe: Geometry, side: int) -> Geometry:
+    """``recipe`` for pictures of another size."""
+    vision = {**recipe.config["vision_config"], "image_size": side}
+    tokens = (side // vision["patch_size"]) ** 2
+    config = {**recipe.config, "vision_config": vision, "image_seq_length": tokens}
+    return replace(recipe, config=config)
 
 
 class _Blocks:

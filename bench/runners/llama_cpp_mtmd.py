@@ -115,9 +115,7 @@ class Vision:
             if len(watch.tokens) == new:
                 return
             one = (llama_cpp.llama_token * 1)(token)
-            failed = llama_cpp.llama_decode(
-                self.llama.ctx, llama_cpp.llama_batch_get_one(one, 1)
-            )
+            failed = llama_cpp.llama_decode(self.llama.ctx, llama_cpp.llama_batch_get_one(one, 1))
             if failed:
                 raise RuntimeError(f"llama_decode failed with {failed}")
 

@@ -24,7 +24,7 @@ class Listener(genai.StreamerBase):
 
 
 class Pipeline:
-    """``precision``: inference precision, None leaves it to OpenVINO; ``prefix``: prefix caching."""
+    """``precision``: of inference, None leaves it to OpenVINO. ``prefix``: prefix caching."""
 
     def __init__(self, model, threads, precision, prefix):
         scheduler = genai.SchedulerConfig()

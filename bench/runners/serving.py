@@ -72,14 +72,14 @@ def serve(make):
     import numpy as np
 
     facts = {"import_ms": (imported - STARTED) * 1e3, "load_ms": (loaded - imported) * 1e3}
-    print(json.dumps({"ready": True, **facts, **_peak(), "about": peer.about}), file=out)
+    print(json.dumps({"ready": True, **facts, **peak(), "about": peer.about}), file=out)
     for line in sys.stdin:
         asked = json.loads(line)
         picture = np.load(asked.pop("picture"))
-        print(json.dumps({**asdict(peer.ask(picture, **asked)), **_peak()}), file=out)
+        print(json.dumps({**asdict(peer.ask(picture, **asked)), **peak()}), file=out)
 
 
-def _peak():
+def peak():
     """Largest resident set so far. Not ``ru_maxrss``: a child starts with its parent's."""
     with open("/proc/self/status") as status:
         kib = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))

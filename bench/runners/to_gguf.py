@@ -105,7 +105,9 @@ def vision(folder, config, tensors, file, kind):
         "block_count": last,
     }.items():
         writer.add_uint32(f"clip.vision.{key}", value)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", tower.get("layer_norm_eps", 1e-5))
+    writer.add_float32(
+        "clip.vision.attention.layer_norm_epsilon", tower.get("layer_norm_eps", 1e-5)
+    )
     writer.add_array("clip.vision.feature_layer", [last])
     writer.add_array("clip.vision.image_mean", preprocessor["image_mean"])
     writer.add_array("clip.vision.image_std", preprocessor["image_std"])

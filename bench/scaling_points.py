@@ -1,0 +1,158 @@
+"""What ``scaling`` measures, a point a process: a bundle, a shape of question, times and peak.
+
+Pictures are noise, new in every repetition, so that no cache knows them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..graphs.bundle import Bundle
+from ..graphs.rows import Chain, Segment
+from ..runtime import Session, load
+from ..runtime.ort import OrtExecutor, OrtOptions
+from ..runtime.prompt import PromptEncoder
+from ..runtime.tensors import Embedding
+from .runners.serving import peak
+
+QUESTION = "What is shown in this image?"
+WARMUPS = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement.
+
+    sweep, value: which series, and where on its axis. bundle: folder. images: per prompt. words:
+    added to the question. questions: in turn, about the same pictures. slots: room of every stage's
+    cache, 0 for what is needed. batch: prompts at once, through the executor alone: sessions take
+    them one by one.
+    """
+
+    sweep: str
+    value: int
+    plan: str
+    bundle: str
+    images: int = 1
+    words: int = 0
+    questions: int = 1
+    slots: int = 0
+    batch: int = 1
+
+
+def measure(point: Point, repeats: int, tokens: int, threads: int) -> dict[str, Any]:
+    """Milliseconds of every repetition, and the process's peak.
+
+    first_ms: from the call to the first token, a mean over the questions (of all prompts together
+    in a batch); per_token_ms: each later one; both lists.
+    """
+    ask = _batches if point.sweep == "batch" else _questions
+    found: dict[str, Any] = {"first_ms": [], "per_token_ms": []}
+    with ask(point, tokens, threads) as repeat:
+        for number in range(WARMUPS + repeats):
+            first, per_token, facts = repeat(np.random.default_rng(number))
+            if number >= WARMUPS:
+                found["first_ms"].append(first)
+                found["per_token_ms"].append(per_token)
+    return found | facts | peak()
+
+
+@contextmanager
+def _questions(point: Point, tokens: int, threads: int) -> Iterator:
+    """Through the public runtime."""
+    with load(point.bundle, threads=threads) as session:
+        session.eos = frozenset()  # every answer is of the same length
+        side = session.bundle.manifest.config.vision.image_size
+
+        def repeat(random: np.random.Generator) -> tuple[float, float, dict[str, Any]]:
+            pictures = list(noise(random, point.images, side))
+            _reserve(session, point.slots)
+            answers = [
+                session.infer(pictures, question(point.words, number), max_tokens=tokens)
+                for number in range(point.questions)
+            ]
+            first = float(np.mean([one.timings.first_token_ms for one in answers]))
+            later = float(np.mean([one.timings.per_token_ms for one in answers]))
+            facts = answers[-1].plan
+            return (
+                first,
+                later,
+                {
+                    "prompt_rows": facts.prompt_rows,
+                    "visual_tokens": facts.visual_tokens,
+                    "slots": [slots.order.shape[1] for slots in session.context.chain.slots],
+                },
+            )
+
+        yield repeat
+
+
+@contextmanager
+def _batches(point: Point, tokens: int, threads: int) -> Iterator:
+    """Equal prompts about different pictures, side by side through every graph."""
+    bundle = Bundle.open(point.bundle)
+    manifest, batch = bundle.manifest, point.batch
+    executor = OrtExecutor(bundle, OrtOptions(threads), batch)
+    embed = Embedding(bundle, executor.rows_dtype)
+    encoder = PromptEncoder.from_files(bundle.path, manifest.text_files)
+    prompt = encoder.encode(question(point.words, 0), images=1)
+    side = manifest.config.vision.image_size
+
+    def text(ids, at: int) -> Segment:
+        rows = np.repeat(embed(ids), batch, 0)
+        return Segment(False, rows, *2 * (_orders(at, len(ids), batch),))
+
+    def repeat(random: np.random.Generator) -> tuple[float, float, dict[str, Any]]:
+        pixels = random.standard_normal((batch, 3, side, side), np.float32)
+        started = time.perf_counter()
+        chain, segments, at = Chain(manifest.plan, executor, batch), [], 0
+        for part in prompt.segments:
+            if part.is_image:
+                rows = executor.encode(pixels)
+                order = _orders(at, rows.shape[1], batch)
+                segments.append(Segment(True, rows, order, order))
+            else:
+                segments.append(text(part.ids, at))
+            at += segments[-1].count
+        logits = chain.prefill(segments).logits
+        first = time.perf_counter()
+        for number in range(tokens - 1):
+            chosen = logits.argmax(-1)
+            rows = np.concatenate([embed([int(one)]) for one in chosen])
+            order = _orders(at + number, 1, batch)
+            logits = chain.decode(Segment(False, rows, order, order))
+        done = time.perf_counter()
+        later = (done - first) / (tokens - 1) * 1e3
+        return (first - started) * 1e3, later, {"prompt_rows": at}
+
+    yield repeat
+    executor.close()
+
+
+def _orders(at: int, count: int, batch: int) -> np.ndarray:
+    return np.repeat(np.arange(at, at + count, dtype=np.int32)[None], batch, 0)
+
+
+def _reserve(session: Session, slots: int) -> None:
+    """Room for ``slots`` rows in every stage, asked for at once instead of as they come."""
+    chain = session.context.chain
+    for stage, held in enumerate(chain.slots):
+        if slots > held.used:
+            chain.reserve(stage, slots - held.used)
+
+
+def noise(random: np.random.Generator, count: int, side: int) -> Iterator[np.ndarray]:
+    """Pictures (side, side, 3) of uint8."""
+    for _ in range(count):
+        yield random.integers(0, 256, (side, side, 3), np.uint8)
+
+
+def question(words: int, number: int) -> str:
+    """One of a series of different questions of about the same length."""
+    return f"{QUESTION} {number} {'and a dog ' * (words // 3)}".strip()

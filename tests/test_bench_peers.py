@@ -1,0 +1,343 @@
+"""The peers' benchmark without peers: runners that are made up, floors and agreement by hand."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from visistage.bench import environments, peers, scaling, speed_tables, tables
+from visistage.bench.answers import agreement, leading
+from visistage.bench.floor import (
+    Rates,
+    Work,
+    layer_work,
+    prefill_layers,
+    prefill_work,
+    step_work,
+    tower_work,
+)
+from visistage.bench.peer_list import REFERENCE, Peer, all_peers
+from visistage.bench.peer_models import Subject
+from visistage.bench.runner import (
+    RUNNERS,
+    Answered,
+    PeerError,
+    Runner,
+    ending,
+    last_line,
+    parse_line,
+)
+from visistage.compile.dummy import make_dummy
+from visistage.graphs.config import ModelConfig
+from visistage.graphs.errors import VisistageError
+
+RATES = Rates({"float32": 1e9, "bfloat16": 2e9, "int8": 4e9}, 1e9)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return Subject.named("demo")
+
+
+# --- a runner -------------------------------------------------------------------------------------
+
+HONEST = """
+from serving import Stopwatch, serve
+class Honest:
+    about = {"made": "up"}
+    def __init__(self, model, threads): pass
+    def ask(self, picture, question, text, new):
+        print("noise on stdout")
+        watch = Stopwatch()
+        for token in range(new):
+            watch.hear(token + int(picture.sum()))
+        return watch.heard(len(text))
+serve(Honest)
+"""
+CRASHING = HONEST.replace("watch = Stopwatch()", "import os, signal; os.kill(os.getpid(), 11)")
+SILENT = HONEST.replace("watch = Stopwatch()", "import time; time.sleep(60)")
+FAILING = HONEST.replace("): pass", '): raise SystemExit("no such model in /somewhere/deep/file")')
+
+
+def runner(source, tmp_path) -> Runner:
+    script = tmp_path / "made_up.py"
+    script.write_text(source)
+    settings = json.dumps({"model": "m", "threads": 1})
+    return Runner(
+        "made up",
+        [sys.executable, str(script), settings],
+        tmp_path / "log",
+        {"PYTHONPATH": str(RUNNERS)},
+    )
+
+
+def request(tmp_path, new=3) -> dict:
+    np.save(tmp_path / "0.npy", np.full((2, 2, 3), 1, np.uint8))
+    return {"picture": str(tmp_path / "0.npy"), "question": "q", "text": "four", "new": new}
+
+
+def test_a_runner_answers_in_lines_whatever_its_libraries_print(tmp_path):
+    with runner(HONEST, tmp_path) as one:
+        ready = one.ready(60)
+        answer = one.ask(request(tmp_path), 60)
+    assert ready.about == {"made": "up"}
+    assert ready.peak_mib > 5
+    assert answer.tokens == (12, 13, 14)
+    assert answer.prompt_tokens == 4
+    assert answer.first_ms >= 0
+    assert answer.per_token_ms >= 0
+
+
+def test_a_runner_that_crashes_is_reported_by_its_signal(tmp_path):
+    with runner(CRASHING, tmp_path) as one:
+        one.ready(60)
+        with pytest.raises(PeerError, match=r"made up: ended while answering.*SIGSEGV"):
+            one.ask(request(tmp_path), 60)
+        with pytest.raises(PeerError, match="ended"):  # and again, at once
+            one.ask(request(tmp_path), 60)
+
+
+def test_a_runner_that_does_not_load_says_why_without_folders_of_this_machine(tmp_path):
+    with (
+        runner(FAILING, tmp_path) as one,
+        pytest.raises(PeerError, match=r"ended while loading \(exit code 1\).*no such model") as e,
+    ):
+        one.ready(60)
+    assert "somewhere" not in str(e.value)
+
+
+def test_a_runner_that_hangs_is_given_up(tmp_path):
+    with runner(SILENT, tmp_path) as one:
+        one.ready(60)
+        with pytest.raises(PeerError, match="longer than 1 s"):
+            one.ask(request(tmp_path), 1)
+    assert one.process.returncode is not None
+
+
+@pytest.mark.parametrize("line", ["Loading weights", "[1, 2]", "{"])
+def test_a_line_that_is_no_answer_is_shown(line):
+    with pytest.raises(PeerError, match="expected a line of JSON"):
+        parse_line(line, "made up")
+
+
+def test_reasons_carry_neither_addresses_nor_folders():
+    log = "first\nERROR: no file https://host.example/simple/x in /home/me/.cache/file.py: gone\n\n"
+    assert last_line(log) == "ERROR: no file (address) in .../file.py: gone"
+    assert last_line(" \n") == "it wrote nothing"
+    assert ending(-9) == "killed by SIGKILL"
+
+
+# --- a stand --------------------------------------------------------------------------------------
+
+
+def stand(key="made-up", **fields) -> peers.Stand:
+    peer = Peer(key, key, "none", environments.OWN, lambda *_: None, **fields)
+    return peers.Stand(peer)
+
+
+def answered(tokens, rows=160, first=10.0) -> Answered:
+    return Answered(rows, tuple(tokens), first, 2.0, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (answered([1, 2], rows=161), "161 tokens, the others' has 160"),
+        (answered([1]), "answered 1 tokens, expected 2"),
+    ],
+)
+def test_another_prompt_or_length_fails(answer, words):
+    with pytest.raises(PeerError, match=words):
+        peers.check(answer, "made up", 160, 2)
+
+
+def test_a_peer_that_cannot_be_set_up_is_in_the_record_with_the_reason(demo):
+    def model(subject, minutes):
+        raise PeerError("llama-cpp: pip install failed")
+
+    one = peers.Stand(Peer("x", "X", "none", environments.OWN, model))
+    one.start(demo, 1, 1, stack=None)
+    assert one.ask(None, None, 1, 1) is None
+    row = peers.row_of(one, demo, [], RATES, one)
+    assert row == {
+        "key": "x",
+        "label": "X",
+        "plan": "dense",
+        "failed": "llama-cpp: pip install failed",
+    }
+    assert speed_tables.failures([row]) == ["X: llama-cpp: pip install failed"]
+    assert speed_tables.peers([row])[1] == []
+
+
+def test_an_environment_that_fails_names_its_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(environments, "ROOT", tmp_path)
+    broken = environments.Environment("broken", (("no-such-command",),))
+    with pytest.raises(PeerError, match=r"broken: -m pip no-such-command failed \(exit code"):
+        environments.interpreter(broken, 2)
+    assert not (tmp_path / "peers" / "broken" / environments.NOTE).exists()
+
+
+# --- agreement ------------------------------------------------------------------------------------
+
+
+def test_agreement_ends_at_the_first_token_that_differs():
+    assert leading((1, 2, 3, 4), (1, 2, 9, 4)) == 0.5
+    wanted = {(1, "cold"): answered([1, 2, 3, 4]), (1, "second"): answered([5, 6, 7, 8])}
+    given = {(1, "cold"): answered([1, 2, 9, 4]), (1, "second"): answered([5, 6, 7, 8])}
+    assert agreement(given, wanted) == {"leading": 0.75, "equal": 0.5, "answers": 2}
+    assert agreement({}, wanted) is None
+
+
+def test_what_the_reference_says_past_its_end_does_not_count():
+    wanted = {(1, "cold"): answered([7, 2, 5, 5])}
+    given = {(1, "cold"): answered([7, 2, 6, 6])}
+    assert agreement(given, wanted)["equal"] == 0
+    assert agreement(given, wanted, ends=(2,))["equal"] == 1
+
+
+def test_the_first_round_warms_up_and_counts_nowhere(demo):
+    one = stand(precision="fp32")
+    one.ready = peers.Ready(1.0, 2.0, 3.0, {})
+    one.answers = {
+        (0, "cold"): answered([1], first=1000),
+        (1, "cold"): answered([1], first=10),
+        (2, "cold"): answered([1], first=20),
+    }
+    asked = [question for _, found in peers.questions(demo, 2) for question in found]
+    row = peers.row_of(one, demo, asked, RATES, one)
+    assert row["cold"]["median"] == 15
+    assert row["agreement"]["answers"] == 2
+    assert row["floor"]["cold"] > row["floor"]["second"] > row["floor"]["per_token"] > 0
+
+
+# --- questions ------------------------------------------------------------------------------------
+
+
+def test_no_picture_or_question_comes_twice(demo):
+    found = list(peers.questions(demo, 4))
+    assert len({picture.tobytes() for picture, _ in found}) == 4
+    for picture, asked in found:
+        assert picture.shape == (demo.side, demo.side, 3)
+        assert [question.key[1] for question in asked] == ["cold", "second"]
+        assert len({question.text for question in asked}) == 2
+
+
+def test_keys_of_peers_name_one_each():
+    keys = [peer.key for peer in all_peers(("cpu", "openvino"))]
+    assert keys[0] == REFERENCE
+    assert len(set(keys)) == len(keys)
+    named = {key for goal in speed_tables.GOALS for key in goal.theirs if key in keys}
+    assert set(speed_tables.F32) <= named
+    for goal in speed_tables.GOALS:
+        assert any(key.startswith(goal.ours) for key in keys)
+        assert any(key.startswith(one) for key in keys for one in goal.theirs)
+
+
+def test_every_peer_has_its_script():
+    for peer in all_peers(("cpu",)):
+        assert (RUNNERS / f"{peer.script}.py").is_file()
+
+
+# --- floors ---------------------------------------------------------------------------------------
+
+
+def test_work_takes_the_longer_of_computing_and_reading():
+    work = Work(linear=5e8, attention=5e8, weights=1e8)
+    assert work.milliseconds(RATES, "fp32") == pytest.approx(2000)  # 2 GFLOP at 1 G a second
+    assert work.milliseconds(RATES, "int8") == pytest.approx(1250)  # attention stays FP32
+    assert Work(weights=1e9).milliseconds(RATES, "fp32") == pytest.approx(4000)
+    assert Work(weights=1e9).milliseconds(RATES, "int8") == pytest.approx(1000)
+
+
+def test_layers_count_what_torch_multiplies(demo):
+    """A layer and the tower, operation by operation, by torch's own counter."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(
+        demo.checkpoint.path, attn_implementation="eager"
+    ).eval()
+    config, side = demo.checkpoint.config, demo.side
+    rows = 30
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        model(input_ids=torch.full((1, rows), 9), logits_to_keep=1)
+    whole = prefill_work(config.text, [0] * config.text.layers, 10, rows - 10)
+    pairs = rows * (rows + 1) / 2
+    whole_pairs = whole.attention * rows**2 / pairs  # torch computes those that are masked, too
+    assert counted.get_total_flops() == pytest.approx(2 * (whole.linear + whole_pairs))
+
+    layers = model.model.vision_tower.encoder.layers
+    del layers[max(n % (len(layers) + 1) for n in config.feature_layers) :]
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        features = model.model.vision_tower(torch.zeros(1, 3, side, side)).last_hidden_state
+        model.model.multi_modal_projector(features[:, 1:])
+    work = tower_work(config)
+    assert counted.get_total_flops() == pytest.approx(2 * (work.linear + work.attention))
+
+
+def test_a_paid_picture_leaves_the_questions_own_rows(demo):
+    text = demo.checkpoint.config.text
+    visual = [144] * 4 + [16] * 2 + [0] * 2
+    cold = prefill_layers(text, visual, 10, 20)
+    begun = prefill_layers(text, visual, 10, 20, paid=0)
+    second = prefill_layers(text, visual, 10, 20, paid=4)
+    assert cold[0] == layer_work(text, 174, 0)
+    assert begun[0] == layer_work(text, 164, 10)
+    assert second[0] == layer_work(text, 20, 154)
+    assert second[5] == begun[5] == layer_work(text, 36, 10)
+    assert step_work(text, visual, 30).linear < second[-1].linear + sum(w.linear for w in second)
+
+
+def test_the_better_of_two_rates_is_kept_for_each():
+    other = Rates({"float32": 5e8, "bfloat16": 3e9, "int8": 4e9}, 2e9)
+    assert RATES.best(other) == Rates({"float32": 1e9, "bfloat16": 3e9, "int8": 4e9}, 2e9)
+
+
+# --- scaling --------------------------------------------------------------------------------------
+
+
+def test_a_speed_up_is_compared_with_the_rooflines():
+    found = scaling.compared(measured=20, dense=40, roofline=10, ideal=25)
+    assert found["speedup"] == 2
+    assert found["predicted"] == 2.5
+    assert found["reached"] == pytest.approx(0.8)
+
+
+def test_a_point_that_fails_says_which(monkeypatch):
+    def run(command, **_):
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\nCapacityError: too long")
+
+    monkeypatch.setattr(scaling.subprocess, "run", run)
+    with pytest.raises(VisistageError, match="images 5 dense failed: CapacityError: too long"):
+        scaling.in_child(scaling.Point("images", 5, "dense", "nowhere", images=5), 1, 2, 1)
+
+
+def test_dummy_weights_may_take_pictures_of_another_size(tmp_path):
+    folder = make_dummy("llava-45m", tmp_path / "m", image_size=168)
+    config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    assert config.visual_tokens == 144
+    crop = json.loads((folder / "preprocessor_config.json").read_text())["crop_size"]
+    assert crop == {"height": 168, "width": 168}
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def test_goals_compare_with_the_fastest_of_theirs():
+    def row(key, cold):
+        return {"key": key, "label": key, "cold": {"median": cold}}
+
+    rows = [row("visistage-visipruner-fp32", 60.0), row("openvino-fp32-f32", 120.0)]
+    rows += [row("openvino-fp32-f32-prefix", 100.0), row("openvino-fp32-default", 10.0)]
+    first = speed_tables.goals(rows)[1][0]
+    assert first[2:4] == ["0.60x", "yes"]
+    assert "prefix" in first[5]
+    assert speed_tables.goals(rows[:1])[1][0][2] == ""
+
+
+def test_a_missing_record_is_said_and_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "bench.peers" in tables.peers("demo")
+    assert "bench.scaling" in tables.scaling()
