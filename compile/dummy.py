@@ -89,7 +89,6 @@ def make_dummy(
         )
     path = Path(path)
     recipe = recipe or GEOMETRIES[geometry]
-    recipe = GEOMETRIES[geometry]
     if image_size is not None:
         recipe = _resized(recipe, image_size)
     config = ModelConfig.from_hf(recipe.config)
