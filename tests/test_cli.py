@@ -87,7 +87,8 @@ def test_a_second_build_finds_the_first(folder, built):
 def test_options_of_engines_are_the_arguments_of_build():
     arguments = set(inspect.signature(build).parameters) - {"reporter"}
     options = {option.name for option in main.commands["engines"].params} - {"as_json"}
-    assert options - {"capabilities", "portable"} == arguments
+    # Engines are not build's business, and kept layers go into the precision.
+    assert options - {"capabilities", "keep_float", "portable"} == arguments
 
 
 def test_plain_progress_is_one_line_a_step(capsys):
