@@ -34,7 +34,7 @@ from .environments import ROOT
 from .floor import Rates, measure_rates, prefill_layers
 from .record import save
 from .runner import last_line
-from .scaling_points import WARMUPS, Point, measure, noise, question
+from .scaling_points import WARMUPS, Point, noise, question
 
 SIDES = (168, 252, 336, 504, 672)
 """Of pictures; with patches of 14: 144, 324, 576, 1 296 and 2 304 visual tokens."""
@@ -91,7 +91,7 @@ def in_child(point: Point, repeats: int, tokens: int, threads: int) -> dict[str,
     """
     given = json.dumps([asdict(point), repeats, tokens, threads])
     done = subprocess.run(
-        [sys.executable, "-m", "visistage.bench.scaling", "--child", given],
+        [sys.executable, "-m", "visistage.bench.scaling_points", given],
         capture_output=True,
         text=True,
     )
@@ -160,13 +160,8 @@ def roofline_ms(config: ModelConfig, answer: Answer, prefix: int, rates: Rates) 
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--sweep", "sweeps", multiple=True, type=click.Choice(SWEEPS), help="Only these.")
 @click.option("--dry", is_flag=True, help="Print the rows and leave the record alone.")
-@click.option("--child", hidden=True)
-def main(geometry, repeats, tokens, threads, sweeps, dry, child) -> None:
+def main(geometry, repeats, tokens, threads, sweeps, dry) -> None:
     """Build, measure point by point, record; every point is a line of JSON on stdout."""
-    if child:
-        point, *limits = json.loads(child)
-        click.echo(json.dumps(measure(Point(**point), *limits)))
-        return
     rates = measure_rates(threads)
     rows: list[dict[str, Any]] = []
     for sweep in sweeps or SWEEPS:

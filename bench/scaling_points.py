@@ -1,10 +1,15 @@
 """What ``scaling`` measures, a point a process: a bundle, a shape of question, times and peak.
 
-Pictures are noise, new in every repetition, so that no cache knows them.
+    python -m visistage.bench.scaling_points '[{POINT}, REPEATS, TOKENS, THREADS]'
+
+Pictures are noise, new in every repetition, so that no cache knows them. Nothing of the compiler is
+imported: torch would be most of the peak.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,3 +161,8 @@ def noise(random: np.random.Generator, count: int, side: int) -> Iterator[np.nda
 def question(words: int, number: int) -> str:
     """One of a series of different questions of about the same length."""
     return f"{QUESTION} {number} {'and a dog ' * (words // 3)}".strip()
+
+
+if __name__ == "__main__":
+    given, *limits = json.loads(sys.argv[1])
+    print(json.dumps(measure(Point(**given), *limits)))
