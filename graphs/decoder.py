@@ -82,18 +82,19 @@ class Attention(nn.Module):
         self.v_proj = Linear(ops, text.hidden, kv_width, text.attention_bias)
         self.o_proj = Linear(ops, width, text.hidden, text.output_bias)
 
-    def forward(self, x, shape, cos, sin, cache: Cache, view: View, gate: Gate | None):
-        """x: (B*Q, D), shape: (B, Q). Returns the update (B*Q, D), rotated queries, caches."""
-        batch, rows = shape
+    def forward(self, x, cos, sin, cache: Cache, view: View, gate: Gate | None):
+        """x: (B*Q, D); cos: (B, Q, d/2). Returns the update (B*Q, D), rotated queries, caches."""
+        (batch, count, _), width = cos.shape, self.text.head_dim
 
         def heads(projected: Tensor) -> Tensor:
-            return projected.reshape(batch, rows, -1, self.text.head_dim).transpose(1, 2)
+            shape = (batch, count, projected.shape[-1] // width, width)
+            return self.ops.reshape(projected, shape, cos).transpose(1, 2)
 
         q = self.ops.rotate(heads(self.q_proj(x)), cos, sin)
         k = self.ops.rotate(heads(self.k_proj(x)), cos, sin)
         v = heads(self.v_proj(x))
         out, keys, values = self.ops.cached_attention(q, k, v, cache, view, gate)
-        out = out.transpose(1, 2).reshape(batch * rows, -1)
+        out = self.ops.reshape(out.transpose(1, 2), (batch * count, self.text.heads * width))
         if self.scale != 1.0:
             out = out * self.scale
         return self.o_proj(out, self.scale), q, keys, values
@@ -136,6 +137,7 @@ class DecoderLayer(nn.Module):
     ):
         super().__init__()
         self.mode, self.norm, self.shifts = mode, norm, shifts
+        self.ops = ops
         self.kind = (mode, norm, shifts, text, ops.name)
         self.self_attn = Attention(text, ops, shifts[0])
         self.mlp = MLP(text, ops, shifts[1])
@@ -160,11 +162,10 @@ class DecoderLayer(nn.Module):
         if value_gate is not None:
             sink = sink_gate if self.mode == "sink" else None
             gate = Gate(value_gate, sink, self.norm == "renorm")
-        batch, count, width = rows.shape
-        x = rows.reshape(batch * count, width)
+        (batch, count, _), width = cos.shape, rows.shape[-1]
+        x = self.ops.reshape(rows, (batch * count, width))
         update, query, key, value = self.self_attn(
             self.input_layernorm(x),
-            (batch, count),
             cos.to(key.dtype),
             sin.to(key.dtype),
             (key, value),
@@ -173,7 +174,7 @@ class DecoderLayer(nn.Module):
         )
         x = _added(x, update, self.shifts[0])
         x = _added(x, self.mlp(self.post_attention_layernorm(x)), self.shifts[1])
-        return x.reshape(batch, count, width), query, key, value
+        return self.ops.reshape(x, (batch, count, width), cos), query, key, value
 
 
 def _added(x: Tensor, update: Tensor, shift: int) -> Tensor:

@@ -7,6 +7,7 @@ for older runtimes and leaves writing the cache to its caller. Stage modules kno
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ from torch import Tensor
 
 SOFTMAX_FLOOR = torch.finfo(torch.float32).min
 """Score of an invisible key. Not -inf: a row that sees nothing must stay finite."""
+
+UNSIGNED_ZERO = 128
+"""What stands for 0 where inputs are rounded to UINT8: the same range as INT8, counted from 0."""
 
 
 class View(NamedTuple):
@@ -70,12 +74,23 @@ class Eager:
         """
         return View(write_index, _sees(order, slot_order))
 
+    def reshape(self, x: Tensor, shape: Sequence[int], like: Tensor | None = None) -> Tensor:
+        """x in another shape, of which one size may be open; with ``like``, its first two may be,
+        and are that tensor's.
+        """
+        del like
+        return x.reshape(shape)
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x: (M, K), weight: (N, K) -> (M, N)."""
         return F.linear(x, weight, bias)
 
-    def rounded(self, x: Tensor, scale: Tensor) -> Tensor:
-        """To multiples of ``scale`` (), at most 127 of them; halves go to even."""
+    def rounded(self, x: Tensor, scale: Tensor, *, unsigned: bool = False) -> Tensor:
+        """To multiples of ``scale`` (), at most 127 of them; halves go to even.
+
+        ``unsigned``: in a graph, count the integers from 0; the numbers are the same.
+        """
+        del unsigned
         return torch.clamp(torch.round(x / scale), -128, 127) * scale
 
     def restored(
@@ -150,18 +165,35 @@ class Llm(Eager):
     name = "llm"
     opset = 24
 
+    def reshape(self, x: Tensor, shape: Sequence[int], like: Tensor | None = None) -> Tensor:
+        """``Reshape`` to a constant, or to sizes that are found out once for all who share ``like``.
+
+        Said so because torch spells every open size out anew: a dozen operators a layer, which are
+        a third of what a small model takes for one token.
+        """
+        known = list(shape[2:]) if like is not None else [_known(size) for size in shape]
+        assert known.count(-1) < 2, f"{shape}: more than one open size"
+        target = torch.tensor(known, dtype=torch.int64)
+        if like is not None:
+            first = _symbolic("Shape", [like], {"start": 0, "end": 2}, torch.int64, (2,), self.opset)
+            target = _symbolic(
+                "Concat", [first, target], {"axis": 0}, torch.int64, (len(shape),), self.opset
+            )
+        return _symbolic("Reshape", [x, target], {}, x.dtype, shape, self.opset)
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``Gemm(transB=1)`` reads the checkpoint's own [N, K] layout without a copy."""
         inputs = [x, weight] if bias is None else [x, weight, bias]
         shape = (x.shape[0], weight.shape[0])
         return _symbolic("Gemm", inputs, {"transB": 1}, x.dtype, shape, self.opset)
 
-    def rounded(self, x: Tensor, scale: Tensor) -> Tensor:
-        """``QuantizeLinear`` and back; without a zero point its integers would be unsigned."""
-        zero = torch.zeros((), dtype=torch.int8, device=x.device)
-        inputs = [x, scale, zero]
-        values = _symbolic("QuantizeLinear", inputs, {}, torch.int8, x.shape, self.opset)
-        return _symbolic("DequantizeLinear", [values, scale], {}, x.dtype, x.shape, self.opset)
+    def rounded(self, x: Tensor, scale: Tensor, *, unsigned: bool = False) -> Tensor:
+        """``QuantizeLinear`` and back: INT8 with zero point 0, or UINT8 with ``UNSIGNED_ZERO``."""
+        kind, middle = (torch.uint8, UNSIGNED_ZERO) if unsigned else (torch.int8, 0)
+        zero = torch.full((), middle, dtype=kind, device=x.device)
+        values = _symbolic("QuantizeLinear", [x, scale, zero], {}, kind, x.shape, self.opset)
+        inputs = [values, scale, zero] if unsigned else [values, scale]
+        return _symbolic("DequantizeLinear", inputs, {}, x.dtype, x.shape, self.opset)
 
     def restored(
         self, weight: Tensor, scale: Tensor, block: int | None, zero: Tensor | None = None
@@ -208,6 +240,7 @@ class Portable(Eager):
     portable = True
     opset = 20
 
+    reshape = Llm.reshape
     linear = Llm.linear
     rounded = Llm.rounded
     restored = Llm.restored
@@ -295,6 +328,11 @@ def _softmax(scores: Tensor, visible: Tensor | None, q_shape: torch.Size, groups
     split = wide.reshape(batch, groups, heads // groups, rows, scores.shape[-1])
     split = torch.where(visible[:, :, None], split, SOFTMAX_FLOOR)
     return split.softmax(-1).reshape(scores.shape)
+
+
+def _known(size: int | torch.SymInt) -> int:
+    """A size that is a number, -1 for one that is open."""
+    return size if isinstance(size, int) else -1
 
 
 def _symbolic(op, inputs, attributes, dtype, shape, opset):

@@ -185,6 +185,7 @@ class Chain:
         self.plan, self.executor, self.batch = plan, executor, batch
         self.padding = padding or (lambda stage, count: 0)
         self.slots: list[StageSlots] = []
+        self._gates: dict[int, tuple[Any, np.ndarray | None]] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -205,15 +206,14 @@ class Chain:
         self.reserve(stage, segment.count)
         slots = self.slots[stage]
         write_index = slots.write(segment)
-        order = np.where(segment.order == INVISIBLE, PADDING_ORDER, segment.order)
         return self.executor.append(
             stage,
             segment.rows,
             segment.positions,
-            order.astype(np.int32),
+            _query_order(segment.order),
             slots.order,
             write_index,
-            stage_gates(self.plan, stage, slots.visual, segment.visual, decoding),
+            self._stage_gates(stage, segment.visual, decoding),
         )
 
     def append_padded(self, stage: int, segment: Segment) -> StageResult:
@@ -321,12 +321,26 @@ class Chain:
             stage,
             self.executor.concatenate([part.rows for part in parts]),
             positions,
-            np.where(order == INVISIBLE, PADDING_ORDER, order).astype(np.int32),
+            _query_order(order),
             slots.order,
             write_index,
             None,
         )
         return result, write_index + padding
+
+    def _stage_gates(self, stage: int, visual_call: bool, decoding: bool) -> np.ndarray | None:
+        """Gates of a call; the last ones again where nothing they follow from has changed, as in
+        the steps of an answer.
+        """
+        if not self.plan.stages[stage].gated_layers:
+            return None
+        visual = self.slots[stage].visual
+        key = (visual.shape, visual.tobytes(), visual_call, decoding)
+        known = self._gates.get(stage)
+        if known is None or known[0] != key:
+            gates = stage_gates(self.plan, stage, visual, visual_call, decoding)
+            known = self._gates[stage] = (key, gates)
+        return known[1]
 
     def _select(self, edge, probe_query, visual, visual_slots, query_order) -> Kept:
         return self.executor.select(
@@ -437,6 +451,11 @@ def last_layers(plan: StagePlan, done: Prefilled) -> tuple[int, int]:
         return last[-1], last[-1]
     seen = [layer for layer, count in zip(last, done.visual_tokens, strict=True) if count]
     return last[done.selected_after], seen[-1]
+
+
+def _query_order(order: np.ndarray) -> np.ndarray:
+    """Orders (B, Q) int32 that rows look with: padding sees all, so that it stays finite."""
+    return np.minimum(order, PADDING_ORDER)
 
 
 def _padded_left(segment: Segment, padding: int) -> Segment:

@@ -45,11 +45,12 @@ class TowerAttention(nn.Module):
         """x: (B*T, D) -> (B*T, D)."""
 
         def heads(projected: Tensor) -> Tensor:
-            return projected.reshape(batch, tokens, self.heads, -1).transpose(1, 2)
+            shape = (batch, tokens, self.heads, projected.shape[-1] // self.heads)
+            return self.ops.reshape(projected, shape).transpose(1, 2)
 
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         out = self.ops.attend(q, k, v, None)
-        return self.out_proj(out.transpose(1, 2).reshape(batch * tokens, -1))
+        return self.out_proj(self.ops.reshape(out.transpose(1, 2), x.shape))
 
 
 class TowerMLP(nn.Module):
@@ -71,6 +72,7 @@ class TowerLayer(nn.Module):
 
     def __init__(self, vision: VisionConfig, ops: Eager):
         super().__init__()
+        self.ops = ops
         self.kind = (vision, ops.name)
         self.self_attn = TowerAttention(vision, ops)
         self.layer_norm1 = nn.LayerNorm(vision.hidden, eps=vision.eps)
@@ -80,10 +82,10 @@ class TowerLayer(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         batch, tokens, width = states.shape
-        x = states.reshape(batch * tokens, width)
+        x = self.ops.reshape(states, (batch * tokens, width))
         x = x + self.self_attn(self.layer_norm1(x), batch, tokens)
         x = x + self.mlp(self.layer_norm2(x))
-        return x.reshape(batch, tokens, width)
+        return self.ops.reshape(x, (batch, tokens, width))
 
 
 class Embeddings(nn.Module):
@@ -147,7 +149,7 @@ class Projector(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Eager, wide: bool = False):
         super().__init__()
-        self.wide = wide
+        self.wide, self.ops = wide, ops
         self.kind = (config.projector_activation, config.select, wide, ops.name)
         self.activation = config.projector_activation
         self.skip = 1 if config.select == "default" else 0  # CLIP: its class token
@@ -160,8 +162,9 @@ class Projector(nn.Module):
         chosen = [state[:, self.skip :] for state in states]
         features = torch.cat(chosen, dim=-1) if len(chosen) > 1 else chosen[0]
         batch, tokens, width = features.shape
-        x = self.linear_1(features.reshape(batch * tokens, width))
-        rows = self.linear_2(activate(self.activation, x)).reshape(batch, tokens, -1)
+        x = self.linear_1(self.ops.reshape(features, (batch * tokens, width)))
+        x = self.linear_2(activate(self.activation, x))
+        rows = self.ops.reshape(x, (batch, tokens, x.shape[-1]))
         return rows.float() if self.wide else rows
 
 

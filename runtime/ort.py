@@ -20,10 +20,11 @@ import onnxruntime as ort
 import psutil
 
 from ..graphs.bundle import Bundle
-from ..graphs.contract import ORT_LLM_SINCE, PROBE, GraphSpec, appended, cache_names
+from ..graphs.contract import ORT_LLM_SINCE, PROBE, appended, cache_names
 from ..graphs.errors import BundleError, CapacityError
 from ..graphs.rows import Kept, StageResult
 from .integers import integer_entries
+from .part import Part
 
 BUCKET = 128
 """Slots are added in multiples of this: growth copies, and attention pays for every slot."""
@@ -220,6 +221,7 @@ class OrtExecutor:
         session.log_severity_level = 3
         # Graphs take turns: threads that go on spinning would steal the next graph's cores.
         session.add_session_config_entry("session.force_spinning_stop", "1")
+        session.add_session_config_entry("session.set_denormal_as_zero", "1")
         if bundle.manifest.quantization.schemes:
             for entry, value in integer_entries().items():
                 session.add_session_config_entry(entry, value)
@@ -236,47 +238,6 @@ class OrtExecutor:
                 f"ONNX Runtime {ort.__version__} cannot load {file}: {error}. "
                 "Build the bundle again with this version: make engines MODEL=..."
             ) from error
-
-
-class Part:
-    """One graph of a stage with its bindings: caches stay bound, the rest is bound per call."""
-
-    def __init__(self, spec: GraphSpec, session: ort.InferenceSession):
-        self.spec, self.session = spec, session
-        self.binding = session.io_binding()
-        self.gated = next((int(s.shape[0]) for s in spec.inputs if s.name == "gates"), 0)
-        self.aliased: set[str] = set()
-
-    def bind_caches(self, caches: dict[str, np.ndarray], *, aliased: bool) -> None:
-        """Bind the caches of this part's layers as inputs, and as outputs where aliased."""
-        self.binding.clear_binding_inputs()
-        self.binding.clear_binding_outputs()
-        for spec in self.spec.inputs:
-            if spec.name not in caches:
-                continue
-            value = ort.OrtValue.ortvalue_from_numpy(caches[spec.name])
-            self.binding.bind_ortvalue_input(spec.name, value)
-            if aliased:
-                self.binding.bind_ortvalue_output(appended(spec.name), value)
-                self.aliased.add(appended(spec.name))
-
-    def run(self, feeds: dict[str, np.ndarray], sizes: dict[str, int]) -> dict[str, np.ndarray]:
-        """Run once; returns every output that is not written in place."""
-        held = {}  # bound arrays must outlive the call
-        for spec in self.spec.inputs:
-            if spec.name in feeds:
-                array = feeds[spec.name][: self.gated] if spec.name == "gates" else feeds[spec.name]
-                held[spec.name] = array = np.ascontiguousarray(array)
-                self.binding.bind_cpu_input(spec.name, array)
-        outputs = {}
-        for spec in self.spec.outputs:
-            if spec.name in self.aliased:
-                continue
-            shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
-            outputs[spec.name] = out = np.empty(shape, spec.dtype)
-            self.binding.bind_output(spec.name, "cpu", 0, out.dtype, out.shape, out.ctypes.data)
-        self.session.run_with_iobinding(self.binding)
-        return outputs
 
 
 def version() -> tuple[int, int]:

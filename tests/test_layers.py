@@ -37,6 +37,7 @@ RULES = {
     "runtime": (RUNTIME_MAY, set()),
     "runtime.*": (RUNTIME_MAY, {"PIL", "jinja2", "numpy", "tokenizers"}),
     "runtime.ort": (RUNTIME_MAY, {"numpy", "onnxruntime", "psutil"}),
+    "runtime.part": (RUNTIME_MAY, {"numpy", "onnxruntime"}),
     "runtime.device.cuda": (RUNTIME_MAY, {"cuda", "numpy"}),
     "runtime.device.engine_ort": (RUNTIME_MAY, {"numpy", "onnxruntime"}),
     "runtime.device.engine_trt": (RUNTIME_MAY | {"trt.flavour"}, {"numpy"}),
