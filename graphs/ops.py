@@ -75,9 +75,7 @@ class Eager:
         return View(write_index, _sees(order, slot_order))
 
     def reshape(self, x: Tensor, shape: Sequence[int], like: Tensor | None = None) -> Tensor:
-        """x in another shape, of which one size may be open; with ``like``, its first two may be,
-        and are that tensor's.
-        """
+        """Another shape for x, of which one size may be open; or two, the first ones of ``like``."""
         del like
         return x.reshape(shape)
 
@@ -166,7 +164,7 @@ class Llm(Eager):
     opset = 24
 
     def reshape(self, x: Tensor, shape: Sequence[int], like: Tensor | None = None) -> Tensor:
-        """``Reshape`` to a constant, or to sizes that are found out once for all who share ``like``.
+        """``Reshape`` to a constant, or to sizes found out once for all who share ``like``.
 
         Said so because torch spells every open size out anew: a dozen operators a layer, which are
         a third of what a small model takes for one token.
@@ -175,10 +173,10 @@ class Llm(Eager):
         assert known.count(-1) < 2, f"{shape}: more than one open size"
         target = torch.tensor(known, dtype=torch.int64)
         if like is not None:
-            first = _symbolic("Shape", [like], {"start": 0, "end": 2}, torch.int64, (2,), self.opset)
-            target = _symbolic(
-                "Concat", [first, target], {"axis": 0}, torch.int64, (len(shape),), self.opset
-            )
+            ends = {"start": 0, "end": 2}
+            first = _symbolic("Shape", [like], ends, torch.int64, (2,), self.opset)
+            whole = [first, target]
+            target = _symbolic("Concat", whole, {"axis": 0}, torch.int64, (len(shape),), self.opset)
         return _symbolic("Reshape", [x, target], {}, x.dtype, shape, self.opset)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
