@@ -75,7 +75,7 @@ class Eager:
         return View(write_index, _sees(order, slot_order))
 
     def reshape(self, x: Tensor, shape: Sequence[int], like: Tensor | None = None) -> Tensor:
-        """Another shape for x, of which one size may be open; or two, the first ones of ``like``."""
+        """Another shape for x: one size may be open, or two that are the first of ``like``."""
         del like
         return x.reshape(shape)
 
