@@ -28,9 +28,9 @@ from ..calib.rounding import (
     pack_int4,
 )
 from ..graphs.config import ModelConfig
-from ..graphs.errors import DataError, TargetError
+from ..graphs.errors import DataError, TargetError, nearest
 from ..graphs.linears import Group, linear_groups
-from ..graphs.plan import StagePlan, nearest
+from ..graphs.plan import StagePlan
 from ..graphs.precision import LIMIT, Widening
 from ..graphs.quantization import Quantization, Recipe, Scheme, block_of
 from ..graphs.quantized import INPUT_SCALE, SCALE, WEIGHT, ZERO, scale_shape

@@ -20,6 +20,8 @@ PURE |= {
     "graphs.presets",
     "graphs.targets",
 }
+PURE |= {"graphs.plan_checks", "graphs.plan_fields", "graphs.stages"}
+PURE |= {"graphs.preset_request", "graphs.probing_presets", "graphs.static_presets"}
 PURE |= {"graphs.quantization", "graphs.values", "graphs.work"}
 RUNTIME_MAY = {*PURE, "graphs.probing", "graphs.rows", "runtime.*"}
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "huggingface_hub")
