@@ -140,10 +140,10 @@ RULES = {
         {"calib.samples", "parity.compare", "parity.report", "runtime"},
         set(),
     ),
-    "parity.ladder": (
-        PURE
-        | {"", "calib.calibration", "calib.samples", "compile.checkpoint", "parity.*", "runtime"}
-        | {"trt.*"},
+    "parity.ladder": (PURE | {"", "calib.samples", "parity.*", "trt.*"}, {"psutil"}),
+    "parity.rungs": (PURE | {"parity.*", "runtime"}, set()),
+    "parity.subject": (
+        PURE | {"calib.calibration", "calib.samples", "compile.checkpoint", "parity.*", "runtime"},
         {"psutil"},
     ),
     "parity.prompts": (
