@@ -98,7 +98,7 @@ RULES = {
     "console.inspect_engines": (PURE | {"console.*", "trt.engines"}, {"numpy", "rich"}),
     "console.rounding": (PURE | {"compile.names", "console.units"}, set()),
     "console.verify": (
-        PURE | {"console.units", "parity.report", "parity.steps"},
+        PURE | {"console.bar", "console.units", "parity.report", "parity.steps"},
         {"rich"},
     ),
     "console.engines": (PURE | {"trt.*"}, {"rich"}),
