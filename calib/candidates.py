@@ -23,8 +23,9 @@ import numpy as np
 
 from ..graphs.cost import Geometry, Load, cost_of
 from ..graphs.errors import PlanError
-from ..graphs.plan import MAX_KEEP, Probe, StagePlan
+from ..graphs.plan import StagePlan
 from ..graphs.presets import preset
+from ..graphs.stages import MAX_KEEP, Probe
 from .dynamics import COSINES, PUBLISHED, Dynamics, quantile
 
 SHARES = (0.5, 0.75, 0.9, 1.0)

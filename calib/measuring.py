@@ -16,8 +16,9 @@ from ..compile.build import build
 from ..compile.planfile import save_plan
 from ..graphs.bundle import Bundle
 from ..graphs.errors import CapacityError
-from ..graphs.plan import Mode, Stage, StagePlan
+from ..graphs.plan import StagePlan
 from ..graphs.presets import preset
+from ..graphs.stages import Mode, Stage
 from .agreement import Agreement, Referred, agreement, reference
 from .calibration import Calibration
 from .samples import Sample

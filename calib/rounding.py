@@ -109,7 +109,7 @@ def int8_weight(
     return values, scales
 
 
-def int4_weight(
+def blocked_weight(
     weight: np.ndarray,
     block: int = BLOCK,
     *,
@@ -117,10 +117,10 @@ def int4_weight(
     half: bool = False,
     name: str = "a weight",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Round a weight to INT4 with one scale per output channel and ``block`` inputs.
+    """Round a weight to integers with one scale per output channel and ``block`` inputs.
 
     Arguments and errors are those of ``int8_weight``; the last block may be short. ``levels`` is
-    the largest integer in use: with ``INT8_LEVELS`` it is INT8 in blocks (``w8``).
+    the largest integer in use: ``INT4_LEVELS`` (``w4``) or ``INT8_LEVELS`` (``w8``).
 
     Returns:
         Values (K, N) INT8 within ±levels, and scales (ceil(K / block), N) FP32.
@@ -156,7 +156,7 @@ def restored(values: np.ndarray, scales: np.ndarray, block: int | None = None) -
 def rounded_weight(weight: np.ndarray, block: int | None = None) -> np.ndarray:
     """What rounding leaves of a weight (N, K): INT8, or with ``block`` INT4.
 
-    Bit for bit ``restored(*int8_weight(weight))``, or ``restored(*int4_weight(weight, block),
+    Bit for bit ``restored(*int8_weight(weight))``, or ``restored(*blocked_weight(weight, block),
     block)``, in a fifth of the time: searches do this often, to matrices of a few MB.
     """
     outputs, inputs = weight.shape

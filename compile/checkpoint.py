@@ -11,7 +11,6 @@ or code. No weight is read before ``load``, and then it is mapped.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import mmap
 import re
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..graphs.config import ModelConfig
-from ..graphs.errors import MissingDependencyError, ModelError
+from ..graphs.errors import MissingDependencyError, ModelError, nearest
 from .disk import require_room
 from .dummy import make_dummy
 from .recipes import ALIASES, DEMO, GEOMETRIES
@@ -213,11 +212,10 @@ def _unknown(model: str) -> NoReturn:
         raise ModelError(f"{model} is a file, expected a checkpoint folder. Name its folder.")
     if model in GEOMETRIES:
         raise ModelError(f"{model} has no weights, only a shape. Add --dummy-weights (DUMMY=1).")
-    close = difflib.get_close_matches(model, [*known, *GEOMETRIES], n=1, cutoff=0.5)
-    hint = f"Did you mean {close[0]}? " if close else ""
+    hint = nearest(model, [*known, *GEOMETRIES])
     raise ModelError(
         f"there is no model {model!r}: neither a folder, nor a hub id org/name, nor one of "
-        f"{', '.join(known)}. {hint}Try MODEL=demo."
+        f"{', '.join(known)}.{hint} Try MODEL=demo."
     )
 
 

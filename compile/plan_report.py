@@ -24,8 +24,9 @@ from ..graphs.cost import (
     reduction_percent,
     total,
 )
-from ..graphs.plan import Edge, StagePlan
-from ..graphs.presets import UNCALIBRATED
+from ..graphs.plan import StagePlan
+from ..graphs.preset_request import UNCALIBRATED
+from ..graphs.stages import Edge
 from .planfile import modes_text
 
 _TOTALS = {

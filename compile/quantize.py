@@ -23,14 +23,14 @@ from ..calib.rounding import (
     INT4_LEVELS,
     INT8_LEVELS,
     activation_scale,
-    int4_weight,
+    blocked_weight,
     int8_weight,
     pack_int4,
 )
 from ..graphs.config import ModelConfig
-from ..graphs.errors import DataError, TargetError
+from ..graphs.errors import DataError, TargetError, nearest
 from ..graphs.linears import Group, linear_groups
-from ..graphs.plan import StagePlan, nearest
+from ..graphs.plan import StagePlan
 from ..graphs.precision import LIMIT, Widening
 from ..graphs.quantization import Quantization, Recipe, Scheme, block_of
 from ..graphs.quantized import INPUT_SCALE, SCALE, WEIGHT, ZERO, scale_shape
@@ -195,7 +195,9 @@ class Rounding:
             values, scales = int8_weight(weight, half=self.half, name=module)
         else:
             levels = INT4_LEVELS if scheme == "w4" else INT8_LEVELS
-            values, scales = int4_weight(weight, block, levels=levels, half=self.half, name=module)
+            values, scales = blocked_weight(
+                weight, block, levels=levels, half=self.half, name=module
+            )
         out = {WEIGHT[scheme]: pack_int4(values) if scheme == "w4" else values, SCALE: scales}
         if scheme == "w8" and block is not None:
             out[ZERO] = np.zeros(scales.shape, np.int8)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +13,7 @@ from ..calib.samples import Sample, read_samples, samples_file
 from ..compile.recipes import DEMO
 from ..graphs.errors import DataError, PlanError, TargetError
 from ..graphs.quantization import QUANTISED, Recipe, is_quantised, parse_recipe
+from .bar import StepBar
 from .units import show_seconds
 
 if TYPE_CHECKING:
@@ -95,41 +94,16 @@ def _recipe(precision: str) -> Recipe | None:
     return parse_recipe(precision)
 
 
-class CalibrationProgress:
-    """A ``calib.watching.Watcher`` on stderr: a bar on a terminal, a line for each step."""
-
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-
-    def __enter__(self) -> CalibrationProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.stop()
+class CalibrationProgress(StepBar):
+    """A ``calib.watching.Watcher`` on stderr."""
 
     def start(self, step: str, total: int | None) -> None:
         """Show the step that runs now."""
-        self._task = self._bar.add_task(escape(step), total=total)
-
-    def advance(self, units: int) -> None:
-        """Move its bar."""
-        self._bar.advance(self._task, units)
+        self.show(step, total)
 
     def done(self, step: str, seconds: float, outcome: str) -> None:
         """Leave one line behind."""
-        for task in self._bar.task_ids:
-            self._bar.remove_task(task)
-        self.console.print(f"{step:<40} {show_seconds(seconds):>9}   {outcome}", markup=False)
+        self.leave(f"{step:<40} {show_seconds(seconds):>9}   {outcome}")
 
 
 def calibration_facts(folder: Path, calibration: Calibration) -> dict[str, Any]:

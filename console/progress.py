@@ -14,59 +14,35 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
+from .bar import StepBar
 from .units import show_bytes, show_seconds
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..compile.steps import StepFact
     from ..graphs.bundle import Bundle
     from ..trt.engines import Engines
 
 
-class BuildProgress:
-    """A reporter (``compile/steps.py``) that shows and collects; a context manager."""
+class BuildProgress(StepBar):
+    """A reporter (``compile/steps.py``) that shows and collects."""
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        super().__init__(console)
         self.facts: list[StepFact] = []
         self.started = time.perf_counter()
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-
-    def __enter__(self) -> BuildProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.stop()
 
     def start(self, step: str, total: int | None) -> None:
         """Show the step that runs now."""
-        self._task = self._bar.add_task(escape(step), total=total)
-
-    def advance(self, units: int) -> None:
-        """Move its bar."""
-        self._bar.advance(self._task, units)
+        self.show(step, total)
 
     def done(self, fact: StepFact) -> None:
         """Leave one line behind."""
-        for task in self._bar.task_ids:
-            self._bar.remove_task(task)
         self.facts.append(fact)
-        self.console.print(
+        self.leave(
             f"{fact.name:<26} {'cached' if fact.cached else 'done':<7}"
-            f"{show_seconds(fact.seconds):>9} {show_bytes(fact.nbytes):>11}",
-            markup=False,
+            f"{show_seconds(fact.seconds):>9} {show_bytes(fact.nbytes):>11}"
         )
 
     @property
@@ -91,7 +67,7 @@ class BuildProgress:
 
     def close(self) -> None:
         """The closing line: what the whole run took."""
-        self._bar.stop()
+        self.stop()
         if not self.facts:
             self.console.print("already built, every file in place")
         self.console.print(

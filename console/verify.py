@@ -2,50 +2,33 @@
 
 from __future__ import annotations
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from ..graphs.errors import ParityError
 from ..parity.report import FAILED, IMPOSSIBLE, NOTHING, PASSED, Report, Rung
 from ..parity.steps import Step
+from .bar import StepBar
 from .units import show_seconds
 
 STYLES = {PASSED: "green", FAILED: "bold red", IMPOSSIBLE: "yellow", NOTHING: "dim"}
 
 
-class LadderProgress:
-    """A watcher (``parity/ladder.py``); a context manager. One line is left of every rung."""
+class LadderProgress(StepBar):
+    """A watcher (``parity/ladder.py``)."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-
-    def __enter__(self) -> LadderProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.stop()
+        super().__init__(measured=False)
 
     def start(self, step: Step) -> None:
         """Show the rung that is tried now."""
-        self._task = self._bar.add_task(escape(f"{step.name}: {step.compares}"), total=None)
+        self.show(f"{step.name}: {step.compares}")
 
     def done(self, rung: Rung) -> None:
         """Leave one line behind."""
-        self._bar.remove_task(self._task)
-        line = f"{rung.name:<22} {rung.status:<17}{show_seconds(rung.seconds):>9}"
-        self.console.print(line, markup=False)
+        self.leave(f"{rung.name:<22} {rung.status:<17}{show_seconds(rung.seconds):>9}")
 
 
 def report_table(report: Report, where: str) -> RenderableType:

@@ -7,10 +7,9 @@ tensor cores FP16 runs at half of INT8's rate, on Blackwell's at half of FP8's.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
-from ..graphs.errors import TargetError
+from ..graphs.errors import TargetError, nearest
 
 GB = 10**9
 TERA = 10**12
@@ -134,8 +133,7 @@ def find_device(name: str) -> Device:
     """
     if name in DEVICES:
         return DEVICES[name]
-    near = difflib.get_close_matches(name, NAMES, 1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
+    hint = nearest(name, NAMES)
     raise TargetError(f"unknown device '{name}'.{hint} Known: {', '.join(NAMES)}")
 
 

@@ -13,7 +13,7 @@ from .trace import LayerTrace, Trace
 
 if TYPE_CHECKING:
     from ..graphs.bundle import Manifest
-    from ..graphs.plan import Stage
+    from ..graphs.stages import Stage
 
 NEAR = 0.8
 """Share of the largest part that counts as near it."""

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import ModelConfig, TextConfig
-from .plan import Edge, StagePlan
+from .plan import StagePlan
 from .precision import NARROW, Widening
+from .stages import Edge
 
 INVISIBLE = 2**31 - 1
 """Order of a slot that no row may see: empty, or padding."""

@@ -17,6 +17,8 @@ A message has three parts: what was found, what was expected, what to type next.
 ``AssertionError``, ``TypeError`` and friends: they show a traceback.
 """
 
+import difflib
+
 
 class VisistageError(Exception):
     """Base of all deliberate errors; ``exit_code`` is what the command line returns."""
@@ -66,3 +68,9 @@ class DataError(VisistageError):
 
 class MissingDependencyError(VisistageError):
     """An optional library is not installed."""
+
+
+def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
+    """' Did you mean ...?' for the known word closest to ``word``, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .plan import Probe
+from .stages import Probe
 
 
 class Decision:

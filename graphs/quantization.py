@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from .errors import TargetError
+from .errors import TargetError, nearest
 from .linears import Group
-from .plan import StagePlan, nearest
+from .plan import StagePlan
 
 Scheme = Literal["float", "w8a8", "w8", "w4"]
 """How one linear layer computes.

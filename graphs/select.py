@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops import SOFTMAX_FLOOR
-from .plan import Edge
+from .stages import Edge
 
 UNSEEN = -1.0
 """Score of a padding row: below every real score, so that it is chosen last."""

@@ -7,13 +7,12 @@ was not at hand.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import metadata
 
 from .contract import ORT_LLM_SINCE
-from .errors import TargetError
+from .errors import TargetError, nearest
 from .quantization import QUANTISED, base_of, is_quantised
 
 DTYPES = {"fp32": "float32", "fp16": "float16"}
@@ -200,8 +199,7 @@ def find_target(name: str) -> Target:
             f"target '{name}' is planned, this version does not build it. "
             f"It builds: {', '.join(TARGETS)}"
         )
-    near = difflib.get_close_matches(name, TARGETS, 1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
+    hint = nearest(name, tuple(TARGETS))
     raise TargetError(f"unknown target '{name}'.{hint} Known: {', '.join(TARGETS)}")
 
 

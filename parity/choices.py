@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..graphs.plan import Probe
+from ..graphs.stages import Probe
 
 APART = float("inf")
 

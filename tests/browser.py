@@ -2,6 +2,10 @@
 
 import shutil
 import subprocess
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -26,3 +30,13 @@ def look(address: str, *options: str) -> tuple[str, list[str]]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def check_picture(shot: Path, scheme: str, least: float) -> None:
+    """Whether a screenshot has the ground of its colour scheme, and ``least`` of it written on."""
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    ground = pixels[2, 2]
+    assert (ground.mean() > 200) == (scheme == "light")
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 300
+    written = (np.abs(pixels - ground).max(-1) > 60).mean()
+    assert least < written < 0.8

@@ -39,15 +39,6 @@ def refusal(folder, *words, error=ModelError):
     return message
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """On a busy machine threads that wait for each other cost most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("toys") / "toy")
@@ -487,8 +478,8 @@ def test_a_folder_is_opened_by_its_name(toy, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "word"),
     [
-        ("lava-7b", "Did you mean llava-7b?"),
-        ("llava7b", "Did you mean llava-7b?"),
+        ("lava-7b", "Did you mean 'llava-7b'?"),
+        ("llava7b", "Did you mean 'llava-7b'?"),
         ("nothing-like-it", "one of llava-7b, llava-13b, demo"),
         ("", "one of llava-7b"),
         ("a/b/c", "neither a folder"),

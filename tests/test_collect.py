@@ -8,7 +8,7 @@ import torch
 from visistage.calib.observers import Histogram, threshold
 from visistage.calib.prompts import Prompt
 from visistage.calib.ranges import best_observer
-from visistage.calib.rounding import activation_scale, int4_weight, int8_weight, restored
+from visistage.calib.rounding import activation_scale, blocked_weight, int8_weight, restored
 from visistage.compile.checkpoint import open_checkpoint
 from visistage.compile.collect import Collector, chosen_rows, collect, fits
 from visistage.compile.texts import text_facts
@@ -122,7 +122,7 @@ def test_sensitivities_are_the_errors_of_really_rounded_layers(checkpoint, found
     inputs = np.clip(np.rint(x / ranges.factors / scale), -127, 127) * scale
     w8a8 = error(inputs, restored(*int8_weight(weight * ranges.factors)))
     w8 = error(x, restored(*int8_weight(weight)))
-    w4 = error(x / ranges.aware, restored(*int4_weight(weight * ranges.aware), 128))
+    w4 = error(x / ranges.aware, restored(*blocked_weight(weight * ranges.aware), 128))
     expected = {"w8a8": w8a8, "w8": w8, "w4": w4}
     assert ranges.sensitivity[name] == pytest.approx(expected, rel=0.25)
 

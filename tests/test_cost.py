@@ -15,8 +15,9 @@ from visistage.graphs.cost import (
     plan_cost,
     reduction_percent,
 )
-from visistage.graphs.plan import Edge, Stage, StagePlan
+from visistage.graphs.plan import StagePlan
 from visistage.graphs.presets import preset
+from visistage.graphs.stages import Edge, Stage
 
 MIB = 2**20
 MOBILE_3B = Geometry(layers=32, hidden=2560, intermediate=6912, vocab=32000)

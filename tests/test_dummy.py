@@ -22,15 +22,6 @@ from visistage.tests.toy import SPECIALS, make_config
 PARAMETERS = {"llava-7b": 7_063_427_072, "llava-13b": 13_351_494_656, "llava-45m": 44_606_208}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """On a busy machine threads that wait for each other cost most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def tiny(monkeypatch):
     """A geometry of some 200,000 parameters, and a block that wraps around in it."""

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("calib", "compile", "console", "demo", "explain", "graphs", "pages", "parity")
+PACKAGES = (
+    "calib",
+    "commands",
+    "compile",
+    "console",
+    "demo",
+    "explain",
+    "graphs",
+    "pages",
+    "parity",
+)
 PACKAGES += ("runtime", "trt")
 PACKAGES += ("estimate", "profiling")
 PURE = {"graphs", "graphs.bundle", "graphs.config", "graphs.contract", "graphs.cost"}
@@ -20,6 +30,8 @@ PURE |= {
     "graphs.presets",
     "graphs.targets",
 }
+PURE |= {"graphs.plan_checks", "graphs.plan_fields", "graphs.stages"}
+PURE |= {"graphs.preset_request", "graphs.probing_presets", "graphs.static_presets"}
 PURE |= {"graphs.quantization", "graphs.values", "graphs.work"}
 RUNTIME_MAY = {*PURE, "graphs.probing", "graphs.rows", "runtime.*"}
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "huggingface_hub")
@@ -87,7 +99,7 @@ RULES = {
     "console.inspect_engines": (PURE | {"console.*", "trt.engines"}, {"numpy", "rich"}),
     "console.rounding": (PURE | {"compile.names", "console.units"}, set()),
     "console.verify": (
-        PURE | {"console.units", "parity.report", "parity.steps"},
+        PURE | {"console.bar", "console.units", "parity.report", "parity.steps"},
         {"rich"},
     ),
     "console.engines": (PURE | {"trt.*"}, {"rich"}),
@@ -139,10 +151,10 @@ RULES = {
         {"calib.samples", "parity.compare", "parity.report", "runtime"},
         set(),
     ),
-    "parity.ladder": (
-        PURE
-        | {"", "calib.calibration", "calib.samples", "compile.checkpoint", "parity.*", "runtime"}
-        | {"trt.*"},
+    "parity.ladder": (PURE | {"", "calib.samples", "parity.*", "trt.*"}, {"psutil"}),
+    "parity.rungs": (PURE | {"parity.*", "runtime"}, set()),
+    "parity.subject": (
+        PURE | {"calib.calibration", "calib.samples", "compile.checkpoint", "parity.*", "runtime"},
         {"psutil"},
     ),
     "parity.prompts": (
@@ -152,7 +164,10 @@ RULES = {
     "parity.report": (PURE, set()),
     "parity.steps": (PURE | {"parity.report"}, set()),
     "parity.stored": (PURE | {"parity.report", "parity.steps", "trt.*"}, set()),
-    "cli": ({"", "*"}, {"click"}),
+    "commands": (set(), set()),
+    "commands.*": ({"", "*"}, {"click"}),
+    "commands.group": ({"graphs.errors"}, {"click"}),
+    "cli": ({"", "commands.*"}, {"click"}),
     "__main__": ({"cli"}, set()),
     "": (set(), set()),
 }
@@ -267,7 +282,8 @@ def test_the_rules_name_modules_that_exist():
         ("profiling.measure", "import torch"),
         ("estimate.predict", "from ..runtime.session import Session"),
         ("graphs.work", "import numpy"),
-        ("cli", "import torch"),
+        ("commands.asking", "import torch"),
+        ("cli", "from .compile.build import build"),
     ],
 )
 def test_a_planted_violation_is_caught(module, source):

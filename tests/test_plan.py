@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from visistage.graphs.errors import PlanError
-from visistage.graphs.plan import MAX_KEEP, MODES, Edge, Probe, Stage, StagePlan
+from visistage.graphs.plan import StagePlan
+from visistage.graphs.stages import MAX_KEEP, MODES, Edge, Probe, Stage
 
 N = 9
 
@@ -36,7 +37,7 @@ def with_stage(index, **changes):
 
 
 def test_facts():
-    assert (PLAN.trigger, PLAN.exit, PLAN.keep, PLAN.probe_layers) == (3, 5, 4, (3,))
+    assert (PLAN.trigger, PLAN.exit, PLAN.keep) == (3, 5, 4)
     assert [PLAN.visual_tokens_in(layer) for layer in range(8)] == [N] * 4 + [4] * 2 + [0] * 2
     assert [stage.depth for stage in PLAN.stages] == [4, 2, 2]
     assert [stage.gated_layers for stage in PLAN.stages] == [(0, 1), (), ()]
@@ -49,7 +50,6 @@ def test_facts_of_plans_without_a_selection():
     dense_plan = StagePlan("dense", 8, N, (Stage((0, 8), N, dense(8)),))
     assert dense_plan.is_dense
     assert (dense_plan.trigger, dense_plan.exit, dense_plan.keep) == (7, 7, None)
-    assert dense_plan.probe_layers == ()
     blind = replace(dense_plan, stages=(Stage((0, 8), N, ("text_blind", *dense(7))),))
     assert not blind.is_dense
     exits = StagePlan(
@@ -307,7 +307,8 @@ def test_facts_agree_with_the_layers(plan):
     assert tokens[plan.trigger] == plan.visual_tokens
     assert tokens[plan.exit] > 0
     assert not any(tokens[plan.exit + 1 :])
-    assert all(plan.stages[0].modes[layer] == "dense" for layer in plan.probe_layers[:1])
+    if plan.keep is not None:
+        assert plan.stages[0].modes[plan.trigger] == "dense"
     if plan.is_dense:
         assert plan.exit == plan.trigger == plan.layers - 1
         assert not plan.stages[0].gated_layers

@@ -21,8 +21,9 @@ from visistage.compile.planfile import (
 )
 from visistage.graphs.cost import LLAVA_7B, Geometry, plan_cost
 from visistage.graphs.errors import MissingDependencyError, PlanError
-from visistage.graphs.plan import Stage, StagePlan
+from visistage.graphs.plan import StagePlan
 from visistage.graphs.presets import PRESETS, preset
+from visistage.graphs.stages import Stage
 
 PLAN = preset("visipruner", 32, 576, shallow=6, t=14, keep=32, e=23)
 

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from visistage.graphs.errors import PlanError
 from visistage.graphs.plan import StagePlan
-from visistage.graphs.presets import LATER, PRESETS, UNCALIBRATED, options_from_strings, preset
+from visistage.graphs.preset_request import UNCALIBRATED
+from visistage.graphs.presets import LATER, PRESETS, options_from_strings, preset
 
 
 def counts(plan):

@@ -13,8 +13,8 @@ from visistage.calib.rounding import (
     HALF_TINY,
     TINY,
     activation_scale,
+    blocked_weight,
     dequantise,
-    int4_weight,
     int8_weight,
     pack_int4,
     quantise,
@@ -145,11 +145,11 @@ def test_int8_weight_equals_the_definition(outputs, inputs, seed, half):
 
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 16), st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
-def test_int4_weight_equals_the_definition(outputs, inputs, block, seed):
+def test_blocked_weight_equals_the_definition(outputs, inputs, block, seed):
     weight = normal(outputs, inputs, seed=seed)
     weight[:, : seed % 20] = 0
     half = seed % 3 == 0
-    values, scales = int4_weight(weight, block, half=half)
+    values, scales = blocked_weight(weight, block, half=half)
     blocks = [(start, start + block) for start in range(0, inputs, block)]
     expected, expected_scales = by_definition(weight, 7, blocks, half)
     assert values.dtype == np.int8
@@ -162,7 +162,7 @@ def test_int4_weight_equals_the_definition(outputs, inputs, block, seed):
 @pytest.mark.parametrize("half", [False, True])
 def test_rounding_moves_no_weight_by_more_than_half_a_step(block, half):
     weight = normal(33, 70)
-    parts = int4_weight(weight, block, half=half) if block else int8_weight(weight, half=half)
+    parts = blocked_weight(weight, block, half=half) if block else int8_weight(weight, half=half)
     values, scales = parts
     step = scales[:, None] if not block else np.repeat(scales, block, axis=0)[:70].T
     # FP16 scales may be smaller by one part in 2048: the largest weight is then cut by that much.
@@ -174,7 +174,7 @@ def test_rounding_moves_no_weight_by_more_than_half_a_step(block, half):
 def test_rounded_weight_equals_restored_bit_for_bit(block):
     weight = normal(19, 200)
     weight[3] = 0
-    parts = int8_weight(weight) if block is None else int4_weight(weight, block)
+    parts = int8_weight(weight) if block is None else blocked_weight(weight, block)
     np.testing.assert_array_equal(rounded_weight(weight, block), restored(*parts, block))
 
 
@@ -189,14 +189,14 @@ def test_restored_weight_is_what_onnx_runtime_dequantises():
 @pytest.mark.parametrize("largest", [1e-6, 1e7])
 def test_fp16_scales_stay_normal_and_finite(largest):
     weight = np.full((2, 8), largest, np.float32)
-    for _, scales in (int8_weight(weight, half=True), int4_weight(weight, half=True)):
+    for _, scales in (int8_weight(weight, half=True), blocked_weight(weight, half=True)):
         assert (scales >= HALF_TINY).all()
         assert np.isfinite(scales.astype(np.float16)).all()
         np.testing.assert_array_equal(scales, scales.astype(np.float16).astype(np.float32))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("rounded", [int8_weight, int4_weight])
+@pytest.mark.parametrize("rounded", [int8_weight, blocked_weight])
 def test_weight_that_is_not_finite_is_refused_by_name(bad, rounded):
     weight = normal(4, 8)
     weight[2, 3] = bad
@@ -204,7 +204,7 @@ def test_weight_that_is_not_finite_is_refused_by_name(bad, rounded):
         rounded(weight, name="layers.3.down_proj")
 
 
-@pytest.mark.parametrize("rounded", [int8_weight, int4_weight])
+@pytest.mark.parametrize("rounded", [int8_weight, blocked_weight])
 def test_half_precision_weights_give_what_their_values_give(rounded):
     narrow = normal(5, 40).astype(np.float16)
     for ours, wide in zip(rounded(narrow), rounded(narrow.astype(np.float32)), strict=True):
@@ -232,17 +232,17 @@ def test_packing_does_not_change_what_it_packs():
 
 def test_pieces_change_nothing(monkeypatch):
     weight = normal(37, 50)
-    whole = [int8_weight(weight), int4_weight(weight, 16)]
+    whole = [int8_weight(weight), blocked_weight(weight, 16)]
     monkeypatch.setattr(rounding, "_CHUNK", 120)
     for (values, scales), (v, s) in zip(
-        whole, [int8_weight(weight), int4_weight(weight, 16)], strict=True
+        whole, [int8_weight(weight), blocked_weight(weight, 16)], strict=True
     ):
         np.testing.assert_array_equal(values, v)
         np.testing.assert_array_equal(scales, s)
     np.testing.assert_array_equal(restored(*whole[1], 16), rounded_weight(weight, 16))
 
 
-@pytest.mark.parametrize("rounded", [int8_weight, int4_weight])
+@pytest.mark.parametrize("rounded", [int8_weight, blocked_weight])
 def test_temporaries_do_not_grow_with_the_matrix(rounded, monkeypatch):
     monkeypatch.setattr(rounding, "_CHUNK", 1 << 16)
     weight = normal(2048, 512)
@@ -260,7 +260,7 @@ def test_temporaries_do_not_grow_with_the_matrix(rounded, monkeypatch):
 def test_int8_in_blocks_fills_its_own_range(half):
     """As INT4 in blocks, with 127 steps to a side and not 7."""
     weight = normal(3, 10, seed=5)
-    values, scales = int4_weight(weight, 4, levels=127, half=half)
+    values, scales = blocked_weight(weight, 4, levels=127, half=half)
     expected, of_blocks = by_definition(weight, 127, [(0, 4), (4, 8), (8, 12)], half)
     assert (values == expected.T).all()
     assert (scales == of_blocks.T).all()

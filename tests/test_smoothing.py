@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from visistage.calib.rounding import (
     activation_scale,
+    blocked_weight,
     dequantise,
-    int4_weight,
     int8_weight,
     quantise,
     restored,
@@ -68,7 +68,7 @@ def w8a8_error(rows, weights, factors) -> float:
 def w4_error(rows, weights, factors, block) -> float:
     exact = [rows @ weight.T for weight in weights]
     found = [
-        (rows / factors) @ restored(*int4_weight(weight * factors, block), block).T
+        (rows / factors) @ restored(*blocked_weight(weight * factors, block), block).T
         for weight in weights
     ]
     return relative(np.hstack(exact), np.hstack(found))

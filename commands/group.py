@@ -1,4 +1,6 @@
-"""How commands end: a clear message for what the user can mend, a traceback for a bug.
+"""The group of all commands, and how they end.
+
+That is a clear message for what the user can mend, and a traceback for a bug:
 
     0     done
     1     a bug
@@ -32,7 +34,7 @@ COMPILE_MODULES = (
 
 
 class Commands(click.Group):
-    """A group that lists its commands in the order of their definition, and ends as above."""
+    """A group that lists its commands in the order in which it got them, and ends as above."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order in which a newcomer needs them."""

@@ -1,0 +1,117 @@
+"""Commands that ask a bundle about pictures: for an answer, and for where it came from."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..console.output import show, show_json
+from ..console.units import ByteSize
+from .options import as_json, session_of
+
+
+@click.command()
+@click.argument("images", nargs=-1, metavar="[IMAGE]...")
+@click.argument("prompt")
+@click.option("--bundle", type=click.Path(path_type=Path), help="The bundle that shall answer.")
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated.")
+@click.option("--temperature", type=float, help="0 takes the likeliest token every time.")
+@click.option("--top-p", type=float, help="Draw from the likeliest tokens of this probability.")
+@click.option("--top-k", type=int, help="Draw from this many of the likeliest tokens.")
+@click.option("--seed", type=int, help="Repeats a draw.")
+@click.option("--backend", help="onnxruntime: run the graphs of any bundle on this CPU.")
+@click.option("--threads", type=click.IntRange(1), help="Default: every core.")
+@click.option("--memory-limit", type=ByteSize(), help="For the weights, such as 4GiB.")
+@click.option("--stream/--no-stream", default=True, help="Print the answer as it comes.")
+@as_json
+def infer(images, prompt, bundle, as_json, stream, max_tokens, stop, **options) -> None:
+    """Ask a question about pictures.
+
+    One IMAGE, several, or none; '-' reads a picture from stdin. The answer goes to stdout,
+    timings and what the plan saved go to stderr. Without --bundle: what VISISTAGE_BUNDLE names,
+    or the only bundle in ./engines. Sampling options that are not given are the model's own.
+
+    \b
+    visistage infer photo.jpg "What is this?"
+    visistage infer before.png after.png "What changed?" --max-tokens 200
+    visistage infer "Write a haiku." --temperature 0.7 --seed 1
+    visistage infer photo.jpg "How many people?" --bundle engines/llava-7b --json
+    """
+    from ..console.answer import answer_facts, answer_table, printable
+
+    if not images and os.path.isfile(prompt):  # a long prompt is no path: Path would raise
+        raise click.UsageError(f"{prompt} is a file, and no question follows it. Add one.")
+    load = {name: options.pop(name) for name in ("backend", "threads", "memory_limit")}
+    pictures = _pictures(images)
+    with session_of(bundle, **load) as session:
+        sampling = _sampling(session.sampling, options)
+        limits = {"max_tokens": max_tokens, "stop": stop}
+        pieces = session.stream(pictures, prompt, sampling=sampling, **limits)
+        for number, piece in enumerate(pieces):
+            if stream and not as_json:
+                click.echo(printable(piece if number else piece.lstrip()), nl=False)
+        answer, manifest = pieces.answer, session.bundle.manifest
+    if as_json:
+        show_json(answer_facts(answer, manifest))
+        return
+    click.echo("" if stream else printable(answer.text))
+    show(answer_table(answer, manifest), err=True)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.argument("question")
+@click.option(
+    "--out",
+    default="explain.html",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="The page.",
+)
+@click.option(
+    "--dense",
+    type=click.Path(path_type=Path),
+    help="Bundle of the unpruned model; by default one that lies beside BUNDLE.",
+)
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--backend", help="onnxruntime: run the graphs of any bundle on this CPU.")
+@click.option("--threads", type=click.IntRange(1), help="Default: every core.")
+@as_json
+def explain(bundle, images, question, out, as_json, **options) -> None:
+    """Show on a page which parts of a picture an answer came from.
+
+    One HTML file that needs nothing else: the picture with the kept tokens, their contributions in
+    every layer, where vision left, the answer with and without pruning, and what was saved. With a
+    dense bundle of the same model beside BUNDLE it compares the two. '-' reads a picture from
+    stdin.
+
+    \b
+    visistage explain engines/demo photo.jpg "Which shape is red?"
+    visistage explain engines/llava-7b/mine before.png after.png "What changed?" --out changes.html
+    """
+    from ..explain.explanation import explain
+    from ..explain.page import write
+
+    explained = explain(bundle, _pictures(images), question, **options)
+    write(explained.html, out)
+    if as_json:
+        show_json({"page": str(out), **explained.facts})
+    else:
+        click.echo(out)
+
+
+def _pictures(images: tuple[str, ...]) -> list[str | bytes]:
+    return [sys.stdin.buffer.read() if image == "-" else image for image in images]
+
+
+def _sampling(own: Any, options: dict[str, Any]) -> Any:
+    """The model's settings with those that were given on the command line."""
+    from dataclasses import replace
+
+    return replace(own, **{name: value for name, value in options.items() if value is not None})

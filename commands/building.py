@@ -1,0 +1,109 @@
+"""Commands that make bundles: from a model, and finished on the machine that shall run them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ..console.output import show_json
+from ..console.units import ByteSize
+from .options import as_json, bundle_argument, bundle_at, bundle_default, sm_option
+
+
+@click.command()
+@click.option("--model", required=True, help="demo, llava-7b, llava-13b, a hub id or a folder.")
+@click.option("--plan", help="A preset or a YAML file; by default the calibration's or visipruner.")
+@click.option("--target", default="cpu", show_default=True, help="Machine that shall run it.")
+@click.option("--precision", help="fp32, fp16, int8, w8 or w4; by default what suits the target.")
+@click.option("--calib", "calibration", type=click.Path(), help="What visistage calibrate wrote.")
+@click.option("--keep-float", multiple=True, help="auto:5%, or a layer's name; may be repeated.")
+@click.option("--out", default="engines", show_default=True, help="Folder of all bundles.")
+@click.option("--revision", help="Branch, tag or commit of a model on the hub.")
+@click.option("--offline", is_flag=True, help="Use only what was downloaded before.")
+@click.option("--dummy-weights", is_flag=True, help="Random weights in the model's shape.")
+@click.option(
+    "--context",
+    "contexts",
+    multiple=True,
+    type=click.IntRange(1),
+    help="Rows that engines have room for (default 1024); may be repeated.",
+)
+@click.option("--build-memory", type=ByteSize(), help="That compiling one engine may take.")
+@sm_option
+@click.option("--portable", is_flag=True, help="Leave compiling engines to visistage build.")
+@as_json
+def engines(
+    as_json: bool, portable: bool, capabilities: tuple, keep_float: tuple, **options
+) -> None:
+    """Build a bundle from a model.
+
+    A bundle holds graphs, weights and tokenizer, the decoder split as the plan says. One that is
+    there already is left alone, an interrupted build goes on where it stopped. The last line on
+    stdout is the bundle's folder: OUT/MODEL/PLAN-PRECISION-TARGET.
+
+    \b
+    visistage engines --model demo
+    visistage engines --model llava-7b --target cuda
+    visistage engines --model ./my-llava --plan visipruner:t=14,keep=32
+    visistage engines --model llava-45m --dummy-weights
+    visistage engines --model demo --precision int8 --calib calibrations/demo
+    visistage engines --model demo --precision int8:vision=float,stage2=w4 --keep-float auto:5%
+    visistage engines --model llava-7b --target rtx --context 1024 --context 4096
+    visistage engines --model llava-7b --target orin-jp72     stops at a portable bundle
+
+    int8 rounds inputs and weights, for which it takes a calibration (by default the one in
+    calibrations/MODEL); w8 and w4 round weights alone. Single stages, the vision tower and the head
+    may differ: docs/quantisation.md.
+
+    For a target with engines they are compiled here if this machine can; for a board the bundle
+    stays portable: copy it there, and type visistage build.
+    """
+    from ..console.engines import compile_here, with_kept
+    from ..console.progress import BuildProgress
+
+    options["precision"] = with_kept(options["precision"], keep_float)
+    with BuildProgress() as progress:
+        compiling = compile_here(options["target"], portable, capabilities)
+        from ..compile.build import build  # seconds of a build: they belong to its time
+
+        bundle, compiled = build(**options, reporter=progress), None
+        if compiling:
+            from ..trt.engines import compile_engines
+
+            compiled = compile_engines(bundle, capabilities=capabilities, reporter=progress)
+        progress.close()
+    _show_build(progress, bundle, compiled, as_json)
+
+
+@click.command(epilog=bundle_default)
+@bundle_argument
+@sm_option
+@as_json
+def build(bundle, capabilities, as_json) -> None:
+    """Finish a portable bundle on the machine that shall run it.
+
+    Compiles every graph with this machine's own TensorRT; needs neither torch nor transformers. One
+    engine at a time, in a process of its own; what was compiled before is kept.
+
+    \b
+    visistage build llava-7b-orin/
+    visistage build engines/demo --sm 86 --sm 120       TensorRT-RTX: for GPUs that are not here
+    """
+    from ..console.progress import BuildProgress
+    from ..graphs.bundle import Bundle
+    from ..trt.engines import compile_engines
+
+    opened = Bundle.open(bundle_at(bundle))
+    with BuildProgress() as progress:
+        engines = compile_engines(opened, capabilities=capabilities, reporter=progress)
+        progress.close()
+    _show_build(progress, opened, engines, as_json)
+
+
+def _show_build(progress: Any, bundle: Any, engines: Any, as_json: bool) -> None:
+    """What a build ends with on stdout: its facts, or the bundle's folder for the next command."""
+    if as_json:
+        show_json(progress.to_dict(bundle, engines))
+    else:
+        click.echo(bundle.path)

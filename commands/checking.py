@@ -1,0 +1,105 @@
+"""Commands that say what there is and whether it is right: bundles and this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..console.output import show, show_json
+from ..console.units import ByteSize
+from .options import as_json, bundle_argument, bundle_at, bundle_default
+
+
+@click.command(epilog=bundle_default)
+@bundle_argument
+@as_json
+def inspect(bundle, as_json) -> None:
+    """Show what a bundle holds.
+
+    Model, plan, graphs with their tensors, sizes, cache per row and per prompt, versions. Where
+    engines were compiled: for which GPU, their sizes, shapes, layers, attention, caches, memory.
+
+    \b
+    visistage inspect engines/demo
+    visistage inspect engines/llava-7b --json
+    """
+    from ..console.inspect import bundle_facts, bundle_table
+    from ..console.inspect_engines import engine_facts, engine_table
+    from ..graphs.bundle import Bundle
+
+    opened = Bundle.open(bundle_at(bundle))
+    if as_json:
+        show_json({**bundle_facts(opened), "engines": engine_facts(opened)})
+    else:
+        show(bundle_table(opened))
+        show(engine_table(opened))
+
+
+@click.command(epilog=bundle_default)
+@bundle_argument
+@click.option("--model", help="The checkpoint that it was built from, on this machine.")
+@click.option(
+    "--calib",
+    "calibration",
+    type=click.Path(path_type=Path),
+    help="The calibration that it was built with; by default calibrations/MODEL where it fits.",
+)
+@click.option("--data", type=click.Path(path_type=Path), help="JSONL file of samples.")
+@click.option("--samples", type=click.IntRange(1), help="Ask so many only (default 6).")
+@click.option("--max-tokens", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--memory-limit", type=ByteSize(), help="For each rung; by default what is free.")
+@as_json
+def verify(bundle, model, calibration, data, samples, max_tokens, memory_limit, as_json) -> None:
+    """Check a bundle's files, and that they compute what the checkpoint computes.
+
+    Hashes every file, then climbs from Hugging Face over torch and ONNX Runtime to the engines:
+    each graph alone and whole answers, with and without a teacher. Rungs that this machine cannot
+    run are named with the reason. The report is left in the bundle: verify.md and verify.json.
+
+    With --data or without, pictures are asked as in evaluate; models other than demo are asked
+    about the package's own pictures. Without --model, rungs that need the checkpoint are left out;
+    demo's is in the package.
+
+    \b
+    visistage verify engines/demo
+    visistage verify engines/llava-7b --model llava-7b --data questions.jsonl --samples 20
+    """
+    from ..console.verify import LadderProgress, report_table, require_passed
+    from ..graphs.bundle import Bundle
+    from ..parity.ladder import verify
+    from ..parity.prompts import checkpoint_at_hand, chosen
+    from ..parity.report import PAGE_FILE
+
+    opened = Bundle.open(bundle_at(bundle))
+    asked = chosen(opened.manifest.model, data, samples)
+    model = model or checkpoint_at_hand(opened.manifest.model)
+    with LadderProgress() as progress:
+        report = verify(
+            opened,
+            asked,
+            model=model,
+            calibration=calibration,
+            max_tokens=max_tokens,
+            memory=memory_limit,
+            watcher=progress,
+        )
+    report.write(opened.path)
+    where = str(opened.path / PAGE_FILE)
+    if as_json:
+        show_json({"path": where, **report.to_dict()})
+    else:
+        show(report_table(report, where))
+    require_passed(report, where)
+
+
+@click.command()
+@as_json
+def doctor(as_json) -> None:
+    """Show what this machine can build and run, and what it lacks."""
+    from ..console.doctor import doctor_facts, doctor_table
+
+    if as_json:
+        show_json(doctor_facts())
+    else:
+        show(doctor_table())

@@ -1,0 +1,142 @@
+"""Commands that put numbers on a bundle: accuracy, times, and times elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..console.output import show, show_json
+from .options import as_json, bundle_argument, bundle_at, bundle_default, session_of
+
+
+@click.command(epilog=bundle_default)
+@bundle_argument
+@click.option("--data", type=click.Path(path_type=Path), help="JSONL file of samples.")
+@click.option("--samples", type=click.IntRange(1), help="Ask so many only (demo: 200).")
+@click.option("--max-tokens", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--backend", help="onnxruntime: run the graphs of any bundle on this CPU.")
+@as_json
+def evaluate(bundle, data, samples, max_tokens, backend, as_json) -> None:
+    """Measure accuracy and speed on known answers.
+
+    An answer is right when it equals the expected one but for case, punctuation and spacing. A
+    line of --data, its image relative to the file, type left out at will:
+
+    \b
+    {"image": "1.jpg", "prompt": "How many dogs?", "answer": "2", "type": "count"}
+
+    The demo model needs no --data: it is asked about scenes that it was not trained on.
+
+    \b
+    visistage evaluate engines/demo --samples 100
+    visistage evaluate engines/llava-7b --data questions.jsonl --json
+    """
+    from ..calib.evaluate import evaluate
+    from ..console.evaluation import chosen_samples, counting, report_table
+
+    with session_of(bundle, backend=backend) as session:
+        chosen = chosen_samples(session.bundle.manifest.model, data, samples)
+        with counting(len(chosen)) as tick:
+            report = evaluate(session, chosen, max_tokens=max_tokens, progress=tick)
+    if as_json:
+        show_json({"bundle": str(session.bundle.path), **report.to_dict()})
+    else:
+        show(report_table(report))
+
+
+@click.command(epilog=bundle_default)
+@bundle_argument
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="Another bundle of the model, in turns; by default a dense one that lies beside BUNDLE.",
+)
+@click.option("--repetitions", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--warm-up", type=click.IntRange(0), default=3, show_default=True)
+@click.option("--tokens", type=click.IntRange(2), default=32, show_default=True, help="An answer.")
+@click.option("--operators/--no-operators", default=True, help="Times of layers and operators.")
+@click.option("--backend", help="onnxruntime: run the graphs of any bundle on this CPU.")
+@click.option("--threads", type=click.IntRange(1), help="Default: every core.")
+@click.option(
+    "--out",
+    default="profile.html",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="The page.",
+)
+@as_json
+def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **options) -> None:
+    """Measure where the time of an answer goes.
+
+    Every repetition asks about a picture that nobody has seen, then again about the same picture.
+    Shown are medians and percentiles of every stage, memory, energy where power can be read, times
+    of layers and operators, and how near each graph comes to what this machine can do, which is
+    measured in the same run. The page has a timeline and the roofline. Nothing else should run
+    meanwhile.
+
+    \b
+    visistage profile engines/demo/visipruner-fp32-cpu
+    visistage profile engines/llava-7b --against engines/llava-7b/fastv-fp16-cuda --json
+    visistage profile engines/llava-7b --repetitions 5 --tokens 256       longer: energy, too
+    """
+    from ..console.profile import command_lines, profile_table, profiling_bar
+    from ..pages.page import write
+    from ..profiling.measure import Settings
+    from ..profiling.page import render
+    from ..profiling.profile import profile
+
+    settings = Settings(repetitions, warm_up, tokens)
+    with profiling_bar() as tick:
+        facts = profile(
+            bundle_at(bundle), against=against, settings=settings, progress=tick, **options
+        )
+    write(render(facts), out, "--out profile.html")
+    if as_json:
+        show_json({"page": str(out), **facts})
+        return
+    show(profile_table(facts))
+    for line in command_lines(facts):
+        click.echo(line)
+    click.echo(f"\nthe page: {out}")
+
+
+@click.command()
+@click.argument("subject", metavar="BUNDLE_OR_MODEL")
+@click.option(
+    "--device",
+    required=True,
+    help="orin-agx-64, orin-nx-16, orin-nano-8, thor, h100, h200, rtx-4090, or cpu: this one.",
+)
+@click.option("--plan", help="Of a model: a preset or a file (default visipruner).")
+@click.option("--precision", help="Of a model: fp32, fp16 (default), int8, w8 or w4.")
+@click.option("--prefix", type=click.IntRange(0), help="Of a model: rows before it (default 35).")
+@click.option(
+    "--text", type=click.IntRange(1), default=40, show_default=True, help="Question rows."
+)
+@click.option("--tokens", type=click.IntRange(1), default=32, show_default=True, help="An answer.")
+@click.option("--context", type=click.IntRange(64), default=1024, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="Of this CPU; default: every core.")
+@as_json
+def estimate(subject, device, as_json, plan, precision, prefix, threads, **prompt) -> None:
+    """Estimate times and memory on a machine that is not at hand.
+
+    From the operations and bytes of every call and the device's published peaks; nothing is run,
+    but that the peaks of `cpu` are measured. Where a device was measured its efficiency is fitted,
+    and the error of that on models it had not seen is shown; elsewhere the answer is a range.
+    CONTEXT is the room that engines have.
+
+    \b
+    visistage estimate llava-7b --device orin-agx-64
+    visistage estimate llava-7b --device orin-nano-8 --precision w4 --plan visipruner:t=14
+    visistage estimate engines/demo/visipruner-fp32-cpu --device cpu --json
+    """
+    from ..console.estimate import estimate_table, subject_of
+    from ..estimate.predict import Prompt, estimate
+
+    of = subject_of(subject, plan, precision, prefix)
+    facts = estimate(of, device, Prompt(**prompt), threads=threads)
+    if as_json:
+        show_json(facts)
+    else:
+        show(estimate_table(facts))

@@ -1,0 +1,129 @@
+"""Commands about stage plans: what one costs, and which one data would choose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..console.output import show, show_json
+from ..console.units import Share
+from .options import as_json
+
+
+@click.command()
+@click.argument("plan", required=False)
+@click.option("--model", default="llava-7b", show_default=True, help="A known name or a folder.")
+@click.option("--layers", type=click.IntRange(1), help="Depth, instead of the model's.")
+@click.option("--visual-tokens", type=click.IntRange(1), help="Per image, instead of the model's.")
+@click.option("--text", type=click.IntRange(1), default=40, show_default=True, help="Text rows.")
+@click.option("--prefix", type=click.IntRange(0), default=35, show_default=True, help="Its rows.")
+@click.option(
+    "--accounting",
+    type=click.Choice(["modes", "paper", "graphs"]),
+    default="modes",
+    show_default=True,
+    help="What counts: the method, the paper's table, or the graphs as they run.",
+)
+@click.option("--trigger", type=int, help="Where each prompt decides: t of the prompts counted.")
+@click.option("--kept", type=float, help="Their K; a mean will do.")
+@click.option("--exit", "exit_", type=int, help="Their e.")
+@click.option("--yaml", "as_yaml", is_flag=True, help="Print the plan as a file to edit.")
+@as_json
+def plan(
+    plan, model, layers, visual_tokens, trigger, kept, exit_, as_yaml, as_json, **options
+) -> None:
+    """Show a plan's stages and savings, or list the presets.
+
+    PLAN is a preset, preset:key=value,..., or a .yaml or .json file. No weights are read.
+
+    \b
+    visistage plan visipruner
+    visistage plan visipruner:t=14,keep=32 --model llava-13b
+    visistage plan fastv --accounting paper --json
+    visistage plan visipruner-paper --trigger 14 --kept 10.3 --exit 23
+    visistage plan visipruner --yaml > mine.yaml
+    """
+    from ..console.plan import outcome_of, plan_facts, preset_facts, preset_table
+
+    if plan is None:
+        if as_json:
+            show_json(preset_facts())
+        else:
+            show(preset_table())
+        return
+    from ..compile.plan_report import plan_json, plan_table
+    from ..compile.planfile import plan_to_yaml
+
+    staged, geometry = plan_facts(plan, model, layers, visual_tokens)
+    options["outcome"] = outcome_of(staged, trigger, kept, exit_)
+    if as_yaml:
+        click.echo(plan_to_yaml(staged), nl=False)
+    elif as_json:
+        show_json(plan_json(staged, geometry, **options))
+    else:
+        show(plan_table(staged, geometry, **options))
+
+
+@click.command()
+@click.argument("model")
+@click.option("--data", type=click.Path(path_type=Path), help="JSONL file, or a folder with one.")
+@click.option("--samples", type=click.IntRange(1), help="Read so many only (demo: 120).")
+@click.option("--plan", help="Calibrate for this static plan; nothing is chosen or run.")
+@click.option("--lose", type=Share(), help="Choose the cheapest plan that loses so much (1%).")
+@click.option("--cost", type=Share(), help="Choose the best plan within so much of dense.")
+@click.option("--holdout", type=Share(), help="Samples that confirm what others chose (33%).")
+@click.option("--candidates", "most", type=click.IntRange(1), help="Plans to measure (12).")
+@click.option("--precision", help="Choose for fp32 (default), int8, w8, w4, or a recipe.")
+@click.option("--out", default="calibrations", show_default=True, help="Folder of them all.")
+@click.option("--revision", help="Branch, tag or commit of a model on the hub.")
+@click.option("--offline", is_flag=True, help="Use only what was downloaded before.")
+@click.option("--dummy-weights", is_flag=True, help="Random weights in the model's shape.")
+@as_json
+def calibrate(
+    model, data, samples, plan, lose, cost, holdout, most, precision, out, as_json, **options
+) -> None:
+    """Choose a plan from data, and measure the ranges that INT8 needs.
+
+    Writes OUT/MODEL: the plan with its reasons, the ranges, and calibration.html, which is to be
+    read before either is trusted. A line of --data, its image relative to the file, answer left
+    out at will:
+
+    \b
+    {"image": "1.jpg", "prompt": "How many dogs?", "answer": "2"}
+
+    A plan is chosen by what it may lose (--lose 1% of the tokens that the dense model says) or by
+    what it may cost (--cost 50% of its visual FLOPs), from bundles that are built and asked here;
+    samples held out confirm it. With --precision those bundles are quantised, and what is lost is
+    lost to rounding and pruning together. With --plan no bundle runs, and large models go through
+    small machines. The demo model needs no --data.
+
+    \b
+    visistage calibrate demo --lose 1%
+    visistage calibrate demo --lose 2% --precision int8
+    visistage calibrate llava-7b --data questions.jsonl --cost 50%
+    visistage calibrate llava-7b --data photos/ --samples 64 --plan visipruner:t=14,keep=32
+    """
+    from ..console.calibration import (
+        CalibrationProgress,
+        calibration_facts,
+        calibration_samples,
+        calibration_table,
+        wish_or_plan,
+    )
+
+    chosen, files = calibration_samples(model, data, samples)
+    with CalibrationProgress() as progress:
+        wish = wish_or_plan(
+            plan, lose=lose, cost=cost, holdout=holdout, most=most, precision=precision
+        )
+        from ..calib.calibrate import calibrate
+        from ..calib.measuring import Origin
+
+        folder, calibration = calibrate(
+            Origin(model, **options), chosen, wish, files=files, out=out, watcher=progress
+        )
+    if as_json:
+        show_json(calibration_facts(folder, calibration))
+    else:
+        show(calibration_table(folder, calibration))

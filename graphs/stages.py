@@ -1,0 +1,122 @@
+"""What a plan is made of: stages, the edges between them, and a probe. Frozen data.
+
+Layers are absolute, counted from 0, ranges half-open. The plan that holds the parts checks them.
+
+Source: docs/design.md section 4; modes: methods.md 1.3 and 1.5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+MAX_KEEP = 3840
+"""Largest K of a selection: TensorRT's TopK goes no further."""
+
+Mode = Literal["dense", "text_blind", "text_blind_novv", "sink", "sink_half"]
+"""How one layer treats visual tokens; all but ``dense`` are gated per slot (design.md section 3).
+
+    dense            everybody attends as usual
+    text_blind       text rows lose the visual columns; visual rows are untouched
+    text_blind_novv  the same, and visual rows see the prefix only
+    sink             as text_blind_novv, and text rows put the removed mass on the value of the
+                     first visual token (layer 0 of VisiPruner, 7B)
+    sink_half        visual rows see the prefix only, text rows lose the first half of the visual
+                     columns, nothing is merged (layer 0 of VisiPruner, 13B)
+"""
+
+Norm = Literal["gated", "renorm"]
+"""``gated``: removed after the softmax, its mass is lost; ``renorm``: masked before the softmax."""
+
+Op = Literal["select", "drop", "probe"]
+"""What an edge does: keep K tokens, keep none, or whatever the plan's ``Probe`` finds."""
+
+Score = Literal["value_norm", "attention"]
+
+MODES: tuple[str, ...] = get_args(Mode)
+NORMS: tuple[str, ...] = get_args(Norm)
+OPS: tuple[str, ...] = get_args(Op)
+SCORES: tuple[str, ...] = get_args(Score)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A contiguous range of layers with one visual-token count; checked by the plan it is in."""
+
+    layers: tuple[int, int]  # [start, stop)
+    visual_tokens: int  # per image in stage 0, per prompt after a selection
+    modes: tuple[Mode, ...]  # one per layer
+    norm: Norm = "gated"
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return self.layers[1] - self.layers[0]
+
+    @property
+    def gated_layers(self) -> tuple[int, ...]:
+        """Absolute indices of the layers that take gates: every mode but ``dense``."""
+        start = self.layers[0]
+        return tuple(start + i for i, mode in enumerate(self.modes) if mode != "dense")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form; ``norm`` only where it means something."""
+        data: dict[str, Any] = {
+            "layers": list(self.layers),
+            "visual_tokens": self.visual_tokens,
+            "modes": list(self.modes),
+        }
+        return data | ({"norm": self.norm} if self.gated_layers else {})
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What happens to the visual tokens between two stages."""
+
+    op: Op
+    score: Score | None = None  # select: what the last prompt row ranks them by
+    keep: int | None = None  # select: K, for all images of a prompt together
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form, without what a ``drop`` does not have."""
+        fields = {"op": self.op, "score": self.score, "keep": self.keep}
+        return {key: value for key, value in fields.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How a plan decides per prompt: what the last prompt row's attention must show, and when.
+
+    In every layer from ``first`` on, o is that row's attention output (all heads, before the
+    output projection) and c_j the part of it that comes from visual token j.
+
+        trigger   the first layer where some cos(o - c_j, o) < cosine; kept are the tokens with
+                  |c_j| > contribution in that layer (>= where not ``strict``)
+        exit      the layer that brings the number of quiet layers since to ``exit_layers``; quiet
+                  is a layer where every kept token has cos(o - c_j, o) >= exit_cosine
+
+    Both act at the next edge. ``consecutive``: a layer that is not quiet starts the count again.
+    ``buckets``: row counts that a selection is padded to, ascending; empty: exactly what is kept.
+
+    Source: methods.md 1.2 and 1.3.
+    """
+
+    first: int
+    cosine: float
+    contribution: float
+    strict: bool = True
+    exit_cosine: float | None = None  # None: vision stays to the end
+    exit_layers: int = 2
+    consecutive: bool = False
+    buckets: tuple[int, ...] = ()
+
+    def rows_for(self, kept: int) -> int:
+        """Rows that ``kept`` tokens take: their bucket, beyond the largest a multiple of it."""
+        if not self.buckets or not kept:
+            return kept
+        largest = self.buckets[-1]
+        return next((size for size in self.buckets if size >= kept), -(-kept // largest) * largest)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form."""
+        return {**asdict(self), "buckets": list(self.buckets)}
