@@ -13,8 +13,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from .runner import PeerError, ending, last_line
 
@@ -107,19 +110,29 @@ def _run(command: list[str], environment: Environment, log: Path, minutes: float
     """Niced: setting up may be heavy, and is measured by nobody."""
     words = " ".join(Path(word).name if word.startswith("/") else word for word in command[1:])
     with log.open("a") as stream:
+        process = subprocess.Popen(
+            ["nice", "-n", "19", *command],
+            stdout=stream,
+            stderr=stream,
+            env={**os.environ, **environment.variables},
+        )
         try:
-            code = subprocess.run(
-                ["nice", "-n", "19", *command],
-                stdout=stream,
-                stderr=stream,
-                env={**os.environ, **environment.variables},
-                timeout=60 * minutes,
-            ).returncode
+            code = process.wait(60 * minutes)
         except subprocess.TimeoutExpired:
+            _kill(process.pid)
+            process.wait()
             raise PeerError(f"{environment.name}: {words} took over {minutes:g} min") from None
     if code:
         why = last_line(log.read_text(errors="replace"))
         raise PeerError(f"{environment.name}: {words} failed ({ending(code)}): {why}")
+
+
+def _kill(pid: int) -> None:
+    """End a process and all it started: compilers would go on for minutes beside a measurement."""
+    top = psutil.Process(pid)
+    for one in [*top.children(recursive=True), top]:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
 
 
 def _read(note: Path) -> dict | None:
