@@ -25,7 +25,9 @@ from .options import as_json, session_of
 @click.option("--top-k", type=int, help="Draw from this many of the likeliest tokens.")
 @click.option("--seed", type=int, help="Repeats a draw.")
 @click.option("--backend", help="onnxruntime: run the graphs of any bundle on this CPU.")
-@click.option("--threads", type=click.IntRange(1), help="Default: every core.")
+@click.option(
+    "--threads", type=click.IntRange(1), help="Default: as many as were found fastest here."
+)
 @click.option("--memory-limit", type=ByteSize(), help="For the weights, such as 4GiB.")
 @click.option("--stream/--no-stream", default=True, help="Print the answer as it comes.")
 @as_json
@@ -81,7 +83,9 @@ def infer(images, prompt, bundle, as_json, stream, max_tokens, stop, **options) 
 )
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--backend", help="onnxruntime: run the graphs of any bundle on this CPU.")
-@click.option("--threads", type=click.IntRange(1), help="Default: every core.")
+@click.option(
+    "--threads", type=click.IntRange(1), help="Default: as many as were found fastest here."
+)
 @as_json
 def explain(bundle, images, question, out, as_json, **options) -> None:
     """Show on a page which parts of a picture an answer came from.

@@ -57,7 +57,9 @@ def evaluate(bundle, data, samples, max_tokens, backend, as_json) -> None:
 @click.option("--tokens", type=click.IntRange(2), default=32, show_default=True, help="An answer.")
 @click.option("--operators/--no-operators", default=True, help="Times of layers and operators.")
 @click.option("--backend", help="onnxruntime: run the graphs of any bundle on this CPU.")
-@click.option("--threads", type=click.IntRange(1), help="Default: every core.")
+@click.option(
+    "--threads", type=click.IntRange(1), help="Default: as many as were found fastest here."
+)
 @click.option(
     "--out",
     default="profile.html",

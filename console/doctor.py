@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from ..graphs.targets import (
     Target,
     show_capability,
 )
+from ..runtime.processor import cores
 from ..trt.device import Device, find_device
 from ..trt.engines import can_compile
 from ..trt.flavour import find, serves
@@ -54,7 +54,7 @@ def doctor_facts() -> dict[str, Any]:
         "visistage": __version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "cores": _cores(),
+        "cores": cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "onnxruntime": ort,
         "providers": providers,
@@ -182,10 +182,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cores() -> int:
-    """Those this process may use; macOS cannot say."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 
 from .. import __version__
+from ..runtime.processor import ROOT, cores, processor
 
-ROOT = Path("/")
 LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13-bindings", "numpy")
 ASK_SECONDS = 10
 
@@ -39,21 +39,6 @@ def machine_facts(root: Path = ROOT) -> dict[str, Any]:
         "versions": {"visistage": __version__, **_versions()},
     }
     return {name: value for name, value in facts.items() if value not in (None, {}, "")}
-
-
-def processor(root: Path = ROOT) -> str:
-    """Its model, without the machine's name."""
-    for line in _lines(root / "proc" / "cpuinfo"):
-        if line.lower().startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Cores this process may use; macOS cannot say."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def clocks(root: Path = ROOT) -> dict[str, Any]:

@@ -62,6 +62,8 @@ def profile(
     bundle = Bundle.open(path)
     other = opponent(bundle, against)
     bundles = {PLAN: bundle} | ({AGAINST: other} if other else {})
+    with Session(bundle, backend=backend, threads=threads) as session:
+        threads = threads or session.executor.threads  # as many for both bundles
     options: dict[str, Any] = {"backend": backend, "threads": threads}
 
     memory: dict[str, Footprint] = {}

@@ -7,7 +7,7 @@ on this CPU. Nothing of a device is imported until a bundle needs one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,8 @@ from ..graphs.bundle import Bundle
 from ..graphs.errors import TargetError
 from ..graphs.rows import Executor, Rows
 from ..graphs.targets import ONNXRUNTIME, TARGETS, TENSORRT, TENSORRT_RTX, find_target
-from .ort import OrtExecutor, OrtOptions
+from .ort import ENGINE, OrtExecutor, OrtOptions
+from .threads import choose_threads
 
 BACKENDS = (ONNXRUNTIME, TENSORRT, TENSORRT_RTX)
 CUDA_TARGET = "cuda"
@@ -28,6 +29,7 @@ class Backend(Executor, Protocol):
 
     rows_dtype: np.dtype
     device_name: str | None  # None: no device, this CPU
+    threads: int | None  # of this CPU; None: a device
 
     def prepare(self, needs: Sequence[int]) -> bool:
         """Make sure of room for ``needs`` slots in each stage; True: the caches are new and empty.
@@ -75,7 +77,7 @@ def open_backend(bundle: Bundle, backend: str | None, options: OrtOptions) -> Ba
     target = find_target(bundle.manifest.target)
     cuda = target.name == CUDA_TARGET and backend is None
     if not cuda and (backend or target.backend) == ONNXRUNTIME:
-        return OrtExecutor(bundle, options)
+        return _open_onnxruntime(bundle, options)
     allowed = {"threads"} if cuda else set()
     for field in fields(options):
         if getattr(options, field.name) is not None and field.name not in allowed:
@@ -87,6 +89,14 @@ def open_backend(bundle: Bundle, backend: str | None, options: OrtOptions) -> Ba
     from .device import opening
 
     return opening.open_cuda(bundle, options.threads) if cuda else opening.open_engines(bundle)
+
+
+def _open_onnxruntime(bundle: Bundle, options: OrtOptions) -> OrtExecutor:
+    def load(threads: int) -> OrtExecutor:
+        return OrtExecutor(bundle, replace(options, threads=threads, profile=None))
+
+    threads = options.threads or choose_threads(bundle, ENGINE, load)
+    return OrtExecutor(bundle, replace(options, threads=threads))
 
 
 def check_backend(bundle: Bundle, backend: str | None) -> None:

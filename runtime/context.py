@@ -66,6 +66,7 @@ class Context:
         self.embed = Embedding(bundle, executor.rows_dtype)
         self.chain = Chain(bundle.manifest.plan, executor, padding=executor.padding)
         self.paid: ByteCache[Paid] = ByteCache(cache_bytes)
+        self.unkept: list[tuple[str, Paid]] = []  # paid, but only stage 0 itself holds the caches
         self.live: str | None = None  # key of the picture chain that stage 0 holds now
         self.length = 0  # rows of the prompt and the answer so far, pruned ones counted
         self.prefix = bundle.manifest.prefix
@@ -82,6 +83,7 @@ class Context:
         Raises:
             CapacityError: it has none.
         """
+        self.keep()
         pictures = sum(isinstance(part, Picture) for part in parts) * self.visual_tokens
         text = self.rows_of(parts) - pictures + max_tokens
         visual = visual_rows(self.chain.plan, pictures)
@@ -96,6 +98,7 @@ class Context:
 
         Where that picture is new and there is a ``question``, both go in one call.
         """
+        self.keep()
         begin, parts = self._after_prefix(parts)
         self._hold_prefix(begin)
         last = max((i for i, part in enumerate(parts) if isinstance(part, Picture)), default=-1)
@@ -110,7 +113,7 @@ class Context:
             self._append(parts[index], segments, results, starts)
             if isinstance(parts[index], Picture):
                 end = self.chain.slots[0].used
-                self._keep(keys[index], begin, end, segments, results, starts)
+                self._note(keys[index], begin, end, segments, results, starts)
         return segments, results, starts
 
     def prefill(self, parts: Sequence[Part]) -> Prefilled:
@@ -133,6 +136,17 @@ class Context:
         at = np.full((1, 1), self.length, np.int32)
         self.length += 1
         return np.asarray(self.chain.decode(Segment(False, self.embed([token]), at, at)))[0]
+
+    def keep(self) -> None:
+        """Copy what was paid for pictures out of stage 0, before something else goes there.
+
+        An answer leaves those slots alone, so this can wait until its last token is out.
+        """
+        for key, paid in self.unkept:
+            caches = self.executor.snapshot(0, paid.begin, paid.end)
+            whole = replace(paid, caches=caches)
+            self.paid.put(key, whole, whole.nbytes)
+        self.unkept.clear()
 
     def _map_prefix(self, bundle: Bundle) -> list[dict[str, np.ndarray]]:
         """The shipped keys and values, by stage; mapped, not read."""
@@ -217,7 +231,7 @@ class Context:
         segments.append(picture)
         results.append(both[0])
         starts.append(start)
-        self._keep(key, begin, end, segments, results, starts)
+        self._note(key, begin, end, segments, results, starts)
         segments.append(question)
         results.append(both[1])
         starts.append(end)
@@ -228,15 +242,14 @@ class Context:
         order = np.arange(first, first + rows.shape[1], dtype=np.int32)[None]
         return Segment(isinstance(part, Picture), rows, order, order)
 
-    def _keep(
+    def _note(
         self, key: str, begin: int, end: int, segments: list, results: list, starts: list
     ) -> None:
-        """Remember stage 0 up to slot ``end``, right after a picture."""
+        """Remember stage 0 up to slot ``end``, right after a picture, for ``keep``."""
         # Stage 0's input rows are not needed again; its slots and its output rows are.
         bare = tuple(replace(segment, rows=None) for segment in segments)
-        caches = self.executor.snapshot(0, begin, end)
-        paid = Paid(bare, tuple(results), tuple(starts), begin, end, caches)
-        self.paid.put(key, paid, paid.nbytes)
+        paid = Paid(bare, tuple(results), tuple(starts), begin, end, {})
+        self.unkept.append((key, paid))
         self.live = key
 
 

@@ -7,7 +7,6 @@ snapshot without a copy. The ``llm`` lowering binds each cache as input and outp
 
 from __future__ import annotations
 
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -25,16 +24,18 @@ from ..graphs.errors import BundleError, CapacityError
 from ..graphs.rows import Kept, StageResult
 from .integers import integer_entries
 from .part import Part
+from .processor import cores
 
 BUCKET = 128
 """Slots are added in multiples of this: growth copies, and attention pays for every slot."""
 
 CPU = "CPUExecutionProvider"
+ENGINE = f"onnxruntime {ort.__version__}"
 
 
 @dataclass(frozen=True)
 class OrtOptions:
-    """How graphs are loaded. ``threads`` None: every core this process may use.
+    """How graphs are loaded. ``threads`` None: every core (``threads.choose_threads`` tries fewer).
 
     ``memory_limit``: bytes the weights may take; None: what is available now. Weights are
     rearranged for speed (one more copy) when that fits, and mapped from disk otherwise. FP16 graphs
@@ -64,6 +65,7 @@ class OrtExecutor:
         self.dtype = np.dtype(manifest.dtype)
         self.rows_dtype = np.dtype(manifest.widening.rows_dtype(self.dtype.name))
         self.batch = batch
+        self.threads: int | None = options.threads or cores()
         widened = manifest.dtype == "float16"
         self.prepacked = _prepack(manifest.weight_bytes, widened, options)
         self.elapsed_ms: dict[str, float] = defaultdict(float)
@@ -217,7 +219,7 @@ class OrtExecutor:
 
     def _load(self, bundle: Bundle, name: str, options: OrtOptions) -> ort.InferenceSession:
         session = ort.SessionOptions()
-        session.intra_op_num_threads = options.threads or _cores()
+        session.intra_op_num_threads = self.threads
         session.log_severity_level = 3
         # Graphs take turns: threads that go on spinning would steal the next graph's cores.
         session.add_session_config_entry("session.force_spinning_stop", "1")
@@ -244,13 +246,6 @@ def version() -> tuple[int, int]:
     """(major, minor) of the installed ONNX Runtime."""
     major, minor = ort.__version__.split(".")[:2]
     return int(major), int(minor)
-
-
-def _cores() -> int:
-    """Cores this process may use, where the system tells."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _check_version(bundle: Bundle) -> None:

@@ -101,6 +101,7 @@ class Session:
         """Free the graphs and caches; the session cannot be used afterwards."""
         self.visual_rows.clear()
         self.context.paid.clear()
+        self.context.unkept.clear()
         self.executor.close()
 
     def open(self, image: Source) -> OpenedImage:
@@ -110,6 +111,7 @@ class Session:
         self._turn += 1  # a stream that is under way would go on in another picture
         self.context.make_room(parts, 0)
         self.context.advance(parts)
+        self.context.keep()
         return opened
 
     def infer(self, image: Source | Sequence[Source] | None, prompt: str, **options) -> Answer:
@@ -299,6 +301,7 @@ class Stream(Iterator[str]):
         )
         if rest:
             yield rest
+        context.keep()
 
 
 def load(path: str | os.PathLike, **options) -> Session:

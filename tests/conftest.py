@@ -1,10 +1,13 @@
-"""One torch thread a process: the tests' tensors are small, and pytest-xdist fills the cores."""
+"""One thread a process: the tests' tensors are small, and pytest-xdist fills the cores."""
+
+import os
 
 import pytest
 import torch
 from visistage.tests import browser as headless
 
 torch.set_num_threads(1)
+os.environ["VISISTAGE_THREADS"] = "1"  # for the processes that tests start, too
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ RULES = {
         {"click", "psutil", "rich"},
     ),
     "console.doctor": (
-        PURE | {"", "console.*", "trt.*"},
+        PURE | {"", "console.*", "runtime.processor", "trt.*"},
         {"onnxruntime", "psutil", "rich"},
     ),
     "console.inspect_engines": (PURE | {"console.*", "trt.engines"}, {"numpy", "rich"}),
@@ -122,7 +122,8 @@ RULES = {
     "profiling.*": (
         PURE
         | {"", "console.profile", "explain.dense", "pages.*", "profiling.*"}
-        | {"runtime.context", "runtime.session", "trt.engines", "trt.recipe"},
+        | {"runtime.context", "runtime.processor", "runtime.session"}
+        | {"trt.engines", "trt.recipe"},
         {"PIL", "numpy", "psutil"},
     ),
     "profiling": (set(), set()),

@@ -41,6 +41,7 @@ class DeviceExecutor:
         self.plan = manifest.plan
         self.device, self.api = device, api
         self.device_name: str | None = device.name
+        self.threads: int | None = None
         self.memory = Memory(device)
         self.rooms = Rooms(manifest, self.memory, api, compiled)
         stage0 = manifest.graphs[manifest.parts_of(0)[0]].spec
