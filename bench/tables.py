@@ -23,7 +23,7 @@ PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / name
-        for name in ("benchmarks.md", "demo.md", "size.md", "fp16.md", "quantisation.md")
+        for name in ("benchmarks.md", "cpu.md", "demo.md", "size.md", "fp16.md", "quantisation.md")
     ),
 )
 README_PLANS = (
@@ -263,6 +263,20 @@ def _origin(record: dict, library: str = "onnxruntime") -> str:
     )
 
 
+def denormals() -> str:
+    """Attention under a mask, by what is done with denormals."""
+    record = _record("denormals-cpu")
+    rows = [
+        [
+            f"{row['heads']} x {row['rows']} x {row['width']}",
+            *(f"{row[way]:.1f} ms" for way in ("computed", "flushed")),
+        ]
+        for row in record["rows"]
+    ]
+    head = ["heads x rows x width", "denormals computed", "flushed"]
+    return _table(head, rows) + "\n\n" + _origin(record)
+
+
 TABLES = {
     "accuracy": lambda: accuracy(README_PLANS),
     "accuracy-all": accuracy,
@@ -275,6 +289,7 @@ TABLES = {
     "peers-llava-45m": lambda: peers("llava-45m"),
     "peers-demo": lambda: peers("demo"),
     "scaling": scaling,
+    "denormals": denormals,
 }
 
 

@@ -18,9 +18,6 @@ from torch import Tensor
 SOFTMAX_FLOOR = torch.finfo(torch.float32).min
 """Score of an invisible key. Not -inf: a row that sees nothing must stay finite."""
 
-UNSIGNED_ZERO = 128
-"""What stands for 0 where inputs are rounded to UINT8: the same range as INT8, counted from 0."""
-
 
 class View(NamedTuple):
     """What one call may see and where it writes; made once per call by ``ops.view``.
@@ -83,12 +80,8 @@ class Eager:
         """x: (M, K), weight: (N, K) -> (M, N)."""
         return F.linear(x, weight, bias)
 
-    def rounded(self, x: Tensor, scale: Tensor, *, unsigned: bool = False) -> Tensor:
-        """To multiples of ``scale`` (), at most 127 of them; halves go to even.
-
-        ``unsigned``: in a graph, count the integers from 0; the numbers are the same.
-        """
-        del unsigned
+    def rounded(self, x: Tensor, scale: Tensor) -> Tensor:
+        """To multiples of ``scale`` (), at most 127 of them; halves go to even."""
         return torch.clamp(torch.round(x / scale), -128, 127) * scale
 
     def restored(
@@ -185,13 +178,14 @@ class Llm(Eager):
         shape = (x.shape[0], weight.shape[0])
         return _symbolic("Gemm", inputs, {"transB": 1}, x.dtype, shape, self.opset)
 
-    def rounded(self, x: Tensor, scale: Tensor, *, unsigned: bool = False) -> Tensor:
-        """``QuantizeLinear`` and back: INT8 with zero point 0, or UINT8 with ``UNSIGNED_ZERO``."""
-        kind, middle = (torch.uint8, UNSIGNED_ZERO) if unsigned else (torch.int8, 0)
-        zero = torch.full((), middle, dtype=kind, device=x.device)
-        values = _symbolic("QuantizeLinear", [x, scale, zero], {}, kind, x.shape, self.opset)
-        inputs = [values, scale, zero] if unsigned else [values, scale]
-        return _symbolic("DequantizeLinear", inputs, {}, x.dtype, x.shape, self.opset)
+    def rounded(self, x: Tensor, scale: Tensor) -> Tensor:
+        """``QuantizeLinear`` and back. The zero point is said: without it ONNX Runtime would not
+        count from 0, which x86 wants of one side of a product, and leave the rounding unfused.
+        """
+        zero = torch.zeros((), dtype=torch.int8, device=x.device)
+        inputs = [x, scale, zero]
+        values = _symbolic("QuantizeLinear", inputs, {}, torch.int8, x.shape, self.opset)
+        return _symbolic("DequantizeLinear", [values, scale], {}, x.dtype, x.shape, self.opset)
 
     def restored(
         self, weight: Tensor, scale: Tensor, block: int | None, zero: Tensor | None = None

@@ -2,9 +2,7 @@
 
 Weights are [K, N] and every product is a ``MatMul``: engines fuse the rounding into that form only
 (``Gemm`` runs unfused, many times slower). Layers of one input share its range; ``replace_linears``
-says why each may still hold a scale of its own. Inputs are rounded to INT8 for engines, which take
-no zero points, and to UINT8 around 128 for ONNX Runtime: the same numbers, but x86 multiplies
-unsigned by signed bytes, and kernels for two signed ones are 4 to 50 times slower (AVX-512 VNNI).
+says why each may still hold a scale of its own.
 """
 
 from __future__ import annotations
@@ -44,11 +42,10 @@ class QuantizedLinear(nn.Module):
     """
 
     def __init__(
-        self, ops: Eager, scheme: Scheme, inputs: int, outputs: int, bias: bool, *, engines: bool
+        self, ops: Eager, scheme: Scheme, inputs: int, outputs: int, bias: bool, block: int | None
     ):
         super().__init__()
-        block = block_of(scheme, engines=engines)
-        self.ops, self.scheme, self.block, self.engines = ops, scheme, block, engines
+        self.ops, self.scheme, self.block = ops, scheme, block
         values = torch.empty(inputs, outputs, dtype=torch.int8)
         setattr(self, WEIGHT[scheme], nn.Parameter(values, requires_grad=False))
         self.weight_scale = nn.Parameter(torch.empty(scale_shape(block, inputs, outputs)))
@@ -61,7 +58,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """As ``decoder.Linear.forward``; ``input_scale`` is that of x as it comes, scaled."""
         if self.input_scale is not None:
-            x = self.ops.rounded(x, self.input_scale, unsigned=not self.engines)
+            x = self.ops.rounded(x, self.input_scale)
         values = getattr(self, WEIGHT[self.scheme])
         weight = self.ops.restored(values, self.weight_scale, self.block, self.weight_zero)
         out = self.ops.product(x, weight)
@@ -86,8 +83,9 @@ def replace_linears(
         if scheme is None or not isinstance(linear, Linear):
             continue
         outputs, inputs = linear.weight.shape
+        block = block_of(scheme, engines=engines)
         bias = linear.bias is not None
-        new = QuantizedLinear(linear.ops, scheme, inputs, outputs, bias, engines=engines)
+        new = QuantizedLinear(linear.ops, scheme, inputs, outputs, bias, block)
         if engines and new.input_scale is not None:
             new.input_scale = first.setdefault(group_of[name], new.input_scale)
         parent, _, own = name.rpartition(".")
