@@ -115,7 +115,11 @@ def _row(bundle: Bundle, report: Report, answers: list[Answer]) -> dict[str, Any
         "visual_macs_saved_percent": reduction_percent(
             flops, _mean(fact.dense_visual_flops for fact in facts)
         ),
-        "visual_kv_bytes": rows * 2 * text.kv_heads * text.head_dim * bundle.manifest.element_bytes,
+        "visual_kv_bytes": rows
+        * 2
+        * text.kv_heads
+        * text.head_dim
+        * bundle.manifest.cache_element_bytes,
         "visual_kv_saved_percent": reduction_percent(rows, dense_rows),
     }
 

@@ -21,7 +21,7 @@ from .. import __version__
 from ..calib.calibration import Calibration
 from ..graphs.bundle import FORMAT
 from ..graphs.config import ModelConfig
-from ..graphs.contract import Part
+from ..graphs.contract import Part, cache_dtype
 from ..graphs.errors import CapacityError, DataError, TargetError
 from ..graphs.plan import StagePlan
 from ..graphs.precision import NARROW, Widening
@@ -78,6 +78,11 @@ class Blueprint:
     def name(self) -> str:
         """Of the bundle's folder."""
         return f"{self.plan.name}-{self.precision}-{self.target.name}"
+
+    @property
+    def cache_dtype(self) -> str:
+        """Type of cached keys and values."""
+        return cache_dtype(self.dtype, self.quantization.cache)
 
     @property
     def half(self) -> bool:
