@@ -7,8 +7,8 @@
 Ranges of the stages' own rows are what a bundle runs on: the middle sees few visual rows and text,
 the end text alone. Rows of the prefix, which bundles compute in float, do not count for layers, but
 they do for caches: whatever computed them, they are stored in the same tensor under the same scale,
-and the first token's keys are often the largest of all. Memory is bounded: one layer's weights, one layer's kept rows, and the rows on
-their way.
+and the first token's keys are often the largest of all. Memory is bounded: one layer's weights, one
+layer's kept rows, and the rows on their way.
 """
 
 from __future__ import annotations

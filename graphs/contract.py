@@ -215,9 +215,12 @@ def cache_dtype(dtype: str, cache: Cache) -> str:
 
 
 def scale_specs(
-    text: TextConfig, dtype: str, cache: Cache, values: bool = True
+    text: TextConfig, dtype: str, cache: Cache, *, values: bool = True
 ) -> list[TensorSpec]:
-    """What tells a graph that reads any layer's cache what its integers stand for; last inputs."""
+    """Last inputs of a graph that reads any layer's cache: what INT8 there stands for.
+
+    ``values``: whether it reads values, too.
+    """
     names = ("key_scale", "value_scale")[: 1 + values] if cache == "int8" else ()
     return [TensorSpec(name, dtype, (text.kv_heads,)) for name in names]
 
@@ -254,7 +257,7 @@ def select_spec(
             TensorSpec("rows", rows, ("B", "N", text.hidden)),
             TensorSpec("positions", "int32", ("B", "N")),
             TensorSpec("order", "int32", ("B", "N")),
-            *scale_specs(text, dtype, cache, reads_values),
+            *scale_specs(text, dtype, cache, values=reads_values),
         ),
         outputs=(
             TensorSpec("rows.out", rows, ("B", edge.keep, text.hidden)),

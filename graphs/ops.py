@@ -239,17 +239,12 @@ class Llm(Eager):
         )
 
     def stored(self, rows: Tensor, scale: Tensor) -> Tensor:
-        """``QuantizeLinear`` along the heads; without zero points its integers were unsigned."""
-        zero = torch.zeros(scale.shape, dtype=torch.int8, device=rows.device)
-        inputs = [rows, scale, zero]
-        return _symbolic("QuantizeLinear", inputs, {"axis": 1}, torch.int8, rows.shape, self.opset)
+        """``QuantizeLinear`` along the heads."""
+        return _stored(rows, scale, self.opset)
 
     def read(self, cache: Tensor, scale: Tensor) -> Tensor:
         """``DequantizeLinear`` along the heads."""
-        inputs = [cache, scale]
-        return _symbolic(
-            "DequantizeLinear", inputs, {"axis": 1}, scale.dtype, cache.shape, self.opset
-        )
+        return _read(cache, scale, self.opset)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """``RMSNormalization`` with FP32 statistics (stash_type 1).
@@ -318,8 +313,14 @@ class Portable(Eager):
     linear = Llm.linear
     rounded = Llm.rounded
     restored = Llm.restored
-    stored = Llm.stored
-    read = Llm.read
+
+    def stored(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """As ``Llm.stored``."""
+        return _stored(rows, scale, self.opset)
+
+    def read(self, cache: Tensor, scale: Tensor) -> Tensor:
+        """As ``Llm.read``."""
+        return _read(cache, scale, self.opset)
 
     def view(self, order: Tensor, slot_order: Tensor, write_index: Tensor) -> View:
         """Old slots and new rows apart.
@@ -415,6 +416,19 @@ def _softmax(scores: Tensor, visible: Tensor | None, q_shape: torch.Size, groups
 def _known(size: int | torch.SymInt) -> int:
     """A size that is a number, -1 for one that is open."""
     return size if isinstance(size, int) else -1
+
+
+def _stored(rows: Tensor, scale: Tensor, opset: int) -> Tensor:
+    """``QuantizeLinear`` along the heads; without zero points its integers would be unsigned."""
+    zero = torch.zeros(scale.shape, dtype=torch.int8, device=rows.device)
+    inputs = [rows, scale, zero]
+    return _symbolic("QuantizeLinear", inputs, {"axis": 1}, torch.int8, rows.shape, opset)
+
+
+def _read(cache: Tensor, scale: Tensor, opset: int) -> Tensor:
+    """``DequantizeLinear`` along the heads."""
+    inputs = [cache, scale]
+    return _symbolic("DequantizeLinear", inputs, {"axis": 1}, scale.dtype, cache.shape, opset)
 
 
 def _symbolic(op, inputs, attributes, dtype, shape, opset):

@@ -67,6 +67,7 @@ def weights(bundle: Bundle, checkpoint: Checkpoint, calibration: Calibration | N
     facts: dict[str, Any] = {"tensors": len(arrays) + 1}
     if manifest.quantization.rounds_cache and not failure:
         failure = _wrong_cache_scale(bundle, calibration, arrays)
+        facts["scales of caches"] = 2 * manifest.config.text.layers
     if manifest.quantization.schemes and not failure:
         try:
             rounded.check()
@@ -74,7 +75,12 @@ def weights(bundle: Bundle, checkpoint: Checkpoint, calibration: Calibration | N
                 _round_again(manifest, checkpoint, calibration, arrays)
         except WrongError as error:
             failure = f"weight {error}"
-        facts |= _rounded_facts(manifest, rounded, calibration)
+        facts["rounded or folded layers"] = rounded.layers
+        facts["largest rounding error"] = f"{rounded.worst / 2:.4f} steps"
+        if rounded.hidden:
+            facts["not checked: channels whose norm is 0"] = rounded.hidden
+    if manifest.quantization.rounds:
+        facts |= _calibration_facts(manifest, calibration)
     return Finding(failure, graph_files(bundle), facts=facts)
 
 
@@ -153,21 +159,14 @@ def _round_again(
             raise WrongError(f"{name} is not what checkpoint and calibration make of it")
 
 
-def _rounded_facts(
-    manifest: Manifest, rounded: RoundedWeights, calibration: Calibration | None
-) -> dict[str, Any]:
-    """What was checked of rounded weights, and what could not be."""
-    facts: dict[str, Any] = {
-        "rounded or folded layers": rounded.layers,
-        "largest rounding error": f"{rounded.worst / 2:.4f} steps",
-    }
-    if rounded.hidden:
-        facts["not checked: channels whose norm is 0"] = rounded.hidden
+def _calibration_facts(manifest: Manifest, calibration: Calibration | None) -> dict[str, Any]:
+    """What was checked against the calibration, and what could not be."""
+    facts: dict[str, Any] = {}
     known = manifest.quantization.calibration
     if known is not None and calibration is None:
         facts["not checked"] = (
-            f"input scales and strengths of smoothing against calibration {known[:12]}: "
-            "--calib CALIBRATION"
+            "input scales, scales of caches and strengths of smoothing, against calibration "
+            f"{known[:12]}: --calib CALIBRATION"
         )
     if calibration is not None:
         facts["rounded again"] = f"with calibration {calibration.hash[:12]}, bit for bit"
