@@ -47,8 +47,8 @@ BOUNDS = {
              on random ones scaled until they are chaotic
     w8a8     an input on the boundary between two steps may fall on either side: up to 0.06; 0.09 on
              the demo model, 0.51 on random ones
-    cache    of INT8: a key or value on the boundary between two steps may be cached as either: up to
-             0.006 on random ones in FP32; the demo model is in docs/quantisation.md
+    cache    of INT8: a key or value on the boundary between two steps may be cached as either; up
+             to 0.006 on random ones
     w8, w4   where ONNX Runtime rounds the inputs, too: up to 0.5; 0.06 on the demo model, 0.62 on
              random ones
 
