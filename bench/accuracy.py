@@ -103,6 +103,7 @@ def _row(bundle: Bundle, report: Report, answers: list[Answer]) -> dict[str, Any
     rows = _mean(sum(fact.visual_tokens_per_layer) for fact in facts)
     dense_rows = _mean(fact.visual_tokens * text.layers for fact in facts)
     flops = _mean(fact.visual_flops for fact in facts)
+    row_bytes = 2 * text.kv_heads * text.head_dim * bundle.manifest.cache_element_bytes
     return {
         "kind": plan.kind,
         "shallow": len(plan.stages[0].gated_layers),
@@ -115,7 +116,7 @@ def _row(bundle: Bundle, report: Report, answers: list[Answer]) -> dict[str, Any
         "visual_macs_saved_percent": reduction_percent(
             flops, _mean(fact.dense_visual_flops for fact in facts)
         ),
-        "visual_kv_bytes": rows * 2 * text.kv_heads * text.head_dim * bundle.manifest.element_bytes,
+        "visual_kv_bytes": rows * row_bytes,
         "visual_kv_saved_percent": reduction_percent(rows, dense_rows),
     }
 

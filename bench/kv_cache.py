@@ -51,12 +51,12 @@ class Watched(Eager):
     def __init__(self):
         self.largest: list[Tensor] = []  # of keys and of values: (G, 1, 1)
 
-    def cached_attention(self, q, k, v, cache, view, gate):
+    def cached_attention(self, q, k, v, cache, view, gate, scales=None):
         """As its base."""
         found = [x.abs().amax((0, 2, 3))[:, None, None] for x in (k, v)]
         before = self.largest or found
         self.largest = [torch.maximum(a, b) for a, b in zip(before, found, strict=True)]
-        return super().cached_attention(q, k, v, cache, view, gate)
+        return super().cached_attention(q, k, v, cache, view, gate, scales)
 
 
 class Rounded(Eager):
@@ -65,14 +65,14 @@ class Rounded(Eager):
     def __init__(self, scales: Sequence[Tensor] | None):
         self.scales = scales
 
-    def cached_attention(self, q, k, v, cache, view, gate):
+    def cached_attention(self, q, k, v, cache, view, gate, scales=None):
         """As its base, over a rounded cache."""
         if self.scales is None:
-            scales = [x.abs().amax(-1, keepdim=True) / LEVELS for x in (k, v)]
+            own = [x.abs().amax(-1, keepdim=True) / LEVELS for x in (k, v)]
         else:
-            scales = list(self.scales)
-        k, v = (rounded(x, scale) for x, scale in zip((k, v), scales, strict=True))
-        return super().cached_attention(q, k, v, cache, view, gate)
+            own = list(self.scales)
+        k, v = (rounded(x, scale) for x, scale in zip((k, v), own, strict=True))
+        return super().cached_attention(q, k, v, cache, view, gate, scales)
 
 
 def rounded(x: Tensor, scale: Tensor) -> Tensor:

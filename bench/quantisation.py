@@ -134,8 +134,8 @@ def _again(made: Calibration, samples: Sequence, options: dict[str, Any]) -> Cal
     texts = text_facts(checkpoint)
     preprocessing = Preprocessing.from_dict(texts.preprocessing)
     prompts, _ = prepare(samples, prompt_encoder(checkpoint), preprocessing)
-    groups = collect(checkpoint, prompts, made.plan, texts.prefix_ids, **options)
-    return replace(made, groups=groups, **options)
+    found = collect(checkpoint, prompts, made.plan, texts.prefix_ids, **options)
+    return replace(made, groups=found.groups, cache=found.cache, **options)
 
 
 def _built(case: Case, work: Path) -> Path:

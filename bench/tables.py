@@ -193,7 +193,7 @@ def quantisation() -> str:
 
 
 def kv_cache() -> str:
-    """What an INT8 cache would cost the demo."""
+    """What rounding cached keys and values costs the demo, by where scales are from."""
     record = _record("kv-cache-demo")
     rows = [
         [
@@ -208,6 +208,48 @@ def kv_cache() -> str:
     ]
     header = ["plan", "cache", "accuracy", "answers equal", "tokens equal", "one question"]
     return f"{_table(header, rows)}\n\n{_origin(record, 'torch')}"
+
+
+def kv_bundles() -> str:
+    """What an INT8 cache costs and saves, bundle by bundle beside its float one."""
+    name = "kv-bundles-demo"
+    if not (RESULTS / f"{name}.json").exists():
+        return "Not recorded: `python -m visistage.bench.kv_bundles`"
+    record = _record(name)
+    rows = [
+        [
+            f"`{row['plan']}`",
+            f"`{row['precision'].replace('+', ':', 1)}`",
+            _percent(row["accuracy"]),
+            _percent(row["agreement"]),
+            f"{row['question_bytes'] / 1024:.0f} KiB",
+            f"{row['picture_bytes'] / 1024:.0f} KiB",
+            f"{row['per_token_p10_ms']:.2f} ms",
+        ]
+        for row in record["rows"]
+    ]
+    header = ["plan", "precision", "accuracy", "= float cache", "one question", "one picture kept"]
+    return f"{_table([*header, 'a token'], rows)}\n\n{_origin(record)}"
+
+
+def kv_forms() -> str:
+    """One layer's attention over an INT8 cache, in every form that was tried."""
+    name = "kv-forms"
+    if not (RESULTS / f"{name}.json").exists():
+        return "Not recorded: `python -m visistage.bench.kv_forms`"
+    record = _record(name)
+    forms = ("float", "restored", "folded", "group")
+    rows = [
+        [
+            row["name"],
+            str(row["slots"]),
+            str(row["rows"]),
+            *(f"{row[f'{form}_p10_ms']:.2f} ms" for form in forms),
+        ]
+        for row in record["rows"]
+    ]
+    header = ["heads of", "slots", "rows", "float", "built", "folded", "grouped attention"]
+    return f"{_table(header, rows)}\n\n{_origin(record)}"
 
 
 def peers(model: str) -> str:
@@ -286,6 +328,8 @@ TABLES = {
     "fp16": fp16,
     "quantisation": quantisation,
     "kv-cache": kv_cache,
+    "kv-bundles": kv_bundles,
+    "kv-forms": kv_forms,
     "peers-llava-45m": lambda: peers("llava-45m"),
     "peers-demo": lambda: peers("demo"),
     "scaling": scaling,

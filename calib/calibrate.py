@@ -94,8 +94,8 @@ def calibrate(
             given = taken.plan
         assert given is not None
         with step("ranges", walk.pieces(checkpoint.config, texts.prefix_ids)) as tell:
-            groups = collect(checkpoint, prompts, given, texts.prefix_ids, progress=watcher.advance)
-            tell(f"{len(groups)} groups of linear layers")
+            found = collect(checkpoint, prompts, given, texts.prefix_ids, progress=watcher.advance)
+            tell(f"{len(found.groups)} groups of linear layers, {found.cache[0].size} cached heads")
         names = tuple(one.name for one in prompts)
         calibration = Calibration(
             model=checkpoint.name,
@@ -104,16 +104,17 @@ def calibrate(
             rows="stage",
             include_prefix=False,
             samples=SampleFacts(tuple(files), names, order_hash(prompts), tuple(unreadable)),
-            groups=groups,
+            groups=found.groups,
             versions=versions(),
             dynamics=dynamics,
             choice=choice,
+            cache=found.cache,
         )
         if isinstance(plan, Wish) and plan.recipe is not None:
             with step(f"as it ships, {plan.precision}", measuring.ship_asks) as tell:
-                found = measuring.ship(calibration, lambda: watcher.advance(1))
-                tell(agrees(found))
-            shipped = {"samples": measuring.shipped_on, **found.to_dict()}
+                agreed = measuring.ship(calibration, lambda: watcher.advance(1))
+                tell(agrees(agreed))
+            shipped = {"samples": measuring.shipped_on, **agreed.to_dict()}
             calibration = replace(calibration, choice={**choice, "shipped": shipped})
         with step("write"):
             calibration.save(workshop.folder)

@@ -2,7 +2,8 @@
 
     calibrations/demo/
         calibration.json          facts: what was read, for which model, plan, thresholds, errors
-        calibration.safetensors   largest inputs and smoothing factors, per channel
+        calibration.safetensors   largest inputs and smoothing factors, per channel; largest keys
+                                  and values, per head
 
 Equal contents give equal bytes, and ``Calibration.hash`` names them. Numbers come back bit for
 bit. It knows no checkpoint: what a calibration fits is said in hashes (``facts_of``).
@@ -29,7 +30,13 @@ from .ranges import VECTORS, GroupRanges, best_observer
 
 FACTS = "calibration.json"
 ARRAYS = "calibration.safetensors"
-FORMAT = 1
+FORMAT = 2
+UNCACHED = 1
+"""An older format, the same but for ranges of caches, which it has not."""
+
+CACHE = "cache"
+"""Name of their array."""
+
 MAX_BYTES = 256 << 20
 """Larger files are not read: a 13B's take some 20 MB."""
 
@@ -93,6 +100,8 @@ class Calibration:
         samples: what was read.
         groups: by name, in the order in which a prompt meets them.
         versions: of what made it.
+        cache: (2, L, G) float32, the largest absolute key and value of each layer and head, over
+            everything that is cached, the prefix's rows too; None in the older format.
         dynamics, choice: plain JSON of ``calib.dynamics`` and ``calib.choose``; empty where no plan
             was to be chosen.
     """
@@ -107,6 +116,7 @@ class Calibration:
     versions: Mapping[str, str]
     dynamics: Mapping[str, Any] = field(default_factory=dict)
     choice: Mapping[str, Any] = field(default_factory=dict)
+    cache: np.ndarray | None = None
 
     @property
     def best_observer(self) -> str:
@@ -164,7 +174,7 @@ class Calibration:
             version = data["format"]
         except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise _damaged(file, error) from None
-        if version != FORMAT:
+        if version not in (UNCACHED, FORMAT):
             raise DataError(
                 f"{file}: found format {version!r}, expected {FORMAT}: it is from another version "
                 "of visistage. Calibrate again: visistage calibrate MODEL --data DIR"
@@ -177,15 +187,17 @@ class Calibration:
 
     def _files(self) -> dict[str, bytes]:
         """Contents of both files; the arrays first, for the facts hold their hash."""
-        arrays = safetensors.save(
-            {
-                f"{name}/{key}": np.ascontiguousarray(getattr(group, key), np.float32)
-                for name, group in sorted(self.groups.items())
-                for key in VECTORS
-            }
-        )
+        vectors = {
+            f"{name}/{key}": np.ascontiguousarray(getattr(group, key), np.float32)
+            for name, group in sorted(self.groups.items())
+            for key in VECTORS
+        }
+        if self.cache is not None:
+            vectors[CACHE] = np.ascontiguousarray(self.cache, np.float32)
+        arrays = safetensors.save(vectors)
         data = {
-            "format": FORMAT,
+            # What was read in the older format keeps its hash, which bundles name.
+            "format": UNCACHED if self.cache is None else FORMAT,
             "model": self.model,
             "fits": dict(self.fits),
             "plan": self.plan.to_dict(),
@@ -200,6 +212,8 @@ class Calibration:
             "arrays": hashlib.sha256(arrays).hexdigest(),
         }
         try:
+            if self.cache is not None:
+                _check_finite(self.cache)
             text = json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
         except ValueError as error:
             raise DataError(
@@ -220,7 +234,13 @@ class Calibration:
             )
             for name in data["order"]
         }
-        if len(arrays) != len(groups) * len(VECTORS):
+        cache = None
+        if data["format"] == FORMAT:
+            cache = arrays[CACHE]
+            if cache.ndim != 3 or len(cache) != 2 or cache.dtype != np.float32:
+                raise ValueError(f"ranges of caches are {cache.dtype} of shape {cache.shape}")
+            _check_finite(cache)
+        if len(arrays) != len(groups) * len(VECTORS) + (cache is not None):
             raise ValueError(f"{ARRAYS} holds tensors of groups that are not listed")
         return cls(
             model=str(data["model"]),
@@ -233,6 +253,7 @@ class Calibration:
             versions=dict(data["versions"]),
             dynamics=dict(data["dynamics"]),
             choice=dict(data["choice"]),
+            cache=cache,
         )
 
 
@@ -267,6 +288,11 @@ def facts_of(
 
 def _hash(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _check_finite(cache: np.ndarray) -> None:
+    if not (np.isfinite(cache) & (cache >= 0)).all():
+        raise ValueError("a range of a cache is negative, or not finite")
 
 
 def _refuse(constant: str) -> None:

@@ -133,7 +133,7 @@ class Chooser:
         """The dense model rounded; from here on plans are measured so."""
         config, prefix = self.checkpoint.config, self.texts.prefix_ids
         with self.step("dense ranges", walk.pieces(config, prefix)) as tell:
-            groups = collect(
+            found = collect(
                 self.checkpoint,
                 prompts,
                 self.dense,
@@ -141,7 +141,7 @@ class Chooser:
                 rows="dense",
                 progress=self.watcher.advance,
             )
-            tell(f"{len(groups)} groups of linear layers")
+            tell(f"{len(found.groups)} groups of linear layers")
         ranges = Calibration(
             model=self.checkpoint.name,
             fits=self.fits,
@@ -149,8 +149,9 @@ class Chooser:
             rows="dense",
             include_prefix=False,
             samples=SampleFacts((), tuple(one.name for one in prompts), order_hash(prompts)),
-            groups=groups,
+            groups=found.groups,
             versions=versions(),
+            cache=found.cache,
         )
         rounded = Rounded(self.checkpoint, recipe, ranges)
         self.measuring.ranges = ranges

@@ -49,12 +49,14 @@ def engines(
     visistage engines --model llava-45m --dummy-weights
     visistage engines --model demo --precision int8 --calib calibrations/demo
     visistage engines --model demo --precision int8:vision=float,stage2=w4 --keep-float auto:5%
+    visistage engines --model demo --precision int8:cache=int8
     visistage engines --model llava-7b --target rtx --context 1024 --context 4096
     visistage engines --model llava-7b --target orin-jp72     stops at a portable bundle
 
     int8 rounds inputs and weights, for which it takes a calibration (by default the one in
     calibrations/MODEL); w8 and w4 round weights alone. Single stages, the vision tower and the head
-    may differ: docs/quantisation.md.
+    may differ. With cache=int8, behind any precision, keys and values are cached in a quarter of
+    FP32's bytes, which takes a calibration: docs/quantisation.md.
 
     For a target with engines they are compiled here if this machine can; for a board the bundle
     stays portable: copy it there, and type visistage build.

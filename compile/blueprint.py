@@ -21,7 +21,7 @@ from .. import __version__
 from ..calib.calibration import Calibration
 from ..graphs.bundle import FORMAT
 from ..graphs.config import ModelConfig
-from ..graphs.contract import Part
+from ..graphs.contract import Part, cache_dtype
 from ..graphs.errors import CapacityError, DataError, TargetError
 from ..graphs.plan import StagePlan
 from ..graphs.precision import NARROW, Widening
@@ -78,6 +78,11 @@ class Blueprint:
     def name(self) -> str:
         """Of the bundle's folder."""
         return f"{self.plan.name}-{self.precision}-{self.target.name}"
+
+    @property
+    def cache_dtype(self) -> str:
+        """Type of cached keys and values."""
+        return cache_dtype(self.dtype, self.quantization.cache)
 
     @property
     def half(self) -> bool:
@@ -163,11 +168,12 @@ def draw(
         staged = resolve_plan(plan or DEFAULT_PLAN, config.text.layers, config.visual_tokens)
     else:
         staged = known.plan
-    if known is not None and recipe is not None and not same_rows(staged, known.plan):
+    if known is not None and recipe is not None and not _serves(known.plan, staged, recipe):
+        wanted = plan if staged.probe is None else "dense"
         raise DataError(
             f"the calibration of '{checkpoint.name}' was made for plan '{known.plan.name}', under "
             f"'{staged.name}' layers see other rows. Leave the plan out, or calibrate for it: "
-            f"visistage calibrate {checkpoint.name} --plan {plan}"
+            f"visistage calibrate {checkpoint.name} --plan {wanted}"
         )
     if calibration is not None and recipe is None and plan is not None:
         raise TargetError(
@@ -210,6 +216,18 @@ def same_rows(one: StagePlan, other: StagePlan) -> bool:
         return replace(plan, name="plan", note="", calibrated=False)
 
     return plain(one) == plain(other)
+
+
+def _serves(calibrated: StagePlan, staged: StagePlan, recipe: Recipe) -> bool:
+    """Whether ranges made for one plan serve another under a recipe.
+
+    A plan that decides per prompt has no rows of its own to calibrate on. Its caches never hold
+    rows that the dense model has not, so dense ranges serve them; inputs of layers are rounded
+    under their own ranges only.
+    """
+    if same_rows(staged, calibrated):
+        return True
+    return staged.probe is not None and calibrated.is_dense and "w8a8" not in recipe.asked
 
 
 def versions() -> dict[str, str]:

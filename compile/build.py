@@ -16,6 +16,7 @@ from ..graphs.precision import NARROW, Widening
 from ..graphs.targets import resolve_target
 from ..runtime.preprocessing import Preprocessing
 from .blueprint import Blueprint, check_geometry, draw, versions
+from .caches import cache_scales, describe_scales, rounded_rows, scale_spans, write_scales
 from .checkpoint import Checkpoint, open_checkpoint
 from .engines import variants_of, write_variant
 from .export import Graph, export
@@ -116,6 +117,10 @@ def _write(blueprint: Blueprint, work: Workshop) -> None:
     placement = place(checkpoint, [n for graph in graphs for n in graph.weights], dtype, rounding)
     blueprint.check_memory(placement.nbytes)
     check_disk(placement, work.folder)
+    spans, scales = dict(placement.spans), None
+    if blueprint.calibration is not None and blueprint.quantization.rounds_cache:
+        scales = cache_scales(blueprint.calibration, half=blueprint.half)
+        spans |= scale_spans(config.text, dtype)
 
     def weights() -> list[str]:
         converted = convert(checkpoint, placement, dtype, work.folder, tell, rounding)
@@ -123,7 +128,7 @@ def _write(blueprint: Blueprint, work: Workshop) -> None:
 
     def one_graph(graph: Graph) -> list[str]:
         file = f"{graph.name}.onnx"
-        export(graph, config.text, work.folder / file, placement.spans, blueprint.target)
+        export(graph, config.text, work.folder / file, spans, blueprint.target)
         copies = _variants(graph, blueprint)
         for copy, slots in copies.values():
             write_variant(work.folder / file, work.folder / copy, slots)
@@ -131,9 +136,13 @@ def _write(blueprint: Blueprint, work: Workshop) -> None:
 
     def prefix() -> list[str]:
         cache = prefix_cache(checkpoint, blueprint.texts.prefix_ids, tell)
-        return write_prefix(cache, dtype, work.folder)
+        if scales is not None:
+            cache = rounded_rows(cache, scales)
+        return write_prefix(cache, blueprint.cache_dtype, work.folder)
 
     work.step("weights", weights, total=placement.new_bytes or None)
+    if scales is not None:
+        work.step("cache scales", partial(write_scales, scales, dtype, work.folder))
     for graph in graphs:
         work.step(f"export {graph.name}", partial(one_graph, graph))
     if blueprint.texts.prefix_ids:
@@ -165,7 +174,7 @@ def _write_manifest(
         lowering=blueprint.target.lowering,
         graphs={graph.name: _fact(graph, blueprint) for graph in graphs},
         embedding=placement.embedding,
-        prefix=describe_prefix(text, texts.prefix_ids, blueprint.dtype)
+        prefix=describe_prefix(text, texts.prefix_ids, blueprint.cache_dtype)
         if texts.prefix_ids
         else None,
         preprocessing=texts.preprocessing,
@@ -178,6 +187,9 @@ def _write_manifest(
         contexts=blueprint.contexts,
         widening=widening,
         quantization=blueprint.quantization,
+        cache_scales=describe_scales(text, blueprint.dtype)
+        if blueprint.quantization.rounds_cache
+        else None,
     )
     (work.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return [MANIFEST]

@@ -1,19 +1,21 @@
-"""What every linear layer is given while prompts walk through a plan, made into ranges.
+"""What linear layers are given and caches keep while prompts walk through a plan, as ranges.
 
     rows of a layer ──▶ largest |x| per channel, histogram        every row, as it comes
                    └──▶ an even share of the rows, all kinds      kept until the layer is done
     weights at hand ──▶ factors searched, errors and sensitivities measured; rows let go
 
 Ranges of the stages' own rows are what a bundle runs on: the middle sees few visual rows and text,
-the end text alone. Memory is bounded: one layer's weights, one layer's kept rows, and the rows on
-their way.
+the end text alone. Rows of the prefix, which bundles compute in float, do not count for layers, but
+they do for caches: whatever computed them, they are stored in the same tensor under the same scale,
+and the first token's keys are often the largest of all. Memory is bounded: one layer's weights, one
+layer's kept rows, and the rows on their way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 from torch import Tensor
@@ -31,7 +33,8 @@ from ..calib.smoothing import (
     search_smoothing,
     sensitivity,
 )
-from ..graphs.config import ModelConfig
+from ..graphs.config import ModelConfig, TextConfig
+from ..graphs.errors import ModelError
 from ..graphs.linears import Group, linear_groups
 from ..graphs.plan import StagePlan
 from ..graphs.presets import preset
@@ -45,6 +48,17 @@ ROWS_KEPT = 4096
 """Rows that are kept of one group at most: 180 MB of 11008 channels."""
 
 
+class Collected(NamedTuple):
+    """What a walk measured.
+
+    groups: ranges of every group of linear layers, by name, in the order in which a prompt meets
+    them. cache: (2, L, G) FP32, the largest absolute key and value of each layer and head.
+    """
+
+    groups: dict[str, GroupRanges]
+    cache: np.ndarray
+
+
 def collect(
     checkpoint: Checkpoint,
     prompts: Sequence[Prompt],
@@ -54,8 +68,8 @@ def collect(
     rows: RowsSeen = "stage",
     include_prefix: bool = False,
     progress: Callable[[int], None] = lambda pieces: None,
-) -> dict[str, GroupRanges]:
-    """Ranges of every group of linear layers, by name, in the order in which a prompt meets them.
+) -> Collected:
+    """Ranges of every group of linear layers and of every cache.
 
     Args:
         checkpoint: weights of any type; computed in FP32.
@@ -63,7 +77,7 @@ def collect(
         plan: static; whose stages see the rows.
         prefix_ids: token ids before every picture, whose rows bundles compute in float.
         rows: ``dense`` measures the unpruned model's rows instead of the plan's.
-        include_prefix: run the prefix too, and let its rows count.
+        include_prefix: run the prefix too, and let its rows count for linear layers.
         progress: told of ``walk.pieces(config, () if include_prefix else prefix_ids)`` pieces.
 
     Raises:
@@ -73,7 +87,7 @@ def collect(
     config = checkpoint.config
     if rows == "dense":
         plan = preset("dense", config.text.layers, config.visual_tokens)
-    collector = Collector(config)
+    collector, caches = Collector(config), CacheRanges(config.text)
     before = () if include_prefix else prefix_ids
     walk(
         checkpoint,
@@ -81,10 +95,11 @@ def collect(
         plan,
         before,
         watcher=collector,
+        storing=caches.add,
         want_logits=False,
         progress=progress,
     )
-    return collector.ranges()
+    return Collected(collector.ranges(), caches.largest)
 
 
 def fits(
@@ -107,6 +122,32 @@ def fits(
         texts.preprocessing,
         progress,
     )
+
+
+class CacheRanges:
+    """A ``walk.Storing``: the largest absolute key and value of each layer and head.
+
+    Attributes:
+        largest: (2, L, G) FP32: of keys, of values.
+    """
+
+    def __init__(self, text: TextConfig):
+        self.largest = np.zeros((2, text.layers, text.kv_heads), np.float32)
+
+    def add(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Take one prompt's cache (G, S, d) of a layer into account.
+
+        Raises:
+            ModelError: it holds NaN or infinity.
+        """
+        for of, (what, rows) in zip(self.largest, (("key", keys), ("value", values)), strict=True):
+            found = rows.abs().amax((1, 2)).numpy()
+            if not np.isfinite(found).all():
+                raise ModelError(
+                    f"a {what} of layer {layer} is NaN or infinity, expected finite numbers only. "
+                    "Check the checkpoint, and the samples that it was run on."
+                )
+            np.maximum(of[layer], found, out=of[layer])
 
 
 class Collector:

@@ -28,11 +28,11 @@ from ..graphs.contract import (
 )
 from ..graphs.decoder import DecoderStage
 from ..graphs.linears import linear_groups
-from ..graphs.ops import Llm, Portable
+from ..graphs.ops import Llm, LlmRows, Portable
 from ..graphs.plan import StagePlan
 from ..graphs.precision import NARROW, Widening
 from ..graphs.quantization import FLOAT, Quantization
-from ..graphs.quantized import replace_linears
+from ..graphs.quantized import is_cache_scale, replace_linears, round_caches
 from ..graphs.rope import frequencies
 from ..graphs.select import Prober, Selector
 from ..graphs.targets import Target, check_operators
@@ -68,8 +68,8 @@ class Graph:
 
     @property
     def weights(self) -> list[str]:
-        """Checkpoint names of the parameters it reads."""
-        return [name for name, _ in self.module.named_parameters()]
+        """Checkpoint names of the parameters it reads; scales of caches are not a checkpoint's."""
+        return [name for name, _ in self.module.named_parameters() if not is_cache_scale(name)]
 
 
 def graphs_of(
@@ -86,16 +86,21 @@ def graphs_of(
 
     ``dtype`` is ``float32`` or ``float16``; ``lowering`` is ``llm`` or ``portable``; ``parts``
     cuts stages into several graphs, by default each is one; ``widening`` says what of an FP16
-    decoder must be wider; ``quantization`` which linear layers read integers, and ``engines``
-    whether those of one input round it once (``quantized.replace_linears``).
+    decoder must be wider; ``quantization`` which linear layers and caches are integers, and
+    ``engines`` whether layers of one input round it once (``quantized.replace_linears``), and INT8
+    caches are handed back row by row (``ops.LlmRows``).
     """
     parts = parts or whole_stages(plan)
+    cache = quantization.cache
     ops: Llm | Portable = Llm() if lowering == "llm" else Portable()
+    if engines and quantization.rounds_cache and lowering == "llm":
+        ops = LlmRows()
     groups = linear_groups(config)
     out = []
 
     def add(name: str, module: Pieces, spec: GraphSpec) -> None:
         replace_linears(module, quantization.schemes, groups, engines=engines)
+        round_caches(module, cache)
         for parameter in module.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(TORCH_DTYPES[dtype])
@@ -104,15 +109,15 @@ def graphs_of(
     with FakeTensorMode():
         add("vision", Vision(config, ops, widening), vision_spec(config, dtype, widening))
         for name, part in zip(part_names(parts), parts, strict=True):
-            spec = stage_spec(config.text, plan, part, dtype, ops.portable, widening)
+            spec = stage_spec(config.text, plan, part, dtype, ops.hands_back, widening, cache)
             add(name, DecoderStage(config.text, plan, part, ops, widening), spec)
             index = part.stage
             if part.ends(plan) and probed(plan, index):
                 edge = plan.edges[index]
-                spec = select_spec(config.text, edge, dtype, widening)
-                add(f"select{index}", Selector(edge), spec)
+                spec = select_spec(config.text, edge, dtype, widening, cache)
+                add(f"select{index}", Selector(edge, ops), spec)
         if plan.probe is not None:
-            add(PROBE, Prober(), probe_spec(config.text, dtype))
+            add(PROBE, Prober(ops), probe_spec(config.text, dtype, cache))
     return out
 
 

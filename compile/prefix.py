@@ -55,7 +55,7 @@ def describe_prefix(text: TextConfig, ids: Sequence[int], dtype: str) -> Prefix:
 
 
 def write_prefix(cache: Tensor, dtype: str, folder: Path) -> list[str]:
-    """Write the cache in the graphs' type; returns the file's name."""
+    """Write the cache (2, L, G, P, d) in the type ``dtype``; returns the file's name."""
     stored = cache.to(TORCH_DTYPES[dtype]).contiguous()
     (folder / FILE).write_bytes(stored.view(torch.uint8).numpy().data)
     return [FILE]

@@ -34,7 +34,7 @@ from ..graphs.plan import StagePlan
 from ..graphs.precision import LIMIT, Widening
 from ..graphs.quantization import Quantization, Recipe, Scheme, block_of
 from ..graphs.quantized import INPUT_SCALE, SCALE, WEIGHT, ZERO, scale_shape
-from ..graphs.targets import Target
+from ..graphs.targets import TARGETS, Target
 from .checkpoint import Checkpoint
 
 CALIBRATIONS = Path("calibrations")
@@ -62,11 +62,21 @@ def resolve(
         if scheme != "float":
             schemes |= dict.fromkeys(group.linears, scheme)
     rounded_inputs = "w8a8" in schemes.values()
-    if calibration is None and (rounded_inputs or recipe.keep):
-        what = f"'{recipe.base}' rounds inputs" if rounded_inputs else "keep= ranks layers"
+    rounds_cache = recipe.cache == "int8"
+    if calibration is None and (rounded_inputs or rounds_cache or recipe.keep):
+        what = "keep= ranks layers"
+        if rounded_inputs or rounds_cache:
+            what = f"'{recipe.base}' rounds inputs" if rounded_inputs else "cache=int8 rounds keys"
         raise DataError(
             f"precision {what}, which takes a calibration. Make one: visistage calibrate MODEL; "
             f"or name it: --calib DIR (make: CALIB=DIR). Looked in {CALIBRATIONS}/"
+        )
+    if rounds_cache and calibration is not None and calibration.cache is None:
+        raise DataError(
+            f"precision {recipe.name} rounds keys and values, and the calibration of "
+            f"'{calibration.model}' is from a version that did not measure them. Calibrate again: "
+            f"visistage calibrate {calibration.model} --plan {calibration.plan.name}; or leave out "
+            "cache=int8"
         )
     for name in _kept(recipe, schemes, calibration):
         del schemes[name]
@@ -86,6 +96,7 @@ def resolve(
         calibration.hash if calibration else None,
         observer if rounded_inputs else None,
         smoothed,
+        recipe.cache,
     )
 
 
@@ -233,6 +244,12 @@ def _check(recipe: Recipe, plan: StagePlan, target: Target) -> None:
         raise TargetError(
             f"target '{target.name}' does not run {', '.join(sorted(foreign))} layers. "
             f"It runs: float, {', '.join(target.schemes)}"
+        )
+    if recipe.cache == "int8" and not target.int8_cache:
+        able = ", ".join(name for name, one in TARGETS.items() if one.int8_cache)
+        raise TargetError(
+            f"target '{target.name}' does not run cache=int8: its kernels for it are not ones this "
+            f"project has seen run. Leave it out, or choose one of {able}"
         )
 
 

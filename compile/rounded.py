@@ -2,9 +2,10 @@
 
 A walk reads weights from here instead of the checkpoint, and rounds what linear layers are given;
 so it sees what rounding makes of a model without a bundle. Integers, scales and folded factors are
-those of ``quantize.Rounding``; sums are in FP32, where a bundle's are of integers. One thing is not
-here: ONNX Runtime by itself also rounds, as it runs, the inputs of layers whose weights alone are
-rounded (its ``session.qdq_matmulnbits_accuracy_level``). Bundles that are measured do that.
+those of ``quantize.Rounding``; sums are in FP32, where a bundle's are of integers. Two things are
+not here: ONNX Runtime by itself also rounds, as it runs, the inputs of layers whose weights alone
+are rounded (its ``session.qdq_matmulnbits_accuracy_level``); and INT8 caches round what they keep.
+Bundles that are measured do both.
 """
 
 from __future__ import annotations

@@ -42,6 +42,10 @@ from .watch import ANSWER, TEXT, TOWER, WatchedStream, Watcher
 Visual = list[list[Tensor]]
 """Visual rows (1, N, D) FP32 of each picture of each prompt."""
 
+Storing = Callable[[int, Tensor, Tensor], None]
+"""Told layer, keys and values (G, S, d) FP32 that one prompt has cached there by its end: those of
+its prefix, of its own rows that this stage holds, and of its answer. Not to be kept."""
+
 Reading = Callable[[int, int, np.ndarray, np.ndarray], None]
 """Told prompt, layer, cosine (N,) and norm (N,): a ``select.Prober``'s view from the last row."""
 
@@ -104,6 +108,7 @@ def walk(
     visual: Visual | None = None,
     watcher: Watcher | None = None,
     reading: Reading | None = None,
+    storing: Storing | None = None,
     rounded: Rounded | None = None,
     want_logits: bool = True,
     progress: Callable[[int], None] = lambda pieces: None,
@@ -119,6 +124,7 @@ def walk(
         visual: what ``see`` returned for these prompts; None sees now.
         watcher: shown the inputs of every linear layer, of the tower too if ``visual`` is None.
         reading: told of each layer without gates through which visual rows of a prompt run.
+        storing: told of what every prompt caches in every layer.
         rounded: what linear layers compute with, the tower's too if ``visual`` is None; the prefix
             stays in float, as in every bundle. None: nothing is rounded.
         want_logits: whether to keep them; with long answers they are large.
@@ -157,6 +163,8 @@ def walk(
             with stream.loaded(layer, kinds) as run:
                 for place, one in enumerate(everyone):
                     view = one.through(run, text, gated, saved)
+                    if storing is not None:
+                        storing(number, view.key[0], view.value[0])
                     if reading is not None and gated is None and one.sees:
                         cosine, norm = view.read(prober)
                         reading(place, number, cosine, norm)

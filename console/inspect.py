@@ -23,7 +23,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     manifest = bundle.manifest
     text, plan = manifest.config.text, manifest.plan
     prefix = len(manifest.prefix.ids) if manifest.prefix else 0
-    row = 2 * text.kv_heads * text.head_dim * manifest.element_bytes
+    row = 2 * text.kv_heads * text.head_dim * manifest.cache_element_bytes
     stages = []
     for stage in plan.stages:
         rows = prefix + stage.visual_tokens + QUESTION_ROWS

@@ -27,7 +27,7 @@ def rounding_facts(manifest: Manifest) -> dict[str, Any] | None:
     are float in a place where others are not.
     """
     quantization = manifest.quantization
-    if not quantization.schemes:
+    if not quantization.rounds:
         return None
     shapes = tensor_shapes(manifest.config)
     places: dict[str, Counter[str]] = {}
@@ -69,6 +69,7 @@ def rounding_rows(facts: dict[str, Any] | None) -> list[tuple[str, str]]:
         ("linear weights", sizes),
         ("inputs", f"ranges by {facts['observer']}" if facts["observer"] else "in float"),
         ("smoothed", smoothed),
+        ("cache", "INT8, a scale for each layer and head" if facts["cache"] == "int8" else ""),
         ("calibration", (facts["calibration"] or "")[:12]),
     ]
 

@@ -189,7 +189,7 @@ def _savings(run: Run) -> dict[str, Any]:
     geometry = Geometry.of(manifest.config.text)
 
     def kv_bytes(counts) -> int:
-        size = manifest.element_bytes
+        size = manifest.cache_element_bytes
         loads = [Load("dense", count) for count in counts]
         return round(cost_of(loads, geometry, prefix, text, kv_element_bytes=size).kv_bytes)
 

@@ -8,7 +8,7 @@ NumPy reads the caches.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..graphs.rows import Chain, Executor, StageResult
+from ..runtime.tensors import cache_scales
 from .readings import Gates, Reading, read_row
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def _read(
     prefill = {call.stage: call for call in calls if call.last == last}
     first = prefill[0].slot_order
     positions = np.sort(first[chain.slots[0].visual[0, : len(first)] & (first <= last)])
-    layers = []
+    layers, scales = [], cache_scales(session.bundle)
     for index, stage in enumerate(chain.plan.stages):
         call = prefill[index]
         slots = len(call.slot_order)
@@ -167,16 +168,31 @@ def _read(
                 assert call.gates is not None
                 pair = call.gates[stage.gated_layers.index(layer)]
                 gates = Gates(pair[0], pair[1], stage.norm == "renorm")
+            keys, values = _floats(caches, layer, scales[layer])
             reading = read_row(
                 call.queries[number, 0],
-                np.asarray(caches[f"key.{layer}"])[0],
-                np.asarray(caches[f"value.{layer}"])[0],
+                keys,
+                values,
                 visible,
                 visual,
                 gates,
             )
             layers.append(_by_token(reading, tokens, len(positions)))
     return tuple(layers), positions
+
+
+def _floats(
+    caches: Mapping[str, Any], layer: int, scales: Mapping[str, np.ndarray]
+) -> list[np.ndarray]:
+    """Keys and values (G, S, d) of a layer as its attention reads them."""
+    out = []
+    for what in ("key", "value"):
+        cached = np.asarray(caches[f"{what}.{layer}"])[0]
+        if scales:
+            scale = scales[f"{what}_scale"]
+            cached = cached.astype(scale.dtype) * scale[:, None, None]
+        out.append(cached)
+    return out
 
 
 def _by_token(reading: Reading, tokens: np.ndarray, count: int) -> LayerTrace:

@@ -17,18 +17,18 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .config import ModelConfig
-from .contract import GraphSpec
+from .contract import GraphSpec, cache_dtype
 from .errors import BundleError
 from .plan import StagePlan
 from .precision import NARROW, Widening
 from .quantization import FLOAT, Quantization
 
 MANIFEST = "manifest.json"
-FORMAT = 5
+FORMAT = 6
 MAX_MANIFEST_BYTES = 16 << 20
 STAMP = ".stamp.json"
 
-ELEMENT_BYTES = {"float32": 4, "float16": 2}
+ELEMENT_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 
 ANY_CONTEXT = 0
 """Key of the one variant of a graph without a cache."""
@@ -62,7 +62,7 @@ class TensorRef:
 
     file: str
     offset: int
-    dtype: str  # "float32", "float16" or "bfloat16"
+    dtype: str  # "float32", "float16", "bfloat16" or "int8"
     shape: tuple[int, ...]
 
 
@@ -70,7 +70,7 @@ class TensorRef:
 class Prefix:
     """Keys and values of the rows before every image, computed when the bundle was built.
 
-    ids: the P token ids; keys, values: (layers, G, P, d).
+    ids: the P token ids; keys, values: (layers, G, P, d), in the type of the caches.
     """
 
     ids: tuple[int, ...]
@@ -85,7 +85,8 @@ class Manifest:
     ``text_files`` maps the roles ``tokenizer``, ``tokenizer_config``, ``chat_template`` ... to file
     names; ``preprocessing`` and ``generation`` are the checkpoint's own facts; ``versions`` says
     what built it; ``widening`` is what the range check demanded of FP16 graphs, ``quantization``
-    which linear layers read integers.
+    which linear layers and caches are integers. ``cache_scales``: (2, layers, G) of the keys and
+    the values of INT8 caches; None where caches are float.
     """
 
     model: str
@@ -108,11 +109,22 @@ class Manifest:
     contexts: tuple[int, ...] = ()  # lengths that engines are compiled for, in dense rows
     widening: Widening = NARROW
     quantization: Quantization = FLOAT
+    cache_scales: TensorRef | None = None
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of one float number in the graphs, and so of one cached number."""
+        """Bytes of one float number in the graphs."""
         return ELEMENT_BYTES[self.dtype]
+
+    @property
+    def cache_dtype(self) -> str:
+        """Type of cached keys and values."""
+        return cache_dtype(self.dtype, self.quantization.cache)
+
+    @property
+    def cache_element_bytes(self) -> int:
+        """Bytes of one cached number."""
+        return ELEMENT_BYTES[self.cache_dtype]
 
     def parts_of(self, stage: int) -> list[str]:
         """Names of the graphs that make a stage, in the order of their layers."""
@@ -159,6 +171,7 @@ class Manifest:
             "contexts": list(self.contexts),
             "widening": self.widening.to_dict(),
             "quantization": self.quantization.to_dict(),
+            "cache_scales": self.cache_scales and _ref_dict(self.cache_scales),
         }
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
@@ -199,6 +212,7 @@ class Manifest:
                 contexts=tuple(int(context) for context in data["contexts"]),
                 widening=Widening.from_dict(data["widening"]),
                 quantization=Quantization.from_dict(data["quantization"]),
+                cache_scales=data["cache_scales"] and _ref(data["cache_scales"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(

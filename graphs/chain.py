@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .config import TextConfig
-from .contract import INVISIBLE, cache_names, probed, whole_stages
+from .contract import INVISIBLE, probed, whole_stages
 from .decoder import DecoderStage
 from .errors import PlanError, PromptError
 from .ops import Eager
@@ -47,7 +47,8 @@ class ChainResult:
 class TorchExecutor:
     """``rows.Executor`` over eager stage modules; caches are torch tensors.
 
-    ``prepare`` changes each stage before it is given its weights (``quantized.replace_linears``).
+    ``prepare`` changes each stage before it is given its weights (``quantized.replace_linears``,
+    ``round_caches``).
     """
 
     def __init__(
@@ -73,8 +74,11 @@ class TorchExecutor:
         }
         self.prober = Prober()
         self.caches = [
-            [(self._empty(), self._empty()) for _ in cache_names(stage.layers)]
-            for stage in plan.stages
+            [
+                (self._empty(index, layer), self._empty(index, layer))
+                for layer in range(*stage.layers)
+            ]
+            for index, stage in enumerate(plan.stages)
         ]
 
     def ensure_slots(self, stage: int, slots: int) -> int:
@@ -105,6 +109,7 @@ class TorchExecutor:
     ) -> Kept:
         """Run the selector of edge ``edge`` over the last layer's cache of the stage before it."""
         key, value = self.caches[edge][-1]
+        scales = self.stages[edge].scales_of(self.layers[edge][1] - 1)
         kept_rows, kept_positions, kept_order, scores = self.selectors[edge](
             probe_query,
             key,
@@ -115,6 +120,7 @@ class TorchExecutor:
             rows,
             torch.from_numpy(positions),
             torch.from_numpy(order),
+            *(scales or ()),
         )
         return Kept(kept_rows, kept_positions.numpy(), kept_order.numpy(), scores.numpy())
 
@@ -128,6 +134,7 @@ class TorchExecutor:
             torch.from_numpy(slot_order.copy()),
             torch.from_numpy(query_order),
             torch.from_numpy(visual_slots.copy()),
+            *(self.stages[stage].scales_of(layer) or ()),
         )
         return tuple(reading.numpy() for reading in readings)
 
@@ -144,9 +151,10 @@ class TorchExecutor:
         rows = torch.nn.functional.embedding(ids, self.embedding)
         return rows.float() if self.widening.rows else rows
 
-    def _empty(self) -> Tensor:
+    def _empty(self, stage: int, layer: int) -> Tensor:
         shape = (self.batch, self.text.kv_heads, 0, self.text.head_dim)
-        return torch.zeros(shape, dtype=self.embedding.dtype)
+        rounded = self.stages[stage].scales_of(layer) is not None
+        return torch.zeros(shape, dtype=torch.int8 if rounded else self.embedding.dtype)
 
 
 def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor]):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from .config import ModelConfig, TextConfig
 from .plan import StagePlan
 from .precision import NARROW, Widening
+from .quantization import Cache
 from .stages import Edge
 
 INVISIBLE = 2**31 - 1
@@ -148,8 +149,14 @@ def cache_names(layers: tuple[int, int]) -> list[tuple[str, str]]:
 
 
 def appended(name: str) -> str:
-    """Output name of a cache (or, in the portable lowering, of its new rows)."""
+    """Output name of a cache (or, where they are handed back, of its new rows)."""
     return f"{name}.out"
+
+
+def hands_back(spec: GraphSpec) -> bool:
+    """Whether a stage's graph returns new cache rows, for its caller to write, not whole caches."""
+    caches = {appended(tensor.name) for tensor in spec.inputs}
+    return any(out.name in caches and "Q" in out.shape[2:] for out in spec.outputs)
 
 
 def stage_spec(
@@ -157,17 +164,20 @@ def stage_spec(
     plan: StagePlan,
     part: Part,
     dtype: str,
-    portable: bool,
+    rows_back: bool,
     widening: Widening = NARROW,
+    cache: Cache = "float",
 ) -> GraphSpec:
     """Contract of (a part of) a stage: Q rows in, the same rows updated out, caches appended to.
 
     ``queries`` are the last row's, rotated, of every layer: what a selection or a probe of that
     layer reads, and with the cache all there is to say about the row's attention.
 
-    The portable lowering returns only the new key and value rows ([B,G,Q,d]); its caller writes
-    them at ``write_index``. The ``llm`` lowering returns the whole cache, aliased to its input.
+    Caches are returned whole, aliased to their inputs; or with ``rows_back`` only the new key and
+    value rows ([B,G,Q,d]), which the caller writes at ``write_index``: the portable lowering, and
+    engines over an INT8 cache, which their compiler does not update in place.
     """
+    cached = cache_dtype(dtype, cache)
     gated = part.gated_layers(plan)
     rows = widening.rows_dtype(dtype)
     groups, width = text.kv_heads, text.head_dim
@@ -181,7 +191,7 @@ def stage_spec(
     ]
     if gated:
         inputs.append(TensorSpec("gates", dtype, (len(gated), 2, "B", "S")))
-    inputs += [TensorSpec(name, dtype, ("B", groups, "S", width)) for name in caches]
+    inputs += [TensorSpec(name, cached, ("B", groups, "S", width)) for name in caches]
 
     outputs = [
         TensorSpec("rows.out", rows, ("B", "Q", text.hidden)),
@@ -189,8 +199,8 @@ def stage_spec(
     ]
     if part.ends(plan) and part.stage == len(plan.stages) - 1:
         outputs.append(TensorSpec("logits", "float32", ("B", text.vocab)))
-    slots = "Q" if portable else "S"
-    outputs += [TensorSpec(appended(name), dtype, ("B", groups, slots, width)) for name in caches]
+    slots = "Q" if rows_back else "S"
+    outputs += [TensorSpec(appended(name), cached, ("B", groups, slots, width)) for name in caches]
     return GraphSpec(tuple(inputs), tuple(outputs))
 
 
@@ -199,7 +209,29 @@ def probed(plan: StagePlan, index: int) -> bool:
     return index < len(plan.edges) and plan.edges[index].op == "select"
 
 
-def select_spec(text: TextConfig, edge: Edge, dtype: str, widening: Widening = NARROW) -> GraphSpec:
+def cache_dtype(dtype: str, cache: Cache) -> str:
+    """Type of cached keys and values in graphs whose floats are of type ``dtype``."""
+    return "int8" if cache == "int8" else dtype
+
+
+def scale_specs(
+    text: TextConfig, dtype: str, cache: Cache, *, values: bool = True
+) -> list[TensorSpec]:
+    """Last inputs of a graph that reads any layer's cache: what INT8 there stands for.
+
+    ``values``: whether it reads values, too.
+    """
+    names = ("key_scale", "value_scale")[: 1 + values] if cache == "int8" else ()
+    return [TensorSpec(name, dtype, (text.kv_heads,)) for name in names]
+
+
+def select_spec(
+    text: TextConfig,
+    edge: Edge,
+    dtype: str,
+    widening: Widening = NARROW,
+    cache: Cache = "float",
+) -> GraphSpec:
     """Contract of a selection: the last row's query scores N visual rows, the best K leave.
 
     ``probe_query`` is the last of the ``queries`` of the stage before.
@@ -211,18 +243,21 @@ def select_spec(text: TextConfig, edge: Edge, dtype: str, widening: Widening = N
     groups, width = text.kv_heads, text.head_dim
     rows = widening.rows_dtype(dtype)
     assert edge.keep is not None
-    value = TensorSpec("value", dtype, ("B", groups, "S", width))
+    reads_values = edge.score == "value_norm"
+    cached = cache_dtype(dtype, cache)
+    value = TensorSpec("value", cached, ("B", groups, "S", width))
     return GraphSpec(
         inputs=(
             TensorSpec("probe_query", dtype, ("B", text.heads, width)),
-            TensorSpec("key", dtype, ("B", groups, "S", width)),
-            *([value] if edge.score == "value_norm" else []),
+            TensorSpec("key", cached, ("B", groups, "S", width)),
+            *([value] if reads_values else []),
             TensorSpec("slot_order", "int32", ("B", "S")),
             TensorSpec("query_order", "int32", ("B",)),
             TensorSpec("visual_slots", "int64", ("B", "N")),
             TensorSpec("rows", rows, ("B", "N", text.hidden)),
             TensorSpec("positions", "int32", ("B", "N")),
             TensorSpec("order", "int32", ("B", "N")),
+            *scale_specs(text, dtype, cache, values=reads_values),
         ),
         outputs=(
             TensorSpec("rows.out", rows, ("B", edge.keep, text.hidden)),
@@ -233,20 +268,21 @@ def select_spec(text: TextConfig, edge: Edge, dtype: str, widening: Widening = N
     )
 
 
-def probe_spec(text: TextConfig, dtype: str) -> GraphSpec:
+def probe_spec(text: TextConfig, dtype: str, cache: Cache = "float") -> GraphSpec:
     """Contract of a probe: what the last row's attention in one layer makes of N visual tokens.
 
     ``query`` is that layer's of ``queries``, key and value its cache.
     """
-    groups, width = text.kv_heads, text.head_dim
+    groups, width, cached = text.kv_heads, text.head_dim, cache_dtype(dtype, cache)
     return GraphSpec(
         inputs=(
             TensorSpec("query", dtype, ("B", text.heads, width)),
-            TensorSpec("key", dtype, ("B", groups, "S", width)),
-            TensorSpec("value", dtype, ("B", groups, "S", width)),
+            TensorSpec("key", cached, ("B", groups, "S", width)),
+            TensorSpec("value", cached, ("B", groups, "S", width)),
             TensorSpec("slot_order", "int32", ("B", "S")),
             TensorSpec("query_order", "int32", ("B",)),
             TensorSpec("visual_slots", "int64", ("B", "N")),
+            *scale_specs(text, dtype, cache),
         ),
         outputs=(
             TensorSpec("cosine", "float32", ("B", "N")),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import TextConfig
 from .contract import Part
-from .ops import Eager, Gate, View
+from .ops import Eager, Gate, Scales, View
 from .plan import StagePlan
 from .precision import NARROW, Widening
 from .rope import frequencies, turn
@@ -81,6 +81,14 @@ class Attention(nn.Module):
         self.k_proj = Linear(ops, text.hidden, kv_width, text.attention_bias)
         self.v_proj = Linear(ops, text.hidden, kv_width, text.attention_bias)
         self.o_proj = Linear(ops, width, text.hidden, text.output_bias)
+        # Of an INT8 cache (``quantized.round_caches``), (G,) each.
+        self.register_parameter("key_scale", None)
+        self.register_parameter("value_scale", None)
+
+    @property
+    def scales(self) -> Scales | None:
+        """Keys' and values'; None where the cache is float."""
+        return None if self.key_scale is None else (self.key_scale, self.value_scale)
 
     def forward(self, x, cos, sin, cache: Cache, view: View, gate: Gate | None):
         """x: (B*Q, D); cos: (B, Q, d/2). Returns the update (B*Q, D), rotated queries, caches."""
@@ -93,7 +101,7 @@ class Attention(nn.Module):
         q = self.ops.rotate(heads(self.q_proj(x)), cos, sin)
         k = self.ops.rotate(heads(self.k_proj(x)), cos, sin)
         v = heads(self.v_proj(x))
-        out, keys, values = self.ops.cached_attention(q, k, v, cache, view, gate)
+        out, keys, values = self.ops.cached_attention(q, k, v, cache, view, gate, self.scales)
         out = self.ops.reshape(out.transpose(1, 2), (batch * count, self.text.heads * width))
         if self.scale != 1.0:
             out = out * self.scale
@@ -164,10 +172,11 @@ class DecoderLayer(nn.Module):
             gate = Gate(value_gate, sink, self.norm == "renorm")
         (batch, count, _), width = cos.shape, rows.shape[-1]
         x = self.ops.reshape(rows, (batch * count, width))
+        dtype = self.input_layernorm.weight.dtype  # of the weights; rows may be wider
         update, query, key, value = self.self_attn(
             self.input_layernorm(x),
-            cos.to(key.dtype),
-            sin.to(key.dtype),
+            cos.to(dtype),
+            sin.to(dtype),
             (key, value),
             View(write_index, visible, window),
             gate,
@@ -197,7 +206,7 @@ class Head(nn.Module):
         self.register_buffer("inverse_frequencies", inverse, persistent=False)
 
     def forward(self, rows, positions, order, slot_order, write_index, gates) -> tuple[Tensor, ...]:
-        """Returns cos, sin (B, Q, d/2), visible, window (portable), value and sink gates (B, S)."""
+        """Returns cos, sin (B, Q, d/2), visible, perhaps window, value and sink gates."""
         cos, sin = turn(self.inverse_frequencies, self.scaling, positions, rows.dtype)
         view = self.ops.view(order, slot_order, write_index)
         window = () if view.window is None else (view.window,)
@@ -256,7 +265,7 @@ class DecoderStage(nn.Module):
     ):
         super().__init__()
         stage = plan.stages[part.stage]
-        self.portable = ops.portable
+        self.hands_back = ops.hands_back
         self.gated = bool(part.gated_layers(plan))
         last = part.ends(plan) and part.stage == len(plan.stages) - 1
         modes = dict(enumerate(stage.modes, start=stage.layers[0]))
@@ -284,8 +293,8 @@ class DecoderStage(nn.Module):
         """The stage as calls of its pieces; shapes and meanings: ``contract.stage_spec``."""
         shared = list(call(self.head, rows, positions, order, slot_order, write_index, gates))
         cos, sin, visible = shared[:3]
-        window = shared[3] if self.portable else None
-        gate = iter(shared[4 if self.portable else 3 :])
+        window = shared[3] if self.hands_back else None
+        gate = iter(shared[4 if self.hands_back else 3 :])
         grown, queries = [], []
         for layer, (key, value) in zip(self.model.layers.values(), caches, strict=True):
             gated = (None, None) if layer.mode == "dense" else (next(gate), next(gate))
@@ -298,6 +307,10 @@ class DecoderStage(nn.Module):
         if hasattr(self, "lm_head"):
             logits = call(Logits(self.model.norm, self.lm_head), rows)
         return StageOutput(rows, call(self.last_queries, *queries), logits, grown)
+
+    def scales_of(self, layer: int) -> Scales | None:
+        """Of the cache of one of its layers; None where it is float."""
+        return self.model.layers[str(layer)].self_attn.scales
 
     def forward(self, *inputs: Any) -> StageOutput:
         """Run eagerly; inputs as in ``compose``."""

@@ -23,7 +23,8 @@ class View(NamedTuple):
     """What one call may see and where it writes; made once per call by ``ops.view``.
 
     write_index: (B,) int64. visible: (B, 1, Q, S) bool, in the portable lowering (B, 1, Q, S+Q):
-    the old slots, then the new rows. window: (B, Q) slots of the new rows, portable only.
+    the old slots, then the new rows. window, only where new rows are handed back: of ``Portable``
+    (B, Q) their slots, of ``LlmRows`` (S,) the new row of each slot, or -1.
     """
 
     write_index: Tensor
@@ -58,11 +59,19 @@ class Gate:
         return torch.gather(value, 2, index.expand(-1, value.shape[1], 1, value.shape[3]))
 
 
+Scales = tuple[Tensor, Tensor]
+"""Of an INT8 cache: keys' and values', (G,) each."""
+
+
 class Eager:
-    """Plain torch. Caches are written in place, scores are explicit, softmax is FP32."""
+    """Plain torch. Caches are written in place, scores are explicit, softmax is FP32.
+
+    ``hands_back``: caches are read and not written; new rows are returned, and the caller writes
+    them.
+    """
 
     name = "eager"
-    portable = False
+    hands_back = False
 
     def view(self, order: Tensor, slot_order: Tensor, write_index: Tensor) -> View:
         """A key is seen when its order is not above the query's.
@@ -94,6 +103,14 @@ class Eager:
         if block is not None:
             scale = scale.repeat_interleave(block, 0)[: weight.shape[0]]
         return weight.to(scale.dtype) * scale
+
+    def stored(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """Rows (B, G, Q, d) as an INT8 cache keeps them; scale: (G,). Halves go to even."""
+        return torch.clamp(torch.round(rows / scale[:, None, None]), -128, 127).to(torch.int8)
+
+    def read(self, cache: Tensor, scale: Tensor) -> Tensor:
+        """What an INT8 cache (B, G, S, d) stands for, in the type of scale (G,)."""
+        return cache.to(scale.dtype) * scale[:, None, None]
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """x: (M, K), weight: (K, N) -> (M, N)."""
@@ -127,6 +144,19 @@ class Eager:
         cache[:, :, start : start + rows.shape[2]] = rows
         return cache
 
+    def append(
+        self, cache: Tensor, rows: Tensor, scale: Tensor | None, view: View
+    ) -> tuple[Tensor, Tensor]:
+        """Append rows (B, G, Q, d) to a cache (B, G, S, d), which is INT8 where it has a scale.
+
+        Returns what the graph puts out, and the whole cache (B, G, S, d) as attention reads it.
+        """
+        if scale is None:
+            kept = self.scatter(cache, rows, view.write_index)
+            return kept, kept
+        kept = self.scatter(cache, self.stored(rows, scale), view.write_index)
+        return kept, self.read(kept, scale)
+
     def cached_attention(
         self,
         q: Tensor,
@@ -135,19 +165,24 @@ class Eager:
         cache: tuple[Tensor, Tensor],
         view: View,
         gate: Gate | None,
+        scales: Scales | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Append k, v: (B, G, Q, d) to the cache and attend to all of it.
 
-        Returns the attention output (B, H, Q, d) and the two caches after the append.
+        With ``scales`` the cache is INT8, and attention sees what rounding left of every row, the
+        new ones too: a row means the same in the call that brings it as in all later ones.
+
+        Returns the attention output (B, H, Q, d), and what is put out for the two caches.
         """
-        keys = self.scatter(cache[0], k, view.write_index)
-        values = self.scatter(cache[1], v, view.write_index)
-        visible, seen = view.visible, values
+        of_keys, of_values = scales or (None, None)
+        keys, seen_keys = self.append(cache[0], k, of_keys, view)
+        values, seen = self.append(cache[1], v, of_values, view)
+        visible = view.visible
         if gate is not None and gate.renorm:
             visible = visible & (gate.value > 0)[:, None, None, :]
         elif gate is not None:
-            seen = gate.values(values, gate.first_visual(values))
-        return self.attend(q, keys, seen, visible), keys, values
+            seen = gate.values(seen, gate.first_visual(seen))
+        return self.attend(q, seen_keys, seen, visible), keys, values
 
 
 class Llm(Eager):
@@ -197,6 +232,14 @@ class Llm(Eager):
             "DequantizeLinear", inputs, attributes, scale.dtype, weight.shape, self.opset
         )
 
+    def stored(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """``QuantizeLinear`` along the heads."""
+        return _stored(rows, scale, self.opset)
+
+    def read(self, cache: Tensor, scale: Tensor) -> Tensor:
+        """``DequantizeLinear`` along the heads."""
+        return _read(cache, scale, self.opset)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """``RMSNormalization`` with FP32 statistics (stash_type 1).
 
@@ -225,17 +268,53 @@ class Llm(Eager):
         )
 
 
+class LlmRows(Llm):
+    """``Llm`` for engines over an INT8 cache: TensorRT updates caches of floats only in place.
+
+    New rows are handed back. In the call that brings them they are put among the old ones where the
+    integers have become floats, which attention needs whole anyway.
+    """
+
+    name = "llm rows"
+    hands_back = True
+
+    def view(self, order: Tensor, slot_order: Tensor, write_index: Tensor) -> View:
+        """As its base, and which new row each slot holds."""
+        slot = torch.arange(slot_order.shape[1], device=order.device) - write_index[0]
+        fresh = (slot >= 0) & (slot < order.shape[1])
+        return View(write_index, _sees(order, slot_order), torch.where(fresh, slot, -1))
+
+    def append(
+        self, cache: Tensor, rows: Tensor, scale: Tensor | None, view: View
+    ) -> tuple[Tensor, Tensor]:
+        """As its base; puts out the new rows (B, G, Q, d) INT8."""
+        assert scale is not None
+        assert view.window is not None
+        kept = self.stored(rows, scale)
+        spread = torch.index_select(self.read(kept, scale), 2, view.window.clamp_min(0))
+        fresh = (view.window >= 0)[None, None, :, None]
+        return kept, torch.where(fresh, spread, self.read(cache, scale))
+
+
 class Portable(Eager):
     """Basic operators only. The cache is read, never written: new rows are handed back."""
 
     name = "portable"
-    portable = True
+    hands_back = True
     opset = 20
 
     reshape = Llm.reshape
     linear = Llm.linear
     rounded = Llm.rounded
     restored = Llm.restored
+
+    def stored(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """As ``Llm.stored``."""
+        return _stored(rows, scale, self.opset)
+
+    def read(self, cache: Tensor, scale: Tensor) -> Tensor:
+        """As ``Llm.read``."""
+        return _read(cache, scale, self.opset)
 
     def view(self, order: Tensor, slot_order: Tensor, write_index: Tensor) -> View:
         """Old slots and new rows apart.
@@ -263,13 +342,19 @@ class Portable(Eager):
         cache: tuple[Tensor, Tensor],
         view: View,
         gate: Gate | None,
+        scales: Scales | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attend to the old slots and the new rows in one softmax, without joining them.
 
-        Returns the output and k, v as they came.
+        Returns the output, and k, v as they came, or with ``scales`` as they are to be cached.
         """
         assert view.window is not None
         keys, values = cache
+        fresh = k, v
+        if scales is not None:
+            fresh = self.stored(k, scales[0]), self.stored(v, scales[1])
+            k, v = self.read(fresh[0], scales[0]), self.read(fresh[1], scales[1])
+            keys, values = self.read(keys, scales[0]), self.read(values, scales[1])
         slots = keys.shape[2]
         visible, seen_old, seen_new = view.visible, values, v
         if gate is not None:
@@ -291,7 +376,7 @@ class Portable(Eager):
         scores = torch.cat((grouped @ keys.transpose(-1, -2), grouped @ k.transpose(-1, -2)), -1)
         probs = _softmax(scores, visible, q.shape, k.shape[1]).to(q.dtype)
         out = probs[..., :slots] @ seen_old + probs[..., slots:] @ seen_new
-        return _ungrouped(out, q), k, v
+        return _ungrouped(out, q), *fresh
 
 
 def _sees(order: Tensor, key_order: Tensor) -> Tensor:
@@ -325,6 +410,19 @@ def _softmax(scores: Tensor, visible: Tensor | None, q_shape: torch.Size, groups
 def _known(size: int | torch.SymInt) -> int:
     """A size that is a number, -1 for one that is open."""
     return size if isinstance(size, int) else -1
+
+
+def _stored(rows: Tensor, scale: Tensor, opset: int) -> Tensor:
+    """``QuantizeLinear`` along the heads; without zero points its integers would be unsigned."""
+    zero = torch.zeros(scale.shape, dtype=torch.int8, device=rows.device)
+    inputs = [rows, scale, zero]
+    return _symbolic("QuantizeLinear", inputs, {"axis": 1}, torch.int8, rows.shape, opset)
+
+
+def _read(cache: Tensor, scale: Tensor, opset: int) -> Tensor:
+    """``DequantizeLinear`` along the heads."""
+    inputs = [cache, scale]
+    return _symbolic("DequantizeLinear", inputs, {"axis": 1}, scale.dtype, cache.shape, opset)
 
 
 def _symbolic(op, inputs, attributes, dtype, shape, opset):

@@ -1,8 +1,9 @@
-"""How the linear layers of a bundle compute: in float, or from integers. Pure data.
+"""What of a bundle are integers: weights, inputs of linear layers, caches. Pure data.
 
     int8                              W8A8 everywhere, the head W8
     int8:vision=float,stage2=w4       the tower in float, the last of three stages W4
     w4:keep=5%                        weights alone; the most sensitive 5 % stay float
+    fp16:cache=int8                   float layers over an INT8 cache; so int8:cache=int8, ...
 
 A *recipe* is what a user writes as precision; a ``Quantization`` is what came of it for one model
 and plan: a scheme for every linear layer that is not float. The manifest holds both.
@@ -34,15 +35,23 @@ All symmetric: engines take no zero points.
 Observer = Literal["minmax", "percentile", "entropy", "mse"]
 """How a range of inputs becomes one scale."""
 
+Cache = Literal["float", "int8"]
+"""How keys and values are cached: in the type of the graph, or as symmetric INT8 with one static
+scale for each layer and head, keys and values apart."""
+
 SCHEMES: tuple[str, ...] = get_args(Scheme)
+CACHES: tuple[str, ...] = get_args(Cache)
 OBSERVERS: tuple[str, ...] = get_args(Observer)
 QUANTISED = ("int8", "w8", "w4")
 """Precisions that quantise."""
 
+FLOATS = ("fp32", "fp16")
+"""Precisions that do not, unless options say so."""
+
 BLOCK = 128
 """Inputs that share one scale of an output channel where weights alone are rounded."""
 
-_OPTIONS = "vision, head, stage0, stage1, ..., observer, smooth, keep"
+_OPTIONS = "vision, head, stage0, stage1, ..., cache, observer, smooth, keep"
 
 
 def block_of(scheme: Scheme, *, engines: bool) -> int | None:
@@ -59,10 +68,12 @@ class Recipe:
     """A quantised precision as a user wrote it.
 
     Attributes:
-        base: ``int8``, ``w8`` or ``w4``.
+        base: ``int8``, ``w8`` or ``w4``; or ``fp32`` or ``fp16``, of which every layer stays float
+            that nothing else is said of.
         vision, head: scheme of tower and projector, and of the head; None: what suits base and
             target.
         stages: schemes of single stages; the others take the base's.
+        cache: type of cached keys and values.
         observer: None: the one that the calibration found best.
         smooth: whether ranges are smoothed where the calibration found that to help.
         keep: share of the linear layers that stay float, the most sensitive ones.
@@ -73,6 +84,7 @@ class Recipe:
     vision: Scheme | None = None
     head: Scheme | None = None
     stages: Mapping[int, Scheme] = field(default_factory=dict)
+    cache: Cache = "float"
     observer: Observer | None = None
     smooth: bool = True
     keep: float = 0.0
@@ -81,6 +93,8 @@ class Recipe:
     @property
     def scheme(self) -> Scheme:
         """Of every decoder layer that nothing else is said of."""
+        if self.base in FLOATS:
+            return "float"
         return "w8a8" if self.base == "int8" else self.base  # type: ignore[return-value]
 
     @property
@@ -92,6 +106,8 @@ class Recipe:
         if self.head is not None:
             parts.append(f"head={self.head}")
         parts += [f"stage{stage}={scheme}" for stage, scheme in sorted(self.stages.items())]
+        if self.cache != "float":
+            parts.append(f"cache={self.cache}")
         if self.observer is not None:
             parts.append(f"observer={self.observer}")
         if not self.smooth:
@@ -109,9 +125,11 @@ class Recipe:
         """
         if group.place == "vision":
             return self.vision or ("w8a8" if self.base == "int8" else "float")
-        if group.place == "head":
+        if group.place == "head" and self.base not in FLOATS:
             weights: Scheme = "w4" if self.base == "w4" else "w8"
             return self.head or (weights if weights in runs else "float")
+        if group.place == "head":
+            return self.head or "float"
         assert group.layer is not None
         index = next(i for i, stage in enumerate(plan.stages) if group.layer < stage.layers[1])
         return self.stages.get(index, self.scheme)
@@ -124,8 +142,9 @@ class Recipe:
 
 
 def is_quantised(precision: str) -> bool:
-    """Whether a precision names a recipe."""
-    return base_of(precision) in QUANTISED
+    """Whether a precision names a recipe: one that quantises, or a float one with options."""
+    base = base_of(precision)
+    return base in QUANTISED or (base in FLOATS and base != precision)
 
 
 def base_of(precision: str) -> str:
@@ -140,8 +159,9 @@ def parse_recipe(text: str) -> Recipe:
         TargetError: naming what is wrong and what to write.
     """
     base, _, rest = text.replace("+", ",").replace(":", ",", 1).partition(",")
-    if base not in QUANTISED:
-        raise TargetError(f"unknown precision '{base}'. Known: {', '.join(QUANTISED)}")
+    if base not in (*QUANTISED, *FLOATS):
+        known = ", ".join((*QUANTISED, *FLOATS))
+        raise TargetError(f"unknown precision '{base}'. Known: {known}")
     recipe = Recipe(base)
     for item in rest.split(",") if rest else ():
         key, equals, value = item.partition("=")
@@ -159,6 +179,8 @@ def _with_option(recipe: Recipe, key: str, value: str) -> Recipe:
     if match := re.fullmatch(r"stage(\d+)", key):
         stages = {**recipe.stages, int(match[1]): _one_of(key, value, SCHEMES)}
         return replace(recipe, stages=stages)
+    if key == "cache":
+        return replace(recipe, cache=_one_of(key, value, CACHES))
     if key == "observer":
         return replace(recipe, observer=_one_of(key, value, OBSERVERS))
     if key == "smooth":
@@ -192,6 +214,7 @@ class Quantization:
         calibration: hash of the calibration it rests on; None where it needs none.
         observer: the one used; None where inputs stay float.
         smoothed: groups whose inputs were smoothed, by name, with alpha.
+        cache: type of cached keys and values.
     """
 
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
@@ -199,6 +222,17 @@ class Quantization:
     calibration: str | None = None
     observer: str | None = None
     smoothed: Mapping[str, float] = field(default_factory=dict)
+    cache: Cache = "float"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether anything is not the float number that the checkpoint would make of it."""
+        return bool(self.schemes) or self.rounds_cache
+
+    @property
+    def rounds_cache(self) -> bool:
+        """Whether keys and values are cached as integers."""
+        return self.cache == "int8"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form, as the manifest holds it."""
@@ -208,6 +242,7 @@ class Quantization:
             "observer": self.observer,
             "schemes": dict(self.schemes),
             "smoothed": dict(self.smoothed),
+            "cache": self.cache,
         }
 
     @classmethod
@@ -219,8 +254,9 @@ class Quantization:
             data["calibration"],
             data["observer"],
             {str(name): float(alpha) for name, alpha in data["smoothed"].items()},
+            data["cache"],
         )
 
 
 FLOAT = Quantization()
-"""Every linear layer in the type of its graph."""
+"""Every linear layer and every cache in the type of its graph."""

@@ -1,4 +1,4 @@
-"""Linear layers over integer weights: what takes the place of ``decoder.Linear`` in a module.
+"""Integers in a module: linear layers over rounded weights, and attention over a rounded cache.
 
 Weights are [K, N] and every product is a ``MatMul``: engines fuse the rounding into that form only
 (``Gemm`` runs unfused, many times slower). Layers of one input share its range; ``replace_linears``
@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .decoder import Linear
+from .decoder import Attention, Linear
 from .linears import Group
 from .ops import Eager
-from .quantization import Scheme, block_of
+from .quantization import Cache, Scheme, block_of
 
 WEIGHT = {"w8a8": "weight_int8", "w8": "weight_int8", "w4": "weight_int4"}
 """Parameter that holds the rounded weight, by scheme. INT4 values stand one to a byte in torch, two
@@ -26,6 +26,20 @@ SCALE, INPUT_SCALE, ZERO = "weight_scale", "input_scale", "weight_zero"
 where it makes weights unsigned (``runtime.integers.EXACT``) it would otherwise give them one of a
 wrong shape, and fail.
 """
+
+CACHE_SCALES = ("key_scale", "value_scale")
+"""Parameters of an attention whose cache is INT8, (G,) each."""
+
+
+def cache_scale_names(layer: int) -> tuple[str, str]:
+    """Of the keys and the values of a layer of the decoder, by the names that graphs have."""
+    key, value = (f"model.layers.{layer}.self_attn.{own}" for own in CACHE_SCALES)
+    return key, value
+
+
+def is_cache_scale(name: str) -> bool:
+    """Whether a graph's tensor of this name is the scale of a cache."""
+    return name.endswith(tuple(f".self_attn.{own}" for own in CACHE_SCALES))
 
 
 def scale_shape(block: int | None, inputs: int, outputs: int) -> tuple[int, ...]:
@@ -90,3 +104,13 @@ def replace_linears(
             new.input_scale = first.setdefault(group_of[name], new.input_scale)
         parent, _, own = name.rpartition(".")
         setattr(module.get_submodule(parent), own, new)
+
+
+def round_caches(module: nn.Module, cache: Cache) -> None:
+    """Give every attention of ``module`` a cache of the type ``cache``, in place."""
+    if cache == "float":
+        return
+    for attention in module.modules():
+        if isinstance(attention, Attention):
+            for own in CACHE_SCALES:
+                setattr(attention, own, nn.Parameter(torch.empty(attention.text.kv_heads)))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .ops import SOFTMAX_FLOOR
+from .ops import SOFTMAX_FLOOR, Eager
 from .stages import Edge
 
 UNSEEN = -1.0
@@ -54,12 +54,16 @@ def cosine_without(attention: Tensor, value: Tensor) -> Tensor:
 
 
 class Selector(nn.Module):
-    """The graph at a ``select`` edge; contract: ``contract.select_spec``. Runs in FP32."""
+    """The graph at a ``select`` edge; contract: ``contract.select_spec``. Runs in FP32.
 
-    def __init__(self, edge: Edge):
+    An INT8 cache comes with its scales (G,); ``ops`` reads it.
+    """
+
+    def __init__(self, edge: Edge, ops: Eager | None = None):
         super().__init__()
-        self.kind = (edge.score, edge.keep)
-        self.score, self.keep = self.kind
+        self.ops = ops or Eager()
+        self.score, self.keep = edge.score, edge.keep
+        self.kind = (edge.score, edge.keep, self.ops.name)
 
     def forward(
         self,
@@ -72,12 +76,18 @@ class Selector(nn.Module):
         rows: Tensor,
         positions: Tensor,
         order: Tensor,
+        key_scale: Tensor | None = None,
+        value_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Kept rows (B, K, D), their positions and order (B, K), and all scores (B, N)."""
+        if key_scale is not None:
+            key = self.ops.read(key, key_scale)
         visible = slot_order <= query_order[:, None]
         attention = last_row_attention(probe_query, key, visible)
         if self.score == "value_norm":
             assert value is not None
+            if value_scale is not None:
+                value = self.ops.read(value, value_scale)
             by_slot = value_norm(attention, value)
         else:
             by_slot = attention.mean((1, 2))
@@ -99,10 +109,14 @@ class Selector(nn.Module):
 class Prober(nn.Module):
     """The graph that reads one layer; contract: ``contract.probe_spec``. Runs in FP32.
 
-    No weights and no plan: one graph serves every layer of a model.
+    No weights and no plan: one graph serves every layer of a model. An INT8 cache comes with its
+    scales (G,); ``ops`` reads it.
     """
 
-    kind = ()
+    def __init__(self, ops: Eager | None = None):
+        super().__init__()
+        self.ops = ops or Eager()
+        self.kind = (self.ops.name,)
 
     def forward(
         self,
@@ -112,8 +126,12 @@ class Prober(nn.Module):
         slot_order: Tensor,
         query_order: Tensor,
         visual_slots: Tensor,
+        key_scale: Tensor | None = None,
+        value_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Cosine without each visual token, and norm of its contribution: (B, N) each."""
+        if key_scale is not None and value_scale is not None:
+            key, value = self.ops.read(key, key_scale), self.ops.read(value, value_scale)
         attention = last_row_attention(query, key, slot_order <= query_order[:, None])
         return (
             torch.gather(cosine_without(attention, value), 1, visual_slots),

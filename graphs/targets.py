@@ -67,6 +67,7 @@ class Target:
         capabilities: compute capabilities of its GPUs; engines are built for these. Empty: as the
             compiler's default, or whatever GPU is there.
         build_memory: bytes that compiling one engine may take, unless told otherwise.
+        int8_cache: whether it runs graphs over INT8 caches.
         local: whether the weights must fit the memory of the machine that builds, because that is
             where it runs.
     """
@@ -81,6 +82,7 @@ class Target:
     versions: tuple[str, str | None] = ("1.25", None)
     capabilities: tuple[Capability, ...] = ()
     build_memory: int | None = None
+    int8_cache: bool = False
     local: bool = False
 
     @property
@@ -115,6 +117,7 @@ def _tensorrt(name: str, summary: str, capability: Capability | None, **facts) -
         "versions": ("10.15", "12"),
         "build_memory": 24 << 30,
         "precisions": ("fp16", "fp32", *QUANTISED_LLM),
+        "int8_cache": True,
     }
     return Target(name, summary, capabilities=capabilities, **{**defaults, **facts})
 
@@ -126,6 +129,7 @@ TARGETS = {
             "cpu",
             "ONNX Runtime on this CPU",
             precisions=("fp32", *QUANTISED_LLM),
+            int8_cache=True,
             local=True,
         ),
         Target(
@@ -135,6 +139,7 @@ TARGETS = {
             precisions=("fp32", "int8"),
             opset=20,
             versions=("1.23", None),
+            int8_cache=True,
             local=True,
         ),
         Target("cuda", "ONNX Runtime on an NVIDIA GPU"),
@@ -215,7 +220,7 @@ def resolve_target(name: str, precision: str | None) -> tuple[Target, str]:
     precision = precision or target.precisions[0]
     if base_of(precision) not in target.precisions:
         why = ""
-        if precision == "fp16":
+        if base_of(precision) == "fp16":
             why = " (ONNX Runtime computes FP16 graphs in FP32 on a CPU, from twice the memory)"
         elif is_quantised(precision) and target.name == "cuda":
             why = " (ONNX Runtime's kernels for it are not ones this project has seen run)"

@@ -82,7 +82,8 @@ class Sizes:
         base = precision.partition(":")[0].partition("+")[0]
         weight = WEIGHT_BYTES[base]
         tower = WEIGHT_BYTES["fp16"] if base in TOWER_FLOAT else weight
-        return cls(weight, CACHE_BYTES.get(base, 2.0), tower)
+        cache = 1.0 if "cache=int8" in precision else CACHE_BYTES.get(base, 2.0)
+        return cls(weight, cache, tower)
 
 
 def work_of(call: Call, config: ModelConfig, plan: StagePlan, sizes: Sizes) -> Work:

@@ -151,10 +151,12 @@ class TorchChain:
                     weights[name] = shared[0]
         weights[EMBEDDING] = _rounded(stored_tensor(bundle, manifest.embedding), manifest, dtype)
         prefix = None
-        if manifest.quantization.schemes and manifest.prefix:
+        if manifest.quantization.rounds and manifest.prefix:
             # Shipped as computed from float weights: rounded ones would make another.
             refs = (manifest.prefix.keys, manifest.prefix.values)
-            keys, values = (stored_tensor(bundle, ref).to(dtype) for ref in refs)
+            keys, values = (stored_tensor(bundle, ref) for ref in refs)
+            if not manifest.quantization.rounds_cache:
+                keys, values = keys.to(dtype), values.to(dtype)
             prefix = keys, values
         return cls(manifest, weights, half=half, quantised=True, prefix=prefix)
 

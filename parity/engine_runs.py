@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..calib.samples import Sample
-from .compare import bounds_of, first_wrong, tensor_error
+from .compare import bounds_of, bundle_kinds, first_wrong, tensor_error
 from .report import Finding
 
 if TYPE_CHECKING:
@@ -37,9 +37,7 @@ def compare_engines(
             tokens = graphs.infer(*given, max_tokens=steps, sampling=greedy).tokens
             got, want = (session.score(*given, tokens[:-1]) for session in (engines, graphs))
             errors.append(tensor_error(sample.name, got, want))
-    manifest = graphs.bundle.manifest
-    kinds = {manifest.dtype, *manifest.quantization.schemes.values()}
-    tolerance = bounds_of(kinds).whole
+    tolerance = bounds_of(bundle_kinds(graphs.bundle.manifest)).whole
     return Finding(
         failure=first_wrong(errors, tolerance),
         errors=tuple(errors),

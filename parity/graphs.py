@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ..graphs.contract import ORT_LLM_SINCE
+from ..graphs.quantized import is_cache_scale
 from ..runtime.integers import integer_entries
 from .compare import LOOSE, bounds_of, first_wrong, strict, tensor_error
 from .modules import run_module
@@ -107,10 +108,13 @@ class GraphRungs:
 
 
 def kinds_of(graph: StoredGraph) -> set[str]:
-    """Type of the graph's floats, and schemes of its layers (``compare.BOUNDS``)."""
+    """Type of the graph's floats, schemes of its layers, ``cache`` where it rounds what it caches
+    (``compare.BOUNDS``).
+    """
     schemes = graph.manifest.quantization.schemes
     modules = {name.rpartition(".")[0] for name in graph.weights}
-    return {graph.manifest.dtype, *(schemes[one] for one in modules if one in schemes)}
+    found = {graph.manifest.dtype, *(schemes[one] for one in modules if one in schemes)}
+    return found | {"cache"} if any(map(is_cache_scale, graph.weights)) else found
 
 
 def _contract(graph: StoredGraph, session: ort.InferenceSession) -> str:

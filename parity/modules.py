@@ -26,13 +26,18 @@ from ..graphs.errors import BundleError
 from ..graphs.linears import linear_groups
 from ..graphs.ops import Eager
 from ..graphs.precision import NARROW, Widening
-from ..graphs.quantized import replace_linears
+from ..graphs.quantized import replace_linears, round_caches
 from ..graphs.select import Prober, Selector
 from ..graphs.targets import find_target
 from ..graphs.vision import Vision
 from .stored_graph import StoredGraph, map_raw, new_rows
 
-STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+STORED = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
 
 
 @torch.no_grad()
@@ -78,10 +83,11 @@ def one_thread() -> Iterator[None]:
 
 
 def quantise(module: nn.Module, manifest: Manifest) -> None:
-    """Let the layers of ``module`` read integers that do so in the bundle's graphs."""
+    """Let the layers and caches of ``module`` be integers that are so in the bundle's graphs."""
     engines = find_target(manifest.target).engines
     groups = linear_groups(manifest.config)
     replace_linears(module, manifest.quantization.schemes, groups, engines=engines)
+    round_caches(module, manifest.quantization.cache)
 
 
 def _module(graph: StoredGraph, widening: Widening) -> nn.Module:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ..calib.calibration import Calibration
 from ..calib.rounding import unpack_int4
+from ..compile.caches import cache_scales, rounded_rows
 from ..compile.checkpoint import Checkpoint, open_checkpoint
 from ..compile.names import EMBEDDING
 from ..compile.prefix import prefix_cache
 from ..compile.quantize import CALIBRATIONS, Rounding, input_shifts
 from ..graphs.bundle import Bundle, Manifest
 from ..graphs.errors import DataError, ModelError
-from ..graphs.quantized import WEIGHT
+from ..graphs.quantized import WEIGHT, cache_scale_names, is_cache_scale
 from ..graphs.targets import find_target
 from .compare import BOUNDS, first_wrong, tensor_error
 from .modules import stored_tensor
@@ -57,13 +58,16 @@ def weights(bundle: Bundle, checkpoint: Checkpoint, calibration: Calibration | N
     for graph_name in manifest.graphs:
         graph = StoredGraph(bundle, graph_name)
         for name in graph.weights:
-            if rounded.touches(name):
+            if rounded.touches(name) or is_cache_scale(name):
                 continue
             found = torch.from_numpy(graph.weights[name])
             if not _same(found, checkpoint.load(name).to(found.dtype)):
                 failure = failure or f"weight {name} of {graph.fact.file} is not the checkpoint's"
             checkpoint.release()
     facts: dict[str, Any] = {"tensors": len(arrays) + 1}
+    if manifest.quantization.rounds_cache and not failure:
+        failure = _wrong_cache_scale(bundle, calibration, arrays)
+        facts["scales of caches"] = 2 * manifest.config.text.layers
     if manifest.quantization.schemes and not failure:
         try:
             rounded.check()
@@ -71,8 +75,39 @@ def weights(bundle: Bundle, checkpoint: Checkpoint, calibration: Calibration | N
                 _round_again(manifest, checkpoint, calibration, arrays)
         except WrongError as error:
             failure = f"weight {error}"
-        facts |= _rounded_facts(manifest, rounded, calibration)
+        facts["rounded or folded layers"] = rounded.layers
+        facts["largest rounding error"] = f"{rounded.worst / 2:.4f} steps"
+        if rounded.hidden:
+            facts["not checked: channels whose norm is 0"] = rounded.hidden
+    if manifest.quantization.rounds:
+        facts |= _calibration_facts(manifest, calibration)
     return Finding(failure, graph_files(bundle), facts=facts)
+
+
+def _wrong_cache_scale(
+    bundle: Bundle, calibration: Calibration | None, arrays: Mapping[str, np.ndarray]
+) -> str:
+    """What is wrong with the scales of an INT8 cache; empty where nothing is.
+
+    Graphs and runtime have the same, above 0, and those that ``calibration`` makes where it is
+    given.
+    """
+    manifest = bundle.manifest
+    assert manifest.cache_scales is not None
+    told = stored_tensor(bundle, manifest.cache_scales).float().numpy()
+    made = None
+    if calibration is not None:
+        made = cache_scales(calibration, half=manifest.dtype == "float16")
+    for layer in range(manifest.config.text.layers):
+        for number, name in enumerate(cache_scale_names(layer)):
+            found = arrays[name].astype(np.float32)
+            if not (np.isfinite(found) & (found > 0)).all():
+                return f"weight {name} holds what is not above 0 or not finite"
+            if not np.array_equal(found, told[number, layer]):
+                return f"weight {name} is not what the manifest tells the runtime"
+            if made is not None and not np.array_equal(found, made[number, layer]):
+                return f"weight {name} is not what the calibration makes of it"
+    return ""
 
 
 def open_calibration(bundle: Bundle, folder: Path | None) -> Calibration | None:
@@ -124,21 +159,14 @@ def _round_again(
             raise WrongError(f"{name} is not what checkpoint and calibration make of it")
 
 
-def _rounded_facts(
-    manifest: Manifest, rounded: RoundedWeights, calibration: Calibration | None
-) -> dict[str, Any]:
-    """What was checked of rounded weights, and what could not be."""
-    facts: dict[str, Any] = {
-        "rounded or folded layers": rounded.layers,
-        "largest rounding error": f"{rounded.worst / 2:.4f} steps",
-    }
-    if rounded.hidden:
-        facts["not checked: channels whose norm is 0"] = rounded.hidden
+def _calibration_facts(manifest: Manifest, calibration: Calibration | None) -> dict[str, Any]:
+    """What was checked against the calibration, and what could not be."""
+    facts: dict[str, Any] = {}
     known = manifest.quantization.calibration
     if known is not None and calibration is None:
         facts["not checked"] = (
-            f"input scales and strengths of smoothing against calibration {known[:12]}: "
-            "--calib CALIBRATION"
+            "input scales, scales of caches and strengths of smoothing, against calibration "
+            f"{known[:12]}: --calib CALIBRATION"
         )
     if calibration is not None:
         facts["rounded again"] = f"with calibration {calibration.hash[:12]}, bit for bit"
@@ -154,14 +182,18 @@ def prefix(bundle: Bundle, checkpoint: Checkpoint) -> Finding:
     shipped = bundle.manifest.prefix
     if shipped is None:
         raise NothingError("the template begins with the picture, or differently every time")
-    again = prefix_cache(checkpoint, shipped.ids)
+    manifest, again = bundle.manifest, prefix_cache(checkpoint, shipped.ids)
+    if manifest.cache_scales is not None:
+        scales = stored_tensor(bundle, manifest.cache_scales).float().numpy()
+        again = rounded_rows(again, scales)
     errors = []
     for number, (name, ref) in enumerate((("keys", shipped.keys), ("values", shipped.values))):
-        found = stored_tensor(bundle, ref).float().numpy()
+        stored = stored_tensor(bundle, ref)
+        found = (stored.float() if stored.is_floating_point() else stored).numpy()
         for layer in range(found.shape[0]):
             want = again[number, layer].numpy()
             errors.append(tensor_error(f"prefix {name} of layer {layer}", found[layer], want))
-    tolerance = BOUNDS[bundle.manifest.dtype].graph
+    tolerance = BOUNDS[manifest.dtype].graph
     return Finding(first_wrong(errors, tolerance), (shipped.keys.file,), tuple(errors))
 
 

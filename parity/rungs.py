@@ -151,7 +151,7 @@ def _hugging_face(subject: Subject) -> Finding:
 
     # Only the checkpoint's own weights are Hugging Face's, too.
     origin = subject.required_origin()
-    quantised = bool(subject.bundle.manifest.quantization.schemes)
+    quantised = subject.bundle.manifest.quantization.rounds
     stages = subject.original if quantised else subject.reference
     return compare_dense(
         subject.bundle, origin, stages, subject.asked, subject.max_tokens, subject.free
@@ -161,8 +161,8 @@ def _hugging_face(subject: Subject) -> Finding:
 def _quantisation(subject: Subject) -> Finding:
     from .rounding import compare_rounding
 
-    if not subject.bundle.manifest.quantization.schemes:
-        raise NothingError("every layer is a float one")
+    if not subject.bundle.manifest.quantization.rounds:
+        raise NothingError("every layer and every cache is a float one")
     subject.required_origin()
     return compare_rounding(
         subject.bundle, subject.original, subject.reference, subject.asked, subject.max_tokens

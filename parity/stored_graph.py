@@ -18,6 +18,7 @@ from ..calib.rounding import unpack_int4
 from ..graphs.bundle import Bundle
 from ..graphs.contract import INVISIBLE, GraphSpec, stage_of
 from ..graphs.errors import BundleError
+from ..graphs.quantized import CACHE_SCALES
 
 FILLED = 9
 """Slots of a cache that hold earlier rows."""
@@ -132,6 +133,10 @@ class StoredGraph:
                 value = np.broadcast_to(fixed[spec.name], shape)
             elif spec.name == "gates":
                 value = generator.integers(0, 2, shape)
+            elif spec.dtype == "int8":
+                value = generator.integers(-127, 128, shape)
+            elif spec.name in CACHE_SCALES:
+                value = generator.uniform(0.5, 2.0, shape) / 64
             else:
                 value = generator.standard_normal(shape)
             feeds[spec.name] = np.ascontiguousarray(value, dtype=spec.dtype)
@@ -180,7 +185,7 @@ def map_raw(bundle: Bundle, name: str, offset: int, nbytes: int) -> np.ndarray:
 
 
 def new_rows(outputs: Mapping[str, np.ndarray], spec: GraphSpec) -> dict[str, np.ndarray]:
-    """Whole caches cut to what the contract wants: in the portable lowering the new rows only."""
+    """Whole caches cut to what the contract wants: the new rows only where they are handed back."""
     cut = {}
     for tensor in spec.outputs:
         value = outputs[tensor.name]

@@ -16,7 +16,7 @@ from .. import runtime
 from ..calib.samples import Sample
 from ..graphs.bundle import Bundle
 from ..graphs.targets import ONNXRUNTIME
-from .compare import LOOSE
+from .compare import LOOSE, bundle_kinds
 from .steps import ImpossibleError, NothingError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Subject:
     def kinds(self) -> set[str]:
         """What the bundle's graphs compute in (``compare.BOUNDS``)."""
         manifest = self.bundle.manifest
-        return {manifest.dtype, *manifest.quantization.schemes.values()}
+        return bundle_kinds(manifest)
 
     @property
     def loose(self) -> bool:

@@ -137,6 +137,8 @@ def _ranges(spec: GraphSpec, shapes: Mapping[str, Shape]) -> list[str]:
     for tensor in spec.inputs:
         if tensor.dtype.startswith("float"):
             low, high = (0, 1) if tensor.name == "gates" else (-1, 1)
+        elif tensor.dtype == "int8":
+            low, high = -127, 127
         elif tensor.name in ("order", "query_order"):
             low = high = slots
         else:

@@ -1,8 +1,8 @@
 """ONNX Runtime on this CPU: one session per graph, caches written in place through I/O binding.
 
 Every buffer is a NumPy array that an ``OrtValue`` looks into, so a cache is read, rewound and
-snapshot without a copy. The ``llm`` lowering binds each cache as input and output at once; the
-``portable`` lowering hands back new rows, which are written here.
+snapshot without a copy. Graphs that return whole caches have each bound as input and output at
+once; those that hand back new rows (``contract.hands_back``) have them written here.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import onnxruntime as ort
 import psutil
 
 from ..graphs.bundle import Bundle
-from ..graphs.contract import ORT_LLM_SINCE, PROBE, appended, cache_names
+from ..graphs.contract import ORT_LLM_SINCE, PROBE, appended, cache_names, hands_back
 from ..graphs.errors import BundleError, CapacityError
 from ..graphs.rows import Kept, StageResult
 from .integers import integer_entries
 from .part import Part
 from .processor import cores
+from .tensors import cache_scales
 
 BUCKET = 128
 """Slots are added in multiples of this: growth copies, and attention pays for every slot."""
@@ -61,8 +62,9 @@ class OrtExecutor:
         manifest = bundle.manifest
         _check_version(bundle)
         self.plan, self.text = manifest.plan, manifest.config.text
-        self.portable = manifest.lowering == "portable"
-        self.dtype = np.dtype(manifest.dtype)
+        self.hands_back = hands_back(manifest.graphs[manifest.parts_of(0)[0]].spec)
+        self.dtype, self.cache_dtype = np.dtype(manifest.dtype), np.dtype(manifest.cache_dtype)
+        self.scales = cache_scales(bundle)
         self.rows_dtype = np.dtype(manifest.widening.rows_dtype(self.dtype.name))
         self.batch = batch
         self.threads: int | None = options.threads or cores()
@@ -105,7 +107,7 @@ class OrtExecutor:
             new[:, :, : old.shape[2]] = old
             self.caches[stage][name] = new
         for part in self.parts[stage]:
-            part.bind_caches(self.caches[stage], aliased=not self.portable)
+            part.bind_caches(self.caches[stage], aliased=not self.hands_back)
         return size
 
     def append(self, stage, rows, positions, order, slot_order, write_index, gates) -> StageResult:
@@ -130,7 +132,7 @@ class OrtExecutor:
                 queries.append(outputs["queries"])
                 if "gates" in feeds:  # each part takes those of its own layers
                     feeds["gates"] = feeds["gates"][part.gated :]
-            if self.portable:
+            if self.hands_back:
                 for name, cache in caches.items():
                     cache[:, :, write_index : write_index + count] = outputs[appended(name)]
         by_layer = queries[0] if len(queries) == 1 else np.concatenate(queries)
@@ -142,6 +144,7 @@ class OrtExecutor:
         """One call of a selection over the last layer's cache of stage ``edge``."""
         key, value = list(self.caches[edge])[-2:]
         feeds = {
+            **self.scales[self.plan.stages[edge].layers[1] - 1],
             "probe_query": probe_query,
             "key": self.caches[edge][key],
             "value": self.caches[edge][value],
@@ -162,6 +165,7 @@ class OrtExecutor:
     ) -> tuple[np.ndarray, np.ndarray]:
         """One probe of a layer of stage ``stage``."""
         feeds = {
+            **self.scales[layer],
             "query": query,
             "key": self.caches[stage][f"key.{layer}"],
             "value": self.caches[stage][f"value.{layer}"],
@@ -215,7 +219,7 @@ class OrtExecutor:
     def _empty(self, slots: int) -> np.ndarray:
         """Zeros, not garbage: a NaN in an invisible slot would poison attention (0 x NaN)."""
         shape = (self.batch, self.text.kv_heads, slots, self.text.head_dim)
-        return np.zeros(shape, self.dtype)
+        return np.zeros(shape, self.cache_dtype)
 
     def _load(self, bundle: Bundle, name: str, options: OrtOptions) -> ort.InferenceSession:
         session = ort.SessionOptions()

@@ -1,4 +1,6 @@
-"""Tensors that the runtime maps from a bundle's files itself: the embedding table, the prefix."""
+"""Tensors that the runtime maps from a bundle's files itself: the embedding table, the prefix, and
+what the integers of a cache stand for.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ STORED: dict[str, np.dtype] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
+    "int8": np.dtype("i1"),
 }
 
 
@@ -29,6 +32,17 @@ def widen(array: np.ndarray, ref: TensorRef, dtype: np.dtype) -> np.ndarray:
     if ref.dtype == "bfloat16":
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(dtype)
+
+
+def cache_scales(bundle: Bundle) -> list[dict[str, np.ndarray]]:
+    """For each layer, what graphs that read its cache are told (``contract.scale_specs``): (G,)."""
+    ref = bundle.manifest.cache_scales
+    if ref is None:
+        return [{}] * bundle.manifest.config.text.layers
+    keys, values = np.array(map_tensor(bundle, ref))
+    return [
+        {"key_scale": key, "value_scale": value} for key, value in zip(keys, values, strict=True)
+    ]
 
 
 class Embedding:

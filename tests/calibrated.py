@@ -29,6 +29,7 @@ def calibrate(model, plan: str, folder: Path) -> Calibration:
     preprocessing = Preprocessing.from_dict(texts.preprocessing)
     prompts, _ = prepare(samples, prompt_encoder(checkpoint), preprocessing)
     staged = resolve_plan(plan, config.text.layers, config.visual_tokens)
+    found = collect(checkpoint, prompts, staged, texts.prefix_ids)
     calibration = Calibration(
         checkpoint.name,
         fits(checkpoint, texts),
@@ -36,8 +37,9 @@ def calibrate(model, plan: str, folder: Path) -> Calibration:
         "stage",
         False,
         SampleFacts(("drawn",), tuple(one.name for one in prompts), order_hash(prompts)),
-        collect(checkpoint, prompts, staged, texts.prefix_ids),
+        found.groups,
         {},
+        cache=found.cache,
     )
     calibration.save(folder)
     return calibration

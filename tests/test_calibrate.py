@@ -256,7 +256,7 @@ def test_a_rounded_walk_computes_what_the_rounded_bundle_does(
         rows="dense",
         include_prefix=False,
         samples=SampleFacts((), ("0", "1"), order_hash(prompts)),
-        groups=collect(checkpoint, prompts, dense, texts.prefix_ids),
+        groups=collect(checkpoint, prompts, dense, texts.prefix_ids).groups,
         versions={},
     )
     calibration.save(tmp_path / "ranges")

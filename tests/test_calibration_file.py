@@ -72,6 +72,7 @@ def calibration(**changes):
         "versions": {"visistage": "0"},
         "dynamics": {"quantiles": [0.5], "none": None},
         "choice": {"reason": "größer"},
+        "cache": np.random.default_rng(3).random((2, 8, 4), np.float32),
     }
     return Calibration(**{**fields, **changes})
 
@@ -90,6 +91,7 @@ def test_a_calibration_comes_back_bit_for_bit(tmp_path):
     for field in ("model", "fits", "plan", "rows", "include_prefix", "samples", "versions"):
         assert getattr(again, field) == getattr(one, field)
     assert (again.dynamics, again.choice) == (one.dynamics, one.choice)
+    assert (again.cache.tobytes(), again.cache.shape) == (one.cache.tobytes(), one.cache.shape)
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([ARRAYS, FACTS])
 
 
@@ -127,6 +129,8 @@ def test_equal_inputs_give_equal_bytes(tmp_path):
         {"groups": {"z.q_proj": ranges(1), "a.fc1": ranges(3, 5)}},
         {"groups": {"a.fc1": ranges(2, 5), "z.q_proj": ranges(1)}},
         {"dynamics": {}},
+        {"cache": np.ones((2, 8, 4), np.float32)},
+        {"cache": None},
         {"fits": {**FITS, "model": "0" * 64}},
     ],
 )
@@ -153,7 +157,7 @@ def test_facts_are_readable_json_with_sorted_keys(tmp_path):
         (FACTS, lambda old: b"[1]", "damaged or no calibration"),
         (FACTS, lambda old: b"\xff\xfe", "damaged or no calibration"),
         (FACTS, lambda old: b"[" * 200_000, "damaged or no calibration"),
-        (FACTS, lambda old: old.replace(b'"format": 1', b'"format": 2'), "found format 2"),
+        (FACTS, lambda old: old.replace(b'"format": 2', b'"format": 3'), "found format 3"),
         (FACTS, lambda old: old.replace(b'"order"', b'"odder"'), "'order'"),
         (FACTS, lambda old: old.replace(b'"rows_used"', b'"used"'), "rows_used|used"),
         (FACTS, lambda old: old.replace(b'"entropy"', b'"antropy"'), "observer"),
@@ -207,6 +211,30 @@ def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(DataError, match="not finite"):
         calibration(groups={"g": bad}).save(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
+def test_ranges_of_caches_that_are_none_are_not_saved(tmp_path, bad):
+    with pytest.raises(DataError, match="negative, or not finite"):
+        calibration(cache=np.full((2, 8, 4), bad, np.float32)).save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_older_format_is_read_and_keeps_its_hash(tmp_path):
+    """Bundles name the hash of what they rest on."""
+    old = calibration(cache=None)
+    old.save(tmp_path)
+    assert '"format": 1' in (tmp_path / FACTS).read_text(encoding="utf-8")
+    again = Calibration.load(tmp_path)
+    assert again.cache is None
+    assert again.hash == old.hash
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (3, 8, 4)])
+def test_ranges_of_caches_in_another_shape_are_refused(tmp_path, shape):
+    calibration(cache=np.ones(shape, np.float32)).save(tmp_path)
+    with pytest.raises(DataError, match="ranges of caches are float32 of shape"):
+        Calibration.load(tmp_path)
 
 
 def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):

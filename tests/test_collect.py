@@ -53,7 +53,7 @@ def change(folder, part, how):
 
 @pytest.fixture(scope="module")
 def found(checkpoint):
-    return collect(checkpoint, prompts(), PLAN, PREFIX)
+    return collect(checkpoint, prompts(), PLAN, PREFIX).groups
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +128,8 @@ def test_sensitivities_are_the_errors_of_really_rounded_layers(checkpoint, found
 
 
 def test_stages_see_other_rows_than_the_dense_model(checkpoint, found):
-    dense = collect(checkpoint, prompts(), PLAN, PREFIX, rows="dense")
-    again = collect(checkpoint, prompts(), preset("dense", LAYERS, N), PREFIX)
+    dense = collect(checkpoint, prompts(), PLAN, PREFIX, rows="dense").groups
+    again = collect(checkpoint, prompts(), preset("dense", LAYERS, N), PREFIX).groups
     last = "model.layers.5.mlp.down_proj"
     pictures = sum(isinstance(part, np.ndarray) for one in prompts() for part in one.parts)
     assert dense[last].rows - found[last].rows == pictures * N
@@ -141,7 +141,7 @@ def test_stages_see_other_rows_than_the_dense_model(checkpoint, found):
 
 
 def test_the_prefix_counts_only_where_it_is_asked_for(checkpoint, found):
-    included = collect(checkpoint, prompts(), PLAN, PREFIX, include_prefix=True)
+    included = collect(checkpoint, prompts(), PLAN, PREFIX, include_prefix=True).groups
     with_prefix = sum(1 for one in prompts() if one.name not in ("other prefix", "picture first"))
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.5.mlp.gate_proj"):
         assert included[name].rows - found[name].rows == with_prefix * len(PREFIX)
@@ -159,8 +159,8 @@ def test_a_massive_prefix_stays_out_of_the_ranges(tmp_path):
         change(tmp_path, part, lambda weight: weight[3].copy_(4 * token / token.norm()))
     checkpoint = open_checkpoint(str(tmp_path))
     given = [one for one in prompts() if one.name != "picture first"][:3]
-    without = collect(checkpoint, given, PLAN, PREFIX)
-    counted = collect(checkpoint, given, PLAN, PREFIX, include_prefix=True)
+    without = collect(checkpoint, given, PLAN, PREFIX).groups
+    counted = collect(checkpoint, given, PLAN, PREFIX, include_prefix=True).groups
     name = "model.layers.0.mlp.down_proj"
     ratio = counted[name].thresholds["minmax"] / without[name].thresholds["minmax"]
     assert ratio > 3, ratio
@@ -192,7 +192,7 @@ def test_rows_are_kept_evenly_and_rare_kinds_whole():
 
 
 def test_ranges_do_not_depend_on_the_run(checkpoint, found):
-    again = collect(checkpoint, prompts(), PLAN, PREFIX)
+    again = collect(checkpoint, prompts(), PLAN, PREFIX).groups
     for name, ranges in found.items():
         assert again[name].facts() == ranges.facts()
         np.testing.assert_array_equal(again[name].factors, ranges.factors)
@@ -220,7 +220,7 @@ def test_damaged_weights_are_named(tmp_path):
 
 
 def test_a_kept_share_of_pictureless_prompts_is_no_hindrance(checkpoint):
-    ranges = collect(checkpoint, [Prompt("text", (PREFIX + ids(5, 1),))], PLAN, PREFIX)
+    ranges = collect(checkpoint, [Prompt("text", (PREFIX + ids(5, 1),))], PLAN, PREFIX).groups
     assert "multi_modal_projector.linear_1" not in ranges
     assert ranges["lm_head"].rows == 1
 

@@ -111,7 +111,7 @@ RULES = {
     "explain.*": (
         PURE
         | {"", "console.units", "explain.*", "graphs.rows", "pages.*", "runtime.answer"}
-        | {"runtime.image", "runtime.preprocessing", "runtime.session"},
+        | {"runtime.image", "runtime.preprocessing", "runtime.session", "runtime.tensors"},
         {"PIL", "jinja2", "numpy"},
     ),
     "explain": (set(), set()),
@@ -147,7 +147,7 @@ RULES = {
     ),
     "parity": (set(), set()),
     "parity.answers": ({"calib.samples", "parity.report", "runtime"}, {"numpy"}),
-    "parity.compare": ({"parity.report"}, {"numpy"}),
+    "parity.compare": ({"graphs.bundle", "parity.report"}, {"numpy"}),
     "parity.engine_runs": (
         {"calib.samples", "parity.compare", "parity.report", "runtime"},
         set(),

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ...graphs.bundle import Manifest
+from ...graphs.bundle import Bundle
 from ...graphs.contract import PROBE
 from ...graphs.rows import Kept, StageResult
+from ..tensors import cache_scales
 from .calls import BATCH
 from .memory import DeviceArray, Memory, nbytes_of
 from .protocol import Compiled, Device, EngineApi, Event
@@ -36,9 +37,10 @@ class DeviceExecutor:
     """One prompt at a time. ``elapsed_ms`` is the device's own time, by graph."""
 
     def __init__(
-        self, manifest: Manifest, device: Device, api: EngineApi, compiled: Sequence[Compiled]
+        self, bundle: Bundle, device: Device, api: EngineApi, compiled: Sequence[Compiled]
     ):
-        self.plan = manifest.plan
+        manifest = bundle.manifest
+        self.plan, self.scales = manifest.plan, cache_scales(bundle)
         self.device, self.api = device, api
         self.device_name: str | None = device.name
         self.threads: int | None = None
@@ -102,6 +104,7 @@ class DeviceExecutor:
         stage = self.room.stages[edge]
         key, value = list(stage.caches)[-2:]
         inputs = {
+            **self.scales[self.plan.stages[edge].layers[1] - 1],
             "probe_query": probe_query,
             "key": stage.cache(key),
             "value": stage.cache(value),
@@ -122,6 +125,7 @@ class DeviceExecutor:
         """See ``graphs.rows.Executor``; the decision is the host's, so its readings come down."""
         one = self.room.stages[stage]
         inputs = {
+            **self.scales[layer],
             "query": query,
             "key": one.cache(f"key.{layer}"),
             "value": one.cache(f"value.{layer}"),

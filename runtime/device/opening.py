@@ -34,7 +34,7 @@ def open_engines(bundle: Bundle) -> DeviceExecutor:
     assert flavour is not None
     device = CudaDevice()
     return DeviceExecutor(
-        bundle.manifest,
+        bundle,
         device,
         TrtApi(flavour, device.stream),
         compiled_engines(bundle, engines),
@@ -54,7 +54,7 @@ def open_cuda(bundle: Bundle, threads: int | None) -> DeviceExecutor:
         )
     device = CudaDevice()
     api = OrtApi(stream=device.stream, threads=threads)
-    return DeviceExecutor(bundle.manifest, device, api, compiled_graphs(bundle))
+    return DeviceExecutor(bundle, device, api, compiled_graphs(bundle))
 
 
 def checked_engines(bundle: Bundle) -> Engines:

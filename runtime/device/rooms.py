@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...graphs.bundle import Manifest
-from ...graphs.contract import SLOT_STEP
+from ...graphs.contract import SLOT_STEP, hands_back
 from ...graphs.errors import CapacityError
 from .calls import Loaded, LooseCall, share_scratch
 from .memory import Memory
@@ -43,7 +43,7 @@ class Room:
                     parts,
                     most=parts[0].compiled.slots,
                     fixed=self.context is not None,
-                    portable=manifest.lowering == "portable",
+                    rows_back=hands_back(parts[0].spec),
                 )
             )
         for graph, one in loaded.items():

@@ -2,8 +2,8 @@
 
 Everything that a call reads or writes lies at an address that does not change between growths, so
 a call with the same number of rows can be replayed. The llm lowering updates the caches where they
-lie (key.l and key.l.out have one address); the portable one hands back new rows, which are copied
-to their slots.
+lie (key.l and key.l.out have one address); the portable one, and any over an INT8 cache, hands back
+new rows, which are copied to their slots.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...graphs.errors import CapacityError
 from ...graphs.rows import StageResult
 from .calls import BATCH, Loaded, Replay
 from .memory import DeviceArray, Layers, Memory, Place, nbytes_of, offsets_of
-from .protocol import Buffer
+from .protocol import Buffer, aligned
 
 GROWTH = 512
 """Slots are added in multiples of this where their number is open: growth copies every cache, and
@@ -86,7 +86,8 @@ class Control:
 class DeviceStage:
     """A stage made of ``parts`` (engines of consecutive layers).
 
-    ``most``: slots it may have; 0: any number. ``fixed``: it has exactly those.
+    ``most``: slots it may have; 0: any number. ``fixed``: it has exactly those. ``rows_back``: new
+    cache rows are handed back (``contract.hands_back``).
     """
 
     def __init__(
@@ -97,10 +98,10 @@ class DeviceStage:
         *,
         most: int,
         fixed: bool,
-        portable: bool,
+        rows_back: bool,
     ):
         self.memory, self.workspace, self.parts = memory, workspace, list(parts)
-        self.most, self.fixed, self.portable = most, fixed, portable
+        self.most, self.fixed, self.rows_back = most, fixed, rows_back
         self.slots = 0
         self.caches: dict[str, Buffer] = {}
         self.replays: OrderedDict[int, Replay] = OrderedDict()
@@ -174,7 +175,7 @@ class DeviceStage:
         replay.run()
         if replay.refused is not None:
             self.refused = replay.refused
-        if self.portable:
+        if self.rows_back:
             self._scatter(write_index, count)
         out = self._lend(self._rows, self.rows_spec, count)
         queries = Layers(
@@ -239,7 +240,7 @@ class DeviceStage:
             for one in part.spec.inputs:
                 if one.name in self.caches:
                     addresses[one.name] = self.caches[one.name].address
-                    out = self._fresh_address(one.name) if self.portable else addresses[one.name]
+                    out = self._fresh_address(one.name) if self.rows_back else addresses[one.name]
                     addresses[appended(one.name)] = out
                 elif one.name == "gates":
                     addresses["gates"] = self._control.address(_gates_name(self._gates, one))
@@ -270,7 +271,7 @@ class DeviceStage:
                 )  # fmt: skip
         for name in ("in", "between") if len(self.parts) > 1 else ("in",):
             self.workspace.require(name, self._nbytes(self.rows_spec, slots))
-        if self.portable:
+        if self.rows_back:
             self.workspace.require("fresh", self._fresh_nbytes() * len(self.caches))
         outputs = [self.rows_spec, *self.query_specs]
         outputs += [self.logits_spec] if self.logits_spec is not None else []
@@ -289,7 +290,7 @@ class DeviceStage:
             self.replays.clear()
 
     def _scatter(self, write_index: int, count: int) -> None:
-        """Copy what the portable lowering handed back to its slots."""
+        """Copy the rows that were handed back to their slots."""
         for name in self.caches:
             self._copy(name, write_index, count, self._fresh_address(name), to_cache=True)
 
@@ -304,7 +305,7 @@ class DeviceStage:
             self.memory.device.copy_rows(other, count * slot, cache, pitch, count * slot, groups)
 
     def _fresh_nbytes(self) -> int:
-        return nbytes_of(self._cache_shape(next(iter(self.cache_specs))), self.dtype)
+        return aligned(nbytes_of(self._cache_shape(next(iter(self.cache_specs))), self.dtype))
 
     def _fresh_address(self, name: str) -> int:
         return (
