@@ -120,6 +120,13 @@ def estimate(
     }
 
 
+def _run_in(machine: Machine, precision: str) -> str:
+    """The precision that a machine computes in: a CPU widens FP16 graphs, and leaves caches as INT8
+    where they are.
+    """
+    return precision.replace("fp16", "fp32", 1) if machine.name == CPU else precision
+
+
 def _this_cpu(subject: Subject, threads: int | None) -> Machine:
     """The machine that this runs on, its peaks measured now."""
     if compute_type(subject.precision) == "int8" or subject.precision.startswith("w"):
@@ -168,7 +175,7 @@ def _times(subject: Subject, machine: Machine, prompt: Prompt, bucketed: bool) -
     again = question_calls(subject.plan, text=prompt.text, cached=True, **shape)
     middle = prompt.text + prompt.tokens // 2
     step = token_calls(subject.plan, text=middle, **shape)
-    precision = "fp32" if machine.name == CPU else subject.precision
+    precision = _run_in(machine, subject.precision)
     sizes = Sizes.of(precision)
 
     def works(calls: Sequence[Call]) -> list[Work]:
@@ -214,7 +221,7 @@ def _memory(
 ) -> dict[str, Any]:
     """Bytes of weights and caches, against what the device has."""
     geometry = Geometry.of(subject.config.text)
-    precision = "fp32" if machine.name == CPU else subject.precision
+    precision = _run_in(machine, subject.precision)
     slots = _slots(subject, prompt, bucketed)
     row = 2 * geometry.widths[1] * Sizes.of(precision).cache
     caches = 0.0

@@ -86,8 +86,7 @@ class Subject:
     @property
     def kinds(self) -> set[str]:
         """What the bundle's graphs compute in (``compare.BOUNDS``)."""
-        manifest = self.bundle.manifest
-        return bundle_kinds(manifest)
+        return bundle_kinds(self.bundle.manifest)
 
     @property
     def loose(self) -> bool:
