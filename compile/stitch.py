@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..graphs.contract import GraphSpec, TensorSpec
 from ..graphs.quantized import WEIGHT
+from . import translations
 
 DOMAIN = "visistage"
 IR_VERSION = 10
@@ -182,7 +183,7 @@ def _trace(key: tuple, piece: nn.Module, specs: Sequence[TensorSpec | None], ops
     )
     if _is_variadic(piece):
         shapes = (shapes,)
-    with warnings.catch_warnings(), _quiet("torch.onnx"), mode:
+    with warnings.catch_warnings(), _quiet("torch.onnx"), mode, translations.read_once():
         warnings.simplefilter("ignore")
         returned = piece.eval()(*examples)
         program = torch.onnx.export(

@@ -1,13 +1,31 @@
-"""One thread a process: the tests' tensors are small, and pytest-xdist fills the cores."""
+"""One thread a process: the tests' matrices are small, and pytest-xdist fills the cores.
+
+Threads that wait for each other cost most of the time otherwise: a product of two small matrices
+takes OpenBLAS three times as long on cores that somebody else needs, too.
+"""
 
 import os
+
+# Before NumPy is imported, and for the processes that tests start, too.
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ["VISISTAGE_THREADS"] = "1"
 
 import pytest
 import torch
 from visistage.tests import browser as headless
 
 torch.set_num_threads(1)
-os.environ["VISISTAGE_THREADS"] = "1"  # for the processes that tests start, too
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_traces(tmp_path_factory):
+    """The processes of a run by pytest-xdist share what they trace; one alone has nothing to."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    from visistage.compile import stitch
+    from visistage.tests.traces import SharedTraces
+
+    # The folders of all processes of one run lie side by side, those of other runs elsewhere.
+    stitch._TRACED = SharedTraces(tmp_path_factory.getbasetemp().parent / "traces")
 
 
 @pytest.fixture(scope="session")
