@@ -23,7 +23,15 @@ PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / name
-        for name in ("benchmarks.md", "cpu.md", "demo.md", "size.md", "fp16.md", "quantisation.md")
+        for name in (
+            "benchmarks.md",
+            "cpu.md",
+            "demo.md",
+            "size.md",
+            "fp16.md",
+            "openvino.md",
+            "quantisation.md",
+        )
     ),
 )
 README_PLANS = (
@@ -289,6 +297,26 @@ def scaling(geometry: str = "llava-45m") -> str:
     return "\n\n".join([*parts, _origin(record)])
 
 
+def back_ends(model: str) -> str:
+    """OpenVINO beside ONNX Runtime."""
+    name = f"back-ends-{model}"
+    if not (RESULTS / f"{name}.json").exists():
+        return f"Not recorded: `python -m visistage.bench.back_ends --model {model}`"
+    record = _record(name)
+    rows = [
+        [
+            f"`{row['plan']}`, {row['precision']}",
+            f"`{row['target']}`",
+            *(f"{row[f'{time}_ms']:.1f} ms" for time in ("cold", "again", "per_token")),
+        ]
+        for row in record["rows"]
+    ]
+    header = ["plan", "target", "cold, first token", "second question", "per token"]
+    first = record["rows"][0]
+    rounds = f"{first['rounds']} rounds, OpenVINO {first['openvino']}"
+    return f"{_table(header, rows)}\n\n{_origin(record)}; {rounds}"
+
+
 def _failures(rows: list[dict]) -> list[str]:
     """A paragraph on what was not measured to the end, if anything."""
     failed = speed_tables.failures(rows)
@@ -334,6 +362,8 @@ TABLES = {
     "peers-demo": lambda: peers("demo"),
     "scaling": scaling,
     "denormals": denormals,
+    "back-ends-llava-45m": lambda: back_ends("llava-45m"),
+    "back-ends-demo": lambda: back_ends("demo"),
 }
 
 

@@ -11,7 +11,7 @@ import click
 
 from ..console.output import show, show_json
 from ..console.units import ByteSize
-from .options import as_json, session_of
+from .options import as_json, backend_option, session_of
 
 
 @click.command()
@@ -24,7 +24,7 @@ from .options import as_json, session_of
 @click.option("--top-p", type=float, help="Draw from the likeliest tokens of this probability.")
 @click.option("--top-k", type=int, help="Draw from this many of the likeliest tokens.")
 @click.option("--seed", type=int, help="Repeats a draw.")
-@click.option("--backend", help="onnxruntime: run the graphs of any bundle on this CPU.")
+@backend_option
 @click.option(
     "--threads", type=click.IntRange(1), help="Default: as many as were found fastest here."
 )
@@ -82,7 +82,7 @@ def infer(images, prompt, bundle, as_json, stream, max_tokens, stop, **options) 
     help="Bundle of the unpruned model; by default one that lies beside BUNDLE.",
 )
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--backend", help="onnxruntime: run the graphs of any bundle on this CPU.")
+@backend_option
 @click.option(
     "--threads", type=click.IntRange(1), help="Default: as many as were found fastest here."
 )

@@ -7,7 +7,14 @@ from pathlib import Path
 import click
 
 from ..console.output import show, show_json
-from .options import as_json, bundle_argument, bundle_at, bundle_default, session_of
+from .options import (
+    as_json,
+    backend_option,
+    bundle_argument,
+    bundle_at,
+    bundle_default,
+    session_of,
+)
 
 
 @click.command(epilog=bundle_default)
@@ -15,7 +22,7 @@ from .options import as_json, bundle_argument, bundle_at, bundle_default, sessio
 @click.option("--data", type=click.Path(path_type=Path), help="JSONL file of samples.")
 @click.option("--samples", type=click.IntRange(1), help="Ask so many only (demo: 200).")
 @click.option("--max-tokens", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--backend", help="onnxruntime: run the graphs of any bundle on this CPU.")
+@backend_option
 @as_json
 def evaluate(bundle, data, samples, max_tokens, backend, as_json) -> None:
     """Measure accuracy and speed on known answers.
@@ -56,7 +63,7 @@ def evaluate(bundle, data, samples, max_tokens, backend, as_json) -> None:
 @click.option("--warm-up", type=click.IntRange(0), default=3, show_default=True)
 @click.option("--tokens", type=click.IntRange(2), default=32, show_default=True, help="An answer.")
 @click.option("--operators/--no-operators", default=True, help="Times of layers and operators.")
-@click.option("--backend", help="onnxruntime: run the graphs of any bundle on this CPU.")
+@backend_option
 @click.option(
     "--threads", type=click.IntRange(1), help="Default: as many as were found fastest here."
 )

@@ -9,6 +9,10 @@ import click
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 bundle_argument = click.argument("bundle", required=False, type=click.Path(path_type=Path))
+backend_option = click.option(
+    "--backend",
+    help="onnxruntime: run the graphs of any bundle on this CPU. openvino: those of cpu-portable.",
+)
 sm_option = click.option(
     "--sm",
     "capabilities",

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..graphs.targets import (
-    LATER_TARGETS,
+    OPENVINO,
     TARGETS,
     TENSORRT,
     TENSORRT_RTX,
@@ -58,6 +58,7 @@ def doctor_facts() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "onnxruntime": ort,
         "providers": providers,
+        "openvino": _version("openvino"),
         "gpu": device and {**asdict(device), "capability": show_capability(device.capability)},
         "engine_compilers": {
             name: flavour.version
@@ -66,20 +67,12 @@ def doctor_facts() -> dict[str, Any]:
         },
         "compiler": versions,
         "targets": {
-            **{
-                target.name: _engines(target, absent, device)
-                if target.engines
-                else _graphs(target, absent, ort, providers)
-                for target in TARGETS.values()
-            },
-            **{
-                name: {
-                    "build": False,
-                    "run": False,
-                    "missing": ["planned, not in this version"],
-                }
-                for name in LATER_TARGETS
-            },
+            target.name: _engines(target, absent, device)
+            if target.engines
+            else _openvino(target, absent)
+            if target.backend == OPENVINO
+            else _graphs(target, absent, ort, providers)
+            for target in TARGETS.values()
         },
     }
 
@@ -96,6 +89,7 @@ def doctor_table() -> RenderableType:
     head.add_row("machine", f"{facts['cores']} cores, {memory} of memory")
     providers = f" ({', '.join(facts['providers'])})" if facts["providers"] else ""
     head.add_row("onnxruntime", (facts["onnxruntime"] or "not installed") + providers)
+    head.add_row("openvino", facts["openvino"] or "not installed")
     gpu = facts["gpu"]
     if gpu:
         memory = show_bytes(gpu["memory_bytes"])
@@ -130,6 +124,18 @@ def _graphs(
     if target.name == "cuda" and not _has_cuda_core():
         runs = False
         missing.append(f"to run: {CUDA_CORE}")
+    return {"build": not absent, "run": runs, "missing": missing}
+
+
+def _openvino(target: Target, absent: list[str]) -> dict[str, Any]:
+    """A target that OpenVINO runs."""
+    missing = _to_export(absent)
+    found = _version("openvino")
+    runs = found is not None and serves(target, found)
+    if found is None:
+        missing.append("to run: openvino (pip install 'visistage[openvino]')")
+    elif not runs:
+        missing.append(f"to run: OpenVINO {target.versions[0]}, found {found}")
     return {"build": not absent, "run": runs, "missing": missing}
 
 

@@ -21,7 +21,8 @@ QUANTISED_LLM = ("int8", "w8", "w4")
 """Quantised precisions of the ``llm`` lowering. The ``portable`` one has none with scales in
 blocks, which came with opset 21."""
 
-ONNXRUNTIME, TENSORRT, TENSORRT_RTX = "onnxruntime", "tensorrt", "tensorrt_rtx"
+ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
+TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt_rtx"
 
 Capability = tuple[int, int]
 """A CUDA compute capability: (8, 7) is an Orin's."""
@@ -58,7 +59,7 @@ class Target:
     """One kind of machine.
 
     Attributes:
-        backend: who runs it: ``onnxruntime``, ``tensorrt`` or ``tensorrt_rtx``.
+        backend: who runs it: ``onnxruntime``, ``openvino``, ``tensorrt`` or ``tensorrt_rtx``.
         lowering: ``llm`` or ``portable`` (``graphs/ops.py``).
         precisions: what it runs, its default first.
         opset: the highest ONNX opset it reads.
@@ -88,7 +89,7 @@ class Target:
     @property
     def engines(self) -> bool:
         """Whether a bundle is finished by compiling engines."""
-        return self.backend != ONNXRUNTIME
+        return self.backend in (TENSORRT, TENSORRT_RTX)
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -97,8 +98,8 @@ class Target:
         return tuple("w8a8" if one == "int8" else one for one in quantised)
 
     def dtype(self, precision: str) -> str:
-        """Type of the float numbers in a graph: engines fuse integers into FP16 graphs, ONNX
-        Runtime on a CPU into FP32 graphs only.
+        """Type of the float numbers in a graph: engines fuse integers into FP16 graphs, what
+        runs graphs on a CPU into FP32 graphs only.
         """
         return DTYPES.get(base_of(precision), "float16" if self.engines else "float32")
 
@@ -140,6 +141,16 @@ TARGETS = {
             opset=20,
             versions=("1.23", None),
             int8_cache=True,
+            local=True,
+        ),
+        Target(
+            "openvino",
+            "OpenVINO on this CPU",
+            backend=OPENVINO,
+            lowering="portable",
+            precisions=("fp32", "int8"),
+            opset=20,
+            versions=("2026.0", None),
             local=True,
         ),
         Target("cuda", "ONNX Runtime on an NVIDIA GPU"),
@@ -187,23 +198,16 @@ TARGETS = {
     )
 }
 
-LATER_TARGETS = ("openvino",)
-
 
 def find_target(name: str) -> Target:
     """The target called ``name``.
 
     Raises:
-        TargetError: unknown, or not in this version.
+        TargetError: unknown.
     """
     target = TARGETS.get(name)
     if target is not None:
         return target
-    if name in LATER_TARGETS:
-        raise TargetError(
-            f"target '{name}' is planned, this version does not build it. "
-            f"It builds: {', '.join(TARGETS)}"
-        )
     hint = nearest(name, tuple(TARGETS))
     raise TargetError(f"unknown target '{name}'.{hint} Known: {', '.join(TARGETS)}")
 
@@ -212,7 +216,7 @@ def resolve_target(name: str, precision: str | None) -> tuple[Target, str]:
     """The target called ``name`` and the precision to build it in.
 
     Raises:
-        TargetError: unknown, not in this version, or a precision the target does not run.
+        TargetError: unknown, or a precision the target does not run.
     """
     target = find_target(name)
     if target.name == "cpu" and _ort_version() < ORT_LLM_SINCE:
@@ -221,7 +225,7 @@ def resolve_target(name: str, precision: str | None) -> tuple[Target, str]:
     if base_of(precision) not in target.precisions:
         why = ""
         if base_of(precision) == "fp16":
-            why = " (ONNX Runtime computes FP16 graphs in FP32 on a CPU, from twice the memory)"
+            why = " (a CPU computes FP16 graphs in FP32, from twice the memory)"
         elif is_quantised(precision) and target.name == "cuda":
             why = " (ONNX Runtime's kernels for it are not ones this project has seen run)"
         elif is_quantised(precision):

@@ -35,7 +35,8 @@ DEFAULT_MAX_TOKENS = 16
 SMALL_BYTES = 256 << 20
 """Weights of a model that one thread is enough for."""
 
-PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "onnx", "onnx-ir")
+PACKAGES: tuple[str, ...] = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino")
+PACKAGES += ("torch", "transformers", "onnx", "onnx-ir")
 """Whose versions a report names."""
 
 

@@ -128,7 +128,7 @@ def rungs(subject: Subject) -> Iterator[Step]:
     )
     yield Step(
         "engine runs",
-        "ONNX Runtime and the engines",
+        "ONNX Runtime, and the engines or OpenVINO",
         "errors within the precision's tolerance",
         partial(_engine_run, subject),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..graphs.bundle import Bundle
 from ..graphs.errors import EngineError
-from ..graphs.targets import find_target
+from ..graphs.targets import OPENVINO, find_target
 from ..trt.device import find_device
 from ..trt.engines import Engines
 from ..trt.flavour import find
@@ -69,12 +69,14 @@ def engine_files(bundle: Bundle) -> Finding:
 
 
 def check_engines_run(bundle: Bundle) -> None:
-    """Make sure that this machine can run the bundle's engines.
+    """Make sure that this machine can run the bundle's engines; OpenVINO compiles none.
 
     Raises:
         ImpossibleError: it cannot; the reason is the machine's.
         NothingError: the bundle has no engines.
     """
+    if find_target(bundle.manifest.target).backend == OPENVINO:
+        return
     engines = _engines(bundle)
     try:
         engines.check_machine(find(engines.backend), find_device())

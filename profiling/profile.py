@@ -90,8 +90,9 @@ def profile(
             peaks = _better(peaks, _peaks(bundle, device, threads))
     noted: dict[str, Any] = {}
     if operators and device is None:
-        for number, (name, one) in enumerate(bundles.items()):
-            progress("operators", number, len(bundles))
+        noting = {n: b for n, b in bundles.items() if _on(b, backend) == ONNXRUNTIME}
+        for number, (name, one) in enumerate(noting.items()):
+            progress("operators", number, len(noting))
             noted[name] = asdict(operator_times(one, tokens=min(settings.tokens, 8), **options))
     runs = {
         name: run_facts(
@@ -174,6 +175,11 @@ def _better(one: Peaks, other: Peaks | None) -> Peaks:
 def _cuts(bundle: Bundle, backend: str | None) -> bool:
     """Whether stages take parts of a picture: graphs do, engines were compiled for whole ones."""
     return backend == ONNXRUNTIME or not find_target(bundle.manifest.target).engines
+
+
+def _on(bundle: Bundle, backend: str | None) -> str:
+    """The back end that runs it. Of operators only ONNX Runtime's own times are read."""
+    return backend or find_target(bundle.manifest.target).backend
 
 
 def _all_calls(series: Series) -> list[Call]:

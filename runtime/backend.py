@@ -1,7 +1,8 @@
-"""Who runs a bundle's graphs: ONNX Runtime on this CPU, or a device.
+"""Who runs a bundle's graphs: ONNX Runtime or OpenVINO on this CPU, or a device.
 
 The target names the back end; ``onnxruntime`` may be asked for any bundle, whose graphs then run
-on this CPU. Nothing of a device is imported until a bundle needs one.
+on this CPU, ``openvino`` for those it can read. Nothing of a device or of OpenVINO is imported
+until a bundle needs it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,19 @@ import numpy as np
 from ..graphs.bundle import Bundle
 from ..graphs.errors import TargetError
 from ..graphs.rows import Executor, Rows
-from ..graphs.targets import ONNXRUNTIME, TARGETS, TENSORRT, TENSORRT_RTX, find_target
+from ..graphs.targets import (
+    ONNXRUNTIME,
+    OPENVINO,
+    TARGETS,
+    TENSORRT,
+    TENSORRT_RTX,
+    Target,
+    find_target,
+)
 from .ort import ENGINE, OrtExecutor, OrtOptions
 from .threads import choose_threads
 
-BACKENDS = (ONNXRUNTIME, TENSORRT, TENSORRT_RTX)
+BACKENDS = (ONNXRUNTIME, OPENVINO, TENSORRT, TENSORRT_RTX)
 CUDA_TARGET = "cuda"
 
 
@@ -65,9 +74,10 @@ def open_backend(bundle: Bundle, backend: str | None, options: OrtOptions) -> Ba
 
     Args:
         bundle: complete and unchanged.
-        backend: ``onnxruntime`` for its graphs on this CPU; None: as its target says.
-        options: of ONNX Runtime; None in them where a device runs the bundle, but ``threads``
-            where that is ONNX Runtime again.
+        backend: ``onnxruntime`` or ``openvino`` for its graphs on this CPU; None: as its target
+            says.
+        options: of ONNX Runtime; None in them where others run the bundle, but ``threads`` where
+            that is OpenVINO, or ONNX Runtime again.
 
     Raises:
         TargetError: the back end is unknown, or another than the target's, or takes no such option.
@@ -76,16 +86,20 @@ def open_backend(bundle: Bundle, backend: str | None, options: OrtOptions) -> Ba
     check_backend(bundle, backend)
     target = find_target(bundle.manifest.target)
     cuda = target.name == CUDA_TARGET and backend is None
-    if not cuda and (backend or target.backend) == ONNXRUNTIME:
+    chosen = backend or target.backend
+    if not cuda and chosen == ONNXRUNTIME:
         return _open_onnxruntime(bundle, options)
-    allowed = {"threads"} if cuda else set()
+    where = "OpenVINO" if chosen == OPENVINO else f"a GPU (target '{target.name}')"
+    allowed = {"threads"} if cuda or chosen == OPENVINO else set()
     for field in fields(options):
         if getattr(options, field.name) is not None and field.name not in allowed:
             raise TargetError(
                 f"--{field.name.replace('_', '-')} is for ONNX Runtime on a CPU, and {bundle.path} "
-                f"runs on a GPU (target '{target.name}'). Leave it out, or run the graphs on this "
-                f"CPU: --backend {ONNXRUNTIME}"
+                f"runs on {where}. Leave it out, or run the graphs in ONNX Runtime: "
+                f"--backend {ONNXRUNTIME}"
             )
+    if chosen == OPENVINO:
+        return _open_openvino(bundle, options.threads)
     from .device import opening
 
     return opening.open_cuda(bundle, options.threads) if cuda else opening.open_engines(bundle)
@@ -99,6 +113,15 @@ def _open_onnxruntime(bundle: Bundle, options: OrtOptions) -> OrtExecutor:
     return OrtExecutor(bundle, replace(options, threads=threads))
 
 
+def _open_openvino(bundle: Bundle, threads: int | None) -> Backend:
+    from .openvino import OpenVinoExecutor, engine
+
+    def load(threads: int) -> Backend:
+        return OpenVinoExecutor(bundle, threads)
+
+    return load(threads or choose_threads(bundle, engine(), load))
+
+
 def check_backend(bundle: Bundle, backend: str | None) -> None:
     """Refuse a back end that cannot run the bundle.
 
@@ -108,11 +131,17 @@ def check_backend(bundle: Bundle, backend: str | None) -> None:
     if backend is not None and backend not in BACKENDS:
         raise TargetError(f"unknown back end '{backend}'. Known: {', '.join(BACKENDS)}")
     target = find_target(bundle.manifest.target)
-    if backend in (None, ONNXRUNTIME, target.backend):
+    if backend in (None, ONNXRUNTIME) or _runs(backend, target):
         return
-    makers = [one.name for one in TARGETS.values() if one.backend == backend]
+    makers = [one.name for one in TARGETS.values() if _runs(backend, one)]
     raise TargetError(
         f"{bundle.path} is for target '{target.name}', which runs on {target.backend}; {backend} "
         f"runs bundles for {', '.join(makers)}. Leave --backend out, or build one: make engines "
         f"TARGET={makers[0]}"
     )
+
+
+def _runs(backend: str, target: Target) -> bool:
+    """Whether ``backend``, if not ONNX Runtime, runs bundles for ``target``."""
+    portable = target.lowering == "portable" and not target.engines
+    return backend == target.backend or (backend == OPENVINO and portable)

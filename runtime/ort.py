@@ -7,10 +7,6 @@ once; those that hand back new rows (``contract.hands_back``) have them written 
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +15,14 @@ import onnxruntime as ort
 import psutil
 
 from ..graphs.bundle import Bundle
-from ..graphs.contract import ORT_LLM_SINCE, PROBE, appended, cache_names, hands_back
+from ..graphs.contract import ORT_LLM_SINCE, PROBE, appended, hands_back
 from ..graphs.errors import BundleError, CapacityError
 from ..graphs.rows import Kept, StageResult
+from .host import HostExecutor
 from .integers import integer_entries
 from .part import Part
 from .processor import cores
 from .tensors import cache_scales
-
-BUCKET = 128
-"""Slots are added in multiples of this: growth copies, and attention pays for every slot."""
 
 CPU = "CPUExecutionProvider"
 ENGINE = f"onnxruntime {ort.__version__}"
@@ -50,65 +44,31 @@ class OrtOptions:
     profile: Path | None = None
 
 
-class OrtExecutor:
-    """``graphs.rows.Executor`` over ONNX Runtime, for one prompt at a time or a batch.
-
-    ``elapsed_ms`` adds up the time of every graph by name until ``reset_elapsed``.
-    """
-
-    device_name: str | None = None
+class OrtExecutor(HostExecutor):
+    """``graphs.rows.Executor`` over ONNX Runtime, for one prompt at a time or a batch."""
 
     def __init__(self, bundle: Bundle, options: OrtOptions, batch: int = 1):
         manifest = bundle.manifest
         _check_version(bundle)
-        self.plan, self.text = manifest.plan, manifest.config.text
+        super().__init__(manifest, batch)
         self.hands_back = hands_back(manifest.graphs[manifest.parts_of(0)[0]].spec)
-        self.dtype, self.cache_dtype = np.dtype(manifest.dtype), np.dtype(manifest.cache_dtype)
         self.scales = cache_scales(bundle)
-        self.rows_dtype = np.dtype(manifest.widening.rows_dtype(self.dtype.name))
-        self.batch = batch
         self.threads: int | None = options.threads or cores()
         widened = manifest.dtype == "float16"
         self.prepacked = _prepack(manifest.weight_bytes, widened, options)
-        self.elapsed_ms: dict[str, float] = defaultdict(float)
         self.sessions = {name: self._load(bundle, name, options) for name in manifest.graphs}
-        self.caches: list[dict[str, np.ndarray]] = []
-        self.parts: list[list[Part]] = []
-        for index, stage in enumerate(self.plan.stages):
-            names = [name for pair in cache_names(stage.layers) for name in pair]
-            self.caches.append({name: self._empty(0) for name in names})
-            self.parts.append(
-                [
-                    Part(manifest.graphs[name].spec, self.sessions[name])
-                    for name in manifest.parts_of(index)
-                ]
-            )
-
-    def prepare(self, needs: Sequence[int]) -> bool:
-        """Nothing to prepare: caches grow as they are needed."""
-        return False
-
-    def padding(self, stage: int, count: int) -> int:
-        """No padding rows: a call of any size costs the same to start."""
-        return 0
+        self.parts = [
+            [
+                Part(manifest.graphs[name].spec, self.sessions[name])
+                for name in manifest.parts_of(index)
+            ]
+            for index in range(len(self.plan.stages))
+        ]
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels (B, C, H, W) float32 -> visual rows (B, N, D)."""
         with self._timed("vision"):
             return self.sessions["vision"].run(["visual_rows"], {"pixels": pixels})[0]
-
-    def ensure_slots(self, stage: int, slots: int) -> int:
-        """Grow a stage's caches to the next bucket, keeping what they hold; zeros elsewhere."""
-        size = -(-slots // BUCKET) * BUCKET
-        for name, old in self.caches[stage].items():
-            if size <= old.shape[2]:
-                return old.shape[2]
-            new = self._empty(size)
-            new[:, :, : old.shape[2]] = old
-            self.caches[stage][name] = new
-        for part in self.parts[stage]:
-            part.bind_caches(self.caches[stage], aliased=not self.hands_back)
-        return size
 
     def append(self, stage, rows, positions, order, slot_order, write_index, gates) -> StageResult:
         """One call of a stage, part after part; contract: ``contract.stage_spec``."""
@@ -178,28 +138,6 @@ class OrtExecutor:
             cosine, norm = self.sessions[PROBE].run(["cosine", "norm"], feeds)
         return cosine, norm
 
-    def take(self, rows: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Rows ``index`` along Q."""
-        return rows[:, index]
-
-    def concatenate(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """Join rows along Q."""
-        return parts[0] if len(parts) == 1 else np.concatenate(list(parts), axis=1)
-
-    def snapshot(self, stage: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Copies of a stage's cache slots [start, stop)."""
-        return {name: c[:, :, start:stop].copy() for name, c in self.caches[stage].items()}
-
-    def restore(self, stage: int, start: int, saved: dict[str, np.ndarray]) -> None:
-        """Write a snapshot back; the slots must exist."""
-        for name, rows in saved.items():
-            self.caches[stage][name][:, :, start : start + rows.shape[2]] = rows
-
-    def reset_elapsed(self) -> dict[str, float]:
-        """Milliseconds per graph since the last call."""
-        elapsed, self.elapsed_ms = dict(self.elapsed_ms), defaultdict(float)
-        return elapsed
-
     def end_profiles(self) -> dict[str, Path]:
         """Stop noting operators; the file of every graph (``OrtOptions.profile``)."""
         return {name: Path(session.end_profiling()) for name, session in self.sessions.items()}
@@ -209,17 +147,11 @@ class OrtExecutor:
         self.parts.clear()
         self.sessions.clear()
         self.caches.clear()
+        self.blocks.clear()
 
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.elapsed_ms[name] += (time.perf_counter() - start) * 1e3
-
-    def _empty(self, slots: int) -> np.ndarray:
-        """Zeros, not garbage: a NaN in an invisible slot would poison attention (0 x NaN)."""
-        shape = (self.batch, self.text.kv_heads, slots, self.text.head_dim)
-        return np.zeros(shape, self.cache_dtype)
+    def _moved(self, stage: int) -> None:
+        for part in self.parts[stage]:
+            part.bind_caches(self.caches[stage], aliased=not self.hands_back)
 
     def _load(self, bundle: Bundle, name: str, options: OrtOptions) -> ort.InferenceSession:
         session = ort.SessionOptions()

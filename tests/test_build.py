@@ -209,7 +209,7 @@ def test_a_7b_on_this_cpu_is_refused_before_it_is_fetched(tmp_path, monkeypatch)
     ("name", "precision", "message"),
     [
         ("cpuu", None, "Did you mean 'cpu'"),
-        ("openvino", None, "planned"),
+        ("openvino", "w4", "no scales in blocks"),
         ("cuda", "int8", "not ones this project has seen run"),
         ("cpu-portable", "w4", "no scales in blocks"),
         ("cpu", "fp16", "computes FP16 graphs in FP32"),

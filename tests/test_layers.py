@@ -35,7 +35,7 @@ PURE |= {"graphs.preset_request", "graphs.probing_presets", "graphs.static_prese
 PURE |= {"graphs.quantization", "graphs.values", "graphs.work"}
 RUNTIME_MAY = {*PURE, "graphs.probing", "graphs.rows", "runtime.*"}
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "huggingface_hub")
-HEAVY += ("cuda", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
+HEAVY += ("cuda", "openvino", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 
 # Module or package -> (what of ours it may import, which libraries). The longest name that fits
 # counts; "x.*" is package x with its modules, "" is the root package with the version.
@@ -50,6 +50,7 @@ RULES = {
     "runtime.*": (RUNTIME_MAY, {"PIL", "jinja2", "numpy", "tokenizers"}),
     "runtime.ort": (RUNTIME_MAY, {"numpy", "onnxruntime", "psutil"}),
     "runtime.part": (RUNTIME_MAY, {"numpy", "onnxruntime"}),
+    "runtime.openvino": (RUNTIME_MAY, {"numpy", "openvino"}),
     "runtime.device.cuda": (RUNTIME_MAY, {"cuda", "numpy"}),
     "runtime.device.engine_ort": (RUNTIME_MAY, {"numpy", "onnxruntime"}),
     "runtime.device.engine_trt": (RUNTIME_MAY | {"trt.flavour"}, {"numpy"}),
@@ -256,6 +257,7 @@ def test_the_rules_name_modules_that_exist():
         ("runtime.session", "from ..graphs.decoder import DecoderStage"),
         ("runtime.session", "from ..graphs import decoder"),
         ("runtime.ort", "import onnx"),
+        ("runtime.ort", "import openvino"),
         ("runtime.session", "from ..trt.engines import Engines"),
         ("runtime.device.executor", "import cuda.core"),
         ("runtime.device.cuda", "import torch"),
