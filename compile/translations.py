@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 try:
     from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -26,7 +25,7 @@ def read_once() -> Iterator[None]:
     if not hasattr(ONNXRegistry, "from_torchlib"):
         yield
         return
-    make = ONNXRegistry.from_torchlib
+    own, make = vars(ONNXRegistry)["from_torchlib"], ONNXRegistry.from_torchlib
 
     def table(*args: Any, **options: Any) -> Any:
         key = (args, *sorted(options.items()))
@@ -34,5 +33,8 @@ def read_once() -> Iterator[None]:
             _TABLES[key] = make(*args, **options)
         return _TABLES[key]
 
-    with patch.object(ONNXRegistry, "from_torchlib", staticmethod(table)):
+    ONNXRegistry.from_torchlib = staticmethod(table)
+    try:
         yield
+    finally:
+        ONNXRegistry.from_torchlib = own

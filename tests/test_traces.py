@@ -7,19 +7,18 @@ from visistage.compile.build import build
 from visistage.tests import toy
 from visistage.tests.traces import SharedTraces
 
-PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
 
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return toy.make_checkpoint(tmp_path_factory.mktemp("toy"))
-
-
-def graphs(checkpoint, out):
-    bundle = build(str(checkpoint), plan=PLAN, out=out)
+def graphs(out, **config):
+    checkpoint = toy.make_checkpoint(out / "toy", layers=1, **config)
+    bundle = build(str(checkpoint), plan="dense", out=out)
     return {file.name: file.read_bytes() for file in bundle.path.glob("*.onnx")}
 
 
+def refuse(key, *_):
+    raise AssertionError(f"traced again: {key[0]}")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
 def test_the_table_is_made_once_for_each_opset_and_for_us_alone(monkeypatch):
     made = []
     registry = translations.ONNXRegistry
@@ -50,22 +49,16 @@ def test_without_torchs_table_nothing_is_changed(monkeypatch):
         pass
 
 
-def test_shared_traces_give_the_same_graphs(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(stitch, "_TRACED", {})
-    alone = graphs(checkpoint, tmp_path / "alone")
-    monkeypatch.setattr(stitch, "_TRACED", SharedTraces(tmp_path / "traces"))
-    assert graphs(checkpoint, tmp_path / "first") == alone
-
-    def refuse(*_):
-        raise AssertionError("traced again")
+def test_shared_traces_give_the_same_graphs_and_no_others(tmp_path, monkeypatch):
+    alone = {}
+    monkeypatch.setattr(stitch, "_TRACED", alone)
+    expected = graphs(tmp_path / "alone")
+    writer = SharedTraces(tmp_path / "traces")
+    for key, traced in alone.items():
+        writer[key] = traced
 
     monkeypatch.setattr(stitch, "_TRACED", SharedTraces(tmp_path / "traces"))
     monkeypatch.setattr(stitch, "_trace", refuse)
-    assert graphs(checkpoint, tmp_path / "second") == alone
-
-
-def test_a_piece_of_another_kind_is_not_taken_for_a_shared_one(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(stitch, "_TRACED", SharedTraces(tmp_path / "traces"))
-    narrow = graphs(checkpoint, tmp_path / "out")
-    other = toy.make_checkpoint(tmp_path / "other", kv_heads=2)
-    assert graphs(other, tmp_path / "out")["stage0.onnx"] != narrow["stage0.onnx"]
+    assert graphs(tmp_path / "shared") == expected
+    with pytest.raises(AssertionError, match="traced again: Head"):
+        graphs(tmp_path / "other", kv_heads=2)
