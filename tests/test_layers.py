@@ -51,6 +51,7 @@ RULES = {
     "runtime.ort": (RUNTIME_MAY, {"numpy", "onnxruntime", "psutil"}),
     "runtime.part": (RUNTIME_MAY, {"numpy", "onnxruntime"}),
     "runtime.openvino": (RUNTIME_MAY, {"numpy", "openvino"}),
+    "runtime.openvino_calls": (RUNTIME_MAY, {"numpy"}),
     "runtime.device.cuda": (RUNTIME_MAY, {"cuda", "numpy"}),
     "runtime.device.engine_ort": (RUNTIME_MAY, {"numpy", "onnxruntime"}),
     "runtime.device.engine_trt": (RUNTIME_MAY | {"trt.flavour"}, {"numpy"}),

@@ -12,6 +12,7 @@ from visistage.graphs.quantization import parse_recipe
 from visistage.graphs.targets import OPENVINO, find_target
 from visistage.parity.report import FAILED, PASSED
 from visistage.runtime import openvino as ours
+from visistage.runtime import openvino_calls as calls
 from visistage.runtime.session import load
 from visistage.tests import calibrated, toy
 
@@ -70,9 +71,9 @@ def test_openvino_answers_like_onnxruntime(bundles, plan):
 def test_an_input_that_does_not_arrive_is_noticed(bundles, monkeypatch, wrong):
     with load(bundles().path) as session:
         right = [answer(session, *prompt) for prompt in PROMPTS]
-        fill = ours.Call.fill
+        fill = calls.Call.fill
         monkeypatch.setattr(
-            ours.Call, "fill", lambda self, name, v: None if name == wrong else fill(self, name, v)
+            calls.Call, "fill", lambda self, name, v: None if name == wrong else fill(self, name, v)
         )
         session.context.paid.clear()
         session.context.live = None
@@ -143,7 +144,7 @@ def test_caches_grow_across_buckets(bundles):
 def test_calls_in_pieces_and_without_padding_are_the_same(bundles, monkeypatch, plan):
     with load(bundles(plan).path) as session:
         logits = [session.score(*prompt, (5, 7)) for prompt in PROMPTS]
-    monkeypatch.setattr(ours, "MOST_ROWS", 5)
+    monkeypatch.setattr(calls, "MOST_ROWS", 5)
     monkeypatch.setattr(ours, "ROW_STEP", 1)
     with load(bundles(plan).path) as session:
         for prompt, whole in zip(PROMPTS, logits, strict=True):
@@ -153,17 +154,17 @@ def test_calls_in_pieces_and_without_padding_are_the_same(bundles, monkeypatch, 
 
 
 def test_only_rows_in_their_order_are_cut(monkeypatch):
-    monkeypatch.setattr(ours, "MOST_ROWS", 4)
+    monkeypatch.setattr(calls, "MOST_ROWS", 4)
     rising = np.arange(10)[None]
-    assert list(ours.pieces(rising)) == [(0, 4), (4, 8), (8, 10)]
-    assert list(ours.pieces(rising[:, :4])) == [(0, 4)]
-    assert list(ours.pieces(np.arange(9)[None])) == [(0, 3), (3, 6), (6, 9)]
+    assert list(calls.pieces(rising)) == [(0, 4), (4, 8), (8, 10)]
+    assert list(calls.pieces(rising[:, :4])) == [(0, 4)]
+    assert list(calls.pieces(np.arange(9)[None])) == [(0, 3), (3, 6), (6, 9)]
     for order in ([5, 6, 0, 1, 2, 3], [0, 1, 1, 2, 3], [PADDING_ORDER, 0, 1, 2, 3]):
-        assert list(ours.pieces(np.array([order]))) == [(0, len(order))]
+        assert list(calls.pieces(np.array([order]))) == [(0, len(order))]
 
 
 def test_few_calls_stay_bound(bundles, monkeypatch):
-    monkeypatch.setattr(ours, "MOST_CALLS", 2)
+    monkeypatch.setattr(calls, "MOST_CALLS", 2)
     with load(bundles("dense").path) as session:
         first = answer(session, *PROMPTS[0])
         for prompt in PROMPTS:
@@ -181,9 +182,9 @@ def test_verify_climbs_to_openvino(bundles, monkeypatch, precision):
     found = statuses(report)
     assert found["answers"] == found["engine runs"] == PASSED
     # A cache that is not written: the graphs are right, the runtime is not.
-    monkeypatch.setattr(ours.Call, "run", lambda self: (run_(self), self.new_rows.fill(0)))
+    monkeypatch.setattr(calls.Call, "run", lambda self: (run_(self), self.new_rows.fill(0)))
     report = run(bundle)
     assert statuses(report)["engine runs"] == FAILED
 
 
-run_ = ours.Call.run
+run_ = calls.Call.run
