@@ -48,5 +48,8 @@ class ByteCache(Generic[Value]):
         self._items.clear()
         self.nbytes = 0
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._items
+
     def __len__(self) -> int:
         return len(self._items)

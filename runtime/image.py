@@ -93,14 +93,23 @@ def preprocess(
     pixels = np.asarray(image).transpose(2, 0, 1)
     if preprocessing.crop_size is not None:
         pixels = _center_crop(pixels, preprocessing.crop_size)
+    return np.stack([table[one] for table, one in zip(_values(preprocessing), pixels, strict=True)])
+
+
+def _values(preprocessing: Preprocessing) -> np.ndarray:
+    """What each of 256 brightnesses becomes in each channel: (3, 256) float32.
+
+    Looked up rather than computed for every pixel: the same numbers in a fraction of the time.
+    """
+    values: np.ndarray = np.tile(np.arange(256), (3, 1))
     if preprocessing.rescale_factor is not None:
-        pixels = pixels.astype(np.float64) * preprocessing.rescale_factor
-    pixels = pixels.astype(np.float32)
+        values = values.astype(np.float64) * preprocessing.rescale_factor
+    values = values.astype(np.float32)
     if preprocessing.mean is not None:
-        mean = np.array(preprocessing.mean, np.float32)[:, None, None]
-        std = np.array(preprocessing.std, np.float32)[:, None, None]
-        pixels = (pixels - mean) / std
-    return np.ascontiguousarray(pixels)
+        mean = np.array(preprocessing.mean, np.float32)[:, None]
+        std = np.array(preprocessing.std, np.float32)[:, None]
+        values = (values - mean) / std
+    return values
 
 
 def pixel_key(image: Image.Image, preprocessing: Preprocessing) -> str:

@@ -14,11 +14,12 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..graphs.bundle import Bundle
 from ..graphs.cost import Geometry
@@ -41,10 +42,16 @@ DEFAULT_MAX_TOKENS = 128
 
 @dataclass(frozen=True)
 class OpenedImage:
-    """A picture that has been decoded and preprocessed; its key says what it shows."""
+    """A picture that has been decoded; its key says what it shows."""
 
     key: str
-    pixels: np.ndarray  # (3, H, W) float32
+    image: Image.Image
+    preprocessing: Preprocessing
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """(3, H, W) float32, as the tower takes them; made when first needed."""
+        return preprocess(self.image, self.preprocessing)
 
 
 Source = Any
@@ -192,7 +199,10 @@ class Session:
             return image
         decoded = load_image(image)
         key = pixel_key(decoded, self.preprocessing)
-        return OpenedImage(key, preprocess(decoded, self.preprocessing))
+        opened = OpenedImage(key, decoded, self.preprocessing)
+        if key not in self.visual_rows:
+            _ = opened.pixels  # now, while preprocessing is what is timed
+        return opened
 
     def _parts(self, prompt: str, opened: Sequence[OpenedImage]) -> list[Part]:
         encoded = self.encoder.encode(prompt, images=len(opened))
