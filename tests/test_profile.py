@@ -26,7 +26,7 @@ from visistage.graphs.errors import BundleError, CapacityError, PromptError
 from visistage.graphs.work import Call, Work, question_calls, token_calls
 from visistage.profiling import commands, memory
 from visistage.profiling.engine_layers import layer_times
-from visistage.profiling.facts import beaten
+from visistage.profiling.facts import beaten, speed_up
 from visistage.profiling.machine import clocks, machine_facts, parse_power_mode
 from visistage.profiling.measure import Settings, measure, until_first_token
 from visistage.profiling.operators import OTHER, operator_times
@@ -506,6 +506,18 @@ def test_the_page_lives_without_its_optional_parts(facts):
     html = render(bare)
     assert "no product of precision int8" in html
     assert "make engines PLAN=dense" in html
+
+
+def test_the_page_compares_two_bundles_without_a_roofline(facts):
+    """As of integers: there is a speed-up, and none that a roofline promises."""
+    bare = json.loads(json.dumps(facts))
+    for run in bare["runs"].values():
+        run["roofline"] = None
+    bare |= {"speed_up": speed_up(*bare["runs"].values()), "peaks": None, "no_peaks": "none"}
+    html = render(bare)
+    assert "second question" in html
+    assert "of the promised speed-up" not in html
+    assert "of the promised speed-up" in render(facts)
 
 
 def test_a_browser_shows_the_page_without_complaints(facts, browser, tmp_path):
