@@ -71,6 +71,7 @@ def main(samples: int, rounds: int, count: int, work: Path, dry: bool) -> None:
             click.echo(row)
         return
     command = f"python -m visistage.bench.kv_bundles --samples {samples} --rounds {rounds}"
+    command += f" --calibrate-on {count}"
     save(NAME, command, rows)
 
 
