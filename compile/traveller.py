@@ -18,8 +18,9 @@ from ..calib.prompts import Prompt
 from ..graphs.config import TextConfig
 from ..graphs.decoder import Head
 from ..graphs.errors import CapacityError, PromptError
+from ..graphs.gates import stage_gates
 from ..graphs.plan import StagePlan
-from ..graphs.rows import Segment, StageSlots, stage_gates
+from ..graphs.rows import Segment, StageSlots
 from ..graphs.select import Prober, Selector
 from .watch import ANSWER, TEXT, VISUAL
 

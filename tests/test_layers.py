@@ -33,7 +33,7 @@ PURE |= {
 PURE |= {"graphs.plan_checks", "graphs.plan_fields", "graphs.stages"}
 PURE |= {"graphs.preset_request", "graphs.probing_presets", "graphs.static_presets"}
 PURE |= {"graphs.quantization", "graphs.values", "graphs.work"}
-RUNTIME_MAY = {*PURE, "graphs.probing", "graphs.rows", "runtime.*"}
+RUNTIME_MAY = {*PURE, "graphs.gates", "graphs.probing", "graphs.rows", "runtime.*"}
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "huggingface_hub")
 HEAVY += ("cuda", "openvino", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 
@@ -42,7 +42,8 @@ HEAVY += ("cuda", "openvino", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings
 RULES = {
     "graphs": (PURE, set()),
     **dict.fromkeys(PURE, (PURE, set())),
-    "graphs.rows": (PURE | {"graphs.probing"}, {"numpy"}),
+    "graphs.rows": (PURE | {"graphs.gates", "graphs.probing"}, {"numpy"}),
+    "graphs.gates": (PURE, {"numpy"}),
     "graphs.probing": (PURE, {"numpy"}),
     "graphs.*": ({"graphs.*"}, {"numpy", "torch"}),
     "graphs.rope": ({"graphs.*"}, {"torch", "transformers"}),

@@ -18,9 +18,10 @@ from visistage.demo.heldout import held_out
 from visistage.graphs import chain
 from visistage.graphs.decoder import Linear
 from visistage.graphs.errors import CapacityError, PlanError, PromptError
+from visistage.graphs.gates import stage_gates
 from visistage.graphs.ops import Eager
 from visistage.graphs.presets import preset
-from visistage.graphs.rows import Chain, Segment, stage_gates
+from visistage.graphs.rows import Chain, Segment
 from visistage.graphs.vision import Vision
 from visistage.runtime.preprocessing import Preprocessing
 
