@@ -18,6 +18,7 @@ from ..graphs.bundle import Bundle
 from ..graphs.contract import ORT_LLM_SINCE, PROBE, appended, hands_back
 from ..graphs.errors import BundleError, CapacityError
 from ..graphs.rows import Kept, StageResult
+from .denormals import AVAILABLE, flushed
 from .host import HostExecutor
 from .integers import integer_entries
 from .part import Part
@@ -68,7 +69,7 @@ class OrtExecutor(HostExecutor):
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels (B, C, H, W) float32 -> visual rows (B, N, D)."""
         with self._timed("vision"):
-            return self.sessions["vision"].run(["visual_rows"], {"pixels": pixels})[0]
+            return flushed(self.sessions["vision"].run, ["visual_rows"], {"pixels": pixels})[0]
 
     def append(self, stage, rows, positions, order, slot_order, write_index, gates) -> StageResult:
         """One call of a stage, part after part; contract: ``contract.stage_spec``."""
@@ -118,7 +119,7 @@ class OrtExecutor(HostExecutor):
         read = {one.name for one in self.sessions[f"select{edge}"].get_inputs()}
         feeds = {n: np.ascontiguousarray(array) for n, array in feeds.items() if n in read}
         with self._timed(f"select{edge}"):
-            return Kept(*self.sessions[f"select{edge}"].run(None, feeds))
+            return Kept(*flushed(self.sessions[f"select{edge}"].run, None, feeds))
 
     def probe(
         self, stage, layer, query, slot_order, query_order, visual_slots
@@ -135,7 +136,7 @@ class OrtExecutor(HostExecutor):
         }
         feeds = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
         with self._timed(PROBE):
-            cosine, norm = self.sessions[PROBE].run(["cosine", "norm"], feeds)
+            cosine, norm = flushed(self.sessions[PROBE].run, ["cosine", "norm"], feeds)
         return cosine, norm
 
     def end_profiles(self) -> dict[str, Path]:
@@ -159,7 +160,8 @@ class OrtExecutor(HostExecutor):
         session.log_severity_level = 3
         # Graphs take turns: threads that go on spinning would steal the next graph's cores.
         session.add_session_config_entry("session.force_spinning_stop", "1")
-        session.add_session_config_entry("session.set_denormal_as_zero", "1")
+        if AVAILABLE:  # its own threads; they would stay so in the caller's, too
+            session.add_session_config_entry("session.set_denormal_as_zero", "1")
         if bundle.manifest.quantization.schemes:
             for entry, value in integer_entries().items():
                 session.add_session_config_entry(entry, value)
@@ -170,7 +172,7 @@ class OrtExecutor(HostExecutor):
             session.profile_file_prefix = str(options.profile / name)
         file = bundle.file(bundle.manifest.graphs[name].file)
         try:
-            return ort.InferenceSession(str(file), session, providers=[CPU])
+            return flushed(ort.InferenceSession, str(file), session, providers=[CPU])
         except Exception as error:  # ONNX Runtime's exceptions share no base but this
             raise BundleError(
                 f"ONNX Runtime {ort.__version__} cannot load {file}: {error}. "

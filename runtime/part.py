@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ..graphs.contract import GraphSpec, TensorSpec, appended
+from .denormals import flushed
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -48,7 +49,7 @@ class Part:
         outputs = {spec.name: np.empty(_shape(spec, sizes), spec.dtype) for spec in self.outputs()}
         for name, out in outputs.items():
             self.binding.bind_output(name, "cpu", 0, out.dtype, out.shape, out.ctypes.data)
-        self.session.run_with_iobinding(self.binding)
+        flushed(self.session.run_with_iobinding, self.binding)
         return outputs
 
     def inputs(self) -> list[TensorSpec]:
@@ -93,7 +94,7 @@ class Step:
         """Run once; the outputs are copies, because the next step writes over its own."""
         for spec, array in self.inputs:
             np.copyto(array, self.part.own(spec, feeds))
-        self.part.session.run_with_iobinding(self.binding)
+        flushed(self.part.session.run_with_iobinding, self.binding)
         return {name: out.copy() for name, out in self.outputs.items()}
 
 
