@@ -14,7 +14,7 @@ import ctypes
 import platform
 import sys
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -63,6 +63,6 @@ def _available() -> bool:
     return not zero.any() and bool((denormal * np.float32(0.5)).any())
 
 
-_c = ctypes.PyDLL(None) if sys.platform == "linux" else None  # the interpreter's own libm
+_c: Any = ctypes.PyDLL(None) if sys.platform == "linux" else None  # the interpreter's own libm
 _word, _bits = BITS.get(platform.machine(), (0, 0))
 AVAILABLE = _available()
