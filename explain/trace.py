@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..graphs.rows import Chain, Executor, StageResult
+from ..graphs.executor import Executor, StageResult
+from ..graphs.rows import Chain
 from ..runtime.tensors import cache_scales
 from .readings import Gates, Reading, read_row
 

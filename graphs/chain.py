@@ -18,10 +18,11 @@ from .config import TextConfig
 from .contract import INVISIBLE, probed, whole_stages
 from .decoder import DecoderStage
 from .errors import PlanError, PromptError
+from .executor import Kept, StageResult
 from .ops import Eager
 from .plan import StagePlan
 from .precision import NARROW, Widening
-from .rows import Chain, Kept, Segment, StageResult, last_layers
+from .rows import Chain, Segment, last_layers
 from .select import Prober, Selector
 
 Span = tuple[int, int]

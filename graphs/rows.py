@@ -1,8 +1,7 @@
 """The chain, seen from the host: which rows go to which stage, in what order, under which gates.
 
-NumPy only, and the same for torch, ONNX Runtime and TensorRT: an ``Executor`` owns weights, caches
-and rows (opaque here: anything that slices like an array), this module owns positions, orders,
-slots and gates. One prefill reads:
+NumPy only, and the same for torch, ONNX Runtime and TensorRT: an ``Executor`` runs graphs, this
+module owns positions, orders, slots and gates. One prefill reads:
 
     stage 0    text, image, text, ...      one call per kind: a call holds rows of one kind only
     edge 0     the last row selects K visual rows
@@ -17,87 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 
 from .contract import INVISIBLE, PADDING_ORDER
+from .executor import Executor, Kept, Rows, StageResult
 from .gates import stage_gates
 from .plan import StagePlan
 from .probing import Decision
-
-Rows = Any
-"""Hidden states (B, Q, D) in whatever form the executor keeps them."""
-
-
-class StageResult(NamedTuple):
-    """What an executor returns from one call of a stage."""
-
-    rows: Rows
-    queries: Any  # (layers, B, H, d): the last row's, rotated
-    logits: Any | None
-
-
-class Kept(NamedTuple):
-    """What a selection leaves: K rows with the positions and orders they always had."""
-
-    rows: Rows
-    positions: np.ndarray
-    order: np.ndarray
-    scores: np.ndarray
-
-
-class Executor(Protocol):
-    """Runs graphs; one per back end."""
-
-    def ensure_slots(self, stage: int, slots: int) -> int:
-        """Make room for at least ``slots`` slots, keeping what is there; returns the new size."""
-
-    def append(
-        self,
-        stage: int,
-        rows: Rows,
-        positions: np.ndarray,
-        order: np.ndarray,
-        slot_order: np.ndarray,
-        write_index: int,
-        gates: np.ndarray | None,
-    ) -> StageResult:
-        """One call of a stage (``contract.stage_spec``).
-
-        An executor that asked for padding (``Chain``) gets fewer rows than orders: what lacks on
-        the left is padding, which it returns no rows for.
-        """
-
-    def select(
-        self,
-        edge: int,
-        probe_query: Any,
-        slot_order: np.ndarray,
-        query_order: np.ndarray,
-        visual_slots: np.ndarray,
-        rows: Rows,
-        positions: np.ndarray,
-        order: np.ndarray,
-    ) -> Kept:
-        """One call of a selection (``contract.select_spec``)."""
-
-    def probe(
-        self,
-        stage: int,
-        layer: int,
-        query: Any,
-        slot_order: np.ndarray,
-        query_order: np.ndarray,
-        visual_slots: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """One probe of a layer of ``stage``: cosines and norms (``contract.probe_spec``)."""
-
-    def concatenate(self, parts: Sequence[Rows]) -> Rows:
-        """Join rows along Q."""
-
-    def take(self, rows: Rows, index: np.ndarray) -> Rows:
-        """Rows ``index`` (K,) of (B, Q, D) -> (B, K, D)."""
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ from ..compile.checkpoint import Checkpoint
 from ..graphs.bundle import Bundle, Manifest
 from ..graphs.chain import Span, TorchExecutor, load_weights, segments
 from ..graphs.contract import INVISIBLE
+from ..graphs.executor import Kept
 from ..graphs.linears import linear_groups
 from ..graphs.ops import Eager
 from ..graphs.plan import StagePlan
 from ..graphs.precision import NARROW
 from ..graphs.quantized import INPUT_SCALE, WEIGHT
-from ..graphs.rows import Chain, Kept, Segment
+from ..graphs.rows import Chain, Segment
 from ..graphs.vision import Vision
 from .choices import Choice, Grounds, Reading, lead
 from .compare import Bounds

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..graphs.bundle import Bundle
 from ..graphs.errors import TargetError
-from ..graphs.rows import Executor, Rows
+from ..graphs.executor import Executor, Rows
 from ..graphs.targets import (
     ONNXRUNTIME,
     OPENVINO,

@@ -20,7 +20,7 @@ import numpy as np
 from ..graphs.bundle import Bundle
 from ..graphs.contract import PROBE, GraphSpec
 from ..graphs.errors import BundleError, MissingDependencyError
-from ..graphs.rows import Kept, StageResult
+from ..graphs.executor import Kept, StageResult
 from ..graphs.targets import OPENVINO, find_target
 from .host import BUCKET, HostExecutor
 from .openvino_calls import Stage, pieces, shape_of
@@ -36,7 +36,7 @@ PROPERTIES = {
 
 
 class OpenVinoExecutor(HostExecutor):
-    """``graphs.rows.Executor`` over OpenVINO's CPU plugin, one prompt at a time.
+    """``graphs.executor.Executor`` over OpenVINO's CPU plugin, one prompt at a time.
 
     Raises:
         MissingDependencyError: OpenVINO is not installed.
@@ -73,7 +73,7 @@ class OpenVinoExecutor(HostExecutor):
         return self._call("vision", {"pixels": pixels})["visual_rows"]
 
     def append(self, stage, rows, positions, order, slot_order, write_index, gates) -> StageResult:
-        """See ``graphs.rows.Executor``; more orders than rows: those on the left are padding."""
+        """See ``Executor``; more orders than rows: those on the left are padding."""
         block, graph = self.blocks[stage], self.stages[stage]
         padding = order.shape[1] - rows.shape[1]
         if padding:

@@ -17,7 +17,7 @@ import psutil
 from ..graphs.bundle import Bundle
 from ..graphs.contract import ORT_LLM_SINCE, PROBE, appended, hands_back
 from ..graphs.errors import BundleError, CapacityError
-from ..graphs.rows import Kept, StageResult
+from ..graphs.executor import Kept, StageResult
 from .denormals import AVAILABLE, flushed
 from .host import HostExecutor
 from .integers import integer_entries
@@ -46,7 +46,7 @@ class OrtOptions:
 
 
 class OrtExecutor(HostExecutor):
-    """``graphs.rows.Executor`` over ONNX Runtime, for one prompt at a time or a batch."""
+    """``graphs.executor.Executor`` over ONNX Runtime, for one prompt at a time or a batch."""
 
     def __init__(self, bundle: Bundle, options: OrtOptions, batch: int = 1):
         manifest = bundle.manifest

@@ -24,7 +24,7 @@ from PIL import Image
 from ..graphs.bundle import Bundle
 from ..graphs.cost import Geometry
 from ..graphs.errors import CapacityError, PromptError, VisistageError
-from ..graphs.rows import Rows
+from ..graphs.executor import Rows
 from .answer import Answer, Timings, plan_facts
 from .backend import check_backend, open_backend
 from .cache import ByteCache

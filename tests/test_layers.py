@@ -33,7 +33,8 @@ PURE |= {
 PURE |= {"graphs.plan_checks", "graphs.plan_fields", "graphs.stages"}
 PURE |= {"graphs.preset_request", "graphs.probing_presets", "graphs.static_presets"}
 PURE |= {"graphs.quantization", "graphs.values", "graphs.work"}
-RUNTIME_MAY = {*PURE, "graphs.gates", "graphs.probing", "graphs.rows", "runtime.*"}
+RUNTIME_MAY = {*PURE, "graphs.executor", "graphs.gates", "graphs.probing", "graphs.rows"}
+RUNTIME_MAY |= {"runtime.*"}
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "huggingface_hub")
 HEAVY += ("cuda", "openvino", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 
@@ -42,7 +43,8 @@ HEAVY += ("cuda", "openvino", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings
 RULES = {
     "graphs": (PURE, set()),
     **dict.fromkeys(PURE, (PURE, set())),
-    "graphs.rows": (PURE | {"graphs.gates", "graphs.probing"}, {"numpy"}),
+    "graphs.executor": (set(), {"numpy"}),
+    "graphs.rows": (PURE | {"graphs.executor", "graphs.gates", "graphs.probing"}, {"numpy"}),
     "graphs.gates": (PURE, {"numpy"}),
     "graphs.probing": (PURE, {"numpy"}),
     "graphs.*": ({"graphs.*"}, {"numpy", "torch"}),
@@ -113,8 +115,9 @@ RULES = {
     # Runs wherever a bundle runs, and looks further into it than the public runtime lets others.
     "explain.*": (
         PURE
-        | {"", "console.units", "explain.*", "graphs.rows", "pages.*", "runtime.answer"}
-        | {"runtime.image", "runtime.preprocessing", "runtime.session", "runtime.tensors"},
+        | {"", "console.units", "explain.*", "graphs.executor", "graphs.rows", "pages.*"}
+        | {"runtime.answer", "runtime.image", "runtime.preprocessing", "runtime.session"}
+        | {"runtime.tensors"},
         {"PIL", "jinja2", "numpy"},
     ),
     "explain": (set(), set()),

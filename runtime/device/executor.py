@@ -1,4 +1,4 @@
-"""``graphs.rows.Executor`` on a device: engines over memory that never leaves it.
+"""``graphs.executor.Executor`` on a device: engines over memory that never leaves it.
 
 What goes up in a call is a few kilobytes of positions, orders and gates, and the rows of text;
 what comes down is the logits of the last row, and of a selection which rows it kept. Sampling,
@@ -17,7 +17,7 @@ import numpy as np
 
 from ...graphs.bundle import Bundle
 from ...graphs.contract import PROBE
-from ...graphs.rows import Kept, StageResult
+from ...graphs.executor import Kept, StageResult
 from ..tensors import cache_scales
 from .calls import BATCH
 from .memory import DeviceArray, Memory, nbytes_of
@@ -87,11 +87,11 @@ class DeviceExecutor:
             return self.rooms.vision({"pixels": pixels}, {"B": BATCH})["visual_rows"]
 
     def ensure_slots(self, stage: int, slots: int) -> int:
-        """See ``graphs.rows.Executor``."""
+        """See ``Executor``."""
         return self.room.stages[stage].ensure_slots(slots)
 
     def append(self, stage, rows, positions, order, slot_order, write_index, gates) -> StageResult:
-        """See ``graphs.rows.Executor``; more orders than rows: those on the left are padding."""
+        """See ``Executor``; more orders than rows: those on the left are padding."""
         with self._timed(f"stage{stage}"):
             return self.room.stages[stage].append(
                 rows, positions, order, slot_order, write_index, gates
@@ -100,7 +100,7 @@ class DeviceExecutor:
     def select(
         self, edge, probe_query, slot_order, query_order, visual_slots, rows, positions, order
     ) -> Kept:
-        """See ``graphs.rows.Executor``; only which rows were kept comes down."""
+        """See ``Executor``; only which rows were kept comes down."""
         stage = self.room.stages[edge]
         key, value = list(stage.caches)[-2:]
         inputs = {
@@ -122,7 +122,7 @@ class DeviceExecutor:
     def probe(
         self, stage, layer, query, slot_order, query_order, visual_slots
     ) -> tuple[np.ndarray, np.ndarray]:
-        """See ``graphs.rows.Executor``; the decision is the host's, so its readings come down."""
+        """See ``Executor``; the decision is the host's, so its readings come down."""
         one = self.room.stages[stage]
         inputs = {
             **self.scales[layer],

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...graphs.contract import TensorSpec, appended
 from ...graphs.errors import CapacityError
-from ...graphs.rows import StageResult
+from ...graphs.executor import StageResult
 from .calls import BATCH, Loaded, Replay
 from .memory import DeviceArray, Layers, Memory, Place, nbytes_of, offsets_of
 from .protocol import Buffer, aligned
