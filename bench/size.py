@@ -10,7 +10,6 @@ they were touched.
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import time
 
 import click
 
+from ..runtime.processor import peak_memory
 from .record import save
 
 
@@ -36,13 +36,12 @@ class Steps:
 
     def done(self, fact) -> None:
         """Note a step."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self.rows.append(
             {
                 "step": fact.name,
                 "seconds": round(fact.seconds, 2),
                 "bytes": fact.nbytes,
-                "peak_mib": round(peak / 2**20),
+                "peak_mib": round(peak_memory() / 2**20),
             }
         )
 

@@ -8,12 +8,11 @@ Seconds of a cached step are those of the run that did it.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.processor import peak_memory
 from .bar import StepBar
 from .units import show_bytes, show_seconds
 
@@ -60,7 +59,7 @@ class BuildProgress(StepBar):
             "path": str(bundle.path),
             "steps": steps,
             "seconds": self.seconds,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory(),
             "weight_bytes": bundle.manifest.weight_bytes,
             "engines": engines and [asdict(one) for one in engines.engines],
         }
@@ -71,11 +70,5 @@ class BuildProgress(StepBar):
         if not self.facts:
             self.console.print("already built, every file in place")
         self.console.print(
-            f"{show_seconds(self.seconds)} in all, peak memory {show_bytes(peak_memory_bytes())}"
+            f"{show_seconds(self.seconds)} in all, peak memory {show_bytes(peak_memory())}"
         )
-
-
-def peak_memory_bytes() -> int:
-    """Most memory that this process has had in use; mapped weights count while they are read."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -8,7 +8,6 @@ A peak belongs to a process: beside a second bundle, or after one, nobody could 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from ..graphs.errors import CapacityError
+from ..runtime.processor import peak_memory
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ def main() -> None:
 
     with session:
         ask(session, next(prompts()), job["tokens"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak_bytes = peak if sys.platform == "darwin" else peak * 1024
-    print(json.dumps(asdict(Footprint(load_ms, loaded, peak_bytes))))
+    print(json.dumps(asdict(Footprint(load_ms, loaded, peak_memory()))))
 
 
 if __name__ == "__main__":

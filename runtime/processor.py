@@ -1,10 +1,11 @@
-"""The processor under a process: how many of its cores it has, and what it is called."""
+"""The machine under a process: its processor, the cores it may use, the memory it has used."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
+import sys
 from pathlib import Path
 
 ROOT = Path("/")
@@ -24,3 +25,15 @@ def processor(root: Path = ROOT) -> str:
             if line.lower().startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def peak_memory(root: Path = ROOT) -> int:
+    """Bytes of the process's largest resident set so far; ``root`` is for tests."""
+    with contextlib.suppress(OSError):
+        for line in (root / "proc" / "self" / "status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # no part of Python on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux a child inherits it
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -93,7 +93,7 @@ RULES = {
     "demo.scenes": (set(), {"PIL", "numpy"}),
     "console.*": (
         PURE
-        | {"", "calib.*", "console.*", "demo.heldout", "runtime.answer"}
+        | {"", "calib.*", "console.*", "demo.heldout", "runtime.answer", "runtime.processor"}
         | {"compile.planfile", "compile.recipes", "compile.steps", "trt.engines"},
         {"click", "psutil", "rich"},
     ),

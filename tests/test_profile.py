@@ -48,6 +48,7 @@ from visistage.profiling.roofline import parts_of
 from visistage.profiling.spread import Spread
 from visistage.profiling.sweep import counts_of
 from visistage.profiling.watch import watch
+from visistage.runtime.processor import peak_memory
 from visistage.runtime.session import Session
 from visistage.tests import toy
 
@@ -584,6 +585,11 @@ def test_a_page_that_cannot_be_written_is_one_message(bundles, tmp_path):
     )
     assert done.exit_code == 2
     assert "--out profile.html" in done.stderr
+
+
+def test_a_peak_is_that_of_the_child_alone(bundles):
+    found = memory.footprint(bundles["dense"].path, tokens=2)
+    assert found.loaded_bytes <= found.peak_bytes < peak_memory()  # this process has torch
 
 
 def test_a_child_that_dies_says_why(bundles):
