@@ -93,7 +93,10 @@ def preprocess(
     pixels = np.asarray(image).transpose(2, 0, 1)
     if preprocessing.crop_size is not None:
         pixels = _center_crop(pixels, preprocessing.crop_size)
-    return np.stack([table[one] for table, one in zip(_values(preprocessing), pixels, strict=True)])
+    out = np.empty(pixels.shape, np.float32)
+    for table, plane, channel in zip(_values(preprocessing), pixels, out, strict=True):
+        np.take(table, plane, out=channel, mode="clip")  # nothing to clip: it skips a copy
+    return out
 
 
 def _values(preprocessing: Preprocessing) -> np.ndarray:
