@@ -66,7 +66,8 @@ class StageSlots:
         start = self.used
         stop = start + segment.count
         self.order[:, start:stop] = segment.order
-        self.visual[:, start:stop] = segment.visual & (segment.order != INVISIBLE)
+        if segment.visual:  # free slots are not
+            self.visual[:, start:stop] = segment.order != INVISIBLE
         self.used = stop
         return start
 

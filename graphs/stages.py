@@ -8,6 +8,7 @@ Source: docs/design.md section 4; modes: methods.md 1.3 and 1.5.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 MAX_KEEP = 3840
@@ -53,7 +54,7 @@ class Stage:
         """Number of layers."""
         return self.layers[1] - self.layers[0]
 
-    @property
+    @cached_property
     def gated_layers(self) -> tuple[int, ...]:
         """Absolute indices of the layers that take gates: every mode but ``dense``."""
         start = self.layers[0]

@@ -272,11 +272,12 @@ class Stream(Iterator[str]):
         logits = done.logits[0]
         first_ms, graphs_ms = 0.0, {}
         while True:
-            token = choose(logits, sampling, [*history, *tokens], random)
+            token = choose(logits, sampling, history, random)
             if not tokens:
                 first_ms = (time.perf_counter() - started) * 1e3
                 graphs_ms = executor.reset_elapsed()
             tokens.append(token)
+            history.append(token)
             if token in session.eos:
                 finish = "eos"
                 break
