@@ -145,11 +145,13 @@ def _orders(at: int, count: int, batch: int) -> np.ndarray:
 
 
 def _reserve(session: Session, slots: int) -> None:
-    """Room for ``slots`` rows in every stage, asked for at once instead of as they come."""
-    chain = session.context.chain
+    """Room for ``slots`` rows in every stage, asked for at once and never given back."""
+    chain, executor = session.context.chain, session.executor
     for stage, held in enumerate(chain.slots):
         if slots > held.used:
             chain.reserve(stage, slots - held.used)
+    if slots:
+        vars(executor)["trim_slots"] = lambda stage, used, wanted: executor.blocks[stage].shape[3]
 
 
 def noise(random: np.random.Generator, count: int, side: int) -> Iterator[np.ndarray]:

@@ -61,6 +61,10 @@ class StageSlots:
             self.order = np.pad(self.order, width, constant_values=INVISIBLE)
             self.visual = np.pad(self.visual, width)
 
+    def shrink(self, slots: int) -> None:
+        """Forget slots from ``slots`` on, none of which may be in use."""
+        self.order, self.visual = self.order[:, :slots].copy(), self.visual[:, :slots].copy()
+
     def write(self, segment: Segment) -> int:
         """Note ``segment`` in the next free slots; returns the first of them."""
         start = self.used

@@ -47,6 +47,12 @@ class Backend(Executor, Protocol):
             CapacityError: there is not that much room.
         """
 
+    def trim_slots(self, stage: int, used: int, wanted: int) -> int:
+        """Give slots up where there are far more than ``wanted``, if it can; returns what is left.
+
+        Attention pays for all there are. The first ``used`` slots keep what they hold.
+        """
+
     def padding(self, stage: int, count: int) -> int:
         """Padding rows that it wants before ``count`` rows of a question."""
 

@@ -105,6 +105,7 @@ class Context:
         last = max((i for i, part in enumerate(parts) if isinstance(part, Picture)), default=-1)
         keys = _chain_keys(begin, parts[: last + 1])
         done, paid = self._resume(begin, keys)
+        self._trim(0, self.visual_tokens)
         segments, results, starts = list(paid[0]), list(paid[1]), list(paid[2])
         for index in range(done, last + 1):
             if index == last and question is not None:
@@ -125,9 +126,12 @@ class Context:
         segments, results, starts = self.advance(parts, rest[-1] if together else None)
         for part in rest[len(segments) :]:
             self._append(part, segments, results, starts, padded=part is rest[-1])
-        for slots in self.chain.slots[1:]:
-            slots.rewind(begin)
         self.length = self.rows_of(parts)
+        seen = visual_rows(self.chain.plan, len(pictures) * self.visual_tokens)
+        text = self.length - seen[0]
+        for stage, visual in enumerate(seen[1:], start=1):
+            self.chain.slots[stage].rewind(begin)
+            self._trim(stage, visual + text)
         done = self.chain.finish(segments, results, starts)
         done.logits = np.asarray(done.logits)
         return done
@@ -148,6 +152,11 @@ class Context:
             whole = replace(paid, caches=caches)
             self.paid.put(key, whole, whole.nbytes)
         self.unkept.clear()
+
+    def _trim(self, stage: int, extra: int) -> None:
+        """Give up slots that an earlier prompt needed, if ``extra`` more rows leave most free."""
+        slots = self.chain.slots[stage]
+        slots.shrink(self.executor.trim_slots(stage, slots.used, slots.used + extra))
 
     def _map_prefix(self, bundle: Bundle) -> list[dict[str, np.ndarray]]:
         """The shipped keys and values, by stage; mapped, not read."""

@@ -64,15 +64,22 @@ class HostExecutor:
 
     def ensure_slots(self, stage: int, slots: int) -> int:
         """Grow a stage's caches to the next bucket, keeping what they hold; zeros elsewhere."""
+        held = self.blocks[stage].shape[3]
+        return held if slots <= held else self._resize(stage, slots, held)
+
+    def trim_slots(self, stage: int, used: int, wanted: int) -> int:
+        """Give slots back where less than half of them are wanted; ``used`` of them are kept."""
+        held = self.blocks[stage].shape[3]
+        return held if held <= 2 * _bucket(wanted) else self._resize(stage, wanted, used)
+
+    def _resize(self, stage: int, slots: int, kept: int) -> int:
+        """Move the first ``kept`` slots of a stage's caches to new ones; returns their size."""
         old = self.blocks[stage]
-        size = -(-slots // BUCKET) * BUCKET
-        if size <= old.shape[3]:
-            return old.shape[3]
-        self.blocks[stage] = self._empty(stage, size)
-        self.blocks[stage][:, :, :, : old.shape[3]] = old
+        self.blocks[stage] = self._empty(stage, _bucket(slots))
+        self.blocks[stage][:, :, :, :kept] = old[:, :, :, :kept]
         self.caches[stage] = self._views(stage)
         self._moved(stage)
-        return size
+        return _bucket(slots)
 
     def _moved(self, stage: int) -> None:
         """The caches of ``stage`` lie elsewhere now: whoever bound them binds them again."""
@@ -111,3 +118,7 @@ class HostExecutor:
     def _views(self, stage: int) -> dict[str, np.ndarray]:
         names = [name for pair in cache_names(self.plan.stages[stage].layers) for name in pair]
         return dict(zip(names, self.blocks[stage], strict=True))
+
+
+def _bucket(slots: int) -> int:
+    return -(-slots // BUCKET) * BUCKET

@@ -396,6 +396,20 @@ def test_caches_grow_across_buckets(bundles, hugging_face):
     assert tokens == hugging_face.tokens([picture(11)], "Describe it.", 120)
 
 
+@pytest.mark.parametrize("plan", ["dense", "visipruner"])
+def test_slots_of_a_long_answer_are_given_back(bundles, plan):
+    """Attention pays for every slot there is, used or not."""
+    slots = lambda session: [block.shape[3] for block in session.executor.blocks]  # noqa: E731
+    with load(bundles(plan).path) as session, load(bundles(plan).path) as fresh:
+        long = answer(session, picture(12), "Describe it.", 330)
+        assert min(slots(session)) == 384
+        assert answer(session, picture(12), "Why?") == answer(fresh, picture(12), "Why?")
+        assert slots(session) == slots(fresh) == [128] * len(slots(session))
+        pair = [picture(13), picture(12)]
+        assert answer(session, pair, "Which?") == answer(fresh, pair, "Which?")
+        assert answer(session, picture(12), "Describe it.", 330) == long
+
+
 def test_mapped_weights_answer_the_same(bundles):
     bundle = bundles("visipruner")
     limit = int(bundle.manifest.weight_bytes * 1.5)

@@ -90,6 +90,10 @@ class DeviceExecutor:
         """See ``Executor``."""
         return self.room.stages[stage].ensure_slots(slots)
 
+    def trim_slots(self, stage: int, used: int, wanted: int) -> int:
+        """None: engines are compiled for a number of slots."""
+        return self.room.stages[stage].slots
+
     def append(self, stage, rows, positions, order, slot_order, write_index, gates) -> StageResult:
         """See ``Executor``; more orders than rows: those on the left are padding."""
         with self._timed(f"stage{stage}"):
