@@ -101,7 +101,7 @@ def accuracy(plans: tuple[str, ...] | None = None) -> str:
     ]
     header = ["plan", "t", "K", "e", "accuracy", "= dense", "TTFT", "visual FLOPs", "saved"]
     header += ["visual KV", "saved"]
-    return f"{_table(header, rows)}\n\n{_origin(record)}; TTFT: `{timing['command']}`"
+    return f"{_table(header, rows)}\n\n{_origin(record)}; TTFT: {_origin(timing)}"
 
 
 def exactness() -> str:
