@@ -46,7 +46,7 @@ class ChainResult:
 
 
 class TorchExecutor:
-    """``rows.Executor`` over eager stage modules; caches are torch tensors.
+    """``executor.Executor`` over eager stage modules; caches are torch tensors.
 
     ``prepare`` changes each stage before it is given its weights (``quantized.replace_linears``,
     ``round_caches``).

@@ -175,6 +175,7 @@ class Sampling:
             one_hot = np.zeros(scores.size)
             one_hot[int(np.argmax(scores))] = 1.0
             return one_hot
+        scores = scores.astype(np.float64)
         # Subtracting first keeps a tiny temperature from overflowing.
         scores = (scores - scores.max()) / self.temperature
         if 0 < self.top_k < scores.size:
@@ -192,11 +193,20 @@ class Sampling:
         return _softmax(scores)
 
     def _penalised(self, logits: np.ndarray, history: Sequence[int]) -> np.ndarray:
-        scores = np.array(logits, dtype=np.float64)
+        """The logits themselves; in FP64, and a copy, where the penalty changes any."""
+        scores = np.asarray(logits)
         if scores.ndim != 1 or scores.size == 0:
             raise TypeError(f"logits must have shape (V,), got {np.shape(logits)}")
-        _check_best(scores.max(), scores.size)
+        best = scores.max()
+        if not math.isfinite(best):
+            kind = "NaN" if math.isnan(best) else "only -inf" if best < 0 else "inf"
+            raise ModelError(
+                f"the model returned {kind} among its logits; a number was expected for each of "
+                f"{scores.size} tokens. FP16 overflow is the usual cause: rebuild with "
+                "--precision fp32, or run 'visistage verify' on the bundle."
+            )
         if self.repetition_penalty != 1 and len(history):
+            scores = scores.astype(np.float64)
             seen = np.unique(np.asarray(history, dtype=np.int64))
             seen = seen[(seen >= 0) & (seen < scores.size)]
             old = scores[seen]
@@ -223,10 +233,6 @@ def choose(
     Raises:
         ModelError: NaN or +inf among the logits, or nothing but -inf.
     """
-    if sampling.greedy and sampling.repetition_penalty == 1 and logits.ndim == 1:
-        token = int(logits.argmax())  # the first NaN, where there is one
-        _check_best(logits[token], logits.size)
-        return token
     if sampling.greedy:
         return int(np.argmax(sampling._penalised(logits, history)))
     if rng is None:
@@ -276,17 +282,6 @@ def _check(name: str, value: Any, kind: type, expected: str, fits: Any) -> None:
         raise PromptError(f"{name} is {value!r}; it must be {expected}.")
     if not fits(value):
         raise PromptError(f"{name} is {value}; it must be {expected}.")
-
-
-def _check_best(best: float, count: int) -> None:
-    """Raise ``ModelError`` unless the largest of ``count`` logits is a number."""
-    if not math.isfinite(best):
-        kind = "NaN" if math.isnan(best) else "only -inf" if best < 0 else "inf"
-        raise ModelError(
-            f"the model returned {kind} among its logits; a number was expected for each of "
-            f"{count} tokens. FP16 overflow is the usual cause: rebuild with "
-            "--precision fp32, or run 'visistage verify' on the bundle."
-        )
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:
