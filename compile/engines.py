@@ -18,7 +18,7 @@ from ..graphs.config import ModelConfig
 from ..graphs.contract import SLOT_STEP, Part, stage_of, stage_slots
 from ..graphs.errors import CapacityError, TargetError
 from ..graphs.plan import StagePlan
-from ..graphs.targets import MAX_HEAD, Target
+from ..graphs.targets import LLM, MAX_HEAD, Target
 from .export import Graph
 from .split import split
 from .stitch import TORCH_DTYPES
@@ -76,7 +76,7 @@ def resolve_parts(
             )
         return None
     widest = max(config.text.head_dim, config.vision.hidden // config.vision.heads)
-    if widest > MAX_HEAD and target.lowering == "llm":
+    if widest > MAX_HEAD and target.lowering == LLM:
         raise TargetError(
             f"attention heads are {widest} wide, {target.backend} has kernels up to {MAX_HEAD}. "
             "Run this model on ONNX Runtime: make engines TARGET=cpu"

@@ -28,14 +28,14 @@ from ..graphs.contract import (
 )
 from ..graphs.decoder import DecoderStage
 from ..graphs.linears import linear_groups
-from ..graphs.ops import Llm, LlmRows, Portable
+from ..graphs.ops import Llm, LlmBranched, LlmRows, Portable
 from ..graphs.plan import StagePlan
 from ..graphs.precision import NARROW, Widening
 from ..graphs.quantization import FLOAT, Quantization
 from ..graphs.quantized import is_cache_scale, replace_linears, round_caches
 from ..graphs.rope import frequencies
 from ..graphs.select import Prober, Selector
-from ..graphs.targets import Target, check_operators
+from ..graphs.targets import BRANCHED, LLM, PORTABLE, Target, check_operators
 from ..graphs.vision import Vision
 from .label import label_layers
 from .stitch import TORCH_DTYPES, Stitcher
@@ -84,7 +84,7 @@ def graphs_of(
 ) -> list[Graph]:
     """Every graph of a bundle, in the order in which a prompt meets them.
 
-    ``dtype`` is ``float32`` or ``float16``; ``lowering`` is ``llm`` or ``portable``; ``parts``
+    ``dtype`` is ``float32`` or ``float16``; ``lowering`` one of ``targets.LOWERINGS``; ``parts``
     cuts stages into several graphs, by default each is one; ``widening`` says what of an FP16
     decoder must be wider; ``quantization`` which linear layers and caches are integers, and
     ``engines`` whether layers of one input round it once (``quantized.replace_linears``), and INT8
@@ -92,8 +92,8 @@ def graphs_of(
     """
     parts = parts or whole_stages(plan)
     cache = quantization.cache
-    ops: Llm | Portable = Llm() if lowering == "llm" else Portable()
-    if engines and quantization.rounds_cache and lowering == "llm":
+    ops: Llm | Portable = Portable() if lowering == PORTABLE else Llm()
+    if engines and quantization.rounds_cache and lowering == LLM:
         ops = LlmRows()
     groups = linear_groups(config)
     out = []
@@ -110,8 +110,9 @@ def graphs_of(
         add("vision", Vision(config, ops, widening), vision_spec(config, dtype, widening))
         for name, part in zip(part_names(parts), parts, strict=True):
             spec = stage_spec(config.text, plan, part, dtype, ops.hands_back, widening, cache)
-            add(name, DecoderStage(config.text, plan, part, ops, widening), spec)
             index = part.stage
+            own = LlmBranched(in_order=index == 0) if lowering == BRANCHED else ops
+            add(name, DecoderStage(config.text, plan, part, own, widening), spec)
             if part.ends(plan) and probed(plan, index):
                 edge = plan.edges[index]
                 spec = select_spec(config.text, edge, dtype, widening, cache)

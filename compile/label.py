@@ -8,6 +8,7 @@ add up by layer: ``layers.3/node_mul_106_4``.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import onnx_ir
 
@@ -28,6 +29,14 @@ def label_layers(model: onnx_ir.Model) -> int:
                 current = found and found[1]
                 break
         if current is not None:
-            node.name = f"{current}/{node.name}"
-            labelled += 1
+            for one in (node, *_inside(node)):
+                one.name = f"{current}/{one.name}"
+                labelled += 1
     return labelled
+
+
+def _inside(node: onnx_ir.Node) -> Iterator[onnx_ir.Node]:
+    """Nodes of the branches of an ``If``."""
+    for attribute in node.attributes.values():
+        if attribute.type is onnx_ir.AttributeType.GRAPH:
+            yield from attribute.as_graph()

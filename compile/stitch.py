@@ -33,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..graphs.contract import GraphSpec, TensorSpec
 from ..graphs.quantized import WEIGHT
 from . import translations
+from .branches import branch_attention
 
 DOMAIN = "visistage"
 IR_VERSION = 10
@@ -123,6 +124,7 @@ class Stitcher:
         # Weights have no values yet, so only what shapes and axes are computed from folds: engine
         # compilers want those as plain constants.
         fold_constants(model, onnx_shape_inference=False)
+        branch_attention(model)
         graph.opset_imports.pop(DOMAIN, None)
         for index, (value, tensor) in enumerate(zip(graph.outputs, spec.outputs, strict=True)):
             assert value.producer() is not None, f"{name}: output {index} is an input"

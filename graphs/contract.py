@@ -33,7 +33,11 @@ PROBE = "probe"
 """Name of the graph that reads a layer in plans that decide per prompt."""
 
 ORT_LLM_SINCE = (1, 25)
-"""First ONNX Runtime that runs the ``llm`` lowering (opset 24: Attention, TensorScatter)."""
+"""First ONNX Runtime that runs opset 24 (Attention, TensorScatter), all lowerings' but
+``portable``'s."""
+
+MANY_ROWS = 64
+"""Graphs of the ``branched`` lowering take calls of more rows than this in the form for many."""
 
 
 @dataclass(frozen=True)

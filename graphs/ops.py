@@ -18,6 +18,11 @@ from torch import Tensor
 SOFTMAX_FLOOR = torch.finfo(torch.float32).min
 """Score of an invisible key. Not -inf: a row that sees nothing must stay finite."""
 
+BRANCHED_ATTENTION = "visistage::BranchedAttention"
+"""No operator of ONNX: what ``compile/branches.py`` writes out. Takes q (B, H, Q, d), k and v
+(B, G, S, d), visible (B, 1, Q, S), write_index (B,), and in a text-blind layer the value gate and
+perhaps the sink gate, (B, S) each."""
+
 
 class View(NamedTuple):
     """What one call may see and where it writes; made once per call by ``ops.view``.
@@ -177,12 +182,18 @@ class Eager:
         of_keys, of_values = scales or (None, None)
         keys, seen_keys = self.append(cache[0], k, of_keys, view)
         values, seen = self.append(cache[1], v, of_values, view)
+        return self.gated_attention(q, seen_keys, seen, view, gate), keys, values
+
+    def gated_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, view: View, gate: Gate | None
+    ) -> Tensor:
+        """Grouped attention to a whole cache. q: (B, H, Q, d); k, v: (B, G, S, d)."""
         visible = view.visible
         if gate is not None and gate.renorm:
             visible = visible & (gate.value > 0)[:, None, None, :]
         elif gate is not None:
-            seen = gate.values(seen, gate.first_visual(seen))
-        return self.attend(q, seen_keys, seen, visible), keys, values
+            v = gate.values(v, gate.first_visual(v))
+        return self.attend(q, k, v, visible)
 
 
 class Llm(Eager):
@@ -266,6 +277,39 @@ class Llm(Eager):
         return _symbolic(
             "TensorScatter", inputs, {"axis": -2}, cache.dtype, cache.shape, self.opset
         )
+
+
+class LlmBranched(Llm):
+    """``Llm`` for ONNX Runtime on a CPU: attention in one form for many new rows, one for a few.
+
+    ``in_order``: the rows of every call, and the slots before them, lie in the order in which they
+    see each other, so that what a causal mask hides need not be computed.
+    """
+
+    def __init__(self, in_order: bool):
+        self.in_order = in_order
+        self.name = "llm branched, in order" if in_order else "llm branched"
+
+    def gated_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, view: View, gate: Gate | None
+    ) -> Tensor:
+        """As its base, by ``BRANCHED_ATTENTION``, unless both forms would be the same."""
+        visible = view.visible
+        gates: list[Tensor] = []
+        if gate is not None and gate.renorm:
+            visible = visible & (gate.value > 0)[:, None, None, :]
+        elif gate is not None:
+            gates = [gate.value] if gate.sink is None else [gate.value, gate.sink]
+        if not gates and not self.in_order:
+            return self.attend(q, k, v, visible)
+        inputs = [q, k, v, visible, view.write_index, *gates]
+        attributes = {
+            "in_order": int(self.in_order),
+            "heads": q.shape[1],
+            "groups": k.shape[1],
+            "width": q.shape[3],
+        }
+        return _symbolic(BRANCHED_ATTENTION, inputs, attributes, q.dtype, q.shape, 1)
 
 
 class LlmRows(Llm):

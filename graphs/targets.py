@@ -18,8 +18,11 @@ from .quantization import QUANTISED, base_of, is_quantised
 DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 QUANTISED_LLM = ("int8", "w8", "w4")
-"""Quantised precisions of the ``llm`` lowering. The ``portable`` one has none with scales in
+"""Quantised precisions of the ``llm`` lowerings. The ``portable`` one has none with scales in
 blocks, which came with opset 21."""
+
+LLM, BRANCHED, PORTABLE = LOWERINGS = "llm", "branched", "portable"
+"""How graphs are written (``graphs/ops.py``): ``Llm``; ``LlmBranched``; ``Portable``."""
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt_rtx"
@@ -60,7 +63,7 @@ class Target:
 
     Attributes:
         backend: who runs it: ``onnxruntime``, ``openvino``, ``tensorrt`` or ``tensorrt_rtx``.
-        lowering: ``llm`` or ``portable`` (``graphs/ops.py``).
+        lowering: one of ``LOWERINGS``.
         precisions: what it runs, its default first.
         opset: the highest ONNX opset it reads.
         operators: what it imports; None: everything of its opset.
@@ -76,7 +79,7 @@ class Target:
     name: str
     summary: str
     backend: str = ONNXRUNTIME
-    lowering: str = "llm"
+    lowering: str = LLM
     precisions: tuple[str, ...] = ("fp16", "fp32")
     opset: int = 24
     operators: frozenset[str] | None = None
@@ -106,7 +109,7 @@ class Target:
     @property
     def static_slots(self) -> bool:
         """Whether the compiler wants the number of cache slots fixed (an aliased cache)."""
-        return self.engines and self.lowering == "llm"
+        return self.engines and self.lowering == LLM
 
 
 def _tensorrt(name: str, summary: str, capability: Capability | None, **facts) -> Target:
@@ -129,6 +132,7 @@ TARGETS = {
         Target(
             "cpu",
             "ONNX Runtime on this CPU",
+            lowering=BRANCHED,
             precisions=("fp32", *QUANTISED_LLM),
             int8_cache=True,
             local=True,
@@ -136,7 +140,7 @@ TARGETS = {
         Target(
             "cpu-portable",
             "ONNX Runtime before 1.25, basic operators only",
-            lowering="portable",
+            lowering=PORTABLE,
             precisions=("fp32", "int8"),
             opset=20,
             versions=("1.23", None),
@@ -147,7 +151,7 @@ TARGETS = {
             "openvino",
             "OpenVINO on this CPU",
             backend=OPENVINO,
-            lowering="portable",
+            lowering=PORTABLE,
             precisions=("fp32", "int8"),
             opset=20,
             versions=("2026.0", None),
@@ -176,7 +180,7 @@ TARGETS = {
             "orin-jp62",
             "TensorRT 10.3 on a Jetson Orin with JetPack 6.2",
             (8, 7),
-            lowering="portable",
+            lowering=PORTABLE,
             precisions=("fp16", "fp32", "int8", "w8"),
             opset=20,
             operators=BASIC_OPERATORS,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -11,6 +11,7 @@ import onnxruntime as ort
 
 from ..graphs.contract import ORT_LLM_SINCE
 from ..graphs.quantized import is_cache_scale
+from ..graphs.targets import PORTABLE
 from ..runtime.integers import integer_entries
 from .compare import LOOSE, bounds_of, first_wrong, strict, tensor_error
 from .modules import run_module
@@ -19,6 +20,24 @@ from .steps import ImpossibleError, require_memory
 from .stored_graph import StoredGraph
 
 PROVIDER = "CPUExecutionProvider"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a graph; what it should give is computed once."""
+
+    graph: StoredGraph
+    rows: int
+
+    @cached_property
+    def feeds(self) -> dict[str, np.ndarray]:
+        """What every rung is given."""
+        return self.graph.feeds(self.rows)
+
+    @cached_property
+    def wanted(self) -> dict[str, np.ndarray]:
+        """The reference: torch in FP32."""
+        return run_module(self.graph, self.feeds, half=False)
 
 
 class GraphRungs:
@@ -30,6 +49,7 @@ class GraphRungs:
     def __init__(self, graph: StoredGraph, free: int):
         self.graph, self.free = graph, free
         self.kinds = kinds_of(graph)
+        self.calls = [Call(graph, rows) for rows in graph.row_counts]
 
     def onnxruntime(self) -> Finding:
         """The graph's file in ONNX Runtime against its torch module in FP32.
@@ -42,7 +62,7 @@ class GraphRungs:
         """
         graph = self.graph
         found = tuple(int(part) for part in ort.__version__.split(".")[:2])
-        if graph.manifest.lowering == "llm" and found < ORT_LLM_SINCE:
+        if graph.manifest.lowering != PORTABLE and found < ORT_LLM_SINCE:
             wanted = ".".join(map(str, ORT_LLM_SINCE))
             raise ImpossibleError(f"needs ONNX Runtime {wanted}, found {ort.__version__}")
         copies = 2 if graph.manifest.dtype == "float16" else 1
@@ -73,32 +93,28 @@ class GraphRungs:
         if failure:
             return Finding(failure=failure, files=(graph.fact.file,))
         outputs = [spec.name for spec in graph.spec.outputs]
-        got = dict(zip(outputs, session.run(outputs, self.feeds), strict=True))
-        del session
-        if rearranged:
-            return self._finding(got, self.kinds, ", inputs rounded by ONNX Runtime")
-        return self._finding(got, strict(self.kinds))
+        kinds = self.kinds if rearranged else strict(self.kinds)
+        how = ", inputs rounded by ONNX Runtime" if rearranged else ""
+        findings = []
+        for call in self.calls:
+            got = dict(zip(outputs, session.run(outputs, call.feeds), strict=True))
+            findings.append(self._finding(call, got, kinds, how))
+        worst = next((one for one in findings if one.failure), findings[0])
+        return replace(worst, errors=tuple(error for one in findings for error in one.errors))
 
     def half(self) -> Finding:
         """The torch module in FP16 arithmetic: finite, and near FP32."""
-        got = run_module(self.graph, self.feeds, half=True)
-        return self._finding(got, {"float16", *strict(self.kinds)})
-
-    @cached_property
-    def feeds(self) -> dict[str, np.ndarray]:
-        """What both rungs are given."""
-        return self.graph.feeds()
-
-    @cached_property
-    def wanted(self) -> dict[str, np.ndarray]:
-        """The reference: torch in FP32."""
-        return run_module(self.graph, self.feeds, half=False)
+        call = self.calls[0]
+        got = run_module(self.graph, call.feeds, half=True)
+        return self._finding(call, got, {"float16", *strict(self.kinds)})
 
     def _finding(
-        self, got: Mapping[str, np.ndarray], kinds: Collection[str], how: str = ""
+        self, call: Call, got: Mapping[str, np.ndarray], kinds: Collection[str], how: str = ""
     ) -> Finding:
         errors: list[TensorError] = []
-        for name, want in self.wanted.items():
+        if call is not self.calls[0]:
+            how = f", {call.rows} rows{how}"
+        for name, want in call.wanted.items():
             if got[name].shape != want.shape:
                 shapes = f"{list(got[name].shape)}, expected {list(want.shape)}"
                 return Finding(f"{name} has the shape {shapes}", (self.graph.fact.file,))

@@ -16,15 +16,16 @@ import onnx_ir
 
 from ..calib.rounding import unpack_int4
 from ..graphs.bundle import Bundle
-from ..graphs.contract import INVISIBLE, GraphSpec, stage_of
+from ..graphs.contract import INVISIBLE, MANY_ROWS, GraphSpec, stage_of
 from ..graphs.errors import BundleError
 from ..graphs.quantized import CACHE_SCALES
+from ..graphs.targets import BRANCHED
 
 FILLED = 9
 """Slots of a cache that hold earlier rows."""
 
 ROWS = 5
-"""New rows of a call."""
+"""New rows of a call, unless told otherwise."""
 
 SPARE = 6
 """Slots beyond them that hold nothing yet, and rows that a selection is offered beyond K."""
@@ -107,14 +108,21 @@ class StoredGraph:
         own = [int(s.name[4:]) for s in self.spec.inputs if s.name.startswith("key.")]
         return min(own), max(own) + 1
 
-    def feeds(self) -> dict[str, np.ndarray]:
+    @property
+    def row_counts(self) -> list[int]:
+        """New rows of the calls that together reach all of the graph."""
+        if self.kind == "stage" and self.manifest.lowering == BRANCHED:
+            return [ROWS, MANY_ROWS + ROWS]
+        return [ROWS]
+
+    def feeds(self, rows: int = ROWS) -> dict[str, np.ndarray]:
         """Inputs by name: batch 1, a filled cache, one padded slot, half of the gates open."""
         generator = np.random.default_rng(zlib.crc32(self.name.encode()))
         keep = next((spec.shape[1] for spec in self.spec.outputs if spec.name == "rows.out"), 0)
         offered = (int(keep) if self.kind == "select" else 0) + SPARE
         filled = FILLED if self.kind == "stage" else offered + 2
-        used = filled + (ROWS if self.kind == "stage" else 0)
-        sizes = {"B": 1, "Q": ROWS, "S": used + SPARE, "N": offered}
+        used = filled + (rows if self.kind == "stage" else 0)
+        sizes = {"B": 1, "Q": rows, "S": used + SPARE, "N": offered}
         new = np.arange(filled, used) if self.kind == "stage" else np.arange(2, 2 + offered)
         slot_order = np.full(used + SPARE, INVISIBLE)
         slot_order[1:used] = np.arange(1, used)

@@ -26,6 +26,9 @@ from .prompts import prompts
 
 OTHER = "other"
 ROUNDS = 5
+CONTAINER = "If"
+"""Its time is that of operators in it, which are noted as well."""
+
 LAYER = re.compile(r"layers\.(\d+)/")
 
 
@@ -80,7 +83,9 @@ def _runs(file: Path) -> Iterator[Run]:
         nodes = sorted(
             (e["ts"], e["name"].removesuffix("_kernel_time"), e["args"]["op_name"], e["dur"])
             for e in events
-            if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")
+            if e.get("cat") == "Node"
+            and e["name"].endswith("_kernel_time")
+            and e["args"]["op_name"] != CONTAINER
         )
         spans = sorted(
             (e["ts"], e["ts"] + e["dur"])

@@ -20,6 +20,7 @@ from ..graphs.executor import Executor, Rows
 from ..graphs.targets import (
     ONNXRUNTIME,
     OPENVINO,
+    PORTABLE,
     TARGETS,
     TENSORRT,
     TENSORRT_RTX,
@@ -149,5 +150,5 @@ def check_backend(bundle: Bundle, backend: str | None) -> None:
 
 def _runs(backend: str, target: Target) -> bool:
     """Whether ``backend``, if not ONNX Runtime, runs bundles for ``target``."""
-    portable = target.lowering == "portable" and not target.engines
+    portable = target.lowering == PORTABLE and not target.engines
     return backend == target.backend or (backend == OPENVINO and portable)

@@ -18,6 +18,7 @@ from ..graphs.bundle import Bundle
 from ..graphs.contract import ORT_LLM_SINCE, PROBE, appended, hands_back
 from ..graphs.errors import BundleError, CapacityError
 from ..graphs.executor import Kept, StageResult
+from ..graphs.targets import PORTABLE
 from .denormals import AVAILABLE, flushed
 from .host import HostExecutor
 from .integers import integer_entries
@@ -187,7 +188,7 @@ def version() -> tuple[int, int]:
 
 
 def _check_version(bundle: Bundle) -> None:
-    if bundle.manifest.lowering == "llm" and version() < ORT_LLM_SINCE:
+    if bundle.manifest.lowering != PORTABLE and version() < ORT_LLM_SINCE:
         raise BundleError(
             f"{bundle.path} needs ONNX Runtime {ORT_LLM_SINCE[0]}.{ORT_LLM_SINCE[1]} or newer, "
             f"found {ort.__version__}. Upgrade it, or build for this one: "

@@ -12,7 +12,7 @@ from visistage.compile.checkpoint import open_checkpoint
 from visistage.compile.export import export, graphs_of
 from visistage.compile.weights import convert, link_files, place
 from visistage.graphs import chain
-from visistage.graphs.contract import INVISIBLE, PROBE, whole_stages
+from visistage.graphs.contract import INVISIBLE, MANY_ROWS, PROBE, whole_stages
 from visistage.graphs.decoder import DecoderStage
 from visistage.graphs.errors import CapacityError
 from visistage.graphs.ops import Eager
@@ -283,8 +283,17 @@ def test_exact_bundles_equal_the_published_method(
     assert any(exit_ < 7 for _, exit_ in ways) == (middle and deep)
 
 
-@pytest.mark.parametrize("lowering", ["llm", "portable"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-4), ("float16", 2e-2)])
+@pytest.mark.parametrize(
+    ("lowering", "dtype", "rows", "tolerance"),
+    [
+        ("llm", "float32", 5, 2e-4),
+        ("llm", "float16", 5, 2e-2),
+        ("portable", "float32", 5, 2e-4),
+        ("portable", "float16", 5, 2e-2),
+        ("branched", "float32", 5, 2e-4),
+        ("branched", "float32", MANY_ROWS + 3, 2e-4),  # pieces of unequal sizes
+    ],
+)
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -293,7 +302,7 @@ def test_exact_bundles_equal_the_published_method(
     ],
 )
 def test_every_graph_equals_its_module(
-    checkpoint, tmp_path, name, options, lowering, dtype, tolerance
+    checkpoint, tmp_path, name, options, lowering, dtype, rows, tolerance
 ):
     """Batch of two, a filled cache, gates half open: outputs relative to their spread."""
     opened = open_checkpoint(str(checkpoint))
@@ -308,22 +317,23 @@ def test_every_graph_equals_its_module(
     for graph in graphs:
         export(graph, config.text, tmp_path / "graph.onnx", placement.spans)
         session = ort.InferenceSession(str(tmp_path / "graph.onnx"))
-        feeds = example_feeds(graph, plan, generator)
+        feeds = example_feeds(graph, rows, generator)
         got = dict(zip([s.name for s in graph.spec.outputs], session.run(None, feeds), strict=True))
         want = torch_outputs(graph, config, plan, weights, feeds)
         assert got.keys() >= want.keys()
         for name, value in want.items():
             mine = got[name]
             if name.endswith(".out") and name[:3] in ("key", "val") and lowering == "portable":
-                value = value[:, :, 9:14]  # the new rows only
+                value = value[:, :, 9 : 9 + rows]  # the new rows only
             assert mine.shape == tuple(value.shape), name
             scale = float(value.double().std()) if value.is_floating_point() else 0
             worst = np.abs(mine.astype(np.float64) - value.double().numpy()).max()
             assert worst <= tolerance * max(scale, 1e-9) * 10, (graph.name, name, worst, scale)
 
 
-def example_feeds(graph, plan, generator):
-    sizes = {"B": 2, "Q": 5, "S": 20, "N": 6}
+def example_feeds(graph, rows, generator):
+    stop = 9 + rows
+    sizes = {"B": 2, "Q": rows, "S": stop + 6, "N": 6}
     feeds = {}
     for spec in graph.spec.inputs:
         shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
@@ -338,14 +348,14 @@ def example_feeds(graph, plan, generator):
         feeds[spec.name] = value.astype(spec.dtype)
     if "write_index" in feeds:
         feeds["write_index"][:] = 9
-        feeds["positions"][:] = np.arange(9, 14)
-        feeds["order"][:] = np.arange(9, 14)
+        feeds["positions"][:] = np.arange(9, stop)
+        feeds["order"][:] = np.arange(9, stop)
     if "slot_order" in feeds:
         feeds["slot_order"][:] = INVISIBLE
-        feeds["slot_order"][:, :14] = np.arange(14)
+        feeds["slot_order"][:, :stop] = np.arange(stop)
         feeds["slot_order"][1, 0] = INVISIBLE  # one padded slot
     if "query_order" in feeds:
-        feeds["query_order"][:] = 13
+        feeds["query_order"][:] = stop - 1
     if "rows" in feeds and "query_order" in feeds:
         feeds["order"][:] = feeds["positions"][:] = np.arange(2, 8)
     return feeds

@@ -15,6 +15,8 @@ from visistage.graphs.errors import CapacityError, TargetError
 from visistage.graphs.presets import preset
 from visistage.graphs.targets import (
     BASIC_OPERATORS,
+    LOWERINGS,
+    PORTABLE,
     TARGETS,
     check_operators,
     find_target,
@@ -31,8 +33,8 @@ PLANS = st.sampled_from(["dense", "visipruner", "fastv", "pyramiddrop"])
 
 def test_targets_are_complete_and_consistent():
     for target in TARGETS.values():
-        assert target.lowering in ("llm", "portable")
-        assert target.opset == (24 if target.lowering == "llm" else 20)
+        assert target.lowering in LOWERINGS
+        assert target.opset == (20 if target.lowering == PORTABLE else 24)
         assert target.engines == (target.build_memory is not None)
         if target.engines:
             assert target.operators is not None
