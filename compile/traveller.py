@@ -19,6 +19,7 @@ from ..graphs.config import TextConfig
 from ..graphs.decoder import Head
 from ..graphs.errors import CapacityError, PromptError
 from ..graphs.gates import stage_gates
+from ..graphs.ops import Eager, Scales
 from ..graphs.plan import StagePlan
 from ..graphs.rows import Segment, StageSlots
 from ..graphs.select import Prober, Selector
@@ -42,7 +43,10 @@ class _Call:
 
 
 class View(NamedTuple):
-    """What the last prompt row sees in one layer; shapes as ``contract.probe_spec``, B = 1."""
+    """What the last prompt row sees in one layer; shapes as ``contract.probe_spec``, B = 1.
+
+    key, value: FP32; of an INT8 cache, what it stands for.
+    """
 
     query: Tensor
     key: Tensor
@@ -130,7 +134,12 @@ class Traveller:
         ]
 
     def through(
-        self, run: Callable[..., Any], text: TextConfig, gated: int | None, prefix: Tensor | None
+        self,
+        run: Callable[..., Any],
+        text: TextConfig,
+        gated: int | None,
+        prefix: Tensor | None,
+        scales: Scales | None,
     ) -> View:
         """Take every call through one layer.
 
@@ -138,10 +147,12 @@ class Traveller:
             run: the layer.
             text: shapes of its cache.
             gated: its number among the stage's gated layers; None if it has no gates.
-            prefix: (2, G, P, d) keys and values of the prefix in this layer.
+            prefix: (2, G, P, d) keys and values of the prefix in this layer, as caches keep them.
+            scales: of its cache, which is INT8; None: FP32.
         """
         shape = (1, text.kv_heads, self._calls[-1].stop, text.head_dim)
-        key, value = torch.zeros(shape), torch.zeros(shape)
+        dtype = torch.float32 if scales is None else torch.int8
+        key, value = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
         if self.begin:
             assert prefix is not None
             key[0, :, : self.begin], value[0, :, : self.begin] = prefix
@@ -155,6 +166,8 @@ class Traveller:
             if not call.is_answer:
                 last = query[:, :, -1]
         assert last is not None
+        if scales is not None:
+            key, value = Eager().read(key, scales[0]), Eager().read(value, scales[1])
         query_order = torch.from_numpy(self._prompt_calls[-1].segments[-1].order[:, -1].copy())
         return View(last, key, value, self._order, query_order, self._visual_slots())
 

@@ -28,6 +28,8 @@ from ..graphs.decoder import Body, Head, Linear, Logits
 from ..graphs.errors import PlanError
 from ..graphs.ops import Eager
 from ..graphs.plan import StagePlan
+from ..graphs.quantization import Cache
+from ..graphs.quantized import round_caches
 from ..graphs.select import Prober, Selector
 from ..graphs.vision import Vision
 from . import ranges
@@ -125,8 +127,9 @@ def walk(
         watcher: shown the inputs of every linear layer, of the tower too if ``visual`` is None.
         reading: told of each layer without gates through which visual rows of a prompt run.
         storing: told of what every prompt caches in every layer.
-        rounded: what linear layers compute with, the tower's too if ``visual`` is None; the prefix
-            stays in float, as in every bundle. None: nothing is rounded.
+        rounded: what linear layers compute with, the tower's too if ``visual`` is None, and what
+            caches keep; the prefix is computed in float, as for every bundle, and cached like all
+            rows. None: nothing is rounded.
         want_logits: whether to keep them; with long answers they are large.
         progress: told of ``pieces(config, prefix_ids)`` pieces in all, fewer with ``visual``.
 
@@ -140,12 +143,14 @@ def walk(
     if visual is None:
         visual = see(checkpoint, prompts, watcher=watcher, rounded=rounded, progress=progress)
     prefix = prefix_cache(checkpoint, prefix_ids, progress) if prefix_ids else None
+    if prefix is not None and rounded is not None:
+        prefix = rounded.prefix(prefix)
     table = checkpoint.load(EMBEDDING)
     everyone = travellers(prompts, visual, table, prefix_ids, text.max_positions)
     checkpoint.release()
     del visual  # the travellers have the rows, and let go of them
 
-    body, lm_head = _decoder(checkpoint.config, plan)
+    body, lm_head = _decoder(checkpoint.config, plan, "float" if rounded is None else rounded.cache)
     module = nn.ModuleDict({"model": body, "lm_head": lm_head})
     stream = WatchedStream(checkpoint, module, watcher, progress, rounded)
     head, prober = Head(text, Eager()), Prober()
@@ -160,9 +165,10 @@ def walk(
             gated = stage.gated_layers.index(number) if number in stage.gated_layers else None
             ends = number == stage.layers[1] - 1
             saved = None if prefix is None else prefix[:, number]
+            scales = None if rounded is None else rounded.scales_of(number)
             with stream.loaded(layer, kinds) as run:
                 for place, one in enumerate(everyone):
-                    view = one.through(run, text, gated, saved)
+                    view = one.through(run, text, gated, saved, scales)
                     if storing is not None:
                         storing(number, view.key[0], view.value[0])
                     if reading is not None and gated is None and one.sees:
@@ -183,20 +189,21 @@ def walk(
     return Walked(logits, [one.kept for one in everyone])
 
 
-def _decoder(config: ModelConfig, plan: StagePlan) -> tuple[Body, Linear]:
-    """All layers of all stages, and the head, without weights."""
+def _decoder(config: ModelConfig, plan: StagePlan, cache: Cache) -> tuple[Body, Linear]:
+    """All layers of all stages, over caches of one type, and the head, without weights."""
     text = config.text
     kinds = {
         layer: (mode, stage.norm)
         for stage in plan.stages
         for layer, mode in enumerate(stage.modes, start=stage.layers[0])
     }
-    return without_weights(
-        lambda: (
-            Body(text, Eager(), kinds, last=True),
-            Linear(Eager(), text.hidden, text.vocab, bias=False),
-        )
-    )
+
+    def make() -> tuple[Body, Linear]:
+        body = Body(text, Eager(), kinds, last=True)
+        round_caches(body, cache)
+        return body, Linear(Eager(), text.hidden, text.vocab, bias=False)
+
+    return without_weights(make)
 
 
 def _check(plan: StagePlan, config: ModelConfig) -> None:
