@@ -14,14 +14,18 @@ from PIL import Image
 from rich.console import Console
 from visistage import runtime
 from visistage.calib import calibrate as pipeline
+from visistage.calib import choosing
 from visistage.calib import measuring as bundles
 from visistage.calib.calibration import Calibration, SampleFacts
 from visistage.calib.doubts import doubts
+from visistage.calib.dynamics import Dynamics, Reading
 from visistage.calib.measuring import Measuring, Origin, text_blind_plans
 from visistage.calib.prompts import order_hash, prepare
 from visistage.calib.samples import Sample
+from visistage.calib.thresholds import suggest_thresholds
 from visistage.cli import main
 from visistage.compile.build import build
+from visistage.compile.caches import cache_scales
 from visistage.compile.checkpoint import open_checkpoint
 from visistage.compile.collect import collect, fits
 from visistage.compile.planfile import load_plan
@@ -147,9 +151,8 @@ def test_a_measured_agreement_is_that_of_the_real_bundle(folder, tmp_path):
     assert found.answers.right == sum(right)
 
 
-@pytest.fixture(scope="module")
-def rounded(folder, tmp_path_factory):
-    """A calibration chosen for int8, as printed; plan, precision, ranges' rows of each bundle."""
+def builds(patch):
+    """Plan, precision and ranges of each bundle that is built from now on, as they come."""
     built = []
 
     def spy(*arguments, plan, precision, calibration, **options):
@@ -160,9 +163,16 @@ def rounded(folder, tmp_path_factory):
         built.append((load_plan(plan), precision, used))
         return bundle
 
+    patch.setattr(bundles, "build", spy)
+    return built
+
+
+@pytest.fixture(scope="module")
+def rounded(folder, tmp_path_factory):
+    """A calibration chosen for int8, as printed; its bundles."""
     out = tmp_path_factory.mktemp("rounded")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bundles, "build", spy)
+        built = builds(patch)
         done = run(
             *(folder / "toy", "--data", folder / "data", "--out", out, "--precision", "int8"),
             *("--cost", "90%", "--candidates", "1", "--json"),
@@ -234,7 +244,10 @@ def test_what_ships_and_loses_more_than_it_may_is_doubted(rounded):
     assert not doubted(0.1)
 
 
-@pytest.mark.parametrize("precision", ["int8", "w8", "w4:vision=w8"])
+@pytest.mark.parametrize(
+    "precision",
+    ["int8", "w8", "w4:vision=w8", "fp32:cache=int8", "int8:cache=int8", "w8:cache=int8"],
+)
 def test_a_rounded_walk_computes_what_the_rounded_bundle_does(
     folder, tmp_path, precision, monkeypatch
 ):
@@ -249,6 +262,7 @@ def test_a_rounded_walk_computes_what_the_rounded_bundle_does(
     prompts, _ = prepare(
         samples, prompt_encoder(checkpoint), Preprocessing.from_dict(texts.preprocessing)
     )
+    found = collect(checkpoint, prompts, dense, texts.prefix_ids)
     calibration = Calibration(
         model="toy",
         fits=fits(checkpoint, texts),
@@ -256,8 +270,9 @@ def test_a_rounded_walk_computes_what_the_rounded_bundle_does(
         rows="dense",
         include_prefix=False,
         samples=SampleFacts((), ("0", "1"), order_hash(prompts)),
-        groups=collect(checkpoint, prompts, dense, texts.prefix_ids).groups,
+        groups=found.groups,
         versions={},
+        cache=found.cache,
     )
     calibration.save(tmp_path / "ranges")
     model = Rounded(checkpoint, parse_recipe(precision), calibration)
@@ -281,6 +296,43 @@ def test_a_rounded_walk_computes_what_the_rounded_bundle_does(
             ran = session.score(sample.image, sample.prompt, ())[0]
             apart = np.abs(ran - float_one).max()
             assert np.abs(ran - rounded_one).max() < apart / 10
+
+
+def test_dynamics_of_an_int8_cache_are_read_from_one(folder, tmp_path, monkeypatch):
+    """Under the scales that candidates share; what thresholds are suggested follows from them."""
+    built, seen = builds(monkeypatch), []
+
+    def spy(checkpoint, prompts, plan, prefix, **options):
+        seen.append((checkpoint, prompts, plan, prefix, options["rounded"]))
+        return walk(checkpoint, prompts, plan, prefix, **options)
+
+    def dynamics(checkpoint, prompts, plan, prefix, rounded):
+        found = [[] for _ in prompts]
+        walk(
+            *(checkpoint, prompts, plan, prefix),
+            reading=lambda place, layer, *both: found[place].append(both),
+            rounded=rounded,
+        )
+        return Dynamics.of([Reading(*np.stack(both, 1)) for both in found])
+
+    monkeypatch.setattr(choosing.walk, "walk", spy)
+    done = run(
+        *(folder / "toy", "--data", folder / "data", "--out", tmp_path, "--candidates", "1"),
+        *("--precision", "fp32:cache=int8", "--cost", "90%", "--json"),
+    )
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)["dynamics"]
+    (given,) = seen
+    *whose, rounded = given
+    assert len(whose[1]) == facts["prompts"]
+    assert len(built) == 5  # dense twice, text-blind, a candidate, and as it ships
+    for _, _, used in built[1:4]:
+        scales = cache_scales(used, half=False)
+        for layer in range(LAYERS):
+            assert np.array_equal(np.stack(rounded.scales_of(layer)), scales[:, layer])
+    exact, near = (dynamics(*whose, by) for by in (None, rounded))
+    assert facts["min_cosine"] == near.to_dict()["min_cosine"] != exact.to_dict()["min_cosine"]
+    assert facts["suggested"] == suggest_thresholds(near).to_dict()
 
 
 def test_a_named_plan_is_calibrated_without_a_bundle(folder, tmp_path, monkeypatch):
