@@ -347,6 +347,40 @@ def denormals() -> str:
     return _table(head, rows) + "\n\n" + _origin(record)
 
 
+def branches() -> str:
+    """One layer's attention in one form and as it is built, by what a call brings."""
+    record = _record("branches-cpu")
+    rows = [
+        [
+            row["name"],
+            str(row["rows"]),
+            "hidden" if row["gates"] else "seen",
+            f"{row['one_p10_ms']:.2f} ms",
+            f"{row['branched_p10_ms']:.2f} ms",
+            f"{row['branched_p10_ms'] / row['one_p10_ms']:.2f}x",
+        ]
+        for row in record["rows"]
+    ]
+    head = ["heads of, visual tokens", "rows", "vision is", "one form", "branched", "ratio"]
+    return _table(head, rows) + "\n\n" + _origin(record)
+
+
+def widths() -> str:
+    """First tokens by the width of the model, beside dense FP32."""
+    record = _record("widths-cpu")
+    models: dict[int, list[dict]] = {}
+    for row in record["rows"]:
+        models.setdefault(row["hidden"], []).append(row)
+    rows, bundles = [], []
+    for hidden, found in models.items():
+        times = [row["first_token_median_ms"] for row in found]
+        bundles = [f"`{row['plan']}`, `{row['precision']}`" for row in found]
+        cells = [f"{ms:,.0f} ms, {times[0] / ms:.2f}x" for ms in times[1:]]
+        about = [f"{found[0]['layers']} x {hidden}", f"{found[0]['parameters'] / 1e6:,.0f} M"]
+        rows.append([*about, f"{times[0]:,.0f} ms", *cells])
+    return _table(["layers x width", "parameters", *bundles], rows) + "\n\n" + _origin(record)
+
+
 TABLES = {
     "accuracy": lambda: accuracy(README_PLANS),
     "accuracy-all": accuracy,
@@ -362,6 +396,8 @@ TABLES = {
     "peers-demo": lambda: peers("demo"),
     "scaling": scaling,
     "denormals": denormals,
+    "branches": branches,
+    "widths": widths,
     "back-ends-llava-45m": lambda: back_ends("llava-45m"),
     "back-ends-demo": lambda: back_ends("demo"),
 }

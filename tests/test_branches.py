@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from visistage.compile.branches import DOMAIN, OPERATOR, PIECES, branch_attention
+from visistage.bench.branches import branched
+from visistage.compile.branches import PIECES
 from visistage.compile.build import build
 from visistage.compile.checkpoint import open_checkpoint
 from visistage.compile.label import label_layers
@@ -21,43 +22,6 @@ from visistage.tests import toy
 LAYERS = 6
 WIDTH = 8
 PLANS = ["dense", "visipruner", "fastv", "pyramiddrop", "visipruner-adaptive"]
-
-
-def branched(heads, groups, gates, in_order):
-    """Two layers' calls of the operator, written out; the second reads what the first gives."""
-    names = ["q", "k", "v", "visible", "write_index", *("value_gate", "sink_gate")[:gates]]
-    types = dict.fromkeys(names, onnx_ir.DataType.FLOAT)
-    types |= {"visible": onnx_ir.DataType.BOOL, "write_index": onnx_ir.DataType.INT64}
-    ranks = dict.fromkeys(names, 4) | dict.fromkeys(("value_gate", "sink_gate"), 2)
-    ranks["write_index"] = 1
-    inputs = {
-        name: onnx_ir.Value(
-            name=name,
-            type=onnx_ir.TensorType(types[name]),
-            shape=onnx_ir.Shape([f"{name}{axis}" for axis in range(ranks[name])]),
-        )
-        for name in names
-    }
-    sizes = {"in_order": int(in_order), "heads": heads, "groups": groups, "width": WIDTH}
-    nodes, given_ = [], inputs["q"]
-    for layer in range(2):
-        node = onnx_ir.Node(
-            DOMAIN,
-            OPERATOR,
-            [given_, *(inputs[name] for name in names[1:])],
-            [onnx_ir.AttrInt64(name, size) for name, size in sizes.items()],
-            name=f"call{layer}",
-        )
-        given_ = node.outputs[0]
-        given_.name, given_.type = f"out{layer}", onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
-        given_.shape = onnx_ir.Shape(["B", heads, "Q", WIDTH])
-        nodes.append(node)
-    graph = onnx_ir.Graph(
-        list(inputs.values()), [given_], nodes=nodes, opset_imports={"": 24}, name="calls"
-    )
-    model = onnx_ir.Model(graph, ir_version=10)
-    branch_attention(model)
-    return model
 
 
 def session_of(model):
@@ -107,7 +71,7 @@ def test_both_forms_are_the_reference(rows, before, spare, batch, heads, gates, 
     feeds = {"q": q, "k": k, "v": v, "visible": visible, "write_index": view.write_index}
     if gate is not None:
         feeds |= {"value_gate": gate.value, **({} if gates == 1 else {"sink_gate": gate.sink})}
-    session = session_of(branched(*heads, gates, in_order))
+    session = session_of(branched(*heads, WIDTH, gates, in_order, layers=2))
     (got,) = session.run(None, {name: value.numpy() for name, value in feeds.items()})
     assert np.abs(got - want.numpy()).max() < 2e-5
 
@@ -119,14 +83,14 @@ def test_what_is_hidden_is_not_computed():
     k[:, :, rows // 2 :] = np.nan
     visible = np.tril(np.ones((rows, rows), bool))[None, None]
     feeds = {"q": q, "k": k, "v": v, "visible": visible, "write_index": np.zeros(1, np.int64)}
-    (got,) = session_of(branched(1, 1, 0, True)).run(None, feeds)
+    (got,) = session_of(branched(1, 1, WIDTH, 0, True)).run(None, feeds)
     assert np.isfinite(got[:, :, : rows // 2]).all()
     assert np.isnan(got[:, :, rows // 2 :]).all()
 
 
 def test_a_gate_shut_on_the_weights_keeps_a_few_rows_from_reading_values():
     """A token's values are read as they are stored: no copy of them is made under gates."""
-    model = branched(2, 2, 2, True)
+    model = branched(2, 2, WIDTH, 2, True)
     (branch, *_) = (node for node in model.graph if node.op_type == "If")
     few = branch.attributes["else_branch"].as_graph()
     products = [node for node in few if node.op_type == "MatMul"]
@@ -137,7 +101,7 @@ def test_a_gate_shut_on_the_weights_keeps_a_few_rows_from_reading_values():
 
 
 def test_branches_share_what_cuts_a_call_and_carry_names_of_layers():
-    model = branched(2, 2, 0, True)
+    model = branched(2, 2, WIDTH, 0, True, layers=2)
     kinds = [node.op_type for node in model.graph]
     assert kinds.count("If") == 2
     assert kinds.count("Split") == 2
