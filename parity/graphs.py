@@ -95,10 +95,12 @@ class GraphRungs:
         outputs = [spec.name for spec in graph.spec.outputs]
         kinds = self.kinds if rearranged else strict(self.kinds)
         how = ", inputs rounded by ONNX Runtime" if rearranged else ""
-        findings = []
-        for call in self.calls:
-            got = dict(zip(outputs, session.run(outputs, call.feeds), strict=True))
-            findings.append(self._finding(call, got, kinds, how))
+        results = [session.run(outputs, call.feeds) for call in self.calls]
+        del session  # the reference wants its memory
+        findings = [
+            self._finding(call, dict(zip(outputs, found, strict=True)), kinds, how)
+            for call, found in zip(self.calls, results, strict=True)
+        ]
         worst = next((one for one in findings if one.failure), findings[0])
         return replace(worst, errors=tuple(error for one in findings for error in one.errors))
 
