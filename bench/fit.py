@@ -35,7 +35,7 @@ PLANS = ("dense", "visipruner")
 SMALL = GEOMETRIES["llava-45m"]
 
 
-def _shape(layers: int, hidden: int, intermediate: int) -> Geometry:
+def with_decoder(layers: int, hidden: int, intermediate: int) -> Geometry:
     """llava-45m with another decoder."""
     text = {
         **SMALL.config["text_config"],
@@ -49,8 +49,8 @@ def _shape(layers: int, hidden: int, intermediate: int) -> Geometry:
 
 
 SHAPES = {
-    "shallow-wide": _shape(6, 1024, 2752),
-    "deep-wide": _shape(16, 1024, 2752),
+    "shallow-wide": with_decoder(6, 1024, 2752),
+    "deep-wide": with_decoder(16, 1024, 2752),
 }
 
 MODELS = ",".join(["demo", "llava-45m", *SHAPES])

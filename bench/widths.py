@@ -10,7 +10,7 @@ preprocessing included.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from statistics import median
 
@@ -19,17 +19,17 @@ import click
 from ..calib.measuring import Origin
 from ..compile.checkpoint import open_checkpoint
 from ..compile.dummy import make_dummy
-from ..compile.recipes import GEOMETRIES, Geometry
+from ..compile.recipes import Geometry
 from ..demo.heldout import held_out
 from ..runtime import load
 from .environments import ROOT
+from .fit import with_decoder
 from .peer_models import Subject, bundle
 from .record import save
 
 NAME = "widths-cpu"
 SERIES = 3000
 BUNDLES = (("dense", "fp32"), ("visipruner", "fp32"), ("dense", "int8"), ("visipruner", "int8"))
-BASE = GEOMETRIES["llava-45m"]
 
 
 @dataclass(frozen=True)
@@ -49,22 +49,15 @@ class Width:
 
     def geometry(self) -> Geometry:
         """llava-45m with these sizes; heads of 64."""
-        text = {
-            **BASE.config["text_config"],
-            "num_hidden_layers": self.layers,
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "num_attention_heads": self.hidden // 64,
-        }
+        base = with_decoder(self.layers, self.hidden, self.intermediate)
         vision = {
-            **BASE.config["vision_config"],
+            **base.config["vision_config"],
             "num_hidden_layers": self.tower_layers,
             "hidden_size": self.tower,
             "intermediate_size": 4 * self.tower,
             "num_attention_heads": self.tower // 64,
         }
-        config = {**BASE.config, "text_config": text, "vision_config": vision}
-        return Geometry(config, BASE.specials, f"{self.layers} layers of {self.hidden}")
+        return replace(base, config={**base.config, "vision_config": vision})
 
 
 WIDTHS = (

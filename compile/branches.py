@@ -16,6 +16,7 @@ What that is worth: docs/cpu.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,9 +120,9 @@ def _write_out(
     out = call.outputs[0]
     branches = {}
     sizes = Sizes(*(call.attributes[size].as_int() for size in Sizes._fields))
-    for branch, form in (("then_branch", _many), ("else_branch", _few)):
+    for branch, form in (("then_branch", partial(_many, cuts=cuts)), ("else_branch", _few)):
         nodes = Nodes(graph, f"{name}_{branch[:4]}")
-        made = form(nodes, call.inputs, sizes, cuts)
+        made = form(nodes, call.inputs, sizes)
         made.shape, made.type = out.shape, out.type
         branches[branch] = onnx_ir.Graph([], [made], nodes=nodes.made, name=nodes.name)
     node = onnx_ir.node("If", [many], branches, name=name)
@@ -173,9 +174,8 @@ def _gated_values(
     return nodes.add("Add", [gated, shared])
 
 
-def _few(nodes: Nodes, inputs: Sequence[Any], sizes: Sizes, cuts: Cuts | None) -> onnx_ir.Value:
+def _few(nodes: Nodes, inputs: Sequence[Any], sizes: Sizes) -> onnx_ir.Value:
     """Gates on weights of slots."""
-    del cuts
     q, k, v, visible, _, *gates = inputs
     if not gates:
         return nodes.add("Attention", [q, k, v, visible])
