@@ -35,7 +35,6 @@ from ..graphs.quantization import (
 )
 from ..graphs.targets import Target
 from .checkpoint import Checkpoint
-from .collect import fits
 from .engines import resolve_contexts, resolve_parts
 from .export import Graph, graphs_of
 from .names import tensor_shapes
@@ -43,7 +42,7 @@ from .planfile import resolve_plan
 from .quantize import CALIBRATIONS, Rounding, input_shifts, resolve
 from .recipes import GEOMETRIES
 from .stitch import TORCH_DTYPES
-from .texts import TextFacts, text_facts
+from .texts import TextFacts, fits, text_facts
 
 DEFAULT_PLAN = "visipruner"
 

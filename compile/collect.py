@@ -20,7 +20,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 from torch import Tensor
 
-from ..calib.calibration import RowsSeen, facts_of
+from ..calib.calibration import RowsSeen
 from ..calib.observers import Histogram, threshold
 from ..calib.prompts import Prompt
 from ..calib.ranges import GroupRanges, best_observer
@@ -39,9 +39,7 @@ from ..graphs.linears import Group, linear_groups
 from ..graphs.plan import StagePlan
 from ..graphs.presets import preset
 from ..graphs.quantization import OBSERVERS, Observer
-from ..runtime.template import find_template
 from .checkpoint import Checkpoint
-from .texts import TextFacts
 from .walk import walk
 
 ROWS_KEPT = 4096
@@ -100,28 +98,6 @@ def collect(
         progress=progress,
     )
     return Collected(collector.ranges(), caches.largest)
-
-
-def fits(
-    checkpoint: Checkpoint,
-    texts: TextFacts,
-    progress: Callable[[int], None] = lambda nbytes: None,
-) -> dict[str, str]:
-    """``calibration.facts_of`` a checkpoint; ``progress`` is told of bytes of weights read."""
-    paths = {role: checkpoint.path / name for role, name in texts.files.items()}
-    template = find_template(
-        paths,
-        checkpoint.json("tokenizer_config.json") or {},
-        checkpoint.json("processor_config.json") or {},
-    )
-    return facts_of(
-        checkpoint.raw,
-        checkpoint.weight_files,
-        template,
-        texts.prefix_ids,
-        texts.preprocessing,
-        progress,
-    )
 
 
 class CacheRanges:

@@ -12,11 +12,9 @@ Equal arguments give equal bytes.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +26,7 @@ import torch
 
 from ..graphs.config import ModelConfig
 from ..graphs.errors import CapacityError, ModelError
-from .disk import require_room
+from .disk import locked, require_room
 from .names import HEAD, Shapes, published, tensor_shapes
 from .recipes import GEOMETRIES, Geometry
 from .safetensors_index import INDEX, SINGLE
@@ -268,14 +266,8 @@ def _folder(path: Path) -> Iterator[Path]:
     """A locked ``.partial`` folder that becomes ``path`` at the end, or vanishes."""
     folder = path.with_name(path.name + ".partial")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CapacityError(
-                f"another run is making {path}. Wait for it, or stop it."
-            ) from error
+    busy = f"another run is making {path}. Wait for it, or stop it."
+    with locked(folder / LOCK, busy):
         for leftover in folder.iterdir():  # of a run that was killed
             if leftover.name != LOCK:
                 leftover.unlink()
@@ -286,5 +278,3 @@ def _folder(path: Path) -> Iterator[Path]:
         except BaseException:  # Ctrl-C too: half a checkpoint helps nobody
             shutil.rmtree(folder, ignore_errors=True)
             raise
-    finally:
-        os.close(lock)

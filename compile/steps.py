@@ -7,9 +7,7 @@ at the end: nothing is ever half-written under the final name.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from ..graphs.bundle import MANIFEST
-from ..graphs.errors import CapacityError
+from .disk import locked
 
 NOTES = ".build.json"
 LOCK = ".lock"
@@ -80,14 +78,10 @@ class Steps:
 
     def __enter__(self: AnySteps) -> AnySteps:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder / LOCK, os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise CapacityError(
-                f"another build is writing {self.folder}. Wait for it, or stop it"
-            ) from error
+        self._lock = locked(
+            self.folder / LOCK, f"another build is writing {self.folder}. Wait for it, or stop it"
+        )
+        self._lock.__enter__()
         noted = _read(self.folder / NOTES)
         if noted.get("key") == self.key:
             self._noted = noted["steps"]
@@ -97,8 +91,8 @@ class Steps:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         return self
 
-    def __exit__(self, *_) -> None:
-        os.close(self._lock)
+    def __exit__(self, *error) -> None:
+        self._lock.__exit__(*error)
 
     def step(
         self, name: str, run: Callable[[], Sequence[str]], total: int | None = None

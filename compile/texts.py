@@ -7,16 +7,18 @@ always agree; these modules of the runtime need no back end.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from ..calib.calibration import facts_of
 from ..graphs.errors import ModelError
 from ..runtime.preprocessing import Preprocessing
 from ..runtime.prompt import TEXT_FILES, PromptEncoder
-from ..runtime.template import read_json
+from ..runtime.template import find_template, read_json
 from .checkpoint import Checkpoint
 
 REBUILT = ("LlamaTokenizer", "LlamaTokenizerFast")
@@ -68,6 +70,28 @@ def text_facts(checkpoint: Checkpoint) -> TextFacts:
         preprocessing=preprocessing.to_dict(),
         generation=generation,
         files={role: name for role, name in TEXT_FILES.items() if (folder / name).is_file()},
+    )
+
+
+def fits(
+    checkpoint: Checkpoint,
+    texts: TextFacts,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> dict[str, str]:
+    """Return ``facts_of`` a checkpoint; ``progress`` is called with bytes of weights read."""
+    paths = {role: checkpoint.path / name for role, name in texts.files.items()}
+    template = find_template(
+        paths,
+        checkpoint.json("tokenizer_config.json") or {},
+        checkpoint.json("processor_config.json") or {},
+    )
+    return facts_of(
+        checkpoint.raw,
+        checkpoint.weight_files,
+        template,
+        texts.prefix_ids,
+        texts.preprocessing,
+        progress,
     )
 
 

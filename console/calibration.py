@@ -13,8 +13,8 @@ from ..calib.samples import Sample, read_samples, samples_file
 from ..compile.recipes import DEMO
 from ..graphs.errors import DataError, PlanError, TargetError
 from ..graphs.quantization import QUANTISED, Recipe, is_quantised, parse_recipe
+from ..pages.units import show_seconds
 from .bar import StepBar
-from .units import show_seconds
 
 if TYPE_CHECKING:
     from ..calib.calibration import Calibration

@@ -22,11 +22,11 @@ from ..graphs.targets import (
     Target,
     show_capability,
 )
+from ..pages.units import show_bytes
 from ..runtime.processor import cores
 from ..trt.device import Device, find_device
 from ..trt.engines import can_compile
 from ..trt.flavour import find, serves
-from .units import show_bytes
 
 COMPILE_EXTRA = (
     "torch",

@@ -14,8 +14,8 @@ from ..compile.planfile import resolve_plan
 from ..estimate.subject import PREFIX_ROWS, Subject
 from ..graphs.bundle import MANIFEST, Bundle
 from ..graphs.errors import TargetError
+from ..pages.units import show_bytes
 from .plan import model_config
-from .units import show_bytes
 
 PHASES = {
     "tower_ms": "tower and projector",

@@ -11,8 +11,8 @@ from rich.table import Table
 from ..graphs.bundle import Bundle, GraphFact
 from ..graphs.contract import TensorSpec
 from ..graphs.precision import ALWAYS
+from ..pages.units import show_bytes
 from .rounding import rounding_facts, rounding_rows
-from .units import show_bytes
 
 QUESTION_ROWS = 40
 """Text rows of the prompt that cache sizes are stated for, besides the prefix and one picture."""

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from ..graphs.bundle import Bundle
 from ..graphs.contract import GraphSpec
-from ..trt.engines import EngineFact, Engines
-from .units import show_bytes, show_seconds
+from ..graphs.engine_index import EngineFact, Engines
+from ..pages.units import show_bytes, show_seconds
 
 
 def engine_facts(bundle: Bundle) -> dict[str, Any] | None:

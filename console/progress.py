@@ -12,16 +12,16 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..pages.units import show_bytes, show_seconds
 from ..runtime.processor import peak_memory
 from .bar import StepBar
-from .units import show_bytes, show_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..compile.steps import StepFact
     from ..graphs.bundle import Bundle
-    from ..trt.engines import Engines
+    from ..graphs.engine_index import Engines
 
 
 class BuildProgress(StepBar):

@@ -11,7 +11,7 @@ from ..graphs.bundle import Manifest
 from ..graphs.linears import Group, linear_groups
 from ..graphs.quantization import Scheme, block_of
 from ..graphs.targets import find_target
-from .units import show_bytes
+from ..pages.units import show_bytes
 
 MOST_NAMES = 6
 """Layers kept float that are named in the table."""

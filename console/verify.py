@@ -8,10 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..graphs.errors import ParityError
+from ..pages.units import show_seconds
 from ..parity.report import FAILED, IMPOSSIBLE, NOTHING, PASSED, Report, Rung
 from ..parity.steps import Step
 from .bar import StepBar
-from .units import show_seconds
 
 STYLES = {PASSED: "green", FAILED: "bold red", IMPOSSIBLE: "yellow", NOTHING: "dim"}
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import jinja2
 
-from ..console.units import show_bytes
 from ..graphs.errors import CapacityError
+from .units import show_bytes
 from .words import flops, ms, percent, ranges
 
 FOLDER = Path(__file__).parent

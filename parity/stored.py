@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..graphs.bundle import Bundle
+from ..graphs.engine_index import Engines
 from ..graphs.errors import EngineError
 from ..graphs.targets import OPENVINO, find_target
-from ..trt.device import find_device
-from ..trt.engines import Engines
+from ..trt.device import check_machine, find_device
 from ..trt.flavour import find
 from ..trt.recipe import recipes_of
 from .report import Finding
@@ -79,7 +79,7 @@ def check_engines_run(bundle: Bundle) -> None:
         return
     engines = _engines(bundle)
     try:
-        engines.check_machine(find(engines.backend), find_device())
+        check_machine(engines, find(engines.backend), find_device())
     except EngineError as error:
         raise ImpossibleError(str(error)) from error
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from ..graphs.bundle import Bundle, Manifest
 from ..graphs.contract import GraphSpec, TensorSpec, stage_of
+from ..graphs.engine_index import FOLDER, Engines
 from ..graphs.targets import TENSORRT_RTX, find_target
 from ..graphs.work import Call
-from ..trt.engines import FOLDER, Engines
 from ..trt.recipe import Recipe, Shape, recipes_of
 
 ITERATIONS, WARM_UP = 50, 10

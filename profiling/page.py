@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..console.profile import label, machine_line, row_names
 from ..pages.chart import Axis, Chart, of_decades
 from ..pages.page import FOLDER as PAGES
 from ..pages.page import style, template
+from .labels import label, machine_line, row_names
 
 FOLDER = Path(__file__).parent
 KINDS = {"plan": "warm", "against": "cool"}

@@ -8,9 +8,9 @@ from visistage.calib.calibration import Calibration, SampleFacts
 from visistage.calib.prompts import order_hash, prepare
 from visistage.calib.samples import Sample
 from visistage.compile.checkpoint import open_checkpoint
-from visistage.compile.collect import collect, fits
+from visistage.compile.collect import collect
 from visistage.compile.planfile import resolve_plan
-from visistage.compile.texts import prompt_encoder, text_facts
+from visistage.compile.texts import fits, prompt_encoder, text_facts
 from visistage.runtime.preprocessing import Preprocessing
 
 QUESTIONS = ("What is this?", "How many of them are there, and where?", "Why?")

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from visistage.graphs.bundle import MANIFEST, sha256
 from visistage.graphs.contract import appended
+from visistage.graphs.engine_index import FOLDER, INDEX, EngineFact
 from visistage.graphs.targets import find_target
 from visistage.runtime.device import opening
 from visistage.runtime.device.engine_ort import OrtApi
-from visistage.runtime.device.host import HostDevice
+from visistage.tests.support.numpy_device import HostDevice
 from visistage.trt.device import Device
-from visistage.trt.engines import FOLDER, INDEX, EngineFact
 from visistage.trt.flavour import Flavour
 from visistage.trt.recipe import recipes_of
 

@@ -16,9 +16,9 @@ from visistage.compile.build import build
 from visistage.compile.steps import StepFact
 from visistage.console.answer import printable, savings
 from visistage.console.progress import BuildProgress
-from visistage.console.units import show_bytes, show_seconds
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import BundleError, VisistageError
+from visistage.pages.units import show_bytes, show_seconds
 from visistage.runtime import shared
 from visistage.runtime.answer import PlanFacts
 from visistage.tests import toy

@@ -10,8 +10,8 @@ from visistage.calib.prompts import Prompt
 from visistage.calib.ranges import best_observer
 from visistage.calib.rounding import activation_scale, blocked_weight, int8_weight, restored
 from visistage.compile.checkpoint import open_checkpoint
-from visistage.compile.collect import Collector, chosen_rows, collect, fits
-from visistage.compile.texts import text_facts
+from visistage.compile.collect import Collector, chosen_rows, collect
+from visistage.compile.texts import fits, text_facts
 from visistage.compile.walk import pieces, walk
 from visistage.compile.watch import ANSWER, TEXT, VISUAL
 from visistage.graphs.errors import ModelError, PlanError

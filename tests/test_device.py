@@ -28,13 +28,13 @@ from visistage.runtime import merging
 from visistage.runtime.context import visual_rows
 from visistage.runtime.device import opening
 from visistage.runtime.device.calls import Replay
-from visistage.runtime.device.host import HostDevice
 from visistage.runtime.device.memory import BLOCK, BLOCKS, DeviceArray, Layers, Memory, Place
 from visistage.runtime.device.protocol import CaptureError, Compiled
 from visistage.runtime.device.stage import DeviceStage
 from visistage.runtime.session import load
 from visistage.tests import toy
 from visistage.tests.stand_ins import stand_in, write_engines
+from visistage.tests.support.numpy_device import HostDevice
 from visistage.trt.device import Device
 
 pytest.importorskip("onnxruntime")

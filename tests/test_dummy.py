@@ -1,14 +1,13 @@
 """Dummy checkpoints: published shapes, finite numbers, equal bytes, all or nothing."""
 
-import fcntl
 import json
 import math
-import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from visistage.compile import disk, dummy
 from visistage.compile.checkpoint import open_checkpoint, open_folder
 from visistage.compile.dummy import make_dummy
@@ -236,12 +235,10 @@ def test_what_a_killed_run_left_is_cleared(tiny, tmp_path):
 def test_two_runs_do_not_mix(tiny, tmp_path):
     partial = tmp_path / "a.partial"
     partial.mkdir()
-    lock = os.open(partial / ".lock", os.O_CREAT | os.O_RDWR)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(CapacityError, match="another run is making"):
+    held = FileLock(partial / ".lock")
+    with held, pytest.raises(CapacityError, match="another run is making"):
         make_dummy(tiny, tmp_path / "a")
     assert partial.exists()
-    os.close(lock)
 
 
 def test_room_is_asked_for_first(tmp_path, monkeypatch):

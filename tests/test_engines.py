@@ -22,6 +22,7 @@ from visistage.cli import main
 from visistage.compile.build import build
 from visistage.compile.engines import DECOMPOSABLE
 from visistage.graphs.bundle import MANIFEST, Bundle
+from visistage.graphs.engine_index import Engines
 from visistage.graphs.errors import BundleError, EngineError, MissingDependencyError, TargetError
 from visistage.graphs.targets import TARGETS, TENSORRT, TENSORRT_RTX
 from visistage.runtime.session import load
@@ -30,8 +31,8 @@ from visistage.trt import engines as trt_engines
 from visistage.trt import flavour as flavours
 from visistage.trt import worker
 from visistage.trt.compiler import run_worker
-from visistage.trt.device import Device, find_device
-from visistage.trt.engines import Engines, can_compile, compile_engines, job_of
+from visistage.trt.device import Device, check_machine, find_device
+from visistage.trt.engines import can_compile, compile_engines, job_of
 from visistage.trt.flavour import Flavour, find
 from visistage.trt.recipe import recipes_of
 
@@ -201,7 +202,7 @@ def test_an_index_that_cannot_be_read_or_is_foreign(copy):
 def test_wrong_machines_are_refused_with_found_and_expected(toy_bundle):
     engines = Engines.open(toy_bundle)
     ampere, hopper = (Device("a GPU", sm, 1 << 30) for sm in ((8, 6), (9, 0)))
-    engines.check_machine(RTX, ampere)
+    check_machine(engines, RTX, ampere)
     for flavour, device, message in (
         (None, ampere, "none is installed"),
         (RTX, None, "this machine has none.*--backend onnxruntime"),
@@ -209,7 +210,7 @@ def test_wrong_machines_are_refused_with_found_and_expected(toy_bundle):
         (other_version(), ampere, r"by tensorrt_rtx .*, found 9\.9\.9: they are not portable"),
     ):
         with pytest.raises(EngineError, match=message):
-            engines.check_machine(flavour, device)
+            check_machine(engines, flavour, device)
 
 
 def other_version():

@@ -20,13 +20,13 @@ from PIL import Image
 from visistage.cli import main
 from visistage.compile.build import build
 from visistage.compile.label import label_layers
-from visistage.console.profile import clock_words
 from visistage.graphs.bundle import ANY_CONTEXT, Bundle
 from visistage.graphs.errors import BundleError, CapacityError, PromptError
 from visistage.graphs.work import Call, Work, question_calls, token_calls
 from visistage.profiling import commands, memory
 from visistage.profiling.engine_layers import layer_times
 from visistage.profiling.facts import beaten, speed_up
+from visistage.profiling.labels import clock_words
 from visistage.profiling.machine import clocks, machine_facts, parse_power_mode
 from visistage.profiling.measure import Settings, measure, until_first_token
 from visistage.profiling.operators import OTHER, operator_times

@@ -6,7 +6,10 @@ import ctypes
 import sys
 from dataclasses import dataclass
 
-from ..graphs.targets import Capability
+from ..graphs.engine_index import AGAIN, Engines
+from ..graphs.errors import EngineError
+from ..graphs.targets import Capability, show_capability
+from .flavour import Flavour
 
 DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
@@ -41,3 +44,31 @@ def find_device() -> Device | None:
     if any(call() for call in calls):  # the driver's error codes; 0 is success
         return None
     return Device(name.value.decode(), (major.value, minor.value), memory.value)
+
+
+def check_machine(engines: Engines, flavour: Flavour | None, device: Device | None) -> None:
+    """Make sure that this machine can run ``engines``; call it before deserialising any.
+
+    Raises:
+        EngineError: says what was found and what they were compiled for.
+    """
+    again = f"{AGAIN} {engines.folder.parent}"
+    if flavour is None:
+        raise EngineError(
+            f"the engines need {engines.backend} {engines.version}, none is installed"
+        )
+    if flavour.version != engines.version:
+        raise EngineError(
+            f"the engines were compiled by {engines.backend} {engines.version}, found "
+            f"{flavour.version}: they are not portable across versions. {again}"
+        )
+    if device is None:
+        raise EngineError(
+            f"the engines need a GPU ({engines.gpus()}), this machine has none. Their graphs run "
+            "on the CPU: --backend onnxruntime"
+        )
+    if engines.capabilities and device.capability not in engines.capabilities:
+        raise EngineError(
+            f"the engines were compiled for {engines.gpus()}, found {device.name} "
+            f"({show_capability(device.capability)}). {again}"
+        )

@@ -16,151 +16,21 @@ import math
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..compile.disk import require_room
 from ..compile.steps import Reporter, Silent, Steps
-from ..graphs.bundle import MANIFEST, Bundle, FileFact, changed_files, check_files, sha256
-from ..graphs.errors import EngineError, TargetError
+from ..graphs.bundle import MANIFEST, Bundle, FileFact, changed_files, sha256
+from ..graphs.engine_index import FOLDER, FORMAT, INDEX, STAMP, EngineFact, Engines
+from ..graphs.errors import TargetError
 from ..graphs.targets import Capability, Target, find_target, show_capability
 from .compiler import run_worker
 from .device import Device, find_device
 from .flavour import Flavour, find, load, serves
 from .recipe import Recipe, recipes_of
-
-FOLDER = "engines"
-INDEX = "engines.json"
-STAMP = ".stamp.json"
-FORMAT = 1
-AGAIN = "Compile the engines again: visistage build"
-
-
-@dataclass(frozen=True)
-class EngineFact:
-    """One engine: its file, and what is known of it.
-
-    ``layers`` and ``precisions`` count the parsed network's layers by type and by output type;
-    ``caches_in_place`` of its caches are updated where they lie; seconds and peaks are those of
-    its compilation.
-    """
-
-    name: str
-    graph: str
-    context: int | None
-    slots: int
-    file: str
-    nbytes: int
-    sha256: str
-    profiles: list[dict[str, list[list[int]]]]
-    layers: dict[str, int]
-    precisions: dict[str, int]
-    fused_attention: int
-    decomposable_attention: int
-    caches_in_place: int
-    seconds: float
-    peak_bytes: int
-    peak_anonymous_bytes: int
-
-
-@dataclass(frozen=True)
-class Engines:
-    """What ``engines.json`` says. ``capabilities`` empty: whatever the compiler covers."""
-
-    folder: Path
-    backend: str
-    version: str
-    capabilities: tuple[Capability, ...]
-    built_on: str
-    bundle: str  # SHA-256 of the manifest
-    engines: tuple[EngineFact, ...]
-
-    @classmethod
-    def open(cls, bundle: Bundle) -> Engines | None:
-        """The engines of a bundle, or None where none were compiled yet.
-
-        Raises:
-            EngineError: the index cannot be read, or belongs to another bundle.
-        """
-        file = bundle.path / FOLDER / INDEX
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise EngineError(f"{file} cannot be read ({error}). {AGAIN} {bundle.path}") from error
-        try:
-            if data["format"] != FORMAT:
-                raise EngineError(
-                    f"{file} has format {data['format']!r}, this version reads format {FORMAT}. "
-                    f"{AGAIN} {bundle.path}"
-                )
-            engines = cls(
-                file.parent,
-                data["backend"],
-                data["version"],
-                tuple((int(major), int(minor)) for major, minor in data["capabilities"]),
-                data["built_on"],
-                data["bundle"],
-                tuple(EngineFact(**one) for one in data["engines"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise EngineError(
-                f"{file} is no valid index ({type(error).__name__}: {error}). {AGAIN} {bundle.path}"
-            ) from error
-        if engines.bundle != sha256(bundle.path / MANIFEST):
-            raise EngineError(
-                f"the engines in {file.parent} were compiled from another build of this bundle. "
-                f"{AGAIN} {bundle.path}"
-            )
-        return engines
-
-    def check(self, *, rehash: bool = False) -> None:
-        """Make sure that every engine is the file that was compiled.
-
-        Raises:
-            BundleError: naming the first that is missing or changed.
-        """
-        files = {self.folder / one.file: FileFact(one.nbytes, one.sha256) for one in self.engines}
-        check_files(
-            files,
-            self.folder / STAMP,
-            rehash=rehash,
-            mend=f"{AGAIN} {self.folder.parent}",
-        )
-
-    def check_machine(self, flavour: Flavour | None, device: Device | None) -> None:
-        """Make sure that this machine can run them; whoever deserialises one calls this first.
-
-        Raises:
-            EngineError: says what was found and what they were compiled for.
-        """
-        again = f"{AGAIN} {self.folder.parent}"
-        if flavour is None:
-            raise EngineError(f"the engines need {self.backend} {self.version}, none is installed")
-        if flavour.version != self.version:
-            raise EngineError(
-                f"the engines were compiled by {self.backend} {self.version}, found "
-                f"{flavour.version}: they are not portable across versions. {again}"
-            )
-        if device is None:
-            raise EngineError(
-                f"the engines need a GPU ({self.gpus()}), this machine has none. Their graphs run "
-                "on the CPU: --backend onnxruntime"
-            )
-        if self.capabilities and device.capability not in self.capabilities:
-            raise EngineError(
-                f"the engines were compiled for {self.gpus()}, found {device.name} "
-                f"({show_capability(device.capability)}). {again}"
-            )
-
-    def gpus(self) -> str:
-        """Which GPUs they run on, in words."""
-        if not self.capabilities:
-            return f"any that {self.backend} {self.version} covers"
-        return ", ".join(show_capability(one) for one in self.capabilities)
 
 
 def can_compile(target: Target, device: Device | None) -> str | None:

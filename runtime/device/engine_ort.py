@@ -2,7 +2,7 @@
 
 On CUDA nothing is copied and nothing waits: ONNX Runtime issues its work on our stream. Its own
 allocations make that work unfit for capture. On the CPU provider the same code runs over a
-``HostDevice``, which does the work when somebody waits.
+a device in host memory, which does the work when somebody waits.
 """
 
 from __future__ import annotations

@@ -13,18 +13,17 @@ from typing import Any
 import numpy as np
 
 from ...graphs.contract import TensorSpec, appended
+from ...graphs.engine_index import AGAIN
 from ...graphs.errors import EngineError
 from ...trt.flavour import Flavour
 from .protocol import Buffer, Compiled, Shape
-
-AGAIN = "Compile the engines again: visistage build"
 
 
 class TrtApi:
     """``protocol.EngineApi`` over a flavour of TensorRT; ``stream`` is the device's, as integer.
 
     Whoever calls this has made sure that the engines are for this version and this GPU
-    (``trt.engines.Engines.check_machine``).
+    (``trt.device.check_machine``).
     """
 
     def __init__(self, flavour: Flavour, stream: int):

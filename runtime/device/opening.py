@@ -7,10 +7,10 @@ an engine is a program.
 from __future__ import annotations
 
 from ...graphs.bundle import Bundle
+from ...graphs.engine_index import EngineFact, Engines
 from ...graphs.errors import EngineError, MissingDependencyError
 from ...graphs.targets import ONNXRUNTIME, find_target
-from ...trt.device import find_device
-from ...trt.engines import EngineFact, Engines
+from ...trt.device import check_machine, find_device
 from ...trt.flavour import INSTALL, find
 from .cuda import CudaDevice
 from .engine_ort import OrtApi
@@ -81,7 +81,7 @@ def checked_engines(bundle: Bundle) -> Engines:
             f"the engines of {bundle.path} need a GPU ({engines.gpus()}); this machine has none, "
             f"or no driver. {ON_CPU}"
         )
-    engines.check_machine(find(engines.backend), device)
+    check_machine(engines, find(engines.backend), device)
     engines.check()
     return engines
 

@@ -13,8 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 
 import numpy as np
-
-from .protocol import ALIGNMENT, CaptureError
+from visistage.runtime.device.protocol import ALIGNMENT, CaptureError
 
 RUBBISH = 0xFF
 

@@ -1,0 +1,121 @@
+"""The engines of a bundle: the index that lies beside them, and its checks.
+
+BUNDLE/engines/engines.json       what was compiled from the bundle, by what, for which GPU
+BUNDLE/engines/NAME.engine, .log
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .bundle import MANIFEST, Bundle, FileFact, check_files, sha256
+from .errors import EngineError
+from .targets import Capability, show_capability
+
+FOLDER = "engines"
+INDEX = "engines.json"
+STAMP = ".stamp.json"
+FORMAT = 1
+AGAIN = "Compile the engines again: visistage build"
+
+
+@dataclass(frozen=True)
+class EngineFact:
+    """One engine: its file, and what is known of it.
+
+    ``layers`` and ``precisions`` count the parsed network's layers by type and by output type;
+    ``caches_in_place`` of its caches are updated where they lie; seconds and peaks are those of
+    its compilation.
+    """
+
+    name: str
+    graph: str
+    context: int | None
+    slots: int
+    file: str
+    nbytes: int
+    sha256: str
+    profiles: list[dict[str, list[list[int]]]]
+    layers: dict[str, int]
+    precisions: dict[str, int]
+    fused_attention: int
+    decomposable_attention: int
+    caches_in_place: int
+    seconds: float
+    peak_bytes: int
+    peak_anonymous_bytes: int
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What ``engines.json`` says. ``capabilities`` empty: whatever the compiler covers."""
+
+    folder: Path
+    backend: str
+    version: str
+    capabilities: tuple[Capability, ...]
+    built_on: str
+    bundle: str  # SHA-256 of the manifest
+    engines: tuple[EngineFact, ...]
+
+    @classmethod
+    def open(cls, bundle: Bundle) -> Engines | None:
+        """The engines of a bundle, or None where none were compiled yet.
+
+        Raises:
+            EngineError: the index cannot be read, or belongs to another bundle.
+        """
+        file = bundle.path / FOLDER / INDEX
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise EngineError(f"{file} cannot be read ({error}). {AGAIN} {bundle.path}") from error
+        try:
+            if data["format"] != FORMAT:
+                raise EngineError(
+                    f"{file} has format {data['format']!r}, this version reads format {FORMAT}. "
+                    f"{AGAIN} {bundle.path}"
+                )
+            engines = cls(
+                file.parent,
+                data["backend"],
+                data["version"],
+                tuple((int(major), int(minor)) for major, minor in data["capabilities"]),
+                data["built_on"],
+                data["bundle"],
+                tuple(EngineFact(**one) for one in data["engines"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError(
+                f"{file} is no valid index ({type(error).__name__}: {error}). {AGAIN} {bundle.path}"
+            ) from error
+        if engines.bundle != sha256(bundle.path / MANIFEST):
+            raise EngineError(
+                f"the engines in {file.parent} were compiled from another build of this bundle. "
+                f"{AGAIN} {bundle.path}"
+            )
+        return engines
+
+    def check(self, *, rehash: bool = False) -> None:
+        """Make sure that every engine is the file that was compiled.
+
+        Raises:
+            BundleError: naming the first that is missing or changed.
+        """
+        files = {self.folder / one.file: FileFact(one.nbytes, one.sha256) for one in self.engines}
+        check_files(
+            files,
+            self.folder / STAMP,
+            rehash=rehash,
+            mend=f"{AGAIN} {self.folder.parent}",
+        )
+
+    def gpus(self) -> str:
+        """Which GPUs they run on, in words."""
+        if not self.capabilities:
+            return f"any that {self.backend} {self.version} covers"
+        return ", ".join(show_capability(one) for one in self.capabilities)
