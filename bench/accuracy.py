@@ -22,7 +22,7 @@ from ..compile.build import build
 from ..console.evaluation import chosen_samples
 from ..demo.heldout import blind_accuracy
 from ..graphs.bundle import Bundle
-from ..graphs.cost import reduction_percent
+from ..graphs.plan.cost import reduction_percent
 from ..runtime import Answer, load
 from .record import save
 

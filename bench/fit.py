@@ -23,7 +23,7 @@ from ..compile.dummy import make_dummy
 from ..compile.recipes import GEOMETRIES, Geometry
 from ..estimate.fit import Observation, fit, validate
 from ..estimate.measured import FILE
-from ..graphs.work import Call, Sizes, layers_of, total, work_of
+from ..graphs.plan.call_cost import Call, Sizes, layers_of, total, work_of
 from ..profiling.machine import cores
 from ..profiling.measure import Settings, measure
 from ..profiling.peaks import MOST_BYTES, Peaks, measure_peaks

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from ..graphs.config import ModelConfig, TextConfig
-from ..graphs.cost import Geometry
+from ..graphs.plan.cost import Geometry
 
 ROWS, SIDE = 600, 2048
 """A prompt's rows through a square layer: enough to reach the rate, and soon over."""

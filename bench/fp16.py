@@ -23,12 +23,12 @@ from ..compile.planfile import resolve_plan
 from ..compile.ranges import decide, measure
 from ..compile.texts import prompt_encoder, text_facts
 from ..console.evaluation import chosen_samples
-from ..graphs.chain import TorchExecutor, load_weights
-from ..graphs.ops import Eager
-from ..graphs.plan import StagePlan
+from ..graphs.chain.chain import Chain, Segment
+from ..graphs.chain.torch_reference import TorchExecutor, load_weights
+from ..graphs.modules.ops import Eager
+from ..graphs.modules.vision import Vision
+from ..graphs.plan.plan import StagePlan
 from ..graphs.precision import LIMIT, NARROW, Widening
-from ..graphs.rows import Chain, Segment
-from ..graphs.vision import Vision
 from ..runtime.image import load_image, preprocess
 from ..runtime.preprocessing import Preprocessing
 from .record import save

@@ -23,9 +23,9 @@ from ..compile.checkpoint import open_checkpoint
 from ..compile.planfile import resolve_plan
 from ..compile.texts import text_facts
 from ..console.evaluation import chosen_samples
-from ..graphs.chain import TorchExecutor
-from ..graphs.ops import Eager
-from ..graphs.plan import StagePlan
+from ..graphs.chain.torch_reference import TorchExecutor
+from ..graphs.modules.ops import Eager
+from ..graphs.plan.plan import StagePlan
 from ..runtime.sampling import eos_ids
 from .fp16 import Staged
 from .record import save

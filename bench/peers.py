@@ -31,8 +31,8 @@ import numpy as np
 from ..compile.planfile import resolve_plan
 from ..compile.texts import text_facts
 from ..demo.heldout import held_out
-from ..graphs.cost import plan_loads
 from ..graphs.errors import VisistageError
+from ..graphs.plan.cost import plan_loads
 from ..runtime.prompt import Prompt, PromptEncoder
 from ..runtime.sampling import eos_ids
 from .answers import agreement, spread

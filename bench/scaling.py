@@ -27,7 +27,7 @@ from ..compile.build import build
 from ..compile.dummy import make_dummy
 from ..graphs.config import ModelConfig
 from ..graphs.errors import VisistageError
-from ..graphs.presets import PRESETS
+from ..graphs.presets.presets import PRESETS
 from ..runtime import Answer, load
 from .answers import spread
 from .environments import ROOT

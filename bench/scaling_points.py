@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..graphs.bundle import Bundle
-from ..graphs.rows import Chain, Segment
+from ..graphs.chain.chain import Chain, Segment
 from ..runtime import Session, load
 from ..runtime.ort import OrtExecutor, OrtOptions
 from ..runtime.prompt import PromptEncoder

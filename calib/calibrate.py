@@ -23,12 +23,12 @@ from typing import Any
 from ..compile import walk
 from ..compile.build import versions
 from ..compile.checkpoint import Checkpoint, open_checkpoint
-from ..compile.collect import collect, fits
+from ..compile.collect import collect
 from ..compile.planfile import resolve_plan, save_plan
 from ..compile.steps import NOTES, Silent, Workshop
-from ..compile.texts import prompt_encoder, text_facts
+from ..compile.texts import fits, prompt_encoder, text_facts
 from ..graphs.errors import PlanError
-from ..graphs.plan import StagePlan
+from ..graphs.plan.plan import StagePlan
 from ..runtime.preprocessing import Preprocessing
 from .calibration import Calibration, SampleFacts
 from .choosing import Chooser, Wish, agrees

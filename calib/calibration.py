@@ -25,7 +25,7 @@ from safetensors import numpy as safetensors
 
 from ..graphs.bundle import sha256
 from ..graphs.errors import DataError, PlanError
-from ..graphs.plan import StagePlan
+from ..graphs.plan.plan import StagePlan
 from .ranges import VECTORS, GroupRanges, best_observer
 
 FACTS = "calibration.json"

@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..graphs.cost import Geometry, Load, cost_of
 from ..graphs.errors import PlanError
-from ..graphs.plan import StagePlan
-from ..graphs.presets import preset
-from ..graphs.stages import MAX_KEEP, Probe
+from ..graphs.plan.cost import Geometry, Load, cost_of
+from ..graphs.plan.plan import StagePlan
+from ..graphs.plan.stages import MAX_KEEP, Probe
+from ..graphs.presets.presets import preset
 from .dynamics import COSINES, PUBLISHED, Dynamics, quantile
 
 SHARES = (0.5, 0.75, 0.9, 1.0)

@@ -46,8 +46,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..graphs.errors import PlanError
-from ..graphs.plan import StagePlan
-from ..graphs.presets import preset
+from ..graphs.plan.plan import StagePlan
+from ..graphs.presets.presets import preset
 from .agreement import Agreement
 from .candidates import Pricing
 from .dynamics import Dynamics

@@ -20,10 +20,10 @@ from ..compile.checkpoint import Checkpoint
 from ..compile.collect import collect
 from ..compile.rounded import Rounded
 from ..compile.texts import TextFacts
-from ..graphs.cost import Geometry
 from ..graphs.errors import PlanError
-from ..graphs.plan import StagePlan
-from ..graphs.presets import preset
+from ..graphs.plan.cost import Geometry
+from ..graphs.plan.plan import StagePlan
+from ..graphs.presets.presets import preset
 from ..graphs.quantization import Recipe
 from .agreement import Agreement, Referred
 from .calibration import Calibration, SampleFacts

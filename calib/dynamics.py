@@ -43,8 +43,8 @@ from typing import Any
 import numpy as np
 
 from ..graphs.errors import DataError
-from ..graphs.probing import Decision
-from ..graphs.stages import Probe
+from ..graphs.plan.probing import Decision
+from ..graphs.plan.stages import Probe
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 COSINES = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.997, 0.999)

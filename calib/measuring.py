@@ -16,9 +16,9 @@ from ..compile.build import build
 from ..compile.planfile import save_plan
 from ..graphs.bundle import Bundle
 from ..graphs.errors import CapacityError
-from ..graphs.plan import StagePlan
-from ..graphs.presets import preset
-from ..graphs.stages import Mode, Stage
+from ..graphs.plan.plan import StagePlan
+from ..graphs.plan.stages import Mode, Stage
+from ..graphs.presets.presets import preset
 from .agreement import Agreement, Referred, agreement, reference
 from .calibration import Calibration
 from .samples import Sample

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..graphs.plan import StagePlan
+from ..graphs.plan.plan import StagePlan
 from ..pages.chart import CROWD, Axis, Chart, of_decades, of_layers, of_names
 from ..pages.words import percent
 from .charts import HALF, WORDY

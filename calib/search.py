@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ..graphs.plan import StagePlan
+from ..graphs.plan.plan import StagePlan
 from .agreement import Agreement
 from .candidates import Candidate, Pricing, candidates, front, knee, published
 from .dynamics import Dynamics

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..graphs.linears import HEAD
-from ..graphs.plan import StagePlan
+from ..graphs.plan.plan import StagePlan
 from .ranges import GroupRanges
 
 _IN_A_LAYER = re.compile(r"(model|vision_tower)\.(?:.*\.)?layers\.(\d+)\.(.+)")

@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..graphs.probing import Decision
-from ..graphs.stages import Probe
+from ..graphs.plan.probing import Decision
+from ..graphs.plan.stages import Probe
 from .dynamics import PUBLISHED, Dynamics, quantile
 
 LADDER = (0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.997, 0.999)

@@ -23,7 +23,7 @@ from ..graphs.bundle import FORMAT
 from ..graphs.config import ModelConfig
 from ..graphs.contract import Part, cache_dtype
 from ..graphs.errors import CapacityError, DataError, TargetError
-from ..graphs.plan import StagePlan
+from ..graphs.plan.plan import StagePlan
 from ..graphs.precision import NARROW, Widening
 from ..graphs.quantization import (
     FLOAT,

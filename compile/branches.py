@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir
 
 from ..graphs.contract import MANY_ROWS
-from ..graphs.ops import BRANCHED_ATTENTION, SOFTMAX_FLOOR
+from ..graphs.modules.ops import BRANCHED_ATTENTION, SOFTMAX_FLOOR
 
 PIECES = 4
 

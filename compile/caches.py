@@ -21,8 +21,8 @@ from ..calib.calibration import Calibration
 from ..calib.rounding import INT8_LEVELS, scales_of
 from ..graphs.bundle import TensorRef
 from ..graphs.config import TextConfig
-from ..graphs.ops import Eager
-from ..graphs.quantized import cache_scale_names
+from ..graphs.modules.ops import Eager
+from ..graphs.modules.quantized import cache_scale_names
 from .export import WeightSpan
 from .stitch import TORCH_DTYPES
 

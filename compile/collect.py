@@ -36,8 +36,8 @@ from ..calib.smoothing import (
 from ..graphs.config import ModelConfig, TextConfig
 from ..graphs.errors import ModelError
 from ..graphs.linears import Group, linear_groups
-from ..graphs.plan import StagePlan
-from ..graphs.presets import preset
+from ..graphs.plan.plan import StagePlan
+from ..graphs.presets.presets import preset
 from ..graphs.quantization import OBSERVERS, Observer
 from .checkpoint import Checkpoint
 from .walk import walk

@@ -17,7 +17,7 @@ from ..graphs.bundle import ANY_CONTEXT
 from ..graphs.config import ModelConfig
 from ..graphs.contract import SLOT_STEP, Part, stage_of, stage_slots
 from ..graphs.errors import CapacityError, TargetError
-from ..graphs.plan import StagePlan
+from ..graphs.plan.plan import StagePlan
 from ..graphs.targets import LLM, MAX_HEAD, Target
 from .export import Graph
 from .split import split

@@ -26,17 +26,17 @@ from ..graphs.contract import (
     vision_spec,
     whole_stages,
 )
-from ..graphs.decoder import DecoderStage
 from ..graphs.linears import linear_groups
-from ..graphs.ops import Llm, LlmBranched, LlmRows, Portable
-from ..graphs.plan import StagePlan
+from ..graphs.modules.decoder import DecoderStage
+from ..graphs.modules.ops import Llm, LlmBranched, LlmRows, Portable
+from ..graphs.modules.quantized import is_cache_scale, replace_linears, round_caches
+from ..graphs.modules.rope import frequencies
+from ..graphs.modules.select import Prober, Selector
+from ..graphs.modules.vision import Vision
+from ..graphs.plan.plan import StagePlan
 from ..graphs.precision import NARROW, Widening
 from ..graphs.quantization import FLOAT, Quantization
-from ..graphs.quantized import is_cache_scale, replace_linears, round_caches
-from ..graphs.rope import frequencies
-from ..graphs.select import Prober, Selector
 from ..graphs.targets import BRANCHED, LLM, PORTABLE, Target, check_operators
-from ..graphs.vision import Vision
 from .label import label_layers
 from .stitch import TORCH_DTYPES, Stitcher
 

@@ -1,6 +1,6 @@
 """A plan as a table for people and as a dict for programs, with the same numbers.
 
-``plan_json`` computes through ``graphs/cost.py``; ``plan_table`` only lays its result out.
+``plan_json`` computes through ``graphs/plan/cost.py``; ``plan_table`` only lays its result out.
 
 Source: docs/design.md section 4; formulas: methods.md 7.1.
 """
@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..graphs.cost import (
+from ..graphs.plan.cost import (
     FP16_BYTES,
     Accounting,
     Cost,
@@ -24,9 +24,9 @@ from ..graphs.cost import (
     reduction_percent,
     total,
 )
-from ..graphs.plan import StagePlan
-from ..graphs.preset_request import UNCALIBRATED
-from ..graphs.stages import Edge
+from ..graphs.plan.plan import StagePlan
+from ..graphs.plan.stages import Edge
+from ..graphs.presets.request import UNCALIBRATED
 from .planfile import modes_text
 
 _TOTALS = {

@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from ..graphs.errors import MissingDependencyError, PlanError
-from ..graphs.plan import StagePlan
-from ..graphs.presets import PRESETS, options_from_strings, preset
+from ..graphs.plan.plan import StagePlan
+from ..graphs.presets.presets import PRESETS, options_from_strings, preset
 
 MAX_FILE_BYTES = 64 * 1024
 """A plan of a hundred layers takes 2 KiB; anything near this bound is no plan."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..graphs.bundle import Prefix, TensorRef
 from ..graphs.config import TextConfig
-from ..graphs.decoder import Body
-from ..graphs.ops import Eager
-from ..graphs.rope import rotary
+from ..graphs.modules.decoder import Body
+from ..graphs.modules.ops import Eager
+from ..graphs.modules.rope import rotary
 from .checkpoint import Checkpoint
 from .names import EMBEDDING
 from .stitch import TORCH_DTYPES

@@ -30,10 +30,10 @@ from ..calib.rounding import (
 from ..graphs.config import ModelConfig
 from ..graphs.errors import DataError, TargetError, nearest
 from ..graphs.linears import Group, linear_groups
-from ..graphs.plan import StagePlan
+from ..graphs.modules.quantized import INPUT_SCALE, SCALE, WEIGHT, ZERO, scale_shape
+from ..graphs.plan.plan import StagePlan
 from ..graphs.precision import LIMIT, Widening
 from ..graphs.quantization import Quantization, Recipe, Scheme, block_of
-from ..graphs.quantized import INPUT_SCALE, SCALE, WEIGHT, ZERO, scale_shape
 from ..graphs.targets import TARGETS, Target
 from .checkpoint import Checkpoint
 

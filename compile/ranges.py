@@ -30,12 +30,12 @@ from torch import Tensor, nn
 
 from ..graphs.config import ModelConfig
 from ..graphs.contract import whole_stages
-from ..graphs.decoder import DecoderStage, Linear, Norm
 from ..graphs.errors import ModelError, TargetError
-from ..graphs.ops import Eager
+from ..graphs.modules.decoder import DecoderStage, Linear, Norm
+from ..graphs.modules.ops import Eager
+from ..graphs.modules.vision import Vision
 from ..graphs.precision import HALF_MAX, LIMIT, NARROW, Reason, Widening
-from ..graphs.presets import preset
-from ..graphs.vision import Vision
+from ..graphs.presets.presets import preset
 from ..runtime.image import load_image, preprocess
 from ..runtime.preprocessing import Preprocessing
 from ..runtime.prompt import PromptEncoder

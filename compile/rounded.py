@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..calib.calibration import Calibration
 from ..calib.rounding import restored, unpack_int4
-from ..graphs.ops import Eager, Scales
+from ..graphs.modules.ops import Eager, Scales
+from ..graphs.modules.quantized import INPUT_SCALE, SCALE, WEIGHT, cache_scale_names
 from ..graphs.quantization import Recipe, block_of
-from ..graphs.quantized import INPUT_SCALE, SCALE, WEIGHT, cache_scale_names
 from ..graphs.targets import TARGETS
 from .caches import cache_scales, rounded_rows
 from .checkpoint import Checkpoint

@@ -12,7 +12,7 @@ from itertools import pairwise
 from ..graphs.config import TextConfig
 from ..graphs.contract import Part
 from ..graphs.errors import CapacityError
-from ..graphs.plan import StagePlan
+from ..graphs.plan.plan import StagePlan
 from .names import HEAD, decoder_shapes
 
 COPIES = 3

@@ -31,7 +31,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..graphs.contract import GraphSpec, TensorSpec
-from ..graphs.quantized import WEIGHT
+from ..graphs.modules.quantized import WEIGHT
 from . import translations
 from .branches import branch_attention
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..graphs.decoder import Linear
+from ..graphs.modules.decoder import Linear
 from .checkpoint import Checkpoint
 from .rounded import Rounded
 

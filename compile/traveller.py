@@ -1,6 +1,6 @@
 """One prompt on its way through the layers of a plan: its rows, calls and what it selected.
 
-Where ``graphs.rows.Chain`` holds the caches of all stages at once, a traveller holds the rows of
+Where ``graphs.chain.chain.Chain`` holds the caches of all stages at once, a traveller holds the rows of
 the stage it is in, and is lent a cache for one layer.
 """
 
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ..calib.prompts import Prompt
+from ..graphs.chain.chain import Segment, StageSlots
 from ..graphs.config import TextConfig
-from ..graphs.decoder import Head
 from ..graphs.errors import CapacityError, PromptError
-from ..graphs.gates import stage_gates
-from ..graphs.ops import Eager, Scales
-from ..graphs.plan import StagePlan
-from ..graphs.rows import Segment, StageSlots
-from ..graphs.select import Prober, Selector
+from ..graphs.modules.decoder import Head
+from ..graphs.modules.ops import Eager, Scales
+from ..graphs.modules.select import Prober, Selector
+from ..graphs.plan.gates import stage_gates
+from ..graphs.plan.plan import StagePlan
 from .watch import ANSWER, TEXT, VISUAL
 
 

@@ -7,7 +7,7 @@ prompts, of which it keeps the rows alone:
         for each prompt   its calls of this stage, over a cache that lives no longer than this
     at an edge       the last prompt row selects, or vision leaves
 
-Which rows a call holds, in which order and under which gates is said by ``graphs.rows``, as for
+Which rows a call holds, in which order and under which gates is said by ``graphs.chain.chain``, as for
 every back end; so the logits are those of the chain. A known answer is fed behind its prompt, as
 decode steps would feed it. Keys and values of the prefix come computed: its rows are never run, so
 nobody who watches sees them.
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from ..calib.prompts import Prompt
 from ..graphs.config import ModelConfig
-from ..graphs.decoder import Body, Head, Linear, Logits
 from ..graphs.errors import PlanError
-from ..graphs.ops import Eager
-from ..graphs.plan import StagePlan
+from ..graphs.modules.decoder import Body, Head, Linear, Logits
+from ..graphs.modules.ops import Eager
+from ..graphs.modules.quantized import round_caches
+from ..graphs.modules.select import Prober, Selector
+from ..graphs.modules.vision import Vision
+from ..graphs.plan.plan import StagePlan
 from ..graphs.quantization import Cache
-from ..graphs.quantized import round_caches
-from ..graphs.select import Prober, Selector
-from ..graphs.vision import Vision
 from . import ranges
 from .checkpoint import Checkpoint
 from .names import EMBEDDING

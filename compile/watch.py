@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor, nn
 
-from ..graphs.decoder import Linear
+from ..graphs.modules.decoder import Linear
 from .checkpoint import Checkpoint
 from .rounded import Rounded
 from .stream import Streamed

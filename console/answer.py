@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..graphs.contract import PROBE
-from ..graphs.cost import Cost, Geometry, Load, cost_of, plan_loads, reduction_percent
+from ..graphs.plan.cost import Cost, Geometry, Load, cost_of, plan_loads, reduction_percent
 
 if TYPE_CHECKING:
     from ..graphs.bundle import Manifest

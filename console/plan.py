@@ -13,10 +13,10 @@ from rich.table import Table
 from ..compile.planfile import resolve_plan
 from ..compile.recipes import ALIASES, DEMO, GEOMETRIES
 from ..graphs.config import ModelConfig
-from ..graphs.cost import Geometry, Outcome
 from ..graphs.errors import ModelError, PlanError
-from ..graphs.plan import StagePlan
-from ..graphs.presets import LATER, PRESETS
+from ..graphs.plan.cost import Geometry, Outcome
+from ..graphs.plan.plan import StagePlan
+from ..graphs.presets.presets import LATER, PRESETS
 
 
 def plan_facts(

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..graphs.cost import LLAVA_7B, Geometry
-from ..graphs.work import WEIGHT_BYTES
+from ..graphs.plan.call_cost import WEIGHT_BYTES
+from ..graphs.plan.cost import LLAVA_7B, Geometry
 from .devices import DEVICES
 
 TINYCHAT = "TinyChat"

@@ -1,6 +1,6 @@
 """A subject on a device: times, memory, and how far to believe them.
 
-Times are FLOPs and bytes of every call (``graphs/work.py``) over the device's peaks, at the
+Times are FLOPs and bytes of every call (``graphs/plan/call_cost.py``) over the device's peaks, at the
 efficiency that was fitted where the device was measured. Elsewhere it is a range: what published
 figures of other stacks reached on a Jetson (``peers.py``). Both ends are computed, and shown.
 """
@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..graphs.contract import stage_slots
-from ..graphs.cost import Geometry
 from ..graphs.errors import CapacityError, TargetError
-from ..graphs.work import (
+from ..graphs.plan.call_cost import (
     Call,
     Sizes,
     Slots,
@@ -25,6 +24,7 @@ from ..graphs.work import (
     total,
     work_of,
 )
+from ..graphs.plan.cost import Geometry
 from ..profiling.machine import cores, machine_facts
 from ..profiling.peaks import measure_peaks
 from .devices import CPU, Device, compute_type, find_device

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from ..graphs.bundle import Bundle
 from ..graphs.config import ModelConfig
-from ..graphs.cost import Geometry
 from ..graphs.errors import TargetError
-from ..graphs.plan import StagePlan
-from ..graphs.presets import preset
-from ..graphs.work import WEIGHT_BYTES, Sizes, vision_work
+from ..graphs.plan.call_cost import WEIGHT_BYTES, Sizes, vision_work
+from ..graphs.plan.cost import Geometry
+from ..graphs.plan.plan import StagePlan
+from ..graphs.presets.presets import preset
 
 PREFIX_ROWS = 35
 """LLaVA-1.5's: BOS, system prompt, ``USER: ``. Of a bundle the number is known."""

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import __version__
-from ..graphs.cost import Geometry, Load, cost_of
+from ..graphs.plan.cost import Geometry, Load, cost_of
 from .trace import LayerTrace, Trace
 
 if TYPE_CHECKING:
     from ..graphs.bundle import Manifest
-    from ..graphs.stages import Stage
+    from ..graphs.plan.stages import Stage
 
 NEAR = 0.8
 """Share of the largest part that counts as near it."""

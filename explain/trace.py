@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..graphs.executor import Executor, StageResult
-from ..graphs.rows import Chain
+from ..graphs.chain.chain import Chain
+from ..graphs.chain.executor import Executor, StageResult
 from ..runtime.tensors import cache_scales
 from .readings import Gates, Reading, read_row
 

@@ -19,7 +19,7 @@ from typing import Any
 from .config import ModelConfig
 from .contract import GraphSpec, cache_dtype
 from .errors import BundleError
-from .plan import StagePlan
+from .plan.plan import StagePlan
 from .precision import NARROW, Widening
 from .quantization import FLOAT, Quantization
 

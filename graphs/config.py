@@ -18,8 +18,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from .config_fields import (
+    count,
+    divides,
+    exact,
+    flag,
+    get,
+    mapping,
+    number,
+    refuse,
+    show,
+    side,
+    word,
+)
 from .errors import ModelError
-from .values import count, divides, exact, flag, get, mapping, number, refuse, show, side, word
 
 ARCHITECTURE = "LlavaForConditionalGeneration"
 TOWERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import ModelConfig, TextConfig
-from .plan import StagePlan
+from .plan.plan import StagePlan
+from .plan.stages import Edge
 from .precision import NARROW, Widening
 from .quantization import Cache
-from .stages import Edge
 
 INVISIBLE = 2**31 - 1
 """Order of a slot that no row may see: empty, or padding."""

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from .errors import TargetError, nearest
 from .linears import Group
-from .plan import StagePlan
+from .plan.plan import StagePlan
 
 Scheme = Literal["float", "w8a8", "w8", "w4"]
 """How one linear layer computes.

@@ -22,7 +22,7 @@ QUANTISED_LLM = ("int8", "w8", "w4")
 blocks, which came with opset 21."""
 
 LLM, BRANCHED, PORTABLE = LOWERINGS = "llm", "branched", "portable"
-"""How graphs are written (``graphs/ops.py``): ``Llm``; ``LlmBranched``; ``Portable``."""
+"""How graphs are written (``graphs/modules/ops.py``): ``Llm``; ``LlmBranched``; ``Portable``."""
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt_rtx"

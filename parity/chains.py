@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from ..calib.samples import Sample
 from ..compile.checkpoint import Checkpoint
 from ..graphs.bundle import Bundle, Manifest
-from ..graphs.chain import Span, TorchExecutor, load_weights, segments
+from ..graphs.chain.chain import Chain, Segment
+from ..graphs.chain.executor import Kept
+from ..graphs.chain.torch_reference import Span, TorchExecutor, load_weights, segments
 from ..graphs.contract import INVISIBLE
-from ..graphs.executor import Kept
 from ..graphs.linears import linear_groups
-from ..graphs.ops import Eager
-from ..graphs.plan import StagePlan
+from ..graphs.modules.ops import Eager
+from ..graphs.modules.quantized import INPUT_SCALE, WEIGHT
+from ..graphs.modules.vision import Vision
+from ..graphs.plan.plan import StagePlan
 from ..graphs.precision import NARROW
-from ..graphs.quantized import INPUT_SCALE, WEIGHT
-from ..graphs.rows import Chain, Segment
-from ..graphs.vision import Vision
 from .choices import Choice, Grounds, Reading, lead
 from .compare import Bounds
 from .modules import STORED, quantise, stored_tensor

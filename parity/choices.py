@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..graphs.stages import Probe
+from ..graphs.plan.stages import Probe
 
 APART = float("inf")
 

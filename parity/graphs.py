@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ..graphs.contract import ORT_LLM_SINCE
-from ..graphs.quantized import is_cache_scale
+from ..graphs.modules.quantized import is_cache_scale
 from ..graphs.targets import PORTABLE
 from ..runtime.integers import integer_entries
 from .compare import LOOSE, bounds_of, first_wrong, strict, tensor_error

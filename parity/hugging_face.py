@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..calib.samples import Sample
 from ..compile.checkpoint import Checkpoint
 from ..graphs.bundle import Bundle
-from ..graphs.presets import preset
+from ..graphs.presets.presets import preset
 from .chains import Asked, TorchChain
 from .compare import BOUNDS, first_wrong, tensor_error
 from .report import Finding

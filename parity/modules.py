@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from ..compile.stream import without_weights
 from ..graphs.bundle import Bundle, Manifest, TensorRef
 from ..graphs.contract import PROBE, Part
-from ..graphs.decoder import DecoderStage
 from ..graphs.errors import BundleError
 from ..graphs.linears import linear_groups
-from ..graphs.ops import Eager
+from ..graphs.modules.decoder import DecoderStage
+from ..graphs.modules.ops import Eager
+from ..graphs.modules.quantized import replace_linears, round_caches
+from ..graphs.modules.select import Prober, Selector
+from ..graphs.modules.vision import Vision
 from ..graphs.precision import NARROW, Widening
-from ..graphs.quantized import replace_linears, round_caches
-from ..graphs.select import Prober, Selector
 from ..graphs.targets import find_target
-from ..graphs.vision import Vision
 from .stored_graph import StoredGraph, map_raw, new_rows
 
 STORED = {

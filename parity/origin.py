@@ -19,7 +19,7 @@ from ..compile.prefix import prefix_cache
 from ..compile.quantize import CALIBRATIONS, Rounding, input_shifts
 from ..graphs.bundle import Bundle, Manifest
 from ..graphs.errors import DataError, ModelError
-from ..graphs.quantized import WEIGHT, cache_scale_names, is_cache_scale
+from ..graphs.modules.quantized import WEIGHT, cache_scale_names, is_cache_scale
 from ..graphs.targets import find_target
 from .compare import BOUNDS, first_wrong, tensor_error
 from .modules import stored_tensor

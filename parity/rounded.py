@@ -17,8 +17,8 @@ from ..calib.rounding import HALF_TINY, INT4_LEVELS, INT8_LEVELS, TINY, absmax, 
 from ..compile.checkpoint import Checkpoint
 from ..graphs.bundle import Manifest
 from ..graphs.linears import Group, linear_groups
+from ..graphs.modules.quantized import INPUT_SCALE, SCALE, WEIGHT
 from ..graphs.quantization import BLOCK
-from ..graphs.quantized import INPUT_SCALE, SCALE, WEIGHT
 
 LEVELS = {"w8a8": INT8_LEVELS, "w8": INT8_LEVELS, "w4": INT4_LEVELS}
 

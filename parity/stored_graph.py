@@ -18,7 +18,7 @@ from ..calib.rounding import unpack_int4
 from ..graphs.bundle import Bundle
 from ..graphs.contract import INVISIBLE, MANY_ROWS, GraphSpec, stage_of
 from ..graphs.errors import BundleError
-from ..graphs.quantized import CACHE_SCALES
+from ..graphs.modules.quantized import CACHE_SCALES
 from ..graphs.targets import BRANCHED
 
 FILLED = 9

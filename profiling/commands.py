@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from ..graphs.bundle import Bundle, Manifest
 from ..graphs.contract import GraphSpec, TensorSpec, stage_of
 from ..graphs.engine_index import FOLDER, Engines
+from ..graphs.plan.call_cost import Call
 from ..graphs.targets import TENSORRT_RTX, find_target
-from ..graphs.work import Call
 from ..trt.recipe import Recipe, Shape, recipes_of
 
 ITERATIONS, WARM_UP = 50, 10

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..graphs.errors import PromptError
-from ..graphs.work import Call
+from ..graphs.plan.call_cost import Call
 from .prompts import Prompt, prompts
 from .spread import Spread
 from .watch import Event, watch

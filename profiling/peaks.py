@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from ..graphs.work import Work
+from ..graphs.plan.call_cost import Work
 
 SIDE = 1536
 """Side of the square product: large enough for the best rate, 0.1 s on two cores."""

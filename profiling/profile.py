@@ -13,8 +13,8 @@ from typing import Any
 
 from ..graphs.bundle import Bundle
 from ..graphs.errors import PromptError
+from ..graphs.plan.call_cost import Call, Sizes, work_of
 from ..graphs.targets import ONNXRUNTIME, find_target
-from ..graphs.work import Call, Sizes, work_of
 from ..runtime.session import Session
 from .commands import as_facts, commands_of
 from .facts import beaten, dominant, power_facts, run_facts, speed_up

@@ -1,7 +1,7 @@
 """How near each part of a bundle comes to what the machine can do.
 
 The floor of a call is the slower of its operations at the measured rate and its bytes at the
-measured bandwidth (``graphs/work.py``, ``peaks.py``): no kernel beats it. A part below 1 of its
+measured bandwidth (``graphs/plan/call_cost.py``, ``peaks.py``): no kernel beats it. A part below 1 of its
 floor's share has room left; what the share cannot say is whether kernels or calls are to blame.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..graphs.bundle import Manifest
-from ..graphs.work import Call, Sizes, Work, work_of
+from ..graphs.plan.call_cost import Call, Sizes, Work, work_of
 from .peaks import Peaks
 
 

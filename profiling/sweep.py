@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..graphs.plan import StagePlan
-from ..graphs.work import Call
+from ..graphs.plan.call_cost import Call
+from ..graphs.plan.plan import StagePlan
 from ..runtime.context import Part, Picture
 from .prompts import FIRST
 from .spread import Spread

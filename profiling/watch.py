@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..graphs.contract import PROBE
-from ..graphs.work import VISION, Call
+from ..graphs.plan.call_cost import VISION, Call
 
 Clock = Callable[[], float]
 
@@ -33,7 +33,7 @@ class Event:
 
 @contextmanager
 def watch(executor: Any, clock: Clock = time.perf_counter) -> Iterator[list[Event]]:
-    """Note every call of ``executor`` (``graphs.executor.Executor``) until the end of the block."""
+    """Note every call of ``executor`` (``graphs.chain.executor.Executor``) until the end of the block."""
     events: list[Event] = []
     describe: dict[str, Callable[..., Call]] = {
         "encode": lambda pixels: Call(VISION, 0, 0),

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..graphs.chain.chain import Prefilled, last_layers
 from ..graphs.contract import INVISIBLE
-from ..graphs.cost import Geometry, Load, cost_of
-from ..graphs.plan import StagePlan
-from ..graphs.rows import Prefilled, last_layers
+from ..graphs.plan.cost import Geometry, Load, cost_of
+from ..graphs.plan.plan import StagePlan
 
 
 @dataclass(frozen=True)

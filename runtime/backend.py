@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..graphs.bundle import Bundle
+from ..graphs.chain.executor import Executor, Rows
 from ..graphs.errors import TargetError
-from ..graphs.executor import Executor, Rows
 from ..graphs.targets import (
     ONNXRUNTIME,
     OPENVINO,

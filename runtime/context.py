@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from ..graphs.bundle import Bundle
-from ..graphs.executor import Rows, StageResult
-from ..graphs.plan import StagePlan
-from ..graphs.rows import Chain, Prefilled, Segment
+from ..graphs.chain.chain import Chain, Prefilled, Segment
+from ..graphs.chain.executor import Rows, StageResult
+from ..graphs.plan.plan import StagePlan
 from .backend import Backend
 from .cache import ByteCache
 from .tensors import Embedding, map_tensor

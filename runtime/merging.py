@@ -17,7 +17,7 @@ from statistics import median
 import numpy as np
 
 from ..graphs.bundle import Bundle
-from ..graphs.rows import Chain, Segment
+from ..graphs.chain.chain import Chain, Segment
 from .backend import Backend
 
 FILE = ".merging.json"

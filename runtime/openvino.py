@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from ..graphs.bundle import Bundle
+from ..graphs.chain.executor import Kept, StageResult
 from ..graphs.contract import PROBE, GraphSpec
 from ..graphs.errors import BundleError, MissingDependencyError
-from ..graphs.executor import Kept, StageResult
 from ..graphs.targets import OPENVINO, find_target
 from .host import BUCKET, HostExecutor
 from .openvino_calls import Stage, pieces, shape_of
@@ -36,7 +36,7 @@ PROPERTIES = {
 
 
 class OpenVinoExecutor(HostExecutor):
-    """``graphs.executor.Executor`` over OpenVINO's CPU plugin, one prompt at a time.
+    """``graphs.chain.executor.Executor`` over OpenVINO's CPU plugin, one prompt at a time.
 
     Raises:
         MissingDependencyError: OpenVINO is not installed.

@@ -15,9 +15,9 @@ import onnxruntime as ort
 import psutil
 
 from ..graphs.bundle import Bundle
+from ..graphs.chain.executor import Kept, StageResult
 from ..graphs.contract import ORT_LLM_SINCE, PROBE, appended, hands_back
 from ..graphs.errors import BundleError, CapacityError
-from ..graphs.executor import Kept, StageResult
 from ..graphs.targets import PORTABLE
 from .denormals import AVAILABLE, flushed
 from .host import HostExecutor
@@ -47,7 +47,7 @@ class OrtOptions:
 
 
 class OrtExecutor(HostExecutor):
-    """``graphs.executor.Executor`` over ONNX Runtime, for one prompt at a time or a batch."""
+    """``graphs.chain.executor.Executor`` over ONNX Runtime, for one prompt at a time or a batch."""
 
     def __init__(self, bundle: Bundle, options: OrtOptions, batch: int = 1):
         manifest = bundle.manifest

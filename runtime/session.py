@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image
 
 from ..graphs.bundle import Bundle
-from ..graphs.cost import Geometry
+from ..graphs.chain.executor import Rows
 from ..graphs.errors import CapacityError, PromptError, VisistageError
-from ..graphs.executor import Rows
+from ..graphs.plan.cost import Geometry
 from .answer import Answer, Timings, plan_facts
 from .backend import check_backend, open_backend
 from .cache import ByteCache

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..graphs.bundle import Bundle
+from ..graphs.chain.chain import Chain, Segment
 from ..graphs.errors import VisistageError
-from ..graphs.rows import Chain, Segment
 from .processor import cores, processor
 
 if TYPE_CHECKING:

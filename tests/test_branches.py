@@ -12,10 +12,10 @@ from visistage.compile.branches import PIECES
 from visistage.compile.build import build
 from visistage.compile.checkpoint import open_checkpoint
 from visistage.compile.label import label_layers
-from visistage.graphs import chain
+from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.contract import MANY_ROWS, PADDING_ORDER
-from visistage.graphs.ops import Eager, Gate, View
-from visistage.graphs.presets import preset
+from visistage.graphs.modules.ops import Eager, Gate, View
+from visistage.graphs.presets.presets import preset
 from visistage.runtime.session import load
 from visistage.tests import toy
 

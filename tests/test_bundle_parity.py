@@ -11,14 +11,14 @@ from visistage.compile.build import build
 from visistage.compile.checkpoint import open_checkpoint
 from visistage.compile.export import export, graphs_of
 from visistage.compile.weights import convert, link_files, place
-from visistage.graphs import chain
+from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.contract import INVISIBLE, MANY_ROWS, PROBE, whole_stages
-from visistage.graphs.decoder import DecoderStage
 from visistage.graphs.errors import CapacityError
-from visistage.graphs.ops import Eager
-from visistage.graphs.presets import preset
-from visistage.graphs.select import Prober, Selector
-from visistage.graphs.vision import Vision
+from visistage.graphs.modules.decoder import DecoderStage
+from visistage.graphs.modules.ops import Eager
+from visistage.graphs.modules.select import Prober, Selector
+from visistage.graphs.modules.vision import Vision
+from visistage.graphs.presets.presets import preset
 from visistage.runtime.session import Session, load
 from visistage.tests import published, toy
 

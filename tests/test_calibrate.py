@@ -35,7 +35,7 @@ from visistage.compile.walk import walk
 from visistage.console.calibration import DEMO_SERIES, calibration_samples, calibration_table
 from visistage.console.units import Share
 from visistage.demo.heldout import _series
-from visistage.graphs.presets import preset
+from visistage.graphs.presets.presets import preset
 from visistage.graphs.quantization import parse_recipe
 from visistage.runtime import ort
 from visistage.runtime.integers import integer_entries

@@ -23,7 +23,7 @@ from visistage.calib.samples import Sample
 from visistage.compile.checkpoint import open_checkpoint
 from visistage.compile.texts import prompt_encoder, text_facts
 from visistage.graphs.errors import DataError
-from visistage.graphs.presets import preset
+from visistage.graphs.presets.presets import preset
 from visistage.graphs.quantization import OBSERVERS
 from visistage.runtime.preprocessing import Preprocessing
 

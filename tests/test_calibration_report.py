@@ -21,10 +21,10 @@ from visistage.calib.report import NAME, render, write_report
 from visistage.calib.series import by_sensitivity, kept_float, rows_seen, series_of
 from visistage.compile.recipes import GEOMETRIES
 from visistage.graphs.config import ModelConfig
-from visistage.graphs.cost import Geometry
 from visistage.graphs.errors import CapacityError
 from visistage.graphs.linears import linear_groups
-from visistage.graphs.presets import preset
+from visistage.graphs.plan.cost import Geometry
+from visistage.graphs.presets.presets import preset
 from visistage.graphs.quantization import OBSERVERS
 from visistage.pages.chart import Axis, Chart, of_counts, of_decades, of_layers, of_shares
 from visistage.tests import toy

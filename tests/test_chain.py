@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 from visistage.compile.names import canonical
-from visistage.graphs import chain
+from visistage.graphs.chain import torch_reference as chain
+from visistage.graphs.chain.chain import Chain
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.errors import PlanError, PromptError
-from visistage.graphs.ops import Eager
-from visistage.graphs.presets import preset
-from visistage.graphs.rows import Chain
-from visistage.graphs.vision import Vision
+from visistage.graphs.modules.ops import Eager
+from visistage.graphs.modules.vision import Vision
+from visistage.graphs.presets.presets import preset
 
 from . import reference, toy
 

@@ -11,9 +11,9 @@ from visistage.calib.candidates import Pricing, candidates, cut_off, friendly, k
 from visistage.calib.choose import Budget, choose_plan
 from visistage.calib.dynamics import Dynamics, Reading
 from visistage.calib.holdout import hold_out
-from visistage.graphs.cost import Geometry, dense_cost, plan_cost
 from visistage.graphs.errors import DataError, PlanError
-from visistage.graphs.plan import StagePlan
+from visistage.graphs.plan.cost import Geometry, dense_cost, plan_cost
+from visistage.graphs.plan.plan import StagePlan
 
 LAYERS, TOKENS = 10, 24
 T, K, E = 4, 6, 7

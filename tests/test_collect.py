@@ -16,7 +16,7 @@ from visistage.compile.walk import pieces, walk
 from visistage.compile.watch import ANSWER, TEXT, VISUAL
 from visistage.graphs.errors import ModelError, PlanError
 from visistage.graphs.linears import linear_groups
-from visistage.graphs.presets import preset
+from visistage.graphs.presets.presets import preset
 from visistage.graphs.quantization import OBSERVERS
 
 from . import toy

@@ -14,13 +14,13 @@ import torch
 from click.testing import CliRunner
 from visistage.cli import main
 from visistage.compile.planfile import save_plan
-from visistage.graphs import chain
-from visistage.graphs.cost import LLAVA_7B, LLAVA_13B, Outcome, plan_cost
+from visistage.graphs.chain import torch_reference as chain
+from visistage.graphs.chain.chain import Chain
 from visistage.graphs.errors import PlanError
-from visistage.graphs.plan import StagePlan
-from visistage.graphs.presets import preset
-from visistage.graphs.rows import Chain
-from visistage.graphs.select import Prober
+from visistage.graphs.modules.select import Prober
+from visistage.graphs.plan.cost import LLAVA_7B, LLAVA_13B, Outcome, plan_cost
+from visistage.graphs.plan.plan import StagePlan
+from visistage.graphs.presets.presets import preset
 
 from . import published
 from .test_chain import Case
@@ -180,7 +180,7 @@ GATED = {  # the last row of appendix B
 @pytest.mark.parametrize("form", GATED)
 def test_item_7_gated_and_renormalised_masks(form):
     """Through the operators that every stage is written in; item 8's sink is among them."""
-    from visistage.graphs.ops import Eager, Gate, View
+    from visistage.graphs.modules.ops import Eager, Gate, View
 
     query, key, value, slots = golden_vector()
     gate = torch.ones(1, slots)

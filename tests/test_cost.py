@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from visistage.graphs.cost import (
+from visistage.graphs.plan.cost import (
     LLAVA_7B,
     LLAVA_13B,
     Geometry,
@@ -15,9 +15,9 @@ from visistage.graphs.cost import (
     plan_cost,
     reduction_percent,
 )
-from visistage.graphs.plan import StagePlan
-from visistage.graphs.presets import preset
-from visistage.graphs.stages import Edge, Stage
+from visistage.graphs.plan.plan import StagePlan
+from visistage.graphs.plan.stages import Edge, Stage
+from visistage.graphs.presets.presets import preset
 
 MIB = 2**20
 MOBILE_3B = Geometry(layers=32, hidden=2560, intermediate=6912, vocab=32000)

@@ -16,9 +16,9 @@ from visistage.calib.dynamics import (
 )
 from visistage.calib.thresholds import suggest_thresholds
 from visistage.graphs.errors import DataError
-from visistage.graphs.presets import options_from_strings, preset
-from visistage.graphs.probing import Decision
-from visistage.graphs.stages import Probe
+from visistage.graphs.plan.probing import Decision
+from visistage.graphs.plan.stages import Probe
+from visistage.graphs.presets.presets import options_from_strings, preset
 
 LAYERS, TOKENS = 8, 12
 

@@ -20,7 +20,7 @@ from visistage.estimate.subject import Subject
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.contract import stage_slots
 from visistage.graphs.errors import CapacityError, TargetError
-from visistage.graphs.work import Call, Sizes, question_calls, work_of
+from visistage.graphs.plan.call_cost import Call, Sizes, question_calls, work_of
 
 TRUE = Efficiency(compute=0.6, bandwidth=0.75, layer_ms=0.05)
 

@@ -22,11 +22,11 @@ from visistage.explain.page import masks_of, outlines
 from visistage.explain.picture import Grid, cropped_share, heat_uri, seen
 from visistage.explain.readings import Gates, read_row
 from visistage.explain.trace import Watched, trace
-from visistage.graphs import chain
 from visistage.graphs.bundle import Bundle, FileFact
+from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.errors import BundleError, CapacityError, PromptError
-from visistage.graphs.ops import Eager
+from visistage.graphs.modules.ops import Eager
 from visistage.graphs.quantization import Quantization
 from visistage.pages.words import percent, ranges
 from visistage.runtime.preprocessing import Preprocessing

@@ -26,11 +26,11 @@ from visistage.explain.trace import trace
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.contract import hands_back
 from visistage.graphs.errors import DataError, EngineError, ModelError, TargetError
-from visistage.graphs.ops import Eager
+from visistage.graphs.modules.ops import Eager
+from visistage.graphs.modules.quantized import cache_scale_names, is_cache_scale
+from visistage.graphs.plan.call_cost import Sizes
 from visistage.graphs.quantization import parse_recipe
-from visistage.graphs.quantized import cache_scale_names, is_cache_scale
 from visistage.graphs.targets import TARGETS, TENSORRT_RTX
-from visistage.graphs.work import Sizes
 from visistage.parity.chains import TorchChain, ask
 from visistage.parity.compare import BOUNDS
 from visistage.parity.graphs import GraphRungs

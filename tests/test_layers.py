@@ -21,19 +21,25 @@ PACKAGES = (
 )
 PACKAGES += ("runtime", "trt")
 PACKAGES += ("estimate", "profiling")
-PURE = {"graphs", "graphs.bundle", "graphs.config", "graphs.contract", "graphs.cost"}
+PURE = {"graphs", "graphs.bundle", "graphs.config", "graphs.contract", "graphs.plan.cost"}
 PURE |= {
     "graphs.errors",
     "graphs.linears",
-    "graphs.plan",
+    "graphs.plan.plan",
     "graphs.precision",
-    "graphs.presets",
+    "graphs.presets.presets",
     "graphs.targets",
 }
-PURE |= {"graphs.plan_checks", "graphs.plan_fields", "graphs.stages"}
-PURE |= {"graphs.preset_request", "graphs.probing_presets", "graphs.static_presets"}
-PURE |= {"graphs.quantization", "graphs.values", "graphs.work"}
-RUNTIME_MAY = {*PURE, "graphs.executor", "graphs.gates", "graphs.probing", "graphs.rows"}
+PURE |= {"graphs.plan.plan_checks", "graphs.plan.plan_fields", "graphs.plan.stages"}
+PURE |= {"graphs.presets.request", "graphs.presets.probing_presets", "graphs.presets.static"}
+PURE |= {"graphs.quantization", "graphs.config_fields", "graphs.plan.call_cost"}
+RUNTIME_MAY = {
+    *PURE,
+    "graphs.chain.executor",
+    "graphs.plan.gates",
+    "graphs.plan.probing",
+    "graphs.chain.chain",
+}
 RUNTIME_MAY |= {"runtime.*"}
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "huggingface_hub")
 HEAVY += ("cuda", "openvino", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
@@ -43,12 +49,15 @@ HEAVY += ("cuda", "openvino", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings
 RULES = {
     "graphs": (PURE, set()),
     **dict.fromkeys(PURE, (PURE, set())),
-    "graphs.executor": (set(), {"numpy"}),
-    "graphs.rows": (PURE | {"graphs.executor", "graphs.gates", "graphs.probing"}, {"numpy"}),
-    "graphs.gates": (PURE, {"numpy"}),
-    "graphs.probing": (PURE, {"numpy"}),
+    "graphs.chain.executor": (set(), {"numpy"}),
+    "graphs.chain.chain": (
+        PURE | {"graphs.chain.executor", "graphs.plan.gates", "graphs.plan.probing"},
+        {"numpy"},
+    ),
+    "graphs.plan.gates": (PURE, {"numpy"}),
+    "graphs.plan.probing": (PURE, {"numpy"}),
     "graphs.*": ({"graphs.*"}, {"numpy", "torch"}),
-    "graphs.rope": ({"graphs.*"}, {"torch", "transformers"}),
+    "graphs.modules.rope": ({"graphs.*"}, {"torch", "transformers"}),
     "runtime": (RUNTIME_MAY, set()),
     "runtime.*": (RUNTIME_MAY, {"PIL", "jinja2", "numpy", "tokenizers"}),
     "runtime.ort": (RUNTIME_MAY, {"numpy", "onnxruntime", "psutil"}),
@@ -115,7 +124,14 @@ RULES = {
     # Runs wherever a bundle runs, and looks further into it than the public runtime lets others.
     "explain.*": (
         PURE
-        | {"", "console.units", "explain.*", "graphs.executor", "graphs.rows", "pages.*"}
+        | {
+            "",
+            "console.units",
+            "explain.*",
+            "graphs.chain.executor",
+            "graphs.chain.chain",
+            "pages.*",
+        }
         | {"runtime.answer", "runtime.image", "runtime.preprocessing", "runtime.session"}
         | {"runtime.tensors"},
         {"PIL", "jinja2", "numpy"},
@@ -268,13 +284,13 @@ def test_the_rules_name_modules_that_exist():
         ("runtime.device.cuda", "import torch"),
         ("runtime.device.engine_trt", "import tensorrt"),
         ("runtime.text", "from .. import demo"),
-        ("graphs.plan", "import numpy"),
-        ("graphs.plan", "from .rows import Chain"),
-        ("graphs.plan", "from ..runtime.answer import Answer"),
-        ("graphs.rows", "import torch"),
-        ("graphs.decoder", "import transformers"),
-        ("graphs.decoder", "import graphs.plan"),
-        ("graphs.decoder", "from visistage.graphs.plan import StagePlan"),
+        ("graphs.plan.plan", "import numpy"),
+        ("graphs.plan.plan", "from .rows import Chain"),
+        ("graphs.plan.plan", "from ..runtime.answer import Answer"),
+        ("graphs.chain.chain", "import torch"),
+        ("graphs.modules.decoder", "import transformers"),
+        ("graphs.modules.decoder", "import graphs.plan.plan"),
+        ("graphs.modules.decoder", "from visistage.graphs.plan.plan import StagePlan"),
         ("calib.evaluate", "from ..runtime.session import Session"),
         ("calib.evaluate", "from ..compile.build import build"),
         ("compile.build", "from ..runtime.session import load"),
@@ -289,7 +305,7 @@ def test_the_rules_name_modules_that_exist():
         ("profiling.measure", "from ..runtime.ort import OrtExecutor"),
         ("profiling.measure", "import torch"),
         ("estimate.predict", "from ..runtime.session import Session"),
-        ("graphs.work", "import numpy"),
+        ("graphs.plan.call_cost", "import numpy"),
         ("commands.asking", "import torch"),
         ("cli", "from .compile.build import build"),
     ],
@@ -305,7 +321,7 @@ def test_a_planted_violation_is_caught(module, source):
         ("runtime.session", "from . import cache"),
         ("compile.build", "from .. import __version__\nimport torch"),
         ("calib.evaluate", "from ..runtime import Session"),
-        ("graphs.rope", "import torch, transformers"),
+        ("graphs.modules.rope", "import torch, transformers"),
     ],
 )
 def test_what_is_allowed_passes(module, source):

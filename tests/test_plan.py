@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from visistage.graphs.errors import PlanError
-from visistage.graphs.plan import StagePlan
-from visistage.graphs.stages import MAX_KEEP, MODES, Edge, Probe, Stage
+from visistage.graphs.plan.plan import StagePlan
+from visistage.graphs.plan.stages import MAX_KEEP, MODES, Edge, Probe, Stage
 
 N = 9
 

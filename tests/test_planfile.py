@@ -19,11 +19,11 @@ from visistage.compile.planfile import (
     resolve_plan,
     save_plan,
 )
-from visistage.graphs.cost import LLAVA_7B, Geometry, plan_cost
 from visistage.graphs.errors import MissingDependencyError, PlanError
-from visistage.graphs.plan import StagePlan
-from visistage.graphs.presets import PRESETS, preset
-from visistage.graphs.stages import Stage
+from visistage.graphs.plan.cost import LLAVA_7B, Geometry, plan_cost
+from visistage.graphs.plan.plan import StagePlan
+from visistage.graphs.plan.stages import Stage
+from visistage.graphs.presets.presets import PRESETS, preset
 
 PLAN = preset("visipruner", 32, 576, shallow=6, t=14, keep=32, e=23)
 

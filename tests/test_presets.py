@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from visistage.graphs.errors import PlanError
-from visistage.graphs.plan import StagePlan
-from visistage.graphs.preset_request import UNCALIBRATED
-from visistage.graphs.presets import LATER, PRESETS, options_from_strings, preset
+from visistage.graphs.plan.plan import StagePlan
+from visistage.graphs.presets.presets import LATER, PRESETS, options_from_strings, preset
+from visistage.graphs.presets.request import UNCALIBRATED
 
 
 def counts(plan):

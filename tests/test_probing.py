@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import numpy as np
-from visistage.graphs.probing import Decision
-from visistage.graphs.stages import Probe
+from visistage.graphs.plan.probing import Decision
+from visistage.graphs.plan.stages import Probe
 
 PROBE = Probe(first=2, cosine=0.9, contribution=0.5, exit_cosine=0.99)
 

@@ -22,7 +22,7 @@ from visistage.compile.build import build
 from visistage.compile.label import label_layers
 from visistage.graphs.bundle import ANY_CONTEXT, Bundle
 from visistage.graphs.errors import BundleError, CapacityError, PromptError
-from visistage.graphs.work import Call, Work, question_calls, token_calls
+from visistage.graphs.plan.call_cost import Call, Work, question_calls, token_calls
 from visistage.profiling import commands, memory
 from visistage.profiling.engine_layers import layer_times
 from visistage.profiling.facts import beaten, speed_up

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from visistage.graphs import chain
+from visistage.graphs.chain import torch_reference as chain
 
 from . import published
 from .test_chain import Case

@@ -17,13 +17,13 @@ from visistage.compile.build import build
 from visistage.compile.checkpoint import open_checkpoint
 from visistage.compile.planfile import resolve_plan
 from visistage.compile.quantize import Rounding, resolve
-from visistage.graphs import chain
 from visistage.graphs.bundle import MANIFEST
+from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.errors import DataError, TargetError
 from visistage.graphs.linears import linear_groups
-from visistage.graphs.ops import Eager
+from visistage.graphs.modules.ops import Eager
+from visistage.graphs.modules.quantized import QuantizedLinear, block_of
 from visistage.graphs.quantization import Quantization, parse_recipe
-from visistage.graphs.quantized import QuantizedLinear, block_of
 from visistage.graphs.targets import TARGETS, TENSORRT_RTX
 from visistage.runtime.integers import EXACT, NO_GEMM, integer_entries, saturates
 from visistage.runtime.session import load

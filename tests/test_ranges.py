@@ -22,9 +22,9 @@ from visistage.compile.weights import place
 from visistage.console.evaluation import chosen_samples
 from visistage.console.inspect import bundle_facts
 from visistage.graphs.bundle import Bundle
-from visistage.graphs.decoder import DecoderLayer, Linear
 from visistage.graphs.errors import ModelError, TargetError
-from visistage.graphs.ops import Eager, Llm
+from visistage.graphs.modules.decoder import DecoderLayer, Linear
+from visistage.graphs.modules.ops import Eager, Llm
 from visistage.graphs.precision import HALF_MAX, LIMIT, NARROW, Reason, Widening
 from visistage.runtime.preprocessing import Preprocessing
 from visistage.runtime.session import load

@@ -11,10 +11,10 @@ from visistage.compile.caches import cache_scales, rounded_rows
 from visistage.compile.checkpoint import open_checkpoint
 from visistage.compile.rounded import Rounded
 from visistage.compile.walk import walk
-from visistage.graphs.chain import TorchExecutor
+from visistage.graphs.chain.chain import Chain
+from visistage.graphs.chain.torch_reference import TorchExecutor
+from visistage.graphs.modules.quantized import cache_scale_names, round_caches
 from visistage.graphs.quantization import parse_recipe
-from visistage.graphs.quantized import cache_scale_names, round_caches
-from visistage.graphs.rows import Chain
 from visistage.tests import calibrated, reference, toy
 
 from .test_walk import LAYERS, PLANS, PREFIX, Judge, prompts

@@ -12,7 +12,7 @@ from visistage.compile.split import compiler_peak, split
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.contract import SLOT_STEP, Part, part_names, stage_of, stage_slots
 from visistage.graphs.errors import CapacityError, TargetError
-from visistage.graphs.presets import preset
+from visistage.graphs.presets.presets import preset
 from visistage.graphs.targets import (
     BASIC_OPERATORS,
     LOWERINGS,

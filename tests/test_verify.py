@@ -19,8 +19,8 @@ from visistage.compile.split import compiler_peak
 from visistage.console.verify import report_table, require_passed
 from visistage.graphs.bundle import MANIFEST, Bundle, FileFact, sha256
 from visistage.graphs.errors import BundleError, DataError, ImageError, ModelError, ParityError
-from visistage.graphs.probing import Decision
-from visistage.graphs.stages import Probe
+from visistage.graphs.plan.probing import Decision
+from visistage.graphs.plan.stages import Probe
 from visistage.graphs.targets import TENSORRT_RTX
 from visistage.parity import stored
 from visistage.parity.choices import APART, Choice, Grounds, Reading, gap, lead

@@ -15,14 +15,14 @@ from visistage.compile.traveller import View
 from visistage.compile.walk import pieces, see, walk
 from visistage.compile.watch import ANSWER, TEXT, TOWER
 from visistage.demo.heldout import held_out
-from visistage.graphs import chain
-from visistage.graphs.decoder import Linear
+from visistage.graphs.chain import torch_reference as chain
+from visistage.graphs.chain.chain import Chain, Segment
 from visistage.graphs.errors import CapacityError, PlanError, PromptError
-from visistage.graphs.gates import stage_gates
-from visistage.graphs.ops import Eager
-from visistage.graphs.presets import preset
-from visistage.graphs.rows import Chain, Segment
-from visistage.graphs.vision import Vision
+from visistage.graphs.modules.decoder import Linear
+from visistage.graphs.modules.ops import Eager
+from visistage.graphs.modules.vision import Vision
+from visistage.graphs.plan.gates import stage_gates
+from visistage.graphs.presets.presets import preset
 from visistage.runtime.preprocessing import Preprocessing
 
 from . import reference, toy

@@ -1,4 +1,4 @@
-"""``graphs/work.py`` against torch's own count of operations, and against tensors' sizes."""
+"""``graphs/plan/call_cost.py`` against torch's own count of operations, and against tensors' sizes."""
 
 import pytest
 import torch
@@ -6,12 +6,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from visistage.compile.recipes import GEOMETRIES
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.contract import Part, cache_names
-from visistage.graphs.cost import Geometry, Load, cost_of
-from visistage.graphs.decoder import DecoderStage
-from visistage.graphs.ops import Eager
-from visistage.graphs.presets import preset
-from visistage.graphs.vision import Vision
-from visistage.graphs.work import (
+from visistage.graphs.modules.decoder import DecoderStage
+from visistage.graphs.modules.ops import Eager
+from visistage.graphs.modules.vision import Vision
+from visistage.graphs.plan.call_cost import (
     Call,
     Sizes,
     layers_of,
@@ -20,6 +18,8 @@ from visistage.graphs.work import (
     total,
     work_of,
 )
+from visistage.graphs.plan.cost import Geometry, Load, cost_of
+from visistage.graphs.presets.presets import preset
 from visistage.tests import toy
 
 CONFIG = ModelConfig.from_hf(

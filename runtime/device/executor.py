@@ -1,4 +1,4 @@
-"""``graphs.executor.Executor`` on a device: engines over memory that never leaves it.
+"""``graphs.chain.executor.Executor`` on a device: engines over memory that never leaves it.
 
 What goes up in a call is a few kilobytes of positions, orders and gates, and the rows of text;
 what comes down is the logits of the last row, and of a selection which rows it kept. Sampling,
@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from ...graphs.bundle import Bundle
+from ...graphs.chain.executor import Kept, StageResult
 from ...graphs.contract import PROBE
-from ...graphs.executor import Kept, StageResult
 from ..tensors import cache_scales
 from .calls import BATCH
 from .memory import DeviceArray, Memory, nbytes_of

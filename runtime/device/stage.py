@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ...graphs.chain.executor import StageResult
 from ...graphs.contract import TensorSpec, appended
 from ...graphs.errors import CapacityError
-from ...graphs.executor import StageResult
 from .calls import BATCH, Loaded, Replay
 from .memory import DeviceArray, Layers, Memory, Place, nbytes_of, offsets_of
 from .protocol import Buffer, aligned

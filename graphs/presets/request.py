@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NoReturn
 
-from .errors import PlanError
-from .plan import StagePlan
-from .plan_checks import MAX_NAME
-from .stages import Edge, Mode, Norm, Probe, Score, Stage
+from ..errors import PlanError
+from ..plan.plan import StagePlan
+from ..plan.plan_checks import MAX_NAME
+from ..plan.stages import Edge, Mode, Norm, Probe, Score, Stage
 
 UNCALIBRATED = "uncalibrated defaults"
 """How the note of a plan begins whose numbers nobody measured on this model."""

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import TextConfig
-from .contract import INVISIBLE, probed, whole_stages
-from .decoder import DecoderStage
-from .errors import PlanError, PromptError
+from ..config import TextConfig
+from ..contract import INVISIBLE, probed, whole_stages
+from ..errors import PlanError, PromptError
+from ..modules.decoder import DecoderStage
+from ..modules.ops import Eager
+from ..modules.select import Prober, Selector
+from ..plan.plan import StagePlan
+from ..precision import NARROW, Widening
+from .chain import Chain, Segment, last_layers
 from .executor import Kept, StageResult
-from .ops import Eager
-from .plan import StagePlan
-from .precision import NARROW, Widening
-from .rows import Chain, Segment, last_layers
-from .select import Prober, Selector
 
 Span = tuple[int, int]
 

@@ -29,7 +29,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from .errors import PlanError
+from ..errors import PlanError
 from .plan import StagePlan
 
 Accounting = Literal["modes", "paper", "graphs"]

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from . import probing_presets, static_presets
-from .errors import PlanError, nearest
-from .plan import StagePlan
-from .preset_request import Preset, Request
+from ..errors import PlanError, nearest
+from ..plan.plan import StagePlan
+from . import probing_presets
+from . import static as static_presets
+from .request import Preset, Request
 
 PRESETS: dict[str, Preset] = {
     "dense": static_presets.DENSE,

@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .config import ModelConfig
-from .contract import PROBE, stage_of
+from ..config import ModelConfig
+from ..contract import PROBE, stage_of
+from ..quantization import BLOCK
 from .cost import Geometry
 from .plan import StagePlan
-from .quantization import BLOCK
 
 VISION = "vision"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama import LlamaConfig
 
-from .config import TextConfig
+from ..config import TextConfig
 
 
 def frequencies(text: TextConfig) -> tuple[Tensor, float]:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..plan.stages import Edge
 from .ops import SOFTMAX_FLOOR, Eager
-from .stages import Edge
 
 UNSEEN = -1.0
 """Score of a padding row: below every real score, so that it is chosen last."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .plan import StagePlan
-from .preset_request import TEMPLATES, Preset, Request, repeat
-from .stages import Mode, Probe
+from ..plan.plan import StagePlan
+from ..plan.stages import Mode, Probe
+from .request import TEMPLATES, Preset, Request, repeat
 
 EXIT_RULES = ("cumulative", "consecutive")
 

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..linears import Group
+from ..quantization import Cache, Scheme, block_of
 from .decoder import Attention, Linear
-from .linears import Group
 from .ops import Eager
-from .quantization import Cache, Scheme, block_of
 
 WEIGHT = {"w8a8": "weight_int8", "w8": "weight_int8", "w4": "weight_int4"}
 """Parameter that holds the rounded weight, by scheme. INT4 values stand one to a byte in torch, two

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import PlanError
-from .plan import StagePlan
-from .preset_request import TEMPLATES, Preset, Request, repeat
-from .stages import MAX_KEEP, NORMS, Mode
+from ..errors import PlanError
+from ..plan.plan import StagePlan
+from ..plan.stages import MAX_KEEP, NORMS, Mode
+from .request import TEMPLATES, Preset, Request, repeat
 
 
 def _dense(ask: Request) -> StagePlan:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from .errors import PlanError, nearest
+from ..errors import PlanError, nearest
 
 
 def refuse(field: str, found: Any, expected: str, fix: str) -> NoReturn:

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .config import TextConfig
-from .contract import Part
+from ..config import TextConfig
+from ..contract import Part
+from ..plan.plan import StagePlan
+from ..precision import NARROW, Widening
 from .ops import Eager, Gate, Scales, View
-from .plan import StagePlan
-from .precision import NARROW, Widening
 from .rope import frequencies, turn
 
 Cache = tuple[Tensor, Tensor]

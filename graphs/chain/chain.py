@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from .contract import INVISIBLE, PADDING_ORDER
+from ..contract import INVISIBLE, PADDING_ORDER
+from ..plan.gates import stage_gates
+from ..plan.plan import StagePlan
+from ..plan.probing import Decision
 from .executor import Executor, Kept, Rows, StageResult
-from .gates import stage_gates
-from .plan import StagePlan
-from .probing import Decision
 
 
 @dataclass(frozen=True)

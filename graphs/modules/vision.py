@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ModelConfig, VisionConfig
+from ..config import ModelConfig, VisionConfig
+from ..precision import NARROW, Widening
 from .decoder import Call, Linear, direct
 from .ops import Eager
-from .precision import NARROW, Widening
 
 
 def activate(name: str, x: Tensor) -> Tensor:

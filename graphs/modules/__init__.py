@@ -1,0 +1,1 @@
+"""The network in torch: decoder stages, the vision encoder, selection, and their operators."""
