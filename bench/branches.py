@@ -19,7 +19,7 @@ import onnxruntime as ort
 
 from ..compile.branches import DOMAIN, OPERATOR, branch_attention
 from ..graphs.contract import INVISIBLE
-from ..runtime.denormals import flushed
+from ..runtime.backends.denormals import flushed
 from .record import save
 
 NAME = "branches-cpu"

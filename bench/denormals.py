@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from ..runtime.denormals import AVAILABLE, flushed
+from ..runtime.backends.denormals import AVAILABLE, flushed
 from .record import save
 
 SHAPES = ((4, 577, 64), (8, 576, 64), (32, 576, 128))

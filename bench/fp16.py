@@ -29,8 +29,8 @@ from ..graphs.modules.ops import Eager
 from ..graphs.modules.vision import Vision
 from ..graphs.plan.plan import StagePlan
 from ..graphs.precision import LIMIT, NARROW, Widening
-from ..runtime.image import load_image, preprocess
-from ..runtime.preprocessing import Preprocessing
+from ..runtime.image.image import load_image, preprocess
+from ..runtime.image.preprocessing import Preprocessing
 from .record import save
 
 Question = tuple[Any, str, int]

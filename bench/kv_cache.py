@@ -26,7 +26,7 @@ from ..console.evaluation import chosen_samples
 from ..graphs.chain.torch_reference import TorchExecutor
 from ..graphs.modules.ops import Eager
 from ..graphs.plan.plan import StagePlan
-from ..runtime.sampling import eos_ids
+from ..runtime.text.sampling import eos_ids
 from .fp16 import Staged
 from .record import save
 

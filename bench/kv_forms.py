@@ -24,7 +24,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from ..runtime.denormals import flushed
+from ..runtime.backends.denormals import flushed
 from .record import save
 
 NAME = "kv-forms"

@@ -33,8 +33,8 @@ from ..compile.texts import text_facts
 from ..demo.heldout import held_out
 from ..graphs.errors import VisistageError
 from ..graphs.plan.cost import plan_loads
-from ..runtime.prompt import Prompt, PromptEncoder
-from ..runtime.sampling import eos_ids
+from ..runtime.text.prompt import Prompt, PromptEncoder
+from ..runtime.text.sampling import eos_ids
 from .answers import agreement, spread
 from .environments import ROOT, interpreter
 from .floor import Rates, measure_rates, prefill_work, step_work, tower_work

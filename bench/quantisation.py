@@ -36,7 +36,7 @@ from ..console.calibration import calibration_samples
 from ..console.evaluation import chosen_samples
 from ..graphs.quantization import OBSERVERS
 from ..runtime import load
-from ..runtime.preprocessing import Preprocessing
+from ..runtime.image.preprocessing import Preprocessing
 from .record import save
 
 NAME = "quantisation-demo"

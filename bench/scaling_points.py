@@ -21,9 +21,9 @@ import numpy as np
 from ..graphs.bundle import Bundle
 from ..graphs.chain.chain import Chain, Segment
 from ..runtime import Session, load
-from ..runtime.ort import OrtExecutor, OrtOptions
-from ..runtime.prompt import PromptEncoder
+from ..runtime.backends.ort import OrtExecutor, OrtOptions
 from ..runtime.tensors import Embedding
+from ..runtime.text.prompt import PromptEncoder
 from .runners.serving import peak
 
 QUESTION = "What is shown in this image?"

@@ -29,7 +29,7 @@ from ..compile.steps import NOTES, Silent, Workshop
 from ..compile.texts import fits, prompt_encoder, text_facts
 from ..graphs.errors import PlanError
 from ..graphs.plan.plan import StagePlan
-from ..runtime.preprocessing import Preprocessing
+from ..runtime.image.preprocessing import Preprocessing
 from .calibration import Calibration, SampleFacts
 from .choosing import Chooser, Wish, agrees
 from .measuring import Measuring, Origin

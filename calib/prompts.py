@@ -19,9 +19,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..graphs.errors import DataError, ImageError, PromptError
-from ..runtime.image import load_image, pixel_key, preprocess
-from ..runtime.preprocessing import Preprocessing
-from ..runtime.prompt import PromptEncoder
+from ..runtime.image.image import load_image, pixel_key, preprocess
+from ..runtime.image.preprocessing import Preprocessing
+from ..runtime.text.prompt import PromptEncoder
 
 Part = Sequence[int] | np.ndarray
 """One stretch of a prompt: token ids, or pixel values (3, H, W) float32."""

@@ -25,7 +25,7 @@ bundle_default = "Without BUNDLE: what VISISTAGE_BUNDLE names, or the only bundl
 
 def bundle_at(given: Path | None) -> Path:
     """Folder of the bundle that a command is about."""
-    from ..runtime.shared import default_bundle
+    from ..runtime.oneshot import default_bundle
 
     return given or default_bundle()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..graphs.bundle import MANIFEST, Bundle, FileFact, GraphFact, Manifest, sha256
 from ..graphs.precision import NARROW, Widening
 from ..graphs.targets import resolve_target
-from ..runtime.preprocessing import Preprocessing
+from ..runtime.image.preprocessing import Preprocessing
 from .blueprint import Blueprint, check_geometry, draw, versions
 from .caches import cache_scales, describe_scales, rounded_rows, scale_spans, write_scales
 from .checkpoint import Checkpoint, open_checkpoint

@@ -36,9 +36,9 @@ from ..graphs.modules.ops import Eager
 from ..graphs.modules.vision import Vision
 from ..graphs.precision import HALF_MAX, LIMIT, NARROW, Reason, Widening
 from ..graphs.presets.presets import preset
-from ..runtime.image import load_image, preprocess
-from ..runtime.preprocessing import Preprocessing
-from ..runtime.prompt import PromptEncoder
+from ..runtime.image.image import load_image, preprocess
+from ..runtime.image.preprocessing import Preprocessing
+from ..runtime.text.prompt import PromptEncoder
 from .checkpoint import Checkpoint
 from .names import EMBEDDING
 from .stream import Streamed, without_weights

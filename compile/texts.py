@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 
 from ..calib.calibration import facts_of
 from ..graphs.errors import ModelError
-from ..runtime.preprocessing import Preprocessing
-from ..runtime.prompt import TEXT_FILES, PromptEncoder
-from ..runtime.template import find_template, read_json
+from ..runtime.image.preprocessing import Preprocessing
+from ..runtime.text.prompt import TEXT_FILES, PromptEncoder
+from ..runtime.text.template import find_template, read_json
 from .checkpoint import Checkpoint
 
 REBUILT = ("LlamaTokenizer", "LlamaTokenizerFast")

@@ -23,10 +23,10 @@ from ..graphs.targets import (
     show_capability,
 )
 from ..pages.units import show_bytes
-from ..runtime.processor import cores
-from ..trt.device import Device, find_device
+from ..runtime.backends.cpu import cores
+from ..runtime.device.probe import Device, find_device
+from ..runtime.device.tensorrt import find, serves
 from ..trt.engines import can_compile
-from ..trt.flavour import find, serves
 
 COMPILE_EXTRA = (
     "torch",

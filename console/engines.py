@@ -9,9 +9,9 @@ from rich.console import Console
 from ..graphs.errors import MissingDependencyError, TargetError
 from ..graphs.quantization import QUANTISED, is_quantised
 from ..graphs.targets import Capability, find_target
-from ..trt.device import find_device
+from ..runtime.device.probe import find_device
+from ..runtime.device.tensorrt import INSTALL, find
 from ..trt.engines import can_compile
-from ..trt.flavour import INSTALL, find
 
 
 def with_kept(precision: str | None, kept: Sequence[str]) -> str | None:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..pages.units import show_bytes, show_seconds
-from ..runtime.processor import peak_memory
+from ..runtime.backends.cpu import peak_memory
 from .bar import StepBar
 
 if TYPE_CHECKING:

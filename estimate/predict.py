@@ -35,7 +35,7 @@ from .subject import Subject
 
 CONTEXT = 1024
 BUCKET = 128
-"""Slots that ONNX Runtime's caches grow by (``runtime/host.py``)."""
+"""Slots that ONNX Runtime's caches grow by (``runtime/backends/cpu_caches.py``)."""
 
 RESERVE = 2 << 30
 """Bytes left for activations, and on shared memory for the system."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..graphs.bundle import Bundle
 from ..graphs.errors import PromptError
-from ..runtime.image import load_image
+from ..runtime.image.image import load_image
 from ..runtime.session import DEFAULT_MAX_TOKENS, Session
 from .dense import dense_bundle, how_to_build
 from .facts import Run, explain_facts

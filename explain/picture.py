@@ -16,8 +16,8 @@ from PIL import Image
 
 from ..graphs.config import ModelConfig
 from ..graphs.errors import ImageError
-from ..runtime.image import preprocess
-from ..runtime.preprocessing import Preprocessing
+from ..runtime.image.image import preprocess
+from ..runtime.image.preprocessing import Preprocessing
 
 SIDE = 672
 """Pixels that the shorter edge of a shown picture should have, where the original has them."""

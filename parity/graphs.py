@@ -12,7 +12,7 @@ import onnxruntime as ort
 from ..graphs.contract import ORT_LLM_SINCE
 from ..graphs.modules.quantized import is_cache_scale
 from ..graphs.targets import PORTABLE
-from ..runtime.integers import integer_entries
+from ..runtime.backends.ort_int8 import integer_entries
 from .compare import LOOSE, bounds_of, first_wrong, strict, tensor_error
 from .modules import run_module
 from .report import Finding, TensorError

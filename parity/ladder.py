@@ -20,8 +20,8 @@ from ..calib.samples import Sample
 from ..graphs.bundle import MANIFEST, Bundle, sha256
 from ..graphs.errors import DataError
 from ..graphs.targets import TENSORRT, TENSORRT_RTX, show_capability
-from ..trt.device import find_device
-from ..trt.flavour import find
+from ..runtime.device.probe import find_device
+from ..runtime.device.tensorrt import find
 from .report import FAILED, Report, Rung
 from .rungs import rungs
 from .steps import Step, attempt, refuse

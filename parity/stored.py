@@ -6,8 +6,8 @@ from ..graphs.bundle import Bundle
 from ..graphs.engine_index import Engines
 from ..graphs.errors import EngineError
 from ..graphs.targets import OPENVINO, find_target
-from ..trt.device import check_machine, find_device
-from ..trt.flavour import find
+from ..runtime.device.probe import check_machine, find_device
+from ..runtime.device.tensorrt import find
 from ..trt.recipe import recipes_of
 from .report import Finding
 from .steps import ImpossibleError, NothingError

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..graphs.plan.call_cost import Call
 from ..graphs.plan.plan import StagePlan
-from ..runtime.context import Part, Picture
+from ..runtime.reuse import Part, Picture
 from .prompts import FIRST
 from .spread import Spread
 from .watch import watch

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .answer import Answer
+    from .oneshot import infer
     from .session import Session, load
-    from .shared import infer
 
 __all__ = ["Answer", "Session", "infer", "load"]
 
-_HOMES = {"Answer": "answer", "Session": "session", "infer": "shared", "load": "session"}
+_HOMES = {"Answer": "answer", "Session": "session", "infer": "oneshot", "load": "session"}
 
 
 def __getattr__(name: str) -> Any:

@@ -26,15 +26,15 @@ from ..graphs.chain.executor import Rows
 from ..graphs.errors import CapacityError, PromptError, VisistageError
 from ..graphs.plan.cost import Geometry
 from .answer import Answer, Timings, plan_facts
-from .backend import check_backend, open_backend
-from .cache import ByteCache
-from .context import Context, Part, Picture
-from .image import Preprocessing, load_image, pixel_key, preprocess
-from .merging import choose_merging
-from .ort import OrtOptions
-from .prompt import PromptEncoder
-from .sampling import Sampling, choose, eos_ids, stop_strings
-from .text import TextStream
+from .backends.backend import check_backend, open_backend
+from .backends.ort import OrtOptions
+from .byte_cache import ByteCache
+from .image.image import Preprocessing, load_image, pixel_key, preprocess
+from .reuse import Context, Part, Picture
+from .text.detokenize import TextStream
+from .text.prompt import PromptEncoder
+from .text.sampling import Sampling, choose, eos_ids, stop_strings
+from .tune_merging import choose_merging
 
 DEFAULT_CACHE_BYTES = 512 << 20
 DEFAULT_MAX_TOKENS = 128

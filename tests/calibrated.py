@@ -11,7 +11,7 @@ from visistage.compile.checkpoint import open_checkpoint
 from visistage.compile.collect import collect
 from visistage.compile.planfile import resolve_plan
 from visistage.compile.texts import fits, prompt_encoder, text_facts
-from visistage.runtime.preprocessing import Preprocessing
+from visistage.runtime.image.preprocessing import Preprocessing
 
 QUESTIONS = ("What is this?", "How many of them are there, and where?", "Why?")
 

@@ -17,9 +17,9 @@ from visistage.graphs.engine_index import FOLDER, INDEX, EngineFact
 from visistage.graphs.targets import find_target
 from visistage.runtime.device import opening
 from visistage.runtime.device.engine_ort import OrtApi
+from visistage.runtime.device.probe import Device
+from visistage.runtime.device.tensorrt import Flavour
 from visistage.tests.support.numpy_device import HostDevice
-from visistage.trt.device import Device
-from visistage.trt.flavour import Flavour
 from visistage.trt.recipe import recipes_of
 
 VERSION = "1.7.1"

@@ -17,7 +17,7 @@ from visistage.calib.agreement import (
 from visistage.calib.samples import Sample
 from visistage.graphs.errors import DataError, ImageError
 from visistage.runtime.answer import Answer, PlanFacts, Timings
-from visistage.runtime.sampling import Sampling
+from visistage.runtime.text.sampling import Sampling
 
 EOS, VOCAB = 2, 40
 SAMPLES = [Sample(name, f"{name}.png", name, "") for name in ("one", "long", "cut", "silent")]

@@ -37,9 +37,9 @@ from visistage.console.units import Share
 from visistage.demo.heldout import _series
 from visistage.graphs.presets.presets import preset
 from visistage.graphs.quantization import parse_recipe
-from visistage.runtime import ort
-from visistage.runtime.integers import integer_entries
-from visistage.runtime.preprocessing import Preprocessing
+from visistage.runtime.backends import ort
+from visistage.runtime.backends.ort_int8 import integer_entries
+from visistage.runtime.image.preprocessing import Preprocessing
 from visistage.tests import toy
 
 LAYERS, TOKENS = 4, 16

@@ -25,7 +25,7 @@ from visistage.compile.texts import prompt_encoder, text_facts
 from visistage.graphs.errors import DataError
 from visistage.graphs.presets.presets import preset
 from visistage.graphs.quantization import OBSERVERS
-from visistage.runtime.preprocessing import Preprocessing
+from visistage.runtime.image.preprocessing import Preprocessing
 
 from . import toy
 

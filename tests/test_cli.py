@@ -19,7 +19,7 @@ from visistage.console.progress import BuildProgress
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import BundleError, VisistageError
 from visistage.pages.units import show_bytes, show_seconds
-from visistage.runtime import shared
+from visistage.runtime import oneshot as shared
 from visistage.runtime.answer import PlanFacts
 from visistage.tests import toy
 

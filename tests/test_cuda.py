@@ -22,10 +22,10 @@ from visistage.runtime.device.cuda import CudaDevice
 from visistage.runtime.device.engine_ort import OrtApi
 from visistage.runtime.device.engine_trt import TrtApi
 from visistage.runtime.device.protocol import CaptureError, Compiled
+from visistage.runtime.device.tensorrt import Flavour, find
 from visistage.runtime.session import load
 from visistage.tests import toy
 from visistage.tests.stand_ins import GPU
-from visistage.trt.flavour import Flavour, find
 
 STREAM = 0x51
 

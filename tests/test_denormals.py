@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 from visistage.compile.build import build
-from visistage.runtime import denormals
-from visistage.runtime.denormals import AVAILABLE, flushed
+from visistage.runtime.backends import denormals
+from visistage.runtime.backends.denormals import AVAILABLE, flushed
 
 from .toy import make_checkpoint
 

@@ -24,18 +24,18 @@ from visistage.graphs.errors import (
     VisistageError,
 )
 from visistage.parity.engine_runs import compare_engines
-from visistage.runtime import merging
-from visistage.runtime.context import visual_rows
+from visistage.runtime import tune_merging as merging
 from visistage.runtime.device import opening
 from visistage.runtime.device.calls import Replay
 from visistage.runtime.device.memory import BLOCK, BLOCKS, DeviceArray, Layers, Memory, Place
+from visistage.runtime.device.probe import Device
 from visistage.runtime.device.protocol import CaptureError, Compiled
 from visistage.runtime.device.stage import DeviceStage
+from visistage.runtime.reuse import visual_rows
 from visistage.runtime.session import load
 from visistage.tests import toy
 from visistage.tests.stand_ins import stand_in, write_engines
 from visistage.tests.support.numpy_device import HostDevice
-from visistage.trt.device import Device
 
 pytest.importorskip("onnxruntime")
 

@@ -25,15 +25,15 @@ from visistage.graphs.bundle import MANIFEST, Bundle
 from visistage.graphs.engine_index import Engines
 from visistage.graphs.errors import BundleError, EngineError, MissingDependencyError, TargetError
 from visistage.graphs.targets import TARGETS, TENSORRT, TENSORRT_RTX
+from visistage.runtime.device import tensorrt as flavours
+from visistage.runtime.device.probe import Device, check_machine, find_device
+from visistage.runtime.device.tensorrt import Flavour, find
 from visistage.runtime.session import load
 from visistage.tests import toy
 from visistage.trt import engines as trt_engines
-from visistage.trt import flavour as flavours
 from visistage.trt import worker
 from visistage.trt.compiler import run_worker
-from visistage.trt.device import Device, check_machine, find_device
 from visistage.trt.engines import can_compile, compile_engines, job_of
-from visistage.trt.flavour import Flavour, find
 from visistage.trt.recipe import recipes_of
 
 RTX = find(TENSORRT_RTX)

@@ -8,7 +8,7 @@ from visistage.calib.evaluate import UNTYPED, Tally, evaluate
 from visistage.calib.samples import Sample
 from visistage.graphs.errors import DataError, ImageError, PromptError
 from visistage.runtime.answer import Answer, PlanFacts, Timings
-from visistage.runtime.sampling import Sampling
+from visistage.runtime.text.sampling import Sampling
 
 ANSWERS = {"one?": "One.", "two?": "three", "where?": "Top-left"}
 

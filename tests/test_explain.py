@@ -29,7 +29,7 @@ from visistage.graphs.errors import BundleError, CapacityError, PromptError
 from visistage.graphs.modules.ops import Eager
 from visistage.graphs.quantization import Quantization
 from visistage.pages.words import percent, ranges
-from visistage.runtime.preprocessing import Preprocessing
+from visistage.runtime.image.preprocessing import Preprocessing
 from visistage.runtime.session import Session
 from visistage.tests import toy
 from visistage.tests.browser import check_picture

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from visistage.compile.build import build
 from visistage.graphs.targets import TARGETS, TENSORRT, TENSORRT_RTX
+from visistage.runtime.device.probe import find_device
 from visistage.runtime.session import load
 from visistage.tests import toy
-from visistage.trt.device import find_device
 from visistage.trt.engines import can_compile, compile_engines
 
 GPU = find_device()

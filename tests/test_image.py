@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from visistage.graphs.errors import BundleError, ImageError, ModelError
-from visistage.runtime.image import Preprocessing, load_image, pixel_key, preprocess
+from visistage.runtime.image.image import Preprocessing, load_image, pixel_key, preprocess
 
 CLIP = {
     "image_processor_type": "CLIPImageProcessor",

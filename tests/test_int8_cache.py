@@ -37,14 +37,14 @@ from visistage.parity.graphs import GraphRungs
 from visistage.parity.origin import weights as check_weights
 from visistage.parity.report import PASSED
 from visistage.parity.stored_graph import StoredGraph, all_weights
-from visistage.runtime.integers import EXACT, NO_GEMM
+from visistage.runtime.backends.ort_int8 import EXACT, NO_GEMM
+from visistage.runtime.device.tensorrt import find
 from visistage.runtime.session import load
 from visistage.runtime.tensors import cache_scales as told_scales
 from visistage.tests import calibrated, toy
 from visistage.tests.stand_ins import stand_in, write_engines
 from visistage.trt.compiler import run_worker
 from visistage.trt.engines import job_of
-from visistage.trt.flavour import find
 from visistage.trt.recipe import recipes_of
 
 from .test_collect import PLAN as STAGED
@@ -342,7 +342,9 @@ def test_graphs_mean_the_same_where_bytes_are_kept_from_saturating(bundles, monk
         path = bundles(name).path
         expected = answers(path)
         entries = dict([NO_GEMM, EXACT])
-        monkeypatch.setattr("visistage.runtime.ort.integer_entries", lambda found=entries: found)
+        monkeypatch.setattr(
+            "visistage.runtime.backends.ort.integer_entries", lambda found=entries: found
+        )
         assert answers(path) == expected
         monkeypatch.undo()
 

@@ -60,14 +60,17 @@ RULES = {
     "graphs.modules.rope": ({"graphs.*"}, {"torch", "transformers"}),
     "runtime": (RUNTIME_MAY, set()),
     "runtime.*": (RUNTIME_MAY, {"PIL", "jinja2", "numpy", "tokenizers"}),
-    "runtime.ort": (RUNTIME_MAY, {"numpy", "onnxruntime", "psutil"}),
-    "runtime.part": (RUNTIME_MAY, {"numpy", "onnxruntime"}),
-    "runtime.openvino": (RUNTIME_MAY, {"numpy", "openvino"}),
-    "runtime.openvino_calls": (RUNTIME_MAY, {"numpy"}),
+    "runtime.backends.ort": (RUNTIME_MAY, {"numpy", "onnxruntime", "psutil"}),
+    "runtime.backends.ort_stage": (RUNTIME_MAY, {"numpy", "onnxruntime"}),
+    "runtime.backends.openvino": (RUNTIME_MAY, {"numpy", "openvino"}),
+    "runtime.backends.openvino_calls": (RUNTIME_MAY, {"numpy"}),
     "runtime.device.cuda": (RUNTIME_MAY, {"cuda", "numpy"}),
     "runtime.device.engine_ort": (RUNTIME_MAY, {"numpy", "onnxruntime"}),
-    "runtime.device.engine_trt": (RUNTIME_MAY | {"trt.flavour"}, {"numpy"}),
-    "runtime.device.opening": (RUNTIME_MAY | {"trt.device", "trt.engines", "trt.flavour"}, set()),
+    "runtime.device.engine_trt": (RUNTIME_MAY | {"runtime.device.tensorrt"}, {"numpy"}),
+    "runtime.device.opening": (
+        RUNTIME_MAY | {"runtime.device.probe", "trt.engines", "runtime.device.tensorrt"},
+        set(),
+    ),
     "calib.*": ({"calib.*", "graphs.*", "runtime"}, {"PIL", "numpy"}),
     "calib.calibration": ({"calib.*", "graphs.*"}, {"numpy", "safetensors"}),
     **dict.fromkeys(
@@ -77,20 +80,31 @@ RULES = {
     # Choosing a plan runs bundles of it, so these alone see the compiler and the runtime.
     **dict.fromkeys(
         ("calib.calibrate", "calib.choosing", "calib.measuring"),
-        ({"calib.*", "compile.*", "graphs.*", "runtime", "runtime.preprocessing"}, {"numpy"}),
+        ({"calib.*", "compile.*", "graphs.*", "runtime", "runtime.image.preprocessing"}, {"numpy"}),
     ),
     "calib.observers": (PURE | {"calib.rounding"}, {"numpy"}),
     "calib.rounding": (PURE, {"numpy"}),
     "calib.smoothing": (PURE | {"calib.observers", "calib.rounding"}, {"numpy"}),
     # Calibration sees what the runtime will: the same pictures, the same ids.
     "calib.prompts": (
-        {"calib.*", "graphs.*", "runtime.image", "runtime.preprocessing", "runtime.prompt"},
+        {
+            "calib.*",
+            "graphs.*",
+            "runtime.image.image",
+            "runtime.image.preprocessing",
+            "runtime.text.prompt",
+        },
         {"numpy", "tokenizers"},
     ),
     # The compiler asks the runtime's own code for prefix and preprocessing, so that both agree.
     "compile.*": (
         {"", "calib.*", "compile.*", "graphs.*"}
-        | {"runtime.image", "runtime.preprocessing", "runtime.prompt", "runtime.template"},
+        | {
+            "runtime.image.image",
+            "runtime.image.preprocessing",
+            "runtime.text.prompt",
+            "runtime.text.template",
+        },
         {"numpy", "onnx", "onnx_ir", "onnxscript", "psutil", "rich"}
         | {"safetensors", "tokenizers", "torch", "transformers", "yaml"},
     ),
@@ -102,12 +116,12 @@ RULES = {
     "demo.scenes": (set(), {"PIL", "numpy"}),
     "console.*": (
         PURE
-        | {"", "calib.*", "console.*", "demo.heldout", "runtime.answer", "runtime.processor"}
+        | {"", "calib.*", "console.*", "demo.heldout", "runtime.answer", "runtime.backends.cpu"}
         | {"compile.planfile", "compile.recipes", "compile.steps", "trt.engines"},
         {"click", "psutil", "rich"},
     ),
     "console.doctor": (
-        PURE | {"", "console.*", "runtime.processor", "trt.*"},
+        PURE | {"", "console.*", "runtime.backends.cpu", "trt.*"},
         {"onnxruntime", "psutil", "rich"},
     ),
     "console.inspect_engines": (PURE | {"console.*", "trt.engines"}, {"numpy", "rich"}),
@@ -132,7 +146,12 @@ RULES = {
             "graphs.chain.chain",
             "pages.*",
         }
-        | {"runtime.answer", "runtime.image", "runtime.preprocessing", "runtime.session"}
+        | {
+            "runtime.answer",
+            "runtime.image.image",
+            "runtime.image.preprocessing",
+            "runtime.session",
+        }
         | {"runtime.tensors"},
         {"PIL", "jinja2", "numpy"},
     ),
@@ -144,7 +163,7 @@ RULES = {
     "profiling.*": (
         PURE
         | {"", "console.profile", "explain.dense", "pages.*", "profiling.*"}
-        | {"runtime.context", "runtime.processor", "runtime.session"}
+        | {"runtime.reuse", "runtime.backends.cpu", "runtime.session"}
         | {"trt.engines", "trt.recipe"},
         {"PIL", "numpy", "psutil"},
     ),
@@ -164,7 +183,7 @@ RULES = {
     # The ladder sees every rung; what torch and onnx are not needed for runs without them.
     "parity.*": (
         {"calib.calibration", "calib.rounding", "calib.samples", "compile.*", "graphs.*"}
-        | {"parity.*", "runtime", "runtime.integers"},
+        | {"parity.*", "runtime", "runtime.backends.ort_int8"},
         {"PIL", "numpy", "onnx", "onnx_ir", "onnxruntime", "torch", "transformers"},
     ),
     "parity": (set(), set()),
@@ -277,13 +296,13 @@ def test_the_rules_name_modules_that_exist():
         ("runtime.session", "from ..compile.build import build"),
         ("runtime.session", "from ..graphs.decoder import DecoderStage"),
         ("runtime.session", "from ..graphs import decoder"),
-        ("runtime.ort", "import onnx"),
-        ("runtime.ort", "import openvino"),
+        ("runtime.backends.ort", "import onnx"),
+        ("runtime.backends.ort", "import openvino"),
         ("runtime.session", "from ..trt.engines import Engines"),
-        ("runtime.device.executor", "import cuda.core"),
+        ("runtime.device.device_executor", "import cuda.core"),
         ("runtime.device.cuda", "import torch"),
         ("runtime.device.engine_trt", "import tensorrt"),
-        ("runtime.text", "from .. import demo"),
+        ("runtime.text.detokenize", "from .. import demo"),
         ("graphs.plan.plan", "import numpy"),
         ("graphs.plan.plan", "from .rows import Chain"),
         ("graphs.plan.plan", "from ..runtime.answer import Answer"),
@@ -328,7 +347,7 @@ def test_what_is_allowed_passes(module, source):
     assert not violations(module, source)
 
 
-@pytest.mark.parametrize("module", ["runtime", "runtime.session", "runtime.shared", "cli"])
+@pytest.mark.parametrize("module", ["runtime", "runtime.session", "runtime.oneshot", "cli"])
 def test_importing_loads_nothing_heavy(module):
     heavy = HEAVY if module.startswith("runtime.") else (*HEAVY, "onnxruntime", "numpy")
     code = (

@@ -11,8 +11,8 @@ from visistage.graphs.errors import MissingDependencyError, TargetError
 from visistage.graphs.quantization import parse_recipe
 from visistage.graphs.targets import OPENVINO, find_target
 from visistage.parity.report import FAILED, PASSED
-from visistage.runtime import openvino as ours
-from visistage.runtime import openvino_calls as calls
+from visistage.runtime.backends import openvino as ours
+from visistage.runtime.backends import openvino_calls as calls
 from visistage.runtime.session import load
 from visistage.tests import calibrated, toy
 

@@ -48,7 +48,7 @@ from visistage.profiling.roofline import parts_of
 from visistage.profiling.spread import Spread
 from visistage.profiling.sweep import counts_of
 from visistage.profiling.watch import watch
-from visistage.runtime.processor import peak_memory
+from visistage.runtime.backends.cpu import peak_memory
 from visistage.runtime.session import Session
 from visistage.tests import toy
 

@@ -15,8 +15,8 @@ from tokenizers import (
     processors,
 )
 from visistage.graphs.errors import ModelError, PromptError
-from visistage.runtime.prompt import PromptEncoder, Segment
-from visistage.runtime.template import ChatTemplate
+from visistage.runtime.text.prompt import PromptEncoder, Segment
+from visistage.runtime.text.template import ChatTemplate
 
 # As llava-hf/llava-1.5-7b-hf writes it.
 LLAVA = (

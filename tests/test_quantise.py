@@ -25,11 +25,11 @@ from visistage.graphs.modules.ops import Eager
 from visistage.graphs.modules.quantized import QuantizedLinear, block_of
 from visistage.graphs.quantization import Quantization, parse_recipe
 from visistage.graphs.targets import TARGETS, TENSORRT_RTX
-from visistage.runtime.integers import EXACT, NO_GEMM, integer_entries, saturates
+from visistage.runtime.backends.ort_int8 import EXACT, NO_GEMM, integer_entries, saturates
+from visistage.runtime.device.tensorrt import find
 from visistage.runtime.session import load
 from visistage.tests import calibrated, toy
 from visistage.trt.engines import compile_engines
-from visistage.trt.flavour import find
 
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
 WIDE = {"hidden": 256, "intermediate": 512, "heads": 4, "kv_heads": 4}
@@ -385,7 +385,9 @@ def test_bundles_answer_the_same_where_integer_products_must_be_kept_from_satura
         with load(bundle.path) as session:
             want = session.score(picture, "Why?", [7, 8, 9])
         entries = dict([NO_GEMM, EXACT])
-        monkeypatch.setattr("visistage.runtime.ort.integer_entries", lambda found=entries: found)
+        monkeypatch.setattr(
+            "visistage.runtime.backends.ort.integer_entries", lambda found=entries: found
+        )
         with load(bundle.path) as session:
             got = session.score(picture, "Why?", [7, 8, 9])
         monkeypatch.undo()

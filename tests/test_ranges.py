@@ -26,7 +26,7 @@ from visistage.graphs.errors import ModelError, TargetError
 from visistage.graphs.modules.decoder import DecoderLayer, Linear
 from visistage.graphs.modules.ops import Eager, Llm
 from visistage.graphs.precision import HALF_MAX, LIMIT, NARROW, Reason, Widening
-from visistage.runtime.preprocessing import Preprocessing
+from visistage.runtime.image.preprocessing import Preprocessing
 from visistage.runtime.session import load
 
 from . import toy
@@ -457,7 +457,8 @@ def test_what_is_always_fp32_is(planted, tmp_path):
 
 @pytest.mark.parametrize("name", ["product", "residual"])
 def test_decided_graphs_compile(planted, tmp_path, name):
-    from visistage.trt import engines, flavour
+    from visistage.runtime.device import tensorrt as flavour
+    from visistage.trt import engines
 
     if flavour.find("tensorrt_rtx") is None:
         pytest.skip("the TensorRT-RTX wheel is not installed")

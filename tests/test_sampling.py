@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from visistage.graphs.errors import ModelError, PromptError
-from visistage.runtime.sampling import Sampling, choose, eos_ids, stop_strings
+from visistage.runtime.text.sampling import Sampling, choose, eos_ids, stop_strings
 
 V = 37
 

@@ -23,8 +23,8 @@ from visistage.graphs.targets import (
     parse_capability,
     show_capability,
 )
+from visistage.runtime.device.tensorrt import serves
 from visistage.tests import toy
-from visistage.trt.flavour import serves
 from visistage.trt.recipe import DECODE_ROWS, recipes_of
 
 LLAVA = ModelConfig.from_hf(GEOMETRIES["llava-7b"].config)

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from visistage.graphs.errors import PromptError
-from visistage.runtime.text import TextStream
+from visistage.runtime.text.detokenize import TextStream
 
 WORDS = ["the", "cat", "sat", "stop", "no", "##s", "##ing", "is", ".", ",", "n't", "é", "猫"]
 

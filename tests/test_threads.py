@@ -6,8 +6,9 @@ import pytest
 from visistage.compile.build import build
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import VisistageError
-from visistage.runtime import load, threads
-from visistage.runtime.threads import FILE, VARIABLE, Trial, candidates
+from visistage.runtime import load
+from visistage.runtime.backends import tune_threads as threads
+from visistage.runtime.backends.tune_threads import FILE, VARIABLE, Trial, candidates
 
 from .toy import make_checkpoint
 

@@ -42,10 +42,10 @@ from visistage.parity.report import (
 from visistage.parity.steps import ImpossibleError, Step, attempt
 from visistage.parity.tally import Tally, Trajectory
 from visistage.parity.variants import difference
+from visistage.runtime.device.probe import Device
+from visistage.runtime.device.tensorrt import find
 from visistage.tests import toy
-from visistage.trt.device import Device
 from visistage.trt.engines import compile_engines
-from visistage.trt.flavour import find
 
 from .test_ranges import PRODUCT, make
 

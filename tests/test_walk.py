@@ -23,7 +23,7 @@ from visistage.graphs.modules.ops import Eager
 from visistage.graphs.modules.vision import Vision
 from visistage.graphs.plan.gates import stage_gates
 from visistage.graphs.presets.presets import preset
-from visistage.runtime.preprocessing import Preprocessing
+from visistage.runtime.image.preprocessing import Preprocessing
 
 from . import reference, toy
 

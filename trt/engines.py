@@ -27,9 +27,9 @@ from ..graphs.bundle import MANIFEST, Bundle, FileFact, changed_files, sha256
 from ..graphs.engine_index import FOLDER, FORMAT, INDEX, STAMP, EngineFact, Engines
 from ..graphs.errors import TargetError
 from ..graphs.targets import Capability, Target, find_target, show_capability
+from ..runtime.device.probe import Device, find_device
+from ..runtime.device.tensorrt import Flavour, find, load, serves
 from .compiler import run_worker
-from .device import Device, find_device
-from .flavour import Flavour, find, load, serves
 from .recipe import Recipe, recipes_of
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..graphs.errors import EngineError, VisistageError
-from .flavour import Flavour, find
+from ..runtime.device.tensorrt import Flavour, find
 
 UNUSED = "Unused Input"
 """What is said of an input that the parser does not know: it builds, and computes wrong numbers."""

@@ -15,15 +15,15 @@ import numpy as np
 from ...graphs.contract import TensorSpec, appended
 from ...graphs.engine_index import AGAIN
 from ...graphs.errors import EngineError
-from ...trt.flavour import Flavour
 from .protocol import Buffer, Compiled, Shape
+from .tensorrt import Flavour
 
 
 class TrtApi:
     """``protocol.EngineApi`` over a flavour of TensorRT; ``stream`` is the device's, as integer.
 
     Whoever calls this has made sure that the engines are for this version and this GPU
-    (``trt.device.check_machine``).
+    (``runtime.device.probe.check_machine``).
     """
 
     def __init__(self, flavour: Flavour, stream: int):

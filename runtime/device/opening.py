@@ -10,13 +10,13 @@ from ...graphs.bundle import Bundle
 from ...graphs.engine_index import EngineFact, Engines
 from ...graphs.errors import EngineError, MissingDependencyError
 from ...graphs.targets import ONNXRUNTIME, find_target
-from ...trt.device import check_machine, find_device
-from ...trt.flavour import INSTALL, find
 from .cuda import CudaDevice
+from .device_executor import DeviceExecutor
 from .engine_ort import OrtApi
 from .engine_trt import TrtApi
-from .executor import DeviceExecutor
+from .probe import check_machine, find_device
 from .protocol import Compiled
+from .tensorrt import INSTALL, find
 
 ON_CPU = f"Its graphs run on this CPU, the same numbers more slowly: --backend {ONNXRUNTIME}"
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..graphs.errors import ImageError
+from ...graphs.errors import ImageError
 from .preprocessing import Preprocessing
 
 __all__ = ["FORMATS", "MAX_PIXELS", "Preprocessing", "load_image", "pixel_key", "preprocess"]

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from ..graphs.bundle import Bundle
-from ..graphs.chain.executor import Kept, StageResult
-from ..graphs.contract import PROBE, GraphSpec
-from ..graphs.errors import BundleError, MissingDependencyError
-from ..graphs.targets import OPENVINO, find_target
-from .host import BUCKET, HostExecutor
+from ...graphs.bundle import Bundle
+from ...graphs.chain.executor import Kept, StageResult
+from ...graphs.contract import PROBE, GraphSpec
+from ...graphs.errors import BundleError, MissingDependencyError
+from ...graphs.targets import OPENVINO, find_target
+from .cpu_caches import BUCKET, HostExecutor
 from .openvino_calls import Stage, pieces, shape_of
 
 ROW_STEP = 8

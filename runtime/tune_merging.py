@@ -18,7 +18,7 @@ import numpy as np
 
 from ..graphs.bundle import Bundle
 from ..graphs.chain.chain import Chain, Segment
-from .backend import Backend
+from .backends.backend import Backend
 
 FILE = ".merging.json"
 QUESTION_ROWS = 40

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..graphs.bundle import Manifest
-from ..graphs.contract import cache_names
+from ...graphs.bundle import Manifest
+from ...graphs.contract import cache_names
 
 BUCKET = 128
 """Slots are added in multiples of this: growth copies, and attention pays for every slot."""

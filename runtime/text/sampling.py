@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..graphs.errors import ModelError, PromptError
+from ...graphs.errors import ModelError, PromptError
 
 logger = logging.getLogger(__name__)
 

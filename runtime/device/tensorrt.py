@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from ..graphs.errors import MissingDependencyError, TargetError
-from ..graphs.targets import TENSORRT, TENSORRT_RTX, Capability, Target, show_capability
+from ...graphs.errors import MissingDependencyError, TargetError
+from ...graphs.targets import TENSORRT, TENSORRT_RTX, Capability, Target, show_capability
 
 MODULES = {TENSORRT: ("tensorrt",), TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 """Where each is found; the RTX wheels bring the second name alone."""

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..graphs.bundle import Bundle
-from ..graphs.chain.chain import Chain, Segment
-from ..graphs.errors import VisistageError
-from .processor import cores, processor
+from ...graphs.bundle import Bundle
+from ...graphs.chain.chain import Chain, Segment
+from ...graphs.errors import VisistageError
+from .cpu import cores, processor
 
 if TYPE_CHECKING:
     from .backend import Backend  # which asks here for a number of threads

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..graphs.contract import GraphSpec, appended
+from ...graphs.contract import GraphSpec, appended
 
 MOST_ROWS = 192
 """Rows of one call. Attention here writes its scores to memory; those of a whole picture leave the

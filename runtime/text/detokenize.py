@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from ..graphs.errors import PromptError
+from ...graphs.errors import PromptError
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024

@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ..graphs.errors import ModelError, PromptError
+from ...graphs.errors import ModelError, PromptError
 from .messages import Message, blocks_of, checked_messages, is_image, texts_of
 from .template import ChatTemplate, find_template, read_json
 

@@ -14,17 +14,17 @@ import numpy as np
 import onnxruntime as ort
 import psutil
 
-from ..graphs.bundle import Bundle
-from ..graphs.chain.executor import Kept, StageResult
-from ..graphs.contract import ORT_LLM_SINCE, PROBE, appended, hands_back
-from ..graphs.errors import BundleError, CapacityError
-from ..graphs.targets import PORTABLE
+from ...graphs.bundle import Bundle
+from ...graphs.chain.executor import Kept, StageResult
+from ...graphs.contract import ORT_LLM_SINCE, PROBE, appended, hands_back
+from ...graphs.errors import BundleError, CapacityError
+from ...graphs.targets import PORTABLE
+from ..tensors import cache_scales
+from .cpu import cores
+from .cpu_caches import HostExecutor
 from .denormals import AVAILABLE, flushed
-from .host import HostExecutor
-from .integers import integer_entries
-from .part import Part
-from .processor import cores
-from .tensors import cache_scales
+from .ort_int8 import integer_entries
+from .ort_stage import Part
 
 CPU = "CPUExecutionProvider"
 ENGINE = f"onnxruntime {ort.__version__}"

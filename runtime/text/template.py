@@ -18,7 +18,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
-from ..graphs.errors import ModelError, PromptError
+from ...graphs.errors import ModelError, PromptError
 
 MAX_TEMPLATE_CHARS = 1_000_000
 _MAX_POWER = 64

@@ -6,10 +6,10 @@ import ctypes
 import sys
 from dataclasses import dataclass
 
-from ..graphs.engine_index import AGAIN, Engines
-from ..graphs.errors import EngineError
-from ..graphs.targets import Capability, show_capability
-from .flavour import Flavour
+from ...graphs.engine_index import AGAIN, Engines
+from ...graphs.errors import EngineError
+from ...graphs.targets import Capability, show_capability
+from .tensorrt import Flavour
 
 DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR

@@ -20,9 +20,9 @@ from ...graphs.chain.executor import Kept, StageResult
 from ...graphs.contract import PROBE
 from ..tensors import cache_scales
 from .calls import BATCH
+from .engine_sets import Room, Rooms
 from .memory import DeviceArray, Memory, nbytes_of
 from .protocol import Compiled, Device, EngineApi, Event
-from .rooms import Room, Rooms
 
 DECODE_ROWS = 8
 PREFILL_STEP = 32

@@ -18,8 +18,8 @@ from ..graphs.bundle import Bundle
 from ..graphs.chain.chain import Chain, Prefilled, Segment
 from ..graphs.chain.executor import Rows, StageResult
 from ..graphs.plan.plan import StagePlan
-from .backend import Backend
-from .cache import ByteCache
+from .backends.backend import Backend
+from .byte_cache import ByteCache
 from .tensors import Embedding, map_tensor
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnxruntime as ort
 
-from ..graphs.contract import GraphSpec, TensorSpec, appended
+from ...graphs.contract import GraphSpec, TensorSpec, appended
 from .denormals import flushed
 
 Arrays = Mapping[str, np.ndarray]

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..graphs.bundle import Bundle
-from ..graphs.chain.executor import Executor, Rows
-from ..graphs.errors import TargetError
-from ..graphs.targets import (
+from ...graphs.bundle import Bundle
+from ...graphs.chain.executor import Executor, Rows
+from ...graphs.errors import TargetError
+from ...graphs.targets import (
     ONNXRUNTIME,
     OPENVINO,
     PORTABLE,
@@ -28,7 +28,7 @@ from ..graphs.targets import (
     find_target,
 )
 from .ort import ENGINE, OrtExecutor, OrtOptions
-from .threads import choose_threads
+from .tune_threads import choose_threads
 
 BACKENDS = (ONNXRUNTIME, OPENVINO, TENSORRT, TENSORRT_RTX)
 CUDA_TARGET = "cuda"
@@ -107,7 +107,7 @@ def open_backend(bundle: Bundle, backend: str | None, options: OrtOptions) -> Ba
             )
     if chosen == OPENVINO:
         return _open_openvino(bundle, options.threads)
-    from .device import opening
+    from ..device import opening
 
     return opening.open_cuda(bundle, options.threads) if cuda else opening.open_engines(bundle)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..graphs.errors import BundleError, ModelError
+from ...graphs.errors import BundleError, ModelError
 
 _MAX_EDGE = 16_384  # of a configured size; a typing error there must not ask for gigabytes
 _BICUBIC = 3  # as configs and Pillow number it

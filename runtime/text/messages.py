@@ -8,7 +8,7 @@ Only what is named here gets through to a chat template. This module knows no te
 from collections.abc import Mapping
 from typing import Any
 
-from ..graphs.errors import PromptError
+from ...graphs.errors import PromptError
 
 ROLES = ("system", "user", "assistant")
 

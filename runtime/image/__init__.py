@@ -1,0 +1,1 @@
+"""Images: decoded within bounds, and preprocessed as the checkpoint's processor does it."""
