@@ -3,7 +3,7 @@
     python -m visistage.bench.branches [--threads 2] [--rounds 40]
 
 One layer's attention over its cache, first deciles of turns. One form: gates on values where the
-layer has any, then ``Attention`` over all slots. Branched: ``compile/branches.py``.
+layer has any, then ``Attention`` over all slots. Branched: ``compile/export/branched_attention.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir
 import onnxruntime as ort
 
-from ..compile.branches import DOMAIN, OPERATOR, branch_attention
+from ..compile.export.branched_attention import DOMAIN, OPERATOR, branch_attention
 from ..graphs.contract import INVISIBLE
 from ..runtime.backends.denormals import flushed
 from .record import save

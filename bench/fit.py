@@ -19,8 +19,8 @@ from typing import Any
 import click
 
 from ..compile.build import build
-from ..compile.dummy import make_dummy
-from ..compile.recipes import GEOMETRIES, Geometry
+from ..compile.checkpoint.dummy import make_dummy
+from ..compile.checkpoint.known_models import GEOMETRIES, Geometry
 from ..estimate.fit import Observation, fit, validate
 from ..estimate.measured import FILE
 from ..graphs.plan.call_cost import Call, Sizes, layers_of, total, work_of

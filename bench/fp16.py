@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compile.checkpoint import open_checkpoint
+from ..compile.checkpoint.checkpoint import open_checkpoint
+from ..compile.export.texts import prompt_encoder, text_facts
 from ..compile.planfile import resolve_plan
-from ..compile.ranges import decide, measure
-from ..compile.texts import prompt_encoder, text_facts
+from ..compile.quantize.fp16_ranges import decide, measure
 from ..console.evaluation import chosen_samples
 from ..graphs.chain.chain import Chain, Segment
 from ..graphs.chain.torch_reference import TorchExecutor, load_weights

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ..calib.samples import Sample, normalise
-from ..compile.checkpoint import open_checkpoint
+from ..compile.checkpoint.checkpoint import open_checkpoint
+from ..compile.export.texts import text_facts
 from ..compile.planfile import resolve_plan
-from ..compile.texts import text_facts
 from ..console.evaluation import chosen_samples
 from ..graphs.chain.torch_reference import TorchExecutor
 from ..graphs.modules.ops import Eager

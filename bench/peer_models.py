@@ -19,10 +19,10 @@ from ..calib.calibrate import calibrate
 from ..calib.measuring import Origin
 from ..calib.samples import Sample
 from ..compile.build import build
-from ..compile.checkpoint import Checkpoint, open_checkpoint
-from ..compile.names import canonical, published
-from ..compile.recipes import DEMO
-from ..compile.safetensors_file import read_header
+from ..compile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..compile.checkpoint.known_models import DEMO
+from ..compile.checkpoint.names import canonical, published
+from ..compile.checkpoint.safetensors_file import read_header
 from ..demo.heldout import held_out
 from ..graphs.quantization import is_quantised
 from .environments import LLAMA_CPP, OPENVINO, ROOT, run_in

@@ -28,8 +28,8 @@ from typing import Any
 import click
 import numpy as np
 
+from ..compile.export.texts import text_facts
 from ..compile.planfile import resolve_plan
-from ..compile.texts import text_facts
 from ..demo.heldout import held_out
 from ..graphs.errors import VisistageError
 from ..graphs.plan.cost import plan_loads

@@ -23,15 +23,15 @@ from typing import Any
 import click
 
 from ..calib.calibrate import Wish, calibrate
-from ..calib.calibration import Calibration
 from ..calib.choose import Budget
 from ..calib.evaluate import Report, evaluate
 from ..calib.measuring import Origin
 from ..calib.prompts import prepare
+from ..calib.run.collect_ranges import collect
 from ..compile.build import build
-from ..compile.checkpoint import open_checkpoint
-from ..compile.collect import collect
-from ..compile.texts import prompt_encoder, text_facts
+from ..compile.checkpoint.checkpoint import open_checkpoint
+from ..compile.export.texts import prompt_encoder, text_facts
+from ..compile.quantize.calibration_file import Calibration
 from ..console.calibration import calibration_samples
 from ..console.evaluation import chosen_samples
 from ..graphs.quantization import OBSERVERS

@@ -24,7 +24,7 @@ import click
 import numpy as np
 
 from ..compile.build import build
-from ..compile.dummy import make_dummy
+from ..compile.checkpoint.dummy import make_dummy
 from ..graphs.config import ModelConfig
 from ..graphs.errors import VisistageError
 from ..graphs.presets.presets import PRESETS

@@ -55,7 +55,7 @@ class Steps:
 @click.option("--child", is_flag=True, hidden=True)
 def main(model: str, target: str, plan: str, dummy_weights: bool, out: str | None, child: bool):
     """Open the checkpoint first (making dummy weights is not building), then measure a child."""
-    from ..compile.checkpoint import open_checkpoint
+    from ..compile.checkpoint.checkpoint import open_checkpoint
 
     if child:
         _measure(model, target, plan, dummy_weights, out)
@@ -85,8 +85,8 @@ def main(model: str, target: str, plan: str, dummy_weights: bool, out: str | Non
 
 def _measure(model: str, target: str, plan: str, dummy_weights: bool, out: str | None) -> None:
     from ..compile.build import build
+    from ..compile.engines.engines import compile_engines
     from ..graphs.targets import find_target
-    from ..trt.engines import compile_engines
 
     steps = Steps()
     started = time.perf_counter()

@@ -17,9 +17,9 @@ from statistics import median
 import click
 
 from ..calib.measuring import Origin
-from ..compile.checkpoint import open_checkpoint
-from ..compile.dummy import make_dummy
-from ..compile.recipes import Geometry
+from ..compile.checkpoint.checkpoint import open_checkpoint
+from ..compile.checkpoint.dummy import make_dummy
+from ..compile.checkpoint.known_models import Geometry
 from ..demo.heldout import held_out
 from ..runtime import load
 from .environments import ROOT

@@ -20,21 +20,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..compile import walk
 from ..compile.build import versions
-from ..compile.checkpoint import Checkpoint, open_checkpoint
-from ..compile.collect import collect
+from ..compile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..compile.export.texts import fits, prompt_encoder, text_facts
 from ..compile.planfile import resolve_plan, save_plan
+from ..compile.quantize.calibration_file import Calibration, SampleFacts
 from ..compile.steps import NOTES, Silent, Workshop
-from ..compile.texts import fits, prompt_encoder, text_facts
 from ..graphs.errors import PlanError
 from ..graphs.plan.plan import StagePlan
 from ..runtime.image.preprocessing import Preprocessing
-from .calibration import Calibration, SampleFacts
 from .choosing import Chooser, Wish, agrees
 from .measuring import Measuring, Origin
 from .prompts import order_hash, prepare
 from .report import write_report
+from .run import layerwise as walk
+from .run.collect_ranges import collect
 from .samples import Sample
 from .watching import Watcher, steps
 

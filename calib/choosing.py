@@ -14,19 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from ..compile import walk
-from ..compile.blueprint import versions
-from ..compile.checkpoint import Checkpoint
-from ..compile.collect import collect
-from ..compile.rounded import Rounded
-from ..compile.texts import TextFacts
+from ..compile.build_spec import versions
+from ..compile.checkpoint.checkpoint import Checkpoint
+from ..compile.export.texts import TextFacts
+from ..compile.quantize.calibration_file import Calibration, SampleFacts
+from ..compile.quantize.fake_quantized import Rounded
 from ..graphs.errors import PlanError
 from ..graphs.plan.cost import Geometry
 from ..graphs.plan.plan import StagePlan
 from ..graphs.presets.presets import preset
 from ..graphs.quantization import Recipe
 from .agreement import Agreement, Referred
-from .calibration import Calibration, SampleFacts
 from .candidates import Pricing
 from .choose import DEFAULT_CANDIDATES, Budget, Choice, choose_plan
 from .dynamics import Dynamics, Reading
@@ -35,6 +33,8 @@ from .holdout import hold_out
 from .measuring import Measuring, text_blind_plans
 from .prompts import Prompt, order_hash
 from .reasons import about_precision
+from .run import layerwise as walk
+from .run.collect_ranges import collect
 from .samples import Sample
 from .thresholds import suggest_thresholds
 from .watching import Watcher, steps

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..compile.quantize.calibration_file import Calibration
 from ..pages.words import percent
-from .calibration import Calibration
 from .dynamics import PUBLISHED
 from .series import by_sensitivity, rows_seen
 

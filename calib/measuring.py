@@ -14,13 +14,13 @@ from typing import TypeVar
 from .. import runtime
 from ..compile.build import build
 from ..compile.planfile import save_plan
+from ..compile.quantize.calibration_file import Calibration
 from ..graphs.bundle import Bundle
 from ..graphs.errors import CapacityError
 from ..graphs.plan.plan import StagePlan
 from ..graphs.plan.stages import Mode, Stage
 from ..graphs.presets.presets import preset
 from .agreement import Agreement, Referred, agreement, reference
-from .calibration import Calibration
 from .samples import Sample
 
 Tick = Callable[[], None]

@@ -11,9 +11,9 @@ import math
 
 import numpy as np
 
+from ..compile.quantize.int_arithmetic import INT8_LEVELS
 from ..graphs.errors import ModelError
 from ..graphs.quantization import Observer
-from .rounding import INT8_LEVELS
 
 BINS = 2048
 """Of a histogram; its largest value always lies in the upper half of them."""

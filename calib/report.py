@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..compile.quantize.calibration_file import Calibration
 from ..graphs.quantization import OBSERVERS
 from ..pages.page import FOLDER as PAGES
 from ..pages.page import style, template, write
 from . import charts, range_charts
-from .calibration import Calibration
 from .doubts import doubts
 from .dynamics import PUBLISHED
 from .series import by_sensitivity, kept_float, rows_seen, series_of

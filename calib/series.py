@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..compile.quantize.group_ranges import GroupRanges
 from ..graphs.linears import HEAD
 from ..graphs.plan.plan import StagePlan
-from .ranges import GroupRanges
 
 _IN_A_LAYER = re.compile(r"(model|vision_tower)\.(?:.*\.)?layers\.(\d+)\.(.+)")
 

@@ -17,9 +17,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..compile.quantize.int_arithmetic import (
+    absmax,
+    activation_scale,
+    dequantise,
+    quantise,
+    rounded_weight,
+)
 from ..graphs.quantization import BLOCK, Observer, Scheme
 from .observers import Histogram, threshold
-from .rounding import absmax, activation_scale, dequantise, quantise, rounded_weight
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Tried for smoothing."""

@@ -71,7 +71,7 @@ def engines(
 
         bundle, compiled = build(**options, reporter=progress), None
         if compiling:
-            from ..trt.engines import compile_engines
+            from ..compile.engines.engines import compile_engines
 
             compiled = compile_engines(bundle, capabilities=capabilities, reporter=progress)
         progress.close()
@@ -92,9 +92,9 @@ def build(bundle, capabilities, as_json) -> None:
     visistage build llava-7b-orin/
     visistage build engines/demo --sm 86 --sm 120       TensorRT-RTX: for GPUs that are not here
     """
+    from ..compile.engines.engines import compile_engines
     from ..console.progress import BuildProgress
     from ..graphs.bundle import Bundle
-    from ..trt.engines import compile_engines
 
     opened = Bundle.open(bundle_at(bundle))
     with BuildProgress() as progress:

@@ -52,7 +52,7 @@ def plan(
         else:
             show(preset_table())
         return
-    from ..compile.plan_report import plan_json, plan_table
+    from ..cli.show.plan_table import plan_json, plan_table
     from ..compile.planfile import plan_to_yaml
 
     staged, geometry = plan_facts(plan, model, layers, visual_tokens)

@@ -15,16 +15,22 @@ from ..graphs.bundle import MANIFEST, Bundle, FileFact, GraphFact, Manifest, sha
 from ..graphs.precision import NARROW, Widening
 from ..graphs.targets import resolve_target
 from ..runtime.image.preprocessing import Preprocessing
-from .blueprint import Blueprint, check_geometry, draw, versions
-from .caches import cache_scales, describe_scales, rounded_rows, scale_spans, write_scales
-from .checkpoint import Checkpoint, open_checkpoint
-from .engines import variants_of, write_variant
-from .export import Graph, export
-from .prefix import describe_prefix, prefix_cache, write_prefix
-from .ranges import decide, measure, pieces, read_ranges, write_ranges
+from .build_spec import Blueprint, check_geometry, draw, versions
+from .checkpoint.checkpoint import Checkpoint, open_checkpoint
+from .export.export import Graph, export
+from .export.prefix import describe_prefix, prefix_cache, write_prefix
+from .export.static_shapes import variants_of, write_variant
+from .export.texts import prompt_encoder, write_texts
+from .export.weights import Placement, check_disk, convert, link_files, place
+from .quantize.cache_scales import (
+    cache_scales,
+    describe_scales,
+    rounded_rows,
+    scale_spans,
+    write_scales,
+)
+from .quantize.fp16_ranges import decide, measure, pieces, read_ranges, write_ranges
 from .steps import Reporter, Silent, Workshop
-from .texts import prompt_encoder, write_texts
-from .weights import Placement, check_disk, convert, link_files, place
 
 
 def build(

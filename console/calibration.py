@@ -10,14 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ..calib.samples import Sample, read_samples, samples_file
-from ..compile.recipes import DEMO
+from ..compile.checkpoint.known_models import DEMO
 from ..graphs.errors import DataError, PlanError, TargetError
 from ..graphs.quantization import QUANTISED, Recipe, is_quantised, parse_recipe
 from ..pages.units import show_seconds
 from .bar import StepBar
 
 if TYPE_CHECKING:
-    from ..calib.calibration import Calibration
+    from ..compile.quantize.calibration_file import Calibration
 
 DEMO_SAMPLES = 120
 """Scenes read unless told otherwise."""

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__
+from ..compile.engines.engines import can_compile
 from ..graphs.targets import (
     OPENVINO,
     TARGETS,
@@ -26,7 +27,6 @@ from ..pages.units import show_bytes
 from ..runtime.backends.cpu import cores
 from ..runtime.device.probe import Device, find_device
 from ..runtime.device.tensorrt import find, serves
-from ..trt.engines import can_compile
 
 COMPILE_EXTRA = (
     "torch",

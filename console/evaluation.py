@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..calib.samples import Sample, read_samples
-from ..compile.recipes import DEMO
+from ..compile.checkpoint.known_models import DEMO
 from ..graphs.errors import DataError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from ..compile.checkpoint.known_models import ALIASES, DEMO, GEOMETRIES
 from ..compile.planfile import resolve_plan
-from ..compile.recipes import ALIASES, DEMO, GEOMETRIES
 from ..graphs.config import ModelConfig
 from ..graphs.errors import ModelError, PlanError
 from ..graphs.plan.cost import Geometry, Outcome

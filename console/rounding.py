@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from ..compile.names import tensor_shapes
+from ..compile.checkpoint.names import tensor_shapes
 from ..graphs.bundle import Manifest
 from ..graphs.linears import Group, linear_groups
 from ..graphs.quantization import Scheme, block_of

@@ -1,6 +1,6 @@
 """What an FP16 bundle computes in more than FP16, decided once, with the reason. Pure data.
 
-``ALWAYS`` holds for every bundle. A ``Widening`` is what the range check (``compile/ranges.py``)
+``ALWAYS`` holds for every bundle. A ``Widening`` is what the range check (``compile/quantize/fp16_ranges.py``)
 found necessary besides, for one checkpoint: the manifest carries it, export and runtimes obey it.
 """
 

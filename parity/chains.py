@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calib.samples import Sample
-from ..compile.checkpoint import Checkpoint
+from ..compile.checkpoint.checkpoint import Checkpoint
 from ..graphs.bundle import Bundle, Manifest
 from ..graphs.chain.chain import Chain, Segment
 from ..graphs.chain.executor import Kept

@@ -18,7 +18,7 @@ from transformers import AutoProcessor, GenerationConfig, LlavaForConditionalGen
 from transformers.utils import logging
 
 from ..calib.samples import Sample
-from ..compile.checkpoint import Checkpoint
+from ..compile.checkpoint.checkpoint import Checkpoint
 from ..graphs.bundle import Bundle
 from ..graphs.presets.presets import preset
 from .chains import Asked, TorchChain

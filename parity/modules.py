@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..compile.stream import without_weights
+from ..compile.layer_stream import without_weights
 from ..graphs.bundle import Bundle, Manifest, TensorRef
 from ..graphs.contract import PROBE, Part
 from ..graphs.errors import BundleError

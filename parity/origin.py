@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calib.calibration import Calibration
-from ..calib.rounding import unpack_int4
-from ..compile.caches import cache_scales, rounded_rows
-from ..compile.checkpoint import Checkpoint, open_checkpoint
-from ..compile.names import EMBEDDING
-from ..compile.prefix import prefix_cache
-from ..compile.quantize import CALIBRATIONS, Rounding, input_shifts
+from ..compile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..compile.checkpoint.names import EMBEDDING
+from ..compile.export.prefix import prefix_cache
+from ..compile.quantize.cache_scales import cache_scales, rounded_rows
+from ..compile.quantize.calibration_file import Calibration
+from ..compile.quantize.int_arithmetic import unpack_int4
+from ..compile.quantize.quantize import CALIBRATIONS, Rounding, input_shifts
 from ..graphs.bundle import Bundle, Manifest
 from ..graphs.errors import DataError, ModelError
 from ..graphs.modules.quantized import WEIGHT, cache_scale_names, is_cache_scale

@@ -8,7 +8,7 @@ from itertools import islice, product
 from pathlib import Path
 
 from ..calib.samples import Sample, read_samples
-from ..compile.recipes import DEMO
+from ..compile.checkpoint.known_models import DEMO
 from ..demo.gallery import bundled
 from ..demo.heldout import held_out
 

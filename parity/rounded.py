@@ -13,8 +13,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..calib.rounding import HALF_TINY, INT4_LEVELS, INT8_LEVELS, TINY, absmax, restored
-from ..compile.checkpoint import Checkpoint
+from ..compile.checkpoint.checkpoint import Checkpoint
+from ..compile.quantize.int_arithmetic import (
+    HALF_TINY,
+    INT4_LEVELS,
+    INT8_LEVELS,
+    TINY,
+    absmax,
+    restored,
+)
 from ..graphs.bundle import Manifest
 from ..graphs.linears import Group, linear_groups
 from ..graphs.modules.quantized import INPUT_SCALE, SCALE, WEIGHT

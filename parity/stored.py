@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from ..compile.engines.engine_spec import recipes_of
 from ..graphs.bundle import Bundle
 from ..graphs.engine_index import Engines
 from ..graphs.errors import EngineError
 from ..graphs.targets import OPENVINO, find_target
 from ..runtime.device.probe import check_machine, find_device
 from ..runtime.device.tensorrt import find
-from ..trt.recipe import recipes_of
 from .report import Finding
 from .steps import ImpossibleError, NothingError
 

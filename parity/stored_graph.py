@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir
 
-from ..calib.rounding import unpack_int4
+from ..compile.quantize.int_arithmetic import unpack_int4
 from ..graphs.bundle import Bundle
 from ..graphs.contract import INVISIBLE, MANY_ROWS, GraphSpec, stage_of
 from ..graphs.errors import BundleError

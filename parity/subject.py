@@ -20,8 +20,8 @@ from .compare import LOOSE, bundle_kinds
 from .steps import ImpossibleError, NothingError
 
 if TYPE_CHECKING:
-    from ..calib.calibration import Calibration
-    from ..compile.checkpoint import Checkpoint
+    from ..compile.checkpoint.checkpoint import Checkpoint
+    from ..compile.quantize.calibration_file import Calibration
     from .chains import Asked, TorchChain
     from .graphs import GraphRungs
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx
 
-from ..compile.engines import BATCH, DECOMPOSABLE
+from ..compile.export.static_shapes import BATCH, DECOMPOSABLE
 from ..graphs.bundle import ANY_CONTEXT, Bundle
 from ..graphs.contract import stage_of, stage_slots
 from .report import Finding

@@ -15,12 +15,12 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..compile.engines.engine_spec import Recipe, Shape, recipes_of
 from ..graphs.bundle import Bundle, Manifest
 from ..graphs.contract import GraphSpec, TensorSpec, stage_of
 from ..graphs.engine_index import FOLDER, Engines
 from ..graphs.plan.call_cost import Call
 from ..graphs.targets import TENSORRT_RTX, find_target
-from ..trt.recipe import Recipe, Shape, recipes_of
 
 ITERATIONS, WARM_UP = 50, 10
 TIMING = ("--iterations", str(ITERATIONS), "--warm-up", str(WARM_UP), "--sequential-runners")

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-from visistage.calib.calibration import Calibration, SampleFacts
 from visistage.calib.prompts import order_hash, prepare
+from visistage.calib.run.collect_ranges import collect
 from visistage.calib.samples import Sample
-from visistage.compile.checkpoint import open_checkpoint
-from visistage.compile.collect import collect
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.export.texts import fits, prompt_encoder, text_facts
 from visistage.compile.planfile import resolve_plan
-from visistage.compile.texts import fits, prompt_encoder, text_facts
+from visistage.compile.quantize.calibration_file import Calibration, SampleFacts
 from visistage.runtime.image.preprocessing import Preprocessing
 
 QUESTIONS = ("What is this?", "How many of them are there, and where?", "Why?")

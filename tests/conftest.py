@@ -21,7 +21,7 @@ def _shared_traces(tmp_path_factory):
     """The processes of a run by pytest-xdist share what they trace; one alone has nothing to."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
-    from visistage.compile import stitch
+    from visistage.compile.export import stitch
     from visistage.tests.traces import SharedTraces
 
     # The folders of all processes of one run lie side by side, those of other runs elsewhere.

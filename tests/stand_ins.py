@@ -11,6 +11,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+from visistage.compile.engines.engine_spec import recipes_of
 from visistage.graphs.bundle import MANIFEST, sha256
 from visistage.graphs.contract import appended
 from visistage.graphs.engine_index import FOLDER, INDEX, EngineFact
@@ -20,7 +21,6 @@ from visistage.runtime.device.engine_ort import OrtApi
 from visistage.runtime.device.probe import Device
 from visistage.runtime.device.tensorrt import Flavour
 from visistage.tests.support.numpy_device import HostDevice
-from visistage.trt.recipe import recipes_of
 
 VERSION = "1.7.1"
 GPU = Device("Stand-in", (8, 6), 8 << 30)

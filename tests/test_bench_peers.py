@@ -28,7 +28,7 @@ from visistage.bench.runner import (
     last_line,
     parse_line,
 )
-from visistage.compile.dummy import make_dummy
+from visistage.compile.checkpoint.dummy import make_dummy
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.errors import VisistageError
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from visistage.bench.branches import branched
-from visistage.compile.branches import PIECES
 from visistage.compile.build import build
-from visistage.compile.checkpoint import open_checkpoint
-from visistage.compile.label import label_layers
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.export.branched_attention import PIECES
+from visistage.compile.export.node_names import label_layers
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.contract import MANY_ROWS, PADDING_ORDER
 from visistage.graphs.modules.ops import Eager, Gate, View

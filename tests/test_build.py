@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from visistage.compile import build as building
-from visistage.compile import weights
 from visistage.compile.build import build
-from visistage.compile.checkpoint import open_checkpoint
-from visistage.compile.prefix import prefix_cache
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.export import weights
+from visistage.compile.export.prefix import prefix_cache
 from visistage.compile.steps import Silent, Workshop
 from visistage.graphs import targets
 from visistage.graphs.bundle import FORMAT, MANIFEST, Bundle

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from visistage.compile.build import build
-from visistage.compile.checkpoint import open_checkpoint
-from visistage.compile.export import export, graphs_of
-from visistage.compile.weights import convert, link_files, place
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.export.export import export, graphs_of
+from visistage.compile.export.weights import convert, link_files, place
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.contract import INVISIBLE, MANY_ROWS, PROBE, whole_stages
 from visistage.graphs.errors import CapacityError

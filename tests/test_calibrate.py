@@ -16,22 +16,22 @@ from visistage import runtime
 from visistage.calib import calibrate as pipeline
 from visistage.calib import choosing
 from visistage.calib import measuring as bundles
-from visistage.calib.calibration import Calibration, SampleFacts
 from visistage.calib.doubts import doubts
 from visistage.calib.dynamics import Dynamics, Reading
 from visistage.calib.measuring import Measuring, Origin, text_blind_plans
 from visistage.calib.prompts import order_hash, prepare
+from visistage.calib.run.collect_ranges import collect, fits
+from visistage.calib.run.layerwise import walk
 from visistage.calib.samples import Sample
 from visistage.calib.thresholds import suggest_thresholds
 from visistage.cli import main
 from visistage.compile.build import build
-from visistage.compile.caches import cache_scales
-from visistage.compile.checkpoint import open_checkpoint
-from visistage.compile.collect import collect, fits
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.export.texts import prompt_encoder, text_facts
 from visistage.compile.planfile import load_plan
-from visistage.compile.rounded import Rounded
-from visistage.compile.texts import prompt_encoder, text_facts
-from visistage.compile.walk import walk
+from visistage.compile.quantize.cache_scales import cache_scales
+from visistage.compile.quantize.calibration_file import Calibration, SampleFacts
+from visistage.compile.quantize.fake_quantized import Rounded
 from visistage.console.calibration import DEMO_SERIES, calibration_samples, calibration_table
 from visistage.console.units import Share
 from visistage.demo.heldout import _series

@@ -9,7 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from visistage.calib.calibration import (
+from visistage.calib.prompts import order_hash, prepare
+from visistage.calib.samples import Sample
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.export.texts import prompt_encoder, text_facts
+from visistage.compile.quantize.calibration_file import (
     ARRAYS,
     FACTS,
     MAX_BYTES,
@@ -17,11 +21,7 @@ from visistage.calib.calibration import (
     SampleFacts,
     facts_of,
 )
-from visistage.calib.prompts import order_hash, prepare
-from visistage.calib.ranges import GroupRanges, best_observer
-from visistage.calib.samples import Sample
-from visistage.compile.checkpoint import open_checkpoint
-from visistage.compile.texts import prompt_encoder, text_facts
+from visistage.compile.quantize.group_ranges import GroupRanges, best_observer
 from visistage.graphs.errors import DataError
 from visistage.graphs.presets.presets import preset
 from visistage.graphs.quantization import OBSERVERS

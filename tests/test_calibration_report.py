@@ -9,17 +9,17 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from visistage.calib.agreement import Agreement, Share
-from visistage.calib.calibration import Calibration, SampleFacts
 from visistage.calib.candidates import Pricing
 from visistage.calib.charts import cosines, histograms, pareto
 from visistage.calib.choose import Budget, choose_plan
 from visistage.calib.doubts import doubts
 from visistage.calib.dynamics import Dynamics, Reading, spread
 from visistage.calib.range_charts import alphas
-from visistage.calib.ranges import GroupRanges
 from visistage.calib.report import NAME, render, write_report
 from visistage.calib.series import by_sensitivity, kept_float, rows_seen, series_of
-from visistage.compile.recipes import GEOMETRIES
+from visistage.compile.checkpoint.known_models import GEOMETRIES
+from visistage.compile.quantize.calibration_file import Calibration, SampleFacts
+from visistage.compile.quantize.group_ranges import GroupRanges
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.errors import CapacityError
 from visistage.graphs.linears import linear_groups
@@ -246,7 +246,7 @@ def test_linear_layers_come_the_worst_first_and_five_per_cent_are_kept(page, cal
 
 def test_the_kept_layers_are_those_that_a_build_keeps(calibration):
     """Both rank them; they must not come to differ."""
-    from visistage.compile.quantize import _kept
+    from visistage.compile.quantize.quantize import _kept
     from visistage.graphs.quantization import parse_recipe
 
     schemes = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
-from visistage.compile.names import canonical
+from visistage.compile.checkpoint.names import canonical
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.chain.chain import Chain
 from visistage.graphs.config import ModelConfig

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from visistage.compile import checkpoint as module
-from visistage.compile.checkpoint import open_checkpoint, open_folder
-from visistage.compile.names import canonical, published, tensor_shapes
-from visistage.compile.safetensors_file import read_header
+from visistage.compile.checkpoint import checkpoint as module
+from visistage.compile.checkpoint.checkpoint import open_checkpoint, open_folder
+from visistage.compile.checkpoint.names import canonical, published, tensor_shapes
+from visistage.compile.checkpoint.safetensors_file import read_header
 from visistage.graphs.errors import CapacityError, ModelError
 from visistage.tests.toy import make_checkpoint, make_config, make_weights
 

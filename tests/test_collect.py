@@ -7,13 +7,18 @@ import pytest
 import torch
 from visistage.calib.observers import Histogram, threshold
 from visistage.calib.prompts import Prompt
-from visistage.calib.ranges import best_observer
-from visistage.calib.rounding import activation_scale, blocked_weight, int8_weight, restored
-from visistage.compile.checkpoint import open_checkpoint
-from visistage.compile.collect import Collector, chosen_rows, collect
-from visistage.compile.texts import fits, text_facts
-from visistage.compile.walk import pieces, walk
-from visistage.compile.watch import ANSWER, TEXT, VISUAL
+from visistage.calib.run.collect_ranges import Collector, chosen_rows, collect
+from visistage.calib.run.layerwise import pieces, walk
+from visistage.calib.run.observe import ANSWER, TEXT, VISUAL
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.export.texts import fits, text_facts
+from visistage.compile.quantize.group_ranges import best_observer
+from visistage.compile.quantize.int_arithmetic import (
+    activation_scale,
+    blocked_weight,
+    int8_weight,
+    restored,
+)
 from visistage.graphs.errors import ModelError, PlanError
 from visistage.graphs.linears import linear_groups
 from visistage.graphs.presets.presets import preset

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from filelock import FileLock
-from visistage.compile import disk, dummy
-from visistage.compile.checkpoint import open_checkpoint, open_folder
-from visistage.compile.dummy import make_dummy
-from visistage.compile.names import published, tensor_shapes
-from visistage.compile.recipes import ALIASES, GEOMETRIES, Geometry
-from visistage.compile.textfiles import SYSTEM, write_text_files
+from visistage.compile import disk
+from visistage.compile.checkpoint import dummy
+from visistage.compile.checkpoint.checkpoint import open_checkpoint, open_folder
+from visistage.compile.checkpoint.dummy import make_dummy
+from visistage.compile.checkpoint.dummy_tokenizer import SYSTEM, write_text_files
+from visistage.compile.checkpoint.known_models import ALIASES, GEOMETRIES, Geometry
+from visistage.compile.checkpoint.names import published, tensor_shapes
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.errors import CapacityError, ModelError
 from visistage.tests.toy import SPECIALS, make_config

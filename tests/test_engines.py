@@ -20,7 +20,12 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper
 from visistage.cli import main
 from visistage.compile.build import build
-from visistage.compile.engines import DECOMPOSABLE
+from visistage.compile.engines import engines as trt_engines
+from visistage.compile.engines import worker
+from visistage.compile.engines.engine_spec import recipes_of
+from visistage.compile.engines.engines import can_compile, compile_engines, job_of
+from visistage.compile.engines.worker_process import run_worker
+from visistage.compile.export.static_shapes import DECOMPOSABLE
 from visistage.graphs.bundle import MANIFEST, Bundle
 from visistage.graphs.engine_index import Engines
 from visistage.graphs.errors import BundleError, EngineError, MissingDependencyError, TargetError
@@ -30,11 +35,6 @@ from visistage.runtime.device.probe import Device, check_machine, find_device
 from visistage.runtime.device.tensorrt import Flavour, find
 from visistage.runtime.session import load
 from visistage.tests import toy
-from visistage.trt import engines as trt_engines
-from visistage.trt import worker
-from visistage.trt.compiler import run_worker
-from visistage.trt.engines import can_compile, compile_engines, job_of
-from visistage.trt.recipe import recipes_of
 
 RTX = find(TENSORRT_RTX)
 pytestmark = pytest.mark.skipif(RTX is None, reason="pip install 'visistage[rtx]' (Linux only)")
@@ -423,7 +423,7 @@ def test_a_worker_killed_for_memory_says_so(tmp_path, monkeypatch):
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     real = subprocess.Popen
     monkeypatch.setattr(
-        "visistage.trt.compiler.subprocess.Popen",
+        "visistage.compile.engines.worker_process.subprocess.Popen",
         lambda command, **options: real([sys.executable, "-c", code], **options),
     )
     with pytest.raises(EngineError, match=r"was killed.*memory runs out.*--build-memory"):

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 from visistage.cli import main
 from visistage.compile.build import build
-from visistage.compile.checkpoint import open_checkpoint
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.console.answer import savings
 from visistage.explain.dense import dense_bundle, how_to_build, same_model
 from visistage.explain.explanation import explain

@@ -8,11 +8,11 @@ import importlib.util
 import numpy as np
 import pytest
 from visistage.compile.build import build
+from visistage.compile.engines.engines import can_compile, compile_engines
 from visistage.graphs.targets import TARGETS, TENSORRT, TENSORRT_RTX
 from visistage.runtime.device.probe import find_device
 from visistage.runtime.session import load
 from visistage.tests import toy
-from visistage.trt.engines import can_compile, compile_engines
 
 GPU = find_device()
 CUDA_CORE = importlib.util.find_spec("cuda") is not None

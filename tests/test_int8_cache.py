@@ -12,15 +12,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 from visistage.bench.kv_cache import Rounded
-from visistage.calib.rounding import INT8_LEVELS
+from visistage.calib.run.collect_ranges import collect
 from visistage.calib.samples import Sample
 from visistage.cli import main
 from visistage.compile.build import build
-from visistage.compile.caches import FILE, cache_scales, rounded_rows
-from visistage.compile.checkpoint import open_checkpoint
-from visistage.compile.collect import collect
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.engines.engine_spec import recipes_of
+from visistage.compile.engines.engines import job_of
+from visistage.compile.engines.worker_process import run_worker
 from visistage.compile.planfile import resolve_plan
-from visistage.compile.quantize import resolve
+from visistage.compile.quantize.cache_scales import FILE, cache_scales, rounded_rows
+from visistage.compile.quantize.int_arithmetic import INT8_LEVELS
+from visistage.compile.quantize.quantize import resolve
 from visistage.console.inspect import bundle_facts
 from visistage.explain.trace import trace
 from visistage.graphs.bundle import Bundle
@@ -43,9 +46,6 @@ from visistage.runtime.session import load
 from visistage.runtime.tensors import cache_scales as told_scales
 from visistage.tests import calibrated, toy
 from visistage.tests.stand_ins import stand_in, write_engines
-from visistage.trt.compiler import run_worker
-from visistage.trt.engines import job_of
-from visistage.trt.recipe import recipes_of
 
 from .test_collect import PLAN as STAGED
 from .test_verify import fix_hashes, run, statuses

@@ -68,11 +68,12 @@ RULES = {
     "runtime.device.engine_ort": (RUNTIME_MAY, {"numpy", "onnxruntime"}),
     "runtime.device.engine_trt": (RUNTIME_MAY | {"runtime.device.tensorrt"}, {"numpy"}),
     "runtime.device.opening": (
-        RUNTIME_MAY | {"runtime.device.probe", "trt.engines", "runtime.device.tensorrt"},
+        RUNTIME_MAY
+        | {"runtime.device.probe", "compile.engines.engines", "runtime.device.tensorrt"},
         set(),
     ),
     "calib.*": ({"calib.*", "graphs.*", "runtime"}, {"PIL", "numpy"}),
-    "calib.calibration": ({"calib.*", "graphs.*"}, {"numpy", "safetensors"}),
+    "compile.quantize.calibration_file": ({"calib.*", "graphs.*"}, {"numpy", "safetensors"}),
     **dict.fromkeys(
         ("calib.charts", "calib.doubts", "calib.range_charts", "calib.report", "calib.series"),
         (PURE | {"calib.*", "pages.*"}, set()),
@@ -82,9 +83,9 @@ RULES = {
         ("calib.calibrate", "calib.choosing", "calib.measuring"),
         ({"calib.*", "compile.*", "graphs.*", "runtime", "runtime.image.preprocessing"}, {"numpy"}),
     ),
-    "calib.observers": (PURE | {"calib.rounding"}, {"numpy"}),
-    "calib.rounding": (PURE, {"numpy"}),
-    "calib.smoothing": (PURE | {"calib.observers", "calib.rounding"}, {"numpy"}),
+    "calib.observers": (PURE | {"compile.quantize.int_arithmetic"}, {"numpy"}),
+    "compile.quantize.int_arithmetic": (PURE, {"numpy"}),
+    "calib.smoothing": (PURE | {"calib.observers", "compile.quantize.int_arithmetic"}, {"numpy"}),
     # Calibration sees what the runtime will: the same pictures, the same ids.
     "calib.prompts": (
         {
@@ -108,7 +109,7 @@ RULES = {
         {"numpy", "onnx", "onnx_ir", "onnxscript", "psutil", "rich"}
         | {"safetensors", "tokenizers", "torch", "transformers", "yaml"},
     ),
-    "compile.checkpoint": ({"compile.*", "graphs.*"}, {"huggingface_hub", "torch"}),
+    "compile.checkpoint.checkpoint": ({"compile.*", "graphs.*"}, {"huggingface_hub", "torch"}),
     "demo.*": ({"demo.*"}, {"PIL", "numpy", "tokenizers", "torch", "transformers"}),
     "demo.gallery": ({"demo.questions", "demo.scenes"}, {"PIL", "numpy"}),
     "demo.heldout": ({"demo.questions", "demo.scenes"}, {"PIL", "numpy"}),
@@ -117,15 +118,20 @@ RULES = {
     "console.*": (
         PURE
         | {"", "calib.*", "console.*", "demo.heldout", "runtime.answer", "runtime.backends.cpu"}
-        | {"compile.planfile", "compile.recipes", "compile.steps", "trt.engines"},
+        | {
+            "compile.planfile",
+            "compile.checkpoint.known_models",
+            "compile.steps",
+            "compile.engines.engines",
+        },
         {"click", "psutil", "rich"},
     ),
     "console.doctor": (
         PURE | {"", "console.*", "runtime.backends.cpu", "trt.*"},
         {"onnxruntime", "psutil", "rich"},
     ),
-    "console.inspect_engines": (PURE | {"console.*", "trt.engines"}, {"numpy", "rich"}),
-    "console.rounding": (PURE | {"compile.names", "console.units"}, set()),
+    "console.inspect_engines": (PURE | {"console.*", "compile.engines.engines"}, {"numpy", "rich"}),
+    "console.rounding": (PURE | {"compile.checkpoint.names", "console.units"}, set()),
     "console.verify": (
         PURE | {"console.bar", "console.units", "parity.report", "parity.steps"},
         {"rich"},
@@ -164,7 +170,7 @@ RULES = {
         PURE
         | {"", "console.profile", "explain.dense", "pages.*", "profiling.*"}
         | {"runtime.reuse", "runtime.backends.cpu", "runtime.session"}
-        | {"trt.engines", "trt.recipe"},
+        | {"compile.engines.engines", "compile.engines.engine_spec"},
         {"PIL", "numpy", "psutil"},
     ),
     "profiling": (set(), set()),
@@ -182,7 +188,13 @@ RULES = {
     "trt": (set(), set()),
     # The ladder sees every rung; what torch and onnx are not needed for runs without them.
     "parity.*": (
-        {"calib.calibration", "calib.rounding", "calib.samples", "compile.*", "graphs.*"}
+        {
+            "compile.quantize.calibration_file",
+            "compile.quantize.int_arithmetic",
+            "calib.samples",
+            "compile.*",
+            "graphs.*",
+        }
         | {"parity.*", "runtime", "runtime.backends.ort_int8"},
         {"PIL", "numpy", "onnx", "onnx_ir", "onnxruntime", "torch", "transformers"},
     ),
@@ -196,11 +208,18 @@ RULES = {
     "parity.ladder": (PURE | {"", "calib.samples", "parity.*", "trt.*"}, {"psutil"}),
     "parity.rungs": (PURE | {"parity.*", "runtime"}, set()),
     "parity.subject": (
-        PURE | {"calib.calibration", "calib.samples", "compile.checkpoint", "parity.*", "runtime"},
+        PURE
+        | {
+            "compile.quantize.calibration_file",
+            "calib.samples",
+            "compile.checkpoint.checkpoint",
+            "parity.*",
+            "runtime",
+        },
         {"psutil"},
     ),
     "parity.prompts": (
-        {"calib.samples", "compile.recipes", "demo.gallery", "demo.heldout"},
+        {"calib.samples", "compile.checkpoint.known_models", "demo.gallery", "demo.heldout"},
         set(),
     ),
     "parity.report": (PURE, set()),

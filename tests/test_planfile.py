@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from visistage.compile.plan_report import plan_json, plan_label, plan_table
+from visistage.cli.show.plan_table import plan_json, plan_label, plan_table
 from visistage.compile.planfile import (
     MAX_FILE_BYTES,
     load_plan,

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 from visistage.cli import main
 from visistage.compile.build import build
-from visistage.compile.label import label_layers
+from visistage.compile.export.node_names import label_layers
 from visistage.graphs.bundle import ANY_CONTEXT, Bundle
 from visistage.graphs.errors import BundleError, CapacityError, PromptError
 from visistage.graphs.plan.call_cost import Call, Work, question_calls, token_calls

@@ -11,12 +11,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from visistage.calib.rounding import int8_weight, restored
 from visistage.cli import main
 from visistage.compile.build import build
-from visistage.compile.checkpoint import open_checkpoint
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.engines.engines import compile_engines
 from visistage.compile.planfile import resolve_plan
-from visistage.compile.quantize import Rounding, resolve
+from visistage.compile.quantize.int_arithmetic import int8_weight, restored
+from visistage.compile.quantize.quantize import Rounding, resolve
 from visistage.graphs.bundle import MANIFEST
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.errors import DataError, TargetError
@@ -29,7 +30,6 @@ from visistage.runtime.backends.ort_int8 import EXACT, NO_GEMM, integer_entries,
 from visistage.runtime.device.tensorrt import find
 from visistage.runtime.session import load
 from visistage.tests import calibrated, toy
-from visistage.trt.engines import compile_engines
 
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
 WIDE = {"hidden": 256, "intermediate": 512, "heads": 4, "kv_heads": 4}

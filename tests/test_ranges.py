@@ -11,14 +11,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from visistage.bench.fp16 import Staged, compared
-from visistage.compile import stream
+from visistage.compile import layer_stream as stream
 from visistage.compile.build import build
-from visistage.compile.checkpoint import open_checkpoint
-from visistage.compile.export import export, graphs_of
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.export.export import export, graphs_of
+from visistage.compile.export.texts import prompt_encoder, text_facts
+from visistage.compile.export.weights import place
 from visistage.compile.planfile import resolve_plan
-from visistage.compile.ranges import FILE, Watching, decide, measure, pieces, read_ranges
-from visistage.compile.texts import prompt_encoder, text_facts
-from visistage.compile.weights import place
+from visistage.compile.quantize.fp16_ranges import (
+    FILE,
+    Watching,
+    decide,
+    measure,
+    pieces,
+    read_ranges,
+)
 from visistage.console.evaluation import chosen_samples
 from visistage.console.inspect import bundle_facts
 from visistage.graphs.bundle import Bundle
@@ -195,7 +202,7 @@ def test_values_are_those_of_the_whole_model(planted):
                 seen[f"{name} output"] = float(out.abs().max())
 
             module.register_forward_hook(note)
-    from visistage.compile.ranges import _pixels
+    from visistage.compile.quantize.fp16_ranges import _pixels
 
     with torch.no_grad():
         model.vision(_pixels(model.checkpoint.config, model.preprocessing))
@@ -457,8 +464,8 @@ def test_what_is_always_fp32_is(planted, tmp_path):
 
 @pytest.mark.parametrize("name", ["product", "residual"])
 def test_decided_graphs_compile(planted, tmp_path, name):
+    from visistage.compile.engines import engines
     from visistage.runtime.device import tensorrt as flavour
-    from visistage.trt import engines
 
     if flavour.find("tensorrt_rtx") is None:
         pytest.skip("the TensorRT-RTX wheel is not installed")

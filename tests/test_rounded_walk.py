@@ -7,10 +7,10 @@ are rounded where they arise, every token's contribution is formed, and taken aw
 import numpy as np
 import pytest
 import torch
-from visistage.compile.caches import cache_scales, rounded_rows
-from visistage.compile.checkpoint import open_checkpoint
-from visistage.compile.rounded import Rounded
-from visistage.compile.walk import walk
+from visistage.calib.run.layerwise import walk
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.quantize.cache_scales import cache_scales, rounded_rows
+from visistage.compile.quantize.fake_quantized import Rounded
 from visistage.graphs.chain.chain import Chain
 from visistage.graphs.chain.torch_reference import TorchExecutor
 from visistage.graphs.modules.quantized import cache_scale_names, round_caches

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
-from visistage.calib import rounding
-from visistage.calib.rounding import (
+from visistage.compile.quantize import int_arithmetic as rounding
+from visistage.compile.quantize.int_arithmetic import (
     HALF_TINY,
     TINY,
     activation_scale,

@@ -5,14 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from visistage.calib.rounding import (
-    activation_scale,
-    blocked_weight,
-    dequantise,
-    int8_weight,
-    quantise,
-    restored,
-)
 from visistage.calib.smoothing import (
     ALPHAS,
     AWARE_ALPHAS,
@@ -25,6 +17,14 @@ from visistage.calib.smoothing import (
     search_smoothing,
     sensitivity,
     smoothing_factors,
+)
+from visistage.compile.quantize.int_arithmetic import (
+    activation_scale,
+    blocked_weight,
+    dequantise,
+    int8_weight,
+    quantise,
+    restored,
 )
 from visistage.graphs.quantization import OBSERVERS
 

@@ -3,12 +3,13 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from visistage.compile import split as splitting
 from visistage.compile.build import build
-from visistage.compile.engines import resolve_contexts, resolve_parts
-from visistage.compile.names import decoder_shapes
-from visistage.compile.recipes import GEOMETRIES
-from visistage.compile.split import compiler_peak, split
+from visistage.compile.checkpoint.known_models import GEOMETRIES
+from visistage.compile.checkpoint.names import decoder_shapes
+from visistage.compile.engines.engine_spec import DECODE_ROWS, recipes_of
+from visistage.compile.export import split as splitting
+from visistage.compile.export.split import compiler_peak, split
+from visistage.compile.export.static_shapes import resolve_contexts, resolve_parts
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.contract import SLOT_STEP, Part, part_names, stage_of, stage_slots
 from visistage.graphs.errors import CapacityError, TargetError
@@ -25,7 +26,6 @@ from visistage.graphs.targets import (
 )
 from visistage.runtime.device.tensorrt import serves
 from visistage.tests import toy
-from visistage.trt.recipe import DECODE_ROWS, recipes_of
 
 LLAVA = ModelConfig.from_hf(GEOMETRIES["llava-7b"].config)
 PLANS = st.sampled_from(["dense", "visipruner", "fastv", "pyramiddrop"])

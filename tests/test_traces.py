@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from visistage.compile import stitch, translations
 from visistage.compile.build import build
+from visistage.compile.export import stitch
+from visistage.compile.export import torchlib_cache as translations
 from visistage.tests import toy
 from visistage.tests.traces import SharedTraces
 

@@ -14,8 +14,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from visistage.cli import main
 from visistage.compile.build import build
-from visistage.compile.engines import DECOMPOSABLE
-from visistage.compile.split import compiler_peak
+from visistage.compile.engines.engines import compile_engines
+from visistage.compile.export.split import compiler_peak
+from visistage.compile.export.static_shapes import DECOMPOSABLE
 from visistage.console.verify import report_table, require_passed
 from visistage.graphs.bundle import MANIFEST, Bundle, FileFact, sha256
 from visistage.graphs.errors import BundleError, DataError, ImageError, ModelError, ParityError
@@ -45,7 +46,6 @@ from visistage.parity.variants import difference
 from visistage.runtime.device.probe import Device
 from visistage.runtime.device.tensorrt import find
 from visistage.tests import toy
-from visistage.trt.engines import compile_engines
 
 from .test_ranges import PRODUCT, make
 

@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from visistage.calib.rounding import pack_int4, restored
 from visistage.cli import main
 from visistage.compile.build import build
-from visistage.compile.checkpoint import open_checkpoint
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.quantize.int_arithmetic import pack_int4, restored
 from visistage.console.inspect import bundle_facts
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import DataError

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from visistage.calib.prompts import Prompt, prepare
+from visistage.calib.run.layerwise import pieces, see, walk
+from visistage.calib.run.observe import ANSWER, TEXT, TOWER
+from visistage.calib.run.prompt_state import View
 from visistage.calib.samples import Sample
-from visistage.compile.checkpoint import open_checkpoint
-from visistage.compile.prefix import prefix_cache
-from visistage.compile.texts import prompt_encoder, text_facts
-from visistage.compile.traveller import View
-from visistage.compile.walk import pieces, see, walk
-from visistage.compile.watch import ANSWER, TEXT, TOWER
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.export.prefix import prefix_cache
+from visistage.compile.export.texts import prompt_encoder, text_facts
 from visistage.demo.heldout import held_out
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.chain.chain import Chain, Segment
@@ -163,22 +163,22 @@ def moved(visual, rows, at):
 
 BUGS = {
     "answers under the prompt's gates": (
-        "compile.traveller.stage_gates",
+        "calib.run.prompt_state.stage_gates",
         lambda plan, stage, visual, call, decoding: stage_gates(plan, stage, visual, call),
     ),
     "vision sees vision": (
-        "compile.traveller.stage_gates",
+        "calib.run.prompt_state.stage_gates",
         lambda plan, stage, visual, call, decoding: stage_gates(
             plan, stage, visual, False, decoding
         ),
     ),
     "another prefix": (
-        "compile.walk.prefix_cache",
+        "calib.run.layerwise.prefix_cache",
         lambda checkpoint, given, progress: prefix_cache(checkpoint, given[::-1]),
     ),
-    "positions moved": ("compile.traveller._segment", moved),
+    "positions moved": ("calib.run.prompt_state._segment", moved),
     "another row selects": (
-        "compile.traveller.View",
+        "calib.run.prompt_state.View",
         lambda query, *others: View(query.flip(1), *others),
     ),
 }

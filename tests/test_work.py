@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from visistage.compile.recipes import GEOMETRIES
+from visistage.compile.checkpoint.known_models import GEOMETRIES
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.contract import Part, cache_names
 from visistage.graphs.modules.decoder import DecoderStage

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from visistage.compile.names import tensor_shapes
-from visistage.compile.textfiles import write_text_files
+from visistage.compile.checkpoint.dummy_tokenizer import write_text_files
+from visistage.compile.checkpoint.names import tensor_shapes
 from visistage.graphs.config import ModelConfig
 
 SPECIALS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "<image>": 4}

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import onnx
 from onnx_ir import serde
-from visistage.compile.stitch import Traced
+from visistage.compile.export.stitch import Traced
 
 
 class SharedTraces(dict):
-    """What ``compile.stitch`` remembers its traces in, and a file of each in ``folder``."""
+    """What ``compile.export.stitch`` remembers its traces in, and a file of each in ``folder``."""
 
     def __init__(self, folder: Path):
         super().__init__()

@@ -1,0 +1,301 @@
+"""One prompt on its way through the layers of a plan: its rows, calls and what it selected.
+
+Where ``graphs.chain.chain.Chain`` holds the caches of all stages at once, a traveller holds the rows of
+the stage it is in, and is lent a cache for one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...graphs.chain.chain import Segment, StageSlots
+from ...graphs.config import TextConfig
+from ...graphs.errors import CapacityError, PromptError
+from ...graphs.modules.decoder import Head
+from ...graphs.modules.ops import Eager, Scales
+from ...graphs.modules.select import Prober, Selector
+from ...graphs.plan.gates import stage_gates
+from ...graphs.plan.plan import StagePlan
+from ..prompts import Prompt
+from .observe import ANSWER, TEXT, VISUAL
+
+
+@dataclass
+class _Call:
+    """Rows that go through a stage's layers together.
+
+    shared: cosines, sines, visibility, then value and sink gate of each gated layer
+    (``decoder.Head``). The rows stand in slots [start, stop).
+    """
+
+    segments: list[Segment]
+    rows: Tensor
+    shared: tuple[Tensor, ...]
+    start: int
+    stop: int
+    is_answer: bool
+
+
+class View(NamedTuple):
+    """What the last prompt row sees in one layer; shapes as ``contract.probe_spec``, B = 1.
+
+    key, value: FP32; of an INT8 cache, what it stands for.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    slot_order: Tensor
+    query_order: Tensor
+    visual_slots: Tensor
+
+    def read(self, prober: Prober) -> tuple[np.ndarray, np.ndarray]:
+        """Cosine without each visual token, and norm of its contribution: (N,) each."""
+        cosine, norm = prober(*self)
+        return cosine[0].numpy(), norm[0].numpy()
+
+
+class Traveller:
+    """A prompt, and its answer where it is known.
+
+    Args:
+        begin: rows of the prefix, which stand in the first slots of every stage.
+        segments: the rest of the prompt.
+        answer: rows of the answer.
+
+    Attributes:
+        kept: orders (K,) of the tokens that each selection so far kept.
+    """
+
+    def __init__(self, begin: int, segments: Sequence[Segment], answer: Segment | None):
+        self.begin = begin
+        self.kept: list[np.ndarray] = []
+        self._parts = [[segment] for segment in segments]  # of the next stage's calls
+        self._answer = answer
+        self._calls: list[_Call] = []
+        self._selected: Segment | None = None
+
+    @property
+    def sees(self) -> bool:
+        """Whether visual rows run through this stage."""
+        return any(segment.visual for call in self._calls for segment in call.segments)
+
+    @property
+    def answer_rows(self) -> int:
+        """A."""
+        return 0 if self._answer is None else self._answer.count
+
+    def enter(self, plan: StagePlan, stage: int, head: Head) -> None:
+        """Lay out the calls and slots of a stage."""
+        calls = [(parts, False) for parts in self._parts]
+        if self._answer is not None:
+            calls.append(([self._answer], True))
+        slots = StageSlots(np.zeros((1, 0), np.int32), np.zeros((1, 0), bool))
+        slots.grow(self.begin + sum(part.count for parts, _ in calls for part in parts))
+        order = np.arange(self.begin, dtype=np.int32)[None]
+        slots.write(Segment(False, None, order, order))
+        self._calls = []
+        for parts, is_answer in calls:
+            start = slots.used
+            for part in parts:
+                slots.write(part)
+            used = slots.used
+            gates = stage_gates(plan, stage, slots.visual[:, :used], parts[0].visual, is_answer)
+            rows = torch.cat([part.rows for part in parts], 1)
+            shared = head(
+                rows,
+                torch.from_numpy(np.concatenate([part.positions for part in parts], 1)),
+                torch.from_numpy(np.concatenate([part.order for part in parts], 1)),
+                torch.from_numpy(slots.order[:, :used].copy()),
+                torch.tensor([start]),
+                None if gates is None else torch.from_numpy(gates),
+            )
+            bare = [replace(part, rows=None) for part in parts]
+            self._calls.append(_Call(bare, rows, shared, start, used, is_answer))
+        self._order = torch.from_numpy(slots.order)
+        self._parts = []  # the calls hold the rows now
+
+    def kinds(self) -> list[np.ndarray]:
+        """The kind of each row of each call (``watch``)."""
+        return [
+            np.concatenate(
+                [
+                    np.full(s.count, ANSWER if call.is_answer else VISUAL if s.visual else TEXT)
+                    for s in call.segments
+                ]
+            )
+            for call in self._calls
+        ]
+
+    def through(
+        self,
+        run: Callable[..., Any],
+        text: TextConfig,
+        gated: int | None,
+        prefix: Tensor | None,
+        scales: Scales | None,
+    ) -> View:
+        """Take every call through one layer.
+
+        Args:
+            run: the layer.
+            text: shapes of its cache.
+            gated: its number among the stage's gated layers; None if it has no gates.
+            prefix: (2, G, P, d) keys and values of the prefix in this layer, as caches keep them.
+            scales: of its cache, which is INT8; None: FP32.
+        """
+        shape = (1, text.kv_heads, self._calls[-1].stop, text.head_dim)
+        dtype = torch.float32 if scales is None else torch.int8
+        key, value = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        if self.begin:
+            assert prefix is not None
+            key[0, :, : self.begin], value[0, :, : self.begin] = prefix
+        last: Tensor | None = None
+        for call in self._calls:
+            cos, sin, visible, *gates = call.shared
+            gate = (None, None) if gated is None else gates[2 * gated : 2 * gated + 2]
+            cache = (key[:, :, : call.stop], value[:, :, : call.stop])  # filled where they lie
+            first = torch.tensor([call.start])
+            call.rows, query, *_ = run(call.rows, cos, sin, first, visible, None, *gate, *cache)
+            if not call.is_answer:
+                last = query[:, :, -1]
+        assert last is not None
+        if scales is not None:
+            key, value = Eager().read(key, scales[0]), Eager().read(value, scales[1])
+        query_order = torch.from_numpy(self._prompt_calls[-1].segments[-1].order[:, -1].copy())
+        return View(last, key, value, self._order, query_order, self._visual_slots())
+
+    def select(self, selector: Selector, view: View) -> None:
+        """Choose the visual rows that go on; ``view`` is of the stage's last layer."""
+        visual = self._joined(True)
+        assert visual is not None
+        rows, positions, order, _ = selector(
+            *view, visual.rows, torch.from_numpy(visual.positions), torch.from_numpy(visual.order)
+        )
+        self._selected = Segment(True, rows, positions.numpy(), order.numpy())
+        self.kept.append(order[0].numpy())
+
+    def leave(self, drop: bool) -> None:
+        """Gather what goes on to the next stage: [visual | text], and the answer.
+
+        ``drop``: the visual rows stay behind.
+        """
+        visual, text = self._joined(True), self._joined(False)
+        assert text is not None
+        if self._selected is not None:
+            visual, self._selected = self._selected, None
+        self._parts = [[text] if visual is None or drop else [visual, text]]
+        if self._answer is not None:
+            self._answer = replace(self._answer, rows=self._calls[-1].rows)
+
+    def last_rows(self) -> Tensor:
+        """Rows (1 + A, 1, D) that the head sees: the last one of the prompt, and the answer's."""
+        rows = self._parts[-1][-1].rows[0, -1:]
+        if self._answer is not None:
+            rows = torch.cat((rows, self._answer.rows[0]))
+        return rows[:, None]
+
+    @property
+    def _prompt_calls(self) -> list[_Call]:
+        return [call for call in self._calls if not call.is_answer]
+
+    def _joined(self, visual: bool) -> Segment | None:
+        """The prompt's rows of one kind as they are now; None where it has none."""
+        found = []
+        for call in self._prompt_calls:
+            cuts = call.rows.split([segment.count for segment in call.segments], 1)
+            found += [
+                (segment, rows)
+                for segment, rows in zip(call.segments, cuts, strict=True)
+                if segment.visual == visual
+            ]
+        if not found:
+            return None
+        return Segment(
+            visual,
+            torch.cat([rows for _, rows in found], 1),
+            np.concatenate([segment.positions for segment, _ in found], 1),
+            np.concatenate([segment.order for segment, _ in found], 1),
+        )
+
+    def _visual_slots(self) -> Tensor:
+        """(1, N) slots of the visual rows."""
+        slots: list[int] = []
+        for call in self._prompt_calls:
+            at = call.start
+            for segment in call.segments:
+                slots += range(at, at + segment.count) if segment.visual else ()
+                at += segment.count
+        return torch.tensor(slots, dtype=torch.int64)[None]
+
+
+def travellers(
+    prompts: Sequence[Prompt],
+    visual: Sequence[Sequence[Tensor]],
+    table: Tensor,
+    prefix_ids: Sequence[int],
+    max_rows: int,
+) -> list[Traveller]:
+    """Every prompt before its first layer.
+
+    Args:
+        prompts: texts and pictures.
+        visual: rows (1, N, D) of each picture of each prompt.
+        table: the embedding, (V, D).
+        prefix_ids: what prompts that begin so need not run.
+        max_rows: the model's context.
+
+    Raises:
+        PromptError: a prompt does not end in text.
+        CapacityError: a prompt and its answer are longer than the context.
+    """
+    return [
+        _traveller(prompt, list(rows), table, tuple(prefix_ids), max_rows)
+        for prompt, rows in zip(prompts, visual, strict=True)
+    ]
+
+
+def _traveller(
+    prompt: Prompt, visual: list[Tensor], table: Tensor, prefix_ids: tuple[int, ...], max_rows: int
+) -> Traveller:
+    parts = list(prompt.parts)
+    if not parts or isinstance(parts[-1], np.ndarray):
+        raise PromptError(f"{prompt.name}: the prompt ends in a picture. Ask something about it")
+    begin = 0
+    if prefix_ids and not isinstance(parts[0], np.ndarray):
+        head = tuple(parts[0])
+        if head[: len(prefix_ids)] == prefix_ids:
+            begin = len(prefix_ids)
+            parts[0] = head[begin:]
+
+    def embedded(ids: Sequence[int]) -> Tensor:
+        return table[list(ids)].float()[None]
+
+    pictures, segments, at = iter(visual), [], begin
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            segments.append(_segment(True, next(pictures), at))
+        elif len(part):  # all of a text may have been prefix
+            segments.append(_segment(False, embedded(part), at))
+        at = begin + sum(segment.count for segment in segments)
+    answer = None
+    if prompt.answer_ids:
+        answer = _segment(False, embedded(prompt.answer_ids), at)
+        at += answer.count
+    if at > max_rows:
+        raise CapacityError(
+            f"{prompt.name}: prompt and answer take {at} rows, the model's context is {max_rows}. "
+            "Shorten them, or leave the sample out"
+        )
+    return Traveller(begin, segments, answer)
+
+
+def _segment(visual: bool, rows: Tensor, at: int) -> Segment:
+    order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
+    return Segment(visual, rows, order, order)

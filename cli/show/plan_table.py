@@ -1,0 +1,220 @@
+"""A plan as a table for people and as a dict for programs, with the same numbers.
+
+``plan_json`` computes through ``graphs/plan/cost.py``; ``plan_table`` only lays its result out.
+
+Source: docs/design.md section 4; formulas: methods.md 7.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ...compile.planfile import modes_text
+from ...graphs.plan.cost import (
+    FP16_BYTES,
+    Accounting,
+    Cost,
+    Geometry,
+    Outcome,
+    dense_cost,
+    plan_cost,
+    reduction_percent,
+    total,
+)
+from ...graphs.plan.plan import StagePlan
+from ...graphs.plan.stages import Edge
+from ...graphs.presets.request import UNCALIBRATED
+
+_TOTALS = {
+    "visual_macs": "MACs, visual rows only",
+    "prefill_macs": "MACs, whole prefill",
+    "mean_visual_tokens": "visual tokens per layer",
+    "visual_kv_bytes": "cache, visual rows",
+    "kv_bytes": "cache, all rows",
+    "decode_read_bytes": "read per decode step",
+}
+
+_ACCOUNTINGS = {
+    "modes": "each layer by its mode",
+    "paper": "the paper's: no attention term in the stage with text-blind layers",
+    "graphs": "as the graphs run: gates zero values, but skip no work",
+}
+
+
+def plan_label(plan: StagePlan) -> str | None:
+    """What a reader must know before trusting the numbers: None for measured and dense plans."""
+    if plan.calibrated or plan.is_dense:
+        return None
+    return UNCALIBRATED if plan.note.startswith(UNCALIBRATED) else "not calibrated"
+
+
+def plan_json(
+    plan: StagePlan,
+    geometry: Geometry,
+    prefix: int = 35,
+    text: int = 40,
+    *,
+    accounting: Accounting = "modes",
+    outcome: Outcome | None = None,
+    kv_element_bytes: float = FP16_BYTES,
+    weight_element_bytes: float = FP16_BYTES,
+) -> dict[str, Any]:
+    """Stages and totals of ``plan`` for a prompt of P ``prefix``, one image and T ``text`` rows.
+
+    MACs are of the prefill (times 2 for FLOPs), bytes are plain numbers, reductions are per cent
+    of the dense model. Stage MACs leave out the output projection, totals include it.
+    """
+    sizes = {"kv_element_bytes": kv_element_bytes, "weight_element_bytes": weight_element_bytes}
+    cost = plan_cost(plan, geometry, prefix, text, accounting=accounting, outcome=outcome, **sizes)
+    dense = dense_cost(plan, geometry, prefix, text, **sizes)
+    edges = [_edge_text(edge) for edge in plan.edges]
+    stages = []
+    for stage, edge in zip(plan.stages, [*edges, None], strict=True):
+        loads = cost.loads[slice(*stage.layers)]
+        stages.append(
+            {
+                "layers": list(stage.layers),
+                "visual_tokens": _mean([item.load.visual_tokens for item in loads]),
+                "modes": modes_text(stage.modes),
+                "norm": stage.norm if stage.gated_layers else None,
+                "edge": edge,
+                "prefill_macs": total(loads, "prefill_macs"),
+                "visual_macs": total(loads, "visual_macs"),
+                "visual_kv_bytes": total(loads, "visual_kv_bytes"),
+                "kv_bytes": total(loads, "kv_bytes"),
+            }
+        )
+    return {
+        "name": plan.name,
+        "hash": plan.hash,
+        "label": plan_label(plan),
+        "note": plan.note,
+        "kind": plan.kind,
+        "trigger": outcome.trigger if outcome else plan.trigger,
+        "keep": outcome.kept if outcome else plan.keep,
+        "exit": outcome.exit if outcome else plan.exit,
+        "prefix_rows": prefix,
+        "visual_tokens": plan.visual_tokens,
+        "text_rows": text,
+        "accounting": accounting,
+        "stages": stages,
+        "totals": _totals(cost),
+        "dense": _totals(dense),
+        "reduction_percent": {
+            field: reduction_percent(getattr(cost, field), getattr(dense, field))
+            for field in _TOTALS
+        },
+    }
+
+
+def plan_table(
+    plan: StagePlan,
+    geometry: Geometry,
+    prefix: int = 35,
+    text: int = 40,
+    *,
+    accounting: Accounting = "modes",
+    outcome: Outcome | None = None,
+    kv_element_bytes: float = FP16_BYTES,
+    weight_element_bytes: float = FP16_BYTES,
+) -> RenderableType:
+    """The same as a rich renderable: one row per stage, then totals beside the dense model."""
+    facts = plan_json(
+        plan,
+        geometry,
+        prefix,
+        text,
+        accounting=accounting,
+        outcome=outcome,
+        kv_element_bytes=kv_element_bytes,
+        weight_element_bytes=weight_element_bytes,
+    )
+    parts: list[RenderableType] = [_title(facts), _stage_table(facts), _total_table(facts)]
+    rows = f"{facts['prefix_rows']} prefix + {facts['visual_tokens']} visual + {facts['text_rows']}"
+    parts.append(
+        Text(f"For {rows} text rows. Accounting: {_ACCOUNTINGS[accounting]}.", style="dim")
+    )
+    if plan.probe is not None:
+        parts.append(Text(_decision(plan, outcome), style="dim"))
+    return Group(*parts)
+
+
+def _decision(plan: StagePlan, outcome: Outcome | None) -> str:
+    """What the numbers of a plan that decides per prompt are for."""
+    if outcome is None:
+        return (
+            "Every prompt decides for itself; the numbers are for one that never selects. For "
+            "others add --trigger, --kept and --exit."
+        )
+    return (
+        f"For prompts that select after layer {outcome.trigger}, keep {outcome.kept:g} and drop "
+        f"them after layer {outcome.exit}."
+    )
+
+
+def _mean(counts: list[float]) -> float:
+    mean = sum(counts) / len(counts)
+    return int(mean) if mean == int(mean) else round(mean, 2)
+
+
+def _title(facts: dict[str, Any]) -> Text:
+    title = Text.assemble(("plan ", "dim"), (facts["name"], "bold"), f" {facts['hash'][:12]}")
+    label = facts["label"] or ""
+    # The note of a preset says the label already.
+    for line in ("" if label in facts["note"] else label, facts["note"]):
+        if line:
+            title.append(f"\n{line}", style="yellow" if label else "")
+    return title
+
+
+def _stage_table(facts: dict[str, Any]) -> Table:
+    table = Table("stage", "layers", "visual tokens", "modes", "MACs", "visual cache", "then")
+    for column in (0, 1, 2, 4, 5):
+        table.columns[column].justify = "right"
+    for index, stage in enumerate(facts["stages"]):
+        start, stop = stage["layers"]
+        norm = " (renorm)" if stage["norm"] == "renorm" else ""
+        table.add_row(
+            str(index),
+            f"{start}-{stop - 1}" if stop - start > 1 else str(start),
+            str(stage["visual_tokens"]),
+            stage["modes"] + norm,
+            _macs(stage["prefill_macs"]),
+            _mebibytes(stage["visual_kv_bytes"]),
+            stage["edge"] or "",
+        )
+    return table
+
+
+def _total_table(facts: dict[str, Any]) -> Table:
+    table = Table("", "plan", "dense", "saved")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for field, title in _TOTALS.items():
+        show = _macs if "macs" in field else _mebibytes if "bytes" in field else "{:.2f}".format
+        plan, dense = (show(facts[kind][field]) for kind in ("totals", "dense"))
+        table.add_row(title, plan, dense, f"{facts['reduction_percent'][field]:.2f} %")
+    return table
+
+
+def _totals(cost: Cost) -> dict[str, float]:
+    return {field: getattr(cost, field) for field in _TOTALS}
+
+
+def _edge_text(edge: Edge) -> str:
+    return f"select {edge.keep} by {edge.score}" if edge.op == "select" else str(edge.op)
+
+
+def _macs(value: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:.0f}"
+
+
+def _mebibytes(value: float) -> str:
+    return f"{value / 2**20:.2f} MiB"

@@ -1,0 +1,268 @@
+"""Everything that a build decides before it writes a byte: what, for which machine, how exact.
+
+Two blueprints with the same ``source`` give the same bytes, on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import onnx_ir
+import psutil
+import torch
+
+from .. import __version__
+from ..graphs.bundle import FORMAT
+from ..graphs.config import ModelConfig
+from ..graphs.contract import Part, cache_dtype
+from ..graphs.errors import CapacityError, DataError, TargetError
+from ..graphs.plan.plan import StagePlan
+from ..graphs.precision import NARROW, Widening
+from ..graphs.quantization import (
+    FLOAT,
+    Quantization,
+    Recipe,
+    base_of,
+    is_quantised,
+    parse_recipe,
+)
+from ..graphs.targets import Target
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.known_models import GEOMETRIES
+from .checkpoint.names import tensor_shapes
+from .export.export import Graph, graphs_of
+from .export.static_shapes import resolve_contexts, resolve_parts
+from .export.stitch import TORCH_DTYPES
+from .export.texts import TextFacts, fits, text_facts
+from .planfile import resolve_plan
+from .quantize.calibration_file import Calibration
+from .quantize.quantize import CALIBRATIONS, Rounding, input_shifts, resolve
+
+DEFAULT_PLAN = "visipruner"
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a build will make.
+
+    Attributes:
+        precision: as folder and manifest name it; of a quantised one its recipe.
+        dtype: of the float numbers in the graphs.
+        parts: how stages are cut; None: each is one graph.
+    """
+
+    checkpoint: Checkpoint
+    plan: StagePlan
+    target: Target
+    precision: str
+    dtype: str
+    texts: TextFacts
+    contexts: tuple[int, ...] = ()
+    parts: tuple[Part, ...] | None = None
+    quantization: Quantization = FLOAT
+    calibration: Calibration | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's."""
+        return self.checkpoint.config
+
+    @property
+    def name(self) -> str:
+        """Of the bundle's folder."""
+        return f"{self.plan.name}-{self.precision}-{self.target.name}"
+
+    @property
+    def cache_dtype(self) -> str:
+        """Type of cached keys and values."""
+        return cache_dtype(self.dtype, self.quantization.cache)
+
+    @property
+    def half(self) -> bool:
+        """Whether graphs compute in FP16, whose range must be checked."""
+        return self.dtype == "float16"
+
+    @property
+    def source(self) -> str:
+        """Hash of what the bundle is made from, the same on every machine."""
+        facts = [
+            FORMAT,
+            self.config.to_dict(),
+            self.plan.to_dict(),
+            self.target.name,
+            self.target.lowering,
+            self.precision,
+            self.quantization.to_dict(),
+            versions(),
+            self.contexts,
+            [part.layers for part in self.parts or ()],
+        ]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def graphs(self, widening: Widening = NARROW) -> list[Graph]:
+        """Every graph to export."""
+        return graphs_of(
+            self.config,
+            self.plan,
+            self.dtype,
+            self.target.lowering,
+            self.parts,
+            widening,
+            self.quantization,
+            engines=self.target.engines,
+        )
+
+    def rounding(self, widening: Widening = NARROW) -> Rounding | None:
+        """Where quantised weights come from; None where nothing is quantised."""
+        if not self.quantization.schemes:
+            return None
+        return Rounding(
+            self.checkpoint,
+            self.quantization,
+            self.calibration,
+            half=self.half,
+            engines=self.target.engines,
+            shifts=input_shifts(widening),
+        )
+
+    def check_calibration(self) -> None:
+        """Refuse a calibration of another model, template or preprocessing; reads every weight.
+
+        Raises:
+            DataError: naming what does not fit.
+        """
+        if self.calibration is not None:
+            self.calibration.check_fits(fits(self.checkpoint, self.texts))
+
+    def check_memory(self, nbytes: int) -> None:
+        """Refuse ``nbytes`` of weights that the machine cannot hold, if it is to run them."""
+        _check_memory(self.target, self.precision, nbytes)
+
+
+def draw(
+    checkpoint: Checkpoint,
+    *,
+    plan: str | None,
+    target: Target,
+    precision: str,
+    contexts: Sequence[int] = (),
+    build_memory: int | None = None,
+    calibration: str | Path | None = None,
+) -> Blueprint:
+    """Decide everything; arguments as in ``build.build``.
+
+    Raises:
+        VisistageError: something cannot be honoured; nothing was written.
+    """
+    config = checkpoint.config
+    recipe = parse_recipe(precision) if is_quantised(precision) else None
+    known = _calibration(checkpoint, recipe, calibration)
+    if known is None or plan is not None:
+        staged = resolve_plan(plan or DEFAULT_PLAN, config.text.layers, config.visual_tokens)
+    else:
+        staged = known.plan
+    if known is not None and recipe is not None and not _serves(known.plan, staged, recipe):
+        wanted = plan if staged.probe is None else "dense"
+        raise DataError(
+            f"the calibration of '{checkpoint.name}' was made for plan '{known.plan.name}', under "
+            f"'{staged.name}' layers see other rows. Leave the plan out, or calibrate for it: "
+            f"visistage calibrate {checkpoint.name} --plan {wanted}"
+        )
+    if calibration is not None and recipe is None and plan is not None:
+        raise TargetError(
+            f"nothing of a calibration is used in {precision} with a plan of your own. "
+            "Leave --calib (CALIB) out, or the plan, or quantise: PRECISION=int8"
+        )
+    quantization = FLOAT
+    if recipe is not None:
+        quantization = resolve(recipe, known, config, staged, target)
+        precision = recipe.name
+    dtype = target.dtype(precision)
+    parts = resolve_parts(target, config, staged, dtype, build_memory)
+    return Blueprint(
+        checkpoint,
+        staged,
+        target,
+        precision,
+        dtype,
+        text_facts(checkpoint),
+        resolve_contexts(target, config, contexts),
+        None if parts is None else tuple(parts),
+        quantization,
+        known if recipe is not None else None,
+    )
+
+
+def check_geometry(model: str, target: Target, precision: str) -> None:
+    """Refuse a published model that cannot run here, before gigabytes are fetched or made."""
+    if model in GEOMETRIES:
+        shapes = tensor_shapes(ModelConfig.from_hf(GEOMETRIES[model].config))
+        bits = _bits(target, precision)
+        values = sum(math.prod(shape) for shape in shapes.values())
+        _check_memory(target, precision, values * bits // 8)
+
+
+def same_rows(one: StagePlan, other: StagePlan) -> bool:
+    """Whether every layer sees the same rows under both plans, whatever they are called."""
+
+    def plain(plan: StagePlan) -> StagePlan:
+        return replace(plan, name="plan", note="", calibrated=False)
+
+    return plain(one) == plain(other)
+
+
+def _serves(calibrated: StagePlan, staged: StagePlan, recipe: Recipe) -> bool:
+    """Whether ranges made for one plan serve another under a recipe.
+
+    A plan that decides per prompt has no rows of its own to calibrate on. Its caches never hold
+    rows that the dense model has not, so dense ranges serve them; inputs of layers are rounded
+    under their own ranges only.
+    """
+    if same_rows(staged, calibrated):
+        return True
+    return staged.probe is not None and calibrated.is_dense and "w8a8" not in recipe.asked
+
+
+def versions() -> dict[str, str]:
+    """What builds a bundle."""
+    return {
+        "visistage": __version__,
+        "torch": torch.__version__.split("+")[0],
+        "onnx_ir": onnx_ir.__version__,
+        "transformers": metadata.version("transformers"),
+    }
+
+
+def _calibration(
+    checkpoint: Checkpoint, recipe: Recipe | None, given: str | Path | None
+) -> Calibration | None:
+    """The calibration named, or for a quantised precision the one in the usual place."""
+    if given is not None:
+        return Calibration.load(Path(given))
+    usual = CALIBRATIONS / checkpoint.name
+    if recipe is not None and usual.is_dir():
+        return Calibration.load(usual)
+    return None
+
+
+def _bits(target: Target, precision: str) -> int:
+    """About how many bits a weight takes in a precision."""
+    quantised = {"int8": 8, "w8": 9, "w4": 5}
+    return quantised.get(base_of(precision), 8 * TORCH_DTYPES[target.dtype(precision)].itemsize)
+
+
+def _check_memory(target: Target, precision: str, nbytes: int) -> None:
+    memory = psutil.virtual_memory().total
+    if target.local and nbytes > memory:
+        smaller = "" if is_quantised(precision) else ", quantise (PRECISION=int8, or w4)"
+        raise CapacityError(
+            f"in {precision} the weights take {nbytes / 2**30:.1f} GiB, this machine has "
+            f"{memory / 2**30:.1f} GiB of memory, so target '{target.name}' cannot run them here. "
+            f"Export FP16 graphs for a GPU instead (TARGET=cuda){smaller}, or take a smaller model"
+        )

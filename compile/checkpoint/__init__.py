@@ -1,0 +1,1 @@
+"""Checkpoints: found, opened and read lazily; safetensors only. Dummies of published shapes."""

@@ -1,0 +1,280 @@
+"""A model by any name becomes a folder of safetensors with a checked table of tensors.
+
+    llava-7b, llava-13b         aliases of published checkpoints
+    demo                        the model inside the package
+    ./my-llava                  a folder
+    org/name                    a checkpoint on the Hugging Face hub
+
+The only module that downloads, and only safetensors, JSON, templates and tokenizers: never pickles
+or code. No weight is read before ``load``, and then it is mapped.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ...graphs.config import ModelConfig
+from ...graphs.errors import MissingDependencyError, ModelError, nearest
+from ..disk import require_room
+from .dummy import make_dummy
+from .known_models import ALIASES, DEMO, GEOMETRIES
+from .safetensors_file import TensorInfo
+from .safetensors_index import read_json, read_tensors
+
+logger = logging.getLogger(__name__)
+
+CACHE = Path(".cache")
+"""Where dummy checkpoints are kept; downloads go to the hub's own cache."""
+
+ALLOWED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
+IGNORED = ["*/*", "consolidated*"]  # other formats and second copies of the weights
+
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.A)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint folder.
+
+    ``name`` is fit for a directory; ``origin`` says where the model is from without naming this
+    machine; ``raw`` is ``config.json``; ``tensors`` has canonical names (compile/checkpoint/names.py);
+    ``files`` are the folder's other files by name: tokenizer, templates, processor configs.
+    """
+
+    name: str
+    origin: str
+    path: Path
+    config: ModelConfig
+    raw: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    files: Mapping[str, Path]
+    _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The safetensors files that the model's tensors lie in."""
+        return tuple(dict.fromkeys(info.file for info in self.tensors.values()))
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the weight files together."""
+        return sum(file.stat().st_size for file in self.weight_files)
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """The parsed JSON object in ``files[name]``, or None where there is no such file."""
+        return read_json(self.files[name]) if name in self.files else None
+
+    def load(self, name: str) -> Tensor:
+        """The tensor called ``name``, mapped from its file: pages are read when they are used.
+
+        Writing to it changes this process's view only; clone it first all the same.
+
+        Raises:
+            KeyError: no such tensor in ``tensors``.
+        """
+        info = self.tensors[name]
+        if info.file not in self._maps:
+            self._maps[info.file] = _map(info.file)
+        dtype = TORCH_DTYPES[info.dtype]
+        count = info.nbytes // dtype.itemsize
+        if info.offset % dtype.itemsize:  # allowed by the format, but not by the processor
+            raw = torch.frombuffer(
+                self._maps[info.file], dtype=torch.uint8, count=info.nbytes, offset=info.offset
+            )
+            return raw.clone().view(dtype).view(info.shape)
+        flat = torch.frombuffer(self._maps[info.file], dtype=dtype, count=count, offset=info.offset)
+        return flat.view(info.shape)
+
+    def release(self) -> None:
+        """Let go of the pages read so far; tensors handed out stay valid and are read again.
+
+        A mapped file counts as memory of this process as far as it was touched: whoever streams
+        through gigabytes calls this in between.
+        """
+        for mapped in self._maps.values():
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+    def state_dict(self, prefix: str | Iterable[str] = "") -> dict[str, Tensor]:
+        """``load`` of all tensors whose name starts with ``prefix``, or with one of several."""
+        wanted = prefix if isinstance(prefix, str) else tuple(prefix)
+        return {name: self.load(name) for name in self.tensors if name.startswith(wanted)}
+
+
+def open_checkpoint(
+    model: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    dummy_weights: bool = False,
+    cache: Path = CACHE,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> Checkpoint:
+    """Find ``model``, download or make it if need be, and check all but the weights' values.
+
+    Args:
+        model: an alias, ``demo``, a folder, or a hub id ``org/name``.
+        revision: branch, tag or commit of a hub checkpoint.
+        offline: use what the hub's cache already holds; no connection is made.
+        dummy_weights: random weights of that model's shape instead, made below ``cache``.
+        cache: folder for dummy checkpoints.
+        progress: told about bytes of dummy weights as they are written.
+
+    Raises:
+        ModelError: unknown, unreachable, incomplete, corrupt or unsupported.
+        CapacityError: the disk has no room for the download or the dummy weights.
+    """
+    if revision is not None and (dummy_weights or model == DEMO or Path(model).is_dir()):
+        raise ModelError(
+            f"{model!r} has no revisions, only checkpoints on the hub do. Leave out --revision."
+        )
+    if dummy_weights:
+        geometry = {repo: alias for alias, repo in ALIASES.items()}.get(model, model)
+        folder = make_dummy(geometry, Path(cache) / "dummy" / geometry, progress=progress)
+        return open_folder(folder, name=f"{geometry}-dummy", origin=f"dummy weights of {geometry}")
+    repository = ALIASES.get(model, model)
+    if model == DEMO:
+        folder = Path(__file__).resolve().parents[2] / "demo" / "model"
+        if not folder.is_dir():
+            raise ModelError(
+                "this installation lacks the demo model (demo/model in the package). Reinstall "
+                "visistage, or name another model: MODEL=llava-7b"
+            )
+        name = origin = DEMO
+    elif model not in ALIASES and (folder := Path(model).expanduser()).is_dir() and model:
+        name = origin = folder.resolve().name or "model"
+    elif _HUB_ID.fullmatch(repository) and not Path(repository).exists():
+        folder = _download(repository, revision, offline)
+        name = model if model in ALIASES else repository.split("/")[1]
+        return open_folder(folder, name=name, origin=f"{repository}@{folder.name}")
+    else:
+        _unknown(model)
+    return open_folder(folder, name=name, origin=origin)
+
+
+def open_folder(folder: Path, *, name: str, origin: str) -> Checkpoint:
+    """Open a checkpoint folder; reads ``config.json`` and the headers of the weight files.
+
+    Raises:
+        ModelError: incomplete, corrupt, quantised or unsupported; names the file.
+    """
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} has no config.json: expected a Hugging Face checkpoint folder. Name the "
+            "folder that holds it, or save the model with save_pretrained."
+        )
+    raw = read_json(folder / "config.json")
+    for holder in (raw, raw.get("text_config")):
+        if isinstance(holder, Mapping) and holder.get("quantization_config"):
+            method = holder["quantization_config"]
+            method = method.get("quant_method", "?") if isinstance(method, Mapping) else "?"
+            raise ModelError(
+                f"{folder / 'config.json'} says the weights are quantised ({method}), expected "
+                f"{', '.join(TORCH_DTYPES)}. Use the checkpoint that they were made from."
+            )
+    try:
+        config = ModelConfig.from_hf(raw)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
+    others = {
+        file.name: file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt")
+    }
+    return Checkpoint(name, origin, folder, config, raw, read_tensors(folder, config), others)
+
+
+def _map(file: Path) -> mmap.mmap:
+    with file.open("rb") as stream:
+        # Private and writable, so that torch may treat it as its own; without reservation, so that
+        # the kernel does not ask for as much memory as the file is large.
+        return mmap.mmap(
+            stream.fileno(),
+            0,
+            flags=mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0),
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+        )
+
+
+def _unknown(model: str) -> NoReturn:
+    known = [*ALIASES, DEMO]
+    if Path(model).is_file():
+        raise ModelError(f"{model} is a file, expected a checkpoint folder. Name its folder.")
+    if model in GEOMETRIES:
+        raise ModelError(f"{model} has no weights, only a shape. Add --dummy-weights (DUMMY=1).")
+    hint = nearest(model, [*known, *GEOMETRIES])
+    raise ModelError(
+        f"there is no model {model!r}: neither a folder, nor a hub id org/name, nor one of "
+        f"{', '.join(known)}.{hint} Try MODEL=demo."
+    )
+
+
+def _download(repository: str, revision: str | None, offline: bool) -> Path:
+    """The snapshot of a hub checkpoint, complete in the hub's cache."""
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{repository} lies on the Hugging Face hub and huggingface_hub is not installed. "
+            "pip install 'visistage[compile]', or name a folder: MODEL=./my-llava"
+        ) from error
+
+    def snapshot(**options: Any) -> Any:
+        return huggingface_hub.snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=ALLOWED,
+            ignore_patterns=IGNORED,
+            **options,
+        )
+
+    at = f"{repository}@{revision}" if revision else repository
+    local = "name a folder that holds it: MODEL=./my-llava"
+    try:
+        if not offline:
+            try:
+                files = snapshot(dry_run=True)
+            except errors.DryRunError:
+                files = []  # unreachable; the next call finds the cached copy or says why not
+            needed = sum(file.file_size for file in files if file.will_download)
+            target = Path(huggingface_hub.constants.HF_HUB_CACHE)
+            require_room(target, needed, f"downloading {at}", "set HF_HOME to another disk")
+        return Path(snapshot(local_files_only=offline))
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{at} is gated. Ask for access on its page, then log in once: hf auth login"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"the hub has no {repository}, or it is private. Check the name, log in (hf auth "
+            f"login), or {local}"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(
+            f"{repository} has no revision {revision!r}. Use a branch, tag or commit of it."
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        how = "offline" if offline else "no connection to the hub"
+        again = "Run once without --offline" if offline else "Connect, set HF_ENDPOINT to a mirror"
+        raise ModelError(
+            f"{at} is not, or not completely, in the hub's cache ({how}). {again}, {local}, or "
+            "build without its weights: --dummy-weights (DUMMY=1)"
+        ) from error
+    except (errors.HTTPError, OSError, ValueError) as error:
+        # HTTPError is the base of whichever client library this version of the hub uses.
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ModelError(
+            f"cannot download {at}: {type(error).__name__}: {reason}. Try again, use the cached "
+            f"copy (--offline), {local}, or build without its weights: --dummy-weights (DUMMY=1)"
+        ) from error

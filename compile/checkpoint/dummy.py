@@ -1,0 +1,280 @@
+"""Checkpoints of published shapes with random weights, to build and time without a download.
+
+Written as a stream: one block of random numbers is drawn from the seed, and each tensor is a
+stretch of it that starts where the seed and the tensor's name say, wrapped around as often as
+needed. So 14 GB cost no more than writing them, and memory holds the block in a few spreads. The
+block's length is a prime: no two rows of a matrix are equal. The numbers mean nothing; their
+spreads keep every layer's values finite in FP16 and greedy answers from repeating one token.
+
+Equal arguments give equal bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...graphs.config import ModelConfig
+from ...graphs.errors import CapacityError, ModelError
+from ..disk import locked, require_room
+from .dummy_tokenizer import SYSTEM, write_text_files
+from .known_models import GEOMETRIES, Geometry
+from .names import HEAD, Shapes, published, tensor_shapes
+from .safetensors_index import INDEX, SINGLE
+
+VERSION = 1
+"""Raised when equal arguments give other bytes than before."""
+
+NOTE = "dummy.json"
+LOCK = ".lock"
+DTYPES = {
+    "float32": (torch.float32, "F32"),
+    "float16": (torch.float16, "F16"),
+    "bfloat16": (torch.bfloat16, "BF16"),
+}
+BLOCK = 16_777_213  # values; the largest prime below 2**24
+SHARD_BYTES = 4_500_000_000
+OTHER_BYTES = 4 << 20  # tokenizer and configs, generously
+
+Progress = Callable[[int], None]
+
+
+def make_dummy(
+    geometry: str,
+    path: Path,
+    *,
+    dtype: str = "float16",
+    seed: int = 0,
+    recipe: Geometry | None = None,
+    image_size: int | None = None,
+    progress: Progress = lambda nbytes: None,
+) -> Path:
+    """Make the checkpoint folder ``path``, or find it complete.
+
+    The folder appears under its name when it is whole; an interrupted run leaves nothing.
+
+    Args:
+        geometry: a key of ``recipes.GEOMETRIES``, or the name of ``recipe``.
+        path: the folder to make.
+        dtype: ``float16``, ``float32`` or ``bfloat16``.
+        seed: of the random numbers.
+        recipe: shapes that are not listed there.
+        image_size: side of the pictures in pixels, and so the visual tokens; None: as published.
+        progress: told about bytes as they are written.
+
+    Raises:
+        ModelError: an unknown geometry or type, or ``path`` holds something else.
+        CapacityError: the disk has no room for it, or another run is making it.
+    """
+    if recipe is None and geometry not in GEOMETRIES:
+        raise ModelError(
+            f"there are no dummy weights of {geometry!r}, only of {', '.join(GEOMETRIES)}. "
+            "Choose one of those: MODEL=llava-45m DUMMY=1"
+        )
+    if dtype not in DTYPES:
+        raise ModelError(
+            f"dummy weights cannot be {dtype!r}, only {', '.join(DTYPES)}. Choose one of those."
+        )
+    path = Path(path)
+    recipe = recipe or GEOMETRIES[geometry]
+    if image_size is not None:
+        recipe = _resized(recipe, image_size)
+    config = ModelConfig.from_hf(recipe.config)
+    shapes = tensor_shapes(config, whole_tower=True)
+    facts: dict = {"geometry": geometry, "dtype": dtype, "seed": seed, "version": VERSION}
+    if image_size is not None:
+        facts["image_size"] = image_size
+    if _complete(path, facts):
+        return path
+    if path.exists():
+        raise ModelError(
+            f"{path} is there, but is not the dummy checkpoint {geometry} ({dtype}, seed {seed}). "
+            "Remove it, or choose another folder."
+        )
+    itemsize = DTYPES[dtype][0].itemsize
+    nbytes = sum(map(math.prod, shapes.values())) * itemsize + OTHER_BYTES
+    require_room(
+        path.parent, nbytes, f"the dummy checkpoint {geometry}", "take MODEL=llava-45m DUMMY=1"
+    )
+    with _folder(path) as folder:
+        _write_weights(folder, shapes, dtype, _Blocks(dtype, seed, config.text.layers), progress)
+        _write_config(folder, recipe, dtype)
+        write_text_files(folder, config, recipe.specials, system=SYSTEM)
+        sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.name != LOCK}
+        (folder / NOTE).write_text(json.dumps(facts | {"files": dict(sorted(sizes.items()))}))
+    return path
+
+
+def _resized(recipe: Geometry, side: int) -> Geometry:
+    """``recipe`` for pictures of another size."""
+    vision = {**recipe.config["vision_config"], "image_size": side}
+    tokens = (side // vision["patch_size"]) ** 2
+    config = {**recipe.config, "vision_config": vision, "image_seq_length": tokens}
+    return replace(recipe, config=config)
+
+
+class _Blocks:
+    """The block of random numbers in every spread that was asked for, as bytes."""
+
+    def __init__(self, dtype: str, seed: int, depth: int):
+        generator = np.random.Generator(np.random.PCG64(seed))
+        self.values = torch.from_numpy(generator.standard_normal(BLOCK, dtype=np.float32))
+        self.dtype, self.seed, self.depth = DTYPES[dtype][0], seed, depth
+        self.scaled: dict[float, memoryview] = {}
+
+    def pieces(self, name: str, shape: tuple[int, ...]) -> Iterator[memoryview]:
+        """The bytes of one tensor, in stretches of the block."""
+        constant = _constant(name, shape)
+        if constant is not None:
+            yield _bytes(torch.full(shape, constant, dtype=self.dtype))
+            return
+        block = self._block(_spread(name, shape, self.depth))
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        start = int.from_bytes(digest[:8], "little") % BLOCK * self.dtype.itemsize
+        left = math.prod(shape) * self.dtype.itemsize
+        while left:
+            piece = block[start : start + left]
+            yield piece
+            left -= len(piece)
+            start = 0
+
+    def _block(self, spread: float) -> memoryview:
+        if spread not in self.scaled:
+            self.scaled[spread] = _bytes((self.values * spread).to(self.dtype))
+        return self.scaled[spread]
+
+
+def _constant(name: str, shape: tuple[int, ...]) -> float | None:
+    """Norms start as the identity, biases at zero."""
+    if len(shape) > 1 or name.endswith("class_embedding"):
+        return None
+    return 1.0 if name.endswith("weight") else 0.0
+
+
+def _spread(name: str, shape: tuple[int, ...], depth: int) -> float:
+    """Standard deviation. Unit-variance rows in give about unit-variance rows out.
+
+    Updates shrink with the decoder's depth, so the residual stays far from FP16's end however deep
+    it is. Queries and keys are larger, else attention would be flat, whatever the question.
+    """
+    fan_in = math.prod(shape[1:])
+    if name.endswith(("embed_tokens.weight", "position_embedding.weight", "class_embedding")):
+        return 0.5
+    if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
+        return (depth / 4) ** -0.5 * fan_in**-0.5
+    attends = name.endswith(("q_proj.weight", "k_proj.weight")) or name == HEAD
+    return (2.0 if attends else 1.0) * fan_in**-0.5
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _write_weights(
+    folder: Path, shapes: Shapes, dtype: str, blocks: _Blocks, progress: Progress
+) -> None:
+    shards = _shards(shapes, DTYPES[dtype][0].itemsize)
+    where = {}
+    for index, names in enumerate(shards):
+        file = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
+        file = SINGLE if len(shards) == 1 else file
+        with (folder / file).open("wb", buffering=0) as stream:
+            _write_all(stream, _header({name: shapes[name] for name in names}, dtype))
+            for name in names:
+                for piece in blocks.pieces(name, shapes[name]):
+                    _write_all(stream, piece)
+                    progress(len(piece))
+                where[published(name)] = file
+    if len(shards) > 1:
+        total = sum(map(math.prod, shapes.values())) * DTYPES[dtype][0].itemsize
+        index_data = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (folder / INDEX).write_text(json.dumps(index_data, indent=2) + "\n")
+
+
+def _write_all(stream, data: bytes | memoryview) -> None:
+    """A raw file takes 2 GB at most in one write, and may take less than it is given."""
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[stream.write(view) :]
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CapacityError(
+            f"the disk filled up while {stream.name} was written. Free some, and start again."
+        ) from error
+
+
+def _shards(shapes: Shapes, itemsize: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in shapes.items():
+        nbytes = math.prod(shape) * itemsize
+        if shards[-1] and filled + nbytes > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += nbytes
+    return shards
+
+
+def _header(shapes: Shapes, dtype: str) -> bytes:
+    torch_dtype, name_in_file = DTYPES[dtype]
+    entries: dict = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * torch_dtype.itemsize
+        entries[published(name)] = {
+            "dtype": name_in_file,
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_config(folder: Path, recipe: Geometry, dtype: str) -> None:
+    data = {**recipe.config, "dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _complete(path: Path, facts: dict) -> bool:
+    try:
+        noted = json.loads((path / NOTE).read_text())
+        sizes = noted.pop("files")
+        return noted == facts and all((path / k).stat().st_size == v for k, v in sizes.items())
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return False
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[Path]:
+    """A locked ``.partial`` folder that becomes ``path`` at the end, or vanishes."""
+    folder = path.with_name(path.name + ".partial")
+    folder.mkdir(parents=True, exist_ok=True)
+    busy = f"another run is making {path}. Wait for it, or stop it."
+    with locked(folder / LOCK, busy):
+        for leftover in folder.iterdir():  # of a run that was killed
+            if leftover.name != LOCK:
+                leftover.unlink()
+        try:
+            yield folder
+            (folder / LOCK).unlink()
+            folder.rename(path)
+        except BaseException:  # Ctrl-C too: half a checkpoint helps nobody
+            shutil.rmtree(folder, ignore_errors=True)
+            raise

@@ -1,0 +1,158 @@
+"""Tokenizer, chat template and processor files for checkpoints that we make ourselves.
+
+The tokenizer is a byte-level BPE over a few sentences, so any text has tokens and the Vicuna
+system prompt has about as many as with the real one. Ids that no word claims get filler words
+(``w4711``): a random model's answers are visibly nonsense instead of empty. Equal arguments give
+equal bytes. It knows nothing about weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from ...graphs.config import ModelConfig
+
+SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the human's questions."
+)
+_CORPUS = (
+    SYSTEM,
+    "USER: ASSISTANT: What is shown in this image? Describe the picture in detail. How many people "
+    "are there? Is it a photo? Yes. No. The image shows a man and a woman, two dogs on a street.",
+)
+_TURNS = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ 'ASSISTANT: ' }}"
+    "{% else %}{{ message['role'] | upper + ': ' }}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ eos_token if message['role'] == 'assistant' else ' ' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "clip": {
+        "image_processor_type": "CLIPImageProcessor",
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    },
+    "siglip": {
+        "image_processor_type": "SiglipImageProcessor",
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
+}
+
+
+def chat_template(system: str = "") -> str:
+    r"""LLaVA-1.5's template, ``USER: <image>\n... ASSISTANT:``, after ``system`` if given."""
+    return f"{{{{ {json.dumps(system + ' ')} }}}}{_TURNS}" if system else _TURNS
+
+
+def write_text_files(
+    folder: Path, config: ModelConfig, specials: Mapping[str, int], *, system: str = ""
+) -> None:
+    """Write all that a checkpoint has besides ``config.json`` and weights.
+
+    Args:
+        folder: an existing directory.
+        config: the model; its vocabulary must hold 256 bytes and the specials.
+        specials: ids of ``<unk>``, ``<s>``, ``</s>``, ``<pad>`` and ``<image>``.
+        system: system sentence of the chat template, empty for none.
+    """
+    tokenizer = _tokenizer(config.text.vocab, specials)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(chat_template(system), encoding="utf-8")
+    _write(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "pad_token": "<pad>",
+            "extra_special_tokens": {"image_token": "<image>"},
+            "model_max_length": config.text.max_positions,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+    _write(
+        folder / "generation_config.json",
+        {
+            "bos_token_id": specials["<s>"],
+            "eos_token_id": specials["</s>"],
+            "pad_token_id": specials["<pad>"],
+            "do_sample": False,
+        },
+    )
+    _write(folder / "preprocessor_config.json", _preprocessor(config))
+    _write(
+        folder / "processor_config.json",
+        {
+            "processor_class": "LlavaProcessor",
+            "patch_size": config.vision.patch_size,
+            "image_token": "<image>",
+            "num_additional_image_tokens": config.vision.tokens - config.vision.patches,
+            "vision_feature_select_strategy": config.select,
+        },
+    )
+
+
+def _preprocessor(config: ModelConfig) -> dict[str, Any]:
+    side = config.vision.image_size
+    square = {"height": side, "width": side}
+    steps: dict[str, Any] = {
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+    }
+    if config.vision.kind == "clip":
+        steps |= {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
+    else:
+        steps |= {"size": square}
+    return steps | PROCESSORS[config.vision.kind]
+
+
+def _tokenizer(vocab: int, specials: Mapping[str, int]) -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab - len(specials),
+        special_tokens=[],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    trained.train_from_iterator(_CORPUS, trainer)
+    learned = json.loads(trained.to_str())["model"]
+    words = sorted(learned["vocab"], key=learned["vocab"].get)
+
+    free = (index for index in range(vocab) if index not in set(specials.values()))
+    ids = {word: index for word, index in zip(words, free, strict=False)} | dict(specials)
+    ids |= {f"Ġw{index}": index for index in free}
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in specials])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", specials["<s>"])]
+    )
+    return tokenizer
+
+
+def _write(file: Path, data: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

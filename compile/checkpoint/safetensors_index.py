@@ -1,0 +1,181 @@
+"""The tensors of a checkpoint folder: one file or many shards, whatever their names' spelling.
+
+Reads headers only. It refuses pickles, quantised weights, shards that are missing or lie outside
+the folder, and tensors that do not fit the config.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ...graphs.config import ModelConfig
+from ...graphs.errors import ModelError
+from .names import EMBEDDING, HEAD, canonical, tensor_shapes
+from .safetensors_file import TensorInfo, read_header
+
+logger = logging.getLogger(__name__)
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_JSON_BYTES = 64 << 20
+FLOATS = ("F32", "F16", "BF16")
+_QUANTISED = ("I8", "U8", "I32", "I16", "F8_E4M3", "F8_E5M2", "F4")
+_FILE = re.compile(r"[^/\\\0]+\.safetensors")  # in the folder itself
+# Buffers that older transformers saved, and parts of towers that LLaVA never reads.
+_UNREAD = (".position_ids", ".rotary_emb.inv_freq", ".masked_bias")
+
+
+def read_tensors(folder: Path, config: ModelConfig) -> dict[str, TensorInfo]:
+    """Every tensor that ``config`` asks for, by canonical name, checked for shape and type.
+
+    A tied model without a head of its own gets the embedding as ``lm_head.weight``.
+
+    Raises:
+        ModelError: no usable weights in the folder, a damaged file, or tensors that are missing,
+            quantised or of another shape; names the file and the first few tensors.
+    """
+    found: dict[str, TensorInfo] = {}
+    spelled: dict[str, str] = {}
+    for name, info in _stored(folder).items():
+        ours = canonical(name)
+        if ours in found:
+            raise ModelError(
+                f"{info.file} holds {ours} twice, as {spelled[ours]} and as {name}. Remove one, or "
+                "save the model again with save_pretrained."
+            )
+        found[ours], spelled[ours] = info, name
+    if config.text.tied and HEAD not in found and EMBEDDING in found:
+        found[HEAD] = found[EMBEDDING]
+    wanted = tensor_shapes(config)
+    _check(folder, wanted, found)
+    unread = tensor_shapes(config, whole_tower=True)
+    for name in found:
+        if name not in unread and not name.endswith(_UNREAD) and ".head." not in name:
+            logger.warning("%s: %s is no part of the model and is not used", folder, name)
+    return {name: found[name] for name in wanted}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelError: unreadable, too large, not UTF-8 JSON, or not an object; names the file.
+    """
+    try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise ModelError(
+                f"{file} has {file.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}. "
+                "Is it really JSON? Download it again."
+            )
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(
+            f"cannot read {file}: {error.strerror or error}. Download it again, or correct its "
+            "permissions."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not JSON ({str(error)[:100]}). Download it again.") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{file} holds no JSON object. Download it again.")
+    return data
+
+
+def _stored(folder: Path) -> dict[str, TensorInfo]:
+    """All tensors under the names in the files; transformers' own order of preference."""
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    if (folder / INDEX).is_file():
+        return _shards(folder, read_json(folder / INDEX).get("weight_map"))
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return read_header(files[0])
+    if files:
+        raise ModelError(
+            f"{folder} holds {len(files)} safetensors files but no {INDEX}, which says what lies "
+            "where. Download it as well."
+        )
+    pickles = sorted(
+        file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(kind)
+    )
+    if pickles:
+        raise ModelError(
+            f"{folder} holds pickled weights only ({pickles[0]}), which can run code when they are "
+            "opened; expected model.safetensors. If you trust them, convert them once: python -c "
+            "\"from transformers import LlavaForConditionalGeneration as M; M.from_pretrained('.')"
+            ".save_pretrained('safe')\" in that folder"
+        )
+    raise ModelError(
+        f"{folder} holds no weights: expected {SINGLE}, or {INDEX} and its shards. Download them, "
+        "or try without weights: --dummy-weights (DUMMY=1)"
+    )
+
+
+def _shards(folder: Path, where: Any) -> dict[str, TensorInfo]:
+    index = folder / INDEX
+    if not isinstance(where, dict) or not where:
+        raise ModelError(f"{index} has no weight_map. Download it again.")
+    headers: dict[str, dict[str, TensorInfo]] = {}
+    tensors = {}
+    for name, shard in where.items():
+        if not isinstance(shard, str) or not _FILE.fullmatch(shard):
+            raise ModelError(
+                f"{index} says that {name} lies in {shard!r}, expected the name of a file beside "
+                "it. Download the index again."
+            )
+        if shard not in headers:
+            if not (folder / shard).is_file():
+                raise ModelError(
+                    f"{index} names {shard}, which is not there. Download the missing shard."
+                )
+            headers[shard] = read_header(folder / shard)
+        if name not in headers[shard]:
+            raise ModelError(
+                f"{index} says that {name} lies in {shard}, which does not hold it. Download both "
+                "again: they belong to different checkpoints."
+            )
+        tensors[name] = headers[shard][name]
+    return tensors
+
+
+def _check(folder: Path, wanted: dict[str, tuple[int, ...]], found: dict[str, TensorInfo]) -> None:
+    missing = [name for name in wanted if name not in found]
+    for marker in ("qweight", "weight_scale", "absmax", "SCB", "scales"):
+        if missing and any(name.endswith("." + marker) for name in found):
+            _quantised(folder, f"tensors named *.{marker}")
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {_few(missing)}, which its config.json asks for. Download the "
+            "checkpoint again, or check that config.json belongs to it."
+        )
+    for name in wanted:
+        if found[name].dtype in _QUANTISED:
+            _quantised(folder, f"{name} as {found[name].dtype}")
+        if found[name].dtype not in FLOATS:
+            raise ModelError(
+                f"{found[name].file} holds {name} as {found[name].dtype}, expected one of "
+                f"{', '.join(FLOATS)}. Save the model again in one of those."
+            )
+    wrong = [name for name, shape in wanted.items() if found[name].shape != shape]
+    if wrong:
+        first = wrong[0]
+        raise ModelError(
+            f"{found[first].file} holds {first} with shape {list(found[first].shape)}, config.json "
+            f"makes it {list(wanted[first])} (and {len(wrong) - 1} more such tensors). Check that "
+            "config.json belongs to these weights."
+        )
+
+
+def _quantised(folder: Path, what: str) -> NoReturn:
+    raise ModelError(
+        f"{folder} holds quantised weights ({what}), expected {', '.join(FLOATS)}. Use the "
+        "original checkpoint that they were made from."
+    )
+
+
+def _few(names: list[str], count: int = 3) -> str:
+    rest = f" and {len(names) - count} more tensors" if len(names) > count else ""
+    return ", ".join(names[:count]) + rest

@@ -1,0 +1,94 @@
+"""Which engines a bundle needs, and the shapes each is compiled for: read off the contract.
+
+Pure data. Two profiles per stage: decoding in 1 to 8 rows, prefill in 9 and more. (A profile of
+exactly one row beside a wide one makes the compiler store every weight twice.) Where slots are
+fixed, each context length has engines of its own; elsewhere one engine serves a range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...graphs.bundle import ANY_CONTEXT, Manifest
+from ...graphs.contract import PROBE, SLOT_STEP, GraphSpec, stage_of, stage_slots
+
+DECODE_ROWS = 8
+"""Most rows of a call in the decode profile."""
+
+QUESTION_ROWS = 64
+"""Text rows of the call that prefill is tuned for."""
+
+Shape = tuple[int, ...]
+Sizes = dict[str, tuple[int, int, int]]
+"""Smallest, likeliest and largest size of each symbol of the contract."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One engine to compile.
+
+    Attributes:
+        name: of the engine's files.
+        graph: of the bundle.
+        context: rows of an unpruned prompt and answer that it has room for; None: any.
+        source: file in the bundle that the parser reads.
+        spec: the graph's contract.
+        slots: largest S; 0 where the graph has none.
+        profiles: for each, smallest, likeliest and largest shape of every input.
+    """
+
+    name: str
+    graph: str
+    context: int | None
+    source: str
+    spec: GraphSpec
+    slots: int
+    profiles: tuple[dict[str, tuple[Shape, Shape, Shape]], ...]
+
+
+def recipes_of(manifest: Manifest) -> list[Recipe]:
+    """Every engine of a bundle, in the order in which a prompt meets them."""
+    out = []
+    for name, fact in manifest.graphs.items():
+        if fact.variants:
+            for context, file in fact.variants.items():
+                slots = 0 if context == ANY_CONTEXT else _slots(manifest, name, context)
+                out.append(_recipe(manifest, name, file, context or None, (slots, slots, slots)))
+        elif fact.spec.has("S"):
+            likely, most = (_slots(manifest, name, pick(manifest.contexts)) for pick in (min, max))
+            out.append(_recipe(manifest, name, fact.file, None, (SLOT_STEP, likely, most)))
+        else:
+            out.append(_recipe(manifest, name, fact.file, None, (0, 0, 0)))
+    return out
+
+
+def _recipe(
+    manifest: Manifest, graph: str, file: str, context: int | None, slots: tuple[int, int, int]
+) -> Recipe:
+    spec, most = manifest.graphs[graph].spec, slots[2]
+    stage = manifest.plan.stages[stage_of(graph)] if most else None
+    visual = stage.visual_tokens if stage else 0
+    # A probe reads all visual rows first, and later whatever few were kept.
+    offered = (1 if graph == PROBE else visual, visual, most)
+    sizes: Sizes = {"B": (1, 1, 1), "S": slots, "N": offered}
+    if spec.has("Q"):
+        likely = visual if stage_of(graph) == 0 and visual else visual + QUESTION_ROWS
+        decode = (1, 1, DECODE_ROWS)
+        prefill = (DECODE_ROWS + 1, min(max(likely, DECODE_ROWS + 1), most), most)
+        profiles = [_profile(spec, sizes | {"Q": rows}) for rows in (decode, prefill)]
+    else:
+        profiles = [_profile(spec, sizes)]
+    name = graph if context is None else f"{graph}.context{context}"
+    return Recipe(name, graph, context, file, spec, most, tuple(profiles))
+
+
+def _profile(spec: GraphSpec, sizes: Sizes) -> dict[str, tuple[Shape, Shape, Shape]]:
+    def at(shape: tuple[int | str, ...], which: int) -> Shape:
+        return tuple(sizes[d][which] if isinstance(d, str) else d for d in shape)
+
+    return {i.name: (at(i.shape, 0), at(i.shape, 1), at(i.shape, 2)) for i in spec.inputs}
+
+
+def _slots(manifest: Manifest, graph: str, context: int) -> int:
+    slots = stage_slots(manifest.plan, manifest.config.visual_tokens, context)
+    return slots[stage_of(graph)]

@@ -1,0 +1,226 @@
+"""The child process that compiles one engine: a crash of the compiler ends it, and nobody else.
+
+    python -m visistage.compile.engines.worker < job.json
+
+It answers on stdout, one JSON object a line: ``{"step": n}`` while it goes on, in the end
+``{"facts": {...}}`` or ``{"error": "..."}``. What the compiler has to say goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, TextIO
+
+from ...graphs.errors import EngineError, VisistageError
+from ...runtime.device.tensorrt import Flavour, find
+
+UNUSED = "Unused Input"
+"""What is said of an input that the parser does not know: it builds, and computes wrong numbers."""
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Read a job from stdin, compile it, answer on stdout."""
+    _die_with_parent()
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # whatever prints from here on belongs into the log
+    job = json.load(sys.stdin)
+    try:
+        flavour = find(job["backend"])
+        if flavour is None:
+            raise EngineError(f"{job['backend']} cannot be loaded")
+        _answer(answers, {"facts": compile_engine(flavour, job, answers)})
+    except VisistageError as error:
+        _answer(answers, {"error": str(error)})
+
+
+def compile_engine(flavour: Flavour, job: dict[str, Any], answers: TextIO) -> dict[str, Any]:
+    """Parse, check, compile and write one engine; returns what ``EngineFact`` holds of it.
+
+    ``job``: backend, source, output, inputs and outputs (name to dtype), profiles, capabilities,
+    and timing_cache (a file, or None).
+
+    Raises:
+        EngineError: the parser or the compiler refuses the graph.
+    """
+    trt = flavour.module
+    logger = _logger(flavour)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    _parse(trt, network, logger, job)
+    facts = network_facts(trt, network)
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # RTX: else it may allocate in a run,
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # and no run can be captured
+    for number, capability in enumerate(job["capabilities"]):
+        config.num_compute_capabilities = len(job["capabilities"])
+        config.set_compute_capability(flavour.capability(tuple(capability)), number)
+    for shapes in job["profiles"]:
+        profile = builder.create_optimization_profile()
+        for name, (smallest, likeliest, largest) in shapes.items():
+            profile.set_shape(name, smallest, likeliest, largest)
+        if config.add_optimization_profile(profile) < 0:
+            raise EngineError("the compiler refuses the optimization profile")
+    config.progress_monitor = monitor = _monitor(flavour, answers)
+    cache = _load_timing_cache(config, job["timing_cache"])
+    digest = _build(flavour, builder, network, config, Path(job["output"]))
+    if digest is None:
+        raise EngineError(logger.errors[0] if logger.errors else "the compiler returned no engine")
+    dropped = [line for line in logger.warnings if UNUSED in line]
+    if dropped:
+        raise EngineError(f"an input was dropped, numbers would be wrong: {'; '.join(dropped)}")
+    if cache is not None:
+        _save_timing_cache(config, job["timing_cache"])
+    return {**facts, "sha256": digest, "steps": monitor.steps}
+
+
+def network_facts(trt: Any, network: Any) -> dict[str, Any]:
+    """What was parsed: layers by type and by precision, attention fused or not, caches in place."""
+    kinds: Counter[str] = Counter()
+    precisions: Counter[str] = Counter()
+    fused = decomposed = 0
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        kind = layer.type.name
+        kinds[kind] += 1
+        if layer.num_outputs:
+            precisions[layer.get_output(0).dtype.name] += 1
+        if kind == "ATTENTION_INPUT":
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings return the base class
+            decomposed += layer.attention.decomposable
+            fused += not layer.attention.decomposable
+    return {
+        "layers": dict(sorted(kinds.items())),
+        "precisions": dict(sorted(precisions.items())),
+        "fused_attention": fused,
+        "decomposable_attention": decomposed,
+        "caches_in_place": kinds["KV_CACHE_UPDATE"],
+    }
+
+
+def _parse(trt: Any, network: Any, logger: Any, job: dict[str, Any]) -> None:
+    """Read the graph and hold it against its contract."""
+    parser = trt.OnnxParser(network, logger)
+    source = job["source"]
+    if not parser.parse(Path(source).read_bytes(), path=source):
+        said = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        raise EngineError(f"the parser refuses the graph: {said}")
+    for side in ("inputs", "outputs"):
+        count = getattr(network, f"num_{side}")
+        get = network.get_input if side == "inputs" else network.get_output
+        found = {get(i).name: str(trt.nptype(get(i).dtype).__name__) for i in range(count)}
+        if found != job[side]:
+            raise EngineError(f"the parser read other {side} than the contract's: {found}")
+
+
+def _build(flavour: Flavour, builder, network, config, output: Path) -> str | None:
+    """Compile into ``output``, streaming where that is possible (it saves a copy of the weights).
+
+    Returns the SHA-256 of what was written, or None where nothing was.
+    """
+    trt: Any = flavour.module
+    digest = hashlib.sha256()
+    with output.open("wb") as stream:
+        if hasattr(builder, "build_serialized_network_to_stream"):
+
+            class Writer(trt.IStreamWriter):  # type: ignore[name-defined]
+                def write(self, data: bytes) -> int:
+                    digest.update(data)
+                    return stream.write(data)
+
+            if not builder.build_serialized_network_to_stream(network, config, Writer()):
+                return None
+        else:
+            plan = builder.build_serialized_network(network, config)
+            if plan is None:
+                return None
+            digest.update(plan)
+            stream.write(plan)
+    return digest.hexdigest()
+
+
+def _logger(flavour: Flavour) -> Any:
+    """A logger that writes to stderr and remembers warnings and errors."""
+    trt: Any = flavour.module
+
+    class Logger(trt.ILogger):  # type: ignore[name-defined]
+        def __init__(self):
+            super().__init__()
+            self.warnings: list[str] = []
+            self.errors: list[str] = []
+
+        def log(self, severity, message: str) -> None:
+            if severity == trt.ILogger.VERBOSE:
+                return
+            print(f"[{severity.name}] {message}", file=sys.stderr, flush=True)
+            if severity == trt.ILogger.WARNING:
+                self.warnings.append(message)
+            elif severity != trt.ILogger.INFO:
+                self.errors.append(message)
+
+    return Logger()
+
+
+def _monitor(flavour: Flavour, answers: TextIO) -> Any:
+    """The compiler's progress as answers: how many of its steps are done."""
+    trt: Any = flavour.module
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
+        def __init__(self):
+            super().__init__()
+            self.steps = 0
+
+        def phase_start(self, phase, parent, steps) -> None:
+            """A phase begins; phases nest, and nobody knows how many there will be."""
+
+        def step_complete(self, phase, step) -> bool:
+            self.steps += 1
+            _answer(answers, {"step": self.steps})
+            return True
+
+        def phase_finish(self, phase) -> None:
+            """A phase is over."""
+
+    return Monitor()
+
+
+def _load_timing_cache(config: Any, file: str | None) -> Any:
+    if file is None:
+        return None
+    data = b""
+    with contextlib.suppress(OSError):
+        data = Path(file).read_bytes()
+    cache = config.create_timing_cache(data)
+    if not config.set_timing_cache(cache, ignore_mismatch=False):
+        cache = config.create_timing_cache(b"")  # from another version or GPU
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def _save_timing_cache(config: Any, file: str) -> None:
+    temporary = Path(file + ".partial")
+    temporary.write_bytes(config.get_timing_cache().serialize())
+    temporary.replace(file)
+
+
+def _answer(answers: TextIO, what: dict[str, Any]) -> None:
+    print(json.dumps(what), file=answers, flush=True)
+
+
+def _die_with_parent() -> None:
+    """Killing a build kills its compiler: nobody else would stop it, or read its answers."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Compiling one engine in a child process: progress, peak memory, and one clear error if it fails.
+
+A compiler may crash, or be killed because memory is short; the build goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...graphs.errors import EngineError
+
+SAMPLE_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a compilation took: ``facts`` from the worker, seconds, and bytes of memory at its peak.
+
+    ``peak_bytes`` counts the mapped weights, ``peak_anonymous_bytes`` does not; both are 0 where
+    the system does not tell.
+    """
+
+    facts: dict[str, Any]
+    seconds: float
+    peak_bytes: int
+    peak_anonymous_bytes: int
+
+
+def run_worker(
+    job: dict[str, Any], what: str, log: Path, tell: Callable[[int], None] = lambda steps: None
+) -> Outcome:
+    """Compile ``job`` (see ``worker.compile_engine``); ``what`` names it in errors.
+
+    ``log`` receives what the compiler says, ``tell`` the number of new steps it has done.
+
+    Raises:
+        EngineError: it failed; the message says how, and where the log is.
+    """
+    started = time.perf_counter()
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stream,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
+            start_new_session=True,  # Ctrl-C is ours to handle
+        )
+    memory = _Memory(process.pid)
+    try:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(job).encode())
+            process.stdin.close()
+        except BrokenPipeError:
+            pass  # it died at once; the exit code tells
+        answer: dict[str, Any] = {}
+        for line in process.stdout:
+            heard = json.loads(line)
+            if "step" in heard:
+                tell(1)
+            else:
+                answer = heard
+        code = process.wait()
+    finally:
+        process.kill()
+        process.wait()
+        memory.stop()
+    if "facts" not in answer:
+        why = answer.get("error") or _how_it_ended(code, memory.peak, log)
+        raise EngineError(f"{what} was not compiled: {why}. All the compiler said: {log}")
+    seconds = time.perf_counter() - started
+    return Outcome(answer["facts"], seconds, memory.peak, memory.peak_anonymous)
+
+
+def _how_it_ended(code: int, peak: int, log: Path) -> str:
+    """Why a worker ended without an answer."""
+    used = f" with {peak / 2**30:.1f} GiB in use" if peak else ""
+    if code == -signal.SIGKILL:
+        return (
+            f"the compiler was killed{used}, which is what happens when memory runs out. Build the "
+            "bundle with smaller parts: --build-memory 8GiB"
+        )
+    if code < 0:
+        return f"the compiler crashed ({signal.Signals(-code).name}){used}"
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return f"the compiler ended with code {code}: {lines[-1] if lines else 'nothing was said'}"
+
+
+class _Memory:
+    """Watches how much memory a process has in use."""
+
+    def __init__(self, pid: int):
+        self.peak = self.peak_anonymous = 0
+        self._status = Path(f"/proc/{pid}/status")
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(SAMPLE_SECONDS):
+            try:
+                lines = self._status.read_text().splitlines()
+            except OSError:
+                return  # it is over, or this is no Linux
+            found = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith("kB")}
+            self.peak = max(self.peak, int(found.get("VmHWM", 0)) * 1024)
+            anonymous = int(found.get("RssAnon", 0)) * 1024
+            self.peak_anonymous = max(self.peak_anonymous, anonymous)

@@ -1,0 +1,1 @@
+"""Export: stage modules become ONNX files over weights that stay where they are."""

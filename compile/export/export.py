@@ -1,0 +1,203 @@
+"""A stage module becomes an ONNX file whose weights stay where they are.
+
+Initializers point at byte ranges of the bundle's weight files. Names, types and axes come from the
+stage's contract. Two exports of the same plan and model give the same bytes wherever they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ...graphs.config import ModelConfig, TextConfig
+from ...graphs.contract import (
+    PROBE,
+    GraphSpec,
+    Part,
+    part_names,
+    probe_spec,
+    probed,
+    select_spec,
+    stage_spec,
+    vision_spec,
+    whole_stages,
+)
+from ...graphs.linears import linear_groups
+from ...graphs.modules.decoder import DecoderStage
+from ...graphs.modules.ops import Llm, LlmBranched, LlmRows, Portable
+from ...graphs.modules.quantized import is_cache_scale, replace_linears, round_caches
+from ...graphs.modules.rope import frequencies
+from ...graphs.modules.select import Prober, Selector
+from ...graphs.modules.vision import Vision
+from ...graphs.plan.plan import StagePlan
+from ...graphs.precision import NARROW, Widening
+from ...graphs.quantization import FLOAT, Quantization
+from ...graphs.targets import BRANCHED, LLM, PORTABLE, Target, check_operators
+from .node_names import label_layers
+from .stitch import TORCH_DTYPES, Stitcher
+
+FREQUENCIES = "head.inverse_frequencies"
+"""The one buffer of a stage: small, computed, stored inside the graph."""
+
+
+Pieces = Vision | DecoderStage | Selector | Prober
+"""What a graph is made from."""
+
+
+@dataclass(frozen=True)
+class WeightSpan:
+    """Where the bytes of one weight lie: a file beside the graph, an offset, a length."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph to export: its module (of fake tensors), its contract, its ONNX opset."""
+
+    name: str
+    module: Pieces
+    spec: GraphSpec
+    opset: int
+
+    @property
+    def weights(self) -> list[str]:
+        """Checkpoint names of the parameters it reads; scales of caches are not a checkpoint's."""
+        return [name for name, _ in self.module.named_parameters() if not is_cache_scale(name)]
+
+
+def graphs_of(
+    config: ModelConfig,
+    plan: StagePlan,
+    dtype: str,
+    lowering: str,
+    parts: Sequence[Part] | None = None,
+    widening: Widening = NARROW,
+    quantization: Quantization = FLOAT,
+    engines: bool = False,
+) -> list[Graph]:
+    """Every graph of a bundle, in the order in which a prompt meets them.
+
+    ``dtype`` is ``float32`` or ``float16``; ``lowering`` one of ``targets.LOWERINGS``; ``parts``
+    cuts stages into several graphs, by default each is one; ``widening`` says what of an FP16
+    decoder must be wider; ``quantization`` which linear layers and caches are integers, and
+    ``engines`` whether layers of one input round it once (``quantized.replace_linears``), and INT8
+    caches are handed back row by row (``ops.LlmRows``).
+    """
+    parts = parts or whole_stages(plan)
+    cache = quantization.cache
+    ops: Llm | Portable = Portable() if lowering == PORTABLE else Llm()
+    if engines and quantization.rounds_cache and lowering == LLM:
+        ops = LlmRows()
+    groups = linear_groups(config)
+    out = []
+
+    def add(name: str, module: Pieces, spec: GraphSpec) -> None:
+        replace_linears(module, quantization.schemes, groups, engines=engines)
+        round_caches(module, cache)
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(TORCH_DTYPES[dtype])
+        out.append(Graph(name, module, spec, ops.opset))
+
+    with FakeTensorMode():
+        add("vision", Vision(config, ops, widening), vision_spec(config, dtype, widening))
+        for name, part in zip(part_names(parts), parts, strict=True):
+            spec = stage_spec(config.text, plan, part, dtype, ops.hands_back, widening, cache)
+            index = part.stage
+            own = LlmBranched(in_order=index == 0) if lowering == BRANCHED else ops
+            add(name, DecoderStage(config.text, plan, part, own, widening), spec)
+            if part.ends(plan) and probed(plan, index):
+                edge = plan.edges[index]
+                spec = select_spec(config.text, edge, dtype, widening, cache)
+                add(f"select{index}", Selector(edge, ops), spec)
+        if plan.probe is not None:
+            add(PROBE, Prober(ops), probe_spec(config.text, dtype, cache))
+    return out
+
+
+def export(
+    graph: Graph,
+    text: TextConfig,
+    path: Path,
+    weights: Mapping[str, WeightSpan],
+    target: Target | None = None,
+) -> None:
+    """Write ``graph`` to ``path``; its parameters become references into ``weights``.
+
+    Raises:
+        TargetError: ``target`` lacks an operator that the graph uses.
+    """
+    module = graph.module
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    stitcher = Stitcher({id(tensor): name for name, tensor in tensors.items()}, graph.opset)
+    inputs = [stitcher.input(spec) for spec in graph.spec.inputs]
+    if isinstance(module, DecoderStage):
+        outputs = _stage(module, stitcher, inputs)
+    elif isinstance(module, Vision):
+        outputs = [module.compose(stitcher.call, *inputs)]
+    else:
+        value = [] if any(one.name == "value" for one in inputs) else [None]
+        outputs = list(stitcher.call(module, *inputs[:2], *value, *inputs[2:]))
+    model = stitcher.model(graph.name, inputs, graph.spec, outputs)
+    if target is not None:
+        operators = {node.op_type for node in model.graph.all_nodes()}
+        check_operators(target, graph.name, graph.opset, operators)
+    _strip(model)
+    label_layers(model)
+    _attach(model, text, weights, path.parent)
+    onnx_ir.save(model, path)
+
+
+def _stage(stage: DecoderStage, stitcher: Stitcher, inputs: list) -> list:
+    """Compose a stage and put its outputs in contract order."""
+    gates = inputs[5] if stage.gated else None
+    flat = inputs[6:] if stage.gated else inputs[5:]
+    pairs = list(zip(flat[::2], flat[1::2], strict=True))
+    rows, positions, order, slot_order, write_index = inputs[:5]
+    out = stage.compose(
+        stitcher.call, rows, positions, order, slot_order, write_index, gates, pairs
+    )
+    extras = [out.queries] if out.logits is None else [out.queries, out.logits]
+    return [out.rows, *extras, *(value for pair in out.caches for value in pair)]
+
+
+def _strip(model: onnx_ir.Model) -> None:
+    """Remove what names this machine: torch notes source files and stack traces on every node."""
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+
+
+def _attach(
+    model: onnx_ir.Model, text: TextConfig, weights: Mapping[str, WeightSpan], folder: Path
+) -> None:
+    """Point every parameter at its bytes; the rotary frequencies are stored in the graph."""
+    for name, value in model.graph.initializers.items():
+        if name == FREQUENCIES:
+            value.const_value = onnx_ir.tensor(frequencies(text)[0].numpy(), name=name)
+            continue
+        if value.const_value is not None:
+            continue  # a small constant of the graph's own
+        span = weights[name]
+        assert value.dtype is not None
+        assert value.shape is not None
+        value.const_value = onnx_ir.ExternalTensor(
+            span.file,
+            span.offset,
+            span.nbytes,
+            value.dtype,
+            shape=value.shape,
+            name=name,
+            base_dir=folder,
+        )

@@ -1,0 +1,61 @@
+"""Keys and values of the rows before every image, computed once when a bundle is built.
+
+The prefix (BOS, system prompt, ``USER: ``) is the same for every question and sees no vision, so no
+plan changes it. It runs in FP32, one layer's weights in memory at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...graphs.bundle import Prefix, TensorRef
+from ...graphs.config import TextConfig
+from ...graphs.modules.decoder import Body
+from ...graphs.modules.ops import Eager
+from ...graphs.modules.rope import rotary
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.names import EMBEDDING
+from ..layer_stream import Streamed, without_weights
+from .stitch import TORCH_DTYPES
+
+FILE = "prefix.bin"
+
+
+def prefix_cache(
+    checkpoint: Checkpoint,
+    ids: Sequence[int],
+    progress: Callable[[int], None] = lambda layers: None,
+) -> Tensor:
+    """(2, L, G, P, d) FP32: rotated keys and values of ``ids`` in every layer."""
+    text = checkpoint.config.text
+    rows = checkpoint.load(EMBEDDING)[list(ids)].float()[None]
+    positions = torch.arange(len(ids))[None]
+    view = Eager().view(positions, positions, torch.zeros(1, dtype=torch.int64))
+    cos, sin = rotary(text, positions, torch.float32)
+    out = torch.zeros(2, text.layers, text.kv_heads, len(ids), text.head_dim)
+    body = without_weights(lambda: Body(text, Eager(), {i: () for i in range(text.layers)}))
+    call = Streamed(checkpoint, nn.ModuleDict({"model": body}), progress)
+    for layer, keys, values in zip(body.layers.values(), *out, strict=True):
+        cache = (keys[None], values[None])  # filled where they lie
+        rows, *_ = call(layer, rows, cos, sin, *view, None, None, *cache)
+    return out
+
+
+def describe_prefix(text: TextConfig, ids: Sequence[int], dtype: str) -> Prefix:
+    """Where ``write_prefix`` puts things: the keys, then the values, nothing between."""
+    shape = (text.layers, text.kv_heads, len(ids), text.head_dim)
+    half = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+    keys, values = (TensorRef(FILE, offset, dtype, shape) for offset in (0, half))
+    return Prefix(tuple(ids), keys, values)
+
+
+def write_prefix(cache: Tensor, dtype: str, folder: Path) -> list[str]:
+    """Write the cache (2, L, G, P, d) in the type ``dtype``; returns the file's name."""
+    stored = cache.to(TORCH_DTYPES[dtype]).contiguous()
+    (folder / FILE).write_bytes(stored.view(torch.uint8).numpy().data)
+    return [FILE]

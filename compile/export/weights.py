@@ -1,0 +1,171 @@
+"""Where each weight of a bundle lies: in the checkpoint's own file, or converted once beside it.
+
+A weight whose type is already the graph's is left in its safetensors file, which the bundle hard
+links (or copies, across file systems): ONNX Runtime refuses links that leave the folder. Only what
+must change type, and what quantising makes, goes to ``weights.bin``, one tensor in memory at a
+time.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...graphs.bundle import TensorRef
+from ...graphs.errors import CapacityError, TargetError
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.names import EMBEDDING
+from ..quantize.quantize import Rounding
+from .export import WeightSpan
+from .stitch import TORCH_DTYPES
+
+CONVERTED = "weights.bin"
+ALIGNMENT = 4096
+"""Converted weights start on a page, so that they can be mapped."""
+
+STORED_AS = {"float32": "F32", "float16": "F16"}
+TENSOR_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+HALF_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which checkpoint files to link, which tensors to convert, and where each one ends up."""
+
+    linked: tuple[Path, ...]
+    converted: tuple[str, ...]
+    spans: dict[str, WeightSpan]
+    embedding: TensorRef
+    nbytes: int  # of the weights that the graphs read
+
+    @property
+    def new_bytes(self) -> int:
+        """Bytes that ``weights.bin`` will take."""
+        ends = [s.offset + s.nbytes for s in self.spans.values() if s.file == CONVERTED]
+        return max(ends, default=0)
+
+
+def place(
+    checkpoint: Checkpoint, names: Iterable[str], dtype: str, rounding: Rounding | None = None
+) -> Placement:
+    """Decide, without reading a weight, where the graphs' ``names`` will lie in type ``dtype``.
+
+    What ``rounding`` changes is not the checkpoint's any more, and always written anew.
+    """
+    itemsize = TORCH_DTYPES[dtype].itemsize
+    spans: dict[str, WeightSpan] = {}
+    linked: dict[Path, None] = {}
+    converted: list[str] = []
+    end = 0
+
+    def reserve(nbytes: int) -> int:
+        nonlocal end
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        end = start + nbytes
+        return start
+
+    for name in sorted(set(names)):
+        if rounding is not None and rounding.changes(name):
+            nbytes = rounding.nbytes(name, itemsize)
+            spans[name] = WeightSpan(CONVERTED, reserve(nbytes), nbytes)
+            converted.append(name)
+            continue
+        info = checkpoint.tensors[name]
+        if info.dtype == STORED_AS[dtype]:
+            linked[info.file] = None
+            spans[name] = WeightSpan(info.file.name, info.offset, info.nbytes)
+        else:
+            nbytes = math.prod(info.shape) * itemsize
+            spans[name] = WeightSpan(CONVERTED, reserve(nbytes), nbytes)
+            converted.append(name)
+    nbytes = sum(span.nbytes for span in spans.values())
+
+    # The embedding is looked up by the runtime itself, in whatever type it is stored.
+    info = checkpoint.tensors[EMBEDDING]
+    if info.file in linked:
+        embedding = TensorRef(
+            info.file.name, info.offset, TENSOR_DTYPES[info.dtype], tuple(info.shape)
+        )
+    else:
+        start = reserve(info.nbytes)
+        spans[EMBEDDING] = WeightSpan(CONVERTED, start, info.nbytes)
+        embedding = TensorRef(CONVERTED, start, TENSOR_DTYPES[info.dtype], tuple(info.shape))
+    return Placement(tuple(linked), tuple(converted), spans, embedding, nbytes)
+
+
+def check_disk(placement: Placement, folder: Path) -> None:
+    """Raise ``CapacityError`` before tens of gigabytes are written to a disk that lacks them."""
+    needed = placement.new_bytes
+    if placement.linked and os.stat(placement.linked[0]).st_dev != os.stat(folder).st_dev:
+        needed += sum(file.stat().st_size for file in placement.linked)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CapacityError(
+            f"the bundle needs {needed / 2**30:.1f} GiB in {folder}, {free / 2**30:.1f} GiB are "
+            "free. Free some, or choose another disk: --out DIR"
+        )
+
+
+def link_files(placement: Placement, folder: Path) -> list[str]:
+    """Bring the checkpoint's files into ``folder``; returns their names."""
+    for file in placement.linked:
+        destination = folder / file.name
+        destination.unlink(missing_ok=True)
+        real = file.resolve()  # a hub cache keeps links; a hard link must name the file itself
+        try:
+            os.link(real, destination)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                raise
+            shutil.copyfile(real, destination)
+    return [file.name for file in placement.linked]
+
+
+def convert(
+    checkpoint: Checkpoint,
+    placement: Placement,
+    dtype: str,
+    folder: Path,
+    progress: Callable[[int], None] = lambda nbytes: None,
+    rounding: Rounding | None = None,
+) -> list[str]:
+    """Write ``weights.bin``; returns its name, or nothing where no tensor changes.
+
+    Raises:
+        TargetError: a value does not fit FP16; the message names the tensor.
+    """
+    if not placement.new_bytes:
+        return []
+    with (folder / CONVERTED).open("wb") as stream:
+        for name, span in sorted(placement.spans.items(), key=lambda item: item[1].offset):
+            if span.file != CONVERTED:
+                continue
+            if rounding is not None and rounding.changes(name):
+                tensor = rounding.tensor(name)
+            else:
+                tensor = checkpoint.load(name)
+            if name in placement.converted and tensor.is_floating_point():
+                tensor = _to(tensor, TORCH_DTYPES[dtype], name)
+            stream.seek(span.offset)
+            stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            checkpoint.release()
+            progress(span.nbytes)
+    return [CONVERTED]
+
+
+def _to(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    if dtype == torch.float16:
+        largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+        if not largest <= HALF_MAX:
+            raise TargetError(
+                f"weight {name} holds {largest:g}, FP16 ends at {HALF_MAX:g}. "
+                "Build with PRECISION=fp32 on a target that offers it (TARGET=cpu)"
+            )
+    return tensor.to(dtype)

@@ -1,0 +1,1 @@
+"""Quantisation: scales, integers, FP16 ranges, and the calibration file that holds them."""

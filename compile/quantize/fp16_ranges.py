@@ -1,0 +1,219 @@
+"""How far a checkpoint's numbers reach, and what of it must therefore be wider than FP16.
+
+FP16 ends at 65504. Whether a model stays below cannot be seen where its FP16 graphs are computed in
+FP32, as ONNX Runtime does on a CPU; so the build looks, in FP32, before it exports a graph:
+
+    pictures ─▶ vision tower ─▶ [prefix | visual rows | question] ─▶ every layer ─▶ logits
+                     └──────────────── largest |x| of every tensor ────────────────┘
+
+Two prompts run through the unpruned model, one layer's weights in memory at a time. The prefix is
+the checkpoint's own: activations that are out of all proportion sit on its first tokens. The tower
+sees two whole pictures; of their visual rows a selection goes on at its true positions (those that
+reach farthest, and an even share of the rest), because 7 billion weights times 1200 rows are
+minutes on a small machine. What other prompts may add is covered by ``precision.MARGIN``.
+
+Largest values are kept to two digits, and the decision is made from those: the same bytes wherever
+the last bits of a sum fall differently.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...graphs.config import ModelConfig
+from ...graphs.contract import whole_stages
+from ...graphs.errors import ModelError, TargetError
+from ...graphs.modules.decoder import DecoderStage, Linear, Norm
+from ...graphs.modules.ops import Eager
+from ...graphs.modules.vision import Vision
+from ...graphs.precision import HALF_MAX, LIMIT, NARROW, Reason, Widening
+from ...graphs.presets.presets import preset
+from ...runtime.image.image import load_image, preprocess
+from ...runtime.image.preprocessing import Preprocessing
+from ...runtime.text.prompt import PromptEncoder
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.names import EMBEDDING
+from ..layer_stream import Streamed, without_weights
+
+FILE = "ranges.json"
+
+PICTURE = Path(__file__).parents[2] / "demo" / "pictures" / "scene-3.png"
+QUESTION = "Describe the picture in detail: how many objects are there, and where are they?"
+
+VISUAL_ROWS = 32
+"""Visual rows of each picture that go through the decoder, at most: half of them the farthest."""
+
+WATCHED = (Linear, Norm, nn.LayerNorm, nn.Conv2d)
+
+Ranges = dict[str, float]
+"""Largest absolute value by tensor: a module of the checkpoint, and ``input``, ``output`` or (of
+attention) ``scores``."""
+
+
+class Watching(Eager):
+    """Plain torch that tells of attention scores as they are before the mask."""
+
+    def __init__(self, tell: Callable[[Tensor], None]):
+        self.tell = tell
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """As ``Eager.scores``."""
+        scores = super().scores(q, k)
+        self.tell(scores)
+        return scores
+
+
+class _Recorder:
+    """Keeps the largest absolute value of every tensor it is told of."""
+
+    def __init__(self) -> None:
+        self.ranges: Ranges = {}
+        self.layer = ""  # that the module told of last belongs to
+        self.ops = Watching(lambda scores: self.note(f"{self.layer}.self_attn scores", scores))
+
+    def hook(self, name: str, given: Tensor, out: Tensor) -> None:
+        """A ``stream.Hook``: what norms are given is the residual stream."""
+        self.layer = name.split(".self_attn")[0]
+        if "norm" in name or name.endswith(("mlp.down_proj", "linear_1")):
+            self.note(f"{name} input", given)
+        self.note(f"{name} output", out)
+
+    def note(self, tensor: str, values: Tensor) -> None:
+        """Take one more tensor into account.
+
+        Raises:
+            ModelError: it holds an infinity or a NaN, in FP32.
+        """
+        largest = float(values.abs().max())
+        if not math.isfinite(largest):
+            raise ModelError(
+                f"{tensor} is not finite even in FP32: the checkpoint's weights are damaged. "
+                "Download or convert it again"
+            )
+        self.ranges[tensor] = max(largest, self.ranges.get(tensor, 0.0))
+
+
+def measure(
+    checkpoint: Checkpoint,
+    encoder: PromptEncoder,
+    preprocessing: Preprocessing,
+    progress: Callable[[int], None] = lambda pieces: None,
+) -> Ranges:
+    """The largest absolute value of every tensor, rounded to two digits.
+
+    ``progress`` is told of ``pieces(config)`` pieces in all.
+
+    Raises:
+        ModelError: the model is not finite in FP32.
+    """
+    config, recorder = checkpoint.config, _Recorder()
+    vision = without_weights(lambda: Vision(config, recorder.ops))
+    tower = Streamed(checkpoint, vision, progress, WATCHED, recorder.hook)
+    visual = vision.compose(tower, _pixels(config, preprocessing))
+
+    rows, order = _prompts(checkpoint, encoder, visual)
+    plan = preset("dense", config.text.layers, config.visual_tokens)
+    stage = without_weights(
+        lambda: DecoderStage(config.text, plan, whole_stages(plan)[0], recorder.ops)
+    )
+    batch, slots = order.shape
+    shape = (batch, config.text.kv_heads, slots, config.text.head_dim)
+    caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.text.layers)]
+    decoder = Streamed(checkpoint, stage, progress, WATCHED, recorder.hook)
+    first = torch.zeros(batch, dtype=torch.int64)
+    out = stage.compose(decoder, rows, order, order, order, first, None, caches)
+    recorder.note("model.norm input", out.rows)  # of which that norm sees the last row only
+    return {name: float(f"{value:.2g}") for name, value in recorder.ranges.items()}
+
+
+def pieces(config: ModelConfig) -> int:
+    """How many pieces ``measure`` runs: stem, layers, projector, layers, logits."""
+    states = config.vision.layers + 1
+    return max(index % states for index in config.feature_layers) + config.text.layers + 3
+
+
+def decide(ranges: Mapping[str, float]) -> Widening:
+    """What must be wider, of a decoder that reaches as far as ``ranges`` say.
+
+    Raises:
+        TargetError: a tensor that nothing can help in FP16; the message names it.
+    """
+    out = NARROW
+    for tensor, largest in ranges.items():
+        if largest <= LIMIT:
+            continue
+        module, side = tensor.rsplit(" ", 1)
+        layer = int(module.split(".")[2]) if module.startswith("model.layers.") else None
+        shift = math.ceil(math.log2(largest / LIMIT))
+        if module.startswith("model.") and "norm" in module and side == "input":
+            reason = Reason(tensor, largest, "so rows travel in FP32")
+            if not out.rows:  # the first layer that needs it says it for all
+                out = replace(out, rows=True, reasons=(*out.reasons, reason))
+        elif layer is not None and module.endswith("mlp.down_proj"):
+            shifts = {**out.mlp_shift, layer: max(shift, out.mlp_shift.get(layer, 0))}
+            reason = Reason(tensor, largest, f"so it is scaled by 2**-{shift}")
+            out = replace(out, mlp_shift=shifts, reasons=(*out.reasons, reason))
+        elif layer is not None and module.endswith("self_attn.o_proj"):
+            shifts = {**out.attention_shift, layer: shift}
+            reason = Reason(tensor, largest, f"so it is scaled by 2**-{shift}")
+            out = replace(out, attention_shift=shifts, reasons=(*out.reasons, reason))
+        else:
+            raise TargetError(
+                f"{tensor} reaches {largest:g}, FP16 is safe up to {LIMIT:g} (it ends at "
+                f"{HALF_MAX:g}, other prompts may reach further), and nothing but FP32 helps "
+                "there. Build with PRECISION=fp32"
+            )
+    return out
+
+
+def write_ranges(ranges: Ranges, folder: Path) -> list[str]:
+    """Write the table into a bundle; returns the file's name."""
+    (folder / FILE).write_text(json.dumps(ranges, indent=0) + "\n", encoding="utf-8")
+    return [FILE]
+
+
+def read_ranges(folder: Path) -> Ranges:
+    """What ``write_ranges`` wrote."""
+    return json.loads((folder / FILE).read_text(encoding="utf-8"))
+
+
+def _pixels(config: ModelConfig, preprocessing: Preprocessing) -> Tensor:
+    """(2, C, H, W): a drawn scene, and a checkerboard of patches, the strongest contrast there is.
+
+    Both in the tower's own size, so that no crop or padding changes them.
+    """
+    side, patch = config.vision.image_size, config.vision.patch_size
+    scene = load_image(PICTURE).resize((side, side))
+    down, across = np.indices((side, side)) // patch
+    board = load_image(np.uint8(255) * ((down + across) % 2).astype(np.uint8))
+    return torch.from_numpy(np.stack([preprocess(one, preprocessing) for one in (scene, board)]))
+
+
+def _prompts(
+    checkpoint: Checkpoint, encoder: PromptEncoder, visual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows (B, Q, D) of a question about each picture (B, N, D), and their order (B, Q) int32."""
+    batch, count, _ = visual.shape
+    table = checkpoint.load(EMBEDDING)
+    half = min(count, VISUAL_ROWS // 2)
+    farthest = visual.abs().amax((0, 2)).topk(half).indices
+    chosen = torch.cat((torch.linspace(0, count - 1, half).round().long(), farthest)).unique()
+    rows, order, at = [], [], 0
+    for segment in encoder.encode(QUESTION, images=1).segments:
+        if segment.is_image:
+            rows.append(visual[:, chosen])
+            order.append(at + chosen)
+            at += count
+        else:
+            rows.append(table[list(segment.ids)].float().expand(batch, -1, -1))
+            order.append(torch.arange(at, at + len(segment.ids)))
+            at += len(segment.ids)
+    return torch.cat(rows, 1), torch.cat(order).int().expand(batch, -1)

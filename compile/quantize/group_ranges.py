@@ -1,0 +1,98 @@
+"""Ranges of what linear layers are given, and what each way of rounding costs them.
+
+One ``GroupRanges`` for each group of ``graphs.linears``; ``compile.quantize.calibration_file`` keeps them in files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...graphs.quantization import OBSERVERS
+
+VECTORS = ("absmax", "factors", "aware")
+"""The fields that are arrays."""
+
+
+@dataclass(frozen=True, eq=False)
+class GroupRanges:
+    """What the linear layers of one group (``graphs.linears``) are given, and what rounding costs.
+
+    Errors are relative and squared: ||Y - Yq||^2 / ||Y||^2 of a layer's output Y, on a subsample of
+    rows and output channels (``calib.smoothing``); of a group, the mean of its layers'.
+
+    Attributes:
+        rows: how many rows were seen.
+        rows_used: how many of them the smoothed thresholds rest on; all else rests on ``rows``.
+        absmax: (K,) float32, largest absolute input of each channel.
+        alpha: of the smoothing for W8A8; None where it does not help or nothing can take factors.
+        factors: (K,) float32 that inputs are divided by; ones without ``alpha``.
+        aware_alpha, aware: the same for INT4 weights.
+        thresholds: by observer, the input at which the INT8 range ends, without smoothing.
+        smoothed_thresholds: the same of the inputs divided by ``factors``.
+        errors, smoothed_errors: of W8A8 with either, by observer.
+        weight_error, aware_error: of INT4 weights without and with ``aware``.
+        sensitivity: of each layer, the error by scheme: ``w8a8`` (smoothed, the calibration's best
+            observer), ``w8``, ``w4`` (aware).
+    """
+
+    rows: int
+    rows_used: int
+    absmax: np.ndarray
+    alpha: float | None
+    factors: np.ndarray
+    aware_alpha: float | None
+    aware: np.ndarray
+    thresholds: Mapping[str, float]
+    smoothed_thresholds: Mapping[str, float]
+    errors: Mapping[str, float]
+    smoothed_errors: Mapping[str, float]
+    weight_error: float
+    aware_error: float
+    sensitivity: Mapping[str, Mapping[str, float]]
+
+    def facts(self) -> dict[str, Any]:
+        """Plain JSON form of all but the arrays."""
+        return {key: _plain(value) for key, value in vars(self).items() if key not in VECTORS}
+
+    @classmethod
+    def from_facts(cls, data: Mapping[str, Any], vectors: Mapping[str, np.ndarray]) -> GroupRanges:
+        """Inverse of ``facts``, with the arrays by field.
+
+        Raises:
+            TypeError, ValueError: a field is missing, unknown, or not what it should be.
+        """
+        if len({(vector.shape, vector.dtype) for vector in vectors.values()}) != 1:
+            raise ValueError("arrays differ in shape or type")
+        group = cls(**{**data, **vectors})
+        by_observer = (
+            group.thresholds,
+            group.smoothed_thresholds,
+            group.errors,
+            group.smoothed_errors,
+        )
+        if any(set(OBSERVERS) != set(one) for one in by_observer):
+            raise ValueError("an observer is missing or unknown")
+        if not all(math.isfinite(number) for one in by_observer for number in one.values()):
+            raise ValueError("a threshold or an error is not finite")
+        return group
+
+
+def best_observer(groups: Iterable[GroupRanges]) -> str:
+    """The observer with the least summed W8A8 error, as ``Calibration.best_observer``."""
+    totals = {name: 0.0 for name in OBSERVERS}
+    for group in groups:
+        for name in OBSERVERS:
+            totals[name] += group.smoothed_errors[name]
+    return min(totals, key=totals.__getitem__)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and mappings of numbers, free of NumPy's types."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return value if value is None or isinstance(value, int) else float(value)

@@ -1,0 +1,295 @@
+"""A recipe and a calibration become integers: which layer takes which scheme, and their bytes.
+
+    recipe + calibration ──▶ Quantization (a scheme for every linear layer) ──▶ Rounding (weights)
+
+Smoothing is exact: what divides a group's inputs per channel is folded into the module before them,
+what multiplies it back into their weights, before anything is rounded (SmoothQuant, arXiv
+2211.10438, section 4; for weights alone AWQ, arXiv 2306.00978, section 3.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...graphs.config import ModelConfig
+from ...graphs.errors import DataError, TargetError, nearest
+from ...graphs.linears import Group, linear_groups
+from ...graphs.modules.quantized import INPUT_SCALE, SCALE, WEIGHT, ZERO, scale_shape
+from ...graphs.plan.plan import StagePlan
+from ...graphs.precision import LIMIT, Widening
+from ...graphs.quantization import Quantization, Recipe, Scheme, block_of
+from ...graphs.targets import TARGETS, Target
+from ..checkpoint.checkpoint import Checkpoint
+from .calibration_file import Calibration
+from .group_ranges import GroupRanges
+from .int_arithmetic import (
+    INT4_LEVELS,
+    INT8_LEVELS,
+    activation_scale,
+    blocked_weight,
+    int8_weight,
+    pack_int4,
+)
+
+CALIBRATIONS = Path("calibrations")
+"""Where ``visistage calibrate`` puts them, and where a build looks first."""
+
+
+def resolve(
+    recipe: Recipe,
+    calibration: Calibration | None,
+    config: ModelConfig,
+    plan: StagePlan,
+    target: Target,
+) -> Quantization:
+    """The scheme of every linear layer, checked against plan, target and calibration.
+
+    Raises:
+        TargetError: an option that cannot be honoured for this plan or target.
+        DataError: what the recipe asks for needs a calibration, or another one.
+    """
+    _check(recipe, plan, target)
+    groups = linear_groups(config)
+    schemes: dict[str, Scheme] = {}
+    for group in groups:
+        scheme = recipe.scheme_of(group, plan, target.schemes)
+        if scheme != "float":
+            schemes |= dict.fromkeys(group.linears, scheme)
+    rounded_inputs = "w8a8" in schemes.values()
+    rounds_cache = recipe.cache == "int8"
+    if calibration is None and (rounded_inputs or rounds_cache or recipe.keep):
+        what = "keep= ranks layers"
+        if rounded_inputs or rounds_cache:
+            what = f"'{recipe.base}' rounds inputs" if rounded_inputs else "cache=int8 rounds keys"
+        raise DataError(
+            f"precision {what}, which takes a calibration. Make one: visistage calibrate MODEL; "
+            f"or name it: --calib DIR (make: CALIB=DIR). Looked in {CALIBRATIONS}/"
+        )
+    if rounds_cache and calibration is not None and calibration.cache is None:
+        raise DataError(
+            f"precision {recipe.name} rounds keys and values, and the calibration of "
+            f"'{calibration.model}' is from a version that did not measure them. Calibrate again: "
+            f"visistage calibrate {calibration.model} --plan {calibration.plan.name}; or leave out "
+            "cache=int8"
+        )
+    for name in _kept(recipe, schemes, calibration):
+        del schemes[name]
+    smoothed = {}
+    if calibration is not None and recipe.smooth:
+        half = target.dtype(recipe.base) == "float16"
+        for group in groups:
+            alpha = _alpha(group, schemes, calibration.groups[group.name], half)
+            if alpha is not None:
+                smoothed[group.name] = alpha
+    observer: str | None = recipe.observer
+    if calibration is not None and rounded_inputs:
+        observer = observer or calibration.best_observer
+    return Quantization(
+        schemes,
+        recipe.name,
+        calibration.hash if calibration else None,
+        observer if rounded_inputs else None,
+        smoothed,
+        recipe.cache,
+    )
+
+
+def input_shifts(widening: Widening) -> dict[str, int]:
+    """Exponents by which inputs come scaled, by the name of the layer that reads them."""
+    blocks = (
+        ("mlp.down_proj", widening.mlp_shift),
+        ("self_attn.o_proj", widening.attention_shift),
+    )
+    return {
+        f"model.layers.{layer}.{name}": shift
+        for name, by_layer in blocks
+        for layer, shift in by_layer.items()
+    }
+
+
+class Rounding:
+    """The tensors that quantised graphs read instead of, or otherwise than, the checkpoint's.
+
+    One linear layer is in memory at a time. ``shifts``: exponents by which a layer's input comes
+    scaled (``precision.Widening``), by the layer's name. ``half``: the graphs are FP16, so scales
+    must be. ``engines`` as in ``quantized.replace_linears``.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        quantization: Quantization,
+        calibration: Calibration | None,
+        *,
+        half: bool,
+        engines: bool,
+        shifts: Mapping[str, int] | None = None,
+    ):
+        self.checkpoint, self.quantization, self.calibration = checkpoint, quantization, calibration
+        self.half, self.engines, self.shifts = half, engines, shifts or {}
+        self.group_of: dict[str, Group] = {}
+        self.columns: dict[str, np.ndarray] = {}  # factors (K,) of a linear layer's inputs
+        self.outputs: dict[str, np.ndarray] = {}  # divisors of what a module puts out
+        for group in linear_groups(checkpoint.config):
+            self.group_of |= dict.fromkeys(group.linears, group)
+            factors = self._factors(group)
+            if factors is not None:
+                assert group.fold is not None
+                self.columns |= dict.fromkeys(group.linears, factors)
+                self.outputs[group.fold] = factors
+        self._last: tuple[str, dict[str, np.ndarray]] = ("", {})
+
+    def changes(self, name: str) -> bool:
+        """Whether the tensor ``name`` of a graph is made here rather than read as it is."""
+        module, _, own = name.rpartition(".")
+        if module in self.quantization.schemes and own != "bias":
+            return True
+        return module in self.outputs or (module in self.columns and own == "weight")
+
+    def nbytes(self, name: str, itemsize: int) -> int:
+        """Bytes that the tensor ``name`` takes; floats take ``itemsize``."""
+        module, _, own = name.rpartition(".")
+        weight = self.checkpoint.tensors[f"{module}.weight"].shape
+        if own == WEIGHT["w4"]:
+            return -(-math.prod(weight) // 2)
+        if own == WEIGHT["w8"]:
+            return math.prod(weight)
+        if own == INPUT_SCALE:
+            return itemsize
+        if own in (SCALE, ZERO):
+            outputs, inputs = weight
+            block = block_of(self.quantization.schemes[module], engines=self.engines)
+            size = 1 if own == ZERO else itemsize
+            return math.prod(scale_shape(block, inputs, outputs)) * size
+        return math.prod(self.checkpoint.tensors[name].shape) * itemsize
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor ``name`` as the graphs read it: INT8, INT4 packed into bytes, or float."""
+        module, _, own = name.rpartition(".")
+        if own in ("weight", "bias"):
+            return torch.from_numpy(self._folded(module, own))
+        if self._last[0] != module:
+            self._last = (module, self._rounded(module))
+        return torch.from_numpy(self._last[1][own])
+
+    def _factors(self, group: Group) -> np.ndarray | None:
+        if group.name not in self.quantization.smoothed:
+            return None
+        assert self.calibration is not None
+        ranges = self.calibration.groups[group.name]
+        scheme = _scheme(group, self.quantization.schemes)
+        return ranges.factors if scheme == "w8a8" else ranges.aware
+
+    def _folded(self, module: str, own: str) -> np.ndarray:
+        """A weight or bias (float32) with the factors of what is before and behind it."""
+        values = self.checkpoint.load(f"{module}.{own}").float().numpy()
+        if module in self.outputs:
+            divisors = self.outputs[module]
+            values = values / (divisors if values.ndim == 1 else divisors[:, None])
+        if module in self.columns and own == "weight":
+            values = values * self.columns[module]
+        self.checkpoint.release()
+        return values
+
+    def _rounded(self, module: str) -> dict[str, np.ndarray]:
+        """Every tensor of a quantised layer but its bias, by its own name."""
+        scheme = self.quantization.schemes[module]
+        weight = self._folded(module, "weight")
+        block = block_of(scheme, engines=self.engines)
+        if block is None:
+            values, scales = int8_weight(weight, half=self.half, name=module)
+        else:
+            levels = INT4_LEVELS if scheme == "w4" else INT8_LEVELS
+            values, scales = blocked_weight(
+                weight, block, levels=levels, half=self.half, name=module
+            )
+        out = {WEIGHT[scheme]: pack_int4(values) if scheme == "w4" else values, SCALE: scales}
+        if scheme == "w8" and block is not None:
+            out[ZERO] = np.zeros(scales.shape, np.int8)
+        if scheme == "w8a8":
+            out[INPUT_SCALE] = np.asarray(self._input_scale(module))
+        return out
+
+    def _input_scale(self, module: str) -> np.float32:
+        group, observer = self.group_of[module], self.quantization.observer
+        assert self.calibration is not None
+        assert observer is not None
+        ranges = self.calibration.groups[group.name]
+        smoothed = group.name in self.quantization.smoothed
+        threshold = (ranges.smoothed_thresholds if smoothed else ranges.thresholds)[observer]
+        scale = activation_scale(threshold * 2.0 ** -self.shifts.get(module, 0), half=self.half)
+        if not self.engines:
+            # Equal roundings would be merged into one, which ONNX Runtime then does not fuse.
+            for _ in range(group.linears.index(module)):
+                scale = np.nextafter(scale, np.float32(np.inf))
+        return scale
+
+
+def _check(recipe: Recipe, plan: StagePlan, target: Target) -> None:
+    """Refuse stages that the plan has not, and schemes that the target does not run."""
+    for stage in recipe.stages:
+        if stage >= len(plan.stages):
+            raise TargetError(
+                f"precision {recipe.name} names stage{stage}, plan '{plan.name}' has "
+                f"{len(plan.stages)} stages, counted from 0"
+            )
+    foreign = recipe.asked - {"float", *target.schemes}
+    if foreign:
+        raise TargetError(
+            f"target '{target.name}' does not run {', '.join(sorted(foreign))} layers. "
+            f"It runs: float, {', '.join(target.schemes)}"
+        )
+    if recipe.cache == "int8" and not target.int8_cache:
+        able = ", ".join(name for name, one in TARGETS.items() if one.int8_cache)
+        raise TargetError(
+            f"target '{target.name}' does not run cache=int8: its kernels for it are not ones this "
+            f"project has seen run. Leave it out, or choose one of {able}"
+        )
+
+
+def _kept(
+    recipe: Recipe, schemes: Mapping[str, Scheme], calibration: Calibration | None
+) -> Sequence[str]:
+    """Layers that stay float after all: those named, and the most sensitive share."""
+    for name in recipe.keep_names:
+        if name not in schemes:
+            hint = nearest(name, tuple(schemes))
+            raise TargetError(f"keep={name}: no quantised layer has this name.{hint}")
+    if not recipe.keep:
+        return recipe.keep_names
+    assert calibration is not None
+    errors = {}
+    for ranges in calibration.groups.values():
+        for name, by_scheme in ranges.sensitivity.items():
+            if name in schemes:
+                errors[name] = by_scheme[schemes[name]]
+    count = math.ceil(recipe.keep * len(errors))
+    ranked = sorted(errors, key=lambda name: (-errors[name], name))
+    return tuple(dict.fromkeys((*recipe.keep_names, *ranked[:count])))
+
+
+def _scheme(group: Group, schemes: Mapping[str, Scheme]) -> Scheme | None:
+    """The scheme of a group's quantised layers: they have one in common."""
+    return next((schemes[name] for name in group.linears if name in schemes), None)
+
+
+def _alpha(
+    group: Group, schemes: Mapping[str, Scheme], ranges: GroupRanges, half: bool
+) -> float | None:
+    """By how much the group's inputs are smoothed; None: not at all."""
+    scheme = _scheme(group, schemes)
+    if group.fold is None or scheme not in ("w8a8", "w4"):
+        return None
+    if half and float((ranges.absmax / _factors_of(ranges, scheme)).max(initial=0)) > LIMIT:
+        return None  # the smoothed input would leave FP16
+    return ranges.alpha if scheme == "w8a8" else ranges.aware_alpha
+
+
+def _factors_of(ranges: GroupRanges, scheme: Scheme) -> np.ndarray:
+    return ranges.factors if scheme == "w8a8" else ranges.aware
