@@ -4,7 +4,7 @@
 
 Models and plans take turns only within a model: sessions of all at once would not fit. The peaks
 are measured beside every model. Writes ``results/estimate-DEVICE.json`` (every observation) and
-``estimate/measured.json`` (what ``visistage estimate`` reads).
+``tools/estimate/measured.json`` (what ``visistage estimate`` reads).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import click
 from ..compile.build import build
 from ..compile.checkpoint.dummy import make_dummy
 from ..compile.checkpoint.known_models import GEOMETRIES, Geometry
-from ..estimate.fit import Observation, fit, validate
-from ..estimate.measured import FILE
 from ..graphs.plan.call_cost import Call, Sizes, layers_of, total, work_of
-from ..profiling.machine import cores
-from ..profiling.measure import Settings, measure
-from ..profiling.peaks import MOST_BYTES, Peaks, measure_peaks
-from ..profiling.sweep import sweep
 from ..runtime.session import Session
+from ..tools.estimate.fit_peaks import Observation, fit, validate
+from ..tools.estimate.measured import FILE
+from ..tools.profile.machine import cores
+from ..tools.profile.peaks import MOST_BYTES, Peaks, measure_peaks
+from ..tools.profile.sweep import sweep
+from ..tools.profile.timing import Settings, measure
 from .record import RESULTS, save
 
 PLANS = ("dense", "visipruner")

@@ -20,7 +20,7 @@ import click
 
 from ..calib.calibrate import calibrate
 from ..calib.evaluate import evaluate
-from ..calib.measuring import Origin
+from ..calib.plan_search.measure_plans import Origin
 from ..compile.build import build
 from ..console.calibration import calibration_samples
 from ..console.evaluation import chosen_samples

@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from ..calib.calibrate import calibrate
-from ..calib.measuring import Origin
+from ..calib.plan_search.measure_plans import Origin
 from ..calib.samples import Sample
 from ..compile.build import build
 from ..compile.checkpoint.checkpoint import Checkpoint, open_checkpoint

@@ -23,11 +23,11 @@ from typing import Any
 import click
 
 from ..calib.calibrate import Wish, calibrate
-from ..calib.choose import Budget
 from ..calib.evaluate import Report, evaluate
-from ..calib.measuring import Origin
-from ..calib.prompts import prepare
+from ..calib.plan_search.choose import Budget
+from ..calib.plan_search.measure_plans import Origin
 from ..calib.run.collect_ranges import collect
+from ..calib.sample_prompts import prepare
 from ..compile.build import build
 from ..compile.checkpoint.checkpoint import open_checkpoint
 from ..compile.export.texts import prompt_encoder, text_facts

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..profiling.machine import cores, processor
+from ..tools.profile.machine import cores, processor
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("visistage", "torch", "transformers", "onnx-ir", "onnxruntime")

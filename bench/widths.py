@@ -16,7 +16,7 @@ from statistics import median
 
 import click
 
-from ..calib.measuring import Origin
+from ..calib.plan_search.measure_plans import Origin
 from ..compile.checkpoint.checkpoint import open_checkpoint
 from ..compile.checkpoint.dummy import make_dummy
 from ..compile.checkpoint.known_models import Geometry

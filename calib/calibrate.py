@@ -29,14 +29,14 @@ from ..compile.steps import NOTES, Silent, Workshop
 from ..graphs.errors import PlanError
 from ..graphs.plan.plan import StagePlan
 from ..runtime.image.preprocessing import Preprocessing
-from .choosing import Chooser, Wish, agrees
-from .measuring import Measuring, Origin
-from .prompts import order_hash, prepare
-from .report import write_report
+from .page.calibration_page import write_report
+from .plan_search.chooser import Chooser, Wish, agrees
+from .plan_search.measure_plans import Measuring, Origin
+from .progress import Watcher, steps
 from .run import layerwise as walk
 from .run.collect_ranges import collect
+from .sample_prompts import order_hash, prepare
 from .samples import Sample
-from .watching import Watcher, steps
 
 PLAN = "plan.yaml"
 

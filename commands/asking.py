@@ -99,8 +99,8 @@ def explain(bundle, images, question, out, as_json, **options) -> None:
     visistage explain engines/demo photo.jpg "Which shape is red?"
     visistage explain engines/llava-7b/mine before.png after.png "What changed?" --out changes.html
     """
-    from ..explain.explanation import explain
-    from ..explain.page import write
+    from ..tools.explain.explain_page import write
+    from ..tools.explain.explanation import explain
 
     explained = explain(bundle, _pictures(images), question, **options)
     write(explained.html, out)

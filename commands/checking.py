@@ -67,9 +67,9 @@ def verify(bundle, model, calibration, data, samples, max_tokens, memory_limit, 
     """
     from ..console.verify import LadderProgress, report_table, require_passed
     from ..graphs.bundle import Bundle
-    from ..parity.ladder import verify
-    from ..parity.prompts import checkpoint_at_hand, chosen
-    from ..parity.report import PAGE_FILE
+    from ..tools.verify.verify import verify
+    from ..tools.verify.verify_prompts import checkpoint_at_hand, chosen
+    from ..tools.verify.verify_report import PAGE_FILE
 
     opened = Bundle.open(bundle_at(bundle))
     asked = chosen(opened.manifest.model, data, samples)

@@ -91,9 +91,9 @@ def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **optio
     """
     from ..console.profile import command_lines, profile_table, profiling_bar
     from ..pages.page import write
-    from ..profiling.measure import Settings
-    from ..profiling.page import render
-    from ..profiling.profile import profile
+    from ..tools.profile.profile import profile
+    from ..tools.profile.profile_page import render
+    from ..tools.profile.timing import Settings
 
     settings = Settings(repetitions, warm_up, tokens)
     with profiling_bar() as tick:
@@ -141,7 +141,7 @@ def estimate(subject, device, as_json, plan, precision, prefix, threads, **promp
     visistage estimate engines/demo/visipruner-fp32-cpu --device cpu --json
     """
     from ..console.estimate import estimate_table, subject_of
-    from ..estimate.predict import Prompt, estimate
+    from ..tools.estimate.predict import Prompt, estimate
 
     of = subject_of(subject, plan, precision, prefix)
     facts = estimate(of, device, Prompt(**prompt), threads=threads)

@@ -118,7 +118,7 @@ def calibrate(
             plan, lose=lose, cost=cost, holdout=holdout, most=most, precision=precision
         )
         from ..calib.calibrate import calibrate
-        from ..calib.measuring import Origin
+        from ..calib.plan_search.measure_plans import Origin
 
         folder, calibration = calibrate(
             Origin(model, **options), chosen, wish, files=files, out=out, watcher=progress

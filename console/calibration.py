@@ -55,7 +55,7 @@ def calibration_samples(
 
 
 def wish_or_plan(plan: str | None, **wish: Any) -> Any:
-    """The plan that was named, or how to choose one: a ``calib.choosing.Wish``.
+    """The plan that was named, or how to choose one: a ``calib.plan_search.chooser.Wish``.
 
     wish: ``lose``, ``cost``, ``holdout``, ``most`` and ``precision``, None where not typed.
 
@@ -72,8 +72,8 @@ def wish_or_plan(plan: str | None, **wish: Any) -> Any:
                 f"named is not chosen. Leave out --{option} or --plan."
             )
         return plan
-    from ..calib.choose import Budget
-    from ..calib.choosing import Wish
+    from ..calib.plan_search.choose import Budget
+    from ..calib.plan_search.chooser import Wish
 
     if "precision" in typed:
         typed["recipe"] = _recipe(typed.pop("precision"))
@@ -95,7 +95,7 @@ def _recipe(precision: str) -> Recipe | None:
 
 
 class CalibrationProgress(StepBar):
-    """A ``calib.watching.Watcher`` on stderr."""
+    """A ``calib.progress.Watcher`` on stderr."""
 
     def start(self, step: str, total: int | None) -> None:
         """Show the step that runs now."""
@@ -108,7 +108,7 @@ class CalibrationProgress(StepBar):
 
 def calibration_facts(folder: Path, calibration: Calibration) -> dict[str, Any]:
     """What ``--json`` prints; the ranges themselves are in the folder."""
-    from ..calib.doubts import doubts
+    from ..calib.page.warnings import doubts
 
     return {
         "path": str(folder),
@@ -137,8 +137,8 @@ def next_command(folder: Path, calibration: Calibration) -> str:
 
 def calibration_table(folder: Path, calibration: Calibration) -> RenderableType:
     """The plan with its reasons, what else was tried, doubts, and what to do next."""
-    from ..calib.doubts import doubts
-    from ..calib.report import NAME
+    from ..calib.page.calibration_page import NAME
+    from ..calib.page.warnings import doubts
 
     samples, choice = calibration.samples, calibration.choice
     lines = [f"plan {choice.get('text', calibration.plan.name)}"]

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..compile.planfile import resolve_plan
-from ..estimate.subject import PREFIX_ROWS, Subject
 from ..graphs.bundle import MANIFEST, Bundle
 from ..graphs.errors import TargetError
 from ..pages.units import show_bytes
+from ..tools.estimate.estimate_target import PREFIX_ROWS, Subject
 from .plan import model_config
 
 PHASES = {

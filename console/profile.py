@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..pages.units import show_bytes
-from ..profiling.labels import label, machine_line, row_names
+from ..tools.profile.labels import label, machine_line, row_names
 
 COLUMNS = ("median", "p90", "p99")
 TOP_LAYERS = 5

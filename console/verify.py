@@ -9,15 +9,15 @@ from rich.text import Text
 
 from ..graphs.errors import ParityError
 from ..pages.units import show_seconds
-from ..parity.report import FAILED, IMPOSSIBLE, NOTHING, PASSED, Report, Rung
-from ..parity.steps import Step
+from ..tools.verify.check_steps import Step
+from ..tools.verify.verify_report import FAILED, IMPOSSIBLE, NOTHING, PASSED, Report, Rung
 from .bar import StepBar
 
 STYLES = {PASSED: "green", FAILED: "bold red", IMPOSSIBLE: "yellow", NOTHING: "dim"}
 
 
 class LadderProgress(StepBar):
-    """A watcher (``parity/ladder.py``)."""
+    """A watcher (``tools/verify/verify.py``)."""
 
     def __init__(self) -> None:
         super().__init__(measured=False)

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from visistage.calib.prompts import order_hash, prepare
 from visistage.calib.run.collect_ranges import collect
+from visistage.calib.sample_prompts import order_hash, prepare
 from visistage.calib.samples import Sample
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.texts import fits, prompt_encoder, text_facts

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from visistage.calib.agreement import (
+from visistage.calib.plan_search.agreement import (
     LIKELIEST,
     Agreement,
     Share,
@@ -104,7 +104,7 @@ def test_divergence_is_the_textbook_one_where_all_tokens_are_kept():
 
 
 def test_divergence_with_few_tokens_kept_is_below_the_true_one(monkeypatch):
-    monkeypatch.setattr("visistage.calib.agreement.LIKELIEST", 3)
+    monkeypatch.setattr("visistage.calib.plan_search.agreement.LIKELIEST", 3)
     (one,) = reference(Scripted(sure=1.0), SAMPLES[1:2], LONGEST).answers
     assert one.ids.shape == (5, 3)
     p = log_softmax(Scripted(sure=1.0).score("", "long", one.tokens[:-1]))

@@ -14,16 +14,16 @@ from PIL import Image
 from rich.console import Console
 from visistage import runtime
 from visistage.calib import calibrate as pipeline
-from visistage.calib import choosing
-from visistage.calib import measuring as bundles
-from visistage.calib.doubts import doubts
-from visistage.calib.dynamics import Dynamics, Reading
-from visistage.calib.measuring import Measuring, Origin, text_blind_plans
-from visistage.calib.prompts import order_hash, prepare
+from visistage.calib.page.warnings import doubts
+from visistage.calib.plan_search import chooser as choosing
+from visistage.calib.plan_search import measure_plans as bundles
+from visistage.calib.plan_search.dynamics import Dynamics, Reading
+from visistage.calib.plan_search.measure_plans import Measuring, Origin, text_blind_plans
+from visistage.calib.plan_search.thresholds import suggest_thresholds
 from visistage.calib.run.collect_ranges import collect, fits
 from visistage.calib.run.layerwise import walk
+from visistage.calib.sample_prompts import order_hash, prepare
 from visistage.calib.samples import Sample
-from visistage.calib.thresholds import suggest_thresholds
 from visistage.cli import main
 from visistage.compile.build import build
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
@@ -339,7 +339,7 @@ def test_a_named_plan_is_calibrated_without_a_bundle(folder, tmp_path, monkeypat
     def refuse(*_args, **_options):
         raise AssertionError("a bundle was built")
 
-    monkeypatch.setattr("visistage.calib.measuring.build", refuse)
+    monkeypatch.setattr("visistage.calib.plan_search.measure_plans.build", refuse)
     done = run(folder / "toy", "--data", folder / "data", "--plan", PLAN, "--out", tmp_path)
     assert done.exit_code == 0, done.output
     calibration = Calibration.load(tmp_path / "toy")

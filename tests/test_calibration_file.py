@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from visistage.calib.prompts import order_hash, prepare
+from visistage.calib.sample_prompts import order_hash, prepare
 from visistage.calib.samples import Sample
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.texts import prompt_encoder, text_facts

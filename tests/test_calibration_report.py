@@ -8,15 +8,15 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from visistage.calib.agreement import Agreement, Share
-from visistage.calib.candidates import Pricing
-from visistage.calib.charts import cosines, histograms, pareto
-from visistage.calib.choose import Budget, choose_plan
-from visistage.calib.doubts import doubts
-from visistage.calib.dynamics import Dynamics, Reading, spread
-from visistage.calib.range_charts import alphas
-from visistage.calib.report import NAME, render, write_report
-from visistage.calib.series import by_sensitivity, kept_float, rows_seen, series_of
+from visistage.calib.page.calibration_page import NAME, render, write_report
+from visistage.calib.page.charts import cosines, histograms, pareto
+from visistage.calib.page.range_charts import alphas
+from visistage.calib.page.series import by_sensitivity, kept_float, rows_seen, series_of
+from visistage.calib.page.warnings import doubts
+from visistage.calib.plan_search.agreement import Agreement, Share
+from visistage.calib.plan_search.candidates import Pricing
+from visistage.calib.plan_search.choose import Budget, choose_plan
+from visistage.calib.plan_search.dynamics import Dynamics, Reading, spread
 from visistage.compile.checkpoint.known_models import GEOMETRIES
 from visistage.compile.quantize.calibration_file import Calibration, SampleFacts
 from visistage.compile.quantize.group_ranges import GroupRanges

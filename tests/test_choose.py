@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from visistage.calib.agreement import Agreement, Share
-from visistage.calib.candidates import Pricing, candidates, cut_off, friendly, knee
-from visistage.calib.choose import Budget, choose_plan
-from visistage.calib.dynamics import Dynamics, Reading
-from visistage.calib.holdout import hold_out
+from visistage.calib.plan_search.agreement import Agreement, Share
+from visistage.calib.plan_search.candidates import Pricing, candidates, cut_off, friendly, knee
+from visistage.calib.plan_search.choose import Budget, choose_plan
+from visistage.calib.plan_search.dynamics import Dynamics, Reading
+from visistage.calib.plan_search.holdout import hold_out
 from visistage.graphs.errors import DataError, PlanError
 from visistage.graphs.plan.cost import Geometry, dense_cost, plan_cost
 from visistage.graphs.plan.plan import StagePlan

@@ -5,11 +5,11 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from visistage.calib.observers import Histogram, threshold
-from visistage.calib.prompts import Prompt
 from visistage.calib.run.collect_ranges import Collector, chosen_rows, collect
 from visistage.calib.run.layerwise import pieces, walk
 from visistage.calib.run.observe import ANSWER, TEXT, VISUAL
+from visistage.calib.run.observers import Histogram, threshold
+from visistage.calib.sample_prompts import Prompt
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.texts import fits, text_facts
 from visistage.compile.quantize.group_ranges import best_observer

@@ -23,7 +23,6 @@ from visistage.graphs.errors import (
     TargetError,
     VisistageError,
 )
-from visistage.parity.engine_runs import compare_engines
 from visistage.runtime import tune_merging as merging
 from visistage.runtime.device import opening
 from visistage.runtime.device.calls import Replay
@@ -36,6 +35,7 @@ from visistage.runtime.session import load
 from visistage.tests import toy
 from visistage.tests.stand_ins import stand_in, write_engines
 from visistage.tests.support.numpy_device import HostDevice
+from visistage.tools.verify.engine_runs import compare_engines
 
 pytest.importorskip("onnxruntime")
 

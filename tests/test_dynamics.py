@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from visistage.calib.dynamics import (
+from visistage.calib.plan_search.dynamics import (
     COSINES,
     Dynamics,
     Reading,
@@ -14,7 +14,7 @@ from visistage.calib.dynamics import (
     ranks_up_to,
     spread,
 )
-from visistage.calib.thresholds import suggest_thresholds
+from visistage.calib.plan_search.thresholds import suggest_thresholds
 from visistage.graphs.errors import DataError
 from visistage.graphs.plan.probing import Decision
 from visistage.graphs.plan.stages import Probe

@@ -10,17 +10,17 @@ from click.testing import CliRunner
 from visistage.bench import fit as bench_fit
 from visistage.cli import main
 from visistage.console.estimate import show_times, subject_of
-from visistage.estimate import measured as measured_module
-from visistage.estimate.devices import CPU, DEVICES, NAMES, compute_type, find_device
-from visistage.estimate.fit import Efficiency, Observation, fit, leave_one_out, validate
-from visistage.estimate.measured import FILE, measured
-from visistage.estimate.peers import FIGURES, efficiency_range, figures_of
-from visistage.estimate.predict import Prompt, estimate
-from visistage.estimate.subject import Subject
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.contract import stage_slots
 from visistage.graphs.errors import CapacityError, TargetError
 from visistage.graphs.plan.call_cost import Call, Sizes, question_calls, work_of
+from visistage.tools.estimate import measured as measured_module
+from visistage.tools.estimate.devices import CPU, DEVICES, NAMES, compute_type, find_device
+from visistage.tools.estimate.estimate_target import Subject
+from visistage.tools.estimate.fit_peaks import Efficiency, Observation, fit, leave_one_out, validate
+from visistage.tools.estimate.measured import FILE, measured
+from visistage.tools.estimate.peer_figures import FIGURES, efficiency_range, figures_of
+from visistage.tools.estimate.predict import Prompt, estimate
 
 TRUE = Efficiency(compute=0.6, bandwidth=0.75, layer_ms=0.05)
 
@@ -290,7 +290,7 @@ def test_this_cpu_is_measured_and_never_looked_up(monkeypatch):
     facts = {"efficiency": {"compute": 0.5, "bandwidth": 0.5, "layer_ms": 0.0}, "validations": []}
     checks = [{"by": "model", "median_error": 0.1, "largest_error": 0.1, "groups": {}}]
     known = measured_module.Measured(Efficiency(**facts["efficiency"]), checks, {})
-    monkeypatch.setattr("visistage.estimate.predict.measured", lambda *rest: known)
+    monkeypatch.setattr("visistage.tools.estimate.predict.measured", lambda *rest: known)
     found = estimate(subject(plan="dense"), CPU, Prompt(), threads=1)
     assert found["device"]["sources"] == ["measured now"]
     run = found["estimates"]["plan"]

@@ -15,13 +15,6 @@ from visistage.cli import main
 from visistage.compile.build import build
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.console.answer import savings
-from visistage.explain.dense import dense_bundle, how_to_build, same_model
-from visistage.explain.explanation import explain
-from visistage.explain.facts import Run, explain_facts
-from visistage.explain.page import masks_of, outlines
-from visistage.explain.picture import Grid, cropped_share, heat_uri, seen
-from visistage.explain.readings import Gates, read_row
-from visistage.explain.trace import Watched, trace
 from visistage.graphs.bundle import Bundle, FileFact
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.config import ModelConfig
@@ -33,6 +26,13 @@ from visistage.runtime.image.preprocessing import Preprocessing
 from visistage.runtime.session import Session
 from visistage.tests import toy
 from visistage.tests.browser import check_picture
+from visistage.tools.explain.dense import dense_bundle, how_to_build, same_model
+from visistage.tools.explain.explain_facts import Run, explain_facts
+from visistage.tools.explain.explain_page import masks_of, outlines
+from visistage.tools.explain.explanation import explain
+from visistage.tools.explain.overlay import Grid, cropped_share, heat_uri, seen
+from visistage.tools.explain.readings import Gates, read_row
+from visistage.tools.explain.trace import Watched, trace
 
 QUESTION = "What is this?"
 NASTY = '</script><script>document.title="owned"</script> "a" & <b>\'x\'</b>'
@@ -519,7 +519,7 @@ def test_wrong_input_is_one_clear_message(folder, bundles, tmp_path):
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path):
-    from visistage.explain.page import write
+    from visistage.tools.explain.explain_page import write
 
     target = tmp_path / "page.html"
     target.mkdir()

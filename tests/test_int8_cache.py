@@ -25,7 +25,6 @@ from visistage.compile.quantize.cache_scales import FILE, cache_scales, rounded_
 from visistage.compile.quantize.int_arithmetic import INT8_LEVELS
 from visistage.compile.quantize.quantize import resolve
 from visistage.console.inspect import bundle_facts
-from visistage.explain.trace import trace
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.contract import hands_back
 from visistage.graphs.errors import DataError, EngineError, ModelError, TargetError
@@ -34,18 +33,19 @@ from visistage.graphs.modules.quantized import cache_scale_names, is_cache_scale
 from visistage.graphs.plan.call_cost import Sizes
 from visistage.graphs.quantization import parse_recipe
 from visistage.graphs.targets import TARGETS, TENSORRT_RTX
-from visistage.parity.chains import TorchChain, ask
-from visistage.parity.compare import BOUNDS
-from visistage.parity.graphs import GraphRungs
-from visistage.parity.origin import weights as check_weights
-from visistage.parity.report import PASSED
-from visistage.parity.stored_graph import StoredGraph, all_weights
 from visistage.runtime.backends.ort_int8 import EXACT, NO_GEMM
 from visistage.runtime.device.tensorrt import find
 from visistage.runtime.session import load
 from visistage.runtime.tensors import cache_scales as told_scales
 from visistage.tests import calibrated, toy
 from visistage.tests.stand_ins import stand_in, write_engines
+from visistage.tools.explain.trace import trace
+from visistage.tools.verify.chains import TorchChain, ask
+from visistage.tools.verify.compare import BOUNDS
+from visistage.tools.verify.graph_checks import GraphRungs
+from visistage.tools.verify.origin import weights as check_weights
+from visistage.tools.verify.stored_graph import StoredGraph, all_weights
+from visistage.tools.verify.verify_report import PASSED
 
 from .test_collect import PLAN as STAGED
 from .test_verify import fix_hashes, run, statuses
@@ -421,7 +421,7 @@ def test_scales_of_keys_and_values_swapped_in_a_graph(copy):
 
 
 def test_a_prefix_rounded_by_other_scales_is_noticed(copy, model):
-    from visistage.parity.origin import prefix
+    from visistage.tools.verify.origin import prefix
 
     checkpoint = open_checkpoint(str(model))
     assert not prefix(copy, checkpoint).failure

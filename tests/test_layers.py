@@ -75,19 +75,28 @@ RULES = {
     "calib.*": ({"calib.*", "graphs.*", "runtime"}, {"PIL", "numpy"}),
     "compile.quantize.calibration_file": ({"calib.*", "graphs.*"}, {"numpy", "safetensors"}),
     **dict.fromkeys(
-        ("calib.charts", "calib.doubts", "calib.range_charts", "calib.report", "calib.series"),
+        (
+            "calib.page.charts",
+            "calib.page.warnings",
+            "calib.page.range_charts",
+            "calib.page.calibration_page",
+            "calib.page.series",
+        ),
         (PURE | {"calib.*", "pages.*"}, set()),
     ),
     # Choosing a plan runs bundles of it, so these alone see the compiler and the runtime.
     **dict.fromkeys(
-        ("calib.calibrate", "calib.choosing", "calib.measuring"),
+        ("calib.calibrate", "calib.plan_search.chooser", "calib.plan_search.measure_plans"),
         ({"calib.*", "compile.*", "graphs.*", "runtime", "runtime.image.preprocessing"}, {"numpy"}),
     ),
-    "calib.observers": (PURE | {"compile.quantize.int_arithmetic"}, {"numpy"}),
+    "calib.run.observers": (PURE | {"compile.quantize.int_arithmetic"}, {"numpy"}),
     "compile.quantize.int_arithmetic": (PURE, {"numpy"}),
-    "calib.smoothing": (PURE | {"calib.observers", "compile.quantize.int_arithmetic"}, {"numpy"}),
+    "calib.run.smoothing": (
+        PURE | {"calib.run.observers", "compile.quantize.int_arithmetic"},
+        {"numpy"},
+    ),
     # Calibration sees what the runtime will: the same pictures, the same ids.
-    "calib.prompts": (
+    "calib.sample_prompts": (
         {
             "calib.*",
             "graphs.*",
@@ -133,12 +142,18 @@ RULES = {
     "console.inspect_engines": (PURE | {"console.*", "compile.engines.engines"}, {"numpy", "rich"}),
     "console.rounding": (PURE | {"compile.checkpoint.names", "console.units"}, set()),
     "console.verify": (
-        PURE | {"console.bar", "console.units", "parity.report", "parity.steps"},
+        PURE
+        | {
+            "console.bar",
+            "console.units",
+            "tools.verify.verify_report",
+            "tools.verify.check_steps",
+        },
         {"rich"},
     ),
     "console.engines": (PURE | {"trt.*"}, {"rich"}),
     "console.estimate": (
-        PURE | {"compile.planfile", "console.*", "estimate.subject"},
+        PURE | {"compile.planfile", "console.*", "tools.estimate.estimate_target"},
         {"rich"},
     ),
     # Runs wherever a bundle runs, and looks further into it than the public runtime lets others.
@@ -168,18 +183,18 @@ RULES = {
     # Runs wherever a bundle runs, engines included.
     "profiling.*": (
         PURE
-        | {"", "console.profile", "explain.dense", "pages.*", "profiling.*"}
+        | {"", "console.profile", "tools.explain.dense", "pages.*", "profiling.*"}
         | {"runtime.reuse", "runtime.backends.cpu", "runtime.session"}
         | {"compile.engines.engines", "compile.engines.engine_spec"},
         {"PIL", "numpy", "psutil"},
     ),
     "profiling": (set(), set()),
-    "profiling.peaks": (PURE, {"numpy", "onnxruntime"}),
-    "profiling.rails": (set(), set()),
-    "profiling.spread": (set(), set()),
+    "tools.profile.peaks": (PURE, {"numpy", "onnxruntime"}),
+    "tools.profile.rails": (set(), set()),
+    "tools.profile.spread": (set(), set()),
     # Needs nothing of a bundle but its manifest, and of this machine its peaks.
     "estimate.*": (
-        PURE | {"estimate.*", "profiling.machine", "profiling.peaks"},
+        PURE | {"estimate.*", "tools.profile.machine", "tools.profile.peaks"},
         {"numpy"},
     ),
     "estimate": (set(), set()),
@@ -199,15 +214,18 @@ RULES = {
         {"PIL", "numpy", "onnx", "onnx_ir", "onnxruntime", "torch", "transformers"},
     ),
     "parity": (set(), set()),
-    "parity.answers": ({"calib.samples", "parity.report", "runtime"}, {"numpy"}),
-    "parity.compare": ({"graphs.bundle", "parity.report"}, {"numpy"}),
-    "parity.engine_runs": (
-        {"calib.samples", "parity.compare", "parity.report", "runtime"},
+    "tools.verify.answer_checks": (
+        {"calib.samples", "tools.verify.verify_report", "runtime"},
+        {"numpy"},
+    ),
+    "tools.verify.compare": ({"graphs.bundle", "tools.verify.verify_report"}, {"numpy"}),
+    "tools.verify.engine_runs": (
+        {"calib.samples", "tools.verify.compare", "tools.verify.verify_report", "runtime"},
         set(),
     ),
-    "parity.ladder": (PURE | {"", "calib.samples", "parity.*", "trt.*"}, {"psutil"}),
-    "parity.rungs": (PURE | {"parity.*", "runtime"}, set()),
-    "parity.subject": (
+    "tools.verify.verify": (PURE | {"", "calib.samples", "parity.*", "trt.*"}, {"psutil"}),
+    "tools.verify.checks": (PURE | {"parity.*", "runtime"}, set()),
+    "tools.verify.verify_target": (
         PURE
         | {
             "compile.quantize.calibration_file",
@@ -218,13 +236,16 @@ RULES = {
         },
         {"psutil"},
     ),
-    "parity.prompts": (
+    "tools.verify.verify_prompts": (
         {"calib.samples", "compile.checkpoint.known_models", "demo.gallery", "demo.heldout"},
         set(),
     ),
-    "parity.report": (PURE, set()),
-    "parity.steps": (PURE | {"parity.report"}, set()),
-    "parity.stored": (PURE | {"parity.report", "parity.steps", "trt.*"}, set()),
+    "tools.verify.verify_report": (PURE, set()),
+    "tools.verify.check_steps": (PURE | {"tools.verify.verify_report"}, set()),
+    "tools.verify.stored": (
+        PURE | {"tools.verify.verify_report", "tools.verify.check_steps", "trt.*"},
+        set(),
+    ),
     "commands": (set(), set()),
     "commands.*": ({"", "*"}, {"click"}),
     "commands.group": ({"graphs.errors"}, {"click"}),
@@ -338,11 +359,11 @@ def test_the_rules_name_modules_that_exist():
         ("console.answer", "import torch"),
         ("console.answer", "from ..compile.build import build"),
         ("console.answer", "import onnxruntime"),
-        ("explain.readings", "import torch"),
-        ("explain.trace", "from ..runtime.ort import OrtExecutor"),
-        ("profiling.measure", "from ..runtime.ort import OrtExecutor"),
-        ("profiling.measure", "import torch"),
-        ("estimate.predict", "from ..runtime.session import Session"),
+        ("tools.explain.readings", "import torch"),
+        ("tools.explain.trace", "from ..runtime.ort import OrtExecutor"),
+        ("tools.profile.timing", "from ..runtime.ort import OrtExecutor"),
+        ("tools.profile.timing", "import torch"),
+        ("tools.estimate.predict", "from ..runtime.session import Session"),
         ("graphs.plan.call_cost", "import numpy"),
         ("commands.asking", "import torch"),
         ("cli", "from .compile.build import build"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from visistage.calib.observers import BINS, PERCENTILE, Histogram, threshold
+from visistage.calib.run.observers import BINS, PERCENTILE, Histogram, threshold
 from visistage.graphs.errors import ModelError
 from visistage.graphs.quantization import OBSERVERS
 

@@ -10,11 +10,11 @@ from visistage.graphs.contract import PADDING_ORDER
 from visistage.graphs.errors import MissingDependencyError, TargetError
 from visistage.graphs.quantization import parse_recipe
 from visistage.graphs.targets import OPENVINO, find_target
-from visistage.parity.report import FAILED, PASSED
 from visistage.runtime.backends import openvino as ours
 from visistage.runtime.backends import openvino_calls as calls
 from visistage.runtime.session import load
 from visistage.tests import calibrated, toy
+from visistage.tools.verify.verify_report import FAILED, PASSED
 
 from .test_bundle_parity import PLANS, answer, picture
 from .test_verify import run, statuses

@@ -68,8 +68,8 @@ def test_data_is_in_the_wheel(installed):
     data |= {"pages/base.css", "pages/chart.css"}
     data |= {f"profiling/{name}" for name in ("page.css", "page.html")}
     data |= {f"profiling/{name}.onnx" for name in ("matmul", "matmul-fp16")}
-    data |= {name for name in tracked() if name == "estimate/measured.json"}
-    data |= {"calib/report.css", "calib/report.html", "pages/base.css", "pages/chart.css"}
+    data |= {name for name in tracked() if name == "tools/estimate/measured.json"}
+    data |= {"calib/page/page.css", "calib/page/page.html", "pages/base.css", "pages/chart.css"}
     assert {name for name in installed if not name.endswith(".py")} == data | {"py.typed"}
 
 

@@ -23,20 +23,24 @@ from visistage.compile.export.node_names import label_layers
 from visistage.graphs.bundle import ANY_CONTEXT, Bundle
 from visistage.graphs.errors import BundleError, CapacityError, PromptError
 from visistage.graphs.plan.call_cost import Call, Work, question_calls, token_calls
-from visistage.profiling import commands, memory
-from visistage.profiling.engine_layers import layer_times
-from visistage.profiling.facts import beaten, speed_up
-from visistage.profiling.labels import clock_words
-from visistage.profiling.machine import clocks, machine_facts, parse_power_mode
-from visistage.profiling.measure import Settings, measure, until_first_token
-from visistage.profiling.operators import OTHER, operator_times
-from visistage.profiling.opponent import opponent
-from visistage.profiling.page import render, round_step, ticks
-from visistage.profiling.peaks import FILES, Peaks, measure_peaks
-from visistage.profiling.power import Meter, Tegrastats, energy
-from visistage.profiling.profile import profile
-from visistage.profiling.prompts import prompts
-from visistage.profiling.rails import (
+from visistage.runtime.backends.cpu import peak_memory
+from visistage.runtime.session import Session
+from visistage.tests import toy
+from visistage.tools.profile import commands
+from visistage.tools.profile import peak_memory as memory
+from visistage.tools.profile.baseline import opponent
+from visistage.tools.profile.call_timer import watch
+from visistage.tools.profile.engine_layers import layer_times
+from visistage.tools.profile.fresh_prompts import prompts
+from visistage.tools.profile.labels import clock_words
+from visistage.tools.profile.machine import clocks, machine_facts, parse_power_mode
+from visistage.tools.profile.operators import OTHER, operator_times
+from visistage.tools.profile.peaks import FILES, Peaks, measure_peaks
+from visistage.tools.profile.power import Meter, Tegrastats, energy
+from visistage.tools.profile.profile import profile
+from visistage.tools.profile.profile_facts import beaten, speed_up
+from visistage.tools.profile.profile_page import render, round_step, ticks
+from visistage.tools.profile.rails import (
     Ina3221,
     JetsonStats,
     Nvml,
@@ -44,13 +48,10 @@ from visistage.profiling.rails import (
     parse_jtop,
     parse_tegrastats,
 )
-from visistage.profiling.roofline import parts_of
-from visistage.profiling.spread import Spread
-from visistage.profiling.sweep import counts_of
-from visistage.profiling.watch import watch
-from visistage.runtime.backends.cpu import peak_memory
-from visistage.runtime.session import Session
-from visistage.tests import toy
+from visistage.tools.profile.roofline import parts_of
+from visistage.tools.profile.spread import Spread
+from visistage.tools.profile.sweep import counts_of
+from visistage.tools.profile.timing import Settings, measure, until_first_token
 
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
 TARGETS = ("rtx", "orin-jp62", "orin-jp72")
@@ -148,7 +149,7 @@ def test_the_watched_calls_are_those_that_the_work_model_expects(bundles, series
 
 
 def test_bundles_take_turns_in_alternating_order(bundles, monkeypatch):
-    from visistage.profiling import measure as module
+    from visistage.tools.profile import timing as module
 
     asked = []
     monkeypatch.setattr(module, "ask", lambda session, *rest: (asked.append(session), session)[:2])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from visistage.calib.smoothing import (
+from visistage.calib.run.smoothing import (
     ALPHAS,
     AWARE_ALPHAS,
     BOUND,

@@ -23,12 +23,18 @@ from visistage.graphs.errors import BundleError, DataError, ImageError, ModelErr
 from visistage.graphs.plan.probing import Decision
 from visistage.graphs.plan.stages import Probe
 from visistage.graphs.targets import TENSORRT_RTX
-from visistage.parity import stored
-from visistage.parity.choices import APART, Choice, Grounds, Reading, gap, lead
-from visistage.parity.compare import BOUNDS, tensor_error
-from visistage.parity.ladder import verify
-from visistage.parity.prompts import DEFAULT_SAMPLES, chosen
-from visistage.parity.report import (
+from visistage.runtime.device.probe import Device
+from visistage.runtime.device.tensorrt import find
+from visistage.tests import toy
+from visistage.tools.verify import stored
+from visistage.tools.verify.check_steps import ImpossibleError, Step, attempt
+from visistage.tools.verify.compare import BOUNDS, tensor_error
+from visistage.tools.verify.tally import Tally, Trajectory
+from visistage.tools.verify.token_choices import APART, Choice, Grounds, Reading, gap, lead
+from visistage.tools.verify.variants import difference
+from visistage.tools.verify.verify import verify
+from visistage.tools.verify.verify_prompts import DEFAULT_SAMPLES, chosen
+from visistage.tools.verify.verify_report import (
     FAILED,
     IMPOSSIBLE,
     JSON_FILE,
@@ -40,12 +46,6 @@ from visistage.parity.report import (
     TensorError,
     page,
 )
-from visistage.parity.steps import ImpossibleError, Step, attempt
-from visistage.parity.tally import Tally, Trajectory
-from visistage.parity.variants import difference
-from visistage.runtime.device.probe import Device
-from visistage.runtime.device.tensorrt import find
-from visistage.tests import toy
 
 from .test_ranges import PRODUCT, make
 

@@ -16,12 +16,12 @@ from visistage.console.inspect import bundle_facts
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import DataError
 from visistage.graphs.quantization import BLOCK, FLOAT, Quantization
-from visistage.parity.compare import BOUNDS, bounds_of, strict
-from visistage.parity.origin import open_calibration
-from visistage.parity.report import FAILED, PASSED
-from visistage.parity.rounded import RoundedWeights, WrongError
-from visistage.parity.stored_graph import StoredGraph, all_weights
 from visistage.tests import calibrated, toy
+from visistage.tools.verify.compare import BOUNDS, bounds_of, strict
+from visistage.tools.verify.origin import open_calibration
+from visistage.tools.verify.quantised_checks import RoundedWeights, WrongError
+from visistage.tools.verify.stored_graph import StoredGraph, all_weights
+from visistage.tools.verify.verify_report import FAILED, PASSED
 
 from .test_verify import PLAN, failing, fix_hashes, run, statuses
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from visistage.calib.prompts import Prompt, prepare
 from visistage.calib.run.layerwise import pieces, see, walk
 from visistage.calib.run.observe import ANSWER, TEXT, TOWER
 from visistage.calib.run.prompt_state import View
+from visistage.calib.sample_prompts import Prompt, prepare
 from visistage.calib.samples import Sample
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.prefix import prefix_cache

@@ -30,9 +30,10 @@ from ...graphs.linears import Group, linear_groups
 from ...graphs.plan.plan import StagePlan
 from ...graphs.presets.presets import preset
 from ...graphs.quantization import OBSERVERS, Observer
-from ..observers import Histogram, threshold
-from ..prompts import Prompt
-from ..smoothing import (
+from ..sample_prompts import Prompt
+from .layerwise import walk
+from .observers import Histogram, threshold
+from .smoothing import (
     OUTPUTS,
     ROWS,
     rounding_error,
@@ -40,7 +41,6 @@ from ..smoothing import (
     search_smoothing,
     sensitivity,
 )
-from .layerwise import walk
 
 ROWS_KEPT = 4096
 """Rows that are kept of one group at most: 180 MB of 11008 channels."""

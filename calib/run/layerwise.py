@@ -37,7 +37,7 @@ from ...graphs.modules.select import Prober, Selector
 from ...graphs.modules.vision import Vision
 from ...graphs.plan.plan import StagePlan
 from ...graphs.quantization import Cache
-from ..prompts import Prompt
+from ..sample_prompts import Prompt
 from .observe import ANSWER, TEXT, TOWER, WatchedStream, Watcher
 from .prompt_state import travellers
 

@@ -22,7 +22,7 @@ from ...graphs.modules.ops import Eager, Scales
 from ...graphs.modules.select import Prober, Selector
 from ...graphs.plan.gates import stage_gates
 from ...graphs.plan.plan import StagePlan
-from ..prompts import Prompt
+from ..sample_prompts import Prompt
 from .observe import ANSWER, TEXT, VISUAL
 
 

@@ -23,7 +23,7 @@ class GroupRanges:
     """What the linear layers of one group (``graphs.linears``) are given, and what rounding costs.
 
     Errors are relative and squared: ||Y - Yq||^2 / ||Y||^2 of a layer's output Y, on a subsample of
-    rows and output channels (``calib.smoothing``); of a group, the mean of its layers'.
+    rows and output channels (``calib.run.smoothing``); of a group, the mean of its layers'.
 
     Attributes:
         rows: how many rows were seen.

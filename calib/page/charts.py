@@ -1,0 +1,172 @@
+"""The plan and the dynamics of a calibration as charts; JSON in, SVG out.
+
+The shapes drawn are those of ``calib.plan_search.choose`` and ``calib.plan_search.dynamics``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...pages.chart import Axis, Chart, of_layers, of_names, of_shares
+from ...pages.words import percent
+
+Facts = Mapping[str, Any]
+
+CLOSE = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999, 0.99999)
+"""Cosines that an axis may name."""
+
+FOOT = 0.8
+"""Plans that agree less stand on the foot of the plot: how bad a bad one is tells little."""
+
+HALF = 470
+"""Width of a chart that stands beside another."""
+
+WORDY = 170
+"""Room for words on the left of a chart."""
+
+
+def pareto(choice: Facts) -> str:
+    """Every candidate by cost and agreement, with the front, the budget and the choice."""
+    kind, candidates = choice["agreement"], choice["candidates"]
+    lowest = min((one["measured"][kind]["low"] for one in candidates), default=1.0)
+    most = max((one["cost"] for one in candidates), default=1.0)
+    title = f"{kind} that agree with dense"
+    x = of_shares(0.0, max(1.0, most), choice["cost"])
+    y = of_shares(max(lowest, FOOT), 1.0, title)
+    chart = Chart(x, y, "Candidate plans by cost and agreement with the dense model", height=380)
+    if "lose" in choice["budget"]:
+        floor = 1 - choice["budget"]["lose"]
+        if floor >= y.low:
+            chart.across(floor, "mute dashed", f"budget: {percent(floor, 1)}")
+    else:
+        chart.whisker(choice["budget"]["cost"], y.low, y.high, "mute dashed")
+    front = sorted((one["cost"], one["measured"][kind]["share"]) for one in _on_front(candidates))
+    if front:
+        chart.steps([*front, (max(front[-1][0], 1.0), front[-1][1])], "faint", "the front")
+    for index, one in enumerate(candidates):
+        share, held = one["measured"][kind], one["held_out"]
+        chosen = index == choice["chosen"]
+        kinds = "warm" if chosen else "amber" if one["verdict"] else "faint"
+        words = f"{one['text']}: {_agreement(share)} at {percent(one['cost'])} of the cost"
+        if one["verdict"]:
+            words += f"; {one['verdict']}"
+        chart.whisker(one["cost"], share["low"], share["high"], f"{kinds} thin")
+        if held is not None:
+            chart.dot(one["cost"], held[kind]["share"], "cool open", f"{words}; held out", 6)
+        chart.dot(one["cost"], share["share"], kinds, words, 6 if chosen else 4)
+    chart.dot(1.0, 1.0, "ink", "dense: agrees with itself", 4)
+    return chart.svg()
+
+
+def cosines(dynamics: Facts) -> str:
+    """Each prompt's least cosine by layer: quantile bands, and thresholds. Close to 1 is high."""
+    shares, rows = dynamics["quantiles"], dynamics["min_cosine"]
+    distances = [1 - cosine for row in rows for cosine in row]
+    near = max(min((one for one in distances if one > 0), default=0.0), 1e-6)
+    closeness = _Closeness(max(*distances, 2 * near), near)
+    chart = Chart(
+        of_layers(len(rows)), closeness, "Least cosine without one visual token, by layer"
+    )
+    for below, above, kind in _bands(shares):
+        low_line = [(layer, row[below]) for layer, row in enumerate(rows)]
+        high_line = [(layer, row[above]) for layer, row in enumerate(rows)]
+        words = f"{percent(shares[below])} to {percent(shares[above])} of the prompts"
+        chart.band(low_line, high_line, kind, words)
+    middle = shares.index(0.5)
+    chart.line([(layer, row[middle]) for layer, row in enumerate(rows)], "cool", "median")
+    for layer, row in enumerate(rows):
+        words = ", ".join(f"{percent(s)}: {c:.5g}" for s, c in zip(shares, row, strict=True))
+        chart.dot(layer, row[middle], "cool", f"layer {layer}: {words}", 3)
+    return chart.svg()
+
+
+def histograms(rows: Sequence[tuple[str, Facts]], layers: int, never: str) -> str:
+    """One line of cells for each spread of layers; those that never got there come last.
+
+    rows: (words, spread). never: what the last column is called.
+    """
+    x = of_layers(layers)
+    x = Axis(x.low, layers + 1.5, (*x.ticks, (layers + 0.75, never)), x.title)
+    y = of_names([words for words, _ in rows], down=True)
+    chart = Chart(x, y, "Prompts by layer", height=54 + 26 * len(rows), left=WORDY)
+    for index, (words, spread) in enumerate(rows):
+        of = max(spread["of"], 1)
+        for layer, count in enumerate(spread["histogram"]):
+            if count:
+                title = f"{words}: {count} of {of} prompts in layer {layer}"
+                chart.tile(layer, index, count / of, "warm", title, str(count))
+        beyond = spread["of"] - spread["reached"]
+        if beyond:
+            title = f"{words}: {beyond} of {of} prompts never"
+            chart.tile(layers + 0.75, index, beyond / of, "faint", title, str(beyond))
+    return chart.svg()
+
+
+def mass(dynamics: Facts) -> str:
+    """Share of all contributions that the top K tokens hold, by layer: the median prompt's."""
+    ranks, median, low = (dynamics["mass"][key] for key in ("ranks", "median", "low"))
+    y = of_names([f"K = {rank}" for rank in ranks], down=True)
+    layers = len(median)
+    label = "Share of the contributions that the top tokens hold"
+    chart = Chart(of_layers(layers), y, label, height=54 + 26 * len(ranks), left=WORDY)
+    for layer in range(layers):
+        for index, rank in enumerate(ranks):
+            share = median[layer][index]
+            title = (
+                f"layer {layer}, top {rank}: {percent(share)} of the contributions, "
+                f"{percent(low[layer][index])} in the lowest tenth of the prompts"
+            )
+            words = f"{100 * share:.0f}" if layers < 24 else ""
+            chart.tile(layer, index, share, "cool", title, words)
+    return chart.svg()
+
+
+def blind(dynamics: Facts, kind: str) -> str:
+    """Agreement by the number of text-blind layers: measured, with intervals."""
+    rows = dynamics["text_blind"]
+    most = max(one["shallow"] for one in rows)
+    ticks = tuple((one["shallow"], str(one["shallow"])) for one in rows)
+    x = Axis(-0.5, most + 0.5, ticks, "text-blind layers")
+    y = of_shares(min(one[kind]["low"] for one in rows), 1.0, f"{kind} that agree with dense")
+    chart = Chart(x, y, "What text-blind layers cost", height=240)
+    chart.line([(one["shallow"], one[kind]["share"]) for one in rows], "cool")
+    for one in rows:
+        share, at = one[kind], one["shallow"]
+        chart.whisker(at, share["low"], share["high"], "cool thin")
+        chart.dot(at, share["share"], "cool", f"{at} text-blind layers: {_agreement(share)}")
+    return chart.svg()
+
+
+class _Closeness(Axis):
+    """An axis of cosines by their distance from 1, on a log scale: twice as close is one step.
+
+    far, near: distances at its foot and its head.
+    """
+
+    def __init__(self, far: float, near: float):
+        ticks = [cosine for cosine in CLOSE if near <= 1 - cosine <= far]
+        named = tuple((cosine, f"{cosine:g}") for cosine in ticks)
+        super().__init__(far, near, named, "least cosine")
+
+    def part(self, value: float) -> float:
+        """Where a cosine lies."""
+        distance = min(max(1 - value, self.high), self.low)
+        return 1 - Axis(self.high, self.low, log=True).part(distance)
+
+
+def _bands(shares: Sequence[float]) -> list[tuple[int, int, str]]:
+    """Pairs of quantiles as far from the middle as each other, the outermost first."""
+    count = len(shares)
+    return [(i, count - 1 - i, "cool") for i in range(count // 2)]
+
+
+def _on_front(candidates: Sequence[Facts]) -> list[Facts]:
+    return [one for one in candidates if one["front"]]
+
+
+def _agreement(share: Facts) -> str:
+    return (
+        f"{percent(share['share'], 1)} ({share['right']} of {share['total']}, "
+        f"95 %: {percent(share['low'], 1)} to {percent(share['high'], 1)})"
+    )

@@ -1,0 +1,1 @@
+"""The search for a plan: dynamics, candidates, their measurement, and the choice."""

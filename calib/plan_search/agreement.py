@@ -1,0 +1,228 @@
+"""How far a plan still says what the dense model says, token for token, through the public runtime.
+
+``reference`` asks the dense bundle once; ``agreement`` walks another bundle along those answers, so
+that one early difference does not count again in every later token. What the other bundle would
+answer by itself shows as well: greedily, it says the same until the first token that differs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...graphs.errors import DataError, ImageError
+from ..samples import Sample
+
+if TYPE_CHECKING:
+    from ...runtime import Session
+
+LIKELIEST = 256
+"""Tokens whose probabilities are kept of each position. All others count as one, so that the
+divergence is at most the true one; a reference of long answers stays small."""
+
+Z95 = 1.959963984540054
+"""Standard normal quantile of a two-sided 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """``right`` of ``total``, with a 95 % interval."""
+
+    right: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """0 to 1; 1 where there was nothing to count."""
+        return self.right / self.total if self.total else 1.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's score interval at 95 %; [0, 1] where there was nothing to count.
+
+        Tokens of one answer are not independent of each other, so theirs is somewhat too narrow.
+
+        Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
+        """
+        if not self.total:
+            return 0.0, 1.0
+        square = Z95**2 / self.total
+        centre = (self.share + square / 2) / (1 + square)
+        spread = self.share * (1 - self.share) / self.total + square / (4 * self.total)
+        half = Z95 * math.sqrt(spread) / (1 + square)
+        # Nothing wrong means an upper end of 1, rounding or not.
+        low = 0.0 if self.right == 0 else centre - half
+        high = 1.0 if self.right == self.total else centre + half
+        return low, high
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form."""
+        low, high = self.interval
+        return {
+            "right": self.right,
+            "total": self.total,
+            "share": self.share,
+            "low": low,
+            "high": high,
+        }
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What came out.
+
+    tokens: of the dense answers, each predicted from the dense answer before it. The end of an
+    answer is left out, unless the answer is empty: after a one-word answer everybody stops, and
+    counting that would halve every loss. answers: that a greedy run would give whole, end
+    included. kl: mean nats per predicted token, end included, from dense to this model.
+    divergences: for each prompt the first token that differs, None where none does.
+    """
+
+    tokens: Share
+    answers: Share
+    kl: float
+    divergences: tuple[int | None, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form; divergences counted by token."""
+        found = Counter(at for at in self.divergences if at is not None)
+        return {
+            "prompts": len(self.divergences),
+            "tokens": self.tokens.to_dict(),
+            "answers": self.answers.to_dict(),
+            "kl": self.kl,
+            "divergences": {str(at): found[at] for at in sorted(found)},
+        }
+
+
+@dataclass(frozen=True)
+class Referred:
+    """One dense answer.
+
+    tokens: (T,) ids, the end included where the model ended it (``ended``).
+    ids: (T, R) int32, the likeliest tokens of each position, descending; log_probs: theirs, (T, R)
+    float32.
+    """
+
+    sample: Sample
+    tokens: tuple[int, ...]
+    ended: bool
+    ids: np.ndarray
+    log_probs: np.ndarray
+
+    @property
+    def counted(self) -> int:
+        """How many of the tokens count."""
+        return max(len(self.text_tokens), 1)
+
+    @property
+    def text_tokens(self) -> tuple[int, ...]:
+        """Without the end; empty where the model said nothing."""
+        return self.tokens[: -1 if self.ended else None]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Dense answers to all samples that could be asked; unreadable: (sample, reason) of others."""
+
+    answers: tuple[Referred, ...]
+    unreadable: tuple[tuple[str, str], ...]
+
+
+def reference(
+    session: Session,
+    samples: Iterable[Sample],
+    max_tokens: int,
+    progress: Callable[[], None] = lambda: None,
+) -> Reference:
+    """Answer every sample greedily and keep what the model thought at each token.
+
+    The checkpoint's own sampling settings do not count: repetition penalties would make an answer
+    that no teacher-forced prediction equals.
+
+    Raises:
+        DataError: no sample had a picture that could be opened.
+        VisistageError: a prompt that the bundle cannot take.
+    """
+    greedy = replace(session.sampling, temperature=0.0, repetition_penalty=1.0)
+    answers: list[Referred] = []
+    unreadable: list[tuple[str, str]] = []
+    for sample in samples:
+        try:
+            answer = session.infer(
+                sample.image, sample.prompt, max_tokens=max_tokens, sampling=greedy
+            )
+            logits = session.score(sample.image, sample.prompt, answer.tokens[:-1])
+        except ImageError as error:
+            unreadable.append((sample.name, str(error)))
+        else:
+            ids, log_probs = _likeliest(log_softmax(logits))
+            ended = answer.finish == "eos"
+            answers.append(Referred(sample, answer.tokens, ended, ids, log_probs))
+        progress()
+    if not answers:
+        first = f", the first because: {unreadable[0][1]}" if unreadable else ""
+        raise DataError(
+            f"none of {len(unreadable)} samples could be asked{first}. "
+            "Give samples with pictures that can be read."
+        )
+    return Reference(tuple(answers), tuple(unreadable))
+
+
+def agreement(
+    session: Session, answers: Iterable[Referred], progress: Callable[[], None] = lambda: None
+) -> Agreement:
+    """Walk ``session``'s bundle along dense answers, and compare each prediction.
+
+    Raises:
+        VisistageError: a prompt that the bundle cannot take.
+    """
+    right = total = positions = 0
+    kl = 0.0
+    divergences: list[int | None] = []
+    for one in answers:
+        logits = session.score(one.sample.image, one.sample.prompt, one.tokens[:-1])
+        same = logits.argmax(-1) == one.ids[:, 0]
+        right += int(same[: one.counted].sum())
+        total += one.counted
+        divergences.append(None if same.all() else int(np.argmin(same)))
+        kl += float(divergence(one, log_softmax(logits)).sum())
+        positions += len(one.tokens)
+        progress()
+    assert divergences, "nothing to compare with"
+    whole = Share(divergences.count(None), len(divergences))
+    return Agreement(Share(right, total), whole, kl / positions, tuple(divergences))
+
+
+def divergence(one: Referred, log_probs: np.ndarray) -> np.ndarray:
+    """KL (T,) in nats from a dense answer's positions to ``log_probs`` (T, V) of another model.
+
+    The tokens beyond the dense model's likeliest count as one.
+    """
+    theirs = np.take_along_axis(log_probs, one.ids, 1)
+    mine = one.log_probs.astype(np.float64)
+    inside = np.exp(mine)
+    rest = np.clip(1 - inside.sum(1), 0, 1)
+    their_rest = np.clip(1 - np.exp(theirs).sum(1), 1e-12, 1)
+    outside = np.where(rest > 0, rest * (np.log(np.maximum(rest, 1e-300)) - np.log(their_rest)), 0)
+    # Rounding may leave the sum a hair below zero, which no divergence is.
+    return np.maximum((inside * (mine - theirs)).sum(1) + outside, 0)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """(T, V) log-probabilities in float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def _likeliest(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest tokens of each position and their log-probabilities, descending."""
+    # Stable, so that of equal ones the lowest id comes first, as argmax has it.
+    ids = np.argsort(-log_probs, axis=1, kind="stable")[:, :LIKELIEST]
+    found = np.take_along_axis(log_probs, ids, 1)
+    return ids.astype(np.int32), found.astype(np.float32)

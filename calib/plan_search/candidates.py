@@ -1,0 +1,245 @@
+"""Static plans that dynamics suggest, with what each costs and what it is expected to cut off.
+
+    t       quantiles of the trigger layer at several thresholds, and evenly spread layers
+    K       quantiles of the tokens kept, and what holds most of the contributions, rounded up
+    e       quantiles of the exit layer by both rules, and of the last layer that is not quiet
+    s       0: no layer is text-blind. Gates zero values but skip no work, so s saves nothing in
+            the graphs as they run; what it costs is measured apart
+
+For each t only those K and e count that no others beat in cost and in what is cut off. The
+prediction ranks plans before they are measured and decides nothing: it adds up what a dense model
+takes from the tokens that a plan would not have, and cannot know what is still needed. Hence no t
+is left out for it.
+
+Source: fixed numbers from quantiles: methods.md 1.8 b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...graphs.errors import PlanError
+from ...graphs.plan.cost import Geometry, Load, cost_of
+from ...graphs.plan.plan import StagePlan
+from ...graphs.plan.stages import MAX_KEEP, Probe
+from ...graphs.presets.presets import preset
+from .dynamics import COSINES, PUBLISHED, Dynamics, quantile
+
+SHARES = (0.5, 0.75, 0.9, 1.0)
+"""Quantiles over prompts."""
+
+MASSES = (0.5, 0.8, 0.9, 0.95, 0.99)
+"""Shares of a layer's contributions that K tokens shall hold, in the median prompt."""
+
+MOST_TRIGGERS = 16
+"""Layers tried as t."""
+
+SLACK = 0.02
+"""A knee may cut off so much more than the best plan of its t: what it saves is worth more."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that may be measured.
+
+    Attributes:
+        text: as one can type it.
+        shallow, t, keep, e: s, t, K (None where nothing is selected) and e.
+        cost: visual FLOPs as the graphs run them, dense = 1.
+        visual_flops: the same, not relative.
+        predicted: share of the visual tokens' influence that is cut off (``cut_off``).
+    """
+
+    text: str
+    shallow: int
+    t: int
+    keep: int | None
+    e: int
+    cost: float
+    visual_flops: float
+    predicted: float
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """What the visual tokens of a layer cost in one model. geometry: its decoder; N: one image's.
+
+    As graphs run them, so every layer with tokens is a dense one.
+    """
+
+    geometry: Geometry
+    visual_tokens: int
+
+    def flops(self, t: int, keep: int | None, e: int) -> float:
+        """Visual FLOPs of a plan; text rows are not in it."""
+        counts = [(self.visual_tokens, t + 1), (keep or 0, e - t)]
+        loads = [Load("dense", tokens, layers) for tokens, layers in counts]
+        return 2 * cost_of(loads, self.geometry).visual_macs
+
+    def candidate(
+        self,
+        text: str,
+        t: int,
+        keep: int | None,
+        e: int,
+        *,
+        shallow: int = 0,
+        predicted: float,
+    ) -> Candidate:
+        """A plan with its costs."""
+        flops = self.flops(t, keep, e)
+        last = self.geometry.layers - 1
+        cost = flops / self.flops(last, None, last)
+        return Candidate(text, shallow, t, keep, e, cost, flops, predicted)
+
+    def plan(self, one: Candidate) -> StagePlan:
+        """The plan of a candidate."""
+        name, _, tail = one.text.partition(":")
+        pairs = (item.split("=") for item in tail.split(",") if item)
+        options = {key: int(value) for key, value in pairs}
+        return preset(name, self.geometry.layers, self.visual_tokens, **options)
+
+
+def published(dynamics: Dynamics, pricing: Pricing) -> Candidate | None:
+    """The preset whose numbers follow from the depth alone; None where it cannot be.
+
+    Its prediction leaves out what text-blind layers cost.
+    """
+    try:
+        plan = preset("visipruner", pricing.geometry.layers, pricing.visual_tokens)
+    except PlanError:
+        return None
+    t, keep, e = plan.trigger, plan.keep, plan.exit
+    assert t is not None
+    assert keep is not None
+    assert e is not None
+    return pricing.candidate(
+        "visipruner",
+        t,
+        keep,
+        e,
+        shallow=len(plan.stages[0].gated_layers),
+        predicted=float(cut_off(dynamics, t, [keep])[1, e]),
+    )
+
+
+def candidates(dynamics: Dynamics, pricing: Pricing) -> dict[int, tuple[Candidate, ...]]:
+    """By t, ascending: those that no other of the same t beats by cost and prediction, by cost."""
+    assert dynamics.layers == pricing.geometry.layers, (dynamics.layers, pricing.geometry.layers)
+    exits = exit_layers(dynamics)
+    found = {}
+    for t in trigger_layers(dynamics):
+        keeps = keep_counts(dynamics, t, pricing.visual_tokens)
+        cut = cut_off(dynamics, t, keeps)
+        of_t = [pricing.candidate(f"exit-only:e={t}", t, None, t, predicted=float(cut[0, t]))]
+        for row, keep in enumerate(keeps, start=1):
+            for e in exits:
+                if e > t:
+                    text = f"visipruner:shallow=0,t={t},e={e},keep={keep}"
+                    predicted = float(cut[row, e])
+                    of_t.append(pricing.candidate(text, t, keep, e, predicted=predicted))
+        found[t] = front(of_t, lambda one: -one.predicted)
+    return found
+
+
+def knee(of_t: Sequence[Candidate]) -> Candidate:
+    """The cheapest of one t that cuts off hardly more than the best of it."""
+    limit = of_t[-1].predicted + SLACK
+    return next(one for one in of_t if one.predicted <= limit)
+
+
+def trigger_layers(dynamics: Dynamics) -> list[int]:
+    """Values of t to try, ascending; all but the last layer where there are few.
+
+    Besides quantiles some evenly spread layers: where all probes fire at once, the quantiles are
+    one layer.
+    """
+    fired = [
+        [one.trigger for one in dynamics.decide(Probe(dynamics.first, cosine, 0.0))]
+        for cosine in COSINES
+    ]
+    layers = _quantiles(fired) | set(_spaced(range(dynamics.layers), MOST_TRIGGERS // 2))
+    return _spaced(sorted(layers - {dynamics.layers - 1}), MOST_TRIGGERS)
+
+
+def keep_counts(dynamics: Dynamics, t: int, visual_tokens: int) -> list[int]:
+    """Values of K to try after layer ``t``, ascending, below N, rounded up by ``friendly``."""
+    counts = _quantiles(
+        [int((one.norm[t] > level).sum()) for one in dynamics.readings]
+        for level in dynamics.contribution_ladder()
+    )
+    ranks = range(1, dynamics.visual_tokens[1] + 1)
+    held = np.median(dynamics.mass(ranks)[:, t], axis=0)
+    counts |= {int(np.argmax(held >= mass)) + 1 for mass in MASSES if held[-1] >= mass}
+    limit = min(visual_tokens - 1, MAX_KEEP)
+    return sorted({min(friendly(count), limit) for count in counts if count} - {0})
+
+
+def exit_layers(dynamics: Dynamics) -> list[int]:
+    """Values of e to try, ascending; the last layer, after which nothing leaves, is among them."""
+    last = dynamics.layers - 1
+    loud = [
+        [int(max(np.flatnonzero(row < cosine), default=0)) for row in dynamics.lowest]
+        for cosine in COSINES
+    ]
+    probes = [
+        replace(PUBLISHED, first=dynamics.first, cosine=cosine, exit_cosine=quiet, consecutive=rule)
+        for cosine in COSINES
+        for quiet in COSINES
+        for rule in (False, True)
+    ]
+    left = [[one.exit for one in dynamics.decide(probe)] for probe in probes]
+    return sorted(_quantiles([*loud, *left]) | {last})
+
+
+def cut_off(dynamics: Dynamics, t: int, keeps: Sequence[int]) -> np.ndarray:
+    """(1 + len(keeps), L): share of the visual tokens' influence that a plan cuts off.
+
+    Of all tokens in all layers of the dense run, the part of those that a layer would no longer
+    have: by K (first none, then ``keeps``) and e; mean over prompts. Only e >= t means something.
+    A layer weighs by the square of the layers from it on: what is missing early is carried through
+    all of them, and late readings change little of an answer that is already there.
+    """
+    weight = np.arange(dynamics.layers, 0, -1.0)[:, None] ** 2
+    cuts = []
+    for one, influence in zip(dynamics.readings, dynamics.influence, strict=True):
+        order = np.argsort(-one.norm[t], kind="stable")
+        sums = np.cumsum(influence[:, order] * weight, axis=1)
+        total = sums[:, -1]
+        at = np.minimum(keeps, len(order)).astype(np.int64) - 1
+        held = np.concatenate([np.zeros((1, len(total))), sums[:, at].T])
+        held[:, : t + 1] = 0
+        cut = total[t + 1 :].sum() - np.cumsum(held, axis=1)
+        cuts.append(cut / max(total.sum(), 1e-30))
+    return np.mean(cuts, axis=0)
+
+
+def friendly(count: int) -> int:
+    """The least number not below ``count`` of the form 2^i or 3 * 2^i."""
+    power = 1 << (count - 1).bit_length()
+    return power if count > power * 3 // 4 or power < 4 else power * 3 // 4
+
+
+def front(found: Iterable[Candidate], merit: Callable[[Candidate], float]) -> tuple[Candidate, ...]:
+    """Those that no other beats by cost and merit, by cost ascending."""
+    best: list[Candidate] = []
+    for one in sorted(found, key=lambda one: (one.cost, -merit(one), one.text)):
+        if not best or merit(one) > merit(best[-1]):
+            best.append(one)
+    return tuple(best)
+
+
+def _quantiles(many: Iterable[Sequence[int | None]]) -> set[int]:
+    """The quantiles ``SHARES`` of each; those that are censored name nothing."""
+    points = (quantile(values, share) for values in many for share in SHARES)
+    return {int(point) for point in points if point is not None}
+
+
+def _spaced(values: Sequence[int], most: int) -> list[int]:
+    """``most`` of ``values``, ends included, evenly spread."""
+    if len(values) <= most:
+        return list(values)
+    return sorted({values[round(at)] for at in np.linspace(0, len(values) - 1, most)})

@@ -1,0 +1,1 @@
+"""Tools on finished bundles: verify, profile, estimate, explain."""

@@ -1,0 +1,125 @@
+"""The unpruned model to compare with: named, or found beside the bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from ...graphs.bundle import MANIFEST, Bundle, Manifest
+from ...graphs.errors import BundleError
+from ...graphs.quantization import is_quantised, parse_recipe
+from ...graphs.targets import find_target
+
+
+def dense_bundle(bundle: Bundle, given: Path | None) -> Bundle | None:
+    """The bundle at ``given``, or one of the same model, target and precision beside ``bundle``.
+
+    None where ``bundle`` is dense itself, or no such bundle is found.
+
+    Raises:
+        BundleError: ``given`` is no bundle, is not dense, or is of another model or precision.
+    """
+    if given is not None:
+        return _checked(bundle, Bundle.open(given))
+    if bundle.manifest.plan.is_dense:
+        return None
+    for manifest in sorted(bundle.path.absolute().parent.glob("*/" + MANIFEST)):
+        if manifest.parent.name.endswith(".partial"):
+            continue
+        try:
+            other = Bundle.open(manifest.parent)
+        except BundleError:
+            continue  # of another version, or half written: not what is looked for
+        alike = other.manifest.target == bundle.manifest.target and other.manifest.plan.is_dense
+        if alike and _precision(other) == _precision(bundle) and same_model(bundle, other):
+            return other
+    return None
+
+
+def same_model(one: Bundle, other: Bundle) -> bool:
+    """Whether both were built from one checkpoint, as far as the files tell."""
+
+    def facts(manifest: Manifest):
+        return manifest.config, manifest.generation, manifest.preprocessing, _texts(manifest)
+
+    if facts(one.manifest) != facts(other.manifest):
+        return False
+    # Rounded weights differ from plan to plan, and the file that holds them with them.
+    return _place(one.manifest) == _place(other.manifest) or _table(one) == _table(other)
+
+
+def how_to_build(manifest: Manifest) -> str:
+    """The command that builds the unpruned bundle."""
+    command = f"make engines MODEL={manifest.model} PLAN=dense TARGET={manifest.target}"
+    precision = unstaged(manifest.precision)
+    if precision != find_target(manifest.target).precisions[0]:
+        command += f" PRECISION={precision}"
+    if manifest.quantization.calibration is None:
+        return command
+    # Ranges are of the rows that a plan's layers see: dense ones take a calibration of their own.
+    folder = "calibrations/dense"
+    data = "" if manifest.model == "demo" else " --data SAMPLES"
+    calibrate = f"visistage calibrate {manifest.model} --plan dense{data} --out {folder}"
+    return f"{calibrate} && {command} CALIB={folder}/{manifest.model}"
+
+
+def unstaged(precision: str) -> str:
+    """A precision without its schemes of single stages, which the dense plan has not."""
+    if not is_quantised(precision):
+        return precision
+    return replace(parse_recipe(precision), stages={}).name
+
+
+def _precision(bundle: Bundle) -> str:
+    return unstaged(bundle.manifest.precision)
+
+
+def _texts(manifest: Manifest) -> dict[str, str]:
+    return {
+        role: manifest.files[name].sha256
+        for role, name in manifest.text_files.items()
+        if name in manifest.files
+    }
+
+
+def _place(manifest: Manifest) -> tuple:
+    """The file, by its hash, and the place in it of the embedding table."""
+    ref = manifest.embedding
+    fact = manifest.files.get(ref.file)
+    return (fact and fact.sha256, ref.offset, ref.dtype, ref.shape)
+
+
+def _table(bundle: Bundle) -> str:
+    """Hash of the embedding table's own bytes."""
+    ref = bundle.manifest.embedding
+    left = math.prod(ref.shape) * (4 if ref.dtype == "float32" else 2)
+    digest = hashlib.sha256(f"{ref.dtype} {ref.shape}".encode())
+    with bundle.file(ref.file).open("rb") as stream:
+        stream.seek(ref.offset)
+        while left and (block := stream.read(min(left, 1 << 22))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def _checked(bundle: Bundle, dense: Bundle) -> Bundle:
+    if not dense.manifest.plan.is_dense:
+        raise BundleError(
+            f"{dense.path} has the plan '{dense.manifest.plan.name}', the comparison wants the "
+            f"unpruned model. Build it: {how_to_build(bundle.manifest)}"
+        )
+    if _precision(dense) != _precision(bundle):
+        raise BundleError(
+            f"{dense.path} is {dense.manifest.precision}, {bundle.path} is "
+            f"{bundle.manifest.precision}: answers and times would differ by more than the plan. "
+            f"Build one of the same: {how_to_build(bundle.manifest)}"
+        )
+    if not same_model(bundle, dense):
+        raise BundleError(
+            f"{dense.path} is of another model ({dense.manifest.model}) than {bundle.path} "
+            f"({bundle.manifest.model}), or of other weights. "
+            f"Build one of the same: {how_to_build(bundle.manifest)}"
+        )
+    return dense

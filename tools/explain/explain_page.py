@@ -1,0 +1,174 @@
+"""Facts and pictures -> one HTML file that needs nothing else: no server, no network, no script.
+
+The template escapes every string. Behind it stands a content security policy that forbids all
+requests and every script but the page's own, known by its hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...pages.page import style, template
+from ...pages.page import write as write_page
+from ...pages.words import percent
+from .overlay import Grid
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One picture of the prompt.
+
+    uri, ghost: the picture and its small grey copy. size: (width, height) in pixels. present: for
+    each layer its tokens (N,) that are there. heat: data URIs by run ("plan", "dense") and layer.
+    cropped: share of the original that the model does not see.
+    """
+
+    uri: str
+    ghost: str
+    size: tuple[int, int]
+    grid: Grid
+    present: Sequence[np.ndarray]
+    heat: dict[str, list[str]]
+    cropped: float
+
+
+def render(facts: dict[str, Any], pictures: Sequence[Shown]) -> str:
+    """The page's HTML."""
+    script = (FOLDER / "page.js").read_text(encoding="utf-8").strip()
+    digest = base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode()
+    masks = masks_of([layer["phase"] for layer in facts["layers"]], pictures)
+    return template(FOLDER / "page.html").render(
+        facts=facts,
+        pictures=[
+            {
+                "uri": one.uri,
+                "ghost": one.ghost,
+                "width": one.size[0],
+                "height": one.size[1],
+                "columns": one.grid.columns,
+                "rows": one.grid.rows,
+                "extent": 100 * one.grid.extent,
+                "heat": one.heat,
+                "cropped": one.cropped,
+                "masks": [
+                    {"number": number, **outlines(one.grid.cells(tokens[index]))}
+                    for number, tokens in enumerate(masks.distinct)
+                ],
+            }
+            for index, one in enumerate(pictures)
+        ],
+        masks=masks.of_layer,
+        captions=[_captions(layer, facts) for layer in facts["layers"]],
+        kept_words=_kept_words(facts),
+        runs=_runs(facts),
+        start=_start(facts),
+        top=max(max(layer["part"], layer["dense_part"] or 0.0) for layer in facts["layers"]),
+        style=style(FOLDER / "page.css"),
+        script=script,
+        script_hash=f"sha256-{digest}",
+    )
+
+
+def write(html: str, path: Path) -> None:
+    """Put the page at ``path``, whole or not at all.
+
+    Raises:
+        CapacityError: it cannot be written there.
+    """
+    write_page(html, path, "--out explain.html")
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Sets of kept tokens to outline. distinct: each by picture; of_layer: its number or None."""
+
+    distinct: list[list[np.ndarray]]
+    of_layer: list[int | None]
+
+
+def masks_of(phases: Sequence[str], pictures: Sequence[Shown]) -> Masks:
+    """What to outline in each layer: its tokens, or before a selection those that will survive."""
+    distinct: list[list[np.ndarray]] = []
+    of_layer: list[int | None] = []
+    coming: int | None = None
+    for layer in reversed(range(len(phases))):
+        if phases[layer] == "kept":
+            tokens = [picture.present[layer] for picture in pictures]
+            known = distinct and all(map(np.array_equal, distinct[-1], tokens))
+            if not known:
+                distinct.append(tokens)
+            coming = len(distinct) - 1
+        of_layer.insert(0, None if phases[layer] == "none" else coming)
+    return Masks(distinct, of_layer)
+
+
+def outlines(cells: np.ndarray) -> dict[str, str]:
+    """SVG paths over kept cells (rows, columns): their common border, and everything else."""
+    rows, columns = cells.shape
+    framed = np.pad(cells.astype(bool), 1)
+    border, holes = [], [f"M0 0h{columns}v{rows}h-{columns}z"]
+    for row, column in np.argwhere(cells):
+        x, y = int(column), int(row)
+        holes.append(f"M{x} {y}h1v1h-1z")
+        sides = [(0, 1, f"M{x} {y}h1"), (2, 1, f"M{x} {y + 1}h1")]
+        sides += [(1, 0, f"M{x} {y}v1"), (1, 2, f"M{x + 1} {y}v1")]
+        border += [line for dy, dx, line in sides if not framed[row + dy, column + dx]]
+    return {"border": "".join(border), "rest": "".join(holes)}
+
+
+def _kept_words(facts: dict[str, Any]) -> str:
+    """``16 of 144``, or ``72, then 36, then 18 of 144``."""
+    counts = [layer["visual_tokens"] for layer in facts["layers"] if layer["phase"] == "kept"]
+    distinct = dict.fromkeys(counts) or [facts["visual_tokens"]]
+    return f"{', then '.join(map(str, distinct))} of {facts['visual_tokens']}"
+
+
+def _runs(facts: dict[str, Any]) -> str:
+    """``5 runs``, ``5 runs each`` or ``5 and 3 runs``."""
+    own = facts["answer"]["timing"]["runs"]
+    other = facts["dense"]["timing"]["runs"] if facts["dense"] else None
+    if other is not None and other != own:
+        return f"{own} and {other} runs"
+    return f"{own} run{'s' if own > 1 else ''}{' each' if other else ''}"
+
+
+def _start(facts: dict[str, Any]) -> int:
+    """The layer that a page opens with: where tokens are selected, else where vision peaks."""
+    if facts["kept"] and facts["plan"]["trigger"] < facts["plan"]["exit"]:
+        return facts["plan"]["trigger"]
+    return facts["fusion"]["peak"]
+
+
+def _captions(layer: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
+    """One or two sentences on a layer, under the plan and in the unpruned model."""
+    count, part = layer["visual_tokens"], percent(layer["part"])
+    phase, mode = layer["phase"], layer["mode"]
+    if phase == "blind" and mode == "sink":
+        own = "Text ignores the picture here: what attention it gets falls on one stand-in token."
+    elif phase == "blind":
+        own = "Text ignores the picture here: the plan gates it away."
+    elif phase == "none":
+        own = "The picture has left. What the answer needs is in the text by now."
+    else:
+        who = f"All {count} visual tokens are" if phase == "all" else f"{count} visual tokens are"
+        own = f"{who} here and make up {part} of what the last word takes in."
+        if mode == "sink_half":
+            own += " Text ignores the first half of them."
+    following = facts["layers"][layer["layer"] + 1 :][:1]
+    if following and phase not in ("none", "kept") and following[0]["phase"] == "kept":
+        own += f" After this layer {following[0]['visual_tokens']} are kept."
+    if following and phase != "none" and following[0]["phase"] == "none":
+        own += " After this layer the picture leaves."
+    dense = f"All {facts['visual_tokens']} visual tokens make up {percent(layer['dense_part'])}."
+    if layer["kept_mass"] is not None and phase in ("all", "kept"):
+        dense += f" The kept ones carry {percent(layer['kept_mass'])} of their contributions."
+    return {"plan": own, "dense": dense if layer["dense_part"] is not None else ""}

@@ -1,0 +1,75 @@
+"""Load time and peak memory of a bundle, in a process of its own.
+
+    python -m visistage.tools.profile.peak_memory < options.json
+
+A peak belongs to a process: beside a second bundle, or after one, nobody could tell whose it is.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from ...graphs.errors import CapacityError
+from ...runtime.backends.cpu import peak_memory
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Milliseconds until a bundle can be asked; bytes resident then, and at most while it answers.
+
+    Weights that are mapped count as far as they were touched.
+    """
+
+    load_ms: float
+    loaded_bytes: int
+    peak_bytes: int
+
+
+def footprint(bundle: Path, *, tokens: int, **options) -> Footprint:
+    """Load ``bundle`` and answer one prompt elsewhere; ``options`` as ``Session`` takes them.
+
+    Raises:
+        CapacityError: the process failed, usually for lack of memory.
+    """
+    job = {"bundle": str(bundle), "tokens": tokens, "options": options}
+    done = subprocess.run(
+        [sys.executable, "-m", __spec__.name],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise CapacityError(
+            f"the process that measures the memory of {bundle} ended with {done.returncode}"
+            f"{': ' + said[-1] if said else ''}. Free memory, or take a smaller bundle"
+        )
+    return Footprint(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """Do the job on stdin; answers on stdout."""
+    job = json.load(sys.stdin)
+    start = time.perf_counter()
+    from ...runtime.session import load
+
+    session = load(job["bundle"], **job["options"])
+    load_ms = (time.perf_counter() - start) * 1e3
+    loaded = psutil.Process().memory_info().rss
+    from .fresh_prompts import prompts
+    from .timing import ask
+
+    with session:
+        ask(session, next(prompts()), job["tokens"])
+    print(json.dumps(asdict(Footprint(load_ms, loaded, peak_memory()))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""When two tensors are the same: the largest error, seen against the spread of the reference.
+
+A tensor's error is the largest of its elements' over the standard deviation of the reference, so a
+rung that computes in FP32 and one that computes in FP16 are held to one bound each, whatever the
+layer's scale. Tokens and positions must be equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...graphs.bundle import Manifest
+from .verify_report import TensorError
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Largest relative errors that pass.
+
+    Attributes:
+        graph: of one graph.
+        whole: of the logits of whole answers, where every layer and token adds its own rounding.
+        tie: how near, relative to the spread of all, scores of visual tokens are that may change
+            places; 0: tokens and choices are equal.
+    """
+
+    graph: float
+    whole: float
+    tie: float
+
+
+BOUNDS = {
+    "float32": Bounds(2e-4, 1e-3, 0.0),
+    "float16": Bounds(5e-2, 0.2, 5e-2),
+    "w8a8": Bounds(0.25, 1.0, 0.2),
+    "w8": Bounds(1.0, 1.0, 0.2),
+    "w4": Bounds(1.0, 1.0, 0.2),
+    "cache": Bounds(2e-2, 0.3, 5e-2),
+}
+"""By what a rung computes or rounds in: the type of the graphs' floats, and schemes of layers.
+
+    float32  one graph up to 1e-5, whole answers up to 1e-5
+    float16  up to 0.02 over eight layers and 0.034 over thirty-two; 0.004 on the demo model, 0.13
+             on random ones scaled until they are chaotic
+    w8a8     an input on the boundary between two steps may fall on either side: up to 0.06; 0.09 on
+             the demo model, 0.51 on random ones
+    cache    of INT8: a key or value on the boundary between two steps may be cached as either; up
+             to 0.006 on random ones
+    w8, w4   where ONNX Runtime rounds the inputs, too: up to 0.5; 0.06 on the demo model, 0.62 on
+             random ones
+
+These are what was measured. A wrong layer is off by more than the spread; another picture, plan or
+layer changes the logits of whole answers by about the spread and more.
+"""
+
+LOOSE = ("w8", "w4")
+"""Schemes whose inputs ONNX Runtime rounds to INT8 in blocks, which is not the graph's own
+arithmetic; with weights that are not rearranged in memory (``disable_prepacking``) it does not."""
+
+
+def bounds_of(kinds: Iterable[str]) -> Bounds:
+    """The loosest bounds of several kinds, each for itself."""
+    known = [BOUNDS[kind] for kind in kinds]
+    return Bounds(
+        max(one.graph for one in known),
+        max(one.whole for one in known),
+        max(one.tie for one in known),
+    )
+
+
+def bundle_kinds(manifest: Manifest) -> set[str]:
+    """What a bundle's graphs compute and round in, by the names of ``BOUNDS``."""
+    quantization = manifest.quantization
+    cache = {"cache"} if quantization.rounds_cache else set()
+    return {manifest.dtype, *quantization.schemes.values(), *cache}
+
+
+def strict(kinds: Iterable[str]) -> set[str]:
+    """``kinds`` where inputs that a graph does not round are not rounded."""
+    return set(kinds) - set(LOOSE)
+
+
+def tensor_error(name: str, got: np.ndarray, want: np.ndarray) -> TensorError:
+    """Error of ``got`` against ``want``, of equal shapes. Of integers any error counts whole.
+
+    But not of INT8, which is what caches hold: there a number that lay on the boundary between two
+    steps may have become either, so only what is beyond one step counts.
+    """
+    assert got.shape == want.shape, (name, got.shape, want.shape)
+    if not (np.isfinite(got).all() and np.isfinite(want).all()):
+        return TensorError(name, None, None, None)
+    wide = want.astype(np.float64)
+    largest = float(np.abs(got.astype(np.float64) - wide).max(initial=0.0))
+    if want.dtype == np.int8:
+        largest = max(largest - 1.0, 0.0)
+    elif np.issubdtype(want.dtype, np.integer):
+        return TensorError(name, largest, 0.0, largest)
+    spread = float(wide.std())
+    # A constant tensor has no spread: any error in it is as large as itself.
+    scale = spread or float(np.abs(wide).max(initial=0.0)) or 1.0
+    return TensorError(name, largest, spread, largest / scale)
+
+
+def first_wrong(errors: Iterable[TensorError], tolerance: float) -> str:
+    """What is wrong with the first tensor beyond ``tolerance``; empty where none is."""
+    for error in errors:
+        if error.relative is None:
+            return f"{error.tensor} is not finite"
+        if error.relative > tolerance:
+            return (
+                f"{error.tensor} is off by {error.relative:.2g} of its spread, expected at most "
+                f"{tolerance:g}"
+            )
+    return ""

@@ -1,0 +1,203 @@
+"""One graph file of a bundle: its weights as arrays, and inputs to try it with.
+
+Weights are read where the file says they are, not where the checkpoint had them: a graph that
+points to the wrong bytes must show.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir
+
+from ...compile.quantize.int_arithmetic import unpack_int4
+from ...graphs.bundle import Bundle
+from ...graphs.contract import INVISIBLE, MANY_ROWS, GraphSpec, stage_of
+from ...graphs.errors import BundleError
+from ...graphs.modules.quantized import CACHE_SCALES
+from ...graphs.targets import BRANCHED
+
+FILLED = 9
+"""Slots of a cache that hold earlier rows."""
+
+ROWS = 5
+"""New rows of a call, unless told otherwise."""
+
+SPARE = 6
+"""Slots beyond them that hold nothing yet, and rows that a selection is offered beyond K."""
+
+
+class StoredWeights(Mapping[str, np.ndarray]):
+    """Arrays by the checkpoint's names, mapped when asked for; INT4 comes as INT8, one to a byte.
+
+    ``nbytes``: that they take in the files.
+    """
+
+    def __init__(self, bundle: Bundle, tensors: Mapping[str, onnx_ir.ExternalTensor]):
+        self.bundle, self.tensors = bundle, tensors
+        self.nbytes = sum(_stored_bytes(tensor) for tensor in tensors.values())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The stored array. onnx_ir itself refuses hard links, which a bundle's weights are."""
+        tensor = self.tensors[name]
+        raw = map_raw(self.bundle, str(tensor.location), tensor.offset or 0, _stored_bytes(tensor))
+        if tensor.dtype == onnx_ir.DataType.INT4:
+            return unpack_int4(raw, _shape(tensor))
+        return raw.view(tensor.dtype.numpy()).reshape(_shape(tensor))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def size(self, name: str) -> int:
+        """How many numbers an array holds."""
+        return math.prod(_shape(self.tensors[name]))
+
+
+class StoredGraph:
+    """A graph of ``bundle``; ``weights`` maps the checkpoint's names to arrays, read when used.
+
+    Raises:
+        BundleError: the file cannot be read, or reads files that the manifest does not name.
+    """
+
+    def __init__(self, bundle: Bundle, name: str):
+        self.name, self.manifest = name, bundle.manifest
+        self.fact = bundle.manifest.graphs[name]
+        self.path: Path = bundle.file(self.fact.file)
+        try:
+            model = onnx_ir.load(self.path)
+        except Exception as error:  # protobuf's and onnx_ir's exceptions share no base but this
+            raise BundleError(f"{self.path} is no ONNX file ({error})") from error
+        tensors: dict[str, onnx_ir.ExternalTensor] = {}
+        for initializer in model.graph.initializers.values():
+            tensor = initializer.const_value
+            if isinstance(tensor, onnx_ir.ExternalTensor):
+                if tensor.location not in bundle.manifest.files:
+                    raise BundleError(
+                        f"{self.path} reads {tensor.location}, which the manifest does not name. "
+                        "Build the bundle again: make engines MODEL=..."
+                    )
+                tensors[str(initializer.name)] = tensor
+        self.weights = StoredWeights(bundle, tensors)
+
+    @property
+    def spec(self) -> GraphSpec:
+        """The graph's contract."""
+        return self.fact.spec
+
+    @property
+    def kind(self) -> str:
+        """``vision``, ``stage``, ``select`` or ``probe``."""
+        return self.name.rstrip("0123456789") if "." not in self.name else "stage"
+
+    @property
+    def stage(self) -> int:
+        """The stage that the graph belongs to; vision has none."""
+        return stage_of(self.name)
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """First layer of a stage's graph, and one past its last: those whose caches it takes."""
+        own = [int(s.name[4:]) for s in self.spec.inputs if s.name.startswith("key.")]
+        return min(own), max(own) + 1
+
+    @property
+    def row_counts(self) -> list[int]:
+        """New rows of the calls that together reach all of the graph."""
+        if self.kind == "stage" and self.manifest.lowering == BRANCHED:
+            return [ROWS, MANY_ROWS + ROWS]
+        return [ROWS]
+
+    def feeds(self, rows: int = ROWS) -> dict[str, np.ndarray]:
+        """Inputs by name: batch 1, a filled cache, one padded slot, half of the gates open."""
+        generator = np.random.default_rng(zlib.crc32(self.name.encode()))
+        keep = next((spec.shape[1] for spec in self.spec.outputs if spec.name == "rows.out"), 0)
+        offered = (int(keep) if self.kind == "select" else 0) + SPARE
+        filled = FILLED if self.kind == "stage" else offered + 2
+        used = filled + (rows if self.kind == "stage" else 0)
+        sizes = {"B": 1, "Q": rows, "S": used + SPARE, "N": offered}
+        new = np.arange(filled, used) if self.kind == "stage" else np.arange(2, 2 + offered)
+        slot_order = np.full(used + SPARE, INVISIBLE)
+        slot_order[1:used] = np.arange(1, used)
+        fixed: dict[str, int | np.ndarray] = {
+            "positions": new,
+            "order": new,
+            "visual_slots": new,
+            "slot_order": slot_order,
+            "write_index": filled,
+            "query_order": used - 1,
+        }
+        feeds = {}
+        for spec in self.spec.inputs:
+            shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
+            if spec.name in fixed:
+                value = np.broadcast_to(fixed[spec.name], shape)
+            elif spec.name == "gates":
+                value = generator.integers(0, 2, shape)
+            elif spec.dtype == "int8":
+                value = generator.integers(-127, 128, shape)
+            elif spec.name in CACHE_SCALES:
+                value = generator.uniform(0.5, 2.0, shape) / 64
+            else:
+                value = generator.standard_normal(shape)
+            feeds[spec.name] = np.ascontiguousarray(value, dtype=spec.dtype)
+        return feeds
+
+
+def all_weights(bundle: Bundle) -> StoredWeights:
+    """The weights of every graph of ``bundle``.
+
+    Raises:
+        BundleError: as ``StoredGraph``.
+    """
+    tensors: dict[str, onnx_ir.ExternalTensor] = {}
+    for name in bundle.manifest.graphs:
+        tensors |= StoredGraph(bundle, name).weights.tensors
+    return StoredWeights(bundle, tensors)
+
+
+def graph_files(bundle: Bundle) -> tuple[str, ...]:
+    """Names of the files of every graph."""
+    return tuple(fact.file for fact in bundle.manifest.graphs.values())
+
+
+def _shape(tensor: onnx_ir.ExternalTensor) -> tuple[int, ...]:
+    return tuple(size for size in tensor.shape if isinstance(size, int))
+
+
+def _stored_bytes(tensor: onnx_ir.ExternalTensor) -> int:
+    return math.ceil(math.prod(_shape(tensor)) * tensor.dtype.itemsize)
+
+
+def map_raw(bundle: Bundle, name: str, offset: int, nbytes: int) -> np.ndarray:
+    """Bytes (nbytes,) uint8 of a file of the bundle, mapped; writing to them changes no file.
+
+    Raises:
+        BundleError: the file ends before.
+    """
+    file = bundle.file(name)
+    try:
+        return np.memmap(file, np.uint8, "c", offset, (nbytes,))
+    except (ValueError, OSError) as error:
+        raise BundleError(
+            f"{file} is too short for a tensor that is placed in it. Build the bundle again: "
+            "make engines MODEL=..."
+        ) from error
+
+
+def new_rows(outputs: Mapping[str, np.ndarray], spec: GraphSpec) -> dict[str, np.ndarray]:
+    """Whole caches cut to what the contract wants: the new rows only where they are handed back."""
+    cut = {}
+    for tensor in spec.outputs:
+        value = outputs[tensor.name]
+        if len(tensor.shape) == 4 and tensor.shape[2] == "Q":
+            value = value[:, :, FILLED : FILLED + ROWS]
+        cut[tensor.name] = value
+    return cut

@@ -1,0 +1,45 @@
+"""Which questions a ladder asks: given ones, the demo model's held-out scenes, or general ones."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from itertools import islice, product
+from pathlib import Path
+
+from ...calib.samples import Sample, read_samples
+from ...compile.checkpoint.known_models import DEMO
+from ...demo.gallery import bundled
+from ...demo.heldout import held_out
+
+DEFAULT_SAMPLES = 6
+"""Prompts asked unless told otherwise."""
+
+GENERAL = ("What is shown in this picture?", "Which colours do you see, and where?")
+"""Asked about the pictures in the package when a model has no questions of its own."""
+
+
+def chosen(model: str, data: Path | None, count: int | None) -> list[Sample]:
+    """``count`` samples of ``data``, or else of what the package has for ``model``.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+    count = count or DEFAULT_SAMPLES
+    if data is not None:
+        # By file and line alone: a report must not name this machine's folders.
+        return [replace(one, name=Path(one.name).name) for one in read_samples(data, count)]
+    if model == DEMO:
+        return [
+            Sample(f"scene {number}", made.image, made.question, made.answer, made.kind)
+            for number, made in enumerate(held_out(count))
+        ]
+    return [
+        Sample(f"{picture.path.name}, {text}", picture.path, text, "")
+        for text, picture in islice(product(GENERAL, bundled()), count)
+    ]
+
+
+def checkpoint_at_hand(model: str) -> str | None:
+    """Name of the checkpoint of ``model`` where the package brings it and torch can read it."""
+    return DEMO if model == DEMO and importlib.util.find_spec("torch") else None
