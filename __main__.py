@@ -1,5 +1,5 @@
 """``python -m visistage``: the command line without its script."""
 
-from .cli import main
+from .cli.main import main
 
 main(prog_name="visistage")

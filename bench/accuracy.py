@@ -18,8 +18,8 @@ from typing import Any
 import click
 
 from ..calib.evaluate import Report, evaluate
+from ..cli.show.evaluation_view import chosen_samples
 from ..compile.build import build
-from ..console.evaluation import chosen_samples
 from ..demo.heldout import blind_accuracy
 from ..graphs.bundle import Bundle
 from ..graphs.plan.cost import reduction_percent

@@ -15,8 +15,8 @@ from statistics import median, quantiles
 
 import click
 
+from ..cli.show.evaluation_view import chosen_samples
 from ..compile.build import build
-from ..console.evaluation import chosen_samples
 from ..runtime import load
 from .accuracy import PLANS
 from .record import save

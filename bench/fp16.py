@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..cli.show.evaluation_view import chosen_samples
 from ..compile.checkpoint.checkpoint import open_checkpoint
 from ..compile.export.texts import prompt_encoder, text_facts
 from ..compile.planfile import resolve_plan
 from ..compile.quantize.fp16_ranges import decide, measure
-from ..console.evaluation import chosen_samples
 from ..graphs.chain.chain import Chain, Segment
 from ..graphs.chain.torch_reference import TorchExecutor, load_weights
 from ..graphs.modules.ops import Eager

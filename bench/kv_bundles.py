@@ -21,9 +21,9 @@ import click
 from ..calib.calibrate import calibrate
 from ..calib.evaluate import evaluate
 from ..calib.plan_search.measure_plans import Origin
+from ..cli.show.calibration_view import calibration_samples
+from ..cli.show.evaluation_view import chosen_samples
 from ..compile.build import build
-from ..console.calibration import calibration_samples
-from ..console.evaluation import chosen_samples
 from ..graphs.bundle import Bundle
 from ..runtime import Session, load
 from .quantisation import Untold

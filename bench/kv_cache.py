@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ..calib.samples import Sample, normalise
+from ..cli.show.evaluation_view import chosen_samples
 from ..compile.checkpoint.checkpoint import open_checkpoint
 from ..compile.export.texts import text_facts
 from ..compile.planfile import resolve_plan
-from ..console.evaluation import chosen_samples
 from ..graphs.chain.torch_reference import TorchExecutor
 from ..graphs.modules.ops import Eager
 from ..graphs.plan.plan import StagePlan

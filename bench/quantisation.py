@@ -28,12 +28,12 @@ from ..calib.plan_search.choose import Budget
 from ..calib.plan_search.measure_plans import Origin
 from ..calib.run.collect_ranges import collect
 from ..calib.sample_prompts import prepare
+from ..cli.show.calibration_view import calibration_samples
+from ..cli.show.evaluation_view import chosen_samples
 from ..compile.build import build
 from ..compile.checkpoint.checkpoint import open_checkpoint
 from ..compile.export.texts import prompt_encoder, text_facts
 from ..compile.quantize.calibration_file import Calibration
-from ..console.calibration import calibration_samples
-from ..console.evaluation import chosen_samples
 from ..graphs.quantization import OBSERVERS
 from ..runtime import load
 from ..runtime.image.preprocessing import Preprocessing

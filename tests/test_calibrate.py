@@ -24,7 +24,9 @@ from visistage.calib.run.collect_ranges import collect, fits
 from visistage.calib.run.layerwise import walk
 from visistage.calib.sample_prompts import order_hash, prepare
 from visistage.calib.samples import Sample
-from visistage.cli import main
+from visistage.cli.main import main
+from visistage.cli.show.calibration_view import DEMO_SERIES, calibration_samples, calibration_table
+from visistage.cli.show.units import Share
 from visistage.compile.build import build
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.texts import prompt_encoder, text_facts
@@ -32,8 +34,6 @@ from visistage.compile.planfile import load_plan
 from visistage.compile.quantize.cache_scales import cache_scales
 from visistage.compile.quantize.calibration_file import Calibration, SampleFacts
 from visistage.compile.quantize.fake_quantized import Rounded
-from visistage.console.calibration import DEMO_SERIES, calibration_samples, calibration_table
-from visistage.console.units import Share
 from visistage.demo.heldout import _series
 from visistage.graphs.presets.presets import preset
 from visistage.graphs.quantization import parse_recipe

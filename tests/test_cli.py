@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 from visistage import runtime
-from visistage.cli import main
+from visistage.cli.main import main
+from visistage.cli.show.answer_view import printable, savings
+from visistage.cli.show.build_progress import BuildProgress
 from visistage.compile.build import build
 from visistage.compile.steps import StepFact
-from visistage.console.answer import printable, savings
-from visistage.console.progress import BuildProgress
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import BundleError, VisistageError
 from visistage.pages.units import show_bytes, show_seconds
@@ -294,7 +294,7 @@ def failing(monkeypatch):
         def doctor_table():
             raise error
 
-        monkeypatch.setattr("visistage.console.doctor.doctor_table", doctor_table)
+        monkeypatch.setattr("visistage.cli.show.doctor_view.doctor_table", doctor_table)
         return run("doctor")
 
     return fail

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from visistage.cli import main
+from visistage.cli.main import main
 from visistage.compile.planfile import save_plan
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.chain.chain import Chain

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from visistage.bench.record import RESULTS
 from visistage.calib.evaluate import evaluate
+from visistage.cli.show.evaluation_view import chosen_samples
 from visistage.compile.build import build
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
-from visistage.console.evaluation import chosen_samples
 from visistage.runtime.session import load
 from visistage.tests import reference
 

@@ -18,7 +18,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper
-from visistage.cli import main
+from visistage.cli.main import main
 from visistage.compile.build import build
 from visistage.compile.engines import engines as trt_engines
 from visistage.compile.engines import worker

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from visistage.bench import fit as bench_fit
-from visistage.cli import main
-from visistage.console.estimate import show_times, subject_of
+from visistage.cli.main import main
+from visistage.cli.show.estimate_view import show_times, subject_of
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.contract import stage_slots
 from visistage.graphs.errors import CapacityError, TargetError

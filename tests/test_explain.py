@@ -11,10 +11,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from visistage.cli import main
+from visistage.cli.main import main
+from visistage.cli.show.answer_view import savings
 from visistage.compile.build import build
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
-from visistage.console.answer import savings
 from visistage.graphs.bundle import Bundle, FileFact
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.config import ModelConfig

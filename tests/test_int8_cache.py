@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from visistage.bench.kv_cache import Rounded
 from visistage.calib.run.collect_ranges import collect
 from visistage.calib.samples import Sample
-from visistage.cli import main
+from visistage.cli.main import main
+from visistage.cli.show.bundle_view import bundle_facts
 from visistage.compile.build import build
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.engines.engine_spec import recipes_of
@@ -24,7 +25,6 @@ from visistage.compile.planfile import resolve_plan
 from visistage.compile.quantize.cache_scales import FILE, cache_scales, rounded_rows
 from visistage.compile.quantize.int_arithmetic import INT8_LEVELS
 from visistage.compile.quantize.quantize import resolve
-from visistage.console.inspect import bundle_facts
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.contract import hands_back
 from visistage.graphs.errors import DataError, EngineError, ModelError, TargetError

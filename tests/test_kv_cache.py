@@ -3,8 +3,8 @@
 import pytest
 import torch
 from visistage.bench.kv_cache import LEVELS, Cached, compared, largest, operators, rounded
+from visistage.cli.show.evaluation_view import chosen_samples
 from visistage.compile.planfile import resolve_plan
-from visistage.console.evaluation import chosen_samples
 
 TOKENS = 4
 

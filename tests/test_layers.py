@@ -135,24 +135,24 @@ RULES = {
         },
         {"click", "psutil", "rich"},
     ),
-    "console.doctor": (
+    "cli.show.doctor_view": (
         PURE | {"", "console.*", "runtime.backends.cpu", "trt.*"},
         {"onnxruntime", "psutil", "rich"},
     ),
-    "console.inspect_engines": (PURE | {"console.*", "compile.engines.engines"}, {"numpy", "rich"}),
-    "console.rounding": (PURE | {"compile.checkpoint.names", "console.units"}, set()),
-    "console.verify": (
+    "cli.show.engines_view": (PURE | {"console.*", "compile.engines.engines"}, {"numpy", "rich"}),
+    "cli.show.precision_view": (PURE | {"compile.checkpoint.names", "cli.show.units"}, set()),
+    "cli.show.verify_view": (
         PURE
         | {
-            "console.bar",
-            "console.units",
+            "cli.show.bar",
+            "cli.show.units",
             "tools.verify.verify_report",
             "tools.verify.check_steps",
         },
         {"rich"},
     ),
-    "console.engines": (PURE | {"trt.*"}, {"rich"}),
-    "console.estimate": (
+    "cli.show.build_view": (PURE | {"trt.*"}, {"rich"}),
+    "cli.show.estimate_view": (
         PURE | {"compile.planfile", "console.*", "tools.estimate.estimate_target"},
         {"rich"},
     ),
@@ -161,7 +161,7 @@ RULES = {
         PURE
         | {
             "",
-            "console.units",
+            "cli.show.units",
             "explain.*",
             "graphs.chain.executor",
             "graphs.chain.chain",
@@ -178,12 +178,12 @@ RULES = {
     ),
     "explain": (set(), set()),
     # What pages share; it knows nothing of what they show.
-    "pages.*": ({"console.units", "graphs.errors", "pages.*"}, {"jinja2"}),
+    "pages.*": ({"cli.show.units", "graphs.errors", "pages.*"}, {"jinja2"}),
     "pages": (set(), set()),
     # Runs wherever a bundle runs, engines included.
     "profiling.*": (
         PURE
-        | {"", "console.profile", "tools.explain.dense", "pages.*", "profiling.*"}
+        | {"", "cli.show.profile_view", "tools.explain.dense", "pages.*", "profiling.*"}
         | {"runtime.reuse", "runtime.backends.cpu", "runtime.session"}
         | {"compile.engines.engines", "compile.engines.engine_spec"},
         {"PIL", "numpy", "psutil"},
@@ -248,7 +248,7 @@ RULES = {
     ),
     "commands": (set(), set()),
     "commands.*": ({"", "*"}, {"click"}),
-    "commands.group": ({"graphs.errors"}, {"click"}),
+    "cli.group": ({"graphs.errors"}, {"click"}),
     "cli": ({"", "commands.*"}, {"click"}),
     "__main__": ({"cli"}, set()),
     "": (set(), set()),
@@ -355,17 +355,17 @@ def test_the_rules_name_modules_that_exist():
         ("compile.build", "from ..runtime.session import load"),
         ("compile.build", "import huggingface_hub"),
         ("demo.heldout", "import torch"),
-        ("demo.train", "from ..graphs.plan import StagePlan"),
-        ("console.answer", "import torch"),
-        ("console.answer", "from ..compile.build import build"),
-        ("console.answer", "import onnxruntime"),
+        ("demo.training.train", "from ..graphs.plan import StagePlan"),
+        ("cli.show.answer_view", "import torch"),
+        ("cli.show.answer_view", "from ..compile.build import build"),
+        ("cli.show.answer_view", "import onnxruntime"),
         ("tools.explain.readings", "import torch"),
         ("tools.explain.trace", "from ..runtime.ort import OrtExecutor"),
         ("tools.profile.timing", "from ..runtime.ort import OrtExecutor"),
         ("tools.profile.timing", "import torch"),
         ("tools.estimate.predict", "from ..runtime.session import Session"),
         ("graphs.plan.call_cost", "import numpy"),
-        ("commands.asking", "import torch"),
+        ("cli.asking", "import torch"),
         ("cli", "from .compile.build import build"),
     ],
 )

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper
 from PIL import Image
-from visistage.cli import main
+from visistage.cli.main import main
 from visistage.compile.build import build
 from visistage.compile.export.node_names import label_layers
 from visistage.graphs.bundle import ANY_CONTEXT, Bundle

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from visistage.cli import main
+from visistage.cli.main import main
 from visistage.compile.build import build
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.engines.engines import compile_engines

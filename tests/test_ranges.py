@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from visistage.bench.fp16 import Staged, compared
+from visistage.cli.show.bundle_view import bundle_facts
+from visistage.cli.show.evaluation_view import chosen_samples
 from visistage.compile import layer_stream as stream
 from visistage.compile.build import build
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
@@ -26,8 +28,6 @@ from visistage.compile.quantize.fp16_ranges import (
     pieces,
     read_ranges,
 )
-from visistage.console.evaluation import chosen_samples
-from visistage.console.inspect import bundle_facts
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import ModelError, TargetError
 from visistage.graphs.modules.decoder import DecoderLayer, Linear

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 import pytest
-from visistage.cli import main
+from visistage.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -12,12 +12,12 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from visistage.cli import main
+from visistage.cli.main import main
+from visistage.cli.show.verify_view import report_table, require_passed
 from visistage.compile.build import build
 from visistage.compile.engines.engines import compile_engines
 from visistage.compile.export.split import compiler_peak
 from visistage.compile.export.static_shapes import DECOMPOSABLE
-from visistage.console.verify import report_table, require_passed
 from visistage.graphs.bundle import MANIFEST, Bundle, FileFact, sha256
 from visistage.graphs.errors import BundleError, DataError, ImageError, ModelError, ParityError
 from visistage.graphs.plan.probing import Decision

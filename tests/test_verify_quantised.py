@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from visistage.cli import main
+from visistage.cli.main import main
+from visistage.cli.show.bundle_view import bundle_facts
 from visistage.compile.build import build
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.quantize.int_arithmetic import pack_int4, restored
-from visistage.console.inspect import bundle_facts
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import DataError
 from visistage.graphs.quantization import BLOCK, FLOAT, Quantization

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .scenes import COLOURS, LETTERS, SHAPES, SIZES, Scene, render_owners
+from ..scenes import COLOURS, LETTERS, SHAPES, SIZES, Scene, render_owners
 
 # Name and number of classes of each target; the last class of "letter" is no letter.
 CLASSES = {

@@ -12,12 +12,12 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from ..calib.samples import Sample, read_samples
-from ..compile.checkpoint.known_models import DEMO
-from ..graphs.errors import DataError
+from ...calib.samples import Sample, read_samples
+from ...compile.checkpoint.known_models import DEMO
+from ...graphs.errors import DataError
 
 if TYPE_CHECKING:
-    from ..calib.evaluate import Report
+    from ...calib.evaluate import Report
 
 DEMO_SAMPLES = 200
 """Held-out scenes asked unless told otherwise."""
@@ -48,7 +48,7 @@ def chosen_samples(model: str, data: Path | None, count: int | None) -> list[Sam
             f"there are no questions for model '{model}' in this package, only for '{DEMO}'. "
             "Give a JSONL file: --data questions.jsonl"
         )
-    from ..demo.heldout import held_out
+    from ...demo.heldout import held_out
 
     return [
         Sample(f"scene {number}", made.image, made.question, made.answer, made.kind)

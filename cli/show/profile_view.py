@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from ..pages.units import show_bytes
-from ..tools.profile.labels import label, machine_line, row_names
+from ...pages.units import show_bytes
+from ...tools.profile.labels import label, machine_line, row_names
 
 COLUMNS = ("median", "p90", "p99")
 TOP_LAYERS = 5

@@ -9,15 +9,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..calib.samples import Sample, read_samples, samples_file
-from ..compile.checkpoint.known_models import DEMO
-from ..graphs.errors import DataError, PlanError, TargetError
-from ..graphs.quantization import QUANTISED, Recipe, is_quantised, parse_recipe
-from ..pages.units import show_seconds
+from ...calib.samples import Sample, read_samples, samples_file
+from ...compile.checkpoint.known_models import DEMO
+from ...graphs.errors import DataError, PlanError, TargetError
+from ...graphs.quantization import QUANTISED, Recipe, is_quantised, parse_recipe
+from ...pages.units import show_seconds
 from .bar import StepBar
 
 if TYPE_CHECKING:
-    from ..compile.quantize.calibration_file import Calibration
+    from ...compile.quantize.calibration_file import Calibration
 
 DEMO_SAMPLES = 120
 """Scenes read unless told otherwise."""
@@ -45,7 +45,7 @@ def calibration_samples(
             f"there are no samples for model '{model}' in this package, only for '{DEMO}'. Give "
             "pictures and prompts of the kind that it will be asked: --data questions.jsonl"
         )
-    from ..demo.heldout import held_out
+    from ...demo.heldout import held_out
 
     made = enumerate(held_out(count or DEMO_SAMPLES, DEMO_SERIES))
     return [
@@ -72,8 +72,8 @@ def wish_or_plan(plan: str | None, **wish: Any) -> Any:
                 f"named is not chosen. Leave out --{option} or --plan."
             )
         return plan
-    from ..calib.plan_search.choose import Budget
-    from ..calib.plan_search.chooser import Wish
+    from ...calib.plan_search.choose import Budget
+    from ...calib.plan_search.chooser import Wish
 
     if "precision" in typed:
         typed["recipe"] = _recipe(typed.pop("precision"))
@@ -108,7 +108,7 @@ class CalibrationProgress(StepBar):
 
 def calibration_facts(folder: Path, calibration: Calibration) -> dict[str, Any]:
     """What ``--json`` prints; the ranges themselves are in the folder."""
-    from ..calib.page.warnings import doubts
+    from ...calib.page.warnings import doubts
 
     return {
         "path": str(folder),
@@ -137,8 +137,8 @@ def next_command(folder: Path, calibration: Calibration) -> str:
 
 def calibration_table(folder: Path, calibration: Calibration) -> RenderableType:
     """The plan with its reasons, what else was tried, doubts, and what to do next."""
-    from ..calib.page.calibration_page import NAME
-    from ..calib.page.warnings import doubts
+    from ...calib.page.calibration_page import NAME
+    from ...calib.page.warnings import doubts
 
     samples, choice = calibration.samples, calibration.choice
     lines = [f"plan {choice.get('text', calibration.plan.name)}"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from . import crew
+from . import data_parallel as crew
 
 
 class Optimizer:

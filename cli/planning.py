@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from ..console.output import show, show_json
-from ..console.units import Share
 from .options import as_json
+from .show.output import show, show_json
+from .show.units import Share
 
 
 @click.command()
@@ -44,7 +44,7 @@ def plan(
     visistage plan visipruner-paper --trigger 14 --kept 10.3 --exit 23
     visistage plan visipruner --yaml > mine.yaml
     """
-    from ..console.plan import outcome_of, plan_facts, preset_facts, preset_table
+    from .show.plan_view import outcome_of, plan_facts, preset_facts, preset_table
 
     if plan is None:
         if as_json:
@@ -52,8 +52,8 @@ def plan(
         else:
             show(preset_table())
         return
-    from ..cli.show.plan_table import plan_json, plan_table
     from ..compile.planfile import plan_to_yaml
+    from .show.plan_table import plan_json, plan_table
 
     staged, geometry = plan_facts(plan, model, layers, visual_tokens)
     options["outcome"] = outcome_of(staged, trigger, kept, exit_)
@@ -104,7 +104,7 @@ def calibrate(
     visistage calibrate llava-7b --data questions.jsonl --cost 50%
     visistage calibrate llava-7b --data photos/ --samples 64 --plan visipruner:t=14,keep=32
     """
-    from ..console.calibration import (
+    from .show.calibration_view import (
         CalibrationProgress,
         calibration_facts,
         calibration_samples,

@@ -7,10 +7,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..graphs.errors import ParityError
-from ..pages.units import show_seconds
-from ..tools.verify.check_steps import Step
-from ..tools.verify.verify_report import FAILED, IMPOSSIBLE, NOTHING, PASSED, Report, Rung
+from ...graphs.errors import ParityError
+from ...pages.units import show_seconds
+from ...tools.verify.check_steps import Step
+from ...tools.verify.verify_report import FAILED, IMPOSSIBLE, NOTHING, PASSED, Report, Rung
 from .bar import StepBar
 
 STYLES = {PASSED: "green", FAILED: "bold red", IMPOSSIBLE: "yellow", NOTHING: "dim"}

@@ -8,11 +8,11 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from ..graphs.bundle import Bundle, GraphFact
-from ..graphs.contract import TensorSpec
-from ..graphs.precision import ALWAYS
-from ..pages.units import show_bytes
-from .rounding import rounding_facts, rounding_rows
+from ...graphs.bundle import Bundle, GraphFact
+from ...graphs.contract import TensorSpec
+from ...graphs.precision import ALWAYS
+from ...pages.units import show_bytes
+from .precision_view import rounding_facts, rounding_rows
 
 QUESTION_ROWS = 40
 """Text rows of the prompt that cache sizes are stated for, besides the prefix and one picture."""

@@ -11,10 +11,10 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from ..graphs.bundle import Bundle
-from ..graphs.contract import GraphSpec
-from ..graphs.engine_index import EngineFact, Engines
-from ..pages.units import show_bytes, show_seconds
+from ...graphs.bundle import Bundle
+from ...graphs.contract import GraphSpec
+from ...graphs.engine_index import EngineFact, Engines
+from ...pages.units import show_bytes, show_seconds
 
 
 def engine_facts(bundle: Bundle) -> dict[str, Any] | None:

@@ -10,13 +10,13 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ..compile.checkpoint.known_models import ALIASES, DEMO, GEOMETRIES
-from ..compile.planfile import resolve_plan
-from ..graphs.config import ModelConfig
-from ..graphs.errors import ModelError, PlanError
-from ..graphs.plan.cost import Geometry, Outcome
-from ..graphs.plan.plan import StagePlan
-from ..graphs.presets.presets import LATER, PRESETS
+from ...compile.checkpoint.known_models import ALIASES, DEMO, GEOMETRIES
+from ...compile.planfile import resolve_plan
+from ...graphs.config import ModelConfig
+from ...graphs.errors import ModelError, PlanError
+from ...graphs.plan.cost import Geometry, Outcome
+from ...graphs.plan.plan import StagePlan
+from ...graphs.presets.presets import LATER, PRESETS
 
 
 def plan_facts(
@@ -93,7 +93,7 @@ def _config(model: str) -> dict[str, Any]:
     known = next((name for name, hub in ALIASES.items() if hub == model), model)
     if known in GEOMETRIES:
         return dict(GEOMETRIES[known].config)
-    folder = Path(__file__).parents[1] / "demo" / "model" if model == DEMO else Path(model)
+    folder = Path(__file__).parents[2] / "demo" / "model" if model == DEMO else Path(model)
     file = folder / "config.json"
     try:
         data = json.loads(file.read_text(encoding="utf-8"))

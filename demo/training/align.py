@@ -13,9 +13,9 @@ import random
 import numpy as np
 import torch
 
+from ..scenes import make_scene, render
 from . import packed
 from .batches import normalise
-from .scenes import make_scene, render
 from .supervision import CLASSES, NUMBERS, patch_targets
 
 

@@ -10,12 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..compile.planfile import resolve_plan
-from ..graphs.bundle import MANIFEST, Bundle
-from ..graphs.errors import TargetError
-from ..pages.units import show_bytes
-from ..tools.estimate.estimate_target import PREFIX_ROWS, Subject
-from .plan import model_config
+from ...compile.planfile import resolve_plan
+from ...graphs.bundle import MANIFEST, Bundle
+from ...graphs.errors import TargetError
+from ...pages.units import show_bytes
+from ...tools.estimate.estimate_target import PREFIX_ROWS, Subject
+from .plan_view import model_config
 
 PHASES = {
     "tower_ms": "tower and projector",

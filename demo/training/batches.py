@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..questions import KINDS, ask
+from ..scenes import Scene, make_scene, pick, render
 from .architecture import IMAGE_SIZE, MEAN, STD
-from .questions import KINDS, ask
-from .scenes import Scene, make_scene, pick, render
 from .supervision import patch_owners, patch_targets
 from .tokenizer import build_tokenizer
 

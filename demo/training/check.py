@@ -1,6 +1,6 @@
 """Asks the saved model as anyone would: Hugging Face classes, chat template, greedy `generate`.
 
-`python -m visistage.demo.check --model demo/model --count 2000` prints the table of the README's
+`python -m visistage.demo.training.check --model demo/model --count 2000` prints the table of the README's
 first column; nothing of the training code takes part in it.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from .heldout import held_out
+from ..heldout import held_out
 
 
 @torch.inference_mode()

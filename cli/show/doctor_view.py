@@ -13,20 +13,13 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from .. import __version__
-from ..compile.engines.engines import can_compile
-from ..graphs.targets import (
-    OPENVINO,
-    TARGETS,
-    TENSORRT,
-    TENSORRT_RTX,
-    Target,
-    show_capability,
-)
-from ..pages.units import show_bytes
-from ..runtime.backends.cpu import cores
-from ..runtime.device.probe import Device, find_device
-from ..runtime.device.tensorrt import find, serves
+from ... import __version__
+from ...compile.engines.engines import can_compile
+from ...graphs.targets import OPENVINO, TARGETS, TENSORRT, TENSORRT_RTX, Target, show_capability
+from ...pages.units import show_bytes
+from ...runtime.backends.cpu import cores
+from ...runtime.device.probe import Device, find_device
+from ...runtime.device.tensorrt import find, serves
 
 COMPILE_EXTRA = (
     "torch",

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from ..console.output import show, show_json
 from .options import (
     as_json,
     backend_option,
@@ -15,6 +14,7 @@ from .options import (
     bundle_default,
     session_of,
 )
+from .show.output import show, show_json
 
 
 @click.command(epilog=bundle_default)
@@ -40,7 +40,7 @@ def evaluate(bundle, data, samples, max_tokens, backend, as_json) -> None:
     visistage evaluate engines/llava-7b --data questions.jsonl --json
     """
     from ..calib.evaluate import evaluate
-    from ..console.evaluation import chosen_samples, counting, report_table
+    from .show.evaluation_view import chosen_samples, counting, report_table
 
     with session_of(bundle, backend=backend) as session:
         chosen = chosen_samples(session.bundle.manifest.model, data, samples)
@@ -89,11 +89,11 @@ def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **optio
     visistage profile engines/llava-7b --against engines/llava-7b/fastv-fp16-cuda --json
     visistage profile engines/llava-7b --repetitions 5 --tokens 256       longer: energy, too
     """
-    from ..console.profile import command_lines, profile_table, profiling_bar
     from ..pages.page import write
     from ..tools.profile.profile import profile
     from ..tools.profile.profile_page import render
     from ..tools.profile.timing import Settings
+    from .show.profile_view import command_lines, profile_table, profiling_bar
 
     settings = Settings(repetitions, warm_up, tokens)
     with profiling_bar() as tick:
@@ -140,8 +140,8 @@ def estimate(subject, device, as_json, plan, precision, prefix, threads, **promp
     visistage estimate llava-7b --device orin-nano-8 --precision w4 --plan visipruner:t=14
     visistage estimate engines/demo/visipruner-fp32-cpu --device cpu --json
     """
-    from ..console.estimate import estimate_table, subject_of
     from ..tools.estimate.predict import Prompt, estimate
+    from .show.estimate_view import estimate_table, subject_of
 
     of = subject_of(subject, plan, precision, prefix)
     facts = estimate(of, device, Prompt(**prompt), threads=threads)

@@ -6,13 +6,13 @@ import logging
 
 import click
 
-from . import __version__
-from .commands.asking import explain, infer
-from .commands.building import build, engines
-from .commands.checking import doctor, inspect, verify
-from .commands.group import Commands
-from .commands.measuring import estimate, evaluate, profile
-from .commands.planning import calibrate, plan
+from .. import __version__
+from .asking import explain, infer
+from .building import build, engines
+from .checking import doctor, inspect, verify
+from .group import Commands
+from .measuring import estimate, evaluate, profile
+from .planning import calibrate, plan
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

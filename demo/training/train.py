@@ -1,4 +1,4 @@
-"""Trains the demo model: `python -m visistage.demo.train --minutes 60 --out demo/model`.
+"""Trains the demo model: `python -m visistage.demo.training.train --minutes 60 --out demo/model`.
 
 First the tower learns what each patch shows, from the renderer; then projector and decoder learn to
 answer, the tower fixed at first. The row that answers is also taught where to look. The learning
@@ -20,18 +20,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import crew, packed
+from ..heldout import held_out
+from . import data_parallel as crew
+from . import packed
 from .align import align_projector
 from .architecture import build_model, save
 from .batches import Recipe, encode_rows, normalise, stream
-from .heldout import held_out
 from .muon import Optimizer
 from .supervision import OUTPUTS, look_loss, patch_loss
 from .tokenizer import build_tokenizer
 
 WEIGHTS = (1.0, 1.0, 1.5, 1.25, 1.0, 1.0, 1.0)  # how often each of KINDS is asked
 LOOK_LAYERS = (2, 3)  # where the row that answers is taught where to look
-log = logging.getLogger("visistage.demo.train")
+log = logging.getLogger("visistage.demo.training.train")
 
 
 def schedule(spent: float, warm: float = 0.02, flat: float = 0.45) -> float:

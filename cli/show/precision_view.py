@@ -6,12 +6,12 @@ import math
 from collections import Counter
 from typing import Any
 
-from ..compile.checkpoint.names import tensor_shapes
-from ..graphs.bundle import Manifest
-from ..graphs.linears import Group, linear_groups
-from ..graphs.quantization import Scheme, block_of
-from ..graphs.targets import find_target
-from ..pages.units import show_bytes
+from ...compile.checkpoint.names import tensor_shapes
+from ...graphs.bundle import Manifest
+from ...graphs.linears import Group, linear_groups
+from ...graphs.quantization import Scheme, block_of
+from ...graphs.targets import find_target
+from ...pages.units import show_bytes
 
 MOST_NAMES = 6
 """Layers kept float that are named in the table."""

@@ -10,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..graphs.contract import PROBE
-from ..graphs.plan.cost import Cost, Geometry, Load, cost_of, plan_loads, reduction_percent
+from ...graphs.contract import PROBE
+from ...graphs.plan.cost import Cost, Geometry, Load, cost_of, plan_loads, reduction_percent
 
 if TYPE_CHECKING:
-    from ..graphs.bundle import Manifest
-    from ..runtime.answer import Answer, PlanFacts
+    from ...graphs.bundle import Manifest
+    from ...runtime.answer import Answer, PlanFacts
 
 
 def savings(manifest: Manifest, facts: PlanFacts) -> dict[str, Any] | None:

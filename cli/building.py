@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from ..console.output import show_json
-from ..console.units import ByteSize
 from .options import as_json, bundle_argument, bundle_at, bundle_default, sm_option
+from .show.output import show_json
+from .show.units import ByteSize
 
 
 @click.command()
@@ -61,8 +61,8 @@ def engines(
     For a target with engines they are compiled here if this machine can; for a board the bundle
     stays portable: copy it there, and type visistage build.
     """
-    from ..console.engines import compile_here, with_kept
-    from ..console.progress import BuildProgress
+    from .show.build_progress import BuildProgress
+    from .show.build_view import compile_here, with_kept
 
     options["precision"] = with_kept(options["precision"], keep_float)
     with BuildProgress() as progress:
@@ -93,8 +93,8 @@ def build(bundle, capabilities, as_json) -> None:
     visistage build engines/demo --sm 86 --sm 120       TensorRT-RTX: for GPUs that are not here
     """
     from ..compile.engines.engines import compile_engines
-    from ..console.progress import BuildProgress
     from ..graphs.bundle import Bundle
+    from .show.build_progress import BuildProgress
 
     opened = Bundle.open(bundle_at(bundle))
     with BuildProgress() as progress:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from ..compile.engines.engines import can_compile
-from ..graphs.errors import MissingDependencyError, TargetError
-from ..graphs.quantization import QUANTISED, is_quantised
-from ..graphs.targets import Capability, find_target
-from ..runtime.device.probe import find_device
-from ..runtime.device.tensorrt import INSTALL, find
+from ...compile.engines.engines import can_compile
+from ...graphs.errors import MissingDependencyError, TargetError
+from ...graphs.quantization import QUANTISED, is_quantised
+from ...graphs.targets import Capability, find_target
+from ...runtime.device.probe import find_device
+from ...runtime.device.tensorrt import INSTALL, find
 
 
 def with_kept(precision: str | None, kept: Sequence[str]) -> str | None:

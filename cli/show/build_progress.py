@@ -12,16 +12,16 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..pages.units import show_bytes, show_seconds
-from ..runtime.backends.cpu import peak_memory
+from ...pages.units import show_bytes, show_seconds
+from ...runtime.backends.cpu import peak_memory
 from .bar import StepBar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..compile.steps import StepFact
-    from ..graphs.bundle import Bundle
-    from ..graphs.engine_index import Engines
+    from ...compile.steps import StepFact
+    from ...graphs.bundle import Bundle
+    from ...graphs.engine_index import Engines
 
 
 class BuildProgress(StepBar):

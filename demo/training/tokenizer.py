@@ -6,9 +6,9 @@ import random
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from .heldout import PROMPT
-from .questions import ANSWERS, KINDS, ask
-from .scenes import make_scene
+from ..heldout import PROMPT
+from ..questions import ANSWERS, KINDS, ask
+from ..scenes import make_scene
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 CHAT_TEMPLATE = (

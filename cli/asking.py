@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from ..console.output import show, show_json
-from ..console.units import ByteSize
 from .options import as_json, backend_option, session_of
+from .show.output import show, show_json
+from .show.units import ByteSize
 
 
 @click.command()
@@ -44,7 +44,7 @@ def infer(images, prompt, bundle, as_json, stream, max_tokens, stop, **options) 
     visistage infer "Write a haiku." --temperature 0.7 --seed 1
     visistage infer photo.jpg "How many people?" --bundle engines/llava-7b --json
     """
-    from ..console.answer import answer_facts, answer_table, printable
+    from .show.answer_view import answer_facts, answer_table, printable
 
     if not images and os.path.isfile(prompt):  # a long prompt is no path: Path would raise
         raise click.UsageError(f"{prompt} is a file, and no question follows it. Add one.")

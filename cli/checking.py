@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from ..console.output import show, show_json
-from ..console.units import ByteSize
 from .options import as_json, bundle_argument, bundle_at, bundle_default
+from .show.output import show, show_json
+from .show.units import ByteSize
 
 
 @click.command(epilog=bundle_default)
@@ -24,9 +24,9 @@ def inspect(bundle, as_json) -> None:
     visistage inspect engines/demo
     visistage inspect engines/llava-7b --json
     """
-    from ..console.inspect import bundle_facts, bundle_table
-    from ..console.inspect_engines import engine_facts, engine_table
     from ..graphs.bundle import Bundle
+    from .show.bundle_view import bundle_facts, bundle_table
+    from .show.engines_view import engine_facts, engine_table
 
     opened = Bundle.open(bundle_at(bundle))
     if as_json:
@@ -65,11 +65,11 @@ def verify(bundle, model, calibration, data, samples, max_tokens, memory_limit, 
     visistage verify engines/demo
     visistage verify engines/llava-7b --model llava-7b --data questions.jsonl --samples 20
     """
-    from ..console.verify import LadderProgress, report_table, require_passed
     from ..graphs.bundle import Bundle
     from ..tools.verify.verify import verify
     from ..tools.verify.verify_prompts import checkpoint_at_hand, chosen
     from ..tools.verify.verify_report import PAGE_FILE
+    from .show.verify_view import LadderProgress, report_table, require_passed
 
     opened = Bundle.open(bundle_at(bundle))
     asked = chosen(opened.manifest.model, data, samples)
@@ -97,7 +97,7 @@ def verify(bundle, model, calibration, data, samples, max_tokens, memory_limit, 
 @as_json
 def doctor(as_json) -> None:
     """Show what this machine can build and run, and what it lacks."""
-    from ..console.doctor import doctor_facts, doctor_table
+    from .show.doctor_view import doctor_facts, doctor_table
 
     if as_json:
         show_json(doctor_facts())

@@ -1,1 +1,0 @@
-"""What the command line shows: progress, answers, bundles, machines. Presentation only."""

@@ -1,0 +1,1 @@
+"""Training of the demo model; not part of the wheel."""
