@@ -62,7 +62,7 @@ calibrate: setup  ## choose a plan, measure ranges: MODEL=demo [DATA SAMPLES PLA
 profile: setup  ## time a bundle part by part: MODEL=llava-7b [PLAN TARGET PRECISION DUMMY OUT]
 	@bundle=$$($(BIN)/visistage engines $(ENGINES)) && $(BIN)/visistage profile "$$bundle"
 
-test: setup  ## run the tests, or some: TESTS=tests/test_plan.py
+test: setup  ## run the tests, or some: TESTS=tests/graphs/test_plan.py
 	$(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)
 
 check: setup types  ## lint, formatting, types, layering and the wheel's contents

@@ -3,7 +3,8 @@
     python -m visistage.bench.branches [--threads 2] [--rounds 40]
 
 One layer's attention over its cache, first deciles of turns. One form: gates on values where the
-layer has any, then ``Attention`` over all slots. Branched: ``compile/export/branched_attention.py``.
+layer has any, then ``Attention`` over all slots. Branched:
+``compile/export/branched_attention.py``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What an FP16 bundle computes in more than FP16, decided once, with the reason. Pure data.
 
-``ALWAYS`` holds for every bundle. A ``Widening`` is what the range check (``compile/quantize/fp16_ranges.py``)
-found necessary besides, for one checkpoint: the manifest carries it, export and runtimes obey it.
+``ALWAYS`` holds for every bundle. A ``Widening`` is what the range check
+(``compile/quantize/fp16_ranges.py``) found necessary besides, for one checkpoint: the manifest
+carries it, export and runtimes obey it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = os.environ["VISISTAGE_THREADS"] = "1"
 
 import pytest
 import torch
-from visistage.tests import browser as headless
+from visistage.tests.support import browser as headless
 
 torch.set_num_threads(1)
 
@@ -22,7 +22,7 @@ def _shared_traces(tmp_path_factory):
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     from visistage.compile.export import stitch
-    from visistage.tests.traces import SharedTraces
+    from visistage.tests.support.traces import SharedTraces
 
     # The folders of all processes of one run lie side by side, those of other runs elsewhere.
     stitch._TRACED = SharedTraces(tmp_path_factory.getbasetemp().parent / "traces")
@@ -30,7 +30,7 @@ def _shared_traces(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def browser():
-    """``tests.browser.look``, where there is a browser."""
+    """``tests.support.browser.look``, where there is a browser."""
     if headless.find() is None:
         pytest.skip(f"no browser: none of {', '.join(headless.NAMES)} is installed")
     return headless.look

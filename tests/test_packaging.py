@@ -11,7 +11,7 @@ import pytest
 import visistage
 
 ROOT = Path(__file__).parents[1]
-NOT_INSTALLED = ("tests", "bench", "examples", "docs")
+NOT_INSTALLED = ("tests", "bench", "examples", "docs", "demo/training")
 
 
 def tracked() -> list[str]:
@@ -57,19 +57,18 @@ def test_every_module_is_in_the_wheel(installed):
     modules = {
         name for name in tracked() if name.endswith(".py") and not name.startswith(NOT_INSTALLED)
     }
-    assert {"cli.py", "runtime/session.py", "compile/build.py"} <= modules
+    assert {"cli/main.py", "runtime/session.py", "compile/build.py"} <= modules
     assert {name for name in installed if name.endswith(".py")} == modules
 
 
 def test_data_is_in_the_wheel(installed):
     data = {name for name in tracked() if name.startswith(("demo/model/", "demo/pictures/"))}
     assert any(name.endswith(".png") for name in data)
-    data |= {f"explain/page.{kind}" for kind in ("css", "html", "js")}
-    data |= {"pages/base.css", "pages/chart.css"}
-    data |= {f"profiling/{name}" for name in ("page.css", "page.html")}
-    data |= {f"profiling/{name}.onnx" for name in ("matmul", "matmul-fp16")}
-    data |= {name for name in tracked() if name == "tools/estimate/measured.json"}
-    data |= {"calib/page/page.css", "calib/page/page.html", "pages/base.css", "pages/chart.css"}
+    pages = ("calib/page", "tools/explain", "tools/profile")
+    data |= {f"{folder}/page.{kind}" for folder in pages for kind in ("css", "html")}
+    data |= {"tools/explain/page.js", "pages/base.css", "pages/chart.css"}
+    data |= {f"tools/profile/{name}.onnx" for name in ("matmul", "matmul-fp16")}
+    data |= {"tools/estimate/measured.json"}
     assert {name for name in installed if not name.endswith(".py")} == data | {"py.typed"}
 
 
@@ -82,7 +81,7 @@ def test_metadata(wheel):
     info = f"visistage-{visistage.__version__}.dist-info"
     texts = {name.split("/")[-1]: name for name in wheel.namelist() if name.startswith(info)}
     assert {"LICENSE", "NOTICE"} <= set(texts)
-    assert "visistage = visistage.cli:main" in wheel.read(texts["entry_points.txt"]).decode()
+    assert "visistage = visistage.cli.main:main" in wheel.read(texts["entry_points.txt"]).decode()
     metadata = wheel.read(texts["METADATA"]).decode()
     required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.M)
     assert "onnxruntime" in required

@@ -7,10 +7,10 @@ prompts, of which it keeps the rows alone:
         for each prompt   its calls of this stage, over a cache that lives no longer than this
     at an edge       the last prompt row selects, or vision leaves
 
-Which rows a call holds, in which order and under which gates is said by ``graphs.chain.chain``, as for
-every back end; so the logits are those of the chain. A known answer is fed behind its prompt, as
-decode steps would feed it. Keys and values of the prefix come computed: its rows are never run, so
-nobody who watches sees them.
+Which rows a call holds, in which order and under which gates is said by ``graphs.chain.chain``, as
+for every back end; so the logits are those of the chain. A known answer is fed behind its prompt,
+as decode steps would feed it. Keys and values of the prefix come computed: its rows are never run,
+so nobody who watches sees them.
 """
 
 from __future__ import annotations

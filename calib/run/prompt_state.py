@@ -1,7 +1,7 @@
 """One prompt on its way through the layers of a plan: its rows, calls and what it selected.
 
-Where ``graphs.chain.chain.Chain`` holds the caches of all stages at once, a traveller holds the rows of
-the stage it is in, and is lent a cache for one layer.
+Where ``graphs.chain.chain.Chain`` holds the caches of all stages at once, a traveller holds the
+rows of the stage it is in, and is lent a cache for one layer.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ DEMO_SAMPLES = 120
 
 DEMO_SERIES = 1000
 """The series of held-out scenes that calibrates the demo. Evaluations ask series 0, and a scene of
-one is not in the other (tests/test_calibrate.py)."""
+one is not in the other (tests/calib/test_calibrate.py)."""
 
 MOST_SHOWN = 5
 """Unreadable pictures listed; calibration.json has all of them."""

@@ -47,8 +47,9 @@ class Checkpoint:
     """An opened checkpoint folder.
 
     ``name`` is fit for a directory; ``origin`` says where the model is from without naming this
-    machine; ``raw`` is ``config.json``; ``tensors`` has canonical names (compile/checkpoint/names.py);
-    ``files`` are the folder's other files by name: tokenizer, templates, processor configs.
+    machine; ``raw`` is ``config.json``; ``tensors`` has canonical names
+    (compile/checkpoint/names.py); ``files`` are the folder's other files by name: tokenizer,
+    templates, processor configs.
     """
 
     name: str

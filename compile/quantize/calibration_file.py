@@ -102,8 +102,8 @@ class Calibration:
         versions: of what made it.
         cache: (2, L, G) float32, the largest absolute key and value of each layer and head, over
             everything that is cached, the prefix's rows too; None in the older format.
-        dynamics, choice: plain JSON of ``calib.plan_search.dynamics`` and ``calib.plan_search.choose``; empty where no plan
-            was to be chosen.
+        dynamics, choice: plain JSON of ``calib.plan_search.dynamics`` and
+            ``calib.plan_search.choose``; empty where no plan was to be chosen.
     """
 
     model: str

@@ -1,6 +1,7 @@
 """Ranges of what linear layers are given, and what each way of rounding costs them.
 
-One ``GroupRanges`` for each group of ``graphs.linears``; ``compile.quantize.calibration_file`` keeps them in files.
+One ``GroupRanges`` for each group of ``graphs.linears``; ``compile.quantize.calibration_file``
+keeps them in files.
 """
 
 from __future__ import annotations

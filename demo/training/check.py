@@ -1,7 +1,7 @@
 """Asks the saved model as anyone would: Hugging Face classes, chat template, greedy `generate`.
 
-`python -m visistage.demo.training.check --model demo/model --count 2000` prints the table of the README's
-first column; nothing of the training code takes part in it.
+`python -m visistage.demo.training.check --model demo/model --count 2000` prints the table of the
+README's first column; nothing of the training code takes part in it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def check(folder: Path, count: int = 2000, seed: int = 0, chunk: int = 50) -> di
 def main() -> None:
     """Parse the command line and print the table."""
     parser = argparse.ArgumentParser(description="Ask the demo model held-out questions.")
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "model")
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -5,7 +5,8 @@ names (``model.layers.7.self_attn.q_proj.weight``), whichever stage a layer land
 
 A stage is composed of pieces (head, layers, tail) through a ``call`` argument: eagerly that is the
 piece itself, in export it notes one call of a traced piece, so that thirty alike layers are traced
-once (``compile/export/stitch.py``). A piece's ``kind`` holds all that its trace depends on besides shapes.
+once (``compile/export/stitch.py``). A piece's ``kind`` holds all that its trace depends on besides
+shapes.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ SOFTMAX_FLOOR = torch.finfo(torch.float32).min
 """Score of an invisible key. Not -inf: a row that sees nothing must stay finite."""
 
 BRANCHED_ATTENTION = "visistage::BranchedAttention"
-"""No operator of ONNX: what ``compile/export/branched_attention.py`` writes out. Takes q (B, H, Q, d), k and v
-(B, G, S, d), visible (B, 1, Q, S), write_index (B,), and in a text-blind layer the value gate and
-perhaps the sink gate, (B, S) each."""
+"""No operator of ONNX: what ``compile/export/branched_attention.py`` writes out. Takes q (B, H, Q,
+d), k and v (B, G, S, d), visible (B, 1, Q, S), write_index (B,), and in a text-blind layer the
+value gate and perhaps the sink gate, (B, S) each."""
 
 
 class View(NamedTuple):

@@ -1,8 +1,9 @@
 """A subject on a device: times, memory, and how far to believe them.
 
-Times are FLOPs and bytes of every call (``graphs/plan/call_cost.py``) over the device's peaks, at the
-efficiency that was fitted where the device was measured. Elsewhere it is a range: what published
-figures of other stacks reached on a Jetson (``peers.py``). Both ends are computed, and shown.
+Times are FLOPs and bytes of every call (``graphs/plan/call_cost.py``) over the device's peaks, at
+the efficiency that was fitted where the device was measured. Elsewhere it is a range: what
+published figures of other stacks reached on a Jetson (``peers.py``). Both ends are computed, and
+shown.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ and ``o`` its attention output over all heads, token j contributes c_j = concat_
     cosine_j = cos(o - c_j, o) = (O - s_j) / sqrt( O (O - 2 s_j + norm_j^2) )
     s_j      = sum_h w_hj <v_hj, o_h>,   O = |o|^2
 
-``graphs/modules/select.py`` says the same in torch for layers without gates; here gates count, because a
-page about the answer must show what the graphs did. Source: methods.md 1.3 and 1.5.
+``graphs/modules/select.py`` says the same in torch for layers without gates; here gates count,
+because a page about the answer must show what the graphs did. Source: methods.md 1.3 and 1.5.
 """
 
 from __future__ import annotations

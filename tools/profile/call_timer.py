@@ -33,7 +33,9 @@ class Event:
 
 @contextmanager
 def watch(executor: Any, clock: Clock = time.perf_counter) -> Iterator[list[Event]]:
-    """Note every call of ``executor`` (``graphs.chain.executor.Executor``) until the end of the block."""
+    """Note every call of ``executor`` (``graphs.chain.executor.Executor``) until the end of the
+    block.
+    """
     events: list[Event] = []
     describe: dict[str, Callable[..., Call]] = {
         "encode": lambda pixels: Call(VISION, 0, 0),

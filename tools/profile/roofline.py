@@ -1,8 +1,9 @@
 """How near each part of a bundle comes to what the machine can do.
 
 The floor of a call is the slower of its operations at the measured rate and its bytes at the
-measured bandwidth (``graphs/plan/call_cost.py``, ``peaks.py``): no kernel beats it. A part below 1 of its
-floor's share has room left; what the share cannot say is whether kernels or calls are to blame.
+measured bandwidth (``graphs/plan/call_cost.py``, ``peaks.py``): no kernel beats it. A part below 1
+of its floor's share has room left; what the share cannot say is whether kernels or calls are to
+blame.
 """
 
 from __future__ import annotations

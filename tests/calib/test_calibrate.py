@@ -1,0 +1,442 @@
+"""``visistage calibrate`` from samples to a folder, and how it ends when something is wrong."""
+
+import json
+import re
+from dataclasses import replace
+from io import StringIO
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from rich.console import Console
+from visistage import runtime
+from visistage.calib import calibrate as pipeline
+from visistage.calib.page.warnings import doubts
+from visistage.calib.plan_search import chooser as choosing
+from visistage.calib.plan_search import measure_plans as bundles
+from visistage.calib.plan_search.dynamics import Dynamics, Reading
+from visistage.calib.plan_search.measure_plans import Measuring, Origin, text_blind_plans
+from visistage.calib.plan_search.thresholds import suggest_thresholds
+from visistage.calib.run.collect_ranges import collect, fits
+from visistage.calib.run.layerwise import walk
+from visistage.calib.sample_prompts import order_hash, prepare
+from visistage.calib.samples import Sample
+from visistage.cli.main import main
+from visistage.cli.show.calibration_view import DEMO_SERIES, calibration_samples, calibration_table
+from visistage.cli.show.units import Share
+from visistage.compile.build import build
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.export.texts import prompt_encoder, text_facts
+from visistage.compile.planfile import load_plan
+from visistage.compile.quantize.cache_scales import cache_scales
+from visistage.compile.quantize.calibration_file import Calibration, SampleFacts
+from visistage.compile.quantize.fake_quantized import Rounded
+from visistage.demo.heldout import _series
+from visistage.graphs.presets.presets import preset
+from visistage.graphs.quantization import parse_recipe
+from visistage.runtime.backends import ort
+from visistage.runtime.backends.ort_int8 import integer_entries
+from visistage.runtime.image.preprocessing import Preprocessing
+from visistage.tests.support import toy
+
+LAYERS, TOKENS = 4, 16
+PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["calibrate", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A toy checkpoint and six questions about five pictures, one of them broken."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    toy.make_checkpoint(folder / "toy")
+    rng = np.random.default_rng(0)
+    (folder / "data").mkdir()
+    lines = []
+    for number in range(5):
+        noise = rng.integers(0, 256, (40, 52, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / "data" / f"{number}.png")
+        lines.append({"image": f"{number}.png", "prompt": f"What is {number}?"})
+    (folder / "data" / "3.png").write_bytes(b"no picture")
+    lines.append({**lines[0], "prompt": "And what else?", "answer": "a dog"})
+    text = "\n".join(map(json.dumps, lines))
+    (folder / "data" / "questions.jsonl").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chosen(folder):
+    """A calibration that chose its plan, as printed facts."""
+    done = run(
+        *(folder / "toy", "--data", folder / "data", "--out", folder / "out"),
+        *("--cost", "90%", "--candidates", "2", "--json"),
+    )
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_the_folder_holds_plan_ranges_and_page(folder, chosen):
+    where = folder / "out" / "toy"
+    assert chosen["path"] == str(where)
+    assert sorted(file.name for file in where.iterdir()) == [
+        *("calibration.html", "calibration.json", "calibration.safetensors", "plan.yaml"),
+    ]
+    assert [file.name for file in where.parent.iterdir()] == ["toy"]
+    calibration = Calibration.load(where)
+    assert calibration.hash == chosen["hash"]
+    assert load_plan(where / "plan.yaml") == calibration.plan
+    assert calibration.plan.calibrated
+    assert calibration.rows == "stage"
+    assert chosen["next"] == f"make engines MODEL=toy PRECISION=int8 CALIB={where}"
+
+
+def test_what_was_read_is_told_and_what_was_not_is_named(chosen):
+    samples = chosen["samples"]
+    assert samples["files"] == ["questions.jsonl"]
+    assert [name.partition(":")[2] for name in samples["names"]] == ["1", "2", "3", "5", "6"]
+    (broken,) = samples["unreadable"]
+    assert broken["sample"] == "questions.jsonl:4"
+    assert "3.png" in broken["reason"]
+    assert "/" not in broken["reason"].partition("3.png")[0]  # no folder of this machine
+
+
+def test_the_choice_was_measured_on_some_and_confirmed_on_others(chosen):
+    choice = chosen["choice"]
+    assert choice["budget"] == {"cost": 0.9}
+    assert choice["samples"]["choosing"] + choice["samples"]["held_out"] == 5
+    assert choice["samples"]["held_out"] >= 1
+    assert 1 <= len(choice["candidates"]) <= 2
+    taken = choice["candidates"][choice["chosen"]]
+    assert taken["cost"] <= 0.9
+    assert taken["held_out"]["prompts"] == choice["samples"]["held_out"]
+    assert chosen["plan"] == choice["plan"]
+    assert [row["shallow"] for row in chosen["dynamics"]["text_blind"]] == [1]
+    assert chosen["dynamics"]["prompts"] == choice["samples"]["choosing"]
+    assert chosen["dynamics"]["layers"] == LAYERS
+
+
+def test_a_measured_agreement_is_that_of_the_real_bundle(folder, tmp_path):
+    rng = np.random.default_rng(1)
+    pictures = [Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)) for _ in range(3)]
+    samples = [Sample(str(i), picture, "Why?", "") for i, picture in enumerate(pictures)]
+    measuring = Measuring(Origin(str(folder / "toy")), tmp_path / "work")
+    dense = preset("dense", LAYERS, TOKENS)
+    measuring.refer(dense, samples, [2], 5, lambda: None)
+    same = measuring.measure(dense)
+    assert same.tokens.share == same.answers.share == 1.0
+    assert same.answers.total == 2
+    assert measuring.confirm(dense).answers.total == 1
+    assert not (tmp_path / "work").exists()
+
+    plan = preset("visipruner", LAYERS, TOKENS, shallow=1, t=1, e=2, keep=1)
+    found = measuring.measure(plan)
+    bundles = [
+        build(str(folder / "toy"), plan=text, out=tmp_path / "by hand")
+        for text in ("dense", "visipruner:shallow=1,t=1,e=2,keep=1")
+    ]
+    with runtime.load(bundles[0].path) as one, runtime.load(bundles[1].path) as other:
+        said = [one.infer(s.image, s.prompt, max_tokens=5).tokens for s in samples[:2]]
+        scores = [
+            other.score(s.image, s.prompt, tokens[:-1])
+            for s, tokens in zip(samples, said, strict=False)
+        ]
+    right = [
+        list(score.argmax(-1)) == list(tokens) for score, tokens in zip(scores, said, strict=True)
+    ]
+    assert found.answers.right == sum(right)
+
+
+def builds(patch):
+    """Plan, precision and ranges of each bundle that is built from now on, as they come."""
+    built = []
+
+    def spy(*arguments, plan, precision, calibration, **options):
+        bundle = build(
+            *arguments, plan=plan, precision=precision, calibration=calibration, **options
+        )
+        used = None if calibration is None else Calibration.load(calibration)
+        built.append((load_plan(plan), precision, used))
+        return bundle
+
+    patch.setattr(bundles, "build", spy)
+    return built
+
+
+@pytest.fixture(scope="module")
+def rounded(folder, tmp_path_factory):
+    """A calibration chosen for int8, as printed; its bundles."""
+    out = tmp_path_factory.mktemp("rounded")
+    with pytest.MonkeyPatch.context() as patch:
+        built = builds(patch)
+        done = run(
+            *(folder / "toy", "--data", folder / "data", "--out", out, "--precision", "int8"),
+            *("--cost", "90%", "--candidates", "1", "--json"),
+        )
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout), built
+
+
+def test_a_plan_for_int8_is_chosen_on_bundles_in_int8(rounded):
+    facts, built = rounded
+    (first, precision, nothing), *others = built
+    assert (first.name, precision, nothing) == ("dense", "fp32", None)
+    assert {precision for _, precision, _ in others} == {"int8"}
+    assert all(used.plan == plan for plan, _, used in others)
+    *measured, shipped = others
+    assert [used.rows for _, _, used in measured] == ["dense"] * 3  # dense, text-blind, a candidate
+    ranges = [
+        {name: group.facts() for name, group in used.groups.items()} for _, _, used in measured
+    ]
+    assert ranges[0] == ranges[1] == ranges[2]
+    assert measured[0][2].samples.count == facts["choice"]["samples"]["choosing"]
+
+    calibration = Calibration.load(facts["path"])
+    plan, _, used = shipped
+    assert (plan, used.rows) == (calibration.plan, "stage")
+    assert {name: group.facts() for name, group in used.groups.items()} == {
+        name: group.facts() for name, group in calibration.groups.items()
+    }
+
+
+def test_a_choice_for_int8_says_so_and_what_ships(rounded):
+    facts, _ = rounded
+    choice = facts["choice"]
+    assert choice["precision"] == "int8"
+    assert choice["rounding"]["prompts"] == choice["samples"]["choosing"]
+    assert choice["shipped"]["samples"] == "held_out"
+    assert choice["shipped"]["prompts"] == choice["samples"]["held_out"]
+    assert choice["reasons"]["precision"].startswith("int8: every plan was measured in it")
+    assert facts["next"] == f"make engines MODEL=toy PRECISION=int8 CALIB={facts['path']}"
+    share = f"{100 * choice['shipped']['tokens']['share']:.1f}"
+    folder = Path(facts["path"])
+    page = (folder / "calibration.html").read_text()
+    assert "As it ships, in int8" in page
+    assert "rounded as in int8" in page
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(calibration_table(folder, Calibration.load(folder)))
+    assert f"as it ships, int8: {share} %" in console.export_text()
+    assert sorted(one.name for one in folder.iterdir()) == [
+        *("calibration.html", "calibration.json", "calibration.safetensors", "plan.yaml"),
+    ]
+
+
+def test_what_ships_and_loses_more_than_it_may_is_doubted(rounded):
+    facts, _ = rounded
+    calibration = Calibration.load(facts["path"])
+
+    def doubted(lose):
+        choice = {
+            **calibration.choice,
+            "budget": {"lose": lose},
+            "shipped": {"tokens": {"share": 0.9, "total": 50}},
+            "rounding": {"tokens": {"share": 0.95, "total": 80}},
+        }
+        return [one for one in doubts(replace(calibration, choice=choice)) if "As it ships" in one]
+
+    (doubt,) = doubted(0.02)
+    assert re.search(r"in int8, the plan loses 10\.0\W+% of 50 tokens; the budget is 2\.0", doubt)
+    assert re.search(r"choosing samples rounding alone loses 5\.0\W+% of 80", doubt)
+    assert not doubted(0.1)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    ["int8", "w8", "w4:vision=w8", "fp32:cache=int8", "int8:cache=int8", "w8:cache=int8"],
+)
+def test_a_rounded_walk_computes_what_the_rounded_bundle_does(
+    folder, tmp_path, precision, monkeypatch
+):
+    # By itself ONNX Runtime also rounds inputs where weights alone are rounded, as it runs.
+    entries = {**integer_entries(), "session.qdq_matmulnbits_accuracy_level": "1"}
+    monkeypatch.setattr(ort, "integer_entries", lambda: entries)
+    checkpoint = open_checkpoint(str(folder / "toy"))
+    texts, dense = text_facts(checkpoint), preset("dense", LAYERS, TOKENS)
+    rng = np.random.default_rng(2)
+    pictures = [Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)) for _ in range(2)]
+    samples = [Sample(str(i), picture, "Why?", "") for i, picture in enumerate(pictures)]
+    prompts, _ = prepare(
+        samples, prompt_encoder(checkpoint), Preprocessing.from_dict(texts.preprocessing)
+    )
+    found = collect(checkpoint, prompts, dense, texts.prefix_ids)
+    calibration = Calibration(
+        model="toy",
+        fits=fits(checkpoint, texts),
+        plan=dense,
+        rows="dense",
+        include_prefix=False,
+        samples=SampleFacts((), ("0", "1"), order_hash(prompts)),
+        groups=found.groups,
+        versions={},
+        cache=found.cache,
+    )
+    calibration.save(tmp_path / "ranges")
+    model = Rounded(checkpoint, parse_recipe(precision), calibration)
+    asked = [replace(one, answer_ids=()) for one in prompts]
+    exact, near = (
+        [
+            one[0].numpy()
+            for one in walk(checkpoint, asked, dense, texts.prefix_ids, rounded=by).logits
+        ]
+        for by in (None, model)
+    )
+    bundle = build(
+        str(folder / "toy"),
+        plan="dense",
+        precision=precision,
+        calibration=tmp_path / "ranges",
+        out=tmp_path,
+    )
+    with runtime.load(bundle.path) as session:
+        for sample, float_one, rounded_one in zip(samples, exact, near, strict=True):
+            ran = session.score(sample.image, sample.prompt, ())[0]
+            apart = np.abs(ran - float_one).max()
+            assert np.abs(ran - rounded_one).max() < apart / 10
+
+
+def test_dynamics_of_an_int8_cache_are_read_from_one(folder, tmp_path, monkeypatch):
+    """Under the scales that candidates share; what thresholds are suggested follows from them."""
+    built, seen = builds(monkeypatch), []
+
+    def spy(checkpoint, prompts, plan, prefix, **options):
+        seen.append((checkpoint, prompts, plan, prefix, options["rounded"]))
+        return walk(checkpoint, prompts, plan, prefix, **options)
+
+    def dynamics(checkpoint, prompts, plan, prefix, rounded):
+        found = [[] for _ in prompts]
+        walk(
+            *(checkpoint, prompts, plan, prefix),
+            reading=lambda place, layer, *both: found[place].append(both),
+            rounded=rounded,
+        )
+        return Dynamics.of([Reading(*np.stack(both, 1)) for both in found])
+
+    monkeypatch.setattr(choosing.walk, "walk", spy)
+    done = run(
+        *(folder / "toy", "--data", folder / "data", "--out", tmp_path, "--candidates", "1"),
+        *("--precision", "fp32:cache=int8", "--cost", "90%", "--json"),
+    )
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)["dynamics"]
+    (given,) = seen
+    *whose, rounded = given
+    assert len(whose[1]) == facts["prompts"]
+    assert len(built) == 5  # dense twice, text-blind, a candidate, and as it ships
+    for _, _, used in built[1:4]:
+        scales = cache_scales(used, half=False)
+        for layer in range(LAYERS):
+            assert np.array_equal(np.stack(rounded.scales_of(layer)), scales[:, layer])
+    exact, near = (dynamics(*whose, by) for by in (None, rounded))
+    assert facts["min_cosine"] == near.to_dict()["min_cosine"] != exact.to_dict()["min_cosine"]
+    assert facts["suggested"] == suggest_thresholds(near).to_dict()
+
+
+def test_a_named_plan_is_calibrated_without_a_bundle(folder, tmp_path, monkeypatch):
+    def refuse(*_args, **_options):
+        raise AssertionError("a bundle was built")
+
+    monkeypatch.setattr("visistage.calib.plan_search.measure_plans.build", refuse)
+    done = run(folder / "toy", "--data", folder / "data", "--plan", PLAN, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    calibration = Calibration.load(tmp_path / "toy")
+    assert calibration.plan == preset("visipruner", LAYERS, TOKENS, shallow=1, t=1, e=2, keep=4)
+    assert (calibration.choice, calibration.dynamics) == ({}, {})
+    assert calibration.groups
+    assert "then: make engines MODEL=toy PRECISION=int8" in done.stdout
+    assert "1 pictures could not be read" in done.stdout
+
+
+def test_the_same_samples_give_the_same_calibration(folder, tmp_path):
+    arguments = (folder / "toy", "--data", folder / "data", "--plan", PLAN, "--json", "--out")
+    one, other = (json.loads(run(*arguments, tmp_path / name).stdout) for name in ("a", "b"))
+    assert one["hash"] == other["hash"]
+    fewer = json.loads(run(*arguments, tmp_path / "c", "--samples", 2).stdout)
+    assert fewer["hash"] != one["hash"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_end_in_the_middle_leaves_what_was_there_before(folder, tmp_path, monkeypatch, error):
+    arguments = (folder / "toy", "--data", folder / "data", "--plan", PLAN, "--out", tmp_path)
+    assert run(*arguments).exit_code == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "toy").iterdir()}
+
+    def fail(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr(pipeline, "write_report", fail)
+    done = run(*arguments)
+    assert done.exit_code == (130 if error is KeyboardInterrupt else 1)
+    assert [file.name for file in tmp_path.iterdir()] == ["toy"]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "toy").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--lose", "1%", "--cost", "50%"), "expected one of the two"),
+        (("--plan", PLAN, "--lose", "1%"), "found --lose beside --plan"),
+        (("--plan", PLAN, "--candidates", "3"), "found --candidates beside --plan"),
+        (("--plan", PLAN, "--precision", "int8"), "found --precision beside --plan"),
+        (("--precision", "fp16"), "leave --precision out"),
+        (("--precision", "int8:stage1=w4"), "names stage1, but which stages"),
+        (("--precision", "int8:visio=w4"), "unknown option 'visio'"),
+        (("--plan", "visipruner-adaptive"), "decides per prompt"),
+        (("--plan", "visiprune"), "Did you mean 'visipruner'"),
+        (("--lose", "100%"), "expected 0 % to below 100 %"),
+        (("--lose", "half"), "is no share"),
+        (("--lose", "5"), "Write one like 1% or 0.01"),
+        (("--holdout", "1"), "expected 0 to below 1"),
+        (("--samples", "1"), "found 1 picture"),
+    ],
+)
+def test_what_cannot_be_honoured_is_one_error_and_leaves_nothing(
+    folder, tmp_path, arguments, words
+):
+    done = run(folder / "toy", "--data", folder / "data", "--out", tmp_path / "out", *arguments)
+    assert done.exit_code == 2, done.output
+    assert words in done.output
+    assert "Traceback" not in done.output
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_model_without_samples_of_its_own_asks_for_them(tmp_path):
+    done = run(tmp_path, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "--data questions.jsonl" in done.output
+
+
+def test_text_blind_plans_do_nothing_else():
+    plans = text_blind_plans(32, 576)
+    assert list(plans) == [2, 4, 6, 8]
+    assert text_blind_plans(1, 576) == {}
+    for shallow, plan in plans.items():
+        (stage,) = plan.stages
+        assert stage.modes[:shallow] == ("sink", *("text_blind",) * (shallow - 1))
+        assert set(stage.modes[shallow:]) == {"dense"}
+        assert stage.visual_tokens == 576
+
+
+def test_the_demo_is_not_calibrated_on_what_evaluations_ask():
+    asked = {scene for scene, _ in map(_known, islice(_series(2000, "held out 0", True), 2000))}
+    seen = {scene for scene, _ in map(_known, _series(512, f"held out {DEMO_SERIES}", True))}
+    assert len(seen) > 500
+    assert not asked & seen
+    samples, files = calibration_samples("demo", None, 3)
+    assert files == (f"demo scenes, series {DEMO_SERIES}",)
+    assert [one.name for one in samples] == ["scene 0", "scene 1", "scene 2"]
+    assert [one.prompt for one in samples] == [
+        question.text for _, question in _series(3, f"held out {DEMO_SERIES}", True)
+    ]
+
+
+def _known(pair):
+    return repr(pair[0]), pair[1]
+
+
+def test_shares_are_typed_as_people_write_them():
+    read = [Share().convert(text, None, None) for text in ("1%", "0.5 %", "0.01", ".5", "100%")]
+    assert read == pytest.approx([0.01, 0.005, 0.01, 0.5, 1.0])

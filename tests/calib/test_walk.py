@@ -1,0 +1,419 @@
+"""A walk computes what the chain computes, in every plan; strictly, or no range can be believed."""
+
+from collections import defaultdict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from visistage.calib.run.layerwise import pieces, see, walk
+from visistage.calib.run.observe import ANSWER, TEXT, TOWER
+from visistage.calib.run.prompt_state import View
+from visistage.calib.sample_prompts import Prompt, prepare
+from visistage.calib.samples import Sample
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.export.prefix import prefix_cache
+from visistage.compile.export.texts import prompt_encoder, text_facts
+from visistage.demo.heldout import held_out
+from visistage.graphs.chain import torch_reference as chain
+from visistage.graphs.chain.chain import Chain, Segment
+from visistage.graphs.errors import CapacityError, PlanError, PromptError
+from visistage.graphs.modules.decoder import Linear
+from visistage.graphs.modules.ops import Eager
+from visistage.graphs.modules.vision import Vision
+from visistage.graphs.plan.gates import stage_gates
+from visistage.graphs.presets.presets import preset
+from visistage.runtime.image.preprocessing import Preprocessing
+
+from ..support import reference, toy
+
+LAYERS, N = 8, 16
+PREFIX = (1, 7, 9, 11)
+TOLERANCE = 1e-4  # of the logits' spread
+
+VISIPRUNER = {"shallow": 3, "t": 4, "e": 6, "keep": 5}
+PLANS = {
+    "dense": preset("dense", LAYERS, N),
+    "visipruner": preset("visipruner", LAYERS, N, **VISIPRUNER),
+    "visipruner-13b": preset("visipruner", LAYERS, N, **VISIPRUNER, template="13b"),
+    "visipruner-renorm": preset("visipruner", LAYERS, N, **VISIPRUNER, norm="renorm"),
+    "decode-sees": replace(
+        preset("visipruner", LAYERS, N, **VISIPRUNER), decode_sees_shallow_vision=True
+    ),
+    "fastv": preset("fastv", LAYERS, N),
+    "pyramiddrop": preset("pyramiddrop", LAYERS, N),
+    "exit-only": preset("exit-only", LAYERS, N),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = toy.make_checkpoint(
+        tmp_path_factory.mktemp("toy"), layers=LAYERS, kv_heads=2, max_positions=256
+    )
+    return open_checkpoint(str(folder))
+
+
+@pytest.fixture(scope="module")
+def weights(checkpoint):
+    return {name: tensor.float() for name, tensor in checkpoint.state_dict().items()}
+
+
+def ids(count, seed):
+    return tuple(np.random.default_rng(seed).integers(5, toy.VOCAB, count).tolist())
+
+
+def pixels(seed):
+    return np.random.default_rng(seed).standard_normal((3, 32, 32)).astype(np.float32)
+
+
+def prompts():
+    """One picture, two apart, two side by side, none, another prefix; with answers and without."""
+    return [
+        Prompt("one", (PREFIX, pixels(1), ids(9, 1)), ids(4, 2)),
+        Prompt("between", (PREFIX, pixels(2), ids(3, 3), pixels(3), ids(12, 4)), ids(1, 5)),
+        Prompt("beside", (PREFIX + ids(2, 6), pixels(4), pixels(5), ids(7, 7))),
+        Prompt("blind", (PREFIX + ids(6, 8),), ids(3, 9)),
+        Prompt("other prefix", ((1, 8, *ids(5, 10)), pixels(6), ids(5, 11)), ids(2, 12)),
+        Prompt("picture first", (pixels(7), ids(6, 13))),
+    ]
+
+
+def vision(checkpoint, weights, picture):
+    module = chain.load_weights(Vision(checkpoint.config, Eager()), weights)
+    with torch.no_grad():
+        return module(torch.from_numpy(picture)[None])
+
+
+class Judge:
+    """One prompt through the chain, whole prompts with no prefix computed beforehand."""
+
+    def __init__(self, checkpoint, weights, plan):
+        self.checkpoint, self.weights = checkpoint, weights
+        self.executor = chain.TorchExecutor(checkpoint.config.text, plan, weights, 1)
+        self.chain = Chain(plan, self.executor)
+
+    def segments(self, prompt, begin=0):
+        at, out = begin, []
+        for index, part in enumerate(prompt.parts):
+            visual = isinstance(part, np.ndarray)
+            if visual:
+                rows = vision(self.checkpoint, self.weights, part)
+            else:
+                part = part[begin:] if index == 0 else part
+                if not part:
+                    continue
+                rows = self.executor.embed(torch.tensor([part]))
+            out.append(self.segment(rows, at, visual))
+            at += rows.shape[1]
+        return out
+
+    @staticmethod
+    def segment(rows, at, visual=False):
+        order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
+        return Segment(visual, rows, order, order)
+
+    @torch.no_grad()
+    def run(self, prompt, begin=0):
+        """Logits (1 + A, V) and the kept orders; the first ``begin`` rows are in the caches."""
+        segments = self.segments(prompt, begin)
+        done = self.chain.prefill(segments)
+        logits, at = [done.logits], int(segments[-1].order[0, -1]) + 1
+        for step, token in enumerate(prompt.answer_ids):
+            row = self.executor.embed(torch.tensor([[token]]))
+            logits.append(self.chain.decode(self.segment(row, at + step)))
+        return torch.cat(logits), [kept.order[0] for kept in done.kept]
+
+    @torch.no_grad()
+    def hold(self, prefix):
+        """Run a prefix through every stage, as decode steps that come before everything else."""
+        self.chain.decode(self.segment(self.executor.embed(torch.tensor([prefix])), 0))
+
+
+@pytest.mark.parametrize("prefix", [(), PREFIX], ids=["whole", "prefix"])
+@pytest.mark.parametrize("name", PLANS)
+def test_the_logits_are_those_of_the_chain(checkpoint, weights, name, prefix):
+    given = prompts()
+    walked = walk(checkpoint, given, PLANS[name], prefix)
+    answers = set()
+    for prompt, logits, kept in zip(given, walked.logits, walked.kept, strict=True):
+        expected, chosen = Judge(checkpoint, weights, PLANS[name]).run(prompt)
+        assert logits.shape == (1 + len(prompt.answer_ids), toy.VOCAB)
+        assert (logits - expected).abs().max() < TOLERANCE * expected.std(), prompt.name
+        assert [one.tolist() for one in kept] == [one.tolist() for one in chosen], prompt.name
+        answers |= set(logits.argmax(-1).tolist())
+    assert len(answers) >= 8  # not one token for everything
+
+
+def test_plans_differ(checkpoint):
+    """Or equality with the chain would say little."""
+    given = prompts()[:2]
+    seen = {name: walk(checkpoint, given, plan, PREFIX).logits for name, plan in PLANS.items()}
+    for name, logits in seen.items():
+        for other, theirs in seen.items():
+            if name < other:
+                most = max(float((a - b).abs().max()) for a, b in zip(logits, theirs, strict=True))
+                assert most > 0.01, (name, other)
+
+
+def moved(visual, rows, at):
+    order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
+    return Segment(visual, rows, order + visual, order)
+
+
+BUGS = {
+    "answers under the prompt's gates": (
+        "calib.run.prompt_state.stage_gates",
+        lambda plan, stage, visual, call, decoding: stage_gates(plan, stage, visual, call),
+    ),
+    "vision sees vision": (
+        "calib.run.prompt_state.stage_gates",
+        lambda plan, stage, visual, call, decoding: stage_gates(
+            plan, stage, visual, False, decoding
+        ),
+    ),
+    "another prefix": (
+        "calib.run.layerwise.prefix_cache",
+        lambda checkpoint, given, progress: prefix_cache(checkpoint, given[::-1]),
+    ),
+    "positions moved": ("calib.run.prompt_state._segment", moved),
+    "another row selects": (
+        "calib.run.prompt_state.View",
+        lambda query, *others: View(query.flip(1), *others),
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_noticed(checkpoint, weights, monkeypatch, bug):
+    where, wrong = BUGS[bug]
+    plan, given = PLANS["decode-sees"], prompts()[:1]
+    expected, _ = Judge(checkpoint, weights, plan).run(given[0])
+    right = walk(checkpoint, given, plan, PREFIX).logits[0]
+    monkeypatch.setattr(f"visistage.{where}", wrong)
+    broken = walk(checkpoint, given, plan, PREFIX).logits[0]
+    assert (right - expected).abs().max() < TOLERANCE * expected.std()
+    assert (broken - expected).abs().max() > 100 * TOLERANCE * expected.std()
+
+
+def test_answers_are_fed_as_the_demo_model_writes_them():
+    """Or their rows would be of a text that no decode step ever sees."""
+    checkpoint = open_checkpoint("demo")
+    texts = text_facts(checkpoint)
+    samples = [
+        Sample(str(number), one.image, one.question, one.answer)
+        for number, one in enumerate(held_out(10))
+    ]
+    preprocessing = Preprocessing.from_dict(texts.preprocessing)
+    given, _ = prepare(samples, prompt_encoder(checkpoint), preprocessing)
+    config = checkpoint.config
+    plan = preset("dense", config.text.layers, config.visual_tokens)
+    said = [
+        one.argmax(-1).tolist() for one in walk(checkpoint, given, plan, texts.prefix_ids).logits
+    ]
+    right = [tuple(mine[:-1]) == one.answer_ids for mine, one in zip(said, given, strict=True)]
+    assert sum(right) >= 7
+    assert {mine[-1] for mine in said} == {texts.generation["eos_token_id"]}
+
+
+def test_visipruner_is_the_independent_reference(checkpoint, weights):
+    prompt = Prompt("one", (PREFIX, pixels(1), ids(9, 1)), ids(4, 2))
+    (logits,) = walk(checkpoint, [prompt], PLANS["visipruner"], PREFIX).logits
+    table = weights["model.embed_tokens.weight"]
+    head, tail = table[list(prompt.parts[0])], table[list(prompt.parts[2])]
+    rows = torch.cat((head, vision(checkpoint, weights, prompt.parts[1])[0], tail))
+    visual = torch.zeros(len(rows), dtype=torch.bool)
+    visual[len(head) : len(head) + N] = True
+    method = reference.Static(shallow=3, trigger=4, exit=6, keep=5)
+    config = {**toy.make_config(layers=LAYERS, kv_heads=2)["text_config"], "rope_theta": 10000.0}
+    probe, kept = len(rows) - 1, None
+    for step in range(1 + len(prompt.answer_ids)):
+        expected, kept = reference.forward(weights, config, rows, visual, method, probe, kept)
+        assert (logits[step] - expected).abs().max() < TOLERANCE * expected.std()
+        if step < len(prompt.answer_ids):
+            rows = torch.cat((rows, table[prompt.answer_ids[step]][None]))
+            visual = torch.cat((visual, torch.tensor([False])))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_watchers_see_what_the_linear_layers_of_the_chain_are_given(checkpoint, weights, name):
+    """Row for row, without the prefix; of the head, only the rows that somebody reads."""
+    given = prompts()[:4]  # those that begin with the prefix
+    seen = Watching()
+    walk(checkpoint, given, PLANS[name], PREFIX, watcher=seen)
+    expected = defaultdict(list)
+    for prompt in given:
+        judge = Judge(checkpoint, weights, PLANS[name])
+        judge.hold(PREFIX)
+        with listening(judge.executor.stages, expected):
+            judge.run(prompt, begin=len(PREFIX))
+    head = {kind: seen.of_kind("lm_head", kind) for kind in (TEXT, ANSWER)}
+    assert len(head[TEXT]) == len(given)
+    assert len(head[ANSWER]) == sum(len(prompt.answer_ids) for prompt in given)
+    theirs = torch.cat(expected.pop("lm_head"))
+    for row in torch.cat(list(head.values())):
+        assert (theirs - row).abs().amax(1).min() < 1e-4
+    decoder = {linear: rows for linear, rows in seen.rows.items() if linear.startswith("model.")}
+    assert set(decoder) == set(expected)
+    for linear, rows in decoder.items():
+        mine, theirs = torch.cat(rows), torch.cat(expected[linear])
+        assert mine.shape == theirs.shape
+        assert (mine - theirs).abs().max() < 1e-4 * theirs.abs().max(), linear
+
+
+def test_watchers_see_the_tower_and_the_kinds_of_rows(checkpoint, weights):
+    given = prompts()[:2]
+    seen, expected = Watching(), defaultdict(list)
+    walk(checkpoint, given, PLANS["visipruner"], PREFIX, watcher=seen)
+    module = chain.load_weights(Vision(checkpoint.config, Eager()), weights)
+    with listening([module], expected), torch.no_grad():
+        for picture in (pixels(1), pixels(2), pixels(3)):
+            module(torch.from_numpy(picture)[None])
+    assert set(expected) == {name for name in seen.rows if name.startswith(("vision", "multi"))}
+    for linear, rows in expected.items():
+        assert torch.allclose(torch.cat(seen.rows[linear]), torch.cat(rows), atol=1e-5)
+        assert len(seen.of_kind(linear, TOWER)) == len(torch.cat(rows))
+    counts = {
+        stage: [len(seen.of_kind(f"model.layers.{layer}.mlp.up_proj", kind)) for kind in range(4)]
+        for stage, layer in enumerate((4, 6, 7))
+    }
+    text, answers = 9 + 3 + 12, 4 + 1
+    assert counts == {
+        0: [0, 3 * N, text, answers],
+        1: [0, 2 * 5, text, answers],
+        2: [0, 0, text, answers],
+    }
+
+
+def test_watchers_are_lent_the_weights_of_each_piece(checkpoint, weights):
+    seen = Watching()
+    walk(checkpoint, prompts()[:1], PLANS["dense"], PREFIX, watcher=seen)
+    read = {name for name in weights if name != "model.embed_tokens.weight"}
+    assert set(seen.weights) == read
+    assert all(torch.equal(seen.weights[name], weights[name]) for name in read)
+
+
+def test_readings_are_those_of_the_chain(checkpoint, weights):
+    given, got = prompts(), {}
+    walk(
+        checkpoint,
+        given,
+        PLANS["dense"],
+        PREFIX,
+        reading=lambda prompt, layer, cosine, norm: got.update({(prompt, layer): (cosine, norm)}),
+    )
+    assert len(got) == LAYERS * sum(prompt.name != "blind" for prompt in given)
+    for place, prompt in enumerate(given):
+        if prompt.name == "blind":
+            continue
+        judge = Judge(checkpoint, weights, PLANS["dense"])
+        segments = judge.segments(prompt)
+        with torch.no_grad():
+            queries = [judge.chain.append(0, segment).queries for segment in segments][-1]
+        slots = judge.chain.slots[0]
+        visual = np.flatnonzero(slots.visual[0])[None]
+        for layer in range(LAYERS):
+            order = segments[-1].order[:, -1].copy()
+            theirs = judge.executor.probe(0, layer, queries[layer], slots.order, order, visual)
+            for mine, other in zip(got[place, layer], theirs, strict=True):
+                assert mine.shape == (visual.size,)
+                np.testing.assert_allclose(mine, other[0], rtol=1e-3, atol=1e-5)
+
+
+def test_gated_layers_and_layers_without_vision_are_not_read(checkpoint):
+    layers = set()
+    walk(
+        checkpoint,
+        prompts(),
+        PLANS["visipruner"],
+        PREFIX,
+        reading=lambda prompt, layer, cosine, norm: layers.add((layer, len(cosine))),
+    )
+    assert layers == {(layer, n) for layer in (3, 4) for n in (N, 2 * N)} | {(5, 5), (6, 5)}
+
+
+def test_pictures_may_be_seen_beforehand_and_logits_left_out(checkpoint):
+    given = prompts()
+    done = []
+    visual = see(checkpoint, given, progress=done.append)
+    tower = len(done)
+    again = walk(checkpoint, given, PLANS["fastv"], PREFIX, visual=visual, progress=done.append)
+    assert len(done) == pieces(checkpoint.config, PREFIX)
+    assert tower == len(done) - 2 * LAYERS - 1
+    whole = walk(checkpoint, given, PLANS["fastv"], PREFIX)
+    for mine, theirs in zip(again.logits, whole.logits, strict=True):
+        assert torch.equal(mine, theirs)
+    quiet = walk(checkpoint, given, PLANS["fastv"], PREFIX, want_logits=False)
+    assert quiet.logits == []
+    assert [[k.tolist() for k in one] for one in quiet.kept] == [
+        [k.tolist() for k in one] for one in whole.kept
+    ]
+
+
+def test_prompts_do_not_disturb_one_another(checkpoint):
+    given = prompts()
+    together = walk(checkpoint, given, PLANS["visipruner"], PREFIX).logits
+    backwards = walk(checkpoint, given[::-1], PLANS["visipruner"], PREFIX).logits
+    for mine, theirs in zip(together, backwards[::-1], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_plan_that_decides_per_prompt_is_refused(checkpoint):
+    plan = preset("visipruner-code", LAYERS, N)
+    with pytest.raises(PlanError, match="Calibrate a static plan"):
+        walk(checkpoint, prompts(), plan)
+
+
+def test_another_models_plan_is_refused(checkpoint):
+    with pytest.raises(PlanError, match="is for 6 layers and 16 visual tokens, the model has 8"):
+        walk(checkpoint, prompts(), preset("dense", 6, N))
+
+
+def test_a_prompt_that_does_not_fit_is_refused_by_name(checkpoint):
+    long = Prompt("long one", (PREFIX, pixels(1), ids(200, 1)), ids(60, 2))
+    with pytest.raises(CapacityError, match=r"long one: .* take 280 rows, .* context is 256"):
+        walk(checkpoint, [long], PLANS["dense"])
+    with pytest.raises(PromptError, match="no question: the prompt ends in a picture"):
+        walk(checkpoint, [Prompt("no question", (PREFIX, pixels(1)))], PLANS["dense"])
+
+
+class Watching:
+    """Keeps everything that a watcher is shown."""
+
+    def __init__(self):
+        self.rows, self.kinds, self.weights = defaultdict(list), {}, {}
+
+    def enter(self, kinds):
+        self.piece = kinds
+
+    def given(self, linear, rows):
+        call = len(self.rows[linear])
+        assert len(rows) == len(self.piece[call])
+        self.rows[linear].append(rows.clone())
+        self.kinds[linear] = self.piece
+
+    def leave(self, weights):
+        self.weights |= {name: weight.clone() for name, weight in weights.items()}
+
+    def of_kind(self, linear, kind):
+        return torch.cat(self.rows[linear])[np.concatenate(self.kinds[linear]) == kind]
+
+
+class listening:
+    """Notes what every linear layer of some modules is given."""
+
+    def __init__(self, modules, rows):
+        self.modules, self.rows, self.handles = modules, rows, []
+
+    def __enter__(self):
+        for module in self.modules:
+            for name, part in module.named_modules():
+                if isinstance(part, Linear):
+                    self.handles.append(part.register_forward_hook(self.note(name)))
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+    def note(self, name):
+        return lambda module, given, out: self.rows[name].append(given[0].clone())

@@ -1,0 +1,186 @@
+"""Attention in two forms: both are the reference's sum, and what lets calls be cut holds."""
+
+import numpy as np
+import onnx_ir
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from visistage.bench.branches import branched
+from visistage.compile.build import build
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.export.branched_attention import PIECES
+from visistage.compile.export.node_names import label_layers
+from visistage.graphs.chain import torch_reference as chain
+from visistage.graphs.contract import MANY_ROWS, PADDING_ORDER
+from visistage.graphs.modules.ops import Eager, Gate, View
+from visistage.graphs.presets.presets import preset
+from visistage.runtime.session import load
+from visistage.tests.support import toy
+
+LAYERS = 6
+WIDTH = 8
+PLANS = ["dense", "visipruner", "fastv", "pyramiddrop", "visipruner-adaptive"]
+
+
+def session_of(model):
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    data = onnx_ir.to_proto(model).SerializeToString()
+    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.one_of(st.integers(1, 6), st.integers(MANY_ROWS, MANY_ROWS + 7)),
+    before=st.integers(0, 9),
+    spare=st.integers(0, 5),
+    batch=st.integers(1, 2),
+    heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+    gates=st.integers(0, 2),
+    in_order=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_both_forms_are_the_reference(rows, before, spare, batch, heads, gates, in_order, seed):
+    """Any number of rows, batch, groups of heads; slots that hold nothing hold anything."""
+    if not gates and not in_order:
+        in_order = True  # nothing to branch on: ops emit plain attention
+    generator = torch.Generator().manual_seed(seed)
+    used = before + rows
+    shape = (batch, heads[1], used + spare, WIDTH)
+    q = torch.randn(batch, heads[0], rows, WIDTH, generator=generator)
+    k, v = (torch.randn(shape, generator=generator) for _ in range(2))
+    v[:, :, used:] = 1e4
+    if in_order:
+        visible = torch.arange(used + spare) <= torch.arange(before, used)[:, None]
+        visible = visible.expand(batch, 1, -1, -1).clone()
+    else:
+        visible = torch.rand(batch, 1, rows, used + spare, generator=generator) < 0.6
+        visible[..., used:] = False
+    visible[..., before] |= ~visible.any(-1)  # no row sees nothing
+    gate = None
+    if gates:
+        value = torch.randint(0, 2, (batch, used + spare), generator=generator).float()
+        sink = (1 - value) if gates == 2 else None
+        gate = Gate(value, sink, renorm=False)
+    view = View(torch.full((batch,), before), visible)
+    want = q
+    for _ in range(2):
+        want = Eager().gated_attention(want, k, v, view, gate)
+    feeds = {"q": q, "k": k, "v": v, "visible": visible, "write_index": view.write_index}
+    if gate is not None:
+        feeds |= {"value_gate": gate.value, **({} if gates == 1 else {"sink_gate": gate.sink})}
+    session = session_of(branched(*heads, WIDTH, gates, in_order, layers=2))
+    (got,) = session.run(None, {name: value.numpy() for name, value in feeds.items()})
+    assert np.abs(got - want.numpy()).max() < 2e-5
+
+
+def test_what_is_hidden_is_not_computed():
+    """Poison in slots that a row of a piece cannot see never meets its scores."""
+    rows = 4 * MANY_ROWS
+    q, k, v = (np.ones((1, 1, rows, WIDTH), np.float32) for _ in range(3))
+    k[:, :, rows // 2 :] = np.nan
+    visible = np.tril(np.ones((rows, rows), bool))[None, None]
+    feeds = {"q": q, "k": k, "v": v, "visible": visible, "write_index": np.zeros(1, np.int64)}
+    (got,) = session_of(branched(1, 1, WIDTH, 0, True)).run(None, feeds)
+    assert np.isfinite(got[:, :, : rows // 2]).all()
+    assert np.isnan(got[:, :, rows // 2 :]).all()
+
+
+def test_a_gate_shut_on_the_weights_keeps_a_few_rows_from_reading_values():
+    """A token's values are read as they are stored: no copy of them is made under gates."""
+    model = branched(2, 2, WIDTH, 2, True)
+    (branch, *_) = (node for node in model.graph if node.op_type == "If")
+    few = branch.attributes["else_branch"].as_graph()
+    products = [node for node in few if node.op_type == "MatMul"]
+    values = model.graph.inputs[2]
+    assert any(values in node.inputs for node in products)
+    readers = {node.op_type for node in few if values in node.inputs}
+    assert readers == {"MatMul", "GatherElements", "Shape"}
+
+
+def test_branches_share_what_cuts_a_call_and_carry_names_of_layers():
+    model = branched(2, 2, WIDTH, 0, True, layers=2)
+    kinds = [node.op_type for node in model.graph]
+    assert kinds.count("If") == 2
+    assert kinds.count("Split") == 2
+    many = next(n for n in model.graph if n.op_type == "If").attributes["then_branch"].as_graph()
+    assert sum(node.op_type == "Attention" for node in many) == PIECES
+    weight = onnx_ir.Value(
+        name="model.layers.3.q.weight", const_value=onnx_ir.tensor([1.0], name="w")
+    )
+    model.graph.register_initializer(weight)
+    model.graph.insert_before(
+        model.graph[0], onnx_ir.Node("", "Add", [weight, weight], name="first")
+    )
+    label_layers(model)
+    assert all(node.name.startswith("layers.3/") for node in model.graph.all_nodes())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return toy.make_checkpoint(tmp_path_factory.mktemp("toy"), layers=LAYERS, kv_heads=2)
+
+
+def in_order(stage, order, slot_order, write_index):
+    """Whether no row of a call of the first stage may see a slot behind its own."""
+    if stage:
+        return True
+    slots = np.arange(slot_order.shape[1])
+    own = write_index + np.arange(order.shape[1])
+    sees = slot_order[:, None, :] <= order[:, :, None]
+    behind = slots[None, None, :] > own[None, :, None]
+    real = order[:, :, None] < PADDING_ORDER  # a padding row may see anything: nobody reads it
+    return not (sees & behind & real).any()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_calls_of_the_first_stage_come_in_order(checkpoint, tmp_path, plan):
+    """What ``in_order`` takes for granted: pictures, several, none, kept ones, long answers."""
+    bundle = build(str(checkpoint), plan=plan, target="cpu", out=tmp_path)
+    seen = []
+    with load(bundle.path) as session:
+        session.eos = frozenset()
+        run = session.executor.append
+
+        def append(stage, rows, positions, order, slot_order, write_index, gates):
+            seen.append(in_order(stage, order, slot_order, write_index))
+            return run(stage, rows, positions, order, slot_order, write_index, gates)
+
+        session.executor.append = append
+        pictures = [np.full((40, 40, 3), shade, np.uint8) for shade in (10, 90, 200)]
+        for shown, question in (
+            (pictures[:1], "What is this?"),
+            (pictures[:1], "And now?"),
+            (pictures[1:], "Which is larger?"),
+            ([], "Say something."),
+            (pictures[:1], "Again?"),
+        ):
+            session.infer(shown, question, max_tokens=9)
+    assert len(seen) > 40
+    assert all(seen)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_so_do_those_of_a_batch(checkpoint, monkeypatch, plan):
+    """Pictures elsewhere in every sample, two of them, or none."""
+    opened = open_checkpoint(str(checkpoint))
+    text = toy.make_config(layers=LAYERS, kv_heads=2)["text_config"]
+    text |= {"rope_theta": text["rope_parameters"]["rope_theta"]}
+    weights = {name: opened.load(name) for name in opened.tensors}
+    count = opened.config.visual_tokens
+    rows = torch.randn(3, 2 * count + 12, opened.config.text.hidden)
+    spans = [[(4, 4 + count)], [(2, 2 + count), (5 + count, 5 + 2 * count)], []]
+    seen, run = [], chain.TorchExecutor.append
+
+    def append(self, stage, rows, positions, order, slot_order, write_index, gates):
+        seen.append(in_order(stage, order, slot_order, write_index))
+        return run(self, stage, rows, positions, order, slot_order, write_index, gates)
+
+    monkeypatch.setattr(chain.TorchExecutor, "append", append)
+    if plan == "visipruner-adaptive":  # decides for one prompt at a time
+        rows, spans = rows[:1], spans[:1]
+    chain.run(weights, text, rows, spans, preset(plan, LAYERS, count), 5)
+    assert len(seen) > 5
+    assert all(seen)

@@ -1,0 +1,288 @@
+"""Builds: equal bytes wherever they run, resumed after an interruption, refused before harm."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from visistage.compile import build as building
+from visistage.compile.build import build
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.export import weights
+from visistage.compile.export.prefix import prefix_cache
+from visistage.compile.steps import Silent, Workshop
+from visistage.graphs import targets
+from visistage.graphs.bundle import FORMAT, MANIFEST, Bundle
+from visistage.graphs.errors import BundleError, CapacityError, TargetError
+from visistage.runtime.session import load
+from visistage.tests.support import toy
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("calib", "compile", "console", "demo", "graphs", "runtime", "trt")
+PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
+
+
+class Notes(Silent):
+    """Remembers every step, and interrupts before one of them."""
+
+    def __init__(self, interrupt=None):
+        self.interrupt, self.facts = interrupt, []
+
+    def start(self, step, total):
+        if step == self.interrupt:
+            raise KeyboardInterrupt
+
+    def done(self, fact):
+        self.facts.append(fact)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return toy.make_checkpoint(tmp_path_factory.mktemp("models") / "toy")
+
+
+def clone(folder: Path) -> Path:
+    """The sources alone, importable as ``visistage`` from ``folder``."""
+    package = folder / "visistage"
+    for name in PACKAGES:
+        ignored = shutil.ignore_patterns("model", "pictures", "__pycache__")
+        shutil.copytree(ROOT / name, package / name, ignore=ignored)
+    shutil.copy(ROOT / "__init__.py", package)
+    return folder
+
+
+def test_two_clones_give_equal_bytes(checkpoint, tmp_path):
+    script = (
+        "import sys, visistage; from visistage.compile.build import build; "
+        f"print(visistage.__file__); print(build(sys.argv[1], plan={PLAN!r}, out='out').path)"
+    )
+    bundles = []
+    for place in ("one", "a/rather/deeper/two"):
+        home = clone(tmp_path / place)
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(checkpoint)],
+            cwd=home,
+            env={**os.environ, "PYTHONPATH": str(home)},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        source, path = done.stdout.splitlines()[-2:]
+        assert Path(source).is_relative_to(home)
+        bundles.append(home / path)
+    names = [sorted(p.name for p in bundle.iterdir() if p.name[0] != ".") for bundle in bundles]
+    assert names[0] == names[1]
+    assert {"vision.onnx", "stage0.onnx", "select0.onnx", MANIFEST} <= set(names[0])
+    for name in names[0]:
+        one, other = ((bundle / name).read_bytes() for bundle in bundles)
+        assert one == other, name
+        assert b"visistage/graphs" not in one, f"{name} names a source file"
+
+
+def test_an_interrupted_build_goes_on(checkpoint, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        build(str(checkpoint), plan=PLAN, out=tmp_path, reporter=Notes("export stage1"))
+    assert not list(tmp_path.rglob(MANIFEST))
+    with pytest.raises(BundleError, match="no bundle"):
+        Bundle.open(tmp_path)
+
+    notes = Notes()
+    bundle = build(str(checkpoint), plan=PLAN, out=tmp_path, reporter=notes)
+    cached = {fact.name for fact in notes.facts if fact.cached}
+    assert cached == {"weights", "export vision", "export stage0", "export select0"}
+    bundle.check(rehash=True)
+    assert not list(tmp_path.rglob("*.partial"))
+
+    again = Notes()
+    assert build(str(checkpoint), plan=PLAN, out=tmp_path, reporter=again).path == bundle.path
+    assert again.facts == []  # up to date: nothing was done
+
+    (bundle.path / "stage1.onnx").unlink()
+    build(str(checkpoint), plan=PLAN, out=tmp_path, reporter=again)
+    assert len(again.facts) == len(notes.facts)
+
+
+def test_a_changed_checkpoint_is_built_anew(tmp_path):
+    path = toy.make_checkpoint(tmp_path / "toy")
+    first = build(str(path), plan="dense", out=tmp_path / "out")
+    prefix = (first.path / "prefix.bin").read_bytes()
+    toy.make_checkpoint(path, seed=1)
+    second = build(str(path), plan="dense", out=tmp_path / "out")
+    assert second.path == first.path
+    assert (second.path / "prefix.bin").read_bytes() != prefix
+
+
+def test_two_builds_at_once_are_refused(tmp_path):
+    with (
+        Workshop(tmp_path / "bundle", "key", Silent()),
+        pytest.raises(CapacityError, match="another build"),
+        Workshop(tmp_path / "bundle", "key", Silent()),
+    ):
+        pass
+
+
+def test_a_weight_beyond_fp16_is_named(checkpoint, tmp_path):
+    path = shutil.copytree(checkpoint, tmp_path / "toy")
+    tensors = load_file(path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.2.mlp.up_proj.weight"))
+    tensors[name][3, 5] = 7e4
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TargetError, match=r"model\.layers\.2\.mlp\.up_proj"):
+        build(str(path), plan="dense", target="cuda", out=tmp_path / "out")
+    assert not list((tmp_path / "out").rglob(MANIFEST))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_weights_become_fp32_on_a_cpu(tmp_path, dtype):
+    """The same values, so the same answer as from a checkpoint that stores them as FP32."""
+    half = toy.make_checkpoint(tmp_path / "half", dtype=dtype)
+    wide = shutil.copytree(half, tmp_path / "wide")
+    tensors = load_file(wide / "model.safetensors")
+    save_file(
+        {name: tensor.float() for name, tensor in tensors.items()},
+        wide / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    picture = np.random.default_rng(3).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    answers = []
+    for path in (half, wide):
+        bundle = build(str(path), plan="dense", out=tmp_path / "out")
+        assert (bundle.path / weights.CONVERTED).exists() == (path == half)
+        with load(bundle.path) as session:
+            session.eos = frozenset()
+            answers.append(session.infer(picture, "What is it?", max_tokens=16).tokens)
+    assert answers[0] == answers[1]
+
+
+def test_the_prefix_is_what_the_model_computes(checkpoint):
+    from transformers import LlavaForConditionalGeneration
+
+    opened = open_checkpoint(str(checkpoint))
+    ids = [1, 40, 50, 60, 70]
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        cache = model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
+    mine = prefix_cache(opened, ids)
+    for layer in range(opened.config.text.layers):
+        theirs = cache.layers[layer]
+        assert torch.allclose(mine[0, layer], theirs.keys[0], atol=1e-4)
+        assert torch.allclose(mine[1, layer], theirs.values[0], atol=1e-4)
+
+
+def test_room_is_checked_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
+    half = toy.make_checkpoint(tmp_path / "half", dtype="float16")
+    full = SimpleNamespace(free=1000, total=10**12, used=0)
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: full)
+    with pytest.raises(CapacityError, match="--out DIR"):
+        build(str(half), plan="dense", out=tmp_path / "out")
+    monkeypatch.undo()
+    memory = SimpleNamespace(total=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    with pytest.raises(CapacityError, match="this machine has"):
+        build(str(checkpoint), plan="dense", out=tmp_path / "out")
+    assert not list(tmp_path.rglob("weights.bin"))
+
+
+def test_a_7b_on_this_cpu_is_refused_before_it_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=24 << 30))
+
+    def fetch(*_, **__):
+        raise AssertionError("nothing may be fetched or made")
+
+    monkeypatch.setattr(building, "open_checkpoint", fetch)
+    with pytest.raises(CapacityError, match=r"26\.\d GiB.*TARGET=cuda.*int8"):
+        build("llava-7b", out=tmp_path, dummy_weights=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "message"),
+    [
+        ("cpuu", None, "Did you mean 'cpu'"),
+        ("openvino", "w4", "no scales in blocks"),
+        ("cuda", "int8", "not ones this project has seen run"),
+        ("cpu-portable", "w4", "no scales in blocks"),
+        ("cpu", "fp16", "computes FP16 graphs in FP32"),
+    ],
+)
+def test_targets_that_cannot_be_honoured(name, precision, message):
+    with pytest.raises(TargetError, match=message):
+        targets.resolve_target(name, precision)
+
+
+def test_an_old_onnx_runtime_gets_the_portable_lowering(monkeypatch):
+    assert targets.resolve_target("cpu", None)[0].lowering == targets.BRANCHED
+    monkeypatch.setattr(targets.metadata, "version", lambda _: "1.23.2")
+    target, precision = targets.resolve_target("cpu", None)
+    assert (target.name, target.lowering, precision) == ("cpu-portable", "portable", "fp32")
+
+
+def test_a_changed_or_missing_file_is_noticed(checkpoint, tmp_path):
+    bundle = build(str(checkpoint), plan="dense", out=tmp_path)
+    load(bundle.path).close()
+    target = bundle.path / "prefix.bin"
+    data = bytearray(target.read_bytes())
+    data[100] ^= 1
+    target.write_bytes(data)
+    with pytest.raises(BundleError, match=r"prefix\.bin is not the file that was built"):
+        load(bundle.path)
+    build(str(checkpoint), plan="dense", out=tmp_path)  # what the message says to type
+    load(bundle.path).close()
+    target.unlink()
+    with pytest.raises(BundleError, match=r"prefix\.bin is missing"):
+        load(bundle.path)
+
+
+def test_manifests_are_read_strictly(checkpoint, tmp_path):
+    bundle = build(str(checkpoint), plan="dense", out=tmp_path)
+    file = bundle.path / MANIFEST
+    good = file.read_text()
+    older = good.replace(f'"format": {FORMAT}', '"format": 1')
+    assert older != good
+    for bad in ("", "[]", "{}", older, good[:500]):
+        file.write_text(bad)
+        with pytest.raises(BundleError, match=MANIFEST):
+            Bundle.open(bundle.path)
+    file.write_text(good.replace('"prefix.bin"', '"../prefix.bin"'))
+    with pytest.raises(BundleError, match="outside the bundle"):
+        load(bundle.path)
+
+
+def test_ctrl_c_ends_with_130_and_the_next_run_goes_on(checkpoint, tmp_path):
+    """The real signal, in a real process, in the middle of a build."""
+    command = [sys.executable, "-m", "visistage", "engines", "--model", str(checkpoint)]
+    command += ["--plan", PLAN, "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A suite started in the background hands down an ignored signal.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("vision.onnx")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert "interrupted" in said
+    assert not list(tmp_path.rglob(MANIFEST))
+
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    path = Path(again.stdout.splitlines()[-1])
+    assert (path / MANIFEST).is_file()
+    assert "cached" in again.stderr

@@ -1,0 +1,130 @@
+"""The model that the project ships: what it answers, and that the picture is why."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+from visistage.bench.record import RESULTS
+from visistage.calib.evaluate import evaluate
+from visistage.cli.show.evaluation_view import chosen_samples
+from visistage.compile.build import build
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.runtime.session import load
+from visistage.tests.support import reference
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "demo" / "model"
+QUESTIONS = 210
+SLACK = 0.10
+"""Three standard errors of an accuracy over 210 questions, rounded up."""
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    out = tmp_path_factory.mktemp("engines")
+    return {plan: build("demo", plan=plan, out=out) for plan in ("dense", "visipruner")}
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return chosen_samples("demo", None, QUESTIONS)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    rows = json.loads((RESULTS / "accuracy-demo.json").read_text())["rows"]
+    return {row["plan"]: row["accuracy"] for row in rows}
+
+
+def test_it_is_small_and_complete():
+    assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 16 << 20
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        file.name for file in MODEL.iterdir()
+    }
+
+
+def test_dense_equals_hugging_face(bundles, samples):
+    processor = AutoProcessor.from_pretrained(MODEL, backend="pil")
+    model = LlavaForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
+    with load(bundles["dense"].path) as session:
+        for sample in samples[:40]:
+            content = [{"type": "image"}, {"type": "text", "text": sample.prompt}]
+            text = processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+            inputs = processor(text=text, images=sample.image, return_tensors="pt")
+            with torch.no_grad():
+                out = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+            theirs = out[0, inputs["input_ids"].shape[1] :].tolist()
+            mine = session.infer(sample.image, sample.prompt, max_tokens=12)
+            assert list(mine.tokens) == theirs, sample.name
+
+
+def test_the_static_plan_equals_the_reference(bundles, samples):
+    """First token and kept tokens of real questions, against masks, full tensors and gathers."""
+    opened = open_checkpoint("demo")
+    weights = {name: opened.load(name).float() for name in opened.tensors}
+    text = dict(opened.raw["text_config"])
+    text["rope_theta"] = opened.config.text.rope.theta
+    with load(bundles["visipruner"].path) as session:
+        plan = session.bundle.manifest.plan
+        method = reference.Static(
+            len(plan.stages[0].gated_layers), plan.trigger, plan.exit, plan.keep
+        )
+        for sample in samples[:12]:
+            answer = session.infer(sample.image, sample.prompt, max_tokens=1)
+            visual_rows = torch.from_numpy(session._rows(session._decode(sample.image))[0])
+            rows, visual = [], []
+            for part in session.encoder.encode(sample.prompt, images=1).segments:
+                ids = list(part.ids)
+                rows.append(
+                    visual_rows if part.is_image else weights["model.embed_tokens.weight"][ids]
+                )
+                visual += [part.is_image] * len(rows[-1])
+            logits, kept = reference.forward(
+                weights, text, torch.cat(rows), torch.tensor(visual), method
+            )
+            assert list(answer.plan.kept) == kept.tolist(), sample.name
+            assert answer.tokens[0] == int(logits.argmax()), sample.name
+
+
+@pytest.mark.parametrize("plan", ["dense", "visipruner"])
+def test_accuracy_is_what_was_recorded(bundles, samples, recorded, plan):
+    with load(bundles[plan].path) as session:
+        report = evaluate(session, samples)
+    assert abs(report.overall.accuracy - recorded[plan]) < SLACK
+
+
+def test_another_picture_spoils_the_answers(bundles, samples, recorded):
+    """The same questions about the next sample's picture: little more than guessing is left."""
+    from dataclasses import replace
+
+    turned = [
+        replace(sample, image=other.image)
+        for sample, other in zip(samples, samples[1:] + samples[:1], strict=True)
+    ]
+    with load(bundles["dense"].path) as session:
+        report = evaluate(session, turned)
+    assert report.overall.accuracy < recorded["without the picture"] + SLACK
+
+
+def test_the_example_and_the_bundled_pictures_run(bundles):
+    pictures = json.loads((ROOT / "demo" / "pictures" / "pictures.json").read_text())
+    name = next(iter(pictures)) if isinstance(pictures, dict) else pictures[0]["file"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "examples" / "ask.py",
+            bundles["visipruner"].path,
+            ROOT / "demo" / "pictures" / name,
+            "How many objects are there?",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "ms to the first token" in done.stdout

@@ -1,0 +1,520 @@
+"""What is said to cuda-core and to TensorRT: stand-ins for both libraries note every call.
+
+The stand-in for cuda-core copies bytes of this machine, so a bundle runs through the device as it
+is; what only a GPU can show is in ``test_gpu``.
+"""
+
+import builtins
+import ctypes
+import enum
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from visistage.compile.build import build
+from visistage.graphs.contract import GraphSpec, TensorSpec
+from visistage.graphs.errors import CapacityError, EngineError, MissingDependencyError
+from visistage.graphs.targets import TENSORRT_RTX
+from visistage.runtime.device import opening
+from visistage.runtime.device.cuda import CudaDevice
+from visistage.runtime.device.engine_ort import OrtApi
+from visistage.runtime.device.engine_trt import TrtApi
+from visistage.runtime.device.protocol import CaptureError, Compiled
+from visistage.runtime.device.tensorrt import Flavour, find
+from visistage.runtime.session import load
+from visistage.tests.support import toy
+from visistage.tests.support.stand_ins import GPU
+
+STREAM = 0x51
+
+
+class Core:
+    """``cuda.core`` and ``cuda.bindings.driver``: ``calls`` lists what was asked of them."""
+
+    def __init__(self, free=8 << 30):
+        self.calls, self.free = [], free
+        self.capturing = False
+        self.fail = None  # the name of a call that shall fail
+        self.core, self.driver = ModuleType("cuda.core"), ModuleType("cuda.bindings.driver")
+        self.core.Device = lambda number: self._device(number)
+        self.core.EventOptions = lambda timing_enabled: ("timed", timing_enabled)
+        pinned = SimpleNamespace(allocate=lambda nbytes: Memory(nbytes))
+        self.core.LegacyPinnedMemoryResource = lambda: pinned
+        self.driver.CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_DEVICE=2)
+        self.driver.CUDA_MEMCPY2D = SimpleNamespace
+        for name in ("cuMemcpyAsync", "cuMemcpy2DAsync", "cuMemsetD8Async", "cuMemGetInfo"):
+            setattr(self.driver, name, self._call(name))
+
+    def install(self, monkeypatch):
+        package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
+        package.core, package.bindings, bindings.driver = self.core, bindings, self.driver
+        for name, module in {
+            "cuda": package,
+            "cuda.core": self.core,
+            "cuda.bindings": bindings,
+            "cuda.bindings.driver": self.driver,
+        }.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        return self
+
+    def names(self):
+        return [call[0] for call in self.calls]
+
+    def _device(self, number):
+        if number:
+            raise RuntimeError("CUDA_ERROR_INVALID_DEVICE")
+        stream = SimpleNamespace(
+            handle=STREAM,
+            sync=lambda: self.calls.append(("sync",)),
+            close=lambda: self.calls.append(("close stream",)),
+            record=lambda options: Event(self, options),
+            create_graph_builder=lambda: Builder(self, stream),
+        )
+        return SimpleNamespace(
+            name="Stand-in",
+            set_current=lambda: self.calls.append(("set_current",)),
+            create_stream=lambda: stream,
+            allocate=self._allocate,
+        )
+
+    def _allocate(self, nbytes, stream):
+        assert stream.handle == STREAM
+        if nbytes > self.free:
+            raise MemoryError("CUDA_ERROR_OUT_OF_MEMORY")
+        return Memory(nbytes)
+
+    def _call(self, name):
+        def call(*args):
+            self.calls.append((name, *args))
+            if self.fail == name:
+                return (Code.CUDA_ERROR_LAUNCH_FAILED,)
+            if not self.capturing:
+                getattr(self, f"_{name}")(*args)
+            room = (self.free, 16 << 30) if name == "cuMemGetInfo" else ()
+            return (Code.CUDA_SUCCESS, *room)
+
+        return call
+
+    def _cuMemcpyAsync(self, to, source, nbytes, stream):
+        assert stream == STREAM
+        ctypes.memmove(to, source, nbytes)
+
+    def _cuMemcpy2DAsync(self, plan, stream):
+        assert stream == STREAM
+        assert plan.srcMemoryType == plan.dstMemoryType == 2
+        for row in range(plan.Height):
+            to, source = plan.dstDevice + row * plan.dstPitch, plan.srcDevice + row * plan.srcPitch
+            ctypes.memmove(to, source, plan.WidthInBytes)
+
+    def _cuMemsetD8Async(self, to, value, nbytes, stream):
+        assert stream == STREAM
+        ctypes.memset(to, value, nbytes)
+
+    def _cuMemGetInfo(self):
+        """Answered by the caller."""
+
+
+class Code(enum.IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_LAUNCH_FAILED = 719
+
+
+class Memory:
+    def __init__(self, nbytes):
+        self.array = np.full(nbytes + 256, 0xFF, np.uint8)
+        self.handle = self.array.ctypes.data + -self.array.ctypes.data % 256
+
+
+class Event:
+    def __init__(self, core, options):
+        assert options == ("timed", True)
+        self.at = len(core.calls)
+        core.calls.append(("record",))
+
+    def sync(self):
+        """Everything has been done already."""
+
+    def __sub__(self, earlier):
+        return float(self.at - earlier.at)
+
+
+class Builder:
+    def __init__(self, core, stream):
+        self.core, self.stream = core, stream
+
+    def begin_building(self, mode):
+        self.core.calls.append(("begin", mode))
+        self.core.capturing = True
+
+    def end_building(self):
+        self.core.calls.append(("end",))
+        self.core.capturing = False
+
+    def complete(self):
+        if self.core.fail == "complete":
+            raise RuntimeError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
+        return SimpleNamespace(
+            launch=lambda stream: self.core.calls.append(("launch", stream.handle))
+        )
+
+    def close(self):
+        self.core.calls.append(("close builder",))
+
+
+@pytest.fixture
+def core(monkeypatch):
+    return Core().install(monkeypatch)
+
+
+# --- cuda-core ------------------------------------------------------------------------------------
+
+
+def test_bytes_go_up_across_and_down(core):
+    device = CudaDevice()
+    up, there, down = device.allocate_host(64), device.allocate(64), device.allocate_host(64)
+    up.array[:] = np.arange(64)
+    device.zero(there.address, 64)
+    device.copy(there.address, up.address, 32)
+    device.copy_rows(there.address + 32, 8, there.address, 4, 4, 3)
+    device.copy(down.address, there.address, 64)
+    device.synchronize()
+    assert down.array[:32].tolist() == list(range(32))
+    assert down.array[32:56].reshape(3, 8)[:, :4].tolist() == np.arange(12).reshape(3, 4).tolist()
+    assert not down.array[36:40].any()
+    assert core.names()[-1] == "sync"
+
+
+def test_times_are_between_two_events(core):
+    device = CudaDevice()
+    start = device.record()
+    device.zero(device.allocate(8).address, 8)
+    stop = device.record()
+    stop.wait()
+    assert stop.since(start) == 2.0
+
+
+def test_what_is_captured_is_kept_and_launched_on_the_stream(core):
+    device = CudaDevice()
+    buffer = device.allocate(8)
+    core.calls.clear()
+    graph = device.capture(lambda: device.zero(buffer.address, 8))
+    graph.launch()
+    expected = ["begin", "cuMemsetD8Async", "end", "close builder", "launch"]
+    assert core.names() == expected
+    assert core.calls[0] == ("begin", "relaxed")
+    assert core.calls[-1] == ("launch", STREAM)
+
+
+def test_a_capture_that_fails_says_so_and_leaves_the_stream_alone(core):
+    device = CudaDevice()
+    core.fail = "complete"
+    with pytest.raises(CaptureError, match="INVALIDATED"):
+        device.capture(lambda: None)
+    assert core.names()[-3:] == ["begin", "end", "close builder"]
+
+    def refuses():
+        raise EngineError("not with me")
+
+    with pytest.raises(EngineError, match="not with me"):
+        device.capture(refuses)
+    assert not core.capturing
+
+
+def test_errors_of_the_driver_are_named(core):
+    device = CudaDevice()
+    core.fail = "cuMemcpyAsync"
+    with pytest.raises(EngineError, match="Stand-in could not copy: CUDA_ERROR_LAUNCH_FAILED"):
+        device.copy(0, 0, 4)
+
+
+def test_memory_that_is_not_there_is_said_with_what_is(core):
+    device = CudaDevice()
+    core.free = 1 << 20
+    with pytest.raises(CapacityError, match=r"no 2048 MiB left \(1 MiB free\).*--context"):
+        device.allocate(2 << 30)
+
+
+def test_a_gpu_that_is_not_there_is_named(core):
+    with pytest.raises(EngineError, match=r"GPU 1 cannot be opened.*--backend onnxruntime"):
+        CudaDevice(1)
+
+
+def test_a_device_is_closed_once(core):
+    device = CudaDevice()
+    device.close()
+    device.close()
+    assert core.names().count("close stream") == 1
+
+
+def test_cuda_core_is_imported_when_a_device_is_opened(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.split(".")[0] == "cuda":
+            raise ImportError("No module named 'cuda'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingDependencyError, match=r"pip install cuda-core 'cuda-bindings==13"):
+        CudaDevice()
+
+
+def test_the_runtime_imports_no_device_before_it_needs_one():
+    code = (
+        "import sys, visistage.runtime.session\n"
+        "assert not [m for m in sys.modules if 'runtime.device' in m or m.startswith('cuda')]\n"
+        "import visistage.runtime.device.opening\n"
+        "assert not [m for m in sys.modules if m.split('.')[0] in ('cuda', 'tensorrt', 'torch')]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# --- ONNX Runtime on the device -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cuda_bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cuda")
+    checkpoint = toy.make_checkpoint(folder / "toy", kv_heads=2)
+    return build(
+        str(checkpoint), plan="visipruner:shallow=1,t=1,e=2,keep=4", target="cuda", out=folder
+    )
+
+
+def picture(seed):
+    return np.random.default_rng(seed).integers(0, 256, (40, 52, 3), dtype=np.uint8)
+
+
+def test_graphs_run_through_cuda_core_at_the_addresses_they_are_given(
+    core, cuda_bundle, monkeypatch
+):
+    """The device as it is, over stand-ins; ONNX Runtime's CPU provider in place of CUDA's."""
+    given = []
+
+    def api(*, stream, threads):
+        given.append((stream, threads))
+        return OrtApi(threads=threads)
+
+    monkeypatch.setattr(opening, "find_device", lambda: GPU)
+    monkeypatch.setattr(opening, "OrtApi", api)
+    answers = []
+    for backend in ("onnxruntime", None):
+        with load(cuda_bundle.path, backend=backend, threads=1) as session:
+            session.eos = frozenset()
+            long = "word " * 120
+            asked = [(picture(1), "What is it?"), (None, "Hello"), (picture(2), long)]
+            answers.append([session.infer(*one, max_tokens=12).tokens for one in asked])
+            if backend is None:
+                stages = session.executor.room.stages
+                assert stages[0].slots == 1024  # grown
+    assert answers[0] == answers[1]
+    assert given == [(STREAM, 1)]
+    assert "close stream" in core.names()
+
+
+def test_onnx_runtime_is_told_to_use_our_stream_and_not_to_wait():
+    api = OrtApi(stream=STREAM)
+    assert api.providers[0] == ("CUDAExecutionProvider", {"user_compute_stream": str(STREAM)})
+    entry = "disable_synchronize_execution_providers"
+    assert api.run_options.get_run_config_entry(entry) == "1"
+    assert not api.capturable
+
+
+def test_a_provider_that_did_not_start_is_said(cuda_bundle):
+    """ONNX Runtime falls back to the CPU in silence; addresses of a GPU would crash it there."""
+    fact = cuda_bundle.manifest.graphs["select0"]
+    file = cuda_bundle.file(fact.file)
+    compiled = Compiled("select0", None, file, fact.spec, 0, (), 0)
+    with pytest.raises(EngineError, match=r"could not start CUDA.*TARGET=cpu"):
+        OrtApi(stream=STREAM).load(compiled)
+
+
+def test_a_machine_without_a_gpu_says_why_and_what_runs_here(cuda_bundle, monkeypatch):
+    monkeypatch.setattr(opening, "find_device", lambda: None)
+    with pytest.raises(EngineError, match=r"target 'cuda'.*no driver.*--backend onnxruntime"):
+        load(cuda_bundle.path)
+
+
+# --- TensorRT -------------------------------------------------------------------------------------
+
+SPEC = GraphSpec(
+    inputs=(
+        TensorSpec("rows", "float16", ("B", "Q", 8)),
+        TensorSpec("key.0", "float16", ("B", 2, "S", 4)),
+    ),
+    outputs=(
+        TensorSpec("rows.out", "float16", ("B", "Q", 8)),
+        TensorSpec("key.0.out", "float16", ("B", 2, "S", 4)),
+    ),
+)
+
+
+class Trt:
+    """A module like ``tensorrt`` with one engine; ``calls`` lists what was asked of it."""
+
+    __version__ = "10.16.2"
+
+    class ILogger:
+        ERROR, INTERNAL_ERROR, INFO = range(3)
+
+    class TensorIOMode(enum.Enum):
+        INPUT, OUTPUT = range(2)
+
+    class ExecutionContextAllocationStrategy(enum.Enum):
+        USER_MANAGED = 0
+
+    nptype = staticmethod(np.dtype)
+
+    def __init__(self, **facts):
+        self.calls, self.facts = [], {"dtype": "float16", "alias": "key.0", "runs": True, **facts}
+        self.tensors = [*SPEC.inputs, *SPEC.outputs]
+        self.shapes = {}
+
+    def Runtime(self, logger):
+        self.logger = logger
+        return SimpleNamespace(deserialize_cuda_engine=self._deserialise)
+
+    def _deserialise(self, data):
+        if bytes(data) != b"plan":
+            self.logger.log(self.ILogger.INFO, "reading")
+            self.logger.log(self.ILogger.ERROR, "magic tag mismatch")
+            return None
+        modes = self.TensorIOMode
+        inputs = {one.name for one in SPEC.inputs}
+        return SimpleNamespace(
+            num_io_tensors=len(self.tensors),
+            get_tensor_name=lambda number: self.tensors[number].name,
+            get_tensor_mode=lambda name: modes.INPUT if name in inputs else modes.OUTPUT,
+            get_tensor_dtype=lambda name: self.facts["dtype"],
+            get_aliased_input_tensor=lambda n: self.facts["alias"] if n == "key.0.out" else None,
+            device_memory_size_v2=4096,
+            create_execution_context=self._context,
+        )
+
+    def _context(self, strategy):
+        assert strategy is self.ExecutionContextAllocationStrategy.USER_MANAGED
+
+        def note(name, answer=True):
+            def call(*args):
+                self.calls.append((name, *args))
+                return answer(*args) if callable(answer) else answer
+
+            return call
+
+        def set_shape(name, shape):
+            self.shapes[name] = tuple(shape)
+            return shape[1] <= 8
+
+        return SimpleNamespace(
+            set_optimization_profile_async=note("profile", lambda number, stream: number < 2),
+            set_device_memory=note("scratch", None),
+            set_input_shape=note("shape", set_shape),
+            set_tensor_address=note("address", lambda name, address: name != "nobody"),
+            infer_shapes=note("infer", lambda: self.facts.get("missing", [])),
+            get_tensor_shape=lambda name: self.shapes[name.removesuffix(".out")],
+            execute_async_v3=note("run", self.facts["runs"]),
+        )
+
+
+@pytest.fixture
+def compiled(tmp_path):
+    file = tmp_path / "bundle" / "engines" / "stage0.engine"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"plan")
+    return Compiled("stage0", None, file, SPEC, 0, (), 4)
+
+
+def api_of(trt):
+    return TrtApi(Flavour("tensorrt", trt, False, True), STREAM)
+
+
+def bind(context, rows=3):
+    for number, name in enumerate(("rows", "rows.out")):
+        context.bind(name, (1, rows, 8), 256 * (number + 1))
+    for name in ("key.0", "key.0.out"):
+        context.bind(name, (1, 2, 64, 4), 1024)
+
+
+def test_a_context_has_profile_scratch_shapes_and_addresses_before_it_runs(compiled):
+    trt = Trt()
+    engine = api_of(trt).load(compiled)
+    assert engine.scratch_bytes == 4096
+    context = engine.context(1, SimpleNamespace(address=512, nbytes=4096))
+    bind(context)
+    context.enqueue()
+    context.enqueue()
+    assert trt.calls == [
+        ("profile", 1, STREAM),
+        ("scratch", 512, 4096),
+        ("shape", "rows", (1, 3, 8)),
+        ("address", "rows", 256),
+        ("address", "rows.out", 512),
+        ("shape", "key.0", (1, 2, 64, 4)),
+        ("address", "key.0", 1024),
+        ("address", "key.0.out", 1024),
+        ("infer",),
+        ("run", STREAM),
+        ("run", STREAM),
+    ]
+    assert context.capturable
+
+
+@pytest.mark.parametrize(
+    ("facts", "rows", "says"),
+    [
+        ({}, 9, r"does not take 'rows' in shape \[1, 9, 8\]"),
+        ({"missing": ["rows"]}, 3, "lacks rows"),
+        ({"runs": False}, 3, "did not run"),
+    ],
+)
+def test_what_an_engine_refuses_is_an_error(compiled, facts, rows, says):
+    context = api_of(Trt(**facts)).load(compiled).context(0, None)
+
+    def run():
+        bind(context, rows)
+        context.enqueue()
+
+    with pytest.raises(EngineError, match=f"{says}.*visistage build"):
+        run()
+
+
+def test_an_output_of_another_size_than_its_buffer_is_an_error(compiled):
+    context = api_of(Trt()).load(compiled).context(0, None)
+    bind(context)
+    context.bind("rows.out", (1, 2, 8), 512)
+    with pytest.raises(EngineError, match=r"writes 'rows.out' in shape \[1, 3, 8\], not \[1, 2, 8"):
+        context.enqueue()
+    with pytest.raises(EngineError, match="no tensor 'nobody'"):
+        context.bind("nobody", (1,), 256)
+    with pytest.raises(EngineError, match="no profile 2"):
+        api_of(Trt()).load(compiled).context(2, None)
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ({"dtype": "float32"}, "other tensors than the bundle's contract.*float32"),
+        ({"alias": "rows"}, "writes 'key.0.out' over 'rows'"),
+    ],
+)
+def test_an_engine_that_is_not_the_contracts_is_refused(compiled, facts, says):
+    with pytest.raises(EngineError, match=f"{says}.*visistage build"):
+        api_of(Trt(**facts)).load(compiled)
+
+
+def test_an_engine_that_cannot_be_read_says_what_the_library_said(compiled):
+    compiled.file.write_bytes(b"rubbish")
+    with pytest.raises(EngineError, match=r"refuses .*: magic tag mismatch.*visistage build"):
+        api_of(Trt()).load(compiled)
+
+
+@pytest.mark.skipif(find(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]'")
+def test_the_real_library_takes_a_mapped_file(compiled):
+    """Without a driver it reads the header and refuses; with one, too: this is no engine."""
+    compiled.file.write_bytes(b"rubbish" * 1000)
+    flavour = find(TENSORRT_RTX)
+    with pytest.raises(EngineError, match=f"{flavour.version} refuses .*Serialization"):
+        TrtApi(flavour, STREAM).load(compiled)

@@ -1,0 +1,112 @@
+"""How many threads run a bundle: said, remembered, or tried."""
+
+import json
+
+import pytest
+from visistage.compile.build import build
+from visistage.graphs.bundle import Bundle
+from visistage.graphs.errors import VisistageError
+from visistage.runtime import load
+from visistage.runtime.backends import tune_threads as threads
+from visistage.runtime.backends.tune_threads import FILE, VARIABLE, Trial, candidates
+
+from ..support.toy import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("threads")
+    return build(str(make_checkpoint(folder / "model")), plan="visipruner", out=folder).path
+
+
+@pytest.fixture
+def tried(built, monkeypatch):
+    """A bundle on a machine of four cores, whose trial counts how often it takes place."""
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setattr(threads, "cores", lambda: 4)
+    (built / FILE).unlink(missing_ok=True)
+    times, calls = {1: 10.0, 2: 6.0, 4: 6.2}, []
+
+    def answer(bundle, executor):
+        calls.append(executor.threads)
+        return lambda: times[executor.threads]
+
+    monkeypatch.setattr(threads, "_answer", answer)
+    return built, times, calls
+
+
+def test_candidates_are_powers_of_two_and_all_cores():
+    assert candidates(1) == [1]
+    assert candidates(2) == [1, 2]
+    assert candidates(6) == [1, 2, 4, 6]
+    assert candidates(8) == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("times", "best"),
+    [
+        ({"1": 10.0, "2": 6.0, "4": 6.2}, 4),  # near enough: all cores
+        ({"1": 10.0, "2": 5.0, "4": 6.2}, 2),
+        ({"1": 3.0, "2": 5.0, "4": 6.2}, 1),
+        ({"1": 3.0, "2": 3.1, "16": 6.0}, 2),  # two are not clearly slower than one
+    ],
+)
+def test_fewer_threads_must_be_clearly_faster(times, best):
+    assert Trial("m", "e", "s", times).threads == best
+
+
+def test_the_trial_takes_place_once_on_a_machine(tried):
+    path, times, calls = tried
+    with load(path) as session:
+        assert session.executor.threads == 4
+    assert calls == [1, 2, 4]
+    times[1] = 1.0
+    with load(path) as session:
+        assert session.executor.threads == 4  # as was found before
+    assert calls == [1, 2, 4]
+    noted = json.loads((path / FILE).read_text())
+    (path / FILE).write_text(json.dumps(noted | {"machine": "another"}))
+    with load(path) as session:
+        assert session.executor.threads == 1
+    assert calls == [1, 2, 4] * 2
+
+
+@pytest.mark.parametrize("spoilt", ["", "[]", '{"machine": 1}', "\0"])
+def test_a_broken_note_is_measured_again(spoilt, tried):
+    path, _, calls = tried
+    (path / FILE).write_text(spoilt)
+    with load(path) as session:
+        assert session.executor.threads == 4
+    assert len(calls) == 3
+
+
+def test_who_says_a_number_gets_it_untried(tried, monkeypatch):
+    path, _, calls = tried
+    with load(path, threads=3) as session:
+        assert session.executor.threads == 3
+    monkeypatch.setenv(VARIABLE, "2")
+    with load(path) as session:
+        assert session.executor.threads == 2
+    monkeypatch.setattr(threads, "LARGEST_BYTES", 1)
+    monkeypatch.delenv(VARIABLE)
+    with load(path) as session:
+        assert session.executor.threads == 4  # too large to be loaded three times
+    assert not calls
+
+
+@pytest.mark.parametrize("said", ["", "0", "-1", "two"])
+def test_an_unusable_number_in_the_environment_is_named(said, built, monkeypatch):
+    monkeypatch.setenv(VARIABLE, said)
+    with pytest.raises(VisistageError, match=f"{VARIABLE} is '{said}', expected a number"):
+        load(built)
+
+
+def test_the_trial_answers_with_every_kind_of_call(built, monkeypatch):
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setattr(threads, "cores", lambda: 2)
+    bundle = Bundle.open(built)
+    with load(built, threads=1) as session:
+        took = threads._answer(bundle, session.executor)()
+        ran = session.executor.reset_elapsed()
+    assert took > 0
+    assert set(ran) == set(bundle.manifest.graphs)

@@ -1,0 +1,770 @@
+"""The parity ladder: good bundles pass on every target, every planted fault is caught and named."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from visistage.cli.main import main
+from visistage.cli.show.verify_view import report_table, require_passed
+from visistage.compile.build import build
+from visistage.compile.engines.engines import compile_engines
+from visistage.compile.export.split import compiler_peak
+from visistage.compile.export.static_shapes import DECOMPOSABLE
+from visistage.graphs.bundle import MANIFEST, Bundle, FileFact, sha256
+from visistage.graphs.errors import BundleError, DataError, ImageError, ModelError, ParityError
+from visistage.graphs.plan.probing import Decision
+from visistage.graphs.plan.stages import Probe
+from visistage.graphs.targets import TENSORRT_RTX
+from visistage.runtime.device.probe import Device
+from visistage.runtime.device.tensorrt import find
+from visistage.tests.support import toy
+from visistage.tools.verify import stored
+from visistage.tools.verify.check_steps import ImpossibleError, Step, attempt
+from visistage.tools.verify.compare import BOUNDS, tensor_error
+from visistage.tools.verify.tally import Tally, Trajectory
+from visistage.tools.verify.token_choices import APART, Choice, Grounds, Reading, gap, lead
+from visistage.tools.verify.variants import difference
+from visistage.tools.verify.verify import verify
+from visistage.tools.verify.verify_prompts import DEFAULT_SAMPLES, chosen
+from visistage.tools.verify.verify_report import (
+    FAILED,
+    IMPOSSIBLE,
+    JSON_FILE,
+    NOTHING,
+    PAGE_FILE,
+    PASSED,
+    Report,
+    Rung,
+    TensorError,
+    page,
+)
+
+from ..compile.test_ranges import PRODUCT, make
+
+PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
+STEPS = 6
+needs_rtx = pytest.mark.skipif(find(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]'")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verify")
+    toy.make_checkpoint(folder / "toy", dtype="float16")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(folder):
+    """Bundles by target, each built once and verified once, with every rung that there is."""
+    made = {}
+
+    def get(target):
+        if target not in made:
+            contexts = (128,) if target in ("rtx", "orin-jp62") else ()
+            bundle = build(
+                str(folder / "toy"), plan=PLAN, target=target, contexts=contexts, out=folder
+            )
+            if target == "rtx" and find(TENSORRT_RTX):
+                compile_engines(bundle, capabilities=[(8, 6)])
+            made[target] = (bundle, run(bundle, model=str(folder / "toy")))
+        return made[target]
+
+    return get
+
+
+@pytest.fixture
+def copy(built, tmp_path):
+    """A bundle to be spoilt: the target's, every file its own."""
+
+    def make(target):
+        return Bundle.open(shutil.copytree(built(target)[0].path, tmp_path / "bundle"))
+
+    return make
+
+
+def run(bundle, count=2, **options):
+    return verify(bundle, chosen(bundle.manifest.model, None, count), max_tokens=STEPS, **options)
+
+
+def statuses(report):
+    return {rung.name: rung.status for rung in report.rungs}
+
+
+def failing(report):
+    """Name and reason of the first rung that failed."""
+    assert report.failed is not None, statuses(report)
+    return report.failed.name, report.failed.reason
+
+
+def fix_hashes(bundle):
+    """Note the files as they are now: what a careful forger would do."""
+    files = {
+        name: FileFact(bundle.file(name).stat().st_size, sha256(bundle.file(name)))
+        for name in bundle.manifest.files
+    }
+    return rewrite(bundle, files=files)
+
+
+def rewrite(bundle, **changes):
+    text = replace(bundle.manifest, **changes).to_json()
+    (bundle.path / MANIFEST).write_text(text, encoding="utf-8")
+    return Bundle.open(bundle.path)
+
+
+# --- good bundles ---------------------------------------------------------------------------------
+
+
+def test_fp32_on_the_cpu(built):
+    bundle, report = built("cpu")
+    found = statuses(report)
+    graphs = list(bundle.manifest.graphs)
+    assert {"vision", "stage0", "select0", "stage1", "stage2"} == set(graphs)
+    assert report.failed is None
+    passing = ["files", "weights", "prefix", "hugging face", "runtime", "answers"]
+    assert {found[name] for name in passing} == {PASSED}
+    assert {found[f"graph {name}"] for name in graphs} == {PASSED}
+    absent = ["quantisation", "half answers", "variants", "engines", "engine runs"]
+    assert {found[name] for name in [*absent, *(f"half {name}" for name in graphs)]} == {NOTHING}
+
+
+@needs_rtx
+def test_fp16_with_engines(built):
+    bundle, report = built("rtx")
+    found = statuses(report)
+    assert report.failed is None
+    others = {name: status for name, status in found.items() if status != PASSED}
+    assert others == {"quantisation": NOTHING, "engine runs": IMPOSSIBLE}
+    runs = next(rung for rung in report.rungs if rung.name == "engine runs")
+    assert runs.status == IMPOSSIBLE
+    assert "engines need a GPU" in runs.reason
+    variants = next(rung for rung in report.rungs if rung.name == "variants")
+    assert set(variants.facts) == {
+        file for fact in bundle.manifest.graphs.values() for file in fact.variants.values()
+    }
+    assert variants.facts["stage0.context128.onnx"].startswith("stage0.onnx with B = 1, S = 128")
+    engines = next(rung for rung in report.rungs if rung.name == "engines")
+    source = engines.facts["compiled from"]
+    assert source["engines/stage0.context128.engine"] == "stage0.context128.onnx"
+
+
+def test_fp16_for_onnxruntime_on_a_gpu(built):
+    """Its graphs are tried on this CPU, and so is the runtime; a GPU is not needed to verify."""
+    bundle, report = built("cuda")
+    assert report.failed is None
+    found = statuses(report)
+    for name in bundle.manifest.graphs:
+        assert found[f"graph {name}"] == found[f"half {name}"] == PASSED
+    assert found["runtime"] == PASSED
+
+
+def test_the_portable_lowering_for_a_board(built):
+    _, report = built("orin-jp62")
+    assert report.failed is None
+    found = statuses(report)
+    assert found["variants"] == found["engines"] == NOTHING
+    assert found["answers"] == found["half answers"] == found["hugging face"] == PASSED
+
+
+def test_parts_of_a_stage_are_graphs_of_their_own(folder):
+    bundle = build(
+        str(folder / "toy"),
+        plan=PLAN,
+        target="rtx",
+        contexts=(128,),
+        build_memory=compiler_peak(130_000),  # between one layer and two
+        out=folder / "parts",
+    )
+    assert "stage0.part1" in bundle.manifest.graphs
+    report = run(bundle)
+    assert report.failed is None
+    found = statuses(report)
+    assert found["graph stage0.part1"] == found["half stage0.part1"] == PASSED
+    assert found["answers"] == PASSED
+
+
+def test_a_selection_that_reads_no_values(folder):
+    """FastV scores by attention alone: its graph has one input less."""
+    bundle = build(str(folder / "toy"), plan="fastv:k=2,r=0.75", target="rtx", out=folder / "fastv")
+    assert "value" not in {spec.name for spec in bundle.manifest.graphs["select0"].spec.inputs}
+    report = run(bundle)
+    assert report.failed is None
+    assert statuses(report)["graph select0"] == statuses(report)["half select0"] == PASSED
+
+
+def test_a_second_run_finds_the_same(built):
+    bundle, report = built("cpu")
+    report.write(bundle.path)
+    again = run(bundle, model=None)
+    assert statuses(again) | dict.fromkeys(["weights", "prefix", "hugging face"], PASSED) == (
+        statuses(report)
+    )
+    errors = [
+        {
+            e.tensor: e.relative
+            for e in next(r for r in one.rungs if r.name == "graph vision").errors
+        }
+        for one in (report, again)
+    ]
+    assert errors[0] == pytest.approx(errors[1], rel=0.5)
+
+
+# --- FP16 -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory):
+    """A bundle of a model whose MLP products leave FP16, with the remedy that its build found."""
+    folder = tmp_path_factory.mktemp("overflow")
+    make(folder / "toy", PRODUCT)
+    return build(str(folder / "toy"), plan=PLAN, target="rtx", contexts=(128,), out=folder)
+
+
+def test_what_the_build_widened_is_widened_here(overflowing):
+    assert overflowing.manifest.widening.mlp_shift
+    report = run(overflowing)
+    assert report.failed is None
+    assert statuses(report)["half answers"] == PASSED
+
+
+def test_overflow_shows_in_half_and_nowhere_else(overflowing, tmp_path):
+    """Without the remedy FP16 arithmetic overflows; ONNX Runtime on x86 cannot see it."""
+    bundle = Bundle.open(shutil.copytree(overflowing.path, tmp_path / "bundle"))
+    shifts = bundle.manifest.widening.mlp_shift
+    report = run(rewrite(bundle, widening=replace(bundle.manifest.widening, mlp_shift={})))
+    (layer,) = shifts
+    stage = next(
+        index
+        for index, stage in enumerate(bundle.manifest.plan.stages)
+        if layer in range(*stage.layers)
+    )
+    name, reason = failing(report)
+    assert name == f"half stage{stage}"
+    assert "not finite" in reason
+    found = statuses(report)
+    assert found[f"graph stage{stage}"] == found["answers"] == PASSED
+    assert found["half answers"] == FAILED
+
+
+# --- planted faults -------------------------------------------------------------------------------
+
+
+def test_a_flipped_byte(copy):
+    bundle = copy("cpu")
+    file = bundle.file("stage1.onnx")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    report = run(bundle)
+    name, reason = failing(report)
+    assert name == "files"
+    assert "BUNDLE/stage1.onnx" in reason
+    others = [rung for rung in report.rungs if rung.name != "files"]
+    assert {rung.status for rung in others} == {IMPOSSIBLE}
+    assert str(bundle.path) not in page(report)
+
+
+def test_a_file_that_the_manifest_does_not_hash(copy):
+    bundle = copy("cpu")
+    files = {name: fact for name, fact in bundle.manifest.files.items() if name != "stage0.onnx"}
+    name, reason = failing(run(rewrite(bundle, files=files)))
+    assert (name, "stage0.onnx" in reason) == ("files", True)
+
+
+def test_two_graphs_swapped_with_their_hashes(copy):
+    """Stages 1 and 2 hold other layers; the hashes are right, the layers are not."""
+    bundle = copy("cpu")
+    one, other = bundle.file("stage1.onnx"), bundle.file("stage2.onnx")
+    texts = one.read_bytes(), other.read_bytes()
+    one.write_bytes(texts[1])
+    other.write_bytes(texts[0])
+    report = run(fix_hashes(bundle))
+    name, reason = failing(report)
+    assert name == "graph stage1"
+    assert "stage1.onnx" in reason
+    assert statuses(report)["files"] == PASSED
+    assert statuses(report)["graph stage2"] == FAILED
+
+
+@pytest.mark.parametrize("target", ["cpu", "orin-jp62"])
+def test_a_graph_that_computes_something_else(copy, target):
+    """One Add became a Sub: names, types and shapes are as they were."""
+    bundle = copy(target)
+    file = bundle.file("stage1.onnx")
+    model = onnx.load(file, load_external_data=False)
+    adds = [node for node in model.graph.node if node.op_type == "Add"]
+    adds[-1].op_type = "Sub"
+    onnx.save(model, file)
+    report = run(fix_hashes(bundle))
+    name, reason = failing(report)
+    assert name == "graph stage1"
+    assert re.search(r"is off by \S+ of its spread", reason)
+    assert statuses(report)["graph stage0"] == PASSED
+    assert statuses(report)["answers"] == FAILED
+
+
+def test_weights_swapped_inside_a_graph(copy, folder):
+    """Keys and queries read each other's bytes. Torch reads them where the file says, too: only the
+    checkpoint can tell."""
+    bundle = copy("cpu")
+    file = bundle.file("stage0.onnx")
+    model = onnx.load(file, load_external_data=False)
+    found = {one.name: one for one in model.graph.initializer}
+    pair = [found[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qk"]
+    data = [list(one.external_data) for one in pair]
+    for one, entries in zip(pair, reversed(data), strict=True):
+        del one.external_data[:]
+        one.external_data.extend(entries)
+    onnx.save(model, file)
+    report = run(fix_hashes(bundle), model=str(folder / "toy"))
+    name, reason = failing(report)
+    assert name == "weights"
+    assert "model.layers.1.self_attn.q_proj.weight of stage0.onnx" in reason
+    assert statuses(report)["hugging face"] == FAILED
+    assert statuses(report)["graph stage0"] == PASSED
+
+
+def test_a_changed_weight_needs_the_checkpoint(copy, folder):
+    """A layer of the linked file was changed, its hash with it: consistent, and not the model."""
+    bundle = copy("rtx")
+    file = bundle.file("model.safetensors")
+    tensors = load_file(file)
+    changed = next(name for name in tensors if name.endswith("layers.2.mlp.down_proj.weight"))
+    tensors[changed] = -tensors[changed]
+    save_file(tensors, file, metadata={"format": "pt"})
+    report = run(fix_hashes(bundle), model=str(folder / "toy"))
+    name, reason = failing(report)
+    assert name == "weights"
+    assert "model.layers.2.mlp.down_proj.weight" in reason
+    found = statuses(report)
+    assert found["hugging face"] == FAILED
+    assert found["graph stage0"] == found["graph stage2"] == PASSED
+
+
+def test_a_prefix_of_another_text(copy, folder):
+    bundle = copy("cpu")
+    file = bundle.file("prefix.bin")
+    file.write_bytes((-np.frombuffer(file.read_bytes(), np.float32)).tobytes())
+    report = run(fix_hashes(bundle), model=str(folder / "toy"))
+    name, reason = failing(report)
+    assert (name, "prefix keys of layer 0" in reason) == ("prefix", True)
+    assert statuses(report)["answers"] == FAILED
+    assert statuses(report)["runtime"] == PASSED
+
+
+def test_another_tokenizer_template(copy, folder):
+    """Nothing but Hugging Face's own template knows that a word is missing."""
+    bundle = copy("cpu")
+    file = bundle.file(bundle.manifest.text_files["chat_template"])
+    file.write_text(file.read_text().replace("ASSISTANT:", "USER:"))
+    report = run(fix_hashes(bundle), model=str(folder / "toy"))
+    assert failing(report)[0] == "hugging face"
+    assert statuses(report)["answers"] == PASSED
+
+
+def test_a_changed_attribute_in_a_variant(copy):
+    bundle = copy("rtx")
+    file = bundle.file("stage0.context128.onnx")
+    model = onnx.load(file, load_external_data=False)
+    node = next(node for node in model.graph.node if node.op_type == "RMSNormalization")
+    next(one for one in node.attribute if one.name == "epsilon").f *= 10
+    onnx.save(model, file)
+    name, reason = failing(run(fix_hashes(bundle)))
+    assert name == "variants"
+    assert "stage0.context128.onnx" in reason
+    assert node.name in reason
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda model: model.graph.node.pop(), "nodes"),
+        (lambda model: model.graph.input.pop(), "inputs"),
+        (lambda model: setattr(model.graph.initializer[-1], "data_type", 1), "initializer"),
+        (lambda model: setattr(model.opset_import[0], "version", 20), "graph"),
+        (lambda model: set_batch(model, 2), "shape"),
+        (lambda model: mark(model, "Add"), "node"),
+    ],
+)
+def test_what_may_not_differ_in_a_variant(built, spoil, words):
+    bundle, _ = built("rtx")
+    source, variant = (
+        onnx.load(bundle.file(file), load_external_data=False)
+        for file in ("stage0.onnx", "stage0.context128.onnx")
+    )
+    copies = [onnx.ModelProto.FromString(one.SerializeToString()) for one in (source, variant)]
+    assert difference(*copies, {"B": 1, "S": 128}) == ("", 0)
+    spoil(variant)
+    assert words in difference(source, variant, {"B": 1, "S": 128})[0]
+
+
+def set_batch(model, batch):
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
+
+
+def mark(model, kind):
+    node = next(node for node in model.graph.node if node.op_type == kind)
+    node.attribute.append(onnx.helper.make_attribute(DECOMPOSABLE, 1))
+
+
+def test_leave_to_take_attention_apart_is_no_difference(built):
+    bundle, _ = built("rtx")
+    source, variant = (
+        onnx.load(bundle.file(file), load_external_data=False)
+        for file in ("stage1.onnx", "stage1.context128.onnx")
+    )
+    mark(variant, "Attention")
+    assert difference(source, variant, {"B": 1, "S": 128}) == ("", 1)
+
+
+@needs_rtx
+def test_a_flipped_byte_in_an_engine(copy):
+    bundle = copy("rtx")
+    file = bundle.path / "engines" / "stage2.context128.engine"
+    with file.open("r+b") as stream:
+        stream.seek(5000)
+        byte = stream.read(1)
+        stream.seek(5000)
+        stream.write(bytes([byte[0] ^ 1]))
+    report = run(bundle)
+    name, reason = failing(report)
+    assert name == "engines"
+    assert "stage2.context128.engine" in reason
+    assert statuses(report)["answers"] == PASSED
+
+
+@needs_rtx
+def test_an_index_that_lacks_an_engine(copy):
+    bundle = copy("rtx")
+    file = bundle.path / "engines" / "engines.json"
+    index = json.loads(file.read_text())
+    dropped = index["engines"].pop()["name"]
+    file.write_text(json.dumps(index))
+    name, reason = failing(run(bundle))
+    assert (name, dropped in reason) == ("engines", True)
+
+
+@needs_rtx
+def test_engines_run_on_a_gpu_that_fits_alone(built, monkeypatch):
+    bundle, _ = built("rtx")
+    monkeypatch.setattr(stored, "find_device", lambda: Device("it", (8, 6), 1 << 30))
+    stored.check_engines_run(bundle)
+    monkeypatch.setattr(stored, "find_device", lambda: Device("it", (9, 0), 1 << 30))
+    with pytest.raises(ImpossibleError, match=re.escape("found it (sm_90)")):
+        stored.check_engines_run(bundle)
+
+
+# --- what a machine cannot do ---------------------------------------------------------------------
+
+
+def test_too_little_memory_is_said_with_figures(built):
+    bundle, _ = built("rtx")
+    found = {rung.name: rung for rung in run(bundle, memory=300_000).rungs}
+    assert {rung.status for rung in found.values()} <= {PASSED, IMPOSSIBLE, NOTHING}
+    assert [name for name in found if found[name].status == NOTHING] == ["quantisation"]
+    for name in ("graph stage0", "runtime", "answers", "half answers"):
+        assert found[name].status == IMPOSSIBLE
+        assert len(re.findall(r"\d+ [KM]iB", found[name].reason)) == 2, found[name].reason
+    # What streams its weights needs no more than a layer.
+    assert found["half stage0"].status == found["files"].status == PASSED
+
+
+def test_without_torch_the_runtime_alone_is_verified(built, tmp_path):
+    """As on a board: neither torch nor onnx can be imported, the other rungs run all the same."""
+    bundle = Bundle.open(shutil.copytree(built("orin-jp62")[0].path, tmp_path / "board"))
+    code = f"""
+import sys
+from importlib.abc import MetaPathFinder
+ABSENT = {{"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "yaml"}}
+class Blocked(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ABSENT:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Blocked())
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in ABSENT else real(name, *rest)
+from visistage.cli.main import main
+main(["verify", {str(bundle.path)!r}, "--samples", "1", "--max-tokens", "3", "--json"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rungs = {rung["name"]: rung for rung in json.loads(done.stdout)["rungs"]}
+    assert rungs["files"]["status"] == rungs["runtime"]["status"] == PASSED
+    for name in ("weights", "hugging face", "graph stage0", "half stage0", "answers", "variants"):
+        assert rungs[name]["status"] == IMPOSSIBLE
+        assert "not installed" in rungs[name]["reason"]
+        assert "visistage[compile]" in rungs[name]["reason"]
+
+
+def test_a_checkpoint_that_was_not_named(built):
+    bundle, _ = built("cpu")
+    found = {rung.name: rung for rung in run(bundle).rungs}
+    for name in ("weights", "prefix", "hugging face"):
+        assert found[name].status == IMPOSSIBLE
+        assert "--model" in found[name].reason
+
+
+def test_a_checkpoint_of_another_shape_is_an_error(built, tmp_path):
+    toy.make_checkpoint(tmp_path / "other", layers=5)
+    with pytest.raises(ModelError, match="other sizes than the model 'toy'"):
+        run(built("cpu")[0], model=str(tmp_path / "other"))
+
+
+# --- how errors are judged ------------------------------------------------------------------------
+
+
+def trajectory(tokens, kept=(1, 2), vocab=8):
+    """Logits with a margin of 4 for each token; positions 2 and 3 score nearly the same."""
+    logits = 4 * np.eye(vocab, dtype=np.float32)[list(tokens)]
+    grounds = Grounds({1: 9.0, 2: 5.0, 3: 4.99, 4: 1.0})
+    return Trajectory(logits, tuple(tokens), Choice(kept), grounds)
+
+
+def judged(precision, logits, kept=(1, 2), free=(3, 5, 1), guided=(3, 5, 1)):
+    tally = Tally(BOUNDS[precision])
+    want = trajectory((3, 5, 1))
+    choice, got = Choice(kept), np.asarray(logits, np.float32)
+    tally.add("it", want, got, choice, free, lambda _: trajectory(guided))
+    return tally.finding(())
+
+
+def test_equal_answers_pass():
+    for precision in ("float32", "float16"):
+        finding = judged(precision, trajectory((3, 5, 1)).logits, free=(3, 5))
+        assert finding.failure == ""
+        assert finding.facts["teacher-forced"] == "3 of 3 tokens agree"
+        assert finding.facts["free-running"].startswith("1 of 1")
+
+
+def test_a_token_may_differ_as_near_ties_do_and_in_fp16_only():
+    want = trajectory((3, 5, 1))
+    want.logits[1, 6] = 3.9  # nearly as likely as the token chosen
+    got = want.logits.copy()
+    got[1, 6] = 4.1
+
+    def tried(precision, free):
+        tally = Tally(BOUNDS[precision])
+        tally.add("it", want, got, Choice((1, 2)), free, lambda _: want)
+        return tally.finding(())
+
+    finding = tried("float16", (3, 6, 1))
+    assert finding.failure == ""
+    assert finding.facts["teacher-forced"] == "2 of 3 tokens agree"
+    assert finding.facts["first divergence, by prompt"] == {"it": 1}
+    assert "off by" in tried("float32", (3, 6, 1)).failure
+    assert "differs at token 0" in tried("float16", (6, 5, 1)).failure
+
+
+def test_wrong_logits_tokens_and_selections_are_named():
+    good = trajectory((3, 5, 1)).logits
+    other = trajectory((3, 2, 1)).logits
+    assert "logits of the answer is off" in judged("float16", other).failure
+    assert (
+        "free-running answer differs at token 2" in judged("float16", good, free=(3, 5, 2)).failure
+    )
+    assert "other visual tokens were kept" in judged("float32", good, kept=(1, 3)).failure
+    assert "other visual tokens were kept" in judged("float16", good, kept=(1, 4)).failure
+    assert "other visual tokens were kept" in judged("float16", good, kept=None).failure
+    assert "not finite" in judged("float16", np.full_like(good, np.nan)).failure
+
+
+def test_visual_tokens_that_score_alike_may_change_places_in_fp16():
+    """Then the answer is held against the reference's answer for the same selection."""
+    good = trajectory((3, 5, 1)).logits
+    near = judged("float16", good, kept=(1, 3))
+    assert near.failure == ""
+    assert near.facts["prompts whose kept visual tokens differ"] == 1
+    assert "is off by" in judged("float16", good, kept=(1, 3), guided=(3, 2, 1)).failure
+
+
+PROBE = Probe(first=1, cosine=0.9, contribution=1.0, exit_cosine=0.98)
+READINGS = {  # of three visual tokens; spread of the norms in layer 2: 1
+    1: Reading({0: 0.95, 1: 0.99, 2: 0.901}, {0: 0.5, 1: 0.2, 2: 0.4}),
+    2: Reading({0: 0.80, 1: 0.85, 2: 0.99}, {0: 1.0 + 1.5**0.5, 1: 1.0, 2: 1.0 - 1.5**0.5}),
+    3: Reading({0: 0.95, 1: 0.979}, {0: 1.0, 1: 1.0}),
+}
+OURS = Choice((0, 1), 2, None)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "expected"),
+    [
+        (OURS, 0.0),
+        (Choice((0,), 2, None), 0.0),  # token 1 lies on the threshold
+        (Choice((1,), 2, None), 1.5**0.5),  # token 0 is far above it
+        (Choice((0, 7), 2, None), APART),
+        (Choice((2,), 1, None), 0.001 / 0.1),  # layer 1 nearly called for a selection
+        (Choice(None, None, None), 0.1 / 0.1),  # layer 2 clearly did
+        (Choice((0, 1), 2, 3), (0.98 - 0.95) / 0.02),
+    ],
+)
+def test_choices_by_thresholds_differ_as_readings_lie_on_them(theirs, expected):
+    grounds = Grounds(probe=PROBE, readings=READINGS)
+    assert gap(grounds, OURS, theirs) == pytest.approx(expected)
+
+
+def test_a_led_decision_chooses_what_it_is_led_to():
+    positions = np.array([4, 5, 6, 7])
+    for choice in (
+        Choice((5, 7), 3, 6),
+        Choice((), 2, 4),  # with no token left every layer is quiet
+        Choice(None, None, None),
+        Choice((4,), 1, 3),
+    ):
+        decision = Decision(PROBE)
+        for layer in range(PROBE.first, 8):
+            if decision.settled:
+                break
+            at = positions if decision.kept is None else positions[decision.kept]
+            real = np.full((1, len(at)), 0.5, np.float32)
+            cosines, norms = lead(PROBE, choice, layer, at, real, real)
+            decision.read(layer, cosines[0], norms[0])
+        kept = (
+            None if decision.kept is None else tuple(int(one) for one in positions[decision.kept])
+        )
+        assert Choice(kept, decision.trigger, decision.exit) == choice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["visipruner-code", "visipruner-adaptive"])
+def test_plans_that_decide_per_prompt_in_fp16(tmp_path, plan):
+    """Their thresholds are read in FP16: what lies on one may fall on either side."""
+    bundle = build("demo", plan=plan, target="orin-jp72", out=tmp_path)
+    report = run(bundle, 6, model="demo")
+    wrong = {rung.name: rung.reason for rung in report.rungs if rung.status == FAILED}
+    assert not wrong
+    assert {"half answers", "answers"} <= {r.name for r in report.rungs if r.status == PASSED}
+
+
+def test_errors_are_relative_to_the_spread():
+    want = np.array([0.0, 10.0, 20.0, 30.0])
+    error = tensor_error("it", np.array([0.0, 10.0, 20.5, 30.0]), want)
+    assert error.largest == pytest.approx(0.5)
+    assert error.relative == pytest.approx(0.5 / want.std())
+    assert tensor_error("it", np.array([2, 3]), np.array([2, 5])).relative == 2
+    flat = tensor_error("it", np.full(4, 1.5), np.ones(4))
+    assert (flat.spread, flat.relative) == (0, pytest.approx(0.5))
+    assert tensor_error("it", np.array([np.inf]), np.array([1.0])).relative is None
+
+
+def test_another_picture_is_beyond_every_tolerance(built, folder):
+    """What the bounds are for: one picture's answer does not pass for another's."""
+    from visistage import runtime
+
+    bundle, _ = built("rtx")
+    one, other = chosen("toy", None, 2)
+    with runtime.load(bundle.path, backend="onnxruntime") as session:
+        logits = [session.score(sample.image, one.prompt, ()) for sample in (one, other)]
+    error = tensor_error("logits", logits[1], logits[0])
+    assert error.relative > 2 * BOUNDS["float16"].whole
+
+
+def test_whatever_a_library_raises_fails_its_rung_only():
+    def broken():
+        raise RuntimeError("[ONNXRuntimeError] : 7 : INVALID_PROTOBUF")
+
+    rung = attempt(Step("it", "this and that", "equal", broken))
+    assert (rung.status, "INVALID_PROTOBUF" in rung.reason) == (FAILED, True)
+    absent = attempt(Step("it", "this and that", "equal", broken, ("no_such_module",)))
+    assert (absent.status, "no_such_module" in absent.reason) == (IMPOSSIBLE, True)
+
+
+# --- prompts, report and command ------------------------------------------------------------------
+
+
+def test_prompts_are_the_models_own_or_general(tmp_path):
+    assert len(chosen("demo", None, None)) == DEFAULT_SAMPLES
+    assert len({sample.prompt for sample in chosen("demo", None, 4)}) == 4
+    general = chosen("llava-7b", None, None)
+    assert len({(sample.prompt, sample.image) for sample in general}) == DEFAULT_SAMPLES
+    assert all(sample.image.is_file() for sample in general)
+    data = tmp_path / "mine.jsonl"
+    data.write_text('{"image": "1.png", "prompt": "How many?", "answer": "2"}\n' * 3)
+    assert [sample.name for sample in chosen("demo", data, 2)] == ["mine.jsonl:1", "mine.jsonl:2"]
+    with pytest.raises(DataError, match="cannot read"):
+        chosen("demo", tmp_path / "absent.jsonl", None)
+
+
+def test_pictures_that_cannot_be_read_are_the_users_to_mend(built, tmp_path):
+    data = tmp_path / "mine.jsonl"
+    data.write_text('{"image": "absent.png", "prompt": "How many?", "answer": "2"}\n')
+    bundle, _ = built("cpu")
+    with pytest.raises(ImageError, match=r"absent\.png"):
+        verify(bundle, chosen("toy", data, None))
+
+
+def test_the_page_and_the_json_hold_everything(built, tmp_path):
+    _, report = built("rtx")
+    report.write(tmp_path)
+    text = (tmp_path / PAGE_FILE).read_text()
+    data = json.loads((tmp_path / JSON_FILE).read_text())
+    assert data["passed"] is True
+    assert len(data["rungs"]) == len(report.rungs)
+    for rung in report.rungs:
+        assert f"| {rung.name} | {rung.compares} | {rung.status} |" in text
+        if rung.status in (PASSED, FAILED):
+            assert f"- {rung.name}: {rung.rule}" in text
+        else:
+            assert f"- {rung.name}: {rung.reason}" in text
+    assert "stage0.onnx" in text
+    worst = max((e for rung in report.rungs for e in rung.errors), key=lambda e: e.relative)
+    listed = text.split("## Largest errors by tensor")[1]
+    assert f"| {worst.tensor} |" in listed.splitlines()[6]
+    assert "| cores |" in text
+    assert data["versions"]["onnxruntime"]
+    assert str(tmp_path) not in text + json.dumps(data)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [JSON_FILE, PAGE_FILE]
+
+
+def test_a_failed_report_says_so_first():
+    bad = Rung("it", "this | that", "equal", FAILED, "they are not", 0.1, errors=(
+        TensorError("fine", 0.1, 1.0, 0.1), TensorError("gone", None, None, None),
+    ))  # fmt: skip
+    report = Report({"model": "toy"}, (bad,), {}, {})
+    text = page(report)
+    assert "**Failed: it.**" in text.splitlines()[2]
+    assert "this \\| that" in text
+    assert "not finite (gone)" in text
+    with pytest.raises(ParityError, match=r"rung 'it' failed .*Expected: equal.*/x/verify\.md"):
+        require_passed(report, "/x/verify.md")
+    assert report_table(report, "/x/verify.md")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / f"{JSON_FILE}.partial").mkdir()
+    with pytest.raises(BundleError, match="cannot be written"):
+        Report({}, (), {}, {}).write(tmp_path)
+
+
+def command(*arguments):
+    return CliRunner().invoke(main, ["verify", *map(str, arguments)])
+
+
+def test_the_command_leaves_its_report_and_ends_well(copy, folder):
+    bundle = copy("cpu")
+    done = command(bundle.path, "--model", folder / "toy", "--samples", 1, "--max-tokens", 3)
+    assert done.exit_code == 0, done.output
+    assert "graph stage1" in done.stderr
+    assert "hugging face" in done.stdout
+    assert str(bundle.path / PAGE_FILE) in done.stdout
+    assert json.loads((bundle.path / JSON_FILE).read_text())["passed"] is True
+
+
+def test_the_command_ends_with_one_error_and_its_report(copy):
+    bundle = copy("cpu")
+    bundle.file("stage1.onnx").write_bytes(b"")
+    done = command(bundle.path, "--samples", 1, "--json")
+    assert done.exit_code == 2
+    assert json.loads(done.stdout)["passed"] is False
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    for word in ("rung 'files' failed", "stage1.onnx", "Expected", "make engines", PAGE_FILE):
+        assert word in line
+    assert "**Failed: files.**" in (bundle.path / PAGE_FILE).read_text()
