@@ -16,7 +16,7 @@
 whole stage. A plan file may come from anybody, so it is data and no more: bounded in size, without
 YAML tags and aliases, and a repeated key is an error, not a silent choice.
 
-Source: docs/design.md section 4.
+Source: docs/design.md, "The plan".
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ name. Dimensions are integers or symbols:
     B  batch              Q  rows in this call        S  slots of the stage's cache
     N  visual rows offered to a selection             (the rest are facts of the model)
 
-Source: the append-rows contract of docs/design.md.
+Source: docs/design.md, "Append rows".
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Stage 0 may be rewound to any point of what it holds, because rows see only rows before them. So a
 new question on the same picture starts after the picture; another picture that was seen before is
-copied back instead of computed (docs/design.md section 2).
+copied back instead of computed (docs/design.md, "Append rows").
 """
 
 from __future__ import annotations

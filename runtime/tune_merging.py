@@ -2,7 +2,7 @@
 
 Two calls read stage 0's weights twice, one call cannot be captured for later (its number of rows is
 the question's own). Which is faster depends on the device's bandwidth, so it is tried. Only a
-stage without gates may take both kinds at once (docs/design.md section 2).
+stage without gates may take both kinds at once (docs/design.md, "Image and question in one call").
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def test_a_right_command_passes(line):
 
 
 def test_a_broken_link_is_caught():
-    assert broken_links("[here](docs/nowhere.md#top)") == ["docs/nowhere.md"]
+    assert broken_links("[here](docs/absent.txt#top)") == ["docs/absent.txt"]
     assert not broken_links("[a](Makefile) [b](https://example.org/x) [c](#top)")
 
 

@@ -11,7 +11,7 @@ prediction ranks plans before they are measured and decides nothing: it adds up 
 takes from the tokens that a plan would not have, and cannot know what is still needed. Hence no t
 is left out for it.
 
-Source: fixed numbers from quantiles: methods.md 1.8 b.
+Source: fixed numbers from quantiles: docs/methods.md, "VisiPruner: static plans".
 """
 
 from __future__ import annotations

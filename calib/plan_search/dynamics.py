@@ -29,7 +29,8 @@ vision in shallow layers, and after the trigger the other tokens are still there
                       those that never did is null, and ``text`` says so. histogram: [L] counts by
                       layer, where the values are layers.
 
-Source: readings and rules: methods.md 1.2, 1.3 and 1.5; fixed numbers from quantiles: 1.8 b.
+Source: readings and rules: docs/methods.md, "VisiPruner: decision rules"; fixed numbers from
+quantiles: "Dynamics and candidates".
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Dynamics:
     """The readings of some prompts, all of one model.
 
     first: the first layer that may trigger; text looks at vision in the layers before it, too, but
-    not to any purpose (methods.md 1.2).
+    not to any purpose (docs/methods.md, "VisiPruner: shallow layers").
 
     Raises:
         DataError: no reading with a visual token, or one that is not finite.

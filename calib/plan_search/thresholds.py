@@ -9,7 +9,7 @@ safest that still does something:
     exit_cosine    the largest that lets vision leave before the last layer in half of the prompts
 
 How far answers agree then is not said here: ``visistage evaluate`` measures it. Source: what late
-and early selection cost: methods.md 1.8 b.
+and early selection cost: docs/methods.md, "VisiPruner: static plans".
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 ``plan_json`` computes through ``graphs/plan/cost.py``; ``plan_table`` only lays its result out.
 
-Source: docs/design.md section 4; formulas: methods.md 7.1.
+Source: docs/design.md, "The plan"; formulas: docs/methods.md, "Cost accounting".
 """
 
 from __future__ import annotations

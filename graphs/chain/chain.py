@@ -9,7 +9,8 @@ module owns positions, orders, slots and gates. One prefill reads:
     edge 1     vision leaves
     stage 2    text rows
 
-Source: docs/design.md sections 2 and 3; gates: methods.md 1.3 and 1.5.
+Source: docs/design.md, "Append rows" and "Text-blind layers"; gates: docs/methods.md, "Gated and
+renormalised masks".
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 ``Selector`` keeps the best K. ``Prober`` only reads, for plans that decide per prompt.
 
 No contribution tensor is formed. With ``a`` the softmax row of the last prompt row and ``o`` its
-attention output, per token j (methods.md 1.5, checked against brute force in the tests):
+attention output, per token j (docs/methods.md, "The contribution of a visual token", checked
+against brute force in the tests):
 
     L2_j  = sqrt( sum_h a_hj^2 |v_hj|^2 )
     cos_j = (O - s_j) / sqrt( O (O - 2 s_j + L2_j^2) ),   s_j = sum_h a_hj <v_hj, o_h>,  O = |o|^2

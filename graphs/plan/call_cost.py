@@ -6,8 +6,8 @@ Masks and gates skip no work, so rows meet every slot. Operations are FLOPs (two
 multiply-accumulate); norms, activations and softmax are left out, which is under 1 % of a
 decoder's. Bytes are the weights once and the cache once; activations are not counted.
 
-    layer, Q rows, S slots     2 Q L + 4 Q S w      L = 2 d (w + w_kv) + 3 d m    methods.md 7.1
-    head, the last row         2 d V
+    layer, Q rows, S slots     2 Q L + 4 Q S w      L = 2 d (w + w_kv) + 3 d m    docs/methods.md,
+    "Cost accounting" head, the last row         2 d V
     tower layer, T tokens      2 T (4 h^2 + 2 h m) + 4 T^2 h
 """
 

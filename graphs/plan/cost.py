@@ -11,16 +11,17 @@ by 2 for FLOPs. A layer with X text rows (P before the image, T after it) and n 
     text_blind_novv      X + n         X           (X + n)^2 - T n - n^2
     no_attention         X + n         X + n       (X + n)^2 - T n - n^2
 
-``sink`` and ``sink_half`` count as ``text_blind``, as in the reference table: what they save beyond
-it is under 0.1 points of a 32-layer decoder. Visual-only figures, which papers call FLOPs, count
-the visual rows' own projections, MLP and n^2 pairs.
+``sink`` and ``sink_half`` count as ``text_blind``, as in docs/methods.md, "Cost accounting": what
+they save beyond it is under 0.1 points of a 32-layer decoder. Visual-only figures, which papers
+call FLOPs, count the visual rows' own projections, MLP and n^2 pairs.
 
 Accountings:
     modes   each layer by its mode, as above: what the method needs at best. The default.
     paper   the VisiPruner paper's: no layer of a stage with text-blind layers has attention.
     graphs  what our graphs execute today: gates zero values but skip nothing, so all are dense.
 
-Source: methods.md 7.1 and Appendix A, whose printed digits are this module's tests.
+Source: docs/methods.md, "Cost accounting" and "Published cost figures", whose printed digits are
+this module's tests.
 """
 
 from __future__ import annotations

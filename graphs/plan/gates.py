@@ -1,6 +1,6 @@
 """What text-blind layers may read of each slot, call by call: the host fills it in. NumPy only.
 
-Source: docs/design.md section 3; methods.md 1.3 and 1.5.
+Source: docs/design.md, "Text-blind layers"; docs/methods.md, "Gated and renormalised masks".
 """
 
 from __future__ import annotations

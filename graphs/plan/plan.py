@@ -5,7 +5,7 @@
 It knows nothing about weights, files or devices; ``compile/planfile.py`` reads and writes YAML,
 ``plan_checks.py`` says what is wrong with a plan.
 
-Source: docs/design.md section 4.
+Source: docs/design.md, "The plan".
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Pure bookkeeping over the readings of one prompt, layer after layer; it knows ne
 back ends. What it decides is what the published method would do; when it takes effect is the
 chain's business, so that an adaptive plan can say by how many layers it came late.
 
-Source: methods.md 1.2 and 1.3; the numbers: ``plan.Probe``.
+Source: docs/methods.md, "VisiPruner: decision rules"; the numbers: ``plan.Probe``.
 """
 
 from __future__ import annotations

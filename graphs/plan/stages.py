@@ -2,7 +2,7 @@
 
 Layers are absolute, counted from 0, ranges half-open. The plan that holds the parts checks them.
 
-Source: docs/design.md section 4; modes: methods.md 1.3 and 1.5.
+Source: docs/design.md, "The plan"; modes: docs/methods.md, "VisiPruner: shallow layers".
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ MAX_KEEP = 3840
 """Largest K of a selection: TensorRT's TopK goes no further."""
 
 Mode = Literal["dense", "text_blind", "text_blind_novv", "sink", "sink_half"]
-"""How one layer treats visual tokens; all but ``dense`` are gated per slot (design.md section 3).
+"""How one layer treats visual tokens; all but ``dense`` are gated per slot (docs/design.md,
+"Text-blind layers").
 
     dense            everybody attends as usual
     text_blind       text rows lose the visual columns; visual rows are untouched
@@ -99,7 +100,7 @@ class Probe:
     Both act at the next edge. ``consecutive``: a layer that is not quiet starts the count again.
     ``buckets``: row counts that a selection is padded to, ascending; empty: exactly what is kept.
 
-    Source: methods.md 1.2 and 1.3.
+    Source: docs/methods.md, "VisiPruner: decision rules".
     """
 
     first: int

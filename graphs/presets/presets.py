@@ -3,7 +3,7 @@
 It knows methods, not models: without options every number follows from the depth and the count of
 visual tokens, and the plan says that it is uncalibrated.
 
-Source: docs/design.md section 4.
+Source: docs/design.md, "The plan".
 """
 
 from __future__ import annotations

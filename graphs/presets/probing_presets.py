@@ -1,6 +1,6 @@
 """Presets that decide per prompt: a probe in the layers' attention finds t, K and e.
 
-Source: methods.md 1.2 to 1.4 and 1.8.
+Source: docs/methods.md, "VisiPruner: paper and code" and "VisiPruner: plans per prompt".
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ EXIT_RULES = ("cumulative", "consecutive")
 BOUNDARIES = (8, 10, 12, 14, 16, 18, 20, 23, 27)
 """Last layers of the stages of an adaptive plan, for 32 layers; others in proportion. Triggers
 fall around the middle, and a stage of two layers wastes 3 % of the visual work at most
-(methods.md 1.8 c); exits fall late and cost little."""
+(docs/methods.md, "VisiPruner: plans per prompt"); exits fall late and cost little."""
 
 BUCKET_SHARES = (72, 36, 18, 9, 4, 1)
 """Buckets of an adaptive plan are N divided by these: 8, 16, 32, 64, 144 and all of 576. The

@@ -1,6 +1,6 @@
 """Presets whose plan is the same for every prompt: t, K and e are numbers.
 
-Source: VisiPruner: methods.md 1.2 to 1.4; peers: methods.md 5.1.
+Source: docs/methods.md, "VisiPruner: static plans"; "FastV" and "PyramidDrop".
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def _visipruner(ask: Request) -> StagePlan:
     modes: tuple[Mode, ...] = ()
     if shallow:
         # Masked before the softmax no mass is lost that a sink could take: what remains of the
-        # sink rule is that visual rows see the prefix only (methods.md 1.5 with g = 1).
+        # sink rule is that visual rows see the prefix only (docs/methods.md, "Gated and
+        # renormalised masks").
         sink: Mode = "text_blind_novv" if norm == "renorm" else "sink"
         first: Mode = "sink_half" if template == "13b" else sink
         modes = (first, *repeat("text_blind", shallow - 1))

@@ -20,7 +20,7 @@ from visistage.calib.plan_search import measure_plans as bundles
 from visistage.calib.plan_search.dynamics import Dynamics, Reading
 from visistage.calib.plan_search.measure_plans import Measuring, Origin, text_blind_plans
 from visistage.calib.plan_search.thresholds import suggest_thresholds
-from visistage.calib.run.collect_ranges import collect, fits
+from visistage.calib.run.collect_ranges import collect
 from visistage.calib.run.layerwise import walk
 from visistage.calib.sample_prompts import order_hash, prepare
 from visistage.calib.samples import Sample
@@ -29,7 +29,7 @@ from visistage.cli.show.calibration_view import DEMO_SERIES, calibration_samples
 from visistage.cli.show.units import Share
 from visistage.compile.build import build
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
-from visistage.compile.export.texts import prompt_encoder, text_facts
+from visistage.compile.export.texts import fits, prompt_encoder, text_facts
 from visistage.compile.planfile import load_plan
 from visistage.compile.quantize.cache_scales import cache_scales
 from visistage.compile.quantize.calibration_file import Calibration, SampleFacts

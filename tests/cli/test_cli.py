@@ -181,7 +181,7 @@ def test_savings_count_all_pictures_before_the_selection(at):
 
 
 def test_plan_shows_the_reference_and_reads_back_its_yaml(tmp_path):
-    assert "37.56 %" in ok("plan", "visipruner").stdout  # methods.md, appendix A
+    assert "37.56 %" in ok("plan", "visipruner").stdout  # docs/methods.md, "Published cost figures"
     yaml = tmp_path / "mine.yaml"
     yaml.write_text(ok("plan", "visipruner", "--yaml").stdout)
     mine, preset = (json.loads(ok("plan", p, "--json").stdout) for p in (yaml, "visipruner"))

@@ -28,7 +28,7 @@ from visistage.runtime.session import load
 from visistage.tests.support import toy
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("calib", "compile", "console", "demo", "graphs", "runtime", "trt")
+PACKAGES = ("calib", "compile", "demo", "graphs", "pages", "runtime")
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
 
 

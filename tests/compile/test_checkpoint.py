@@ -509,7 +509,9 @@ def test_revisions_belong_to_the_hub(toy):
 def test_the_demo_lies_in_the_package(toy, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     package = tmp_path / "package"
-    monkeypatch.setattr(module, "__file__", str(package / "compile" / "checkpoint.py"))
+    monkeypatch.setattr(
+        module, "__file__", str(package / "compile" / "checkpoint" / "checkpoint.py")
+    )
     with pytest.raises(ModelError, match=r"lacks the demo model.*MODEL=llava-7b"):
         open_checkpoint("demo")
     shutil.copytree(toy, package / "demo" / "model")

@@ -184,7 +184,8 @@ VARIATIONS = [
 
 @pytest.mark.parametrize(("options", "expected"), VARIATIONS, ids=str)
 def test_variations_of_the_shallow_layers_equal_the_reference(deep, options, expected):
-    """The 13B rule of layer 0, and masks before the softmax (methods.md 1.3 and 1.5)."""
+    """The 13B rule of layer 0, and masks before the softmax (docs/methods.md, "VisiPruner: shallow
+    layers" and "Gated and renormalised masks")."""
     base = {"shallow": 3, "t": 4, "e": 6, "keep": 4}
     ids, pixels = deep.prompt(10)
     rows, spans = deep.embeds(ids, pixels)

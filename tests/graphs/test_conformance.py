@@ -1,4 +1,4 @@
-"""The conformance list of the method's description (methods.md 8), one named test an item.
+"""The conformance list of docs/methods.md, "Conformance list", one named test an item.
 
 Items 13 (accuracy of LLaVA-1.5-7B) and 14 (quantised builds) ask for other checkpoints and
 precisions and are not here. Where another file tests an item over many cases, this one holds the
@@ -140,7 +140,7 @@ def _kept(prompt, method):
 
 
 def golden_vector():
-    """methods.md, appendix B."""
+    """docs/methods.md, "Golden vector"."""
     heads, width, slots = 2, 4, 9
 
     def wave(shape, w, b):
@@ -170,7 +170,7 @@ def test_item_6_closed_form_of_the_probe():
     assert (norm[0] - parts.norm(dim=1)[2:7]).abs().max() < 2e-6
 
 
-GATED = {  # the last row of appendix B
+GATED = {  # the last row of docs/methods.md, "Golden vector"
     "text_blind": "0.103428 0.100397 0.069818 0.020082 -0.023723 -0.118359 -0.180519 -0.193147",
     "renorm": "0.200523 0.194646 0.135360 0.038934 -0.089387 -0.445971 -0.680188 -0.727770",
     "sink": "-0.350145 -0.205266 -0.004066 0.198251 -0.634929 -0.439698 -0.123820 0.226032",
@@ -295,7 +295,8 @@ def prompt_logits(one, method, spans):
     return one.judge(method)[0]
 
 
-# --- the figures of methods.md 7 ------------------------------------------------------------------
+# --- the figures of docs/methods.md, "Published cost figures"
+# ------------------------------------------------------------------
 
 
 def plan_json(*arguments):
@@ -313,7 +314,7 @@ HEADLINES = [  # model, t, e, K, reduction of visual MACs in the paper's account
 
 
 @pytest.mark.parametrize(("model", "t", "e", "percent"), HEADLINES)
-def test_headlines_of_section_7_2(model, t, e, percent):
+def test_headlines_of_the_paper(model, t, e, percent):
     facts = plan_json(
         *("visipruner-paper", "--model", model, "--accounting", "paper"),
         *("--trigger", t, "--kept", 10.3, "--exit", e),
@@ -355,7 +356,7 @@ def novv(tmp_path):
 
 
 @pytest.mark.parametrize(("plan", "outcome", "accounting", "wanted"), ROWS, ids=str)
-def test_rows_of_section_7_3(plan, outcome, accounting, wanted, novv):
+def test_published_reductions_of_plans(plan, outcome, accounting, wanted, novv):
     plan = novv if " " in plan else plan
     given = ["--accounting", accounting]
     if outcome:

@@ -1,4 +1,4 @@
-"""Costs against the printed digits of the methods reference, section 7 and Appendix A."""
+"""Costs against the printed digits of docs/methods.md, "Published cost figures"."""
 
 import dataclasses
 

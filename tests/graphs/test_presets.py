@@ -201,7 +201,8 @@ def test_bad_option_strings(item, message):
 
 
 def test_exact_presets_of_the_published_models():
-    """methods.md 1.8 (a) and (d): where shallow layers end, where probes begin, which rules."""
+    """docs/methods.md, "VisiPruner: plans per prompt": where shallow layers end, where probes
+    begin, which rules."""
     code, paper = (preset(f"visipruner-{name}", 32, 576) for name in ("code", "paper"))
     assert code.stages[0].modes == ("sink", *("text_blind",) * 5, "dense", "dense")
     assert paper.stages[0].modes == ("sink", *("text_blind_novv",) * 6, "dense")

@@ -1,10 +1,10 @@
 """VisiPruner as published, written to be obvious: the judge of the plans that decide per prompt.
 
 Whole sequences, no cache, eager attention, masks applied to the probabilities after the softmax,
-every token's contribution as a full tensor, pruned rows gathered away. Written from methods.md 1.2
-(the paper), 1.3 (the released code) and 1.4 (where the two differ); it shares no code with the
-stages. ``CODE`` and ``PAPER`` are the two methods; every field is a place where they differ or a
-number that they set.
+every token's contribution as a full tensor, pruned rows gathered away. Written from
+docs/methods.md, "VisiPruner: decision rules" and "VisiPruner: paper and code"; it shares no code
+with the stages. ``CODE`` and ``PAPER`` are the two methods; every field is a place where they
+differ or a number that they set.
 """
 
 from dataclasses import dataclass, field, replace
@@ -210,8 +210,8 @@ def generate(weights, config, embeds, visual, method, new_tokens):
 def visual_macs(full, kept, tokens, n=576, d=4096, m=11008, attention=True):
     """MACs of the visual rows: ``full`` layers with n of them, ``kept`` with ``tokens``.
 
-    methods.md 7.1; without ``attention`` the n^2 term of the full layers is left out, as in the
-    paper's own figures.
+    docs/methods.md, "Cost accounting"; without ``attention`` the n^2 term of the full layers is
+    left out, as in the paper's own figures.
     """
 
     def layer(count, pairs):

@@ -1,8 +1,8 @@
 """The static VisiPruner method, written to be obvious: the judge of the chain.
 
 Whole sequences, no cache, eager attention, masks applied to the probabilities after the softmax,
-contributions as full tensors, pruned rows gathered away (methods.md 1.2, 1.3, 1.8b). It shares no
-code with the stages.
+contributions as full tensors, pruned rows gathered away (docs/methods.md, "VisiPruner: shallow
+layers" and "VisiPruner: static plans"). It shares no code with the stages.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
 """Small LLaVA checkpoints, complete Hugging Face directories, made in a fraction of a second.
 
-Random, but scaled so that greedy generation is lively (design.md section 9): 20 or more distinct
-tokens in 64. Otherwise every wrong implementation would "agree" on one token repeated for ever.
+Random, but scaled so that greedy generation is lively (docs/design.md, "Invariants"): 20 or more
+distinct tokens in 64. Otherwise every wrong implementation would "agree" on one token repeated for
+ever.
 """
 
 import json

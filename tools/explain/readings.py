@@ -8,7 +8,8 @@ and ``o`` its attention output over all heads, token j contributes c_j = concat_
     s_j      = sum_h w_hj <v_hj, o_h>,   O = |o|^2
 
 ``graphs/modules/select.py`` says the same in torch for layers without gates; here gates count,
-because a page about the answer must show what the graphs did. Source: methods.md 1.3 and 1.5.
+because a page about the answer must show what the graphs did. Source: docs/methods.md, "The
+contribution of a visual token".
 """
 
 from __future__ import annotations
