@@ -17,9 +17,9 @@ from typing import Any
 
 import click
 
-from ..calib.evaluate import Report, evaluate
+from ..calib.evaluate import EvaluationReport, evaluate
 from ..cli.show.evaluation_view import chosen_samples
-from ..compile.build import build
+from ..compile.build import make_bundle
 from ..demo.heldout import blind_accuracy
 from ..graphs.bundle import Bundle
 from ..graphs.plan.cost import reduction_percent
@@ -62,7 +62,7 @@ def main(samples: int, plans: tuple[str, ...], out: str, dry: bool) -> None:
         {"plan": "without the picture", "accuracy": blind.pop("all"), "by_type": blind}
     ]
     plans = tuple(dict.fromkeys(("dense", *plans))) if plans else PLANS
-    bundles = [build("demo", plan=plan, out=Path(out)) for plan in plans]
+    bundles = [make_bundle("demo", plan=plan, out=Path(out)) for plan in plans]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         asked = list(pool.map(_ask, [bundle.path for bundle in bundles], repeat(samples)))
     answers = {plan: heard for plan, (_, heard) in zip(plans, asked, strict=True)}
@@ -86,7 +86,7 @@ def exact_of(plan: str) -> str:
     return ":".join([EXACT, *([",".join(shared)] if shared else [])])
 
 
-def _ask(path: Path, samples: int) -> tuple[Report, list[Answer]]:
+def _ask(path: Path, samples: int) -> tuple[EvaluationReport, list[Answer]]:
     """The report of one bundle, and its answer to every question."""
     answers: list[Answer] = []
     with load(path, threads=1) as session:
@@ -95,7 +95,7 @@ def _ask(path: Path, samples: int) -> tuple[Report, list[Answer]]:
     return report, answers
 
 
-def _row(bundle: Bundle, report: Report, answers: list[Answer]) -> dict[str, Any]:
+def _row(bundle: Bundle, report: EvaluationReport, answers: list[Answer]) -> dict[str, Any]:
     """One plan in numbers; t, K, e, MACs and bytes are means over the questions."""
     plan, text = bundle.manifest.plan, bundle.manifest.config.text
     facts = [answer.plan for answer in answers]

@@ -20,7 +20,7 @@ import click
 from ..demo.heldout import held_out
 from ..runtime import Session, load
 from .peer_list import PLANS, PRECISIONS
-from .peer_models import Subject, bundle
+from .peer_models import PeerCheckpoint, bundle
 from .record import save
 
 TARGETS = ("cpu", "openvino")
@@ -36,7 +36,7 @@ SECOND = "Is there a red circle?"
 @click.option("--tokens", default=8, show_default=True)
 def main(model: str, rounds: int, tokens: int) -> None:
     """Build, ask in turns, record."""
-    subject = Subject.named(model)
+    subject = PeerCheckpoint.named(model)
     scenes = list(held_out(1 + rounds, SERIES, subject.side))
     rows: list[dict[str, Any]] = []
     for precision in PRECISIONS:

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir
 import onnxruntime as ort
 
-from ..compile.export.branched_attention import DOMAIN, OPERATOR, branch_attention
+from ..compile.export.branched_attention import DOMAIN, OPERATOR, write_conditional_attention
 from ..graphs.contract import INVISIBLE
 from ..runtime.backends.denormals import flushed
 from .record import save
@@ -40,11 +40,11 @@ TYPES = {
     "value_gate": (FLOAT, 2),
     "sink_gate": (FLOAT, 2),
 }
-"""Type and rank of what ``ops.BRANCHED_ATTENTION`` takes, gates last."""
+"""Type and rank of what ``ops.CONDITIONAL_ATTENTION`` takes, gates last."""
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """One call: ``rows`` behind ``before`` others; heads, for queries and cache alike, of ``width``
     channels; ``gates``: 0, or 2 in a layer where text does not see vision.
     """
@@ -58,7 +58,7 @@ class Call:
     gates: int
 
 
-def calls() -> list[Call]:
+def calls() -> list[AttentionCall]:
     """A picture, a question about it, and a token of the answer."""
     out = []
     for name, heads, width, visual in (
@@ -70,7 +70,7 @@ def calls() -> list[Call]:
         slots = -(-(seen + QUESTION + ANSWERED) // 128) * 128
         for gates in (0, 2):
             for before, rows in ((BEFORE, visual), (seen, QUESTION), (seen + ANSWERED, 1)):
-                out.append(Call(name, heads, width, slots, before, rows, gates))
+                out.append(AttentionCall(name, heads, width, slots, before, rows, gates))
     return out
 
 
@@ -96,11 +96,11 @@ def branched(
         nodes.append(node)
     graph = onnx_ir.Graph(inputs, [rows], nodes=nodes, opset_imports={"": 24}, name="attention")
     model = onnx_ir.Model(graph, ir_version=10)
-    branch_attention(model)
+    write_conditional_attention(model)
     return model
 
 
-def model_of(form: str, call: Call) -> bytes:
+def model_of(form: str, call: AttentionCall) -> bytes:
     """The graph of one form."""
     model = branched(call.heads, call.heads, call.width, call.gates, form == "branched")
     if form == "one":  # what many rows take in a layer whose rows are in no order
@@ -115,7 +115,7 @@ def model_of(form: str, call: Call) -> bytes:
     return onnx_ir.to_proto(model).SerializeToString()
 
 
-def feeds_of(call: Call) -> dict[str, np.ndarray]:
+def feeds_of(call: AttentionCall) -> dict[str, np.ndarray]:
     """Random rows and caches; the picture's values are hidden, and its first stands for them."""
     random = np.random.default_rng(0)
     used = call.before + call.rows
@@ -135,7 +135,7 @@ def feeds_of(call: Call) -> dict[str, np.ndarray]:
     return {name: feeds[name] for name in list(TYPES)[: 5 + call.gates]}
 
 
-def times(call: Call, threads: int, rounds: int) -> dict[str, float]:
+def times(call: AttentionCall, threads: int, rounds: int) -> dict[str, float]:
     """Milliseconds of each form, which take turns and must give the same."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3

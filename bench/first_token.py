@@ -16,7 +16,7 @@ from statistics import median, quantiles
 import click
 
 from ..cli.show.evaluation_view import chosen_samples
-from ..compile.build import build
+from ..compile.build import make_bundle
 from ..runtime import load
 from .accuracy import PLANS
 from .record import save
@@ -31,7 +31,9 @@ def main(rounds: int, out: str) -> None:
     times: dict[str, list[float]] = {plan: [] for plan in PLANS}
     with ExitStack() as stack:
         sessions = {
-            plan: stack.enter_context(load(build("demo", plan=plan, out=Path(out)).path, threads=1))
+            plan: stack.enter_context(
+                load(make_bundle("demo", plan=plan, out=Path(out)).path, threads=1)
+            )
             for plan in PLANS
         }
         for sample in samples:

@@ -18,24 +18,24 @@ from typing import Any
 
 import click
 
-from ..compile.build import build
+from ..compile.build import make_bundle
 from ..compile.checkpoint.dummy import make_dummy
-from ..compile.checkpoint.known_models import GEOMETRIES, Geometry
-from ..graphs.plan.call_cost import Call, Sizes, layers_of, total, work_of
+from ..compile.checkpoint.known_models import KNOWN_MODELS, KnownModel
+from ..graphs.plan.call_cost import GraphCall, Sizes, layers_of, total_work, work_of
 from ..runtime.session import Session
 from ..tools.estimate.fit_peaks import Observation, fit, validate
-from ..tools.estimate.measured import FILE
+from ..tools.estimate.measured import MEASURED_FILE
 from ..tools.profile.machine import cores
 from ..tools.profile.peaks import MOST_BYTES, Peaks, measure_peaks
 from ..tools.profile.sweep import sweep
-from ..tools.profile.timing import Settings, measure
+from ..tools.profile.timing import Settings, measure_bundles
 from .record import RESULTS, save
 
 PLANS = ("dense", "visipruner")
-SMALL = GEOMETRIES["llava-45m"]
+SMALL = KNOWN_MODELS["llava-45m"]
 
 
-def with_decoder(layers: int, hidden: int, intermediate: int) -> Geometry:
+def with_decoder(layers: int, hidden: int, intermediate: int) -> KnownModel:
     """llava-45m with another decoder."""
     text = {
         **SMALL.config["text_config"],
@@ -45,7 +45,7 @@ def with_decoder(layers: int, hidden: int, intermediate: int) -> Geometry:
         "num_attention_heads": hidden // 64,
     }
     about = f"llava-45m with {layers} layers of {hidden}"
-    return Geometry({**SMALL.config, "text_config": text}, SMALL.specials, about)
+    return KnownModel({**SMALL.config, "text_config": text}, SMALL.specials, about)
 
 
 SHAPES = {
@@ -74,7 +74,7 @@ def main(repetitions: int, threads: int | None, out: str, models: str, device: s
     given += f" --models {models}" if models != MODELS else ""
     command = f"python -m visistage.bench.fit --repetitions {repetitions}{given}"
     save(f"estimate-{device}", command, [asdict(one) for one in observations])
-    FILE.write_text(json.dumps(fitted(), indent=1) + "\n")
+    MEASURED_FILE.write_text(json.dumps(fitted(), indent=1) + "\n")
 
 
 def fitted() -> dict[str, Any]:
@@ -103,9 +103,10 @@ def _observe(model: str, out: Path, repetitions: int, threads: int | None) -> It
     """Prefills of several lengths, the tower, and later tokens of one model under all plans."""
     source = model
     if model in SHAPES:
-        source = str(make_dummy(model, out / "checkpoints" / model, recipe=SHAPES[model]))
+        source = str(make_dummy(model, out / "checkpoints" / model, known_model=SHAPES[model]))
     bundles = {
-        plan: build(source, plan=plan, out=out, dummy_weights=model in GEOMETRIES) for plan in PLANS
+        plan: make_bundle(source, plan=plan, out=out, dummy_weights=model in KNOWN_MODELS)
+        for plan in PLANS
     }
     settings = Settings(repetitions, warm_up=2, tokens=16)
     with ExitStack() as stack:
@@ -113,14 +114,14 @@ def _observe(model: str, out: Path, repetitions: int, threads: int | None) -> It
             plan: stack.enter_context(Session(bundle, threads=threads))
             for plan, bundle in bundles.items()
         }
-        series = measure(sessions, settings)
+        series = measure_bundles(sessions, settings)
         points = sweep(sessions, repetitions, parts=True)
     for plan, bundle in bundles.items():
         manifest = bundle.manifest
 
-        def of(phase: str, length: int, calls: list[Call], ms: float, plan=plan, m=manifest):
+        def of(phase: str, length: int, calls: list[GraphCall], ms: float, plan=plan, m=manifest):
             sizes = Sizes.of(m.precision)
-            work = total(work_of(call, m.config, m.plan, sizes) for call in calls)
+            work = total_work(work_of(call, m.config, m.plan, sizes) for call in calls)
             # Calls read their weights one after another: a cache holds those of one at best.
             peaks = _peaks(threads, work.nbytes / len(calls))
             layers = sum(layers_of(call, m.config, m.plan) for call in calls)

@@ -49,7 +49,7 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Work:
+class BoundWork:
     """Counts: multiply-accumulates of linear layers and of attention, values read once."""
 
     linear: float = 0
@@ -57,9 +57,9 @@ class Work:
     weights: float = 0
     cached: float = 0
 
-    def __add__(self, other: Work) -> Work:
+    def __add__(self, other: BoundWork) -> BoundWork:
         mine, theirs = asdict(self), asdict(other)
-        return Work(**{name: mine[name] + theirs[name] for name in mine})
+        return BoundWork(**{name: mine[name] + theirs[name] for name in mine})
 
     def milliseconds(self, rates: Rates, precision: str) -> float:
         """The longer of computing and reading; attention and caches are of FP32, or BF16."""
@@ -71,7 +71,7 @@ class Work:
         return max(compute, read / rates.bandwidth) * 1e3
 
 
-def tower_work(config: ModelConfig) -> Work:
+def encoder_work(config: ModelConfig) -> BoundWork:
     """One picture through the layers of the tower that count, and the projector."""
     vision, hidden = config.vision, config.text.hidden
     depth = max(n if n >= 0 else vision.layers + 1 + n for n in config.feature_layers)
@@ -79,25 +79,29 @@ def tower_work(config: ModelConfig) -> Work:
     patches = vision.channels * vision.patch_size**2 * vision.hidden
     projector = len(config.feature_layers) * vision.hidden * hidden + hidden**2
     rows = vision.tokens
-    return Work(
+    return BoundWork(
         linear=depth * rows * layer + vision.patches * patches + config.visual_tokens * projector,
         attention=depth * 2 * rows**2 * vision.hidden,
         weights=depth * layer + patches + projector,
     )
 
 
-def layer_work(text: TextConfig, rows: float, before: float) -> Work:
+def layer_work(text: TextConfig, rows: float, before: float) -> BoundWork:
     """``rows`` new rows through one layer whose cache holds ``before``; all of them causal."""
     shape = Geometry.of(text)
     query, kv = shape.widths
     weights = 2 * shape.hidden * (query + kv) + 3 * shape.hidden * shape.intermediate
     pairs = rows * before + rows * (rows + 1) / 2
-    return Work(rows * weights, 2 * pairs * query, weights, 2 * kv * before)
+    return BoundWork(rows * weights, 2 * pairs * query, weights, 2 * kv * before)
 
 
 def prefill_layers(
-    text: TextConfig, visual: Sequence[float], prefix: int, question: int, paid: int | None = None
-) -> list[Work]:
+    text: TextConfig,
+    visual: Sequence[float],
+    prefix: int,
+    question: int,
+    cached_layers: int | None = None,
+) -> list[BoundWork]:
     """Every layer up to the first token's logits, and the output projection.
 
     Args:
@@ -105,32 +109,37 @@ def prefill_layers(
         visual: visual rows of every layer.
         prefix: rows before the picture.
         question: rows after the picture.
-        paid: None: caches are empty. Otherwise they hold the prefix, and in so many leading layers
-            the picture; later layers see the rows that this question keeps for the first time.
+        cached_layers: None: caches are empty. Otherwise they hold the prefix, and in so many
+        leading layers the picture; later layers see the rows that this question keeps for the
+        first time.
     """
     head = text.hidden * text.vocab
     works = []
     for layer, count in enumerate(visual):
-        if paid is None:
+        if cached_layers is None:
             works.append(layer_work(text, prefix + count + question, 0))
-        elif layer < paid:
+        elif layer < cached_layers:
             works.append(layer_work(text, question, prefix + count))
         else:
             works.append(layer_work(text, count + question, prefix))
-    return [*works, Work(linear=head, weights=head)]
+    return [*works, BoundWork(linear=head, weights=head)]
 
 
 def prefill_work(
-    text: TextConfig, visual: Sequence[float], prefix: int, question: int, paid: int | None = None
-) -> Work:
+    text: TextConfig,
+    visual: Sequence[float],
+    prefix: int,
+    question: int,
+    cached_layers: int | None = None,
+) -> BoundWork:
     """All of ``prefill_layers`` together."""
-    return sum(prefill_layers(text, visual, prefix, question, paid), Work())
+    return sum(prefill_layers(text, visual, prefix, question, cached_layers), BoundWork())
 
 
-def step_work(text: TextConfig, visual: Sequence[float], others: int) -> Work:
+def step_work(text: TextConfig, visual: Sequence[float], others: int) -> BoundWork:
     """One token after a prompt with ``others`` rows of text."""
     head = text.hidden * text.vocab
-    work = Work(linear=head, weights=head)
+    work = BoundWork(linear=head, weights=head)
     for count in visual:
         work += layer_work(text, 1, others + count)
     return work

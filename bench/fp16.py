@@ -22,13 +22,13 @@ from ..cli.show.evaluation_view import chosen_samples
 from ..compile.checkpoint.checkpoint import open_checkpoint
 from ..compile.export.texts import prompt_encoder, text_facts
 from ..compile.planfile import resolve_plan
-from ..compile.quantize.fp16_ranges import decide, measure
-from ..graphs.chain.chain import Chain, Segment
+from ..compile.quantize.fp16_ranges import decide, measure_ranges
+from ..graphs.chain.chain import AppendedRows, Chain
 from ..graphs.chain.torch_reference import TorchExecutor, load_weights
 from ..graphs.modules.ops import Eager
 from ..graphs.modules.vision import Vision
 from ..graphs.plan.plan import StagePlan
-from ..graphs.precision import LIMIT, NARROW, Widening
+from ..graphs.precision import NO_FALLBACK, SAFE_MAX, Fp32Fallback
 from ..runtime.image.image import load_image, preprocess
 from ..runtime.image.preprocessing import Preprocessing
 from .record import save
@@ -41,13 +41,17 @@ class Staged:
     """A checkpoint's stages in torch, in one type: pixels to logits, decode steps included."""
 
     def __init__(
-        self, model: str | Path, plan: StagePlan, dtype: torch.dtype, widening: Widening = NARROW
+        self,
+        model: str | Path,
+        plan: StagePlan,
+        dtype: torch.dtype,
+        fallback: Fp32Fallback = NO_FALLBACK,
     ):
         self.checkpoint = open_checkpoint(str(model))
         config = self.checkpoint.config
-        self.plan, self.widening = plan, widening
+        self.plan, self.fallback = plan, fallback
         self.weights = {n: self.checkpoint.load(n).to(dtype) for n in self.checkpoint.tensors}
-        self.vision = load_weights(Vision(config, Eager(), widening), self.weights)
+        self.vision = load_weights(Vision(config, Eager(), fallback), self.weights)
         self.encoder = prompt_encoder(self.checkpoint)
         facts = text_facts(self.checkpoint).preprocessing
         self.preprocessing = Preprocessing.from_dict(facts)
@@ -55,7 +59,7 @@ class Staged:
     def executor(self) -> TorchExecutor:
         """What runs one question: its caches are empty."""
         text = self.checkpoint.config.text
-        return TorchExecutor(text, self.plan, self.weights, 1, self.widening)
+        return TorchExecutor(text, self.plan, self.weights, 1, self.fallback)
 
     @torch.no_grad()
     def answer(
@@ -77,7 +81,7 @@ class Staged:
             else:
                 rows = executor.embed(torch.tensor([part.ids]))
             order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
-            segments.append(Segment(part.is_image, rows, order, order))
+            segments.append(AppendedRows(part.is_image, rows, order, order))
             at += rows.shape[1]
         out, tokens = [runner.prefill(segments).logits[0]], []
         while True:
@@ -86,7 +90,7 @@ class Staged:
                 break
             position = np.full((1, 1), at + len(tokens) - 1, np.int32)
             rows = executor.embed(torch.tensor([tokens[-1:]]))
-            out.append(runner.decode(Segment(False, rows, position, position))[0])
+            out.append(runner.decode(AppendedRows(False, rows, position, position))[0])
         finite = all(t.isfinite().all() for stage in executor.caches for p in stage for t in p)
         return tokens, torch.stack(out), finite
 
@@ -108,11 +112,11 @@ class Compared:
 
 
 def compared(
-    model: str | Path, plan: StagePlan, widening: Widening, asked: Iterable[Question]
+    model: str | Path, plan: StagePlan, fallback: Fp32Fallback, asked: Iterable[Question]
 ) -> Compared:
-    """Ask torch half, under ``widening``, what torch FP32 answers."""
+    """Ask torch half, under ``fallback``, what torch FP32 answers."""
     full = Staged(model, plan, torch.float32)
-    half = Staged(model, plan, torch.float16, widening)
+    half = Staged(model, plan, torch.float16, fallback)
     equal: list[bool] = []
     worst, squares, finite = [], [], True
     for image, question, new in asked:
@@ -136,16 +140,16 @@ def main(samples: int, tokens: int) -> None:
     checkpoint = open_checkpoint("demo")
     config = checkpoint.config
     facts = Preprocessing.from_dict(text_facts(checkpoint).preprocessing)
-    ranges = measure(checkpoint, prompt_encoder(checkpoint), facts)
-    widening = decide(ranges)
+    ranges = measure_ranges(checkpoint, prompt_encoder(checkpoint), facts)
+    fallback = decide(ranges)
     asked = [(one.image, one.prompt, tokens) for one in chosen_samples("demo", None, samples)]
     rows = []
     for name in ("dense", "visipruner"):
         plan = resolve_plan(name, config.text.layers, config.visual_tokens)
-        found = compared("demo", plan, widening, asked)
+        found = compared("demo", plan, fallback, asked)
         rows.append({"plan": name, "questions": samples, **vars(found)})
     farthest = sorted(ranges.items(), key=lambda item: -item[1])[:8]
-    rows[0] |= {"limit": LIMIT, "widening": widening.to_dict(), "farthest": dict(farthest)}
+    rows[0] |= {"limit": SAFE_MAX, "widening": fallback.to_dict(), "farthest": dict(farthest)}
     save("fp16-demo", f"python -m visistage.bench.fp16 --samples {samples} --tokens {tokens}", rows)
 
 

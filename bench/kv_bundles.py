@@ -23,7 +23,7 @@ from ..calib.evaluate import evaluate
 from ..calib.plan_search.measure_plans import Origin
 from ..cli.show.calibration_view import calibration_samples
 from ..cli.show.evaluation_view import chosen_samples
-from ..compile.build import build
+from ..compile.build import make_bundle
 from ..graphs.bundle import Bundle
 from ..runtime import Session, load
 from .quantisation import Untold
@@ -37,7 +37,7 @@ STEPS = 64
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedBundle:
     """What a bundle said to the held-out questions, and what they took."""
 
     accuracy: float
@@ -58,11 +58,11 @@ def main(samples: int, rounds: int, count: int, work: Path, dry: bool) -> None:
     for plan in PLANS:
         given, files = calibration_samples("demo", None, count)
         origin, folder = Origin("demo"), work / plan
-        known, _ = calibrate(origin, given, plan, files=files, out=folder, watcher=Untold())
+        known, _ = calibrate(origin, given, plan, files=files, out=folder, progress=Untold())
         for pair in PAIRS:
             options = {"plan": plan, "calibration": known, "out": work / "engines"}
             made = [
-                build("demo", precision=one, **(options if one != "fp32" else _bare(options)))
+                make_bundle("demo", precision=one, **(options if one != "fp32" else _bare(options)))
                 for one in pair
             ]
             rows += _pair(plan, made, samples, rounds)
@@ -105,7 +105,7 @@ def _pair(plan: str, bundles: Sequence[Bundle], samples: int, rounds: int) -> li
     return rows
 
 
-def _ask(bundle: Bundle, samples: int) -> Asked:
+def _ask(bundle: Bundle, samples: int) -> AskedBundle:
     """Every held-out question; bytes are means over them."""
     answers: list[str] = []
     question: list[int] = []
@@ -115,11 +115,11 @@ def _ask(bundle: Bundle, samples: int) -> Asked:
         def heard(answer: Any) -> None:
             answers.append(answer.text)
             question.append(_question_bytes(session))
-            paid = session.context.paid.get(session.context.live or "")
-            picture.append(0 if paid is None else sum(c.nbytes for c in paid.caches.values()))
+            cached = session.context.cached.get(session.context.current_key or "")
+            picture.append(0 if cached is None else sum(c.nbytes for c in cached.caches.values()))
 
         report = evaluate(session, chosen_samples("demo", None, samples), heard=heard)
-    return Asked(
+    return AskedBundle(
         report.overall.accuracy,
         tuple(answers),
         sum(question) / len(question),

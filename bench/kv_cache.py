@@ -18,7 +18,7 @@ import click
 import torch
 from torch import Tensor
 
-from ..calib.samples import Sample, normalise
+from ..calib.samples import Sample, normalise_answer
 from ..cli.show.evaluation_view import chosen_samples
 from ..compile.checkpoint.checkpoint import open_checkpoint
 from ..compile.export.texts import text_facts
@@ -45,7 +45,7 @@ FORMS = {
 }
 
 
-class Watched(Eager):
+class ObservedCache(Eager):
     """Notes the largest key and value of each head, in all rows that are ever cached."""
 
     def __init__(self):
@@ -59,7 +59,7 @@ class Watched(Eager):
         return super().cached_attention(q, k, v, cache, view, gate, scales)
 
 
-class Rounded(Eager):
+class FakeQuantCache(Eager):
     """Caches what is left of keys and values after INT8. scales: theirs; None: each row its own."""
 
     def __init__(self, scales: Sequence[Tensor] | None):
@@ -71,18 +71,18 @@ class Rounded(Eager):
             own = [x.abs().amax(-1, keepdim=True) / LEVELS for x in (k, v)]
         else:
             own = list(self.scales)
-        k, v = (rounded(x, scale) for x, scale in zip((k, v), own, strict=True))
+        k, v = (fake_quantised(x, scale) for x, scale in zip((k, v), own, strict=True))
         return super().cached_attention(q, k, v, cache, view, gate, scales)
 
 
-def rounded(x: Tensor, scale: Tensor) -> Tensor:
+def fake_quantised(x: Tensor, scale: Tensor) -> Tensor:
     """What INT8 makes of x (B, G, Q, d); scale: anything that broadcasts to it."""
     scale = scale.clamp_min(torch.finfo(x.dtype).tiny)
     return (x / scale).round().clamp(-LEVELS, LEVELS) * scale
 
 
 @dataclass(frozen=True)
-class Heard:
+class GreedyAnswer:
     """A greedy answer: its tokens up to the end, and the logits (T, V) they were chosen from."""
 
     tokens: tuple[int, ...]
@@ -106,11 +106,11 @@ class Cached(Staged):
                 block.self_attn.ops = self.operators[int(layer)]
         return self.last
 
-    def hear(self, sample: Sample, new: int) -> Heard:
+    def hear(self, sample: Sample, new: int) -> GreedyAnswer:
         """Its own answer to ``sample``, of at most ``new`` tokens."""
         tokens, logits, _ = self.answer(sample.image, sample.prompt, new)
         count = next((i for i, token in enumerate(tokens, 1) if token in self.ends), new)
-        return Heard(tuple(tokens[:count]), logits[:count])
+        return GreedyAnswer(tuple(tokens[:count]), logits[:count])
 
     def follow(self, sample: Sample, tokens: Sequence[int]) -> Tensor:
         """The logits (T, V) along given tokens."""
@@ -125,7 +125,9 @@ class Cached(Staged):
         )
 
 
-def compared(model: Cached, asked: Sequence[Sample], plain: Sequence[Heard], new: int) -> dict:
+def compared(
+    model: Cached, asked: Sequence[Sample], plain: Sequence[GreedyAnswer], new: int
+) -> dict:
     """One form of the cache against the float one, ``plain``, over ``asked``."""
     decode = model.encoder.tokenizer.decode
     right = equal = agreed = 0
@@ -138,7 +140,7 @@ def compared(model: Cached, asked: Sequence[Sample], plain: Sequence[Heard], new
             tokens = model.hear(sample, new).tokens
         equal += tokens == want.tokens
         text = decode(list(tokens), skip_special_tokens=True)
-        right += normalise(text) == normalise(sample.answer)
+        right += normalise_answer(text) == normalise_answer(sample.answer)
         expected = want.logits.double().log_softmax(-1)
         log_ratio = expected - logits.double().log_softmax(-1)
         apart += (expected.exp() * log_ratio).sum(-1).tolist()
@@ -155,7 +157,7 @@ def compared(model: Cached, asked: Sequence[Sample], plain: Sequence[Heard], new
 
 def largest(plan: StagePlan, asked: Sequence[Sample], new: int) -> Mapping[int, list[Tensor]]:
     """By layer, the largest key and value of each head (G, 1, 1) over ``asked``."""
-    watched = {layer: Watched() for layer in range(plan.layers)}
+    watched = {layer: ObservedCache() for layer in range(plan.layers)}
     plain, model = Cached(plan, lambda layer: Eager()), Cached(plan, watched.__getitem__)
     for sample in asked:  # along the answer, but not beyond its end
         model.follow(sample, plain.hear(sample, new).tokens)
@@ -167,10 +169,10 @@ def operators(form: str, reach: Mapping[int, list[Tensor]]) -> Callable[[int], E
     if form == "float":
         return lambda layer: Eager()
     if form == "row":
-        return lambda layer: Rounded(None)
+        return lambda layer: FakeQuantCache(None)
     if form == "layer":
-        return lambda layer: Rounded([each.max() / LEVELS for each in reach[layer]])
-    return lambda layer: Rounded([each / LEVELS for each in reach[layer]])
+        return lambda layer: FakeQuantCache([each.max() / LEVELS for each in reach[layer]])
+    return lambda layer: FakeQuantCache([each / LEVELS for each in reach[layer]])
 
 
 def measured(

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import peer_models
 from .environments import LLAMA_CPP, OPENVINO, OWN, Environment
-from .peer_models import Subject
+from .peer_models import PeerCheckpoint
 
 REFERENCE = "transformers"
 PLANS = ("dense", "visipruner")
@@ -32,7 +32,7 @@ class Peer:
     label: str
     script: str
     environment: Environment
-    model: Callable[[Subject, float], Path]
+    model: Callable[[PeerCheckpoint, float], Path]
     settings: dict[str, Any] = field(default_factory=dict)
     precision: str | None = "fp32"
     plan: str = "dense"
@@ -84,19 +84,21 @@ def all_peers(targets: Sequence[str]) -> list[Peer]:
     return peers
 
 
-def _folder(subject: Subject, minutes: float) -> Path:
+def _folder(subject: PeerCheckpoint, minutes: float) -> Path:
     del minutes  # a copy
     return peer_models.hugging_face(subject)
 
 
-def _openvino(kind: str, subject: Subject, minutes: float) -> Path:
+def _openvino(kind: str, subject: PeerCheckpoint, minutes: float) -> Path:
     return peer_models.openvino(subject, kind, minutes)
 
 
-def _gguf(kind: str, subject: Subject, minutes: float) -> Path:
+def _gguf(kind: str, subject: PeerCheckpoint, minutes: float) -> Path:
     return peer_models.gguf(subject, kind, minutes)
 
 
-def _bundle(plan: str, precision: str, target: str, subject: Subject, minutes: float) -> Path:
+def _bundle(
+    plan: str, precision: str, target: str, subject: PeerCheckpoint, minutes: float
+) -> Path:
     del minutes  # builds here end by themselves
     return peer_models.bundle(subject, plan, precision, target).absolute()

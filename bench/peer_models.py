@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from ..calib.calibrate import calibrate
 from ..calib.plan_search.measure_plans import Origin
 from ..calib.samples import Sample
-from ..compile.build import build
+from ..compile.build import make_bundle
 from ..compile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..compile.checkpoint.known_models import DEMO
-from ..compile.checkpoint.names import canonical, published
+from ..compile.checkpoint.names import canonical, published_name
 from ..compile.checkpoint.safetensors_file import read_header
 from ..demo.heldout import held_out
 from ..graphs.quantization import is_quantised
@@ -35,14 +35,14 @@ CALIBRATION_SAMPLES = 8
 
 
 @dataclass(frozen=True)
-class Subject:
+class PeerCheckpoint:
     """A checkpoint on disk, and how this project's own commands name it."""
 
     origin: Origin
     checkpoint: Checkpoint
 
     @classmethod
-    def named(cls, model: str) -> Subject:
+    def named(cls, model: str) -> PeerCheckpoint:
         """``demo``, or random weights in a published geometry."""
         origin = Origin(model, dummy_weights=model != DEMO)
         return cls(origin, open_checkpoint(model, dummy_weights=origin.dummy_weights))
@@ -66,7 +66,7 @@ class Quiet:
         """All of it is."""
 
 
-def hugging_face(subject: Subject) -> Path:
+def hugging_face(subject: PeerCheckpoint) -> Path:
     """The checkpoint under the names of published files, which every version of transformers reads.
 
     Newer ones write a tower's weights under shorter names; an older one finds none of those, takes
@@ -80,17 +80,17 @@ def hugging_face(subject: Subject) -> Path:
             if file.is_file() and ".safetensors" not in file.name:
                 shutil.copy(file, folder)
         tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        renamed = {published(canonical(name)): tensor for name, tensor in tensors.items()}
+        renamed = {published_name(canonical(name)): tensor for name, tensor in tensors.items()}
         save_file(renamed, folder / "model.safetensors", {"format": "pt"})
 
     files = sorted(subject.checkpoint.path.glob("*.safetensors"))
     names = {name for file in files for name in read_header(file)}
-    if names == {published(canonical(name)) for name in names}:
+    if names == {published_name(canonical(name)) for name in names}:
         return subject.checkpoint.path.absolute()
     return _made(subject, "published", make)
 
 
-def openvino(subject: Subject, kind: str, minutes: float) -> Path:
+def openvino(subject: PeerCheckpoint, kind: str, minutes: float) -> Path:
     """OpenVINO's export, weights of ``kind``: fp32, fp16 or int8.
 
     Raises:
@@ -120,7 +120,7 @@ def openvino(subject: Subject, kind: str, minutes: float) -> Path:
     return _made(subject, f"openvino-{kind}", make)
 
 
-def gguf(subject: Subject, kind: str, minutes: float) -> Path:
+def gguf(subject: PeerCheckpoint, kind: str, minutes: float) -> Path:
     """llama.cpp's two files, matrices of ``kind``: f32 or f16.
 
     Raises:
@@ -136,7 +136,7 @@ def gguf(subject: Subject, kind: str, minutes: float) -> Path:
     return _made(subject, f"gguf-{kind}", make)
 
 
-def bundle(subject: Subject, plan: str, precision: str, target: str) -> Path:
+def bundle(subject: PeerCheckpoint, plan: str, precision: str, target: str) -> Path:
     """A bundle of ours; a quantised one is calibrated first, on scenes nobody is asked about.
 
     Raises:
@@ -152,8 +152,8 @@ def bundle(subject: Subject, plan: str, precision: str, target: str) -> Path:
                 Sample(f"scene {number}", scene.image, scene.question, scene.answer)
                 for number, scene in enumerate(scenes)
             ]
-            calibrate(subject.origin, samples, plan, out=out, watcher=Quiet())
-    made = build(
+            calibrate(subject.origin, samples, plan, out=out, progress=Quiet())
+    made = make_bundle(
         subject.origin.model,
         dummy_weights=subject.origin.dummy_weights,
         plan=plan,
@@ -165,7 +165,7 @@ def bundle(subject: Subject, plan: str, precision: str, target: str) -> Path:
     return made.path
 
 
-def _made(subject: Subject, name: str, make: Callable[[Path, Path], None]) -> Path:
+def _made(subject: PeerCheckpoint, name: str, make: Callable[[Path, Path], None]) -> Path:
     folder = (ROOT / "models" / subject.checkpoint.name / name).absolute()
     if folder.is_dir():
         return folder

@@ -37,9 +37,9 @@ from ..runtime.text.prompt import Prompt, PromptEncoder
 from ..runtime.text.sampling import eos_ids
 from .answers import agreement, spread
 from .environments import ROOT, interpreter
-from .floor import Rates, measure_rates, prefill_work, step_work, tower_work
+from .floor import Rates, encoder_work, measure_rates, prefill_work, step_work
 from .peer_list import REFERENCE, REPORTED, Peer, all_peers
-from .peer_models import Subject
+from .peer_models import PeerCheckpoint
 from .record import save
 from .runner import RUNNERS, Answered, PeerError, Ready, Runner
 
@@ -50,7 +50,7 @@ ANSWER_SECONDS, LOAD_SECONDS = 300, 600
 
 
 @dataclass(frozen=True)
-class Question:
+class PeerQuestion:
     """What is asked about a picture, and its prompt; ``key`` is (round, cold or second)."""
 
     key: tuple[int, str]
@@ -68,7 +68,9 @@ class Stand:
         self.ready: Ready | None = None
         self.runner: Runner | None = None
 
-    def start(self, subject: Subject, threads: int, minutes: float, stack: ExitStack) -> None:
+    def start(
+        self, subject: PeerCheckpoint, threads: int, minutes: float, stack: ExitStack
+    ) -> None:
         """Set up and load; a failure is kept as the reason."""
         peer = self.peer
         try:
@@ -91,7 +93,7 @@ class Stand:
         except VisistageError as error:
             self.failed = str(error)
 
-    def ask(self, picture: Path, question: Question, rows: int, new: int) -> Answered | None:
+    def ask(self, picture: Path, question: PeerQuestion, rows: int, new: int) -> Answered | None:
         """One answer of ``new`` tokens to a prompt of ``rows``; None from one who has failed."""
         if self.failed is not None:
             return None
@@ -129,7 +131,11 @@ def check(answer: Answered, name: str, rows: int, new: int) -> None:
 
 
 def row_of(
-    stand: Stand, subject: Subject, asked: Sequence[Question], rates: Rates, reference: Stand
+    stand: Stand,
+    subject: PeerCheckpoint,
+    asked: Sequence[PeerQuestion],
+    rates: Rates,
+    reference: Stand,
 ) -> dict[str, Any]:
     """One peer in numbers; a failed one with the reason, and what it answered before."""
     peer = stand.peer
@@ -153,23 +159,25 @@ def row_of(
     ends = eos_ids(text_facts(subject.checkpoint).generation)
     row["agreement"] = agreement(counted, wanted, ends)
     if precision is not None:
-        row["floor"] = floors(peer, subject, asked, rates, precision)
+        row["floor"] = lower_bounds(peer, subject, asked, rates, precision)
     return row
 
 
-def floors(
-    peer: Peer, subject: Subject, asked: Sequence[Question], rates: Rates, precision: str
+def lower_bounds(
+    peer: Peer, subject: PeerCheckpoint, asked: Sequence[PeerQuestion], rates: Rates, precision: str
 ) -> dict[str, float]:
     """Milliseconds that nothing of this plan and precision goes below here; means over prompts."""
     config = subject.checkpoint.config
     plan = resolve_plan(peer.plan, config.text.layers, config.visual_tokens)
     visual = [load.visual_tokens for load in plan_loads(plan)]
-    begun, paid = (0, plan.stages[0].depth) if peer.keeps else (None, None)
+    begun, cached_layers = (0, plan.stages[0].depth) if peer.keeps else (None, None)
     found: dict[str, list[float]] = defaultdict(list)
     for question in asked:
         prefix, _, rest = (len(segment.ids) for segment in question.prompt.segments)
-        cold = tower_work(config) + prefill_work(config.text, visual, prefix, rest, begun)
-        second = prefill_work(config.text, visual, prefix, rest, paid) if peer.keeps else cold
+        cold = encoder_work(config) + prefill_work(config.text, visual, prefix, rest, begun)
+        second = (
+            prefill_work(config.text, visual, prefix, rest, cached_layers) if peer.keeps else cold
+        )
         work = cold if question.key[1] == "cold" else second
         found[question.key[1]].append(work.milliseconds(rates, precision))
         step = step_work(config.text, visual, prefix + rest)
@@ -177,7 +185,9 @@ def floors(
     return {kind: mean(values) for kind, values in found.items()}
 
 
-def questions(subject: Subject, rounds: int) -> Iterator[tuple[np.ndarray, list[Question]]]:
+def questions(
+    subject: PeerCheckpoint, rounds: int
+) -> Iterator[tuple[np.ndarray, list[PeerQuestion]]]:
     """A picture (H, W, 3) uint8 and two questions about it, ``rounds`` times, none twice."""
     encoder = PromptEncoder.from_files(subject.checkpoint.path)
     scenes = held_out(2 * rounds, SERIES, subject.side)
@@ -187,7 +197,7 @@ def questions(subject: Subject, rounds: int) -> Iterator[tuple[np.ndarray, list[
         if texts["cold"] == texts["second"]:
             texts["second"] += " Look again."
         asked = [
-            Question((number, kind), text, encoder.encode(text, images=1))
+            PeerQuestion((number, kind), text, encoder.encode(text, images=1))
             for kind, text in texts.items()
         ]
         yield np.asarray(shown.image.convert("RGB")), asked
@@ -218,7 +228,7 @@ def chosen(peers: Iterable[Peer], only: Sequence[str]) -> list[Peer]:
 @click.option("--dry", is_flag=True, help="Print the rows and leave the record alone.")
 def main(model, rounds, tokens, threads, targets, only, minutes, dry) -> None:
     """Set up, ask in turns, record; every answer is a line of JSON on stdout."""
-    subject = Subject.named(model)
+    subject = PeerCheckpoint.named(model)
     stands = [Stand(peer) for peer in chosen(all_peers(targets), only)]
     rates = measure_rates(threads)
     every = list(questions(subject, rounds + 1))  # the first round warms up

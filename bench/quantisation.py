@@ -22,15 +22,15 @@ from typing import Any
 
 import click
 
-from ..calib.calibrate import Wish, calibrate
-from ..calib.evaluate import Report, evaluate
+from ..calib.calibrate import SelectionGoal, calibrate
+from ..calib.evaluate import EvaluationReport, evaluate
 from ..calib.plan_search.choose import Budget
 from ..calib.plan_search.measure_plans import Origin
 from ..calib.run.collect_ranges import collect
 from ..calib.sample_prompts import prepare
 from ..cli.show.calibration_view import calibration_samples
 from ..cli.show.evaluation_view import chosen_samples
-from ..compile.build import build
+from ..compile.build import make_bundle
 from ..compile.checkpoint.checkpoint import open_checkpoint
 from ..compile.export.texts import prompt_encoder, text_facts
 from ..compile.quantize.calibration_file import Calibration
@@ -102,11 +102,11 @@ def main(samples: int, rounds: int, lose: float, count: int, work: Path, dry: bo
 def _cases(work: Path, count: int, lose: float) -> list[Case]:
     """The dense FP32 bundle first: everything is compared with it."""
     samples, files = calibration_samples("demo", None, count)
-    wish = Wish(Budget(lose=lose / 100))
+    goal = SelectionGoal(Budget(lose=lose / 100))
     cases = []
-    for name, wanted in (("dense", "dense"), ("calibrated", wish)):
+    for name, wanted in (("dense", "dense"), ("calibrated", goal)):
         folder, made = calibrate(
-            Origin("demo"), samples, wanted, files=files, out=work / name, watcher=Untold()
+            Origin("demo"), samples, wanted, files=files, out=work / name, progress=Untold()
         )
         last = len(made.plan.stages) - 1
         cases += [
@@ -140,10 +140,10 @@ def _again(made: Calibration, samples: Sequence, options: dict[str, Any]) -> Cal
 
 def _built(case: Case, work: Path) -> Path:
     out = work / "engines" / case.folder.parent.name / case.folder.name
-    return build("demo", precision=case.precision, calibration=case.folder, out=out).path
+    return make_bundle("demo", precision=case.precision, calibration=case.folder, out=out).path
 
 
-def _ask(path: Path, samples: int) -> tuple[Report, list[str]]:
+def _ask(path: Path, samples: int) -> tuple[EvaluationReport, list[str]]:
     """The report of one bundle, and its answer to every question."""
     answers: list[str] = []
     with load(path, threads=1) as session:
@@ -172,7 +172,7 @@ def _times(paths: Sequence[Path], rounds: int) -> list[tuple[list[float], list[f
 def _row(
     case: Case,
     path: Path,
-    report: Report,
+    report: EvaluationReport,
     answers: Sequence[str],
     dense: Sequence[str],
     first: Sequence[float],

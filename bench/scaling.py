@@ -23,7 +23,7 @@ from typing import Any
 import click
 import numpy as np
 
-from ..compile.build import build
+from ..compile.build import make_bundle
 from ..compile.checkpoint.dummy import make_dummy
 from ..graphs.config import ModelConfig
 from ..graphs.errors import VisistageError
@@ -34,7 +34,7 @@ from .environments import ROOT
 from .floor import Rates, measure_rates, prefill_layers
 from .record import save
 from .runner import last_line
-from .scaling_points import WARMUPS, Point, noise, question
+from .scaling_points import WARMUPS, ScalingPoint, noise, question
 
 SIDES = (168, 252, 336, 504, 672)
 """Of pictures; with patches of 14: 144, 324, 576, 1 296 and 2 304 visual tokens."""
@@ -49,7 +49,7 @@ SWEEPS = ("visual", "images", "text", "batch", "questions", "slots", "presets")
 PUBLISHED_SIDE = 336
 
 
-def points(sweep: str, geometry: str) -> Iterator[Point]:
+def points(sweep: str, geometry: str) -> Iterator[ScalingPoint]:
     """Those of one sweep, the plans of each value together."""
     axes: dict[str, tuple[int, ...]] = {
         "visual": SIDES,
@@ -66,16 +66,16 @@ def points(sweep: str, geometry: str) -> Iterator[Point]:
             side = value if sweep == "visual" else PUBLISHED_SIDE
             folder = str(bundle(geometry, side, plan))
             shape = {fields[sweep]: value} if sweep in fields else {}
-            yield Point(sweep, value, plan, folder, **shape)
+            yield ScalingPoint(sweep, value, plan, folder, **shape)
 
 
 def bundle(geometry: str, side: int, plan: str) -> Path:
     """A bundle with random weights for pictures of ``side`` pixels, built if need be."""
     checkpoint = make_dummy(geometry, ROOT / "dummy" / f"{geometry}-{side}", image_size=side)
-    return build(str(checkpoint), plan=plan, out=ROOT / "bundles").path
+    return make_bundle(str(checkpoint), plan=plan, out=ROOT / "bundles").path
 
 
-def row_of(point: Point, found: dict[str, Any]) -> dict[str, Any]:
+def row_of(point: ScalingPoint, found: dict[str, Any]) -> dict[str, Any]:
     """What the record keeps of a point."""
     shape = {name: value for name, value in asdict(point).items() if name != "bundle"}
     facts = {name: value for name, value in found.items() if not isinstance(value, list)}
@@ -83,7 +83,7 @@ def row_of(point: Point, found: dict[str, Any]) -> dict[str, Any]:
     return row | {name: spread(found[name]) for name in ("first_ms", "per_token_ms")}
 
 
-def in_child(point: Point, repeats: int, tokens: int, threads: int) -> dict[str, Any]:
+def in_child(point: ScalingPoint, repeats: int, tokens: int, threads: int) -> dict[str, Any]:
     """Measure a point in a fresh process.
 
     Raises:
@@ -149,7 +149,7 @@ def roofline_ms(config: ModelConfig, answer: Answer, prefix: int, rates: Rates) 
     facts = answer.plan
     asked = facts.prompt_rows - facts.visual_tokens - prefix
     visual = facts.visual_tokens_per_layer
-    works = prefill_layers(config.text, visual, prefix, asked, paid=0)
+    works = prefill_layers(config.text, visual, prefix, asked, cached_layers=0)
     return sum(work.milliseconds(rates, "fp32") for work in works)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..graphs.bundle import Bundle
-from ..graphs.chain.chain import Chain, Segment
+from ..graphs.chain.chain import AppendedRows, Chain
 from ..runtime import Session, load
 from ..runtime.backends.ort import OrtExecutor, OrtOptions
 from ..runtime.tensors import Embedding
@@ -31,7 +31,7 @@ WARMUPS = 1
 
 
 @dataclass(frozen=True)
-class Point:
+class ScalingPoint:
     """One measurement.
 
     sweep, value: which series, and where on its axis. bundle: folder. images: per prompt. words:
@@ -51,7 +51,7 @@ class Point:
     batch: int = 1
 
 
-def measure(point: Point, repeats: int, tokens: int, threads: int) -> dict[str, Any]:
+def measure(point: ScalingPoint, repeats: int, tokens: int, threads: int) -> dict[str, Any]:
     """Milliseconds of every repetition, and the process's peak.
 
     first_ms: from the call to the first token, a mean over the questions (of all prompts together
@@ -69,7 +69,7 @@ def measure(point: Point, repeats: int, tokens: int, threads: int) -> dict[str, 
 
 
 @contextmanager
-def _questions(point: Point, tokens: int, threads: int) -> Iterator:
+def _questions(point: ScalingPoint, tokens: int, threads: int) -> Iterator:
     """Through the public runtime."""
     with load(point.bundle, threads=threads) as session:
         session.eos = frozenset()  # every answer is of the same length
@@ -99,7 +99,7 @@ def _questions(point: Point, tokens: int, threads: int) -> Iterator:
 
 
 @contextmanager
-def _batches(point: Point, tokens: int, threads: int) -> Iterator:
+def _batches(point: ScalingPoint, tokens: int, threads: int) -> Iterator:
     """Equal prompts about different pictures, side by side through every graph."""
     bundle = Bundle.open(point.bundle)
     manifest, batch = bundle.manifest, point.batch
@@ -109,9 +109,9 @@ def _batches(point: Point, tokens: int, threads: int) -> Iterator:
     prompt = encoder.encode(question(point.words, 0), images=1)
     side = manifest.config.vision.image_size
 
-    def text(ids, at: int) -> Segment:
+    def text(ids, at: int) -> AppendedRows:
         rows = np.repeat(embed(ids), batch, 0)
-        return Segment(False, rows, *2 * (_orders(at, len(ids), batch),))
+        return AppendedRows(False, rows, *2 * (_orders(at, len(ids), batch),))
 
     def repeat(random: np.random.Generator) -> tuple[float, float, dict[str, Any]]:
         pixels = random.standard_normal((batch, 3, side, side), np.float32)
@@ -121,7 +121,7 @@ def _batches(point: Point, tokens: int, threads: int) -> Iterator:
             if part.is_image:
                 rows = executor.encode(pixels)
                 order = _orders(at, rows.shape[1], batch)
-                segments.append(Segment(True, rows, order, order))
+                segments.append(AppendedRows(True, rows, order, order))
             else:
                 segments.append(text(part.ids, at))
             at += segments[-1].count
@@ -131,7 +131,7 @@ def _batches(point: Point, tokens: int, threads: int) -> Iterator:
             chosen = logits.argmax(-1)
             rows = np.concatenate([embed([int(one)]) for one in chosen])
             order = _orders(at + number, 1, batch)
-            logits = chain.decode(Segment(False, rows, order, order))
+            logits = chain.decode(AppendedRows(False, rows, order, order))
         done = time.perf_counter()
         later = (done - first) / (tokens - 1) * 1e3
         return (first - started) * 1e3, later, {"prompt_rows": at}
@@ -167,4 +167,4 @@ def question(words: int, number: int) -> str:
 
 if __name__ == "__main__":
     given, *limits = json.loads(sys.argv[1])
-    print(json.dumps(measure(Point(**given), *limits)))
+    print(json.dumps(measure(ScalingPoint(**given), *limits)))

@@ -22,7 +22,7 @@ from ..runtime.backends.cpu import peak_memory
 from .record import save
 
 
-class Steps:
+class StepLog:
     """A build reporter that keeps seconds, bytes and the peak so far of every step."""
 
     def __init__(self):
@@ -84,19 +84,19 @@ def main(model: str, target: str, plan: str, dummy_weights: bool, out: str | Non
 
 
 def _measure(model: str, target: str, plan: str, dummy_weights: bool, out: str | None) -> None:
-    from ..compile.build import build
+    from ..compile.build import make_bundle
     from ..compile.engines.engines import compile_engines
     from ..graphs.targets import find_target
 
-    steps = Steps()
+    steps = StepLog()
     started = time.perf_counter()
-    bundle = build(
-        model, plan=plan, target=target, dummy_weights=dummy_weights, out=out, reporter=steps
+    bundle = make_bundle(
+        model, plan=plan, target=target, dummy_weights=dummy_weights, out=out, progress=steps
     )
     engine_bytes = 0
     if find_target(target).engines:
         peaks = {}
-        for one in compile_engines(bundle, reporter=steps).engines:
+        for one in compile_engines(bundle, progress=steps).engines:
             engine_bytes += one.nbytes
             peaks[f"engine {one.name}"] = round(one.peak_bytes / 2**20)
         for row in steps.rows:

@@ -56,7 +56,7 @@ def peers(rows: Sequence[Row]) -> Table:
     return header, [
         [
             row["label"],
-            *(cell for figure in FIGURES for cell in _beside_floor(row, figure)),
+            *(cell for figure in FIGURES for cell in _beside_lower_bound(row, figure)),
             _agreement(row.get("agreement")),
             f"{row['peak_mib']:,.0f}",
             f"{(row['import_ms'] + row['load_ms']) / 1e3:.1f}",
@@ -134,7 +134,7 @@ def presets(rows: Iterable[Row]) -> Table:
     ]
 
 
-def _beside_floor(row: Row, figure: str) -> tuple[str, str]:
+def _beside_lower_bound(row: Row, figure: str) -> tuple[str, str]:
     digits = 2 if figure == "per_token" else 1
     floor = row.get("floor", {}).get(figure)
     measured = f"{row[figure]['median']:.{digits}f}" if figure in row else ""

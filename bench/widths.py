@@ -19,12 +19,12 @@ import click
 from ..calib.plan_search.measure_plans import Origin
 from ..compile.checkpoint.checkpoint import open_checkpoint
 from ..compile.checkpoint.dummy import make_dummy
-from ..compile.checkpoint.known_models import Geometry
+from ..compile.checkpoint.known_models import KnownModel
 from ..demo.heldout import held_out
 from ..runtime import load
 from .environments import ROOT
 from .fit import with_decoder
-from .peer_models import Subject, bundle
+from .peer_models import PeerCheckpoint, bundle
 from .record import save
 
 NAME = "widths-cpu"
@@ -47,7 +47,7 @@ class Width:
         """Of the checkpoint's folder."""
         return f"width-{self.hidden}"
 
-    def geometry(self) -> Geometry:
+    def geometry(self) -> KnownModel:
         """llava-45m with these sizes; heads of 64."""
         base = with_decoder(self.layers, self.hidden, self.intermediate)
         vision = {
@@ -87,9 +87,9 @@ def main(rounds: int, threads: int, widths: str, dry: bool) -> None:
 
 
 def _measured(width: Width, rounds: int, threads: int) -> list[dict]:
-    path = make_dummy(width.name, ROOT / "dummy" / width.name, recipe=width.geometry())
+    path = make_dummy(width.name, ROOT / "dummy" / width.name, known_model=width.geometry())
     checkpoint = open_checkpoint(str(path))
-    subject = Subject(Origin(str(path)), checkpoint)
+    subject = PeerCheckpoint(Origin(str(path)), checkpoint)
     taken: dict[tuple[str, str], list[tuple[float, float]]] = {one: [] for one in BUNDLES}
     with ExitStack() as stack:
         sessions = {

@@ -25,30 +25,30 @@ from ..compile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..compile.export.texts import fits, prompt_encoder, text_facts
 from ..compile.planfile import resolve_plan, save_plan
 from ..compile.quantize.calibration_file import Calibration, SampleFacts
-from ..compile.steps import NOTES, Silent, Workshop
+from ..compile.steps import NOTES, NoBuildProgress, Staging
 from ..graphs.errors import PlanError
 from ..graphs.plan.plan import StagePlan
 from ..runtime.image.preprocessing import Preprocessing
 from .page.calibration_page import write_report
-from .plan_search.chooser import Chooser, Wish, agrees
+from .plan_search.chooser import Chooser, SelectionGoal, agrees
 from .plan_search.measure_plans import Measuring, Origin
-from .progress import Watcher, steps
+from .progress import CalibrationProgress, progress_steps
 from .run import layerwise as walk
 from .run.collect_ranges import collect
 from .sample_prompts import order_hash, prepare
 from .samples import Sample
 
-PLAN = "plan.yaml"
+PLAN_FILE = "plan.yaml"
 
 
 def calibrate(
     origin: Origin,
     samples: Sequence[Sample],
-    plan: str | Wish,
+    plan: str | SelectionGoal,
     *,
     files: Sequence[str] = (),
     out: str | Path = "calibrations",
-    watcher: Watcher,
+    progress: CalibrationProgress,
 ) -> tuple[Path, Calibration]:
     """Calibrate a model in ``OUT/<model>/``; what is there is replaced once all is done.
 
@@ -58,44 +58,46 @@ def calibrate(
         plan: a static plan, as ``resolve_plan`` takes it, or how to choose one.
         files: names of the files that the samples are from, without folders.
         out: folder of all calibrations.
-        watcher: told of every step.
+        progress: told of every step.
 
     Raises:
         VisistageError: whatever the user can mend; nothing is left behind then.
     """
-    step = steps(watcher)
+    step = progress_steps(progress)
     with step("open checkpoint"):
-        checkpoint = open_checkpoint(**vars(origin), progress=watcher.advance)
+        checkpoint = open_checkpoint(**vars(origin), progress=progress.advance)
         given = _given(plan, checkpoint) if isinstance(plan, str) else None
         texts = text_facts(checkpoint)
-    with step("read samples", len(samples)) as tell:
+    with step("read samples", len(samples)) as report:
         prompts, unreadable = prepare(
             samples,
             prompt_encoder(checkpoint),
             Preprocessing.from_dict(texts.preprocessing),
-            lambda: watcher.advance(1),
+            lambda: progress.advance(1),
         )
-        tell(f"{len(prompts)} read, {len(unreadable)} unreadable")
+        report(f"{len(prompts)} read, {len(unreadable)} unreadable")
     with step("hash weights"):
         facts = fits(checkpoint, texts)
 
     # No key of an earlier run: what a calibration that was cut short had measured is not kept.
-    workshop = Workshop(Path(out) / checkpoint.name, uuid.uuid4().hex, Silent())
-    with workshop, _removed_unless_finished(workshop.folder):
+    staging = Staging(Path(out) / checkpoint.name, uuid.uuid4().hex, NoBuildProgress())
+    with staging, _removed_unless_finished(staging.folder):
         dynamics: dict[str, Any] = {}
         choice: dict[str, Any] = {}
-        if isinstance(plan, Wish):
+        if isinstance(plan, SelectionGoal):
             named = {name for name, _ in unreadable}
             readable = [one for one in samples if Path(one.name).name not in named]
-            measuring = Measuring(origin, workshop.folder / "bundles", plan.precision)
-            chooser = Chooser(checkpoint, texts, facts, measuring, plan, watcher)
+            measuring = Measuring(origin, staging.folder / "bundles", plan.precision)
+            chooser = Chooser(checkpoint, texts, facts, measuring, plan, progress)
             taken, prompts, dynamics = chooser.choose(readable, prompts)
             choice = {**taken.to_dict(), **chooser.measured()}
             given = taken.plan
         assert given is not None
-        with step("ranges", walk.pieces(checkpoint.config, texts.prefix_ids)) as tell:
-            found = collect(checkpoint, prompts, given, texts.prefix_ids, progress=watcher.advance)
-            tell(f"{len(found.groups)} groups of linear layers, {found.cache[0].size} cached heads")
+        with step("ranges", walk.layerwise_pieces(checkpoint.config, texts.prefix_ids)) as report:
+            found = collect(checkpoint, prompts, given, texts.prefix_ids, progress=progress.advance)
+            report(
+                f"{len(found.groups)} groups of linear layers, {found.cache[0].size} cached heads"
+            )
         names = tuple(one.name for one in prompts)
         calibration = Calibration(
             model=checkpoint.name,
@@ -110,19 +112,19 @@ def calibrate(
             choice=choice,
             cache=found.cache,
         )
-        if isinstance(plan, Wish) and plan.recipe is not None:
-            with step(f"as it ships, {plan.precision}", measuring.ship_asks) as tell:
-                agreed = measuring.ship(calibration, lambda: watcher.advance(1))
-                tell(agrees(agreed))
+        if isinstance(plan, SelectionGoal) and plan.quant_config is not None:
+            with step(f"as it ships, {plan.precision}", measuring.ship_asks) as report:
+                agreed = measuring.ship(calibration, lambda: progress.advance(1))
+                report(agrees(agreed))
             shipped = {"samples": measuring.shipped_on, **agreed.to_dict()}
             calibration = replace(calibration, choice={**choice, "shipped": shipped})
         with step("write"):
-            calibration.save(workshop.folder)
-            save_plan(given, workshop.folder / PLAN)
-            write_report(calibration, workshop.folder)
-            (workshop.folder / NOTES).unlink(missing_ok=True)
-            workshop.finish()
-    return workshop.final, calibration
+            calibration.save(staging.folder)
+            save_plan(given, staging.folder / PLAN_FILE)
+            write_report(calibration, staging.folder)
+            (staging.folder / NOTES).unlink(missing_ok=True)
+            staging.finish()
+    return staging.final, calibration
 
 
 def _given(plan: str, checkpoint: Checkpoint) -> StagePlan:

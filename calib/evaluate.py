@@ -1,7 +1,7 @@
 """How often a bundle answers right, and how fast, over samples with known answers.
 
-Right means equal after ``samples.normalise``: case, punctuation and spacing do not count, every
-word does. It asks through the public runtime API only.
+Right means equal after ``samples.normalise_answer``: case, punctuation and spacing do not count,
+every word does. It asks through the public runtime API only.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..graphs.errors import DataError, ImageError
-from .samples import Sample, normalise
+from .samples import Sample, normalise_answer
 
 if TYPE_CHECKING:
     from ..runtime import Answer, Session
 
 UNTYPED = "untyped"
-DEFAULT_MAX_TOKENS = 32
+EVALUATE_MAX_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Tally:
+class AccuracyCount:
     """How many of how many."""
 
     right: int
@@ -44,14 +44,14 @@ class Miss:
 
 
 @dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """What came out. ``unreadable``: (sample, reason) of pictures nobody could open; in no count.
 
     ``per_token_ms``: mean over the answers that have a second token; None where none has.
     """
 
-    overall: Tally
-    by_type: dict[str, Tally]
+    overall: AccuracyCount
+    by_type: dict[str, AccuracyCount]
     misses: tuple[Miss, ...]
     unreadable: tuple[tuple[str, str], ...]
     first_token_ms: float
@@ -60,7 +60,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form."""
 
-        def tally(one: Tally) -> dict[str, Any]:
+        def tally(one: AccuracyCount) -> dict[str, Any]:
             return {"right": one.right, "total": one.total, "accuracy": one.accuracy}
 
         return {
@@ -77,10 +77,10 @@ def evaluate(
     session: Session,
     samples: Iterable[Sample],
     *,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
+    max_tokens: int = EVALUATE_MAX_TOKENS,
     progress: Callable[[], None] = lambda: None,
     heard: Callable[[Answer], None] = lambda answer: None,
-) -> Report:
+) -> EvaluationReport:
     """Ask every sample once, greedily, and compare.
 
     Args:
@@ -114,21 +114,23 @@ def evaluate(
     return _report(asked, unreadable)
 
 
-def _report(asked: list[tuple[Sample, Answer]], unreadable: list[tuple[str, str]]) -> Report:
+def _report(
+    asked: list[tuple[Sample, Answer]], unreadable: list[tuple[str, str]]
+) -> EvaluationReport:
     misses = []
     counts: dict[str, list[int]] = {}
     for sample, answer in asked:
         count = counts.setdefault(sample.type or UNTYPED, [0, 0])
-        right = normalise(answer.text) == normalise(sample.answer)
+        right = normalise_answer(answer.text) == normalise_answer(sample.answer)
         count[0] += right
         count[1] += 1
         if not right:
             misses.append(Miss(sample.name, sample.prompt, sample.answer, answer.text))
-    by_type = {name: Tally(*counts[name]) for name in sorted(counts)}
+    by_type = {name: AccuracyCount(*counts[name]) for name in sorted(counts)}
     steps = [answer.timings.per_token_ms for _, answer in asked]
     later = [ms for ms in steps if ms is not None]
-    return Report(
-        overall=Tally(len(asked) - len(misses), len(asked)),
+    return EvaluationReport(
+        overall=AccuracyCount(len(asked) - len(misses), len(asked)),
         by_type=by_type,
         misses=tuple(misses),
         unreadable=tuple(unreadable),

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 
-class Watcher(Protocol):
+class CalibrationProgress(Protocol):
     """Who is told how a calibration goes."""
 
     def start(self, step: str, total: int | None) -> None:
@@ -21,18 +21,18 @@ class Watcher(Protocol):
         """It is done, with this to show for it."""
 
 
-Tell = Callable[[str], None]
+ReportOutcome = Callable[[str], None]
 
 
-def steps(watcher: Watcher) -> Callable[..., Any]:
+def progress_steps(progress: CalibrationProgress) -> Callable[..., Any]:
     """Steps that the watcher sees; what a step tells in the end is shown beside it."""
 
     @contextmanager
-    def step(name: str, total: int | None = None) -> Iterator[Tell]:
+    def step(name: str, total: int | None = None) -> Iterator[ReportOutcome]:
         outcome: list[str] = []
-        watcher.start(name, total)
+        progress.start(name, total)
         started = time.perf_counter()
         yield outcome.append
-        watcher.done(name, time.perf_counter() - started, "".join(outcome))
+        progress.done(name, time.perf_counter() - started, "".join(outcome))
 
     return step

@@ -23,12 +23,12 @@ from ..runtime.image.image import load_image, pixel_key, preprocess
 from ..runtime.image.preprocessing import Preprocessing
 from ..runtime.text.prompt import PromptEncoder
 
-Part = Sequence[int] | np.ndarray
+SamplePart = Sequence[int] | np.ndarray
 """One stretch of a prompt: token ids, or pixel values (3, H, W) float32."""
 
 
 @dataclass(frozen=True, eq=False)
-class Prompt:
+class SamplePrompt:
     """A tokenised prompt.
 
     Attributes:
@@ -40,7 +40,7 @@ class Prompt:
     """
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[SamplePart, ...]
     answer_ids: tuple[int, ...] = ()
     digest: str = ""
 
@@ -50,7 +50,7 @@ def prepare(
     encoder: PromptEncoder,
     preprocessing: Preprocessing,
     progress: Callable[[], None] = lambda: None,
-) -> tuple[list[Prompt], list[tuple[str, str]]]:
+) -> tuple[list[SamplePrompt], list[tuple[str, str]]]:
     """Open, preprocess and tokenise samples in their order.
 
     Args:
@@ -66,7 +66,7 @@ def prepare(
     Raises:
         DataError: a prompt or an answer that cannot be used, or no picture at all could be opened.
     """
-    prompts: list[Prompt] = []
+    prompts: list[SamplePrompt] = []
     unreadable: list[tuple[str, str]] = []
     for sample in samples:
         name = Path(sample.name).name
@@ -87,7 +87,7 @@ def prepare(
     return prompts, unreadable
 
 
-def order_hash(prompts: Iterable[Prompt]) -> str:
+def order_hash(prompts: Iterable[SamplePrompt]) -> str:
     """SHA-256 (hex) of what the prompts show, ask and answer, in their order."""
     digests = [prompt.digest for prompt in prompts]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
@@ -95,7 +95,7 @@ def order_hash(prompts: Iterable[Prompt]) -> str:
 
 def _prompt(
     name: str, text: str, answer: str, key: str, pixels: np.ndarray, encoder: PromptEncoder
-) -> Prompt:
+) -> SamplePrompt:
     try:
         encoded = encoder.encode(text, images=1)
     except PromptError as error:
@@ -103,7 +103,7 @@ def _prompt(
     parts = tuple(pixels if segment.is_image else segment.ids for segment in encoded.segments)
     digest = hashlib.sha256(json.dumps([key, text, answer]).encode()).hexdigest()
     answer_ids = _answer_ids(name, encoded.text, answer.strip(), encoder.tokenizer)
-    return Prompt(name, parts, answer_ids, digest)
+    return SamplePrompt(name, parts, answer_ids, digest)
 
 
 def _answer_ids(name: str, text: str, answer: str, tokenizer: Tokenizer) -> tuple[int, ...]:

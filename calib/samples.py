@@ -88,7 +88,7 @@ def samples_file(path: str | Path) -> Path:
     return path / found[0]
 
 
-def normalise(answer: str) -> str:
+def normalise_answer(answer: str) -> str:
     """What two answers are compared by.
 
     Case, white space at the ends and its amount do not count, nor does punctuation, except where it
@@ -140,7 +140,7 @@ def _sample(line: str, where: str, folder: Path, answers: bool) -> Sample:
             raise DataError(
                 f"{where}: {key} is {json.dumps(value)[:80]}, expected text that is not empty."
             )
-    if "answer" in data and not normalise(data["answer"]):
+    if "answer" in data and not normalise_answer(data["answer"]):
         raise DataError(
             f"{where}: answer {data['answer']!r} is punctuation only, which is left out when "
             "answers are compared. Ask for a word or a number."

@@ -49,11 +49,11 @@ def infer(images, prompt, bundle, as_json, stream, max_tokens, stop, **options) 
     if not images and os.path.isfile(prompt):  # a long prompt is no path: Path would raise
         raise click.UsageError(f"{prompt} is a file, and no question follows it. Add one.")
     load = {name: options.pop(name) for name in ("backend", "threads", "memory_limit")}
-    pictures = _pictures(images)
+    sources = _read_images(images)
     with session_of(bundle, **load) as session:
         sampling = _sampling(session.sampling, options)
         limits = {"max_tokens": max_tokens, "stop": stop}
-        pieces = session.stream(pictures, prompt, sampling=sampling, **limits)
+        pieces = session.stream(sources, prompt, sampling=sampling, **limits)
         for number, piece in enumerate(pieces):
             if stream and not as_json:
                 click.echo(printable(piece if number else piece.lstrip()), nl=False)
@@ -99,18 +99,18 @@ def explain(bundle, images, question, out, as_json, **options) -> None:
     visistage explain engines/demo photo.jpg "Which shape is red?"
     visistage explain engines/llava-7b/mine before.png after.png "What changed?" --out changes.html
     """
-    from ..tools.explain.explain_page import write
+    from ..tools.explain.explain_page import write_explanation
     from ..tools.explain.explanation import explain
 
-    explained = explain(bundle, _pictures(images), question, **options)
-    write(explained.html, out)
+    explained = explain(bundle, _read_images(images), question, **options)
+    write_explanation(explained.html, out)
     if as_json:
         show_json({"page": str(out), **explained.facts})
     else:
         click.echo(out)
 
 
-def _pictures(images: tuple[str, ...]) -> list[str | bytes]:
+def _read_images(images: tuple[str, ...]) -> list[str | bytes]:
     return [sys.stdin.buffer.read() if image == "-" else image for image in images]
 
 

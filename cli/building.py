@@ -61,19 +61,19 @@ def engines(
     For a target with engines they are compiled here if this machine can; for a board the bundle
     stays portable: copy it there, and type visistage build.
     """
-    from .show.build_progress import BuildProgress
+    from .show.build_progress import BuildProgressBar
     from .show.build_view import compile_here, with_kept
 
     options["precision"] = with_kept(options["precision"], keep_float)
-    with BuildProgress() as progress:
+    with BuildProgressBar() as progress:
         compiling = compile_here(options["target"], portable, capabilities)
-        from ..compile.build import build  # seconds of a build: they belong to its time
+        from ..compile.build import make_bundle  # seconds of a build: they belong to its time
 
-        bundle, compiled = build(**options, reporter=progress), None
+        bundle, compiled = make_bundle(**options, progress=progress), None
         if compiling:
             from ..compile.engines.engines import compile_engines
 
-            compiled = compile_engines(bundle, capabilities=capabilities, reporter=progress)
+            compiled = compile_engines(bundle, capabilities=capabilities, progress=progress)
         progress.close()
     _show_build(progress, bundle, compiled, as_json)
 
@@ -94,11 +94,11 @@ def build(bundle, capabilities, as_json) -> None:
     """
     from ..compile.engines.engines import compile_engines
     from ..graphs.bundle import Bundle
-    from .show.build_progress import BuildProgress
+    from .show.build_progress import BuildProgressBar
 
     opened = Bundle.open(bundle_at(bundle))
-    with BuildProgress() as progress:
-        engines = compile_engines(opened, capabilities=capabilities, reporter=progress)
+    with BuildProgressBar() as progress:
+        engines = compile_engines(opened, capabilities=capabilities, progress=progress)
         progress.close()
     _show_build(progress, opened, engines, as_json)
 

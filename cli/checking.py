@@ -69,12 +69,12 @@ def verify(bundle, model, calibration, data, samples, max_tokens, memory_limit, 
     from ..tools.verify.verify import verify
     from ..tools.verify.verify_prompts import checkpoint_at_hand, chosen
     from ..tools.verify.verify_report import PAGE_FILE
-    from .show.verify_view import LadderProgress, report_table, require_passed
+    from .show.verify_view import VerifyProgressBar, require_passed, verify_table
 
     opened = Bundle.open(bundle_at(bundle))
     asked = chosen(opened.manifest.model, data, samples)
     model = model or checkpoint_at_hand(opened.manifest.model)
-    with LadderProgress() as progress:
+    with VerifyProgressBar() as progress:
         report = verify(
             opened,
             asked,
@@ -82,14 +82,14 @@ def verify(bundle, model, calibration, data, samples, max_tokens, memory_limit, 
             calibration=calibration,
             max_tokens=max_tokens,
             memory=memory_limit,
-            watcher=progress,
+            progress=progress,
         )
     report.write(opened.path)
     where = str(opened.path / PAGE_FILE)
     if as_json:
         show_json({"path": where, **report.to_dict()})
     else:
-        show(report_table(report, where))
+        show(verify_table(report, where))
     require_passed(report, where)
 
 

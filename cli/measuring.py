@@ -40,16 +40,16 @@ def evaluate(bundle, data, samples, max_tokens, backend, as_json) -> None:
     visistage evaluate engines/llava-7b --data questions.jsonl --json
     """
     from ..calib.evaluate import evaluate
-    from .show.evaluation_view import chosen_samples, counting, report_table
+    from .show.evaluation_view import chosen_samples, counting, evaluation_table
 
     with session_of(bundle, backend=backend) as session:
         chosen = chosen_samples(session.bundle.manifest.model, data, samples)
-        with counting(len(chosen)) as tick:
-            report = evaluate(session, chosen, max_tokens=max_tokens, progress=tick)
+        with counting(len(chosen)) as progress:
+            report = evaluate(session, chosen, max_tokens=max_tokens, progress=progress)
     if as_json:
         show_json({"bundle": str(session.bundle.path), **report.to_dict()})
     else:
-        show(report_table(report))
+        show(evaluation_table(report))
 
 
 @click.command(epilog=bundle_default)
@@ -89,18 +89,18 @@ def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **optio
     visistage profile engines/llava-7b --against engines/llava-7b/fastv-fp16-cuda --json
     visistage profile engines/llava-7b --repetitions 5 --tokens 256       longer: energy, too
     """
-    from ..pages.page import write
+    from ..pages.page import write_page
     from ..tools.profile.profile import profile
-    from ..tools.profile.profile_page import render
+    from ..tools.profile.profile_page import render_profile
     from ..tools.profile.timing import Settings
     from .show.profile_view import command_lines, profile_table, profiling_bar
 
     settings = Settings(repetitions, warm_up, tokens)
-    with profiling_bar() as tick:
+    with profiling_bar() as progress:
         facts = profile(
-            bundle_at(bundle), against=against, settings=settings, progress=tick, **options
+            bundle_at(bundle), against=against, settings=settings, progress=progress, **options
         )
-    write(render(facts), out, "--out profile.html")
+    write_page(render_profile(facts), out, "--out profile.html")
     if as_json:
         show_json({"page": str(out), **facts})
         return
@@ -140,11 +140,11 @@ def estimate(subject, device, as_json, plan, precision, prefix, threads, **promp
     visistage estimate llava-7b --device orin-nano-8 --precision w4 --plan visipruner:t=14
     visistage estimate engines/demo/visipruner-fp32-cpu --device cpu --json
     """
-    from ..tools.estimate.predict import Prompt, estimate
-    from .show.estimate_view import estimate_table, subject_of
+    from ..tools.estimate.predict import PromptLengths, estimate
+    from .show.estimate_view import estimate_table, estimate_target
 
-    of = subject_of(subject, plan, precision, prefix)
-    facts = estimate(of, device, Prompt(**prompt), threads=threads)
+    of = estimate_target(subject, plan, precision, prefix)
+    facts = estimate(of, device, PromptLengths(**prompt), threads=threads)
     if as_json:
         show_json(facts)
     else:

@@ -8,7 +8,7 @@ import click
 
 from .options import as_json
 from .show.output import show, show_json
-from .show.units import Share
+from .show.units import ShareParam
 
 
 @click.command()
@@ -44,7 +44,7 @@ def plan(
     visistage plan visipruner-paper --trigger 14 --kept 10.3 --exit 23
     visistage plan visipruner --yaml > mine.yaml
     """
-    from .show.plan_view import outcome_of, plan_facts, preset_facts, preset_table
+    from .show.plan_view import outcome_of, plan_cost_facts, preset_facts, preset_table
 
     if plan is None:
         if as_json:
@@ -55,7 +55,7 @@ def plan(
     from ..compile.planfile import plan_to_yaml
     from .show.plan_table import plan_json, plan_table
 
-    staged, geometry = plan_facts(plan, model, layers, visual_tokens)
+    staged, geometry = plan_cost_facts(plan, model, layers, visual_tokens)
     options["outcome"] = outcome_of(staged, trigger, kept, exit_)
     if as_yaml:
         click.echo(plan_to_yaml(staged), nl=False)
@@ -70,9 +70,9 @@ def plan(
 @click.option("--data", type=click.Path(path_type=Path), help="JSONL file, or a folder with one.")
 @click.option("--samples", type=click.IntRange(1), help="Read so many only (demo: 120).")
 @click.option("--plan", help="Calibrate for this static plan; nothing is chosen or run.")
-@click.option("--lose", type=Share(), help="Choose the cheapest plan that loses so much (1%).")
-@click.option("--cost", type=Share(), help="Choose the best plan within so much of dense.")
-@click.option("--holdout", type=Share(), help="Samples that confirm what others chose (33%).")
+@click.option("--lose", type=ShareParam(), help="Choose the cheapest plan that loses so much (1%).")
+@click.option("--cost", type=ShareParam(), help="Choose the best plan within so much of dense.")
+@click.option("--holdout", type=ShareParam(), help="Samples that confirm what others chose (33%).")
 @click.option("--candidates", "most", type=click.IntRange(1), help="Plans to measure (12).")
 @click.option("--precision", help="Choose for fp32 (default), int8, w8, w4, or a recipe.")
 @click.option("--out", default="calibrations", show_default=True, help="Folder of them all.")
@@ -105,23 +105,23 @@ def calibrate(
     visistage calibrate llava-7b --data photos/ --samples 64 --plan visipruner:t=14,keep=32
     """
     from .show.calibration_view import (
-        CalibrationProgress,
+        CalibrationProgressBar,
         calibration_facts,
         calibration_samples,
         calibration_table,
-        wish_or_plan,
+        goal_or_plan,
     )
 
     chosen, files = calibration_samples(model, data, samples)
-    with CalibrationProgress() as progress:
-        wish = wish_or_plan(
+    with CalibrationProgressBar() as progress:
+        goal = goal_or_plan(
             plan, lose=lose, cost=cost, holdout=holdout, most=most, precision=precision
         )
         from ..calib.calibrate import calibrate
         from ..calib.plan_search.measure_plans import Origin
 
         folder, calibration = calibrate(
-            Origin(model, **options), chosen, wish, files=files, out=out, watcher=progress
+            Origin(model, **options), chosen, goal, files=files, out=out, progress=progress
         )
     if as_json:
         show_json(calibration_facts(folder, calibration))

@@ -18,23 +18,23 @@ import psutil
 import torch
 
 from .. import __version__
-from ..graphs.bundle import FORMAT
+from ..graphs.bundle import MANIFEST_FORMAT
 from ..graphs.config import ModelConfig
-from ..graphs.contract import Part, cache_dtype
+from ..graphs.contract import StagePart, cache_dtype
 from ..graphs.errors import CapacityError, DataError, TargetError
 from ..graphs.plan.plan import StagePlan
-from ..graphs.precision import NARROW, Widening
+from ..graphs.precision import NO_FALLBACK, Fp32Fallback
 from ..graphs.quantization import (
     FLOAT,
+    QuantConfig,
     Quantization,
-    Recipe,
     base_of,
     is_quantised,
-    parse_recipe,
+    parse_quant_config,
 )
 from ..graphs.targets import Target
 from .checkpoint.checkpoint import Checkpoint
-from .checkpoint.known_models import GEOMETRIES
+from .checkpoint.known_models import KNOWN_MODELS
 from .checkpoint.names import tensor_shapes
 from .export.export import Graph, graphs_of
 from .export.static_shapes import resolve_contexts, resolve_parts
@@ -42,13 +42,13 @@ from .export.stitch import TORCH_DTYPES
 from .export.texts import TextFacts, fits, text_facts
 from .planfile import resolve_plan
 from .quantize.calibration_file import Calibration
-from .quantize.quantize import CALIBRATIONS, Rounding, input_shifts, resolve
+from .quantize.quantize import CALIBRATIONS, QuantisedTensors, input_shifts, resolve
 
 DEFAULT_PLAN = "visipruner"
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class BuildSpec:
     """What a build will make.
 
     Attributes:
@@ -64,7 +64,7 @@ class Blueprint:
     dtype: str
     texts: TextFacts
     contexts: tuple[int, ...] = ()
-    parts: tuple[Part, ...] | None = None
+    parts: tuple[StagePart, ...] | None = None
     quantization: Quantization = FLOAT
     calibration: Calibration | None = None
 
@@ -92,7 +92,7 @@ class Blueprint:
     def source(self) -> str:
         """Hash of what the bundle is made from, the same on every machine."""
         facts = [
-            FORMAT,
+            MANIFEST_FORMAT,
             self.config.to_dict(),
             self.plan.to_dict(),
             self.target.name,
@@ -105,7 +105,7 @@ class Blueprint:
         ]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def graphs(self, widening: Widening = NARROW) -> list[Graph]:
+    def graphs(self, fallback: Fp32Fallback = NO_FALLBACK) -> list[Graph]:
         """Every graph to export."""
         return graphs_of(
             self.config,
@@ -113,22 +113,22 @@ class Blueprint:
             self.dtype,
             self.target.lowering,
             self.parts,
-            widening,
+            fallback,
             self.quantization,
             engines=self.target.engines,
         )
 
-    def rounding(self, widening: Widening = NARROW) -> Rounding | None:
+    def quantised_tensors(self, fallback: Fp32Fallback = NO_FALLBACK) -> QuantisedTensors | None:
         """Where quantised weights come from; None where nothing is quantised."""
         if not self.quantization.schemes:
             return None
-        return Rounding(
+        return QuantisedTensors(
             self.checkpoint,
             self.quantization,
             self.calibration,
             half=self.half,
             engines=self.target.engines,
-            shifts=input_shifts(widening),
+            shifts=input_shifts(fallback),
         )
 
     def check_calibration(self) -> None:
@@ -145,7 +145,7 @@ class Blueprint:
         _check_memory(self.target, self.precision, nbytes)
 
 
-def draw(
+def resolve_build(
     checkpoint: Checkpoint,
     *,
     plan: str | None,
@@ -154,38 +154,42 @@ def draw(
     contexts: Sequence[int] = (),
     build_memory: int | None = None,
     calibration: str | Path | None = None,
-) -> Blueprint:
-    """Decide everything; arguments as in ``build.build``.
+) -> BuildSpec:
+    """Decide everything; arguments as in ``build.make_bundle``.
 
     Raises:
         VisistageError: something cannot be honoured; nothing was written.
     """
     config = checkpoint.config
-    recipe = parse_recipe(precision) if is_quantised(precision) else None
-    known = _calibration(checkpoint, recipe, calibration)
+    quant_config = parse_quant_config(precision) if is_quantised(precision) else None
+    known = _calibration(checkpoint, quant_config, calibration)
     if known is None or plan is not None:
         staged = resolve_plan(plan or DEFAULT_PLAN, config.text.layers, config.visual_tokens)
     else:
         staged = known.plan
-    if known is not None and recipe is not None and not _serves(known.plan, staged, recipe):
+    if (
+        known is not None
+        and quant_config is not None
+        and not _serves(known.plan, staged, quant_config)
+    ):
         wanted = plan if staged.probe is None else "dense"
         raise DataError(
             f"the calibration of '{checkpoint.name}' was made for plan '{known.plan.name}', under "
             f"'{staged.name}' layers see other rows. Leave the plan out, or calibrate for it: "
             f"visistage calibrate {checkpoint.name} --plan {wanted}"
         )
-    if calibration is not None and recipe is None and plan is not None:
+    if calibration is not None and quant_config is None and plan is not None:
         raise TargetError(
             f"nothing of a calibration is used in {precision} with a plan of your own. "
             "Leave --calib (CALIB) out, or the plan, or quantise: PRECISION=int8"
         )
     quantization = FLOAT
-    if recipe is not None:
-        quantization = resolve(recipe, known, config, staged, target)
-        precision = recipe.name
+    if quant_config is not None:
+        quantization = resolve(quant_config, known, config, staged, target)
+        precision = quant_config.name
     dtype = target.dtype(precision)
     parts = resolve_parts(target, config, staged, dtype, build_memory)
-    return Blueprint(
+    return BuildSpec(
         checkpoint,
         staged,
         target,
@@ -195,14 +199,14 @@ def draw(
         resolve_contexts(target, config, contexts),
         None if parts is None else tuple(parts),
         quantization,
-        known if recipe is not None else None,
+        known if quant_config is not None else None,
     )
 
 
 def check_geometry(model: str, target: Target, precision: str) -> None:
     """Refuse a published model that cannot run here, before gigabytes are fetched or made."""
-    if model in GEOMETRIES:
-        shapes = tensor_shapes(ModelConfig.from_hf(GEOMETRIES[model].config))
+    if model in KNOWN_MODELS:
+        shapes = tensor_shapes(ModelConfig.from_hf(KNOWN_MODELS[model].config))
         bits = _bits(target, precision)
         values = sum(math.prod(shape) for shape in shapes.values())
         _check_memory(target, precision, values * bits // 8)
@@ -217,7 +221,7 @@ def same_rows(one: StagePlan, other: StagePlan) -> bool:
     return plain(one) == plain(other)
 
 
-def _serves(calibrated: StagePlan, staged: StagePlan, recipe: Recipe) -> bool:
+def _serves(calibrated: StagePlan, staged: StagePlan, quant_config: QuantConfig) -> bool:
     """Whether ranges made for one plan serve another under a recipe.
 
     A plan that decides per prompt has no rows of its own to calibrate on. Its caches never hold
@@ -226,7 +230,7 @@ def _serves(calibrated: StagePlan, staged: StagePlan, recipe: Recipe) -> bool:
     """
     if same_rows(staged, calibrated):
         return True
-    return staged.probe is not None and calibrated.is_dense and "w8a8" not in recipe.asked
+    return staged.probe is not None and calibrated.is_dense and "w8a8" not in quant_config.asked
 
 
 def versions() -> dict[str, str]:
@@ -240,13 +244,13 @@ def versions() -> dict[str, str]:
 
 
 def _calibration(
-    checkpoint: Checkpoint, recipe: Recipe | None, given: str | Path | None
+    checkpoint: Checkpoint, quant_config: QuantConfig | None, given: str | Path | None
 ) -> Calibration | None:
     """The calibration named, or for a quantised precision the one in the usual place."""
     if given is not None:
         return Calibration.load(Path(given))
     usual = CALIBRATIONS / checkpoint.name
-    if recipe is not None and usual.is_dir():
+    if quant_config is not None and usual.is_dir():
         return Calibration.load(usual)
     return None
 

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from ..graphs.errors import CapacityError
 
 
-def require_room(folder: Path, nbytes: int, what: str, remedy: str) -> None:
+def require_disk_space(folder: Path, nbytes: int, what: str, remedy: str) -> None:
     """Raise unless ``nbytes`` bytes fit on the disk of ``folder``, which need not exist yet.
 
     Raises:

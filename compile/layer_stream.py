@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..graphs.modules.decoder import Linear
 from .checkpoint.checkpoint import Checkpoint
-from .quantize.fake_quantized import Rounded
+from .quantize.fake_quantized import FakeQuantised
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Hook = Callable[[str, Tensor, Tensor], None]
@@ -31,8 +31,8 @@ def without_weights(make: Callable[[], AnyModule]) -> AnyModule:
 class Streamed:
     """Calls pieces of ``module``, a ``without_weights``, with the checkpoint's weights in FP32.
 
-    ``watched`` are the kinds of modules that ``hook`` is told of; ``progress`` counts pieces that
-    have weights. With ``rounded``, weights and what linear layers are given come rounded.
+    ``observed`` are the kinds of modules that ``hook`` is told of; ``progress`` counts pieces that
+    have weights. With ``fake_quantised``, weights and what linear layers are given come rounded.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class Streamed:
         checkpoint: Checkpoint,
         module: nn.Module,
         progress: Callable[[int], None] = lambda pieces: None,
-        watched: tuple[type[nn.Module], ...] = (),
+        observed: tuple[type[nn.Module], ...] = (),
         hook: Hook | None = None,
-        rounded: Rounded | None = None,
+        fake_quantised: FakeQuantised | None = None,
     ):
-        self.checkpoint, self.progress, self.rounded = checkpoint, progress, rounded
-        self.watched, self.hook = watched, hook
+        self.checkpoint, self.progress, self.fake_quantised = checkpoint, progress, fake_quantised
+        self.observed, self.hook = observed, hook
         self.names = {id(weight): name for name, weight in module.named_parameters()}
         self.weights: dict[str, Tensor] = {}
 
@@ -58,7 +58,7 @@ class Streamed:
     def loaded(self, piece: nn.Module) -> Iterator[Callable[..., Any]]:
         """What runs one piece, any number of times while its weights are in memory."""
         self._fill(piece)
-        handles = [*self._round(piece), *self._watch(piece)]
+        handles = [*self._fake_quantise(piece), *self._observe(piece)]
 
         @torch.no_grad()
         def run(*args: Tensor | None) -> Any:
@@ -84,38 +84,38 @@ class Streamed:
         shapes = {name: weight.shape for name, weight in piece.named_parameters()}
         old = {name: weight for name, weight in old.items() if weight.shape == shapes.get(name)}
         for name, weight in piece.named_parameters():
-            stored = (self.rounded or self.checkpoint).load(self.names[id(weight)])
+            stored = (self.fake_quantised or self.checkpoint).load(self.names[id(weight)])
             place = old.pop(name) if name in old else torch.empty(stored.shape)
             self.weights[name] = place.copy_(stored)
             self.checkpoint.release()
 
-    def _round(self, piece: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    def _fake_quantise(self, piece: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
         """Hooks that round what linear layers are given."""
-        rounded = self.rounded
-        if rounded is None:
+        fake_quantised = self.fake_quantised
+        if fake_quantised is None:
             return
 
         def given(name: str) -> Callable[..., tuple]:
-            return lambda module, args: (rounded.inputs(name, args[0]), *args[1:])
+            return lambda module, args: (fake_quantised.inputs(name, args[0]), *args[1:])
 
         for module in piece.modules():
             if isinstance(module, Linear):
                 name = self.names[id(module.weight)].removesuffix(".weight")
                 yield module.register_forward_pre_hook(given(name))
 
-    def _watch(self, piece: nn.Module) -> Iterable[torch.utils.hooks.RemovableHandle]:
+    def _observe(self, piece: nn.Module) -> Iterable[torch.utils.hooks.RemovableHandle]:
         if self.hook is None:
             return
         for module in piece.modules():
-            if isinstance(module, self.watched):
+            if isinstance(module, self.observed):
                 name = self.names[id(module.weight)].removesuffix(".weight")
-                yield module.register_forward_hook(self._told(name))
+                yield module.register_forward_hook(self._notify(name))
 
-    def _told(self, name: str) -> Callable[..., None]:
+    def _notify(self, name: str) -> Callable[..., None]:
         """A torch hook that passes on the name with input and output."""
 
-        def told(module: nn.Module, args: tuple, output: Tensor) -> None:
+        def notify(module: nn.Module, args: tuple, output: Tensor) -> None:
             assert self.hook is not None
             self.hook(name, args[0], output)
 
-        return told
+        return notify

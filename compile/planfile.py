@@ -148,8 +148,8 @@ def plan_from_yaml(text: str) -> StagePlan:
     """The plan in a YAML text. Raises PlanError."""
     yaml = _yaml()
     try:
-        _refuse_beyond_plain_data(yaml, text)
-        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), "")
+        _reject_beyond_plain_data(yaml, text)
+        _reject_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), "")
         data = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -221,7 +221,7 @@ def _depth(layers: Any) -> int:
     return 1
 
 
-def _refuse_beyond_plain_data(yaml: Any, text: str) -> None:
+def _reject_beyond_plain_data(yaml: Any, text: str) -> None:
     """PlanError for tags, anchors and aliases, and for nesting that costs PyYAML minutes."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -240,13 +240,13 @@ def _refuse_beyond_plain_data(yaml: Any, text: str) -> None:
             raise PlanError(f"line {line}: found {found}, expected plain values. Remove it.")
 
 
-def _refuse_repeated_keys(node: Any, at: str) -> None:
+def _reject_repeated_keys(node: Any, at: str) -> None:
     """PlanError for a mapping of the YAML tree that says a key twice (YAML keeps the last)."""
     if node is None or node.id == "scalar":
         return
     if node.id == "sequence":
         for index, item in enumerate(node.value):
-            _refuse_repeated_keys(item, f"{at}[{index}]")
+            _reject_repeated_keys(item, f"{at}[{index}]")
         return
     seen: dict[str, int] = {}
     for key, value in node.value:
@@ -259,7 +259,7 @@ def _refuse_repeated_keys(node: Any, at: str) -> None:
                 f"{field}: found again in line {line} {first}, expected once. Remove one of them."
             )
         seen[name] = line
-        _refuse_repeated_keys(value, field)
+        _reject_repeated_keys(value, field)
 
 
 def _printable(key: str) -> str:

@@ -39,7 +39,7 @@ class StepFact:
         return sum(self.files.values())
 
 
-class Reporter(Protocol):
+class BuildProgress(Protocol):
     """Who is told how a build goes."""
 
     def start(self, step: str, total: int | None) -> None:
@@ -52,7 +52,7 @@ class Reporter(Protocol):
         """A step is done, or was found done."""
 
 
-class Silent:
+class NoBuildProgress:
     """A reporter that tells nobody."""
 
     def start(self, step: str, total: int | None) -> None:
@@ -71,8 +71,8 @@ class Steps:
     ``key`` says what the build depends on: another key, another build.
     """
 
-    def __init__(self, folder: Path, key: str, reporter: Reporter):
-        self.folder, self.key, self.reporter = folder, key, reporter
+    def __init__(self, folder: Path, key: str, progress: BuildProgress):
+        self.folder, self.key, self.progress = folder, key, progress
         self.facts: list[StepFact] = []
         self._noted: dict[str, dict] = {}
 
@@ -102,7 +102,7 @@ class Steps:
         if noted is not None and _present(self.folder, noted["files"]):
             fact = StepFact(name, noted["seconds"], noted["files"], cached=True)
         else:
-            self.reporter.start(name, total)
+            self.progress.start(name, total)
             started = time.perf_counter()
             files = run()
             sizes = {file: (self.folder / file).stat().st_size for file in files}
@@ -110,7 +110,7 @@ class Steps:
             self._noted[name] = {"seconds": fact.seconds, "files": sizes}
             self._write_notes()
         self.facts.append(fact)
-        self.reporter.done(fact)
+        self.progress.done(fact)
         return fact
 
     def _write_notes(self) -> None:
@@ -119,11 +119,11 @@ class Steps:
         temporary.replace(self.folder / NOTES)
 
 
-class Workshop(Steps):
+class Staging(Steps):
     """Steps in ``NAME.partial``, which becomes ``NAME`` in the end."""
 
-    def __init__(self, final: Path, key: str, reporter: Reporter):
-        super().__init__(final.with_name(final.name + ".partial"), key, reporter)
+    def __init__(self, final: Path, key: str, progress: BuildProgress):
+        super().__init__(final.with_name(final.name + ".partial"), key, progress)
         self.final = final
 
     def up_to_date(self) -> bool:

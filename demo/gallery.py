@@ -11,29 +11,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .questions import KINDS, ask
-from .scenes import make_scene, render
+from .scenes import make_scene, render_scene
 
-FOLDER = Path(__file__).parent / "pictures"
+IMAGES_FOLDER = Path(__file__).parent / "pictures"
 
 
 @dataclass(frozen=True)
-class Picture:
+class BundledImage:
     """One bundled picture and what can be asked about it."""
 
     path: Path
     questions: tuple[tuple[str, str], ...]
 
 
-def bundled() -> list[Picture]:
+def bundled() -> list[BundledImage]:
     """The bundled pictures, each with its (question, answer) pairs."""
-    index = json.loads((FOLDER / "pictures.json").read_text(encoding="utf-8"))
+    index = json.loads((IMAGES_FOLDER / "pictures.json").read_text(encoding="utf-8"))
     return [
-        Picture(FOLDER / name, tuple((q["question"], q["answer"]) for q in questions))
+        BundledImage(IMAGES_FOLDER / name, tuple((q["question"], q["answer"]) for q in questions))
         for name, questions in index.items()
     ]
 
 
-def write(folder: Path = FOLDER, size: int = 384) -> None:
+def write_gallery(folder: Path = IMAGES_FOLDER, size: int = 384) -> None:
     """Draw four held-out scenes of three to six objects; one question of each kind for each."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, index = random.Random("gallery"), {}
@@ -43,11 +43,11 @@ def write(folder: Path = FOLDER, size: int = 384) -> None:
             scene = make_scene(rng, things=things, held_out=True)
             made = [ask(scene, kind, rng) for kind in KINDS]
         name = f"scene-{things}.png"
-        render(scene, size).save(folder / name, optimize=True)
+        render_scene(scene, size).save(folder / name, optimize=True)
         index[name] = [{"question": q.text, "answer": q.answer, "kind": q.kind} for q in made]
     text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
     (folder / "pictures.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write()
+    write_gallery()

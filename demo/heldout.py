@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from PIL import Image
 
 from .questions import KINDS, Question, ask
-from .scenes import COLOURS, SHAPES, SIZES, Scene, make_scene, render
+from .scenes import COLOURS, SHAPES, SIZES, Scene, make_scene, render_scene
 
 PROMPT = "USER: <image>\n{question} ASSISTANT:"
 
 
 @dataclass(frozen=True)
-class Sample:
+class HeldOutSample:
     """One question of the test: what is shown, what is asked, what is right."""
 
     image: Image.Image
@@ -31,7 +31,7 @@ class Sample:
     scene: Scene
 
 
-def held_out(count: int, seed: int = 0, size: int = 96) -> Iterator[Sample]:
+def held_out(count: int, seed: int = 0, size: int = 96) -> Iterator[HeldOutSample]:
     """Yield `count` samples, one question a scene, the kinds in turn; the same for the same seed.
 
     Args:
@@ -40,8 +40,8 @@ def held_out(count: int, seed: int = 0, size: int = 96) -> Iterator[Sample]:
         size: side of the pictures in pixels.
     """
     for scene, made in _series(count, f"held out {seed}", True):
-        image, prompt = render(scene, size), PROMPT.format(question=made.text)
-        yield Sample(image, prompt, made.answer, made.kind, made.text, scene)
+        image, prompt = render_scene(scene, size), PROMPT.format(question=made.text)
+        yield HeldOutSample(image, prompt, made.answer, made.kind, made.text, scene)
 
 
 def _series(count: int, name: str, unseen: bool) -> Iterator[tuple[Scene, Question]]:

@@ -135,11 +135,11 @@ def _place(rng: random.Random, radius: float, things: list[Thing]) -> tuple[floa
     return None
 
 
-def render(scene: Scene, size: int = 96, oversample: int = 3) -> Image.Image:
+def render_scene(scene: Scene, size: int = 96, oversample: int = 3) -> Image.Image:
     """Draw `scene` as a square RGB picture of `size` pixels, smoothed by `oversample`."""
     side = size * oversample
-    picture = Image.new("RGB", (side, side), scene.background)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side, side), scene.background)
+    draw = ImageDraw.Draw(image)
     rng = random.Random(scene.paint_seed)
     for thing in scene.things:
         base = COLOURS[thing.colour]
@@ -147,7 +147,7 @@ def render(scene: Scene, size: int = 96, oversample: int = 3) -> Image.Image:
         _draw_shape(draw, thing, side, fill)
         if thing.letter:
             _draw_letter(draw, thing, side, base)
-    return picture.reduce(oversample) if oversample > 1 else picture
+    return image.reduce(oversample) if oversample > 1 else image
 
 
 def render_owners(scene: Scene, size: int = 96) -> Image.Image:

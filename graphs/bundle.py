@@ -20,11 +20,11 @@ from .config import ModelConfig
 from .contract import GraphSpec, cache_dtype
 from .errors import BundleError
 from .plan.plan import StagePlan
-from .precision import NARROW, Widening
+from .precision import NO_FALLBACK, Fp32Fallback
 from .quantization import FLOAT, Quantization
 
 MANIFEST = "manifest.json"
-FORMAT = 6
+MANIFEST_FORMAT = 6
 MAX_MANIFEST_BYTES = 16 << 20
 STAMP = ".stamp.json"
 
@@ -84,7 +84,7 @@ class Manifest:
 
     ``text_files`` maps the roles ``tokenizer``, ``tokenizer_config``, ``chat_template`` ... to file
     names; ``preprocessing`` and ``generation`` are the checkpoint's own facts; ``versions`` says
-    what built it; ``widening`` is what the range check demanded of FP16 graphs, ``quantization``
+    what built it; ``fallback`` is what the range check demanded of FP16 graphs, ``quantization``
     which linear layers and caches are integers. ``cache_scales``: (2, layers, G) of the keys and
     the values of INT8 caches; None where caches are float.
     """
@@ -107,7 +107,7 @@ class Manifest:
     weight_bytes: int
     source: str  # hash of everything the build depended on
     contexts: tuple[int, ...] = ()  # lengths that engines are compiled for, in dense rows
-    widening: Widening = NARROW
+    fallback: Fp32Fallback = NO_FALLBACK
     quantization: Quantization = FLOAT
     cache_scales: TensorRef | None = None
 
@@ -135,7 +135,7 @@ class Manifest:
         """The manifest's text; equal manifests give equal bytes."""
         prefix = self.prefix
         data = {
-            "format": FORMAT,
+            "format": MANIFEST_FORMAT,
             "model": self.model,
             "config": self.config.to_dict(),
             "plan": self.plan.to_dict(),
@@ -169,7 +169,7 @@ class Manifest:
             "weight_bytes": self.weight_bytes,
             "source": self.source,
             "contexts": list(self.contexts),
-            "widening": self.widening.to_dict(),
+            "widening": self.fallback.to_dict(),
             "quantization": self.quantization.to_dict(),
             "cache_scales": self.cache_scales and _ref_dict(self.cache_scales),
         }
@@ -180,10 +180,10 @@ class Manifest:
         """Read a manifest; ``where`` names it in errors."""
         try:
             data = json.loads(text)
-            if not isinstance(data, dict) or data.get("format") != FORMAT:
+            if not isinstance(data, dict) or data.get("format") != MANIFEST_FORMAT:
                 found = data.get("format") if isinstance(data, dict) else type(data).__name__
                 raise BundleError(
-                    f"{where} has format {found!r}, this version reads format {FORMAT}. "
+                    f"{where} has format {found!r}, this version reads format {MANIFEST_FORMAT}. "
                     "Build it again: make engines MODEL=..."
                 )
             prefix = data["prefix"]
@@ -210,7 +210,7 @@ class Manifest:
                 weight_bytes=int(data["weight_bytes"]),
                 source=data["source"],
                 contexts=tuple(int(context) for context in data["contexts"]),
-                widening=Widening.from_dict(data["widening"]),
+                fallback=Fp32Fallback.from_dict(data["widening"]),
                 quantization=Quantization.from_dict(data["quantization"]),
                 cache_scales=data["cache_scales"] and _ref(data["cache_scales"]),
             )
@@ -263,8 +263,8 @@ class Bundle:
         Raises:
             BundleError: naming the first file that is missing or changed.
         """
-        mend = "Build it again: make engines MODEL=..."
-        check_files(self._files(), self.path / STAMP, rehash=rehash, mend=mend)
+        fix = "Build it again: make engines MODEL=..."
+        check_files(self._files(), self.path / STAMP, rehash=rehash, fix=fix)
 
     def changed(self) -> list[Path]:
         """Its files that are missing or not what was built."""
@@ -275,19 +275,19 @@ class Bundle:
 
 
 def check_files(
-    files: Mapping[Path, FileFact], stamp_file: Path, *, rehash: bool, mend: str
+    files: Mapping[Path, FileFact], stamp_file: Path, *, rehash: bool, fix: str
 ) -> None:
     """Make sure that ``files`` are there and unchanged; see ``Bundle.check``.
 
-    ``mend`` is what to type when one is not what it was.
+    ``fix`` is what to type when one is not what it was.
 
     Raises:
         BundleError: naming the first file that is missing or changed.
     """
     for file in changed_files(files, stamp_file, rehash=rehash):
         if not file.is_file():
-            raise BundleError(f"{file} is missing from the bundle. {mend}")
-        raise BundleError(f"{file} is not the file that was built: its contents changed. {mend}")
+            raise BundleError(f"{file} is missing from the bundle. {fix}")
+        raise BundleError(f"{file} is not the file that was built: its contents changed. {fix}")
 
 
 def changed_files(

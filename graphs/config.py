@@ -26,15 +26,15 @@ from .config_fields import (
     get,
     mapping,
     number,
-    refuse,
-    show,
+    reject_value,
+    show_value,
     side,
     word,
 )
 from .errors import ModelError
 
 ARCHITECTURE = "LlavaForConditionalGeneration"
-TOWERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+ENCODERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "silu")
 """Of towers and projectors; decoders have SiLU."""
 
@@ -90,14 +90,14 @@ class Rope:
         number("rope_theta", self.theta)
         given = dict(self.parameters)
         if given.get("rope_type") != self.type:
-            refuse("rope_parameters.rope_type", given.get("rope_type"), repr(self.type))
+            reject_value("rope_parameters.rope_type", given.get("rope_type"), repr(self.type))
         for name, value in given.items():
             if name != "rope_type" and not isinstance(value, int | float):
-                refuse(f"rope_parameters.{name}", value, "a number or true/false")
+                reject_value(f"rope_parameters.{name}", value, "a number or true/false")
         for name in _ROPES[self.type]:
             number(f"rope_parameters.{name}", given.get(name))
         if self.type == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
-            refuse(
+            reject_value(
                 "rope_parameters.low_freq_factor", given["low_freq_factor"], "< high_freq_factor"
             )
 
@@ -118,7 +118,7 @@ class Rope:
         theta = text.get("rope_theta") if theta is None else theta
         partial = given.pop("partial_rotary_factor", None) or text.get("partial_rotary_factor")
         if partial not in (None, 1):
-            refuse(f"{holder}.partial_rotary_factor", partial, "1: whole heads turn")
+            reject_value(f"{holder}.partial_rotary_factor", partial, "1: whole heads turn")
         if kind in ("llama3", "yarn"):
             given.setdefault("original_max_position_embeddings", max_positions)
         pairs = sorted((name, value) for name, value in given.items() if value is not None)
@@ -162,7 +162,7 @@ class TextConfig:
         divides("num_attention_heads", self.heads, "hidden_size", self.hidden)
         divides("num_key_value_heads", self.kv_heads, "num_attention_heads", self.heads)
         if self.head_dim % 2:
-            refuse("head_dim", self.head_dim, "an even number: rotary embedding turns pairs")
+            reject_value("head_dim", self.head_dim, "an even number: rotary embedding turns pairs")
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> TextConfig:
@@ -175,10 +175,11 @@ class TextConfig:
         family = given.get("model_type", "llama")
         if not isinstance(family, str) or family not in _FAMILIES:
             raise ModelError(
-                f"text_config.model_type is {show(family)}: this decoder is not supported, only "
+                f"text_config.model_type is {show_value(family)}: this decoder is not supported, "
+                f"only "
                 f"{', '.join(_FAMILIES)} are. Use a LLaVA checkpoint on one of those."
             )
-        _refuse_windows(family, data)
+        _reject_windows(family, data)
         defaults = _FAMILIES[family]
         hidden = count("hidden_size", given.get("hidden_size", 4096))
         heads = count("num_attention_heads", given.get("num_attention_heads", 32))
@@ -225,7 +226,7 @@ class VisionConfig:
     activation: str = "quick_gelu"
 
     def __post_init__(self) -> None:
-        word("vision_config.kind", self.kind, tuple(TOWERS.values()))
+        word("vision_config.kind", self.kind, tuple(ENCODERS.values()))
         count("vision_config.num_hidden_layers", self.layers, MAX_LAYERS)
         count("vision_config.hidden_size", self.hidden)
         count("vision_config.intermediate_size", self.intermediate)
@@ -261,10 +262,11 @@ class VisionConfig:
         """
         given = {k: v for k, v in mapping("vision_config", data).items() if v is not None}
         family = given.get("model_type", "clip_vision_model")
-        if not isinstance(family, str) or family not in TOWERS:
+        if not isinstance(family, str) or family not in ENCODERS:
             raise ModelError(
-                f"vision_config.model_type is {show(family)}: this tower is not supported, only "
-                f"{' and '.join(TOWERS)} are. Use a LLaVA checkpoint with one of those."
+                f"vision_config.model_type is {show_value(family)}: this tower is not supported, "
+                f"only "
+                f"{' and '.join(ENCODERS)} are. Use a LLaVA checkpoint with one of those."
             )
         clip = family == "clip_vision_model"
         return cls(
@@ -298,7 +300,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         count("image_token_index", self.image_token_id, self.text.vocab - 1, least=0)
         if not isinstance(self.feature_layers, tuple) or not self.feature_layers:
-            refuse("vision_feature_layer", self.feature_layers, "a layer or a list of layers")
+            reject_value("vision_feature_layer", self.feature_layers, "a layer or a list of layers")
         depth = self.vision.layers
         for layer in self.feature_layers:
             count("vision_feature_layer", layer, depth, least=-depth - 1)
@@ -306,7 +308,9 @@ class ModelConfig:
         word("projector_hidden_act", self.projector_activation, ACTIVATIONS)
         flag("multimodal_projector_bias", self.projector_bias)
         if self.visual_tokens < 1:
-            refuse("vision_config.patch_size", self.vision.patch_size, "more than one visual token")
+            reject_value(
+                "vision_config.patch_size", self.vision.patch_size, "more than one visual token"
+            )
 
     @property
     def visual_tokens(self) -> int:
@@ -323,16 +327,16 @@ class ModelConfig:
         Raises:
             ModelError: another architecture, an unsupported part, or a malformed value.
         """
-        _refuse_architecture(mapping("config.json", data))
+        _reject_architecture(mapping("config.json", data))
         given = {k: v for k, v in data.items() if v is not None}
         text = dict(mapping("text_config", given.get("text_config", {})))
         if given.get("tie_word_embeddings") is True:  # either place will do, as in transformers
             text["tie_word_embeddings"] = True
-        tower = given.get("vision_config", _DEFAULT_TOWER)
+        encoder = given.get("vision_config", _DEFAULT_ENCODER)
         layers = given.get("vision_feature_layer", -2)
         config = cls(
             text=TextConfig.from_hf(text),
-            vision=VisionConfig.from_hf(tower),
+            vision=VisionConfig.from_hf(encoder),
             image_token_id=_image_token(given),
             feature_layers=tuple(layers) if isinstance(layers, list | tuple) else (layers,),
             select=given.get("vision_feature_select_strategy", "default"),
@@ -343,7 +347,7 @@ class ModelConfig:
         # The class default stands in many files that nobody meant to say 576 with, and transformers
         # reads the field nowhere; any other number was written on purpose.
         if stated not in (_DEFAULT_SEQUENCE, config.visual_tokens):
-            refuse(
+            reject_value(
                 "image_seq_length",
                 stated,
                 f"{config.visual_tokens}, which image_size, patch_size and "
@@ -374,13 +378,13 @@ class ModelConfig:
         given["text"] = TextConfig(**text)
         given["vision"] = VisionConfig(**exact(VisionConfig, given["vision"], "config.vision"))
         if not isinstance(given["feature_layers"], list):
-            refuse("config.feature_layers", given["feature_layers"], "a list of integers")
+            reject_value("config.feature_layers", given["feature_layers"], "a list of integers")
         given["feature_layers"] = tuple(given["feature_layers"])
         return cls(**given)
 
 
 _DEFAULT_SEQUENCE = 576
-_DEFAULT_TOWER = {  # what transformers builds where config.json has no vision_config at all
+_DEFAULT_ENCODER = {  # what transformers builds where config.json has no vision_config at all
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -394,10 +398,10 @@ _DEFAULT_TOWER = {  # what transformers builds where config.json has no vision_c
 # --- what is refused as a whole -------------------------------------------------------------------
 
 
-def _refuse_architecture(data: Mapping[str, Any]) -> None:
+def _reject_architecture(data: Mapping[str, Any]) -> None:
     names = data.get("architectures") or []
     if not isinstance(names, list):
-        refuse("architectures", names, "a list of names")
+        reject_value("architectures", names, "a list of names")
     kind = data.get("model_type", "llava" if ARCHITECTURE in names else None)
     if kind == "llava" and (not names or ARCHITECTURE in names):
         return
@@ -406,12 +410,13 @@ def _refuse_architecture(data: Mapping[str, Any]) -> None:
     if "LlavaLlamaForCausalLM" in names:
         hint = "This is the original LLaVA format; use its conversion, such as MODEL=llava-7b."
     raise ModelError(
-        f"config.json describes {show(found)} (model_type {show(kind)}), which is not supported. "
+        f"config.json describes {show_value(found)} (model_type {show_value(kind)}), which is not "
+        f"supported. "
         f"Supported: {SUPPORTED}. {hint}"
     )
 
 
-def _refuse_windows(family: str, data: Mapping[str, Any]) -> None:
+def _reject_windows(family: str, data: Mapping[str, Any]) -> None:
     """A window hides old rows from new ones; the chain has no such mask."""
     default = 4096 if family == "mistral" else None
     window = data.get("sliding_window", default)
@@ -420,15 +425,19 @@ def _refuse_windows(family: str, data: Mapping[str, Any]) -> None:
     if family == "llama":
         window = None  # transformers reads no such field there
     if window is not None:
-        refuse("text_config.sliding_window", window, "null: sliding windows are not supported")
+        reject_value(
+            "text_config.sliding_window", window, "null: sliding windows are not supported"
+        )
     kinds = data.get("layer_types") or ()
     if not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds):
-        refuse("text_config.layer_types", kinds, "full_attention in every layer")
+        reject_value("text_config.layer_types", kinds, "full_attention in every layer")
 
 
 def _image_token(given: Mapping[str, Any]) -> Any:
     index, token = given.get("image_token_index"), given.get("image_token_id")
     if None not in (index, token) and index != token:
-        refuse("image_token_id", token, f"image_token_index={show(index)}, or only one of them")
+        reject_value(
+            "image_token_id", token, f"image_token_index={show_value(index)}, or only one of them"
+        )
     chosen = token if index is None else index
     return 32000 if chosen is None else chosen

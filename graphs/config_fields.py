@@ -16,14 +16,15 @@ MAX_COUNT = 1 << 24
 """No size of a decoder or a tower comes near it; larger ones are damage, not models."""
 
 
-def refuse(field: str, found: Any, expected: str) -> NoReturn:
+def reject_value(field: str, found: Any, expected: str) -> NoReturn:
     """Raise: this field cannot be used."""
     raise ModelError(
-        f"{field} is {show(found)}, expected {expected}. Correct the checkpoint's config.json."
+        f"{field} is {show_value(found)}, expected {expected}. Correct the checkpoint's "
+        f"config.json."
     )
 
 
-def show(value: Any) -> str:
+def show_value(value: Any) -> str:
     """A value as a message quotes it: short, whatever it is."""
     try:
         text = repr(value)
@@ -35,43 +36,43 @@ def show(value: Any) -> str:
 def count(field: str, value: Any, most: int = MAX_COUNT, least: int = 1) -> int:
     """An integer within bounds."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        refuse(field, value, f"an integer from {least} to {most}")
+        reject_value(field, value, f"an integer from {least} to {most}")
     return value
 
 
 def number(field: str, value: Any) -> float:
     """A positive finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        refuse(field, value, "a positive number")
+        reject_value(field, value, "a positive number")
     if not 0 < value <= 1e18 or not math.isfinite(value):
-        refuse(field, value, "a positive number")
+        reject_value(field, value, "a positive number")
     return float(value)
 
 
 def flag(field: str, value: Any) -> bool:
     """True or false."""
     if not isinstance(value, bool):
-        refuse(field, value, "true or false")
+        reject_value(field, value, "true or false")
     return value
 
 
 def word(field: str, value: Any, known: tuple[str, ...]) -> None:
     """One of the known words."""
     if not isinstance(value, str) or value not in known:
-        refuse(field, value, known[0] if len(known) == 1 else f"one of {', '.join(known)}")
+        reject_value(field, value, known[0] if len(known) == 1 else f"one of {', '.join(known)}")
 
 
 def divides(field: str, value: int, other: str, total: int) -> None:
     """Whether ``value`` divides ``total``, the field ``other``."""
     if total % value:
-        refuse(field, value, f"a divisor of {other}={total}")
+        reject_value(field, value, f"a divisor of {other}={total}")
 
 
 def side(field: str, value: Any) -> Any:
     """One side of a square that may be given as two."""
     if isinstance(value, list | tuple) and len(value) == 2:
         if value[0] != value[1]:
-            refuse(f"vision_config.{field}", value, "a square: one number")
+            reject_value(f"vision_config.{field}", value, "a square: one number")
         return value[0]
     return value
 
@@ -84,7 +85,7 @@ def get(given: Mapping[str, Any], defaults: Mapping[str, int], key: str) -> Any:
 def mapping(field: str, value: Any) -> Mapping[str, Any]:
     """An object with string keys."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        refuse(field, value, "an object")
+        reject_value(field, value, "an object")
     return value
 
 

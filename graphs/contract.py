@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from .config import ModelConfig, TextConfig
 from .plan.plan import StagePlan
 from .plan.stages import Edge
-from .precision import NARROW, Widening
-from .quantization import Cache
+from .precision import NO_FALLBACK, Fp32Fallback
+from .quantization import CacheScheme
 
 INVISIBLE = 2**31 - 1
 """Order of a slot that no row may see: empty, or padding."""
@@ -89,7 +89,7 @@ class GraphSpec:
 
 
 @dataclass(frozen=True)
-class Part:
+class StagePart:
     """Consecutive layers of one stage that make one graph: the whole stage, unless memory for
     compiling it is short.
     """
@@ -112,12 +112,12 @@ class Part:
         return tuple(layer for layer in gated if self.layers[0] <= layer < self.layers[1])
 
 
-def whole_stages(plan: StagePlan) -> list[Part]:
+def whole_stages(plan: StagePlan) -> list[StagePart]:
     """One part for every stage."""
-    return [Part(index, stage.layers) for index, stage in enumerate(plan.stages)]
+    return [StagePart(index, stage.layers) for index, stage in enumerate(plan.stages)]
 
 
-def part_names(parts: Sequence[Part]) -> list[str]:
+def part_names(parts: Sequence[StagePart]) -> list[str]:
     """Names of their graphs: ``stage1``, or ``stage1.part0``, ``stage1.part1``, ..."""
     names = []
     for stage in dict.fromkeys(part.stage for part in parts):
@@ -157,7 +157,7 @@ def appended(name: str) -> str:
     return f"{name}.out"
 
 
-def hands_back(spec: GraphSpec) -> bool:
+def returns_new_rows(spec: GraphSpec) -> bool:
     """Whether a stage's graph returns new cache rows, for its caller to write, not whole caches."""
     caches = {appended(tensor.name) for tensor in spec.inputs}
     return any(out.name in caches and "Q" in out.shape[2:] for out in spec.outputs)
@@ -166,11 +166,11 @@ def hands_back(spec: GraphSpec) -> bool:
 def stage_spec(
     text: TextConfig,
     plan: StagePlan,
-    part: Part,
+    part: StagePart,
     dtype: str,
     rows_back: bool,
-    widening: Widening = NARROW,
-    cache: Cache = "float",
+    fallback: Fp32Fallback = NO_FALLBACK,
+    cache: CacheScheme = "float",
 ) -> GraphSpec:
     """Contract of (a part of) a stage: Q rows in, the same rows updated out, caches appended to.
 
@@ -183,7 +183,7 @@ def stage_spec(
     """
     cached = cache_dtype(dtype, cache)
     gated = part.gated_layers(plan)
-    rows = widening.rows_dtype(dtype)
+    rows = fallback.rows_dtype(dtype)
     groups, width = text.kv_heads, text.head_dim
     caches = [name for pair in cache_names(part.layers) for name in pair]
     inputs = [
@@ -213,13 +213,13 @@ def probed(plan: StagePlan, index: int) -> bool:
     return index < len(plan.edges) and plan.edges[index].op == "select"
 
 
-def cache_dtype(dtype: str, cache: Cache) -> str:
+def cache_dtype(dtype: str, cache: CacheScheme) -> str:
     """Type of cached keys and values in graphs whose floats are of type ``dtype``."""
     return "int8" if cache == "int8" else dtype
 
 
 def scale_specs(
-    text: TextConfig, dtype: str, cache: Cache, *, values: bool = True
+    text: TextConfig, dtype: str, cache: CacheScheme, *, values: bool = True
 ) -> list[TensorSpec]:
     """Last inputs of a graph that reads any layer's cache: what INT8 there stands for.
 
@@ -233,8 +233,8 @@ def select_spec(
     text: TextConfig,
     edge: Edge,
     dtype: str,
-    widening: Widening = NARROW,
-    cache: Cache = "float",
+    fallback: Fp32Fallback = NO_FALLBACK,
+    cache: CacheScheme = "float",
 ) -> GraphSpec:
     """Contract of a selection: the last row's query scores N visual rows, the best K leave.
 
@@ -245,7 +245,7 @@ def select_spec(
     values, and engine compilers want no input that nobody reads.
     """
     groups, width = text.kv_heads, text.head_dim
-    rows = widening.rows_dtype(dtype)
+    rows = fallback.rows_dtype(dtype)
     assert edge.keep is not None
     reads_values = edge.score == "value_norm"
     cached = cache_dtype(dtype, cache)
@@ -272,7 +272,7 @@ def select_spec(
     )
 
 
-def probe_spec(text: TextConfig, dtype: str, cache: Cache = "float") -> GraphSpec:
+def probe_spec(text: TextConfig, dtype: str, cache: CacheScheme = "float") -> GraphSpec:
     """Contract of a probe: what the last row's attention in one layer makes of N visual tokens.
 
     ``query`` is that layer's of ``queries``, key and value its cache.
@@ -295,7 +295,7 @@ def probe_spec(text: TextConfig, dtype: str, cache: Cache = "float") -> GraphSpe
     )
 
 
-def vision_spec(config: ModelConfig, dtype: str, widening: Widening = NARROW) -> GraphSpec:
+def vision_spec(config: ModelConfig, dtype: str, fallback: Fp32Fallback = NO_FALLBACK) -> GraphSpec:
     """Contract of the tower and projector: pixels in, one row per visual token out."""
     vision = config.vision
     side = vision.image_size
@@ -304,7 +304,7 @@ def vision_spec(config: ModelConfig, dtype: str, widening: Widening = NARROW) ->
         outputs=(
             TensorSpec(
                 "visual_rows",
-                widening.rows_dtype(dtype),
+                fallback.rows_dtype(dtype),
                 ("B", config.visual_tokens, config.text.hidden),
             ),
         ),

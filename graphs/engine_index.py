@@ -14,10 +14,10 @@ from .bundle import MANIFEST, Bundle, FileFact, check_files, sha256
 from .errors import EngineError
 from .targets import Capability, show_capability
 
-FOLDER = "engines"
-INDEX = "engines.json"
-STAMP = ".stamp.json"
-FORMAT = 1
+ENGINES_FOLDER = "engines"
+ENGINES_INDEX = "engines.json"
+ENGINES_STAMP = ".stamp.json"
+ENGINES_FORMAT = 1
 AGAIN = "Compile the engines again: visistage build"
 
 
@@ -67,7 +67,7 @@ class Engines:
         Raises:
             EngineError: the index cannot be read, or belongs to another bundle.
         """
-        file = bundle.path / FOLDER / INDEX
+        file = bundle.path / ENGINES_FOLDER / ENGINES_INDEX
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -75,9 +75,10 @@ class Engines:
         except (OSError, ValueError) as error:
             raise EngineError(f"{file} cannot be read ({error}). {AGAIN} {bundle.path}") from error
         try:
-            if data["format"] != FORMAT:
+            if data["format"] != ENGINES_FORMAT:
                 raise EngineError(
-                    f"{file} has format {data['format']!r}, this version reads format {FORMAT}. "
+                    f"{file} has format {data['format']!r}, this version reads format "
+                    f"{ENGINES_FORMAT}. "
                     f"{AGAIN} {bundle.path}"
                 )
             engines = cls(
@@ -109,9 +110,9 @@ class Engines:
         files = {self.folder / one.file: FileFact(one.nbytes, one.sha256) for one in self.engines}
         check_files(
             files,
-            self.folder / STAMP,
+            self.folder / ENGINES_STAMP,
             rehash=rehash,
-            mend=f"{AGAIN} {self.folder.parent}",
+            fix=f"{AGAIN} {self.folder.parent}",
         )
 
     def gpus(self) -> str:

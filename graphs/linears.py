@@ -43,10 +43,10 @@ class Group:
 
 def linear_groups(config: ModelConfig) -> list[Group]:
     """Every group, in the order in which a prompt meets them."""
-    return [*_tower(config), *_projector(config), *_decoder(config)]
+    return [*_encoder(config), *_projector(config), *_decoder(config)]
 
 
-def _tower(config: ModelConfig) -> list[Group]:
+def _encoder(config: ModelConfig) -> list[Group]:
     states = config.vision.layers + 1
     width, wide = config.vision.hidden, config.vision.intermediate
     groups = []

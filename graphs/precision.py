@@ -1,6 +1,6 @@
 """What an FP16 bundle computes in more than FP16, decided once, with the reason. Pure data.
 
-``ALWAYS`` holds for every bundle. A ``Widening`` is what the range check
+``ALWAYS`` holds for every bundle. A ``Fp32Fallback`` is what the range check
 (``compile/quantize/fp16_ranges.py``) found necessary besides, for one checkpoint: the manifest
 carries it, export and runtimes obey it.
 """
@@ -14,11 +14,11 @@ from typing import Any
 HALF_MAX = 65504.0
 """Largest finite FP16 number."""
 
-MARGIN = 4.0
+RANGE_MARGIN = 4.0
 """How far below ``HALF_MAX`` a value must stay to count as safe: other prompts reach further than
 those tried, and kernels that add up in FP16 pass through partial sums above the result."""
 
-LIMIT = HALF_MAX / MARGIN
+SAFE_MAX = HALF_MAX / RANGE_MARGIN
 
 ALWAYS: Mapping[str, str] = {
     "norm statistics": "a sum of squares overflows where the values themselves are harmless",
@@ -44,7 +44,7 @@ class Reason:
 
 
 @dataclass(frozen=True)
-class Widening:
+class Fp32Fallback:
     """What the range check demands of one checkpoint's decoder.
 
     Attributes:
@@ -79,7 +79,7 @@ class Widening:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Widening:
+    def from_dict(cls, data: Mapping[str, Any]) -> Fp32Fallback:
         """Inverse of ``to_dict``."""
         return cls(
             bool(data["rows"]),
@@ -89,5 +89,5 @@ class Widening:
         )
 
 
-NARROW = Widening()
+NO_FALLBACK = Fp32Fallback()
 """Nothing beyond ``ALWAYS``: most checkpoints, and every FP32 bundle."""

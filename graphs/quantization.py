@@ -25,9 +25,9 @@ Scheme = Literal["float", "w8a8", "w8", "w4"]
 
     float  in the type of the graph
     w8a8   INT8 inputs and weights: one static scale for the inputs, one per output channel
-    w8     INT8 weights, one scale per output channel, in ONNX Runtime also per ``BLOCK`` inputs;
-           inputs in float
-    w4     INT4 weights, one scale per output channel and ``BLOCK`` inputs; inputs in float
+    w8     INT8 weights, one scale per output channel, in ONNX Runtime also per ``SCALE_BLOCK``
+    inputs; inputs in float
+    w4     INT4 weights, one scale per output channel and ``SCALE_BLOCK`` inputs; inputs in float
 
 All symmetric: engines take no zero points.
 """
@@ -35,20 +35,20 @@ All symmetric: engines take no zero points.
 Observer = Literal["minmax", "percentile", "entropy", "mse"]
 """How a range of inputs becomes one scale."""
 
-Cache = Literal["float", "int8"]
+CacheScheme = Literal["float", "int8"]
 """How keys and values are cached: in the type of the graph, or as symmetric INT8 with one static
 scale for each layer and head, keys and values apart."""
 
 SCHEMES: tuple[str, ...] = get_args(Scheme)
-CACHES: tuple[str, ...] = get_args(Cache)
+CACHES: tuple[str, ...] = get_args(CacheScheme)
 OBSERVERS: tuple[str, ...] = get_args(Observer)
 QUANTISED = ("int8", "w8", "w4")
 """Precisions that quantise."""
 
-FLOATS = ("fp32", "fp16")
+FLOAT_PRECISIONS = ("fp32", "fp16")
 """Precisions that do not, unless options say so."""
 
-BLOCK = 128
+SCALE_BLOCK = 128
 """Inputs that share one scale of an output channel where weights alone are rounded."""
 
 _OPTIONS = "vision, head, stage0, stage1, ..., cache, observer, smooth, keep"
@@ -60,11 +60,11 @@ def block_of(scheme: Scheme, *, engines: bool) -> int | None:
     INT8 weights alone: ONNX Runtime is fastest with blocks, while TensorRT-RTX was seen to store
     weights in blocks as FP16, twice as large.
     """
-    return BLOCK if scheme == "w4" or (scheme == "w8" and not engines) else None
+    return SCALE_BLOCK if scheme == "w4" or (scheme == "w8" and not engines) else None
 
 
 @dataclass(frozen=True)
-class Recipe:
+class QuantConfig:
     """A quantised precision as a user wrote it.
 
     Attributes:
@@ -84,7 +84,7 @@ class Recipe:
     vision: Scheme | None = None
     head: Scheme | None = None
     stages: Mapping[int, Scheme] = field(default_factory=dict)
-    cache: Cache = "float"
+    cache: CacheScheme = "float"
     observer: Observer | None = None
     smooth: bool = True
     keep: float = 0.0
@@ -93,7 +93,7 @@ class Recipe:
     @property
     def scheme(self) -> Scheme:
         """Of every decoder layer that nothing else is said of."""
-        if self.base in FLOATS:
+        if self.base in FLOAT_PRECISIONS:
             return "float"
         return "w8a8" if self.base == "int8" else self.base  # type: ignore[return-value]
 
@@ -125,7 +125,7 @@ class Recipe:
         """
         if group.place == "vision":
             return self.vision or ("w8a8" if self.base == "int8" else "float")
-        if group.place == "head" and self.base not in FLOATS:
+        if group.place == "head" and self.base not in FLOAT_PRECISIONS:
             weights: Scheme = "w4" if self.base == "w4" else "w8"
             return self.head or (weights if weights in runs else "float")
         if group.place == "head":
@@ -144,7 +144,7 @@ class Recipe:
 def is_quantised(precision: str) -> bool:
     """Whether a precision names a recipe: one that quantises, or a float one with options."""
     base = base_of(precision)
-    return base in QUANTISED or (base in FLOATS and base != precision)
+    return base in QUANTISED or (base in FLOAT_PRECISIONS and base != precision)
 
 
 def base_of(precision: str) -> str:
@@ -152,48 +152,48 @@ def base_of(precision: str) -> str:
     return re.split("[:+]", precision, maxsplit=1)[0]
 
 
-def parse_recipe(text: str) -> Recipe:
+def parse_quant_config(text: str) -> QuantConfig:
     """Read ``base[:option=value,...]``, or a recipe's ``name``, as folders carry it.
 
     Raises:
         TargetError: naming what is wrong and what to write.
     """
     base, _, rest = text.replace("+", ",").replace(":", ",", 1).partition(",")
-    if base not in (*QUANTISED, *FLOATS):
-        known = ", ".join((*QUANTISED, *FLOATS))
+    if base not in (*QUANTISED, *FLOAT_PRECISIONS):
+        known = ", ".join((*QUANTISED, *FLOAT_PRECISIONS))
         raise TargetError(f"unknown precision '{base}'. Known: {known}")
-    recipe = Recipe(base)
+    quant_config = QuantConfig(base)
     for item in rest.split(",") if rest else ():
         key, equals, value = item.partition("=")
         if not equals:
             raise TargetError(
                 f"'{item}' in precision '{text}' is no option=value. Known: {_OPTIONS}"
             )
-        recipe = _with_option(recipe, key.strip(), value.strip())
-    return recipe
+        quant_config = _with_option(quant_config, key.strip(), value.strip())
+    return quant_config
 
 
-def _with_option(recipe: Recipe, key: str, value: str) -> Recipe:
+def _with_option(quant_config: QuantConfig, key: str, value: str) -> QuantConfig:
     if key in ("vision", "head"):
-        return replace(recipe, **{key: _one_of(key, value, SCHEMES)})
+        return replace(quant_config, **{key: _one_of(key, value, SCHEMES)})
     if match := re.fullmatch(r"stage(\d+)", key):
-        stages = {**recipe.stages, int(match[1]): _one_of(key, value, SCHEMES)}
-        return replace(recipe, stages=stages)
+        stages = {**quant_config.stages, int(match[1]): _one_of(key, value, SCHEMES)}
+        return replace(quant_config, stages=stages)
     if key == "cache":
-        return replace(recipe, cache=_one_of(key, value, CACHES))
+        return replace(quant_config, cache=_one_of(key, value, CACHES))
     if key == "observer":
-        return replace(recipe, observer=_one_of(key, value, OBSERVERS))
+        return replace(quant_config, observer=_one_of(key, value, OBSERVERS))
     if key == "smooth":
-        return replace(recipe, smooth=_one_of(key, value, ("yes", "no")) == "yes")
+        return replace(quant_config, smooth=_one_of(key, value, ("yes", "no")) == "yes")
     if key == "keep":
         if match := re.fullmatch(r"(?:auto:)?(\d+(?:\.\d+)?)%?", value):
             share = float(match[1]) / 100
             if share > 1:
                 raise TargetError(f"keep={value} is more than 100 %. Write a share such as keep=5%")
-            return replace(recipe, keep=share)
-        return replace(recipe, keep_names=(*recipe.keep_names, value))
+            return replace(quant_config, keep=share)
+        return replace(quant_config, keep_names=(*quant_config.keep_names, value))
     raise TargetError(
-        f"unknown option '{key}' of precision '{recipe.base}'."
+        f"unknown option '{key}' of precision '{quant_config.base}'."
         f"{nearest(key, _OPTIONS.split(', '))} Known: {_OPTIONS}"
     )
 
@@ -210,7 +210,7 @@ class Quantization:
 
     Attributes:
         schemes: of every linear layer that is not float, by the checkpoint's name.
-        recipe: as the user wrote it.
+        quant_config: as the user wrote it.
         calibration: hash of the calibration it rests on; None where it needs none.
         observer: the one used; None where inputs stay float.
         smoothed: groups whose inputs were smoothed, by name, with alpha.
@@ -222,15 +222,15 @@ class Quantization:
     calibration: str | None = None
     observer: str | None = None
     smoothed: Mapping[str, float] = field(default_factory=dict)
-    cache: Cache = "float"
+    cache: CacheScheme = "float"
 
     @property
-    def rounds(self) -> bool:
+    def quantises(self) -> bool:
         """Whether anything is not the float number that the checkpoint would make of it."""
-        return bool(self.schemes) or self.rounds_cache
+        return bool(self.schemes) or self.quantises_cache
 
     @property
-    def rounds_cache(self) -> bool:
+    def quantises_cache(self) -> bool:
         """Whether keys and values are cached as integers."""
         return self.cache == "int8"
 

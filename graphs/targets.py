@@ -21,7 +21,7 @@ QUANTISED_LLM = ("int8", "w8", "w4")
 """Quantised precisions of the ``llm`` lowerings. The ``portable`` one has none with scales in
 blocks, which came with opset 21."""
 
-LLM, BRANCHED, PORTABLE = LOWERINGS = "llm", "branched", "portable"
+LLM, LLM_CONDITIONAL, PORTABLE = LOWERINGS = "llm", "branched", "portable"
 """How graphs are written (``graphs/modules/ops.py``): ``Llm``; ``LlmBranched``; ``Portable``."""
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
@@ -132,7 +132,7 @@ TARGETS = {
         Target(
             "cpu",
             "ONNX Runtime on this CPU",
-            lowering=BRANCHED,
+            lowering=LLM_CONDITIONAL,
             precisions=("fp32", *QUANTISED_LLM),
             int8_cache=True,
             local=True,

@@ -17,7 +17,7 @@ from ..graphs.errors import CapacityError
 from .units import show_bytes
 from .words import flops, ms, percent, ranges
 
-FOLDER = Path(__file__).parent
+PAGES_FOLDER = Path(__file__).parent
 
 FILTERS: dict[str, Callable[..., str]] = {
     "percent": percent,
@@ -44,11 +44,11 @@ def template(file: Path, **filters: Callable[..., Any]) -> jinja2.Template:
 
 def style(*files: Path) -> str:
     """The common style, then that of ``files``."""
-    every = [FOLDER / "base.css", *files]
+    every = [PAGES_FOLDER / "base.css", *files]
     return "\n".join(file.read_text(encoding="utf-8") for file in every)
 
 
-def write(html: str, path: Path, hint: str) -> None:
+def write_page(html: str, path: Path, hint: str) -> None:
     """Put a page at ``path``, whole or not at all.
 
     Raises:

@@ -15,10 +15,10 @@ from ..graphs.bundle import MANIFEST, find_bundle
 from .answer import Answer
 from .session import Session, Source, load
 
-VARIABLE = "VISISTAGE_BUNDLE"
+BUNDLE_VARIABLE = "VISISTAGE_BUNDLE"
 """Environment variable that names the bundle to use where none is given."""
 
-FOLDER = "engines"
+BUNDLES_FOLDER = "engines"
 """Where a bundle is looked for otherwise: what the compiler writes to."""
 
 Stamp = tuple[int, int]  # a manifest's modification time and inode
@@ -53,7 +53,7 @@ def infer(
 
 def default_bundle() -> Path:
     """Where to look for a bundle when nobody named one."""
-    return Path(os.environ.get(VARIABLE) or FOLDER)
+    return Path(os.environ.get(BUNDLE_VARIABLE) or BUNDLES_FOLDER)
 
 
 def _session(path: Path) -> Session:

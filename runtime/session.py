@@ -30,11 +30,11 @@ from .backends.backend import check_backend, open_backend
 from .backends.ort import OrtOptions
 from .byte_cache import ByteCache
 from .image.image import Preprocessing, load_image, pixel_key, preprocess
-from .reuse import Context, Part, Picture
+from .reuse import Context, PromptImage, PromptPart
 from .text.detokenize import TextStream
 from .text.prompt import PromptEncoder
 from .text.sampling import Sampling, choose, eos_ids, stop_strings
-from .tune_merging import choose_merging
+from .tune_merging import choose_fused_prefill
 
 DEFAULT_CACHE_BYTES = 512 << 20
 DEFAULT_MAX_TOKENS = 128
@@ -88,12 +88,12 @@ class Session:
         self.eos = frozenset(eos_ids(manifest.generation))
         options = OrtOptions(threads, memory_limit, profile)
         self.executor = open_backend(bundle, backend, options)
-        self.merging = choose_merging(bundle, self.executor)
+        self.fused_prefill = choose_fused_prefill(bundle, self.executor)
         self.context = Context(
             bundle,
             self.executor,
             cache_bytes // 2,
-            merged=self.merging is not None and self.merging.merged,
+            fused=self.fused_prefill is not None and self.fused_prefill.fused,
         )
         self.visual_rows: ByteCache[Rows] = ByteCache(cache_bytes // 2)
         self._turn = 0
@@ -107,8 +107,8 @@ class Session:
     def close(self) -> None:
         """Free the graphs and caches; the session cannot be used afterwards."""
         self.visual_rows.clear()
-        self.context.paid.clear()
-        self.context.unkept.clear()
+        self.context.cached.clear()
+        self.context.pending.clear()
         self.executor.close()
 
     def open(self, image: Source) -> OpenedImage:
@@ -116,7 +116,7 @@ class Session:
         opened = self._decode(image)
         parts = self._parts("-", [opened])
         self._turn += 1  # a stream that is under way would go on in another picture
-        self.context.make_room(parts, 0)
+        self.context.ensure_capacity(parts, 0)
         self.context.advance(parts)
         self.context.keep()
         return opened
@@ -157,7 +157,7 @@ class Session:
         opened = self._decode_all(image)
         preprocess_ms = (time.perf_counter() - started) * 1e3
         parts = self._parts(prompt, opened)
-        self._check_room(parts, max_tokens)
+        self._check_capacity(parts, max_tokens)
         self._turn += 1
         return Stream(
             self,
@@ -181,7 +181,7 @@ class Session:
             As ``stream``.
         """
         parts = self._parts(prompt, self._decode_all(image))
-        self._check_room(parts, len(tokens))
+        self._check_capacity(parts, len(tokens))
         self._turn += 1
         first = self.context.prefill(parts).logits[0]
         return np.stack([first, *(self.context.decode(token) for token in tokens)])
@@ -204,14 +204,14 @@ class Session:
             _ = opened.pixels  # now, while preprocessing is what is timed
         return opened
 
-    def _parts(self, prompt: str, opened: Sequence[OpenedImage]) -> list[Part]:
+    def _parts(self, prompt: str, opened: Sequence[OpenedImage]) -> list[PromptPart]:
         encoded = self.encoder.encode(prompt, images=len(opened))
-        pictures = iter(opened)
-        parts: list[Part] = []
+        images = iter(opened)
+        parts: list[PromptPart] = []
         for segment in encoded.segments:
             if segment.is_image:
-                one = next(pictures)
-                parts.append(Picture(one.key, partial(self._rows, one)))
+                one = next(images)
+                parts.append(PromptImage(one.key, partial(self._rows, one)))
             else:
                 parts.append(segment.ids)
         return parts
@@ -224,11 +224,13 @@ class Session:
             self.visual_rows.put(opened.key, rows, rows.nbytes)
         return rows
 
-    def _check_room(self, parts: Sequence[Part], max_tokens: int) -> None:
+    def _check_capacity(self, parts: Sequence[PromptPart], max_tokens: int) -> None:
         rows = self.context.rows_of(parts)
         context = self.bundle.manifest.config.text.max_positions
         if rows + max_tokens > context:
-            visual = sum(isinstance(part, Picture) for part in parts) * self.context.visual_tokens
+            visual = (
+                sum(isinstance(part, PromptImage) for part in parts) * self.context.visual_tokens
+            )
             raise CapacityError(
                 f"the prompt takes {rows} rows ({visual} of them visual) and max_tokens "
                 f"{max_tokens}, the model's context is {context}. "
@@ -238,7 +240,7 @@ class Session:
                     else "Shorten the prompt"
                 )
             )
-        self.context.make_room(parts, max_tokens)
+        self.context.ensure_capacity(parts, max_tokens)
 
 
 class Stream(Iterator[str]):
@@ -265,7 +267,7 @@ class Stream(Iterator[str]):
         done = context.prefill(parts)
         random = sampling.rng()
         text = TextStream(session.encoder.tokenizer, stop)
-        history = [id_ for part in parts if not isinstance(part, Picture) for id_ in part]
+        history = [id_ for part in parts if not isinstance(part, PromptImage) for id_ in part]
         tokens: list[int] = []
         pieces: list[str] = []
         finish = "length"
@@ -306,7 +308,7 @@ class Stream(Iterator[str]):
                 Geometry.of(session.bundle.manifest.config.text),
                 done,
                 visual_tokens=context.visual_tokens
-                * sum(isinstance(part, Picture) for part in parts),
+                * sum(isinstance(part, PromptImage) for part in parts),
                 prompt_rows=context.rows_of(parts),
             ),
         )

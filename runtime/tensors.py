@@ -9,7 +9,7 @@ import numpy as np
 from ..graphs.bundle import Bundle, TensorRef
 from ..graphs.errors import BundleError
 
-STORED: dict[str, np.dtype] = {
+STORED_NUMPY_DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
@@ -20,7 +20,7 @@ STORED: dict[str, np.dtype] = {
 def map_tensor(bundle: Bundle, ref: TensorRef) -> np.ndarray:
     """The stored array, mapped read-only; BF16 comes as its raw 16 bits (see ``widen``)."""
     file = bundle.file(ref.file)
-    dtype = STORED[ref.dtype]
+    dtype = STORED_NUMPY_DTYPES[ref.dtype]
     try:
         return np.memmap(file, dtype, "r", ref.offset, ref.shape)
     except (ValueError, OSError) as error:
@@ -34,7 +34,7 @@ def widen(array: np.ndarray, ref: TensorRef, dtype: np.dtype) -> np.ndarray:
     return array.astype(dtype)
 
 
-def cache_scales(bundle: Bundle) -> list[dict[str, np.ndarray]]:
+def stored_cache_scales(bundle: Bundle) -> list[dict[str, np.ndarray]]:
     """For each layer, what graphs that read its cache are told (``contract.scale_specs``): (G,)."""
     ref = bundle.manifest.cache_scales
     if ref is None:

@@ -17,20 +17,20 @@ from statistics import median
 import numpy as np
 
 from ..graphs.bundle import Bundle
-from ..graphs.chain.chain import Chain, Segment
+from ..graphs.chain.chain import AppendedRows, Chain
 from .backends.backend import Backend
 
-FILE = ".merging.json"
-QUESTION_ROWS = 40
+FUSED_PREFILL_FILE = ".merging.json"
+FUSED_QUESTION_ROWS = 40
 """Rows of the question that is tried, its turn's end and all."""
 
-REPEATS = 3
-MARGIN = 0.98
+FUSED_REPEATS = 3
+FUSED_MARGIN = 0.98
 """Both at once must be this much faster: what is captured is worth something later, too."""
 
 
 @dataclass(frozen=True)
-class Merging:
+class FusedPrefill:
     """Milliseconds of stage 0 for a picture and a question, in two calls and in one.
 
     ``device`` and ``source`` say where that was measured, and of which bundle.
@@ -42,20 +42,20 @@ class Merging:
     merged_ms: float
 
     @property
-    def merged(self) -> bool:
+    def fused(self) -> bool:
         """Whether one call is the faster."""
-        return self.merged_ms < MARGIN * self.separate_ms
+        return self.merged_ms < FUSED_MARGIN * self.separate_ms
 
 
-def choose_merging(bundle: Bundle, executor: Backend) -> Merging | None:
+def choose_fused_prefill(bundle: Bundle, executor: Backend) -> FusedPrefill | None:
     """What was measured here before, or is now; None where there is nothing to choose."""
     manifest = bundle.manifest
     if executor.device_name is None or manifest.plan.stages[0].gated_layers:
         return None
-    file = bundle.path / FILE
+    file = bundle.path / FUSED_PREFILL_FILE
     known = None
     with contextlib.suppress(OSError, ValueError, TypeError):  # then it is measured again
-        known = Merging(**json.loads(file.read_text(encoding="utf-8")))
+        known = FusedPrefill(**json.loads(file.read_text(encoding="utf-8")))
     if known is not None and (known.device, known.source) == (
         executor.device_name,
         manifest.source,
@@ -69,34 +69,34 @@ def choose_merging(bundle: Bundle, executor: Backend) -> Merging | None:
     return chosen
 
 
-def _measure(bundle: Bundle, executor: Backend) -> Merging:
+def _measure(bundle: Bundle, executor: Backend) -> FusedPrefill:
     manifest = bundle.manifest
-    visual, text = manifest.config.visual_tokens, QUESTION_ROWS
+    visual, text = manifest.config.visual_tokens, FUSED_QUESTION_ROWS
     text = min(text, manifest.config.text.max_positions - visual)
     executor.prepare([visual + text, *([0] * len(manifest.plan.edges))])
     chain = Chain(manifest.plan, executor)
     rows = np.zeros((1, visual + text, manifest.config.text.hidden), executor.rows_dtype)
     order = np.arange(visual + text, dtype=np.int32)[None]
 
-    def segment(start: int, stop: int, is_visual: bool) -> Segment:
+    def segment(start: int, stop: int, is_visual: bool) -> AppendedRows:
         at = order[:, start:stop]
-        return Segment(is_visual, rows[:, start:stop], at, at)
+        return AppendedRows(is_visual, rows[:, start:stop], at, at)
 
-    picture, question = segment(0, visual, True), segment(visual, visual + text, False)
+    image, question = segment(0, visual, True), segment(visual, visual + text, False)
 
     def separate() -> None:
-        chain.append(0, picture)
+        chain.append(0, image)
         np.asarray(chain.append(0, question).rows)  # waits
 
-    def merged() -> None:
-        np.asarray(chain.append_together(0, [picture, question])[-1].rows)
+    def fused() -> None:
+        np.asarray(chain.append_fused(0, [image, question])[-1].rows)
 
     times = []
-    for call in (separate, merged):
-        times.append(median([_ms(chain, call) for _ in range(1 + REPEATS)][1:]))
+    for call in (separate, fused):
+        times.append(median([_ms(chain, call) for _ in range(1 + FUSED_REPEATS)][1:]))
     executor.reset_elapsed()
     assert executor.device_name is not None
-    return Merging(executor.device_name, manifest.source, *(round(ms, 3) for ms in times))
+    return FusedPrefill(executor.device_name, manifest.source, *(round(ms, 3) for ms in times))
 
 
 def _ms(chain: Chain, call: Callable[[], None]) -> float:

@@ -9,7 +9,7 @@ from transformers import AutoProcessor, GenerationConfig, LlavaForConditionalGen
 from transformers.generation.streamers import BaseStreamer
 
 
-class Listener(BaseStreamer):
+class TokenListener(BaseStreamer):
     """Passes new tokens on; the first call brings the prompt."""
 
     def __init__(self, watch):
@@ -25,7 +25,7 @@ class Listener(BaseStreamer):
         """Nothing is held back."""
 
 
-class Eager:
+class EagerReference:
     """The reference: FP32, greedy, the end of an answer ignored."""
 
     def __init__(self, model, threads):
@@ -48,9 +48,9 @@ class Eager:
         del question
         watch = Stopwatch()
         inputs = self.processor(text=text, images=Image.fromarray(picture), return_tensors="pt")
-        self.model.generate(**inputs, max_new_tokens=new, streamer=Listener(watch))
+        self.model.generate(**inputs, max_new_tokens=new, streamer=TokenListener(watch))
         return watch.heard(inputs["input_ids"].shape[1])
 
 
 if __name__ == "__main__":
-    serve(Eager)
+    serve(EagerReference)

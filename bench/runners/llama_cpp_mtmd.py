@@ -19,7 +19,7 @@ BATCH = 2048
 ROWS = 4096
 
 
-class Vision:
+class LlamaCpp:
     """A language model and the tower beside it."""
 
     def __init__(self, model, threads):
@@ -125,4 +125,4 @@ def _size(chunks):
 
 
 if __name__ == "__main__":
-    serve(Vision)
+    serve(LlamaCpp)

@@ -6,7 +6,7 @@ import onnxruntime
 from visistage import runtime
 
 
-class Bundle:
+class BundleRunner:
     """A session whose answers end with their length, whatever they say."""
 
     def __init__(self, model, threads):
@@ -26,4 +26,4 @@ class Bundle:
 
 
 if __name__ == "__main__":
-    serve(Bundle)
+    serve(BundleRunner)

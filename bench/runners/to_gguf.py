@@ -26,7 +26,7 @@ TEXT = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-TOWER = {
+VISION_ENCODER = {
     "layer_norm1": "ln1",
     "layer_norm2": "ln2",
     "self_attn.q_proj": "attn_q",
@@ -124,7 +124,7 @@ def vision(folder, config, tensors, file, kind):
         add = writer.add_tensor
         add(f"v.pre_ln.{end}", _typed(tensors[f"{start}pre_layrnorm.{end}"], kind))
         for number in range(last):
-            for theirs, name in TOWER.items():
+            for theirs, name in VISION_ENCODER.items():
                 tensor = tensors[f"{start}encoder.layers.{number}.{theirs}.{end}"]
                 add(f"v.blk.{number}.{name}.{end}", _typed(tensor, kind))
         for theirs, number in (("linear_1", 0), ("linear_2", 2)):

@@ -12,15 +12,15 @@ from typing import Any
 
 from ...compile.quantize.calibration_file import Calibration
 from ...graphs.quantization import OBSERVERS
-from ...pages.page import FOLDER as PAGES
-from ...pages.page import style, template, write
+from ...pages.page import PAGES_FOLDER as PAGES
+from ...pages.page import style, template, write_page
 from ..plan_search.dynamics import PUBLISHED
 from . import charts, range_charts
 from .series import by_sensitivity, kept_float, rows_seen, series_of
-from .warnings import doubts
+from .warnings import calibration_warnings
 
-FOLDER = Path(__file__).parent
-NAME = "calibration.html"
+TEMPLATE_FOLDER = Path(__file__).parent
+CALIBRATION_PAGE = "calibration.html"
 
 ORDER = "stKe"
 """Reasons in the order of the layers they are about; JSON sorts them otherwise."""
@@ -35,17 +35,19 @@ def write_report(calibration: Calibration, folder: str | Path) -> str:
     Raises:
         CapacityError: it cannot be written there.
     """
-    write(render(calibration), Path(folder) / NAME, "--out calibrations")
-    return NAME
+    write_page(
+        render_calibration(calibration), Path(folder) / CALIBRATION_PAGE, "--out calibrations"
+    )
+    return CALIBRATION_PAGE
 
 
-def render(calibration: Calibration) -> str:
+def render_calibration(calibration: Calibration) -> str:
     """The page's HTML."""
-    return template(FOLDER / "page.html").render(
-        style=style(PAGES / "chart.css", FOLDER / "page.css"),
+    return template(TEMPLATE_FOLDER / "page.html").render(
+        style=style(PAGES / "chart.css", TEMPLATE_FOLDER / "page.css"),
         calibration=calibration,
         plan=calibration.plan,
-        doubts=doubts(calibration),
+        doubts=calibration_warnings(calibration),
         samples=calibration.samples,
         most_listed=MOST_LISTED,
         choice=_choice(calibration.choice),
@@ -110,9 +112,9 @@ def _ranges(calibration: Calibration) -> dict[str, Any]:
         "alphas": range_charts.alphas(every),
         "ranked": ranked,
         "kept": kept,
-        "sensitivity": range_charts.sensitivity(ranked, len(kept)) if ranked else "",
+        "sensitivity": range_charts.sensitivity_chart(ranked, len(kept)) if ranked else "",
         "linears": _linears(calibration, [name for name, _ in ranked]),
-        "colours": range_charts.COLOURS,
+        "colours": range_charts.OBSERVER_COLOURS,
     }
 
 

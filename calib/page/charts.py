@@ -13,7 +13,7 @@ from ...pages.words import percent
 
 Facts = Mapping[str, Any]
 
-CLOSE = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999, 0.99999)
+COSINE_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999, 0.99999)
 """Cosines that an axis may name."""
 
 FOOT = 0.8
@@ -145,7 +145,7 @@ class _Closeness(Axis):
     """
 
     def __init__(self, far: float, near: float):
-        ticks = [cosine for cosine in CLOSE if near <= 1 - cosine <= far]
+        ticks = [cosine for cosine in COSINE_TICKS if near <= 1 - cosine <= far]
         named = tuple((cosine, f"{cosine:g}") for cosine in ticks)
         super().__init__(far, near, named, "least cosine")
 

@@ -8,19 +8,19 @@ from ...graphs.plan.plan import StagePlan
 from ...pages.chart import CROWD, Axis, Chart, of_decades, of_layers, of_names
 from ...pages.words import percent
 from .charts import HALF, WORDY
-from .series import ELSEWHERE, Series
+from .series import ELSEWHERE, RangeSeries
 
-COLOURS = {"minmax": "ink", "percentile": "amber", "entropy": "cool", "mse": "warm"}
+OBSERVER_COLOURS = {"minmax": "ink", "percentile": "amber", "entropy": "cool", "mse": "warm"}
 """Of the observers; min-max is the largest input itself."""
 
 
-def reach(series: Series, plan: StagePlan) -> str:
+def reach(series: RangeSeries, plan: StagePlan) -> str:
     """Largest input of each layer, and where each observer ends the range; log scale."""
     every = [value for group in series.groups for value in group.thresholds.values()]
     every += [float(group.absmax.max()) for group in series.groups]
     chart = Chart(_x(series), of_decades(every), f"Ranges of {series.title}", HALF, 220)
     _edges(chart, series, plan)
-    for observer, colour in COLOURS.items():
+    for observer, colour in OBSERVER_COLOURS.items():
         points = [
             (x, group.thresholds[observer])
             for x, group in zip(series.layers, series.groups, strict=True)
@@ -32,7 +32,7 @@ def reach(series: Series, plan: StagePlan) -> str:
     return chart.svg()
 
 
-def errors(series: Series, observer: str, plan: StagePlan) -> str:
+def errors(series: RangeSeries, observer: str, plan: StagePlan) -> str:
     """W8A8 error of each group before and after smoothing, with alpha; log scale."""
     before = [group.errors[observer] for group in series.groups]
     after = [group.smoothed_errors[observer] for group in series.groups]
@@ -51,7 +51,7 @@ def errors(series: Series, observer: str, plan: StagePlan) -> str:
     return chart.svg()
 
 
-def alphas(every: Sequence[Series]) -> str:
+def alphas(every: Sequence[RangeSeries]) -> str:
     """Alpha of every smoothed group that is in a layer: a line of cells for each kind."""
     layered = [
         series
@@ -71,7 +71,7 @@ def alphas(every: Sequence[Series]) -> str:
     return chart.svg()
 
 
-def sensitivity(ranked: Sequence[tuple[str, float]], kept: int) -> str:
+def sensitivity_chart(ranked: Sequence[tuple[str, float]], kept: int) -> str:
     """Error of every linear layer in INT8, the worst first; log scale. kept: how many stand out."""
     y = of_decades([error for _, error in ranked], "relative squared error", shares=True)
     x = Axis(-0.5, len(ranked) - 0.5, title=f"{len(ranked)} linear layers, the worst first")
@@ -82,13 +82,13 @@ def sensitivity(ranked: Sequence[tuple[str, float]], kept: int) -> str:
     return chart.svg()
 
 
-def _x(series: Series) -> Axis:
+def _x(series: RangeSeries) -> Axis:
     if series.title == ELSEWHERE:
         return of_names([name.rpartition(".")[2] for name in series.names])
     return of_layers(max(series.layers) + 1, "")
 
 
-def _edges(chart: Chart, series: Series, plan: StagePlan) -> None:
+def _edges(chart: Chart, series: RangeSeries, plan: StagePlan) -> None:
     """A line where a stage ends."""
     if series.decoder:
         for stage in plan.stages[:-1]:

@@ -13,7 +13,7 @@ from ...graphs.plan.plan import StagePlan
 
 _IN_A_LAYER = re.compile(r"(model|vision_tower)\.(?:.*\.)?layers\.(\d+)\.(.+)")
 
-KINDS = {
+INPUT_KINDS = {
     "model": {
         "self_attn.q_proj": "attention (q, k, v)",
         "self_attn.o_proj": "attention output (o)",
@@ -33,7 +33,7 @@ ELSEWHERE = "projector and head"
 
 
 @dataclass(frozen=True)
-class Series:
+class RangeSeries:
     """The groups of one kind, by layer; those outside layers are numbered in their order."""
 
     title: str
@@ -43,21 +43,21 @@ class Series:
     groups: tuple[GroupRanges, ...]
 
 
-def series_of(groups: Mapping[str, GroupRanges]) -> list[Series]:
+def series_of(groups: Mapping[str, GroupRanges]) -> list[RangeSeries]:
     """Every group once: the decoder's kinds, the tower's, and what is outside layers."""
     found: dict[str, list[tuple[int, str]]] = {
-        kind: [] for part in KINDS.values() for kind in part.values()
+        kind: [] for part in INPUT_KINDS.values() for kind in part.values()
     }
-    decoder = set(KINDS["model"].values())
+    decoder = set(INPUT_KINDS["model"].values())
     for name in groups:
         match = _IN_A_LAYER.fullmatch(name)
-        kind = KINDS[match[1]].get(match[3], match[3]) if match else ELSEWHERE
+        kind = INPUT_KINDS[match[1]].get(match[3], match[3]) if match else ELSEWHERE
         known = found.setdefault(kind, [])
         known.append((int(match[2]) if match else len(known), name))
         if match and match[1] == "model":
             decoder.add(kind)
     return [
-        Series(
+        RangeSeries(
             kind,
             kind in decoder,
             tuple(layer for layer, _ in listed),

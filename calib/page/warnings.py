@@ -25,7 +25,7 @@ LOUD = 0.01
 """A relative squared error of this much is 20 dB below the signal."""
 
 
-def doubts(calibration: Calibration) -> list[str]:
+def calibration_warnings(calibration: Calibration) -> list[str]:
     """Every doubt, the gravest kinds first; empty where there is none."""
     return [
         *_about_choice(calibration.choice),
@@ -74,13 +74,13 @@ def _about_shipped(choice: Mapping[str, Any]) -> Iterator[str]:
     if "shipped" not in choice or "lose" not in choice["budget"]:
         return
     kind, lose = choice["agreement"], choice["budget"]["lose"]
-    shipped, rounding = choice["shipped"][kind], choice["rounding"][kind]
-    lost, alone = 1 - shipped["share"], 1 - rounding["share"]
+    shipped, quantised_agreement = choice["shipped"][kind], choice["rounding"][kind]
+    lost, alone = 1 - shipped["share"], 1 - quantised_agreement["share"]
     if lost > lose + 1e-9:
         yield (
             f"As it ships, in {choice['precision']}, the plan loses {percent(lost, 1)} of "
             f"{shipped['total']} {kind}; the budget is {percent(lose, 1)}. On the choosing samples "
-            f"rounding alone loses {percent(alone, 1)} of {rounding['total']}. Leave "
+            f"rounding alone loses {percent(alone, 1)} of {quantised_agreement['total']}. Leave "
             "sensitive layers in float (keep=5%), or choose a looser budget."
         )
 

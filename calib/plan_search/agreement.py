@@ -21,7 +21,7 @@ from ..samples import Sample
 if TYPE_CHECKING:
     from ...runtime import Session
 
-LIKELIEST = 256
+TOP_TOKENS = 256
 """Tokens whose probabilities are kept of each position. All others count as one, so that the
 divergence is at most the true one; a reference of long answers stays small."""
 
@@ -161,7 +161,7 @@ def reference(
         except ImageError as error:
             unreadable.append((sample.name, str(error)))
         else:
-            ids, log_probs = _likeliest(log_softmax(logits))
+            ids, log_probs = _top_tokens(log_softmax(logits))
             ended = answer.finish == "eos"
             answers.append(Referred(sample, answer.tokens, ended, ids, log_probs))
         progress()
@@ -220,9 +220,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def _likeliest(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _top_tokens(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The likeliest tokens of each position and their log-probabilities, descending."""
     # Stable, so that of equal ones the lowest id comes first, as argmax has it.
-    ids = np.argsort(-log_probs, axis=1, kind="stable")[:, :LIKELIEST]
+    ids = np.argsort(-log_probs, axis=1, kind="stable")[:, :TOP_TOKENS]
     found = np.take_along_axis(log_probs, ids, 1)
     return ids.astype(np.int32), found.astype(np.float32)

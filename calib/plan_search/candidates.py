@@ -28,7 +28,7 @@ from ...graphs.plan.stages import MAX_KEEP, Probe
 from ...graphs.presets.presets import preset
 from .dynamics import COSINES, PUBLISHED, Dynamics, quantile
 
-SHARES = (0.5, 0.75, 0.9, 1.0)
+PROMPT_SHARES = (0.5, 0.75, 0.9, 1.0)
 """Quantiles over prompts."""
 
 MASSES = (0.5, 0.8, 0.9, 0.95, 0.99)
@@ -37,7 +37,7 @@ MASSES = (0.5, 0.8, 0.9, 0.95, 0.99)
 MOST_TRIGGERS = 16
 """Layers tried as t."""
 
-SLACK = 0.02
+KNEE_SLACK = 0.02
 """A knee may cut off so much more than the best plan of its t: what it saves is worth more."""
 
 
@@ -103,7 +103,7 @@ class Pricing:
         return preset(name, self.geometry.layers, self.visual_tokens, **options)
 
 
-def published(dynamics: Dynamics, pricing: Pricing) -> Candidate | None:
+def published_candidate(dynamics: Dynamics, pricing: Pricing) -> Candidate | None:
     """The preset whose numbers follow from the depth alone; None where it cannot be.
 
     Its prediction leaves out what text-blind layers cost.
@@ -126,7 +126,7 @@ def published(dynamics: Dynamics, pricing: Pricing) -> Candidate | None:
     )
 
 
-def candidates(dynamics: Dynamics, pricing: Pricing) -> dict[int, tuple[Candidate, ...]]:
+def plan_candidates(dynamics: Dynamics, pricing: Pricing) -> dict[int, tuple[Candidate, ...]]:
     """By t, ascending: those that no other of the same t beats by cost and prediction, by cost."""
     assert dynamics.layers == pricing.geometry.layers, (dynamics.layers, pricing.geometry.layers)
     exits = exit_layers(dynamics)
@@ -147,7 +147,7 @@ def candidates(dynamics: Dynamics, pricing: Pricing) -> dict[int, tuple[Candidat
 
 def knee(of_t: Sequence[Candidate]) -> Candidate:
     """The cheapest of one t that cuts off hardly more than the best of it."""
-    limit = of_t[-1].predicted + SLACK
+    limit = of_t[-1].predicted + KNEE_SLACK
     return next(one for one in of_t if one.predicted <= limit)
 
 
@@ -233,8 +233,8 @@ def front(found: Iterable[Candidate], merit: Callable[[Candidate], float]) -> tu
 
 
 def _quantiles(many: Iterable[Sequence[int | None]]) -> set[int]:
-    """The quantiles ``SHARES`` of each; those that are censored name nothing."""
-    points = (quantile(values, share) for values in many for share in SHARES)
+    """The quantiles ``PROMPT_SHARES`` of each; those that are censored name nothing."""
+    points = (quantile(values, share) for values in many for share in PROMPT_SHARES)
     return {int(point) for point in points if point is not None}
 
 

@@ -51,11 +51,11 @@ from ...graphs.presets.presets import preset
 from .agreement import Agreement
 from .candidates import Pricing
 from .dynamics import Dynamics
-from .rationale import reasons_for, warnings_for
-from .search import CLOSE, Measure, Tried, best_of, measure_some
+from .rationale import rationale_for, warnings_for
+from .search import CLOSE_COST, Measure, Tried, best_of, measure_some
 
 DEFAULT_CANDIDATES = 12
-NEAR = 3
+NEAR_MISS = 3
 """A plan that misses the budget by up to so many times what the budget allows is a near miss."""
 
 
@@ -102,7 +102,7 @@ class Choice:
     text: str
     tried: tuple[Tried, ...]  # by cost
     chosen: int | None
-    reasons: dict[str, str]
+    rationale: dict[str, str]
     warnings: tuple[str, ...]
 
     @property
@@ -127,7 +127,7 @@ class Choice:
             "plan": self.plan.to_dict(),
             "text": self.text,
             "fits": self.fits,
-            "reasons": self.reasons,
+            "reasons": self.rationale,
             "warnings": list(self.warnings),
             "chosen": self.chosen,
             "candidates": [{**one.to_dict(), "front": one.candidate in best} for one in self.tried],
@@ -192,7 +192,7 @@ def choose_plan(
         text,
         tuple(tried),
         chosen,
-        reasons_for(dynamics, tried, taken, text_blind),
+        rationale_for(dynamics, tried, taken, text_blind),
         warnings_for(budget.lose, tried, taken, confirmed),
     )
 
@@ -232,7 +232,7 @@ def _judged(one: Tried, budget: Budget, tried: Sequence[Tried], chosen: int | No
     if chosen is not None and one.candidate.cost >= tried[chosen].candidate.cost:
         return one
     lost = 1 - one.measured.tokens.share
-    if budget.lose < lost <= max(NEAR * budget.lose, CLOSE):
+    if budget.lose < lost <= max(NEAR_MISS * budget.lose, CLOSE_COST):
         return replace(one, verdict=f"near miss: {_percent(one.measured)}")
     return one
 

@@ -18,22 +18,22 @@ from ...compile.build_spec import versions
 from ...compile.checkpoint.checkpoint import Checkpoint
 from ...compile.export.texts import TextFacts
 from ...compile.quantize.calibration_file import Calibration, SampleFacts
-from ...compile.quantize.fake_quantized import Rounded
+from ...compile.quantize.fake_quantized import FakeQuantised
 from ...graphs.errors import PlanError
 from ...graphs.plan.cost import Geometry
 from ...graphs.plan.plan import StagePlan
 from ...graphs.presets.presets import preset
-from ...graphs.quantization import Recipe
-from ..evaluate import DEFAULT_MAX_TOKENS
-from ..progress import Watcher, steps
+from ...graphs.quantization import QuantConfig
+from ..evaluate import EVALUATE_MAX_TOKENS
+from ..progress import CalibrationProgress, progress_steps
 from ..run import layerwise as walk
 from ..run.collect_ranges import collect
-from ..sample_prompts import Prompt, order_hash
+from ..sample_prompts import SamplePrompt, order_hash
 from ..samples import Sample
 from .agreement import Agreement, Referred
 from .candidates import Pricing
 from .choose import DEFAULT_CANDIDATES, Budget, Choice, choose_plan
-from .dynamics import Dynamics, Reading
+from .dynamics import Dynamics, PromptReading
 from .holdout import hold_out
 from .measure_plans import Measuring, text_blind_plans
 from .rationale import about_precision
@@ -43,24 +43,25 @@ DEFAULT_HOLDOUT = 0.33
 
 
 @dataclass(frozen=True)
-class Wish:
+class SelectionGoal:
     """How a plan is to be chosen.
 
     budget: what it may lose, or cost. holdout: share of the samples that confirm what the others
-    chose. most: plans that are measured. max_tokens: longest answer that is compared. recipe: of
-    the precision that the plan is for; None: FP32.
+    chose. most: plans that are measured. max_tokens: longest answer that is compared.
+    quant_config: of the precision that the plan is for; None: FP32.
     """
 
     budget: Budget
     holdout: float = DEFAULT_HOLDOUT
     most: int = DEFAULT_CANDIDATES
-    max_tokens: int = DEFAULT_MAX_TOKENS
-    recipe: Recipe | None = None
+    max_tokens: int = EVALUATE_MAX_TOKENS
+    quant_config: QuantConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.recipe is not None and self.recipe.stages:
+        if self.quant_config is not None and self.quant_config.stages:
             raise PlanError(
-                f"precision {self.recipe.name} names stage{min(self.recipe.stages)}, but which "
+                f"precision {self.quant_config.name} names stage{min(self.quant_config.stages)}, "
+                f"but which "
                 "stages the plan has is yet to be chosen. Leave stages out, or choose without "
                 "--precision and name stages when you build: visistage engines"
             )
@@ -68,11 +69,11 @@ class Wish:
     @property
     def precision(self) -> str:
         """Of the bundles that are measured."""
-        return "fp32" if self.recipe is None else self.recipe.name
+        return "fp32" if self.quant_config is None else self.quant_config.name
 
 
 class Chooser:
-    """A wish and samples become a choice; ``watcher`` is told of every step."""
+    """A wish and samples become a choice; ``progress`` is told of every step."""
 
     def __init__(
         self,
@@ -80,31 +81,35 @@ class Chooser:
         texts: TextFacts,
         fits: Mapping[str, str],
         measuring: Measuring,
-        wish: Wish,
-        watcher: Watcher,
+        goal: SelectionGoal,
+        progress: CalibrationProgress,
     ):
         self.checkpoint, self.texts, self.fits, self.measuring = checkpoint, texts, fits, measuring
-        self.wish, self.watcher, self.step = wish, watcher, steps(watcher)
+        self.goal, self.progress, self.step = goal, progress, progress_steps(progress)
         text = checkpoint.config.text
         self.pricing = Pricing(Geometry.of(text), checkpoint.config.visual_tokens)
         self.dense = preset("dense", text.layers, checkpoint.config.visual_tokens)
-        self.rounding: Agreement | None = None
+        self.quantised_agreement: Agreement | None = None
 
     def choose(
-        self, samples: Sequence[Sample], prompts: Sequence[Prompt]
-    ) -> tuple[Choice, list[Prompt], dict[str, Any]]:
+        self, samples: Sequence[Sample], prompts: Sequence[SamplePrompt]
+    ) -> tuple[Choice, list[SamplePrompt], dict[str, Any]]:
         """The choice, the prompts with an answer each, and the dynamics as JSON."""
         assert len(samples) == len(prompts), (len(samples), len(prompts))
-        choosing, held = hold_out([_shown(one) for one in prompts], self.wish.holdout)
-        with self.step("dense answers", len(prompts)) as tell:
+        choosing, held = hold_out([_shown(one) for one in prompts], self.goal.holdout)
+        with self.step("dense answers", len(prompts)) as report:
             answers = self.measuring.refer(
-                self.dense, samples, held, self.wish.max_tokens, self._tick
+                self.dense, samples, held, self.goal.max_tokens, self._advance
             )
-            tell(f"{len(choosing)} to choose by, {len(held)} held out")
+            report(f"{len(choosing)} to choose by, {len(held)} held out")
         prompts = [_answered(*both) for both in zip(prompts, answers, strict=True)]
         shown = [prompts[index] for index in choosing]
-        rounded = None if self.wish.recipe is None else self._rounded(shown, self.wish.recipe)
-        dynamics = self._dynamics(shown, rounded)
+        fake_quantised = (
+            None
+            if self.goal.quant_config is None
+            else self._fake_quantised(shown, self.goal.quant_config)
+        )
+        dynamics = self._dynamics(shown, fake_quantised)
         blind = [
             {"shallow": shallow, **self._measure(plan).to_dict()}
             for shallow, plan in text_blind_plans(dynamics.layers, self.dense.visual_tokens).items()
@@ -112,36 +117,42 @@ class Chooser:
         choice = choose_plan(
             dynamics,
             self.pricing,
-            self.wish.budget,
+            self.goal.budget,
             self._measure,
             self.measuring.confirm if held else None,
-            most=self.wish.most,
+            most=self.goal.most,
             text_blind=blind,
         )
-        if self.rounding is not None:
-            why = about_precision(self.wish.precision, self.rounding)
-            choice = replace(choice, reasons={"precision": why, **choice.reasons})
+        if self.quantised_agreement is not None:
+            why = about_precision(self.goal.precision, self.quantised_agreement)
+            choice = replace(choice, rationale={"precision": why, **choice.rationale})
         suggested = suggest_thresholds(dynamics).to_dict()
         return choice, prompts, dynamics.to_dict(suggested=suggested, text_blind=blind)
 
     def measured(self) -> dict[str, Any]:
         """How plans were measured: what a ``Choice`` does not know."""
-        how = {"max_tokens": self.wish.max_tokens, "precision": self.wish.precision}
-        return how if self.rounding is None else {**how, "rounding": self.rounding.to_dict()}
+        how = {"max_tokens": self.goal.max_tokens, "precision": self.goal.precision}
+        return (
+            how
+            if self.quantised_agreement is None
+            else {**how, "rounding": self.quantised_agreement.to_dict()}
+        )
 
-    def _rounded(self, prompts: Sequence[Prompt], recipe: Recipe) -> Rounded:
+    def _fake_quantised(
+        self, prompts: Sequence[SamplePrompt], quant_config: QuantConfig
+    ) -> FakeQuantised:
         """The dense model rounded; from here on plans are measured so."""
         config, prefix = self.checkpoint.config, self.texts.prefix_ids
-        with self.step("dense ranges", walk.pieces(config, prefix)) as tell:
+        with self.step("dense ranges", walk.layerwise_pieces(config, prefix)) as report:
             found = collect(
                 self.checkpoint,
                 prompts,
                 self.dense,
                 prefix,
                 rows="dense",
-                progress=self.watcher.advance,
+                progress=self.progress.advance,
             )
-            tell(f"{len(found.groups)} groups of linear layers")
+            report(f"{len(found.groups)} groups of linear layers")
         ranges = Calibration(
             model=self.checkpoint.name,
             fits=self.fits,
@@ -153,12 +164,14 @@ class Chooser:
             versions=versions(),
             cache=found.cache,
         )
-        rounded = Rounded(self.checkpoint, recipe, ranges)
+        fake_quantised = FakeQuantised(self.checkpoint, quant_config, ranges)
         self.measuring.ranges = ranges
-        self.rounding = self._measure(self.dense)
-        return rounded
+        self.quantised_agreement = self._measure(self.dense)
+        return fake_quantised
 
-    def _dynamics(self, prompts: Sequence[Prompt], rounded: Rounded | None) -> Dynamics:
+    def _dynamics(
+        self, prompts: Sequence[SamplePrompt], fake_quantised: FakeQuantised | None
+    ) -> Dynamics:
         """Readings of a dense walk. Answers are left out: the last prompt row is what is read."""
         config, prefix = self.checkpoint.config, self.texts.prefix_ids
         cosines: list[list[np.ndarray]] = [[] for _ in prompts]
@@ -169,33 +182,33 @@ class Chooser:
             cosines[prompt].append(cosine)
             norms[prompt].append(norm)
 
-        with self.step("dynamics", walk.pieces(config, prefix)):
-            walk.walk(
+        with self.step("dynamics", walk.layerwise_pieces(config, prefix)):
+            walk.run_layerwise(
                 self.checkpoint,
                 [replace(one, answer_ids=()) for one in prompts],
                 self.dense,
                 prefix,
                 reading=read,
-                rounded=rounded,
+                fake_quantised=fake_quantised,
                 want_logits=False,
-                progress=self.watcher.advance,
+                progress=self.progress.advance,
             )
         return Dynamics.of(
             [
-                Reading(np.stack(cosine), np.stack(norm))
+                PromptReading(np.stack(cosine), np.stack(norm))
                 for cosine, norm in zip(cosines, norms, strict=True)
                 if cosine
             ]
         )
 
     def _measure(self, plan: StagePlan) -> Agreement:
-        with self.step(plan.name, self.measuring.asked) as tell:
-            found = self.measuring.measure(plan, self._tick)
-            tell(agrees(found))
+        with self.step(plan.name, self.measuring.asked) as report:
+            found = self.measuring.measure(plan, self._advance)
+            report(agrees(found))
         return found
 
-    def _tick(self) -> None:
-        self.watcher.advance(1)
+    def _advance(self) -> None:
+        self.progress.advance(1)
 
 
 def agrees(found: Agreement) -> str:
@@ -203,7 +216,7 @@ def agrees(found: Agreement) -> str:
     return f"agrees on {100 * found.tokens.share:.1f} % of {found.tokens.total} tokens"
 
 
-def _shown(prompt: Prompt) -> str:
+def _shown(prompt: SamplePrompt) -> str:
     """A hash of the pixels that a prompt shows."""
     digest = hashlib.sha256()
     for part in prompt.parts:
@@ -212,6 +225,6 @@ def _shown(prompt: Prompt) -> str:
     return digest.hexdigest()
 
 
-def _answered(prompt: Prompt, dense: Referred) -> Prompt:
+def _answered(prompt: SamplePrompt, dense: Referred) -> SamplePrompt:
     """Where no answer is known, what the dense model says: ranges need rows of answers, too."""
     return prompt if prompt.answer_ids else replace(prompt, answer_ids=dense.text_tokens)

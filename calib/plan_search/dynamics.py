@@ -53,13 +53,13 @@ COSINES = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.997, 0.999)
 
 PUBLISHED = Probe(first=0, cosine=0.995, contribution=0.2, exit_cosine=0.999)
 
-SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+NORM_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Contribution thresholds in parts of a strong token's norm: norms have another scale in each
 model, so no fixed ladder would do."""
 
 
 @dataclass(frozen=True)
-class Reading:
+class PromptReading:
     """One prompt. cosine, norm: (L, N) float32, N the visual tokens of all its pictures."""
 
     cosine: np.ndarray
@@ -77,7 +77,7 @@ class Dynamics:
         DataError: no reading with a visual token, or one that is not finite.
     """
 
-    readings: tuple[Reading, ...]
+    readings: tuple[PromptReading, ...]
     first: int
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class Dynamics:
         assert 0 <= self.first < self.layers, (self.first, self.layers)
 
     @classmethod
-    def of(cls, readings: Sequence[Reading], first: int | None = None) -> Dynamics:
+    def of(cls, readings: Sequence[PromptReading], first: int | None = None) -> Dynamics:
         """Dynamics of prompts that have visual tokens; ``first``: as presets have it by default."""
         seen = tuple(one for one in readings if one.cosine.shape[1])
         layers = len(seen[0].cosine) if seen else 1
@@ -132,7 +132,7 @@ class Dynamics:
     def contribution_ladder(self) -> tuple[float, ...]:
         """Thresholds for K, ascending: parts of a strong token's norm, and the published one."""
         strong = float(np.median([one.norm[self.first :].max() for one in self.readings]))
-        rounded = {float(f"{share * strong:.2g}") for share in SHARES if strong > 0}
+        rounded = {float(f"{share * strong:.2g}") for share in NORM_SHARES if strong > 0}
         return tuple(sorted(rounded | {PUBLISHED.contribution}))
 
     def decide(self, probe: Probe) -> list[Decision]:
@@ -260,7 +260,7 @@ def spread(values: Sequence[float | None], layers: int | None = None) -> dict[st
     return out
 
 
-def _decide(one: Reading, probe: Probe) -> Decision:
+def _decide(one: PromptReading, probe: Probe) -> Decision:
     decision = Decision(probe)
     for layer in range(probe.first, len(one.cosine)):
         if decision.settled:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ...graphs.errors import DataError
 
 
-def hold_out(pictures: Sequence[str], share: float) -> tuple[list[int], list[int]]:
+def hold_out(images: Sequence[str], share: float) -> tuple[list[int], list[int]]:
     """Indices (choosing, held out) of samples, each ascending; about ``share`` are held out.
 
     Questions about one picture stay together: a plan that was chosen on a picture has seen it. The
@@ -16,7 +16,7 @@ def hold_out(pictures: Sequence[str], share: float) -> tuple[list[int], list[int
     the picture decides, and so every run decides alike.
 
     Args:
-        pictures: a hash (hex) of what each sample shows.
+        images: a hash (hex) of what each sample shows.
         share: 0 holds out nothing.
 
     Raises:
@@ -24,23 +24,23 @@ def hold_out(pictures: Sequence[str], share: float) -> tuple[list[int], list[int
     """
     if not 0 <= share < 1:
         raise DataError(f"holdout: found {share:g}, expected 0 to below 1. Type --holdout 0.33.")
-    of_picture = Counter(pictures)
-    known = sorted(of_picture)
+    of_image = Counter(images)
+    known = sorted(of_image)
     if share and len(known) < 2:
         raise DataError(
-            f"holdout: found {len(known)} picture among {len(pictures)} samples, expected two or "
+            f"holdout: found {len(known)} picture among {len(images)} samples, expected two or "
             "more: one must choose and another confirm. Add samples, or type --holdout 0."
         )
-    wanted = share * len(pictures)
+    wanted = share * len(images)
     held: set[str] = set()
     count = 0
     for key in known[:-1]:
         if count >= wanted:
             break
         held.add(key)
-        count += of_picture[key]
-    both = range(len(pictures))
+        count += of_image[key]
+    both = range(len(images))
     return (
-        [index for index in both if pictures[index] not in held],
-        [index for index in both if pictures[index] in held],
+        [index for index in both if images[index] not in held],
+        [index for index in both if images[index] in held],
     )

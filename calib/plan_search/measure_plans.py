@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ... import runtime
-from ...compile.build import build
+from ...compile.build import make_bundle
 from ...compile.planfile import save_plan
 from ...compile.quantize.calibration_file import Calibration
 from ...graphs.bundle import Bundle
@@ -23,13 +23,13 @@ from ...graphs.presets.presets import preset
 from ..samples import Sample
 from .agreement import Agreement, Referred, agreement, reference
 
-Tick = Callable[[], None]
+SampleProgress = Callable[[], None]
 Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Which checkpoint, as ``open_checkpoint`` and ``build`` take it."""
+    """Which checkpoint, as ``open_checkpoint`` and ``make_bundle`` take it."""
 
     model: str
     revision: str | None = None
@@ -66,7 +66,7 @@ class Measuring:
         samples: Sequence[Sample],
         held: Sequence[int],
         max_tokens: int,
-        tick: Tick,
+        progress: SampleProgress,
     ) -> list[Referred]:
         """Answer all samples with the dense bundle; ``held`` are the indices of those held out.
 
@@ -75,7 +75,7 @@ class Measuring:
         """
         try:
             answers = self._with_bundle(
-                dense, lambda session: reference(session, samples, max_tokens, tick)
+                dense, lambda session: reference(session, samples, max_tokens, progress)
             )
         except CapacityError as error:
             raise CapacityError(
@@ -87,25 +87,25 @@ class Measuring:
         self._held = [one for i, one in enumerate(answers.answers) if i in out]
         return list(answers.answers)
 
-    def measure(self, plan: StagePlan, tick: Tick = lambda: None) -> Agreement:
+    def measure(self, plan: StagePlan, progress: SampleProgress = lambda: None) -> Agreement:
         """On the choosing samples."""
         # Else a build would look for a calibration of its own.
         assert self.precision == "fp32" or self.ranges is not None
 
         def run(session: runtime.Session) -> Agreement:
-            found = agreement(session, self._choosing, tick)
+            found = agreement(session, self._choosing, progress)
             if self._held:
-                self._confirmed[plan.hash] = agreement(session, self._held, tick)
+                self._confirmed[plan.hash] = agreement(session, self._held, progress)
             return found
 
         return self._with_bundle(plan, run, self.precision, self.ranges)
 
-    def ship(self, calibration: Calibration, tick: Tick = lambda: None) -> Agreement:
+    def ship(self, calibration: Calibration, progress: SampleProgress = lambda: None) -> Agreement:
         """The plan of a calibration with its own ranges, on samples held out if there are any."""
         answers = self._held or self._choosing
         return self._with_bundle(
             calibration.plan,
-            lambda session: agreement(session, answers, tick),
+            lambda session: agreement(session, answers, progress),
             self.precision,
             calibration,
         )
@@ -139,7 +139,7 @@ class Measuring:
             if calibration is not None:
                 ranges = self.folder / "ranges"
                 replace(calibration, plan=plan).save(ranges)
-            bundle: Bundle = build(
+            bundle: Bundle = make_bundle(
                 **vars(self.origin),
                 plan=str(file),
                 target="cpu",

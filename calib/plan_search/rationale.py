@@ -25,7 +25,7 @@ MOST_HELD_OUT_TRIES = 2
 """Plans that held-out samples may judge before they have become choosing samples themselves."""
 
 
-def reasons_for(
+def rationale_for(
     dynamics: Dynamics,
     tried: Sequence[Tried],
     taken: Tried | None,
@@ -47,9 +47,9 @@ def reasons_for(
     }
 
 
-def about_precision(precision: str, rounding: Agreement) -> str:
-    """In what plans were measured; ``rounding``: agreement of the dense plan in it."""
-    tokens = rounding.tokens
+def about_precision(precision: str, quantised_agreement: Agreement) -> str:
+    """In what plans were measured; ``quantised_agreement``: agreement of the dense plan in it."""
+    tokens = quantised_agreement.tokens
     return (
         f"{precision}: every plan was measured in it, against the dense model in FP32. Rounding "
         f"alone, nothing pruned, agrees on {100 * tokens.share:.1f} % of {tokens.total} tokens."

@@ -16,7 +16,7 @@ from typing import Any
 
 from ...graphs.plan.plan import StagePlan
 from .agreement import Agreement
-from .candidates import Candidate, Pricing, candidates, front, knee, published
+from .candidates import Candidate, Pricing, front, knee, plan_candidates, published_candidate
 from .dynamics import Dynamics
 
 NO_GOOD = 0.25
@@ -24,7 +24,7 @@ NO_GOOD = 0.25
 
 Measure = Callable[[StagePlan], Agreement]
 
-CLOSE = 0.01
+CLOSE_COST = 0.01
 """Plans whose costs differ by less are not worth telling apart by a measurement."""
 
 
@@ -66,7 +66,7 @@ def measure_some(
     """
     by_t = [
         tuple(one for one in of_t if one.cost <= limit)
-        for of_t in candidates(dynamics, pricing).values()
+        for of_t in plan_candidates(dynamics, pricing).values()
     ]
     pool = {one.text: one for of_t in by_t for one in of_t}
     tried: list[Tried] = []
@@ -75,7 +75,7 @@ def measure_some(
         pool.pop(one.text, None)
         tried.append(Tried(one, measure(pricing.plan(one))))
 
-    usual = published(dynamics, pricing)
+    usual = published_candidate(dynamics, pricing)
     if usual is not None and most:
         take(usual)
     knees = [knee(of_t) for of_t in by_t if of_t]
@@ -103,7 +103,7 @@ def _between(best: Sequence[Tried], pool: Sequence[Candidate]) -> Candidate | No
         return (stop - start) * math.log(more / less)
 
     for (start, _), (stop, _) in sorted(pairwise(points), key=size, reverse=True):
-        inside = [one for one in pool if start + CLOSE < one.cost < stop - CLOSE]
+        inside = [one for one in pool if start + CLOSE_COST < one.cost < stop - CLOSE_COST]
         centre, quarter = (start + stop) / 2, (stop - start) / 4
         middle = [one for one in inside if abs(one.cost - centre) <= quarter]
         if inside:

@@ -30,14 +30,14 @@ from ...graphs.linears import Group, linear_groups
 from ...graphs.plan.plan import StagePlan
 from ...graphs.presets.presets import preset
 from ...graphs.quantization import OBSERVERS, Observer
-from ..sample_prompts import Prompt
-from .layerwise import walk
+from ..sample_prompts import SamplePrompt
+from .layerwise import run_layerwise
 from .observers import Histogram, threshold
 from .smoothing import (
-    OUTPUTS,
-    ROWS,
-    rounding_error,
-    search_awareness,
+    SAMPLE_OUTPUTS,
+    SAMPLE_ROWS,
+    quantisation_error,
+    search_awq,
     search_smoothing,
     sensitivity,
 )
@@ -59,7 +59,7 @@ class Collected(NamedTuple):
 
 def collect(
     checkpoint: Checkpoint,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[SamplePrompt],
     plan: StagePlan,
     prefix_ids: Sequence[int] = (),
     *,
@@ -76,23 +76,24 @@ def collect(
         prefix_ids: token ids before every picture, whose rows bundles compute in float.
         rows: ``dense`` measures the unpruned model's rows instead of the plan's.
         include_prefix: run the prefix too, and let its rows count for linear layers.
-        progress: told of ``walk.pieces(config, () if include_prefix else prefix_ids)`` pieces.
+        progress: told of ``run_layerwise.pieces(config, () if include_prefix else prefix_ids)``
+        pieces.
 
     Raises:
         ModelError: a layer is given NaN or infinity.
-        PlanError, PromptError, CapacityError: as ``walk.walk``.
+        PlanError, PromptError, CapacityError: as ``run_layerwise.walk``.
     """
     config = checkpoint.config
     if rows == "dense":
         plan = preset("dense", config.text.layers, config.visual_tokens)
     collector, caches = Collector(config), CacheRanges(config.text)
     before = () if include_prefix else prefix_ids
-    walk(
+    run_layerwise(
         checkpoint,
         prompts,
         plan,
         before,
-        watcher=collector,
+        observer=collector,
         storing=caches.add,
         want_logits=False,
         progress=progress,
@@ -101,7 +102,7 @@ def collect(
 
 
 class CacheRanges:
-    """A ``walk.Storing``: the largest absolute key and value of each layer and head.
+    """A ``run_layerwise.Storing``: the largest absolute key and value of each layer and head.
 
     Attributes:
         largest: (2, L, G) FP32: of keys, of values.
@@ -172,12 +173,12 @@ def chosen_rows(kinds: Sequence[np.ndarray], most: int) -> list[np.ndarray]:
     every = np.concatenate(kinds)
     keep = np.zeros(len(every), bool)
     names, counts = np.unique(every, return_counts=True)
-    room = most
+    free = most
     for place, index in enumerate(np.argsort(counts, kind="stable")):
-        count = min(int(counts[index]), room // (len(names) - place))
+        count = min(int(counts[index]), free // (len(names) - place))
         where = np.flatnonzero(every == names[index])
         keep[where[np.linspace(0, len(where) - 1, count).round().astype(int)]] = True
-        room -= count
+        free -= count
     ends = np.cumsum([len(one) for one in kinds])[:-1]
     return [np.flatnonzero(part) for part in np.split(keep, ends)]
 
@@ -228,13 +229,13 @@ def _measured(group: Group, inputs: _Inputs, weights: Mapping[str, np.ndarray]) 
     if group.fold is not None:
         smooth = search_smoothing(rows, matrices, input_absmax=inputs.absmax)
         alpha, factors = smooth.alpha, smooth.factors
-        awake = search_awareness(rows, matrices, input_mean=inputs.total / inputs.rows)
+        awake = search_awq(rows, matrices, input_mean=inputs.total / inputs.rows)
         aware_alpha, aware = awake.alpha, awake.factors
 
     plain = _thresholds(inputs.histogram)
     smoothed = plain if alpha is None else _smoothed(inputs, factors, group.name)
-    some = evenly(rows, ROWS)
-    each = {linear: evenly(weight, OUTPUTS) for linear, weight in weights.items()}
+    some = evenly(rows, SAMPLE_ROWS)
+    each = {linear: evenly(weight, SAMPLE_OUTPUTS) for linear, weight in weights.items()}
     errors = {linear: _errors(some, weight, plain) for linear, weight in each.items()}
     after = errors
     if alpha is not None:
@@ -272,8 +273,8 @@ def _measured(group: Group, inputs: _Inputs, weights: Mapping[str, np.ndarray]) 
 def _smoothed(inputs: _Inputs, factors: np.ndarray, name: str) -> dict[str, float]:
     """Thresholds of the inputs divided by ``factors``; the largest is known of every row."""
     histogram = Histogram(f"the smoothed input of {name}")
-    for start in range(0, len(inputs.kept), ROWS):
-        histogram.add(inputs.kept[start : start + ROWS] / factors)
+    for start in range(0, len(inputs.kept), SAMPLE_ROWS):
+        histogram.add(inputs.kept[start : start + SAMPLE_ROWS] / factors)
     return {**_thresholds(histogram), "minmax": float((inputs.absmax / factors).max())}
 
 
@@ -287,7 +288,7 @@ def _errors(
 ) -> dict[str, float]:
     """W8A8 error of one layer by observer."""
     return {
-        observer: rounding_error(rows, weight, activation_scale(limit))
+        observer: quantisation_error(rows, weight, activation_scale(limit))
         for observer, limit in thresholds.items()
     }
 

@@ -27,7 +27,7 @@ from ...compile.checkpoint.names import EMBEDDING
 from ...compile.export.prefix import prefix_cache
 from ...compile.layer_stream import without_weights
 from ...compile.quantize import fp16_ranges as ranges
-from ...compile.quantize.fake_quantized import Rounded
+from ...compile.quantize.fake_quantized import FakeQuantised
 from ...graphs.config import ModelConfig
 from ...graphs.errors import PlanError
 from ...graphs.modules.decoder import Body, Head, Linear, Logits
@@ -36,10 +36,10 @@ from ...graphs.modules.quantized import round_caches
 from ...graphs.modules.select import Prober, Selector
 from ...graphs.modules.vision import Vision
 from ...graphs.plan.plan import StagePlan
-from ...graphs.quantization import Cache
-from ..sample_prompts import Prompt
-from .observe import ANSWER, TEXT, TOWER, WatchedStream, Watcher
-from .prompt_state import travellers
+from ...graphs.quantization import CacheScheme
+from ..sample_prompts import SamplePrompt
+from .observe import ANSWER, ENCODER, TEXT, LayerObserver, ObservedStream
+from .prompt_state import prompt_states
 
 Visual = list[list[Tensor]]
 """Visual rows (1, N, D) FP32 of each picture of each prompt."""
@@ -53,7 +53,7 @@ Reading = Callable[[int, int, np.ndarray, np.ndarray], None]
 
 
 @dataclass(frozen=True)
-class Walked:
+class LayerwiseResult:
     """What came out, by prompt.
 
     logits: (1 + A, V) float32 of the last prompt row and of each row of the answer; no prompt's
@@ -65,24 +65,24 @@ class Walked:
     kept: list[list[np.ndarray]]
 
 
-def pieces(config: ModelConfig, prefix_ids: Sequence[int]) -> int:
-    """How many pieces with weights ``see`` and ``walk`` read together."""
-    return ranges.pieces(config) + (config.text.layers if prefix_ids else 0)
+def layerwise_pieces(config: ModelConfig, prefix_ids: Sequence[int]) -> int:
+    """How many pieces with weights ``see`` and ``run_layerwise`` read together."""
+    return ranges.dense_pieces(config) + (config.text.layers if prefix_ids else 0)
 
 
 def see(
     checkpoint: Checkpoint,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[SamplePrompt],
     *,
-    watcher: Watcher | None = None,
-    rounded: Rounded | None = None,
+    observer: LayerObserver | None = None,
+    fake_quantised: FakeQuantised | None = None,
     progress: Callable[[int], None] = lambda pieces: None,
 ) -> Visual:
     """Run every picture through tower and projector, one after the other within each piece."""
     config = checkpoint.config
     module = without_weights(lambda: Vision(config, Eager()))
-    stream = WatchedStream(checkpoint, module, watcher, progress, rounded)
-    pictures = [
+    stream = ObservedStream(checkpoint, module, observer, progress, fake_quantised)
+    images = [
         torch.from_numpy(part)[None]
         for prompt in prompts
         for part in prompt.parts
@@ -91,30 +91,30 @@ def see(
 
     def call(piece: nn.Module, *states: list[Tensor]) -> list[Tensor]:
         last = piece is module.multi_modal_projector
-        kind = np.full(config.visual_tokens if last else config.vision.tokens, TOWER)
-        with stream.loaded(piece, [kind] * len(pictures)) as run:
+        kind = np.full(config.visual_tokens if last else config.vision.tokens, ENCODER)
+        with stream.loaded(piece, [kind] * len(images)) as run:
             return [run(*args) for args in zip(*states, strict=True)]
 
-    rows = iter(module.compose(call, pictures) if pictures else ())
+    rows = iter(module.compose(call, images) if images else ())
     return [
         [next(rows) for part in prompt.parts if isinstance(part, np.ndarray)] for prompt in prompts
     ]
 
 
-def walk(
+def run_layerwise(
     checkpoint: Checkpoint,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[SamplePrompt],
     plan: StagePlan,
     prefix_ids: Sequence[int] = (),
     *,
     visual: Visual | None = None,
-    watcher: Watcher | None = None,
+    observer: LayerObserver | None = None,
     reading: Reading | None = None,
     storing: Storing | None = None,
-    rounded: Rounded | None = None,
+    fake_quantised: FakeQuantised | None = None,
     want_logits: bool = True,
     progress: Callable[[int], None] = lambda pieces: None,
-) -> Walked:
+) -> LayerwiseResult:
     """Run all prompts, layer by layer.
 
     Args:
@@ -124,14 +124,15 @@ def walk(
         prefix_ids: token ids whose keys and values are computed beforehand; a prompt that begins
             otherwise is run from its first row, as a bundle would.
         visual: what ``see`` returned for these prompts; None sees now.
-        watcher: shown the inputs of every linear layer, of the tower too if ``visual`` is None.
+        observer: shown the inputs of every linear layer, of the tower too if ``visual`` is None.
         reading: told of each layer without gates through which visual rows of a prompt run.
         storing: told of what every prompt caches in every layer.
-        rounded: what linear layers compute with, the tower's too if ``visual`` is None, and what
-            caches keep; the prefix is computed in float, as for every bundle, and cached like all
+        fake_quantised: what linear layers compute with, the tower's too if ``visual`` is None, and
+        what caches keep; the prefix is computed in float, as for every bundle, and cached like all
             rows. None: nothing is rounded.
         want_logits: whether to keep them; with long answers they are large.
-        progress: told of ``pieces(config, prefix_ids)`` pieces in all, fewer with ``visual``.
+        progress: told of ``layerwise_pieces(config, prefix_ids)`` pieces in all, fewer with
+        ``visual``.
 
     Raises:
         PlanError: the plan decides per prompt, or is another model's.
@@ -141,18 +142,22 @@ def walk(
     text = checkpoint.config.text
     _check(plan, checkpoint.config)
     if visual is None:
-        visual = see(checkpoint, prompts, watcher=watcher, rounded=rounded, progress=progress)
+        visual = see(
+            checkpoint, prompts, observer=observer, fake_quantised=fake_quantised, progress=progress
+        )
     prefix = prefix_cache(checkpoint, prefix_ids, progress) if prefix_ids else None
-    if prefix is not None and rounded is not None:
-        prefix = rounded.prefix(prefix)
+    if prefix is not None and fake_quantised is not None:
+        prefix = fake_quantised.prefix(prefix)
     table = checkpoint.load(EMBEDDING)
-    everyone = travellers(prompts, visual, table, prefix_ids, text.max_positions)
+    everyone = prompt_states(prompts, visual, table, prefix_ids, text.max_positions)
     checkpoint.release()
     del visual  # the travellers have the rows, and let go of them
 
-    body, lm_head = _decoder(checkpoint.config, plan, "float" if rounded is None else rounded.cache)
+    body, lm_head = _decoder(
+        checkpoint.config, plan, "float" if fake_quantised is None else fake_quantised.cache
+    )
     module = nn.ModuleDict({"model": body, "lm_head": lm_head})
-    stream = WatchedStream(checkpoint, module, watcher, progress, rounded)
+    stream = ObservedStream(checkpoint, module, observer, progress, fake_quantised)
     head, prober = Head(text, Eager()), Prober()
     for index, stage in enumerate(plan.stages):
         edge = plan.edges[index] if index < len(plan.edges) else None
@@ -165,7 +170,7 @@ def walk(
             gated = stage.gated_layers.index(number) if number in stage.gated_layers else None
             ends = number == stage.layers[1] - 1
             saved = None if prefix is None else prefix[:, number]
-            scales = None if rounded is None else rounded.scales_of(number)
+            scales = None if fake_quantised is None else fake_quantised.scales_of(number)
             with stream.loaded(layer, kinds) as run:
                 for place, one in enumerate(everyone):
                     view = one.through(run, text, gated, saved, scales)
@@ -186,10 +191,10 @@ def walk(
             out = run(one.last_rows())
             if want_logits:
                 logits.append(out)
-    return Walked(logits, [one.kept for one in everyone])
+    return LayerwiseResult(logits, [one.kept for one in everyone])
 
 
-def _decoder(config: ModelConfig, plan: StagePlan, cache: Cache) -> tuple[Body, Linear]:
+def _decoder(config: ModelConfig, plan: StagePlan, cache: CacheScheme) -> tuple[Body, Linear]:
     """All layers of all stages, over caches of one type, and the head, without weights."""
     text = config.text
     kinds = {

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from ...compile.checkpoint.checkpoint import Checkpoint
 from ...compile.layer_stream import Streamed
-from ...compile.quantize.fake_quantized import Rounded
+from ...compile.quantize.fake_quantized import FakeQuantised
 from ...graphs.modules.decoder import Linear
 
-TOWER, VISUAL, TEXT, ANSWER = range(4)
+ENCODER, VISUAL, TEXT, ANSWER = range(4)
 """Kinds of rows: those of the tower, and in the decoder."""
 
 
-class Watcher(Protocol):
+class LayerObserver(Protocol):
     """Is told of one piece after the other, in the order in which they run."""
 
     def enter(self, kinds: Sequence[np.ndarray]) -> None:
@@ -31,32 +31,32 @@ class Watcher(Protocol):
         """The piece is done; its weights by the checkpoint's names, valid until this returns."""
 
 
-class WatchedStream:
+class ObservedStream:
     """A ``Streamed`` whose linear layers a watcher sees, where there is one."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         module: nn.Module,
-        watcher: Watcher | None,
+        observer: LayerObserver | None,
         progress: Callable[[int], None],
-        rounded: Rounded | None = None,
+        fake_quantised: FakeQuantised | None = None,
     ):
-        self.watcher = watcher
-        watched, hook = ((Linear,), self._told) if watcher else ((), None)
-        self.stream = Streamed(checkpoint, module, progress, watched, hook, rounded)
+        self.observer = observer
+        observed, hook = ((Linear,), self._notify) if observer else ((), None)
+        self.stream = Streamed(checkpoint, module, progress, observed, hook, fake_quantised)
 
     @contextmanager
     def loaded(self, piece: nn.Module, kinds: Sequence[np.ndarray]) -> Iterator[Callable[..., Any]]:
-        """As ``Streamed.loaded``; ``kinds`` as in ``Watcher.enter``."""
+        """As ``Streamed.loaded``; ``kinds`` as in ``LayerObserver.enter``."""
         with self.stream.loaded(piece) as run:
-            if self.watcher is None:
+            if self.observer is None:
                 yield run
             else:
-                self.watcher.enter(kinds)
+                self.observer.enter(kinds)
                 yield run
-                self.watcher.leave(self.stream.loaded_weights(piece))
+                self.observer.leave(self.stream.loaded_weights(piece))
 
-    def _told(self, linear: str, given: Tensor, out: Tensor) -> None:
-        assert self.watcher is not None
-        self.watcher.given(linear, given)
+    def _notify(self, linear: str, given: Tensor, out: Tensor) -> None:
+        assert self.observer is not None
+        self.observer.given(linear, given)

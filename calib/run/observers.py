@@ -30,7 +30,7 @@ _EMPTY = 1e-4
 _LEAST = -116
 """Exponent of the smallest range; 2**(11 + 116) is the largest power of two in FP32."""
 
-_CHUNK = 1 << 20
+_HISTOGRAM_CHUNK = 1 << 20
 
 
 class Histogram:
@@ -76,8 +76,8 @@ class Histogram:
             )
         self._reach(largest)
         per_bin = np.float32(1 / self.width)
-        for start in range(0, flat.size, _CHUNK):
-            scaled = np.abs(flat[start : start + _CHUNK], dtype=np.float32)
+        for start in range(0, flat.size, _HISTOGRAM_CHUNK):
+            scaled = np.abs(flat[start : start + _HISTOGRAM_CHUNK], dtype=np.float32)
             scaled *= per_bin
             self.counts += np.bincount(scaled.astype(np.int64), minlength=BINS)
 

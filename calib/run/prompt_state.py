@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...graphs.chain.chain import Segment, StageSlots
+from ...graphs.chain.chain import AppendedRows, StageSlots
 from ...graphs.config import TextConfig
 from ...graphs.errors import CapacityError, PromptError
 from ...graphs.modules.decoder import Head
@@ -22,7 +22,7 @@ from ...graphs.modules.ops import Eager, Scales
 from ...graphs.modules.select import Prober, Selector
 from ...graphs.plan.gates import stage_gates
 from ...graphs.plan.plan import StagePlan
-from ..sample_prompts import Prompt
+from ..sample_prompts import SamplePrompt
 from .observe import ANSWER, TEXT, VISUAL
 
 
@@ -34,7 +34,7 @@ class _Call:
     (``decoder.Head``). The rows stand in slots [start, stop).
     """
 
-    segments: list[Segment]
+    segments: list[AppendedRows]
     rows: Tensor
     shared: tuple[Tensor, ...]
     start: int
@@ -42,7 +42,7 @@ class _Call:
     is_answer: bool
 
 
-class View(NamedTuple):
+class LastRowView(NamedTuple):
     """What the last prompt row sees in one layer; shapes as ``contract.probe_spec``, B = 1.
 
     key, value: FP32; of an INT8 cache, what it stands for.
@@ -61,7 +61,7 @@ class View(NamedTuple):
         return cosine[0].numpy(), norm[0].numpy()
 
 
-class Traveller:
+class PromptState:
     """A prompt, and its answer where it is known.
 
     Args:
@@ -73,13 +73,13 @@ class Traveller:
         kept: orders (K,) of the tokens that each selection so far kept.
     """
 
-    def __init__(self, begin: int, segments: Sequence[Segment], answer: Segment | None):
+    def __init__(self, begin: int, segments: Sequence[AppendedRows], answer: AppendedRows | None):
         self.begin = begin
         self.kept: list[np.ndarray] = []
         self._parts = [[segment] for segment in segments]  # of the next stage's calls
         self._answer = answer
         self._calls: list[_Call] = []
-        self._selected: Segment | None = None
+        self._selected: AppendedRows | None = None
 
     @property
     def sees(self) -> bool:
@@ -99,7 +99,7 @@ class Traveller:
         slots = StageSlots(np.zeros((1, 0), np.int32), np.zeros((1, 0), bool))
         slots.grow(self.begin + sum(part.count for parts, _ in calls for part in parts))
         order = np.arange(self.begin, dtype=np.int32)[None]
-        slots.write(Segment(False, None, order, order))
+        slots.write(AppendedRows(False, None, order, order))
         self._calls = []
         for parts, is_answer in calls:
             start = slots.used
@@ -140,7 +140,7 @@ class Traveller:
         gated: int | None,
         prefix: Tensor | None,
         scales: Scales | None,
-    ) -> View:
+    ) -> LastRowView:
         """Take every call through one layer.
 
         Args:
@@ -169,16 +169,16 @@ class Traveller:
         if scales is not None:
             key, value = Eager().read(key, scales[0]), Eager().read(value, scales[1])
         query_order = torch.from_numpy(self._prompt_calls[-1].segments[-1].order[:, -1].copy())
-        return View(last, key, value, self._order, query_order, self._visual_slots())
+        return LastRowView(last, key, value, self._order, query_order, self._visual_slots())
 
-    def select(self, selector: Selector, view: View) -> None:
+    def select(self, selector: Selector, view: LastRowView) -> None:
         """Choose the visual rows that go on; ``view`` is of the stage's last layer."""
         visual = self._joined(True)
         assert visual is not None
         rows, positions, order, _ = selector(
             *view, visual.rows, torch.from_numpy(visual.positions), torch.from_numpy(visual.order)
         )
-        self._selected = Segment(True, rows, positions.numpy(), order.numpy())
+        self._selected = AppendedRows(True, rows, positions.numpy(), order.numpy())
         self.kept.append(order[0].numpy())
 
     def leave(self, drop: bool) -> None:
@@ -205,7 +205,7 @@ class Traveller:
     def _prompt_calls(self) -> list[_Call]:
         return [call for call in self._calls if not call.is_answer]
 
-    def _joined(self, visual: bool) -> Segment | None:
+    def _joined(self, visual: bool) -> AppendedRows | None:
         """The prompt's rows of one kind as they are now; None where it has none."""
         found = []
         for call in self._prompt_calls:
@@ -217,7 +217,7 @@ class Traveller:
             ]
         if not found:
             return None
-        return Segment(
+        return AppendedRows(
             visual,
             torch.cat([rows for _, rows in found], 1),
             np.concatenate([segment.positions for segment, _ in found], 1),
@@ -235,13 +235,13 @@ class Traveller:
         return torch.tensor(slots, dtype=torch.int64)[None]
 
 
-def travellers(
-    prompts: Sequence[Prompt],
+def prompt_states(
+    prompts: Sequence[SamplePrompt],
     visual: Sequence[Sequence[Tensor]],
     table: Tensor,
     prefix_ids: Sequence[int],
     max_rows: int,
-) -> list[Traveller]:
+) -> list[PromptState]:
     """Every prompt before its first layer.
 
     Args:
@@ -256,14 +256,18 @@ def travellers(
         CapacityError: a prompt and its answer are longer than the context.
     """
     return [
-        _traveller(prompt, list(rows), table, tuple(prefix_ids), max_rows)
+        _prompt_state(prompt, list(rows), table, tuple(prefix_ids), max_rows)
         for prompt, rows in zip(prompts, visual, strict=True)
     ]
 
 
-def _traveller(
-    prompt: Prompt, visual: list[Tensor], table: Tensor, prefix_ids: tuple[int, ...], max_rows: int
-) -> Traveller:
+def _prompt_state(
+    prompt: SamplePrompt,
+    visual: list[Tensor],
+    table: Tensor,
+    prefix_ids: tuple[int, ...],
+    max_rows: int,
+) -> PromptState:
     parts = list(prompt.parts)
     if not parts or isinstance(parts[-1], np.ndarray):
         raise PromptError(f"{prompt.name}: the prompt ends in a picture. Ask something about it")
@@ -277,10 +281,10 @@ def _traveller(
     def embedded(ids: Sequence[int]) -> Tensor:
         return table[list(ids)].float()[None]
 
-    pictures, segments, at = iter(visual), [], begin
+    images, segments, at = iter(visual), [], begin
     for part in parts:
         if isinstance(part, np.ndarray):
-            segments.append(_segment(True, next(pictures), at))
+            segments.append(_segment(True, next(images), at))
         elif len(part):  # all of a text may have been prefix
             segments.append(_segment(False, embedded(part), at))
         at = begin + sum(segment.count for segment in segments)
@@ -293,9 +297,9 @@ def _traveller(
             f"{prompt.name}: prompt and answer take {at} rows, the model's context is {max_rows}. "
             "Shorten them, or leave the sample out"
         )
-    return Traveller(begin, segments, answer)
+    return PromptState(begin, segments, answer)
 
 
-def _segment(visual: bool, rows: Tensor, at: int) -> Segment:
+def _segment(visual: bool, rows: Tensor, at: int) -> AppendedRows:
     order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
-    return Segment(visual, rows, order, order)
+    return AppendedRows(visual, rows, order, order)

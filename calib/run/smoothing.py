@@ -21,19 +21,19 @@ from ...compile.quantize.int_arithmetic import (
     absmax,
     activation_scale,
     dequantise,
+    fake_quantised_weight,
     quantise,
-    rounded_weight,
 )
-from ...graphs.quantization import BLOCK, Observer, Scheme
+from ...graphs.quantization import SCALE_BLOCK, Observer, Scheme
 from .observers import Histogram, threshold
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Tried for smoothing."""
 
-AWARE_ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+AWQ_ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Tried for awareness."""
 
-ROWS, OUTPUTS = 128, 256
+SAMPLE_ROWS, SAMPLE_OUTPUTS = 128, 256
 """Rows, and outputs of each linear layer, that a search multiplies at most."""
 
 GAIN = 0.01
@@ -84,7 +84,7 @@ def smoothing_factors(
     return _factors(logs, live, logs[live].mean() if live.any() else 0.0)
 
 
-def awareness_factors(input_mean: np.ndarray, alpha: float) -> np.ndarray:
+def awq_factors(input_mean: np.ndarray, alpha: float) -> np.ndarray:
     """mean|X_j|^alpha, divided by the root of the largest times the smallest, as AWQ's code does.
 
     Dead channels take 1; all are within ``BOUND``.
@@ -133,13 +133,13 @@ def search_smoothing(
     return _search(error, lambda alpha: smoothing_factors(inputs, largest, alpha), rows, alphas)
 
 
-def search_awareness(
+def search_awq(
     rows: np.ndarray,
     weights: Sequence[np.ndarray],
     *,
     input_mean: np.ndarray | None = None,
-    alphas: Sequence[float] = AWARE_ALPHAS,
-    block: int = BLOCK,
+    alphas: Sequence[float] = AWQ_ALPHAS,
+    block: int = SCALE_BLOCK,
 ) -> Smoothing:
     """The alpha with which a group's outputs suffer least from W4.
 
@@ -151,14 +151,14 @@ def search_awareness(
     sample = _Sample.of(rows, weights)
     return _search(
         lambda factors: sample.error_w4(factors, block),
-        lambda alpha: awareness_factors(input_mean, alpha),
+        lambda alpha: awq_factors(input_mean, alpha),
         rows,
         alphas,
     )
 
 
 def sensitivity(
-    rows: np.ndarray, weight: np.ndarray, scale: np.float32, *, block: int = BLOCK
+    rows: np.ndarray, weight: np.ndarray, scale: np.float32, *, block: int = SCALE_BLOCK
 ) -> dict[Scheme, float]:
     """What each scheme costs one linear layer: ||Y - Yq||² / ||Y||², on rows and outputs as above.
 
@@ -172,12 +172,12 @@ def sensitivity(
     ones = np.ones(rows.shape[1], np.float32)
     return {
         "w8a8": sample.error_w8a8(ones, scale),
-        "w8": sample.error_of(sample.rows, rounded_weight(sample.weight)),
+        "w8": sample.error_of(sample.rows, fake_quantised_weight(sample.weight)),
         "w4": sample.error_w4(ones, block),
     }
 
 
-def rounding_error(rows: np.ndarray, weight: np.ndarray, scale: np.float32) -> float:
+def quantisation_error(rows: np.ndarray, weight: np.ndarray, scale: np.float32) -> float:
     """``sensitivity(rows, weight, scale)["w8a8"]`` alone, for whoever compares many scales."""
     ones = np.ones(rows.shape[1], np.float32)
     return _Sample.of(rows, [weight]).error_w8a8(ones, scale)
@@ -193,18 +193,20 @@ class _Sample:
 
     @classmethod
     def of(cls, rows: np.ndarray, weights: Sequence[np.ndarray]) -> _Sample:
-        some = _spread(rows, ROWS)
-        weight = np.concatenate([_spread(one, OUTPUTS) for one in weights])
+        some = _spread(rows, SAMPLE_ROWS)
+        weight = np.concatenate([_spread(one, SAMPLE_OUTPUTS) for one in weights])
         return cls(some, weight, some @ weight.T)
 
     def error_w8a8(self, factors: np.ndarray, scale: np.float32) -> float:
         """With inputs divided by ``factors`` and rounded with ``scale``."""
         rows = dequantise(quantise(self.rows / factors, scale), scale)
-        return self.error_of(rows, rounded_weight(self.weight * factors))
+        return self.error_of(rows, fake_quantised_weight(self.weight * factors))
 
     def error_w4(self, factors: np.ndarray, block: int) -> float:
         """With inputs divided by ``factors`` and not rounded."""
-        return self.error_of(self.rows / factors, rounded_weight(self.weight * factors, block))
+        return self.error_of(
+            self.rows / factors, fake_quantised_weight(self.weight * factors, block)
+        )
 
     def error_of(self, rows: np.ndarray, weight: np.ndarray) -> float:
         """Of the product of rounded rows and weights."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ...graphs.engine_index import Engines
 
 
-class BuildProgress(StepBar):
+class BuildProgressBar(StepBar):
     """A reporter (``compile/steps.py``) that shows and collects."""
 
     def __init__(self, console: Console | None = None):

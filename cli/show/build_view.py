@@ -10,8 +10,8 @@ from ...compile.engines.engines import can_compile
 from ...graphs.errors import MissingDependencyError, TargetError
 from ...graphs.quantization import QUANTISED, is_quantised
 from ...graphs.targets import Capability, find_target
-from ...runtime.device.probe import find_device
-from ...runtime.device.tensorrt import INSTALL, find
+from ...runtime.device.probe import find_gpu
+from ...runtime.device.tensorrt import INSTALL, find_trt_variant
 
 
 def with_kept(precision: str | None, kept: Sequence[str]) -> str | None:
@@ -47,11 +47,11 @@ def compile_here(name: str, portable: bool, capabilities: Sequence[Capability]) 
                     "Leave it out"
                 )
         return False
-    why = "--portable was given" if portable else can_compile(target, find_device())
+    why = "--portable was given" if portable else can_compile(target, find_gpu())
     if why is None:
         return True
-    flavour = find(target.backend)
-    if not portable and not target.capabilities and flavour is None:
+    trt_variant = find_trt_variant(target.backend)
+    if not portable and not target.capabilities and trt_variant is None:
         raise MissingDependencyError(
             f"target '{name}' is compiled by {target.backend}, which is not installed here. "
             f"{INSTALL[target.backend]}. Or stop at a portable bundle: --portable"

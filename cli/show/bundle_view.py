@@ -12,9 +12,9 @@ from ...graphs.bundle import Bundle, GraphFact
 from ...graphs.contract import TensorSpec
 from ...graphs.precision import ALWAYS
 from ...pages.units import show_bytes
-from .precision_view import rounding_facts, rounding_rows
+from .precision_view import quantisation_facts, quantisation_rows
 
-QUESTION_ROWS = 40
+INSPECT_QUESTION_ROWS = 40
 """Text rows of the prompt that cache sizes are stated for, besides the prefix and one picture."""
 
 
@@ -26,7 +26,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     row = 2 * text.kv_heads * text.head_dim * manifest.cache_element_bytes
     stages = []
     for stage in plan.stages:
-        rows = prefix + stage.visual_tokens + QUESTION_ROWS
+        rows = prefix + stage.visual_tokens + INSPECT_QUESTION_ROWS
         stages.append(
             {
                 "layers": list(stage.layers),
@@ -42,14 +42,14 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "target": manifest.target,
         "precision": manifest.precision,
         "dtype": manifest.dtype,
-        "quantization": rounding_facts(manifest),
+        "quantization": quantisation_facts(manifest),
         "lowering": manifest.lowering,
-        "widening": manifest.widening.to_dict(),
+        "widening": manifest.fallback.to_dict(),
         "layers": text.layers,
         "visual_tokens": manifest.config.visual_tokens,
         "context": text.max_positions,
         "prefix_rows": prefix,
-        "question_rows": QUESTION_ROWS,
+        "question_rows": INSPECT_QUESTION_ROWS,
         "stages": stages,
         "graphs": {
             name: {
@@ -79,9 +79,9 @@ def bundle_table(bundle: Bundle) -> RenderableType:
         ("plan", f"{plan['name']} {plan['hash'][:12]}"),
         ("", plan["note"]),
         ("target", f"{facts['target']}, {facts['precision']}, lowering {facts['lowering']}"),
-        *rounding_rows(facts["quantization"]),
+        *quantisation_rows(facts["quantization"]),
         ("in FP32", _always(bundle)),
-        *(("", str(reason)) for reason in bundle.manifest.widening.reasons),
+        *(("", str(reason)) for reason in bundle.manifest.fallback.reasons),
         ("prefix", f"{prefix} rows, computed when the bundle was built" if prefix else "none"),
         ("weights", show_bytes(facts["weight_bytes"])),
         ("files", show_bytes(facts["bundle_bytes"])),

@@ -12,14 +12,14 @@ from rich.text import Text
 from ...calib.samples import Sample, read_samples, samples_file
 from ...compile.checkpoint.known_models import DEMO
 from ...graphs.errors import DataError, PlanError, TargetError
-from ...graphs.quantization import QUANTISED, Recipe, is_quantised, parse_recipe
+from ...graphs.quantization import QUANTISED, QuantConfig, is_quantised, parse_quant_config
 from ...pages.units import show_seconds
 from .bar import StepBar
 
 if TYPE_CHECKING:
     from ...compile.quantize.calibration_file import Calibration
 
-DEMO_SAMPLES = 120
+CALIBRATION_SCENES = 120
 """Scenes read unless told otherwise."""
 
 DEMO_SERIES = 1000
@@ -47,23 +47,23 @@ def calibration_samples(
         )
     from ...demo.heldout import held_out
 
-    made = enumerate(held_out(count or DEMO_SAMPLES, DEMO_SERIES))
+    made = enumerate(held_out(count or CALIBRATION_SCENES, DEMO_SERIES))
     return [
         Sample(f"scene {number}", one.image, one.question, one.answer, one.kind)
         for number, one in made
     ], (f"demo scenes, series {DEMO_SERIES}",)
 
 
-def wish_or_plan(plan: str | None, **wish: Any) -> Any:
+def goal_or_plan(plan: str | None, **goal: Any) -> Any:
     """The plan that was named, or how to choose one: a ``calib.plan_search.chooser.Wish``.
 
-    wish: ``lose``, ``cost``, ``holdout``, ``most`` and ``precision``, None where not typed.
+    goal: ``lose``, ``cost``, ``holdout``, ``most`` and ``precision``, None where not typed.
 
     Raises:
         PlanError: both, or a budget that is none.
         TargetError: a precision that plans are not measured in.
     """
-    typed = {name: value for name, value in wish.items() if value is not None}
+    typed = {name: value for name, value in goal.items() if value is not None}
     if plan is not None:
         if typed:
             option = {"most": "candidates"}.get(next(iter(typed)), next(iter(typed)))
@@ -73,15 +73,15 @@ def wish_or_plan(plan: str | None, **wish: Any) -> Any:
             )
         return plan
     from ...calib.plan_search.choose import Budget
-    from ...calib.plan_search.chooser import Wish
+    from ...calib.plan_search.chooser import SelectionGoal
 
     if "precision" in typed:
-        typed["recipe"] = _recipe(typed.pop("precision"))
+        typed["recipe"] = _quant_config(typed.pop("precision"))
     limits = {name: typed.pop(name) for name in ("lose", "cost") if name in typed}
-    return Wish(Budget(**(limits or {"lose": 0.01})), **typed)
+    return SelectionGoal(Budget(**(limits or {"lose": 0.01})), **typed)
 
 
-def _recipe(precision: str) -> Recipe | None:
+def _quant_config(precision: str) -> QuantConfig | None:
     """Of a quantised precision; None: FP32."""
     if precision == "fp32":
         return None
@@ -91,10 +91,10 @@ def _recipe(precision: str) -> Recipe | None:
             f"{', '.join(QUANTISED)}, or a recipe such as int8:vision=float. For the FP16 graphs "
             "of a GPU choose in fp32: leave --precision out"
         )
-    return parse_recipe(precision)
+    return parse_quant_config(precision)
 
 
-class CalibrationProgress(StepBar):
+class CalibrationProgressBar(StepBar):
     """A ``calib.progress.Watcher`` on stderr."""
 
     def start(self, step: str, total: int | None) -> None:
@@ -108,7 +108,7 @@ class CalibrationProgress(StepBar):
 
 def calibration_facts(folder: Path, calibration: Calibration) -> dict[str, Any]:
     """What ``--json`` prints; the ranges themselves are in the folder."""
-    from ...calib.page.warnings import doubts
+    from ...calib.page.warnings import calibration_warnings
 
     return {
         "path": str(folder),
@@ -120,7 +120,7 @@ def calibration_facts(folder: Path, calibration: Calibration) -> dict[str, Any]:
         "best_observer": calibration.best_observer,
         "dynamics": dict(calibration.dynamics),
         "choice": dict(calibration.choice),
-        "doubts": doubts(calibration),
+        "doubts": calibration_warnings(calibration),
         "next": next_command(folder, calibration),
     }
 
@@ -137,8 +137,8 @@ def next_command(folder: Path, calibration: Calibration) -> str:
 
 def calibration_table(folder: Path, calibration: Calibration) -> RenderableType:
     """The plan with its reasons, what else was tried, doubts, and what to do next."""
-    from ...calib.page.calibration_page import NAME
-    from ...calib.page.warnings import doubts
+    from ...calib.page.calibration_page import CALIBRATION_PAGE
+    from ...calib.page.warnings import calibration_warnings
 
     samples, choice = calibration.samples, calibration.choice
     lines = [f"plan {choice.get('text', calibration.plan.name)}"]
@@ -158,11 +158,11 @@ def calibration_table(folder: Path, calibration: Calibration) -> RenderableType:
     if samples.unreadable:
         parts.append(Text(f"{len(samples.unreadable)} pictures could not be read, count nowhere:"))
         parts += [Text(f"  {name}: {why}") for name, why in samples.unreadable[:MOST_SHOWN]]
-    found = doubts(calibration)
+    found = calibration_warnings(calibration)
     if found:
         parts.append(Text("before you trust it:"))
         parts += [Text(f"  - {one}") for one in found]
-    parts.append(Text(f"read first: {folder / NAME}"))
+    parts.append(Text(f"read first: {folder / CALIBRATION_PAGE}"))
     parts.append(Text(f"then: {next_command(folder, calibration)}"))
     return Group(*parts)
 

@@ -18,8 +18,8 @@ from ...compile.engines.engines import can_compile
 from ...graphs.targets import OPENVINO, TARGETS, TENSORRT, TENSORRT_RTX, Target, show_capability
 from ...pages.units import show_bytes
 from ...runtime.backends.cpu import cores
-from ...runtime.device.probe import Device, find_device
-from ...runtime.device.tensorrt import find, serves
+from ...runtime.device.probe import GpuInfo, find_gpu
+from ...runtime.device.tensorrt import find_trt_variant, serves
 
 COMPILE_EXTRA = (
     "torch",
@@ -42,7 +42,7 @@ def doctor_facts() -> dict[str, Any]:
     versions = {name: _version(name) for name in COMPILE_EXTRA}
     absent = [name for name, found in versions.items() if found is None]
     ort, providers = _onnxruntime()
-    device = find_device()
+    device = find_gpu()
     return {
         "visistage": __version__,
         "python": platform.python_version(),
@@ -54,9 +54,9 @@ def doctor_facts() -> dict[str, Any]:
         "openvino": _version("openvino"),
         "gpu": device and {**asdict(device), "capability": show_capability(device.capability)},
         "engine_compilers": {
-            name: flavour.version
+            name: trt_variant.version
             for name in (TENSORRT, TENSORRT_RTX)
-            if (flavour := find(name)) is not None
+            if (trt_variant := find_trt_variant(name)) is not None
         },
         "compiler": versions,
         "targets": {
@@ -132,7 +132,7 @@ def _openvino(target: Target, absent: list[str]) -> dict[str, Any]:
     return {"build": not absent, "run": runs, "missing": missing}
 
 
-def _engines(target: Target, absent: list[str], device: Device | None) -> dict[str, Any]:
+def _engines(target: Target, absent: list[str], device: GpuInfo | None) -> dict[str, Any]:
     """A target with engines: graphs are exported anywhere, engines compiled where they can be."""
     missing = _to_export(absent)
     why = can_compile(target, device)
@@ -143,17 +143,17 @@ def _engines(target: Target, absent: list[str], device: Device | None) -> dict[s
     return {"build": not absent and why is None, "run": not reasons, "missing": missing}
 
 
-def _to_run(target: Target, device: Device | None) -> Iterator[str]:
+def _to_run(target: Target, device: GpuInfo | None) -> Iterator[str]:
     """What lacks to run the target's engines here."""
     if device is None:
         yield "an NVIDIA GPU and its driver; verify runs their graphs on the CPU"
     elif target.capabilities and device.capability not in target.capabilities:
         yield f"another GPU than this {show_capability(device.capability)}"
-    flavour = find(target.backend)
-    if flavour is None:
+    trt_variant = find_trt_variant(target.backend)
+    if trt_variant is None:
         yield f"{target.backend} is not installed"
-    elif not serves(target, flavour.version):
-        yield f"{target.backend} {target.versions[0]}, found {flavour.version}"
+    elif not serves(target, trt_variant.version):
+        yield f"{target.backend} {target.versions[0]}, found {trt_variant.version}"
     if not _has_cuda_core():
         yield CUDA_CORE
 

@@ -14,7 +14,7 @@ from ...compile.planfile import resolve_plan
 from ...graphs.bundle import MANIFEST, Bundle
 from ...graphs.errors import TargetError
 from ...pages.units import show_bytes
-from ...tools.estimate.estimate_target import PREFIX_ROWS, Subject
+from ...tools.estimate.estimate_target import PREFIX_ROWS, EstimateTarget
 from .plan_view import model_config
 
 PHASES = {
@@ -29,7 +29,9 @@ LONG_MS = 10_000
 """From here on times are told in seconds."""
 
 
-def subject_of(name: str, plan: str | None, precision: str | None, prefix: int | None) -> Subject:
+def estimate_target(
+    name: str, plan: str | None, precision: str | None, prefix: int | None
+) -> EstimateTarget:
     """The bundle at ``name``, or a model of that name with a plan.
 
     Raises:
@@ -46,11 +48,11 @@ def subject_of(name: str, plan: str | None, precision: str | None, prefix: int |
                     f"Leave it out, or type: visistage estimate {bundle.manifest.model} "
                     f"--{option} {value}"
                 )
-        return Subject.of(bundle)
+        return EstimateTarget.of(bundle)
     config = model_config(name)
     staged = resolve_plan(plan or "visipruner", config.text.layers, config.visual_tokens)
     rows = PREFIX_ROWS if prefix is None else prefix
-    return Subject(name, config, staged, precision or "fp16", rows)
+    return EstimateTarget(name, config, staged, precision or "fp16", rows)
 
 
 def estimate_table(facts: dict[str, Any]) -> RenderableType:
@@ -88,10 +90,10 @@ def estimate_table(facts: dict[str, Any]) -> RenderableType:
         table.add_row(words, *(show_times(run[key], error) for run in runs.values()))
     rates = (run["per_token_ms"] for run in runs.values())
     table.add_row("tokens a second", *(_per_second(rate) for rate in rates))
-    return Group(head, table, *_peers(facts), *(Text(line) for line in grounds(facts)))
+    return Group(head, table, *_peers(facts), *(Text(line) for line in estimate_basis(facts)))
 
 
-def grounds(facts: dict[str, Any]) -> list[str]:
+def estimate_basis(facts: dict[str, Any]) -> list[str]:
     """On what grounds, in words; the last lines of the output."""
     known, lines = facts["efficiency"], []
     if known["fitted"]:

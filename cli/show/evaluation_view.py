@@ -17,9 +17,9 @@ from ...compile.checkpoint.known_models import DEMO
 from ...graphs.errors import DataError
 
 if TYPE_CHECKING:
-    from ...calib.evaluate import Report
+    from ...calib.evaluate import EvaluationReport
 
-DEMO_SAMPLES = 200
+EVALUATION_SCENES = 200
 """Held-out scenes asked unless told otherwise."""
 
 MOST_SHOWN = 5
@@ -52,11 +52,11 @@ def chosen_samples(model: str, data: Path | None, count: int | None) -> list[Sam
 
     return [
         Sample(f"scene {number}", made.image, made.question, made.answer, made.kind)
-        for number, made in enumerate(held_out(count or DEMO_SAMPLES))
+        for number, made in enumerate(held_out(count or EVALUATION_SCENES))
     ]
 
 
-def report_table(report: Report) -> RenderableType:
+def evaluation_table(report: EvaluationReport) -> RenderableType:
     """Accuracy by type, speed, and the first few that went wrong."""
     table = Table("type", "right", "of", "accuracy")
     for column in table.columns[1:]:

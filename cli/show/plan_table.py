@@ -23,7 +23,7 @@ from ...graphs.plan.cost import (
     dense_cost,
     plan_cost,
     reduction_percent,
-    total,
+    total_cost,
 )
 from ...graphs.plan.plan import StagePlan
 from ...graphs.plan.stages import Edge
@@ -82,10 +82,10 @@ def plan_json(
                 "modes": modes_text(stage.modes),
                 "norm": stage.norm if stage.gated_layers else None,
                 "edge": edge,
-                "prefill_macs": total(loads, "prefill_macs"),
-                "visual_macs": total(loads, "visual_macs"),
-                "visual_kv_bytes": total(loads, "visual_kv_bytes"),
-                "kv_bytes": total(loads, "kv_bytes"),
+                "prefill_macs": total_cost(loads, "prefill_macs"),
+                "visual_macs": total_cost(loads, "visual_macs"),
+                "visual_kv_bytes": total_cost(loads, "visual_kv_bytes"),
+                "kv_bytes": total_cost(loads, "kv_bytes"),
             }
         )
     return {

@@ -10,7 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ...compile.checkpoint.known_models import ALIASES, DEMO, GEOMETRIES
+from ...compile.checkpoint.known_models import ALIASES, DEMO, KNOWN_MODELS
 from ...compile.planfile import resolve_plan
 from ...graphs.config import ModelConfig
 from ...graphs.errors import ModelError, PlanError
@@ -19,7 +19,7 @@ from ...graphs.plan.plan import StagePlan
 from ...graphs.presets.presets import LATER, PRESETS
 
 
-def plan_facts(
+def plan_cost_facts(
     plan: str, model: str, layers: int | None = None, visual_tokens: int | None = None
 ) -> tuple[StagePlan, Geometry]:
     """The plan that ``plan`` names, and the sizes of the decoder it is for.
@@ -91,8 +91,8 @@ def preset_table() -> Table:
 
 def _config(model: str) -> dict[str, Any]:
     known = next((name for name, hub in ALIASES.items() if hub == model), model)
-    if known in GEOMETRIES:
-        return dict(GEOMETRIES[known].config)
+    if known in KNOWN_MODELS:
+        return dict(KNOWN_MODELS[known].config)
     folder = Path(__file__).parents[2] / "demo" / "model" if model == DEMO else Path(model)
     file = folder / "config.json"
     try:
@@ -100,6 +100,6 @@ def _config(model: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{file}: cannot read the model's sizes: {error}. Give a folder with a config.json, or "
-            f"one of {', '.join([DEMO, *GEOMETRIES])}."
+            f"one of {', '.join([DEMO, *KNOWN_MODELS])}."
         ) from None
     return data

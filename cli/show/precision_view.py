@@ -19,7 +19,7 @@ MOST_NAMES = 6
 VALUE_BITS = {"w8a8": 8, "w8": 8, "w4": 4}
 
 
-def rounding_facts(manifest: Manifest) -> dict[str, Any] | None:
+def quantisation_facts(manifest: Manifest) -> dict[str, Any] | None:
     """What ``visistage inspect`` shows of quantisation, as JSON; None where all is float.
 
     ``places``: number of linear layers by scheme, for vision, each stage and the head;
@@ -27,7 +27,7 @@ def rounding_facts(manifest: Manifest) -> dict[str, Any] | None:
     are float in a place where others are not.
     """
     quantization = manifest.quantization
-    if not quantization.rounds:
+    if not quantization.quantises:
         return None
     shapes = tensor_shapes(manifest.config)
     places: dict[str, Counter[str]] = {}
@@ -50,7 +50,7 @@ def rounding_facts(manifest: Manifest) -> dict[str, Any] | None:
     }
 
 
-def rounding_rows(facts: dict[str, Any] | None) -> list[tuple[str, str]]:
+def quantisation_rows(facts: dict[str, Any] | None) -> list[tuple[str, str]]:
     """The same for people: names and values of table rows."""
     if facts is None:
         return []

@@ -29,7 +29,7 @@ class ByteSize(click.ParamType):
         return round(float(match[1]) * _SIZES[unit])
 
 
-class Share(click.ParamType):
+class ShareParam(click.ParamType):
     """An option such as ``1%`` or ``0.01``; a number above 1 without a sign is refused."""
 
     name = "share"

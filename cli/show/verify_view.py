@@ -9,43 +9,50 @@ from rich.text import Text
 
 from ...graphs.errors import ParityError
 from ...pages.units import show_seconds
-from ...tools.verify.check_steps import Step
-from ...tools.verify.verify_report import FAILED, IMPOSSIBLE, NOTHING, PASSED, Report, Rung
+from ...tools.verify.check_steps import Check
+from ...tools.verify.verify_report import (
+    FAILED,
+    IMPOSSIBLE,
+    NOTHING,
+    PASSED,
+    CheckRecord,
+    VerifyReport,
+)
 from .bar import StepBar
 
 STYLES = {PASSED: "green", FAILED: "bold red", IMPOSSIBLE: "yellow", NOTHING: "dim"}
 
 
-class LadderProgress(StepBar):
+class VerifyProgressBar(StepBar):
     """A watcher (``tools/verify/verify.py``)."""
 
     def __init__(self) -> None:
         super().__init__(measured=False)
 
-    def start(self, step: Step) -> None:
+    def start(self, check: Check) -> None:
         """Show the rung that is tried now."""
-        self.show(f"{step.name}: {step.compares}")
+        self.show(f"{check.name}: {check.compares}")
 
-    def done(self, rung: Rung) -> None:
+    def done(self, record: CheckRecord) -> None:
         """Leave one line behind."""
-        self.leave(f"{rung.name:<22} {rung.status:<17}{show_seconds(rung.seconds):>9}")
+        self.leave(f"{record.name:<22} {record.status:<17}{show_seconds(record.seconds):>9}")
 
 
-def report_table(report: Report, where: str) -> RenderableType:
+def verify_table(report: VerifyReport, where: str) -> RenderableType:
     """Every rung with its largest error, or why there is none; ``where`` the report lies."""
     table = Table("rung", "compares", "result", "largest error", "why")
-    for rung in report.rungs:
-        worst = rung.worst
+    for record in report.rungs:
+        worst = record.worst
         error = ""
         if worst is not None:
             number = "not finite" if worst.relative is None else f"{worst.relative:.1e}"
             error = f"{number} {worst.tensor}"
-        status = Text(rung.status, STYLES[rung.status])
-        table.add_row(rung.name, rung.compares, status, escape(error), escape(rung.reason))
+        status = Text(record.status, STYLES[record.status])
+        table.add_row(record.name, record.compares, status, escape(error), escape(record.reason))
     return Group(table, Text(f"the whole report: {where}"))
 
 
-def require_passed(report: Report, where: str) -> None:
+def require_passed(report: VerifyReport, where: str) -> None:
     """Raise for the first rung that failed.
 
     Raises:

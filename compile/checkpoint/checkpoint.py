@@ -24,21 +24,21 @@ from torch import Tensor
 
 from ...graphs.config import ModelConfig
 from ...graphs.errors import MissingDependencyError, ModelError, nearest
-from ..disk import require_room
+from ..disk import require_disk_space
 from .dummy import make_dummy
-from .known_models import ALIASES, DEMO, GEOMETRIES
+from .known_models import ALIASES, DEMO, KNOWN_MODELS
 from .safetensors_file import TensorInfo
-from .safetensors_index import read_json, read_tensors
+from .safetensors_index import read_checkpoint_json, read_tensors
 
 logger = logging.getLogger(__name__)
 
-CACHE = Path(".cache")
+CHECKPOINT_CACHE = Path(".cache")
 """Where dummy checkpoints are kept; downloads go to the hub's own cache."""
 
 ALLOWED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
-IGNORED = ["*/*", "consolidated*"]  # other formats and second copies of the weights
+IGNORED_FILES = ["*/*", "consolidated*"]  # other formats and second copies of the weights
 
-TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.A)
 
 
@@ -73,7 +73,7 @@ class Checkpoint:
 
     def json(self, name: str) -> dict[str, Any] | None:
         """The parsed JSON object in ``files[name]``, or None where there is no such file."""
-        return read_json(self.files[name]) if name in self.files else None
+        return read_checkpoint_json(self.files[name]) if name in self.files else None
 
     def load(self, name: str) -> Tensor:
         """The tensor called ``name``, mapped from its file: pages are read when they are used.
@@ -86,7 +86,7 @@ class Checkpoint:
         info = self.tensors[name]
         if info.file not in self._maps:
             self._maps[info.file] = _map(info.file)
-        dtype = TORCH_DTYPES[info.dtype]
+        dtype = SAFETENSORS_DTYPES[info.dtype]
         count = info.nbytes // dtype.itemsize
         if info.offset % dtype.itemsize:  # allowed by the format, but not by the processor
             raw = torch.frombuffer(
@@ -118,7 +118,7 @@ def open_checkpoint(
     revision: str | None = None,
     offline: bool = False,
     dummy_weights: bool = False,
-    cache: Path = CACHE,
+    cache: Path = CHECKPOINT_CACHE,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Checkpoint:
     """Find ``model``, download or make it if need be, and check all but the weights' values.
@@ -174,14 +174,14 @@ def open_folder(folder: Path, *, name: str, origin: str) -> Checkpoint:
             f"{folder} has no config.json: expected a Hugging Face checkpoint folder. Name the "
             "folder that holds it, or save the model with save_pretrained."
         )
-    raw = read_json(folder / "config.json")
+    raw = read_checkpoint_json(folder / "config.json")
     for holder in (raw, raw.get("text_config")):
         if isinstance(holder, Mapping) and holder.get("quantization_config"):
             method = holder["quantization_config"]
             method = method.get("quant_method", "?") if isinstance(method, Mapping) else "?"
             raise ModelError(
                 f"{folder / 'config.json'} says the weights are quantised ({method}), expected "
-                f"{', '.join(TORCH_DTYPES)}. Use the checkpoint that they were made from."
+                f"{', '.join(SAFETENSORS_DTYPES)}. Use the checkpoint that they were made from."
             )
     try:
         config = ModelConfig.from_hf(raw)
@@ -211,9 +211,9 @@ def _unknown(model: str) -> NoReturn:
     known = [*ALIASES, DEMO]
     if Path(model).is_file():
         raise ModelError(f"{model} is a file, expected a checkpoint folder. Name its folder.")
-    if model in GEOMETRIES:
+    if model in KNOWN_MODELS:
         raise ModelError(f"{model} has no weights, only a shape. Add --dummy-weights (DUMMY=1).")
-    hint = nearest(model, [*known, *GEOMETRIES])
+    hint = nearest(model, [*known, *KNOWN_MODELS])
     raise ModelError(
         f"there is no model {model!r}: neither a folder, nor a hub id org/name, nor one of "
         f"{', '.join(known)}.{hint} Try MODEL=demo."
@@ -236,7 +236,7 @@ def _download(repository: str, revision: str | None, offline: bool) -> Path:
             repository,
             revision=revision,
             allow_patterns=ALLOWED,
-            ignore_patterns=IGNORED,
+            ignore_patterns=IGNORED_FILES,
             **options,
         )
 
@@ -250,7 +250,7 @@ def _download(repository: str, revision: str | None, offline: bool) -> Path:
                 files = []  # unreachable; the next call finds the cached copy or says why not
             needed = sum(file.file_size for file in files if file.will_download)
             target = Path(huggingface_hub.constants.HF_HUB_CACHE)
-            require_room(target, needed, f"downloading {at}", "set HF_HOME to another disk")
+            require_disk_space(target, needed, f"downloading {at}", "set HF_HOME to another disk")
         return Path(snapshot(local_files_only=offline))
     except errors.GatedRepoError as error:
         raise ModelError(

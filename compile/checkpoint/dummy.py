@@ -26,23 +26,23 @@ import torch
 
 from ...graphs.config import ModelConfig
 from ...graphs.errors import CapacityError, ModelError
-from ..disk import locked, require_room
+from ..disk import locked, require_disk_space
 from .dummy_tokenizer import SYSTEM, write_text_files
-from .known_models import GEOMETRIES, Geometry
-from .names import HEAD, Shapes, published, tensor_shapes
-from .safetensors_index import INDEX, SINGLE
+from .known_models import KNOWN_MODELS, KnownModel
+from .names import HEAD_WEIGHT, Shapes, published_name, tensor_shapes
+from .safetensors_index import SHARD_INDEX, SINGLE
 
-VERSION = 1
+DUMMY_VERSION = 1
 """Raised when equal arguments give other bytes than before."""
 
-NOTE = "dummy.json"
+DUMMY_NOTE = "dummy.json"
 LOCK = ".lock"
-DTYPES = {
+DUMMY_DTYPES = {
     "float32": (torch.float32, "F32"),
     "float16": (torch.float16, "F16"),
     "bfloat16": (torch.bfloat16, "BF16"),
 }
-BLOCK = 16_777_213  # values; the largest prime below 2**24
+RANDOM_BLOCK = 16_777_213  # values; the largest prime below 2**24
 SHARD_BYTES = 4_500_000_000
 OTHER_BYTES = 4 << 20  # tokenizer and configs, generously
 
@@ -55,7 +55,7 @@ def make_dummy(
     *,
     dtype: str = "float16",
     seed: int = 0,
-    recipe: Geometry | None = None,
+    known_model: KnownModel | None = None,
     image_size: int | None = None,
     progress: Progress = lambda nbytes: None,
 ) -> Path:
@@ -64,11 +64,11 @@ def make_dummy(
     The folder appears under its name when it is whole; an interrupted run leaves nothing.
 
     Args:
-        geometry: a key of ``recipes.GEOMETRIES``, or the name of ``recipe``.
+        geometry: a key of ``recipes.GEOMETRIES``, or the name of ``known_model``.
         path: the folder to make.
         dtype: ``float16``, ``float32`` or ``bfloat16``.
         seed: of the random numbers.
-        recipe: shapes that are not listed there.
+        known_model: shapes that are not listed there.
         image_size: side of the pictures in pixels, and so the visual tokens; None: as published.
         progress: told about bytes as they are written.
 
@@ -76,22 +76,23 @@ def make_dummy(
         ModelError: an unknown geometry or type, or ``path`` holds something else.
         CapacityError: the disk has no room for it, or another run is making it.
     """
-    if recipe is None and geometry not in GEOMETRIES:
+    if known_model is None and geometry not in KNOWN_MODELS:
         raise ModelError(
-            f"there are no dummy weights of {geometry!r}, only of {', '.join(GEOMETRIES)}. "
+            f"there are no dummy weights of {geometry!r}, only of {', '.join(KNOWN_MODELS)}. "
             "Choose one of those: MODEL=llava-45m DUMMY=1"
         )
-    if dtype not in DTYPES:
+    if dtype not in DUMMY_DTYPES:
         raise ModelError(
-            f"dummy weights cannot be {dtype!r}, only {', '.join(DTYPES)}. Choose one of those."
+            f"dummy weights cannot be {dtype!r}, only {', '.join(DUMMY_DTYPES)}. Choose one of "
+            f"those."
         )
     path = Path(path)
-    recipe = recipe or GEOMETRIES[geometry]
+    known_model = known_model or KNOWN_MODELS[geometry]
     if image_size is not None:
-        recipe = _resized(recipe, image_size)
-    config = ModelConfig.from_hf(recipe.config)
-    shapes = tensor_shapes(config, whole_tower=True)
-    facts: dict = {"geometry": geometry, "dtype": dtype, "seed": seed, "version": VERSION}
+        known_model = _resized(known_model, image_size)
+    config = ModelConfig.from_hf(known_model.config)
+    shapes = tensor_shapes(config, whole_encoder=True)
+    facts: dict = {"geometry": geometry, "dtype": dtype, "seed": seed, "version": DUMMY_VERSION}
     if image_size is not None:
         facts["image_size"] = image_size
     if _complete(path, facts):
@@ -101,26 +102,26 @@ def make_dummy(
             f"{path} is there, but is not the dummy checkpoint {geometry} ({dtype}, seed {seed}). "
             "Remove it, or choose another folder."
         )
-    itemsize = DTYPES[dtype][0].itemsize
+    itemsize = DUMMY_DTYPES[dtype][0].itemsize
     nbytes = sum(map(math.prod, shapes.values())) * itemsize + OTHER_BYTES
-    require_room(
+    require_disk_space(
         path.parent, nbytes, f"the dummy checkpoint {geometry}", "take MODEL=llava-45m DUMMY=1"
     )
     with _folder(path) as folder:
         _write_weights(folder, shapes, dtype, _Blocks(dtype, seed, config.text.layers), progress)
-        _write_config(folder, recipe, dtype)
-        write_text_files(folder, config, recipe.specials, system=SYSTEM)
+        _write_config(folder, known_model, dtype)
+        write_text_files(folder, config, known_model.specials, system=SYSTEM)
         sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.name != LOCK}
-        (folder / NOTE).write_text(json.dumps(facts | {"files": dict(sorted(sizes.items()))}))
+        (folder / DUMMY_NOTE).write_text(json.dumps(facts | {"files": dict(sorted(sizes.items()))}))
     return path
 
 
-def _resized(recipe: Geometry, side: int) -> Geometry:
-    """``recipe`` for pictures of another size."""
-    vision = {**recipe.config["vision_config"], "image_size": side}
+def _resized(known_model: KnownModel, side: int) -> KnownModel:
+    """``known_model`` for pictures of another size."""
+    vision = {**known_model.config["vision_config"], "image_size": side}
     tokens = (side // vision["patch_size"]) ** 2
-    config = {**recipe.config, "vision_config": vision, "image_seq_length": tokens}
-    return replace(recipe, config=config)
+    config = {**known_model.config, "vision_config": vision, "image_seq_length": tokens}
+    return replace(known_model, config=config)
 
 
 class _Blocks:
@@ -128,8 +129,8 @@ class _Blocks:
 
     def __init__(self, dtype: str, seed: int, depth: int):
         generator = np.random.Generator(np.random.PCG64(seed))
-        self.values = torch.from_numpy(generator.standard_normal(BLOCK, dtype=np.float32))
-        self.dtype, self.seed, self.depth = DTYPES[dtype][0], seed, depth
+        self.values = torch.from_numpy(generator.standard_normal(RANDOM_BLOCK, dtype=np.float32))
+        self.dtype, self.seed, self.depth = DUMMY_DTYPES[dtype][0], seed, depth
         self.scaled: dict[float, memoryview] = {}
 
     def pieces(self, name: str, shape: tuple[int, ...]) -> Iterator[memoryview]:
@@ -140,7 +141,7 @@ class _Blocks:
             return
         block = self._block(_spread(name, shape, self.depth))
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        start = int.from_bytes(digest[:8], "little") % BLOCK * self.dtype.itemsize
+        start = int.from_bytes(digest[:8], "little") % RANDOM_BLOCK * self.dtype.itemsize
         left = math.prod(shape) * self.dtype.itemsize
         while left:
             piece = block[start : start + left]
@@ -172,7 +173,7 @@ def _spread(name: str, shape: tuple[int, ...], depth: int) -> float:
         return 0.5
     if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
         return (depth / 4) ** -0.5 * fan_in**-0.5
-    attends = name.endswith(("q_proj.weight", "k_proj.weight")) or name == HEAD
+    attends = name.endswith(("q_proj.weight", "k_proj.weight")) or name == HEAD_WEIGHT
     return (2.0 if attends else 1.0) * fan_in**-0.5
 
 
@@ -186,7 +187,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 def _write_weights(
     folder: Path, shapes: Shapes, dtype: str, blocks: _Blocks, progress: Progress
 ) -> None:
-    shards = _shards(shapes, DTYPES[dtype][0].itemsize)
+    shards = _shards(shapes, DUMMY_DTYPES[dtype][0].itemsize)
     where = {}
     for index, names in enumerate(shards):
         file = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
@@ -197,11 +198,11 @@ def _write_weights(
                 for piece in blocks.pieces(name, shapes[name]):
                     _write_all(stream, piece)
                     progress(len(piece))
-                where[published(name)] = file
+                where[published_name(name)] = file
     if len(shards) > 1:
-        total = sum(map(math.prod, shapes.values())) * DTYPES[dtype][0].itemsize
+        total = sum(map(math.prod, shapes.values())) * DUMMY_DTYPES[dtype][0].itemsize
         index_data = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        (folder / INDEX).write_text(json.dumps(index_data, indent=2) + "\n")
+        (folder / SHARD_INDEX).write_text(json.dumps(index_data, indent=2) + "\n")
 
 
 def _write_all(stream, data: bytes | memoryview) -> None:
@@ -232,12 +233,12 @@ def _shards(shapes: Shapes, itemsize: int) -> list[list[str]]:
 
 
 def _header(shapes: Shapes, dtype: str) -> bytes:
-    torch_dtype, name_in_file = DTYPES[dtype]
+    torch_dtype, name_in_file = DUMMY_DTYPES[dtype]
     entries: dict = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * torch_dtype.itemsize
-        entries[published(name)] = {
+        entries[published_name(name)] = {
             "dtype": name_in_file,
             "shape": list(shape),
             "data_offsets": [start, end],
@@ -247,14 +248,14 @@ def _header(shapes: Shapes, dtype: str) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_config(folder: Path, recipe: Geometry, dtype: str) -> None:
-    data = {**recipe.config, "dtype": dtype}
+def _write_config(folder: Path, known_model: KnownModel, dtype: str) -> None:
+    data = {**known_model.config, "dtype": dtype}
     (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n")
 
 
 def _complete(path: Path, facts: dict) -> bool:
     try:
-        noted = json.loads((path / NOTE).read_text())
+        noted = json.loads((path / DUMMY_NOTE).read_text())
         sizes = noted.pop("files")
         return noted == facts and all((path / k).stat().st_size == v for k, v in sizes.items())
     except (OSError, ValueError, AttributeError, KeyError, TypeError):

@@ -24,7 +24,7 @@ DEMO = "demo"
 
 
 @dataclass(frozen=True)
-class Geometry:
+class KnownModel:
     """Shapes without weights: a ``config.json``, token ids, and a sentence on where it is from."""
 
     config: Mapping[str, Any]
@@ -74,19 +74,19 @@ _LLAVA: dict[str, Any] = {
 _LLAVA_SPECIALS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001}
 _SMALL_SPECIALS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 3, "<pad>": 4}
 
-GEOMETRIES: Mapping[str, Geometry] = MappingProxyType(
+KNOWN_MODELS: Mapping[str, KnownModel] = MappingProxyType(
     {
-        "llava-7b": Geometry(
+        "llava-7b": KnownModel(
             {**_LLAVA, "text_config": _VICUNA_7B},
             _LLAVA_SPECIALS,
             "llava-hf/llava-1.5-7b-hf: 7.06 billion parameters",
         ),
-        "llava-13b": Geometry(
+        "llava-13b": KnownModel(
             {**_LLAVA, "text_config": _VICUNA_13B},
             _LLAVA_SPECIALS,
             "llava-hf/llava-1.5-13b-hf: 13.35 billion parameters",
         ),
-        "llava-45m": Geometry(
+        "llava-45m": KnownModel(
             {
                 **_LLAVA,
                 "image_token_index": 3,

@@ -19,7 +19,7 @@ from ...graphs.config import ModelConfig, TextConfig, VisionConfig
 Shapes = dict[str, tuple[int, ...]]
 
 EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+HEAD_WEIGHT = "lm_head.weight"
 
 _PREFIXES = (  # the longer ones first
     ("language_model.model.", "model."),
@@ -28,7 +28,7 @@ _PREFIXES = (  # the longer ones first
     ("model.vision_tower.", "vision_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
 )
-_TOWER = "vision_tower.vision_model."
+_VISION_MODEL = "vision_tower.vision_model."
 
 
 def canonical(name: str) -> str:
@@ -37,27 +37,27 @@ def canonical(name: str) -> str:
         if name.startswith(prefix):
             name = ours + name[len(prefix) :]
             break
-    return "vision_tower." + name[len(_TOWER) :] if name.startswith(_TOWER) else name
+    return "vision_tower." + name[len(_VISION_MODEL) :] if name.startswith(_VISION_MODEL) else name
 
 
-def published(name: str) -> str:
+def published_name(name: str) -> str:
     """How the published llava-hf files spell a canonical name; the inverse of ``canonical``."""
-    for theirs, ours in (*_PREFIXES[:2], (_TOWER, "vision_tower.")):
+    for theirs, ours in (*_PREFIXES[:2], (_VISION_MODEL, "vision_tower.")):
         if name.startswith(ours):
             return theirs + name[len(ours) :]
     return name
 
 
-def tensor_shapes(config: ModelConfig, *, whole_tower: bool = False) -> Shapes:
+def tensor_shapes(config: ModelConfig, *, whole_encoder: bool = False) -> Shapes:
     """Shape of every tensor the graphs read, by canonical name, in the model's order.
 
-    ``whole_tower`` adds the tower's layers behind the deepest chosen hidden state and its last
+    ``whole_encoder`` adds the tower's layers behind the deepest chosen hidden state and its last
     norm, which published files hold and nobody reads.
     """
     states = config.vision.layers + 1
     depth = max(index % states for index in config.feature_layers)
-    shapes = _tower(config.vision, config.vision.layers if whole_tower else depth)
-    if whole_tower:
+    shapes = _encoder(config.vision, config.vision.layers if whole_encoder else depth)
+    if whole_encoder:
         shapes |= _norm("vision_tower.post_layernorm", config.vision.hidden)
     width = config.text.hidden
     shapes |= _linear(
@@ -70,7 +70,7 @@ def tensor_shapes(config: ModelConfig, *, whole_tower: bool = False) -> Shapes:
     return shapes | decoder_shapes(config.text)
 
 
-def _tower(vision: VisionConfig, depth: int) -> Shapes:
+def _encoder(vision: VisionConfig, depth: int) -> Shapes:
     width, clip = vision.hidden, vision.kind == "clip"
     at = "vision_tower.embeddings"
     shapes: Shapes = {f"{at}.class_embedding": (width,)} if clip else {}
@@ -111,7 +111,7 @@ def decoder_shapes(text: TextConfig) -> Shapes:
         shapes |= _linear(f"{at}.mlp.down_proj", width, text.intermediate, text.mlp_bias)
         shapes[f"{at}.input_layernorm.weight"] = (width,)
         shapes[f"{at}.post_attention_layernorm.weight"] = (width,)
-    return shapes | {"model.norm.weight": (width,), HEAD: (text.vocab, width)}
+    return shapes | {"model.norm.weight": (width,), HEAD_WEIGHT: (text.vocab, width)}
 
 
 def _linear(at: str, outputs: int, inputs: int, bias: bool) -> Shapes:

@@ -14,15 +14,15 @@ from typing import Any, NoReturn
 
 from ...graphs.config import ModelConfig
 from ...graphs.errors import ModelError
-from .names import EMBEDDING, HEAD, canonical, tensor_shapes
+from .names import EMBEDDING, HEAD_WEIGHT, canonical, tensor_shapes
 from .safetensors_file import TensorInfo, read_header
 
 logger = logging.getLogger(__name__)
 
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+SHARD_INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 64 << 20
-FLOATS = ("F32", "F16", "BF16")
+FLOAT_DTYPES = ("F32", "F16", "BF16")
 _QUANTISED = ("I8", "U8", "I32", "I16", "F8_E4M3", "F8_E5M2", "F4")
 _FILE = re.compile(r"[^/\\\0]+\.safetensors")  # in the folder itself
 # Buffers that older transformers saved, and parts of towers that LLaVA never reads.
@@ -48,18 +48,18 @@ def read_tensors(folder: Path, config: ModelConfig) -> dict[str, TensorInfo]:
                 "save the model again with save_pretrained."
             )
         found[ours], spelled[ours] = info, name
-    if config.text.tied and HEAD not in found and EMBEDDING in found:
-        found[HEAD] = found[EMBEDDING]
+    if config.text.tied and HEAD_WEIGHT not in found and EMBEDDING in found:
+        found[HEAD_WEIGHT] = found[EMBEDDING]
     wanted = tensor_shapes(config)
     _check(folder, wanted, found)
-    unread = tensor_shapes(config, whole_tower=True)
+    unread = tensor_shapes(config, whole_encoder=True)
     for name in found:
         if name not in unread and not name.endswith(_UNREAD) and ".head." not in name:
             logger.warning("%s: %s is no part of the model and is not used", folder, name)
     return {name: found[name] for name in wanted}
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_checkpoint_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
@@ -88,14 +88,15 @@ def _stored(folder: Path) -> dict[str, TensorInfo]:
     """All tensors under the names in the files; transformers' own order of preference."""
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
-    if (folder / INDEX).is_file():
-        return _shards(folder, read_json(folder / INDEX).get("weight_map"))
+    if (folder / SHARD_INDEX).is_file():
+        return _shards(folder, read_checkpoint_json(folder / SHARD_INDEX).get("weight_map"))
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
         return read_header(files[0])
     if files:
         raise ModelError(
-            f"{folder} holds {len(files)} safetensors files but no {INDEX}, which says what lies "
+            f"{folder} holds {len(files)} safetensors files but no {SHARD_INDEX}, which says what "
+            f"lies "
             "where. Download it as well."
         )
     pickles = sorted(
@@ -109,13 +110,14 @@ def _stored(folder: Path) -> dict[str, TensorInfo]:
             ".save_pretrained('safe')\" in that folder"
         )
     raise ModelError(
-        f"{folder} holds no weights: expected {SINGLE}, or {INDEX} and its shards. Download them, "
+        f"{folder} holds no weights: expected {SINGLE}, or {SHARD_INDEX} and its shards. Download "
+        f"them, "
         "or try without weights: --dummy-weights (DUMMY=1)"
     )
 
 
 def _shards(folder: Path, where: Any) -> dict[str, TensorInfo]:
-    index = folder / INDEX
+    index = folder / SHARD_INDEX
     if not isinstance(where, dict) or not where:
         raise ModelError(f"{index} has no weight_map. Download it again.")
     headers: dict[str, dict[str, TensorInfo]] = {}
@@ -154,10 +156,10 @@ def _check(folder: Path, wanted: dict[str, tuple[int, ...]], found: dict[str, Te
     for name in wanted:
         if found[name].dtype in _QUANTISED:
             _quantised(folder, f"{name} as {found[name].dtype}")
-        if found[name].dtype not in FLOATS:
+        if found[name].dtype not in FLOAT_DTYPES:
             raise ModelError(
                 f"{found[name].file} holds {name} as {found[name].dtype}, expected one of "
-                f"{', '.join(FLOATS)}. Save the model again in one of those."
+                f"{', '.join(FLOAT_DTYPES)}. Save the model again in one of those."
             )
     wrong = [name for name, shape in wanted.items() if found[name].shape != shape]
     if wrong:
@@ -171,7 +173,7 @@ def _check(folder: Path, wanted: dict[str, tuple[int, ...]], found: dict[str, Te
 
 def _quantised(folder: Path, what: str) -> NoReturn:
     raise ModelError(
-        f"{folder} holds quantised weights ({what}), expected {', '.join(FLOATS)}. Use the "
+        f"{folder} holds quantised weights ({what}), expected {', '.join(FLOAT_DTYPES)}. Use the "
         "original checkpoint that they were made from."
     )
 

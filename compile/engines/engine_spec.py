@@ -15,16 +15,16 @@ from ...graphs.contract import PROBE, SLOT_STEP, GraphSpec, stage_of, stage_slot
 DECODE_ROWS = 8
 """Most rows of a call in the decode profile."""
 
-QUESTION_ROWS = 64
+PREFILL_QUESTION_ROWS = 64
 """Text rows of the call that prefill is tuned for."""
 
 Shape = tuple[int, ...]
-Sizes = dict[str, tuple[int, int, int]]
+SymbolSizes = dict[str, tuple[int, int, int]]
 """Smallest, likeliest and largest size of each symbol of the contract."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EngineSpec:
     """One engine to compile.
 
     Attributes:
@@ -46,43 +46,45 @@ class Recipe:
     profiles: tuple[dict[str, tuple[Shape, Shape, Shape]], ...]
 
 
-def recipes_of(manifest: Manifest) -> list[Recipe]:
+def engine_specs_of(manifest: Manifest) -> list[EngineSpec]:
     """Every engine of a bundle, in the order in which a prompt meets them."""
     out = []
     for name, fact in manifest.graphs.items():
         if fact.variants:
             for context, file in fact.variants.items():
                 slots = 0 if context == ANY_CONTEXT else _slots(manifest, name, context)
-                out.append(_recipe(manifest, name, file, context or None, (slots, slots, slots)))
+                out.append(
+                    _engine_spec(manifest, name, file, context or None, (slots, slots, slots))
+                )
         elif fact.spec.has("S"):
             likely, most = (_slots(manifest, name, pick(manifest.contexts)) for pick in (min, max))
-            out.append(_recipe(manifest, name, fact.file, None, (SLOT_STEP, likely, most)))
+            out.append(_engine_spec(manifest, name, fact.file, None, (SLOT_STEP, likely, most)))
         else:
-            out.append(_recipe(manifest, name, fact.file, None, (0, 0, 0)))
+            out.append(_engine_spec(manifest, name, fact.file, None, (0, 0, 0)))
     return out
 
 
-def _recipe(
+def _engine_spec(
     manifest: Manifest, graph: str, file: str, context: int | None, slots: tuple[int, int, int]
-) -> Recipe:
+) -> EngineSpec:
     spec, most = manifest.graphs[graph].spec, slots[2]
     stage = manifest.plan.stages[stage_of(graph)] if most else None
     visual = stage.visual_tokens if stage else 0
     # A probe reads all visual rows first, and later whatever few were kept.
     offered = (1 if graph == PROBE else visual, visual, most)
-    sizes: Sizes = {"B": (1, 1, 1), "S": slots, "N": offered}
+    sizes: SymbolSizes = {"B": (1, 1, 1), "S": slots, "N": offered}
     if spec.has("Q"):
-        likely = visual if stage_of(graph) == 0 and visual else visual + QUESTION_ROWS
+        likely = visual if stage_of(graph) == 0 and visual else visual + PREFILL_QUESTION_ROWS
         decode = (1, 1, DECODE_ROWS)
         prefill = (DECODE_ROWS + 1, min(max(likely, DECODE_ROWS + 1), most), most)
         profiles = [_profile(spec, sizes | {"Q": rows}) for rows in (decode, prefill)]
     else:
         profiles = [_profile(spec, sizes)]
     name = graph if context is None else f"{graph}.context{context}"
-    return Recipe(name, graph, context, file, spec, most, tuple(profiles))
+    return EngineSpec(name, graph, context, file, spec, most, tuple(profiles))
 
 
-def _profile(spec: GraphSpec, sizes: Sizes) -> dict[str, tuple[Shape, Shape, Shape]]:
+def _profile(spec: GraphSpec, sizes: SymbolSizes) -> dict[str, tuple[Shape, Shape, Shape]]:
     def at(shape: tuple[int | str, ...], which: int) -> Shape:
         return tuple(sizes[d][which] if isinstance(d, str) else d for d in shape)
 

@@ -22,25 +22,32 @@ from pathlib import Path
 from typing import Any
 
 from ...graphs.bundle import MANIFEST, Bundle, FileFact, changed_files, sha256
-from ...graphs.engine_index import FOLDER, FORMAT, INDEX, STAMP, EngineFact, Engines
+from ...graphs.engine_index import (
+    ENGINES_FOLDER,
+    ENGINES_FORMAT,
+    ENGINES_INDEX,
+    ENGINES_STAMP,
+    EngineFact,
+    Engines,
+)
 from ...graphs.errors import TargetError
 from ...graphs.targets import Capability, Target, find_target, show_capability
-from ...runtime.device.probe import Device, find_device
-from ...runtime.device.tensorrt import Flavour, find, load, serves
-from ..disk import require_room
-from ..steps import Reporter, Silent, Steps
-from .engine_spec import Recipe, recipes_of
+from ...runtime.device.probe import GpuInfo, find_gpu
+from ...runtime.device.tensorrt import TensorRtVariant, find_trt_variant, load_trt_variant, serves
+from ..disk import require_disk_space
+from ..steps import BuildProgress, NoBuildProgress, Steps
+from .engine_spec import EngineSpec, engine_specs_of
 from .worker_process import run_worker
 
 
-def can_compile(target: Target, device: Device | None) -> str | None:
+def can_compile(target: Target, device: GpuInfo | None) -> str | None:
     """Why this machine cannot compile for ``target``; None where it can."""
-    flavour = find(target.backend)
-    if flavour is None:
+    trt_variant = find_trt_variant(target.backend)
+    if trt_variant is None:
         return f"{target.backend} is not installed"
-    if not serves(target, flavour.version):
-        return f"{target.backend} {target.versions[0]} is needed, found {flavour.version}"
-    if flavour.names_capabilities:
+    if not serves(target, trt_variant.version):
+        return f"{target.backend} {target.versions[0]} is needed, found {trt_variant.version}"
+    if trt_variant.names_capabilities:
         return None
     if device is None:
         return f"{target.backend} compiles on the GPU that shall run the engines; there is none"
@@ -54,7 +61,7 @@ def compile_engines(
     bundle: Bundle,
     *,
     capabilities: Sequence[Capability] = (),
-    reporter: Reporter | None = None,
+    progress: BuildProgress | None = None,
 ) -> Engines:
     """Compile every engine of ``bundle`` that is not there yet.
 
@@ -62,47 +69,49 @@ def compile_engines(
         bundle: for a target with engines, complete and unchanged.
         capabilities: GPUs to compile for, where the compiler can name them; by default the
             target's.
-        reporter: told of every engine.
+        progress: told of every engine.
 
     Raises:
         TargetError, MissingDependencyError: not with this machine's compiler or GPU.
         EngineError: the compiler failed; the message names engine and log.
         CapacityError: the disk is too small.
     """
-    reporter = reporter or Silent()
+    progress = progress or NoBuildProgress()
     target = find_target(bundle.manifest.target)
     if not target.engines:
         raise TargetError(
             f"{bundle.path} is for target '{target.name}', which runs graphs as they are: there is "
             "nothing to compile"
         )
-    flavour = load(target)
-    named = _capabilities(target, flavour, capabilities)
+    trt_variant = load_trt_variant(target)
+    named = _capabilities(target, trt_variant, capabilities)
     bundle.check()
     manifest_hash = sha256(bundle.path / MANIFEST)
     key = hashlib.sha256(
-        json.dumps([FORMAT, manifest_hash, flavour.version, named]).encode()
+        json.dumps([ENGINES_FORMAT, manifest_hash, trt_variant.version, named]).encode()
     ).hexdigest()
-    index = bundle.path / FOLDER / INDEX
-    with Steps(bundle.path / FOLDER, key, reporter) as steps:
-        recipes = recipes_of(bundle.manifest)
-        _drop_changed(steps.folder, recipes)
+    index = bundle.path / ENGINES_FOLDER / ENGINES_INDEX
+    with Steps(bundle.path / ENGINES_FOLDER, key, progress) as steps:
+        engine_specs = engine_specs_of(bundle.manifest)
+        _drop_changed(steps.folder, engine_specs)
         if not index.exists():
-            require_room(
+            require_disk_space(
                 steps.folder,
                 _expected_bytes(bundle) - _written(steps.folder),
                 "the set of engines",
                 "copy the bundle to another disk",
             )
-        cache = _timing_cache(flavour)
-        for recipe in recipes:
-            run = partial(_compile, bundle, recipe, flavour, named, cache, steps.folder, reporter)
-            steps.step(f"engine {recipe.name}", run)
-        facts = [json.loads((steps.folder / _facts_file(r)).read_text()) for r in recipes]
+        cache = _timing_cache(trt_variant)
+        for engine_spec in engine_specs:
+            run = partial(
+                _compile, bundle, engine_spec, trt_variant, named, cache, steps.folder, progress
+            )
+            steps.step(f"engine {engine_spec.name}", run)
+        facts = [json.loads((steps.folder / _facts_file(r)).read_text()) for r in engine_specs]
         data = {
-            "format": FORMAT,
-            "backend": flavour.backend,
-            "version": flavour.version,
+            "format": ENGINES_FORMAT,
+            "backend": trt_variant.backend,
+            "version": trt_variant.version,
             "capabilities": named,
             "built_on": f"{platform.system()} {platform.machine()}",
             "bundle": manifest_hash,
@@ -114,91 +123,91 @@ def compile_engines(
     return engines
 
 
-def _drop_changed(folder: Path, recipes: Sequence[Recipe]) -> None:
+def _drop_changed(folder: Path, engine_specs: Sequence[EngineSpec]) -> None:
     """Remove engines that are not what was compiled, so that they are compiled again."""
     facts = {}
-    for recipe in recipes:
-        noted = folder / _facts_file(recipe)
+    for engine_spec in engine_specs:
+        noted = folder / _facts_file(engine_spec)
         if noted.is_file():
             fact = json.loads(noted.read_text())
             facts[folder / fact["file"]] = FileFact(fact["nbytes"], fact["sha256"])
-    for file in changed_files(facts, folder / STAMP):
+    for file in changed_files(facts, folder / ENGINES_STAMP):
         file.unlink(missing_ok=True)
 
 
 def _compile(
     bundle: Bundle,
-    recipe: Recipe,
-    flavour: Flavour,
+    engine_spec: EngineSpec,
+    trt_variant: TensorRtVariant,
     capabilities: Sequence[Capability],
     timing_cache: Path | None,
     folder: Path,
-    reporter: Reporter,
+    progress: BuildProgress,
 ) -> list[str]:
     """Compile one engine; it gets its final name when it is complete."""
-    file = f"{recipe.name}.engine"
+    file = f"{engine_spec.name}.engine"
     partial_file = folder / f"{file}.partial"
-    job = job_of(bundle, recipe, flavour, capabilities, partial_file, timing_cache)
-    log = folder / f"{recipe.name}.log"
-    outcome = run_worker(job, f"engine '{recipe.name}'", log, reporter.advance)
+    job = job_of(bundle, engine_spec, trt_variant, capabilities, partial_file, timing_cache)
+    log = folder / f"{engine_spec.name}.log"
+    outcome = run_worker(job, f"engine '{engine_spec.name}'", log, progress.advance)
     facts: dict[str, Any] = {name: outcome.facts[name] for name in outcome.facts if name != "steps"}
     fact = EngineFact(
-        name=recipe.name,
-        graph=recipe.graph,
-        context=recipe.context,
-        slots=recipe.slots,
+        name=engine_spec.name,
+        graph=engine_spec.graph,
+        context=engine_spec.context,
+        slots=engine_spec.slots,
         file=file,
         nbytes=partial_file.stat().st_size,
         profiles=[
             {name: [list(shape) for shape in shapes] for name, shapes in profile.items()}
-            for profile in recipe.profiles
+            for profile in engine_spec.profiles
         ],
         seconds=round(outcome.seconds, 2),
         peak_bytes=outcome.peak_bytes,
         peak_anonymous_bytes=outcome.peak_anonymous_bytes,
         **facts,
     )
-    _write(folder / _facts_file(recipe), json.dumps(asdict(fact)))
+    _write(folder / _facts_file(engine_spec), json.dumps(asdict(fact)))
     partial_file.replace(folder / file)
-    return [file, _facts_file(recipe)]
+    return [file, _facts_file(engine_spec)]
 
 
 def job_of(
     bundle: Bundle,
-    recipe: Recipe,
-    flavour: Flavour,
+    engine_spec: EngineSpec,
+    trt_variant: TensorRtVariant,
     capabilities: Sequence[Capability],
     output: Path,
     timing_cache: Path | None = None,
 ) -> dict[str, Any]:
     """What the worker is told (``worker.compile_engine``)."""
     return {
-        "backend": flavour.backend,
-        "source": str(bundle.file(recipe.source)),
+        "backend": trt_variant.backend,
+        "source": str(bundle.file(engine_spec.source)),
         "output": str(output),
-        "inputs": {spec.name: spec.dtype for spec in recipe.spec.inputs},
-        "outputs": {spec.name: spec.dtype for spec in recipe.spec.outputs},
-        "profiles": recipe.profiles,
+        "inputs": {spec.name: spec.dtype for spec in engine_spec.spec.inputs},
+        "outputs": {spec.name: spec.dtype for spec in engine_spec.spec.outputs},
+        "profiles": engine_spec.profiles,
         "capabilities": capabilities,
         "timing_cache": None if timing_cache is None else str(timing_cache),
     }
 
 
 def _capabilities(
-    target: Target, flavour: Flavour, given: Sequence[Capability]
+    target: Target, trt_variant: TensorRtVariant, given: Sequence[Capability]
 ) -> list[Capability]:
     """GPUs to compile for; refuses what this machine cannot compile for."""
-    why = can_compile(target, find_device())
+    why = can_compile(target, find_gpu())
     if why is not None:
         raise TargetError(
             f"engines for target '{target.name}' cannot be compiled here: {why}. Copy the bundle "
             "to the machine that shall run it, and type there: visistage build BUNDLE"
         )
-    if given and not flavour.names_capabilities:
+    if given and not trt_variant.names_capabilities:
         raise TargetError(
-            f"{flavour.backend} compiles for the GPU that is there; --sm cannot be honoured"
+            f"{trt_variant.backend} compiles for the GPU that is there; --sm cannot be honoured"
         )
-    named = list(given or target.capabilities) if flavour.names_capabilities else []
+    named = list(given or target.capabilities) if trt_variant.names_capabilities else []
     foreign = [one for one in named if target.capabilities and one not in target.capabilities]
     if foreign:
         raise TargetError(
@@ -206,18 +215,18 @@ def _capabilities(
             f"{show_capability(foreign[0])}. For other GPUs: make engines TARGET=rtx"
         )
     for one in named:
-        flavour.capability(one)
+        trt_variant.capability(one)
     return named
 
 
-def _timing_cache(flavour: Flavour) -> Path | None:
+def _timing_cache(trt_variant: TensorRtVariant) -> Path | None:
     """Where the compiler keeps what it learned about kernels, for the next build here."""
-    if not flavour.timing_cache:
+    if not trt_variant.timing_cache:
         return None
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = home / "visistage"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"timing-{flavour.backend}-{flavour.version}.cache"
+    return folder / f"timing-{trt_variant.backend}-{trt_variant.version}.cache"
 
 
 def _expected_bytes(bundle: Bundle) -> int:
@@ -230,8 +239,8 @@ def _written(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.engine"))
 
 
-def _facts_file(recipe: Recipe) -> str:
-    return f"{recipe.name}.json"
+def _facts_file(engine_spec: EngineSpec) -> str:
+    return f"{engine_spec.name}.json"
 
 
 def _write(file: Path, text: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ...graphs.errors import EngineError, VisistageError
-from ...runtime.device.tensorrt import Flavour, find
+from ...runtime.device.tensorrt import TensorRtVariant, find_trt_variant
 
 UNUSED = "Unused Input"
 """What is said of an input that the parser does not know: it builds, and computes wrong numbers."""
@@ -34,15 +34,17 @@ def main() -> None:
     sys.stdout = sys.stderr  # whatever prints from here on belongs into the log
     job = json.load(sys.stdin)
     try:
-        flavour = find(job["backend"])
-        if flavour is None:
+        trt_variant = find_trt_variant(job["backend"])
+        if trt_variant is None:
             raise EngineError(f"{job['backend']} cannot be loaded")
-        _answer(answers, {"facts": compile_engine(flavour, job, answers)})
+        _answer(answers, {"facts": compile_engine(trt_variant, job, answers)})
     except VisistageError as error:
         _answer(answers, {"error": str(error)})
 
 
-def compile_engine(flavour: Flavour, job: dict[str, Any], answers: TextIO) -> dict[str, Any]:
+def compile_engine(
+    trt_variant: TensorRtVariant, job: dict[str, Any], answers: TextIO
+) -> dict[str, Any]:
     """Parse, check, compile and write one engine; returns what ``EngineFact`` holds of it.
 
     ``job``: backend, source, output, inputs and outputs (name to dtype), profiles, capabilities,
@@ -51,8 +53,8 @@ def compile_engine(flavour: Flavour, job: dict[str, Any], answers: TextIO) -> di
     Raises:
         EngineError: the parser or the compiler refuses the graph.
     """
-    trt = flavour.module
-    logger = _logger(flavour)
+    trt = trt_variant.module
+    logger = _logger(trt_variant)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     _parse(trt, network, logger, job)
@@ -63,16 +65,16 @@ def compile_engine(flavour: Flavour, job: dict[str, Any], answers: TextIO) -> di
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # and no run can be captured
     for number, capability in enumerate(job["capabilities"]):
         config.num_compute_capabilities = len(job["capabilities"])
-        config.set_compute_capability(flavour.capability(tuple(capability)), number)
+        config.set_compute_capability(trt_variant.capability(tuple(capability)), number)
     for shapes in job["profiles"]:
         profile = builder.create_optimization_profile()
-        for name, (smallest, likeliest, largest) in shapes.items():
-            profile.set_shape(name, smallest, likeliest, largest)
+        for name, (smallest, optimum, largest) in shapes.items():
+            profile.set_shape(name, smallest, optimum, largest)
         if config.add_optimization_profile(profile) < 0:
             raise EngineError("the compiler refuses the optimization profile")
-    config.progress_monitor = monitor = _monitor(flavour, answers)
+    config.progress_monitor = monitor = _monitor(trt_variant, answers)
     cache = _load_timing_cache(config, job["timing_cache"])
-    digest = _build(flavour, builder, network, config, Path(job["output"]))
+    digest = _build(trt_variant, builder, network, config, Path(job["output"]))
     if digest is None:
         raise EngineError(logger.errors[0] if logger.errors else "the compiler returned no engine")
     dropped = [line for line in logger.warnings if UNUSED in line]
@@ -122,12 +124,12 @@ def _parse(trt: Any, network: Any, logger: Any, job: dict[str, Any]) -> None:
             raise EngineError(f"the parser read other {side} than the contract's: {found}")
 
 
-def _build(flavour: Flavour, builder, network, config, output: Path) -> str | None:
+def _build(trt_variant: TensorRtVariant, builder, network, config, output: Path) -> str | None:
     """Compile into ``output``, streaming where that is possible (it saves a copy of the weights).
 
     Returns the SHA-256 of what was written, or None where nothing was.
     """
-    trt: Any = flavour.module
+    trt: Any = trt_variant.module
     digest = hashlib.sha256()
     with output.open("wb") as stream:
         if hasattr(builder, "build_serialized_network_to_stream"):
@@ -148,9 +150,9 @@ def _build(flavour: Flavour, builder, network, config, output: Path) -> str | No
     return digest.hexdigest()
 
 
-def _logger(flavour: Flavour) -> Any:
+def _logger(trt_variant: TensorRtVariant) -> Any:
     """A logger that writes to stderr and remembers warnings and errors."""
-    trt: Any = flavour.module
+    trt: Any = trt_variant.module
 
     class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self):
@@ -170,9 +172,9 @@ def _logger(flavour: Flavour) -> Any:
     return Logger()
 
 
-def _monitor(flavour: Flavour, answers: TextIO) -> Any:
+def _monitor(trt_variant: TensorRtVariant, answers: TextIO) -> Any:
     """The compiler's progress as answers: how many of its steps are done."""
-    trt: Any = flavour.module
+    trt: Any = trt_variant.module
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
         def __init__(self):

@@ -23,7 +23,7 @@ SAMPLE_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CompileOutcome:
     """What a compilation took: ``facts`` from the worker, seconds, and bytes of memory at its peak.
 
     ``peak_bytes`` counts the mapped weights, ``peak_anonymous_bytes`` does not; both are 0 where
@@ -37,11 +37,11 @@ class Outcome:
 
 
 def run_worker(
-    job: dict[str, Any], what: str, log: Path, tell: Callable[[int], None] = lambda steps: None
-) -> Outcome:
+    job: dict[str, Any], what: str, log: Path, advance: Callable[[int], None] = lambda steps: None
+) -> CompileOutcome:
     """Compile ``job`` (see ``worker.compile_engine``); ``what`` names it in errors.
 
-    ``log`` receives what the compiler says, ``tell`` the number of new steps it has done.
+    ``log`` receives what the compiler says, ``advance`` the number of new steps it has done.
 
     Raises:
         EngineError: it failed; the message says how, and where the log is.
@@ -69,7 +69,7 @@ def run_worker(
         for line in process.stdout:
             heard = json.loads(line)
             if "step" in heard:
-                tell(1)
+                advance(1)
             else:
                 answer = heard
         code = process.wait()
@@ -81,7 +81,7 @@ def run_worker(
         why = answer.get("error") or _how_it_ended(code, memory.peak, log)
         raise EngineError(f"{what} was not compiled: {why}. All the compiler said: {log}")
     seconds = time.perf_counter() - started
-    return Outcome(answer["facts"], seconds, memory.peak, memory.peak_anonymous)
+    return CompileOutcome(answer["facts"], seconds, memory.peak, memory.peak_anonymous)
 
 
 def _how_it_ended(code: int, peak: int, log: Path) -> str:
@@ -105,14 +105,14 @@ class _Memory:
         self.peak = self.peak_anonymous = 0
         self._status = Path(f"/proc/{pid}/status")
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._observe, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         self._over.set()
         self._thread.join()
 
-    def _watch(self) -> None:
+    def _observe(self) -> None:
         while not self._over.wait(SAMPLE_SECONDS):
             try:
                 lines = self._status.read_text().splitlines()

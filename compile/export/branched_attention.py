@@ -1,7 +1,7 @@
 """Attention that asks how many rows are new, for ONNX Runtime on a CPU.
 
-Written in place of ``ops.BRANCHED_ATTENTION``, once a graph is flat, as an ``If`` of two forms of
-the same sum:
+Written in place of ``ops.CONDITIONAL_ATTENTION``, once a graph is flat, as an ``If`` of two forms
+of the same sum:
 
     many rows   Values under their gates, then fused attention. Where rows come in order, in
                 ``PIECES`` pieces, each over the slots that its last row may see: most of what a
@@ -23,15 +23,15 @@ import numpy as np
 import onnx_ir
 
 from ...graphs.contract import MANY_ROWS
-from ...graphs.modules.ops import BRANCHED_ATTENTION, SOFTMAX_FLOOR
+from ...graphs.modules.ops import CONDITIONAL_ATTENTION, SOFTMAX_FLOOR
 
 PIECES = 4
 
-DOMAIN, _, OPERATOR = BRANCHED_ATTENTION.partition("::")
+DOMAIN, _, OPERATOR = CONDITIONAL_ATTENTION.partition("::")
 
 
-def branch_attention(model: onnx_ir.Model) -> None:
-    """Write out every ``ops.BRANCHED_ATTENTION`` of a flat graph, in place."""
+def write_conditional_attention(model: onnx_ir.Model) -> None:
+    """Write out every ``ops.CONDITIONAL_ATTENTION`` of a flat graph, in place."""
     calls = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]
     if not calls:
         return
@@ -89,7 +89,7 @@ class Nodes:
         return self.graph.initializers[name]
 
 
-class Sizes(NamedTuple):
+class AttentionSizes(NamedTuple):
     """H query heads, G heads of keys and values, d channels of each."""
 
     heads: int
@@ -119,7 +119,7 @@ def _write_out(
     """Put an ``If`` in the place of one call."""
     out = call.outputs[0]
     branches = {}
-    sizes = Sizes(*(call.attributes[size].as_int() for size in Sizes._fields))
+    sizes = AttentionSizes(*(call.attributes[size].as_int() for size in AttentionSizes._fields))
     for branch, form in (("then_branch", partial(_many, cuts=cuts)), ("else_branch", _few)):
         nodes = Nodes(graph, f"{name}_{branch[:4]}")
         made = form(nodes, call.inputs, sizes)
@@ -131,7 +131,9 @@ def _write_out(
     onnx_ir.convenience.replace_nodes_and_values(graph, call, [call], [node], [out], [replaced])
 
 
-def _many(nodes: Nodes, inputs: Sequence[Any], sizes: Sizes, cuts: Cuts | None) -> onnx_ir.Value:
+def _many(
+    nodes: Nodes, inputs: Sequence[Any], sizes: AttentionSizes, cuts: Cuts | None
+) -> onnx_ir.Value:
     """Gates on values; in pieces where ``cuts`` say so."""
     q, k, v, visible, _, *gates = inputs
     if gates:
@@ -160,7 +162,7 @@ def _many(nodes: Nodes, inputs: Sequence[Any], sizes: Sizes, cuts: Cuts | None) 
 def _gated_values(
     nodes: Nodes,
     v: onnx_ir.Value,
-    sizes: Sizes,
+    sizes: AttentionSizes,
     value: onnx_ir.Value,
     sink: onnx_ir.Value | None = None,
 ) -> onnx_ir.Value:
@@ -174,7 +176,7 @@ def _gated_values(
     return nodes.add("Add", [gated, shared])
 
 
-def _few(nodes: Nodes, inputs: Sequence[Any], sizes: Sizes) -> onnx_ir.Value:
+def _few(nodes: Nodes, inputs: Sequence[Any], sizes: AttentionSizes) -> onnx_ir.Value:
     """Gates on weights of slots."""
     q, k, v, visible, _, *gates = inputs
     if not gates:
@@ -203,7 +205,9 @@ def _few(nodes: Nodes, inputs: Sequence[Any], sizes: Sizes) -> onnx_ir.Value:
     return out
 
 
-def _first(nodes: Nodes, v: onnx_ir.Value, sink: onnx_ir.Value, sizes: Sizes) -> onnx_ir.Value:
+def _first(
+    nodes: Nodes, v: onnx_ir.Value, sink: onnx_ir.Value, sizes: AttentionSizes
+) -> onnx_ir.Value:
     """``ops.Gate.first_visual``: (B, G, 1, d) of v (B, G, S, d)."""
     _, groups, width = sizes
     index = nodes.add("ArgMax", [sink], axis=1, keepdims=1)

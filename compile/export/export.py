@@ -17,7 +17,7 @@ from ...graphs.config import ModelConfig, TextConfig
 from ...graphs.contract import (
     PROBE,
     GraphSpec,
-    Part,
+    StagePart,
     part_names,
     probe_spec,
     probed,
@@ -28,16 +28,16 @@ from ...graphs.contract import (
 )
 from ...graphs.linears import linear_groups
 from ...graphs.modules.decoder import DecoderStage
-from ...graphs.modules.ops import Llm, LlmBranched, LlmRows, Portable
+from ...graphs.modules.ops import Llm, LlmConditional, LlmRows, Portable
 from ...graphs.modules.quantized import is_cache_scale, replace_linears, round_caches
 from ...graphs.modules.rope import frequencies
 from ...graphs.modules.select import Prober, Selector
 from ...graphs.modules.vision import Vision
 from ...graphs.plan.plan import StagePlan
-from ...graphs.precision import NARROW, Widening
+from ...graphs.precision import NO_FALLBACK, Fp32Fallback
 from ...graphs.quantization import FLOAT, Quantization
-from ...graphs.targets import BRANCHED, LLM, PORTABLE, Target, check_operators
-from .node_names import label_layers
+from ...graphs.targets import LLM, LLM_CONDITIONAL, PORTABLE, Target, check_operators
+from .node_names import prefix_node_names
 from .stitch import TORCH_DTYPES, Stitcher
 
 FREQUENCIES = "head.inverse_frequencies"
@@ -77,15 +77,15 @@ def graphs_of(
     plan: StagePlan,
     dtype: str,
     lowering: str,
-    parts: Sequence[Part] | None = None,
-    widening: Widening = NARROW,
+    parts: Sequence[StagePart] | None = None,
+    fallback: Fp32Fallback = NO_FALLBACK,
     quantization: Quantization = FLOAT,
     engines: bool = False,
 ) -> list[Graph]:
     """Every graph of a bundle, in the order in which a prompt meets them.
 
     ``dtype`` is ``float32`` or ``float16``; ``lowering`` one of ``targets.LOWERINGS``; ``parts``
-    cuts stages into several graphs, by default each is one; ``widening`` says what of an FP16
+    cuts stages into several graphs, by default each is one; ``fallback`` says what of an FP16
     decoder must be wider; ``quantization`` which linear layers and caches are integers, and
     ``engines`` whether layers of one input round it once (``quantized.replace_linears``), and INT8
     caches are handed back row by row (``ops.LlmRows``).
@@ -93,7 +93,7 @@ def graphs_of(
     parts = parts or whole_stages(plan)
     cache = quantization.cache
     ops: Llm | Portable = Portable() if lowering == PORTABLE else Llm()
-    if engines and quantization.rounds_cache and lowering == LLM:
+    if engines and quantization.quantises_cache and lowering == LLM:
         ops = LlmRows()
     groups = linear_groups(config)
     out = []
@@ -107,15 +107,15 @@ def graphs_of(
         out.append(Graph(name, module, spec, ops.opset))
 
     with FakeTensorMode():
-        add("vision", Vision(config, ops, widening), vision_spec(config, dtype, widening))
+        add("vision", Vision(config, ops, fallback), vision_spec(config, dtype, fallback))
         for name, part in zip(part_names(parts), parts, strict=True):
-            spec = stage_spec(config.text, plan, part, dtype, ops.hands_back, widening, cache)
+            spec = stage_spec(config.text, plan, part, dtype, ops.returns_new_rows, fallback, cache)
             index = part.stage
-            own = LlmBranched(in_order=index == 0) if lowering == BRANCHED else ops
-            add(name, DecoderStage(config.text, plan, part, own, widening), spec)
+            own = LlmConditional(in_order=index == 0) if lowering == LLM_CONDITIONAL else ops
+            add(name, DecoderStage(config.text, plan, part, own, fallback), spec)
             if part.ends(plan) and probed(plan, index):
                 edge = plan.edges[index]
-                spec = select_spec(config.text, edge, dtype, widening, cache)
+                spec = select_spec(config.text, edge, dtype, fallback, cache)
                 add(f"select{index}", Selector(edge, ops), spec)
         if plan.probe is not None:
             add(PROBE, Prober(ops), probe_spec(config.text, dtype, cache))
@@ -150,7 +150,7 @@ def export(
         operators = {node.op_type for node in model.graph.all_nodes()}
         check_operators(target, graph.name, graph.opset, operators)
     _strip(model)
-    label_layers(model)
+    prefix_node_names(model)
     _attach(model, text, weights, path.parent)
     onnx_ir.save(model, path)
 

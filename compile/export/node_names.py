@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import onnx_ir
 
-LAYER = re.compile(r"(?:^|\.)(layers\.\d+)\.")
+LAYER_WEIGHT = re.compile(r"(?:^|\.)(layers\.\d+)\.")
 
 
-def label_layers(model: onnx_ir.Model) -> int:
+def prefix_node_names(model: onnx_ir.Model) -> int:
     """Prefix node names with ``layers.N/``; returns how many nodes got one.
 
     The nodes of a layer stand together. A layer begins where a weight of its own is first read and
@@ -25,7 +25,7 @@ def label_layers(model: onnx_ir.Model) -> int:
     for node in model.graph:
         for value in node.inputs:
             if value is not None and value.is_initializer() and "." in (value.name or ""):
-                found = LAYER.search(value.name or "")
+                found = LAYER_WEIGHT.search(value.name or "")
                 current = found and found[1]
                 break
         if current is not None:

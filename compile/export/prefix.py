@@ -23,7 +23,7 @@ from ..checkpoint.names import EMBEDDING
 from ..layer_stream import Streamed, without_weights
 from .stitch import TORCH_DTYPES
 
-FILE = "prefix.bin"
+PREFIX_FILE = "prefix.bin"
 
 
 def prefix_cache(
@@ -50,12 +50,12 @@ def describe_prefix(text: TextConfig, ids: Sequence[int], dtype: str) -> Prefix:
     """Where ``write_prefix`` puts things: the keys, then the values, nothing between."""
     shape = (text.layers, text.kv_heads, len(ids), text.head_dim)
     half = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
-    keys, values = (TensorRef(FILE, offset, dtype, shape) for offset in (0, half))
+    keys, values = (TensorRef(PREFIX_FILE, offset, dtype, shape) for offset in (0, half))
     return Prefix(tuple(ids), keys, values)
 
 
 def write_prefix(cache: Tensor, dtype: str, folder: Path) -> list[str]:
     """Write the cache (2, L, G, P, d) in the type ``dtype``; returns the file's name."""
     stored = cache.to(TORCH_DTYPES[dtype]).contiguous()
-    (folder / FILE).write_bytes(stored.view(torch.uint8).numpy().data)
-    return [FILE]
+    (folder / PREFIX_FILE).write_bytes(stored.view(torch.uint8).numpy().data)
+    return [PREFIX_FILE]

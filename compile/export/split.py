@@ -10,10 +10,10 @@ import math
 from itertools import pairwise
 
 from ...graphs.config import TextConfig
-from ...graphs.contract import Part
+from ...graphs.contract import StagePart
 from ...graphs.errors import CapacityError
 from ...graphs.plan.plan import StagePlan
-from ..checkpoint.names import HEAD, decoder_shapes
+from ..checkpoint.names import HEAD_WEIGHT, decoder_shapes
 
 COPIES = 3
 """Times a part's weights that compiling it takes at its peak: two copies and the mapped file."""
@@ -27,7 +27,7 @@ def compiler_peak(weight_bytes: int) -> int:
     return BASE + COPIES * weight_bytes
 
 
-def split(text: TextConfig, plan: StagePlan, itemsize: int, budget: int) -> list[Part]:
+def split(text: TextConfig, plan: StagePlan, itemsize: int, budget: int) -> list[StagePart]:
     """As few parts as ``budget`` bytes of compiler memory allow, equally deep within a stage.
 
     Args:
@@ -46,7 +46,7 @@ def split(text: TextConfig, plan: StagePlan, itemsize: int, budget: int) -> list
         nbytes = math.prod(shape) * itemsize
         if name.startswith("model.layers."):
             of_layer[int(name.split(".")[2])] += nbytes
-        elif name == HEAD:
+        elif name == HEAD_WEIGHT:
             tail = nbytes
     parts = []
     for index, stage in enumerate(plan.stages):
@@ -57,7 +57,7 @@ def split(text: TextConfig, plan: StagePlan, itemsize: int, budget: int) -> list
 
 def _cut(
     stage: int, layers: tuple[int, int], of_layer: list[int], tail: int, budget: int
-) -> list[Part]:
+) -> list[StagePart]:
     """The fewest equal cuts of one stage whose every part fits; ``tail`` weighs on the last."""
     first, stop = layers
     for count in range(1, stop - first + 1):
@@ -66,7 +66,7 @@ def _cut(
         sizes = [sum(of_layer[start:end]) for start, end in ranges]
         sizes[-1] += tail
         if all(compiler_peak(size) <= budget for size in sizes):
-            return [Part(stage, one) for one in ranges]
+            return [StagePart(stage, one) for one in ranges]
     needed = compiler_peak(max(max(of_layer[first:stop]), of_layer[stop - 1] + tail))
     raise CapacityError(
         f"compiling one layer of stage {stage} takes about {needed / 2**30:.1f} GiB, the budget is "

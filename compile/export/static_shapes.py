@@ -15,7 +15,7 @@ import onnx_ir
 
 from ...graphs.bundle import ANY_CONTEXT
 from ...graphs.config import ModelConfig
-from ...graphs.contract import SLOT_STEP, Part, stage_of, stage_slots
+from ...graphs.contract import SLOT_STEP, StagePart, stage_of, stage_slots
 from ...graphs.errors import CapacityError, TargetError
 from ...graphs.plan.plan import StagePlan
 from ...graphs.targets import LLM, MAX_HEAD, Target
@@ -61,7 +61,7 @@ def resolve_contexts(target: Target, config: ModelConfig, given: Sequence[int]) 
 
 def resolve_parts(
     target: Target, config: ModelConfig, plan: StagePlan, dtype: str, budget: int | None
-) -> list[Part] | None:
+) -> list[StagePart] | None:
     """How stages are cut so that compiling each part stays within ``budget`` bytes.
 
     Raises:

@@ -33,7 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...graphs.contract import GraphSpec, TensorSpec
 from ...graphs.modules.quantized import WEIGHT
 from . import torchlib_cache as translations
-from .branched_attention import branch_attention
+from .branched_attention import write_conditional_attention
 
 DOMAIN = "visistage"
 IR_VERSION = 10
@@ -124,7 +124,7 @@ class Stitcher:
         # Weights have no values yet, so only what shapes and axes are computed from folds: engine
         # compilers want those as plain constants.
         fold_constants(model, onnx_shape_inference=False)
-        branch_attention(model)
+        write_conditional_attention(model)
         graph.opset_imports.pop(DOMAIN, None)
         for index, (value, tensor) in enumerate(zip(graph.outputs, spec.outputs, strict=True)):
             assert value.producer() is not None, f"{name}: output {index} is an input"
@@ -185,7 +185,12 @@ def _trace(key: tuple, piece: nn.Module, specs: Sequence[TensorSpec | None], ops
     )
     if _is_variadic(piece):
         shapes = (shapes,)
-    with warnings.catch_warnings(), _quiet("torch.onnx"), mode, translations.read_once():
+    with (
+        warnings.catch_warnings(),
+        _quiet("torch.onnx"),
+        mode,
+        translations.cached_torchlib_registry(),
+    ):
         warnings.simplefilter("ignore")
         returned = piece.eval()(*examples)
         program = torch.onnx.export(

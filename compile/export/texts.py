@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from ...graphs.errors import ModelError
 from ...runtime.image.preprocessing import Preprocessing
 from ...runtime.text.prompt import TEXT_FILES, PromptEncoder
-from ...runtime.text.template import find_template, read_json
+from ...runtime.text.template import find_template, read_tokenizer_json
 from ..checkpoint.checkpoint import Checkpoint
 from ..quantize.calibration_file import facts_of
 
@@ -61,7 +61,7 @@ def text_facts(checkpoint: Checkpoint) -> TextFacts:
         )
     generation = _optional(folder / "generation_config.json") or {}
     if "eos_token_id" not in generation:
-        config = read_json(folder / "config.json")
+        config = read_tokenizer_json(folder / "config.json")
         eos = config.get("eos_token_id") or (config.get("text_config") or {}).get("eos_token_id")
         if eos is not None:
             generation = {**generation, "eos_token_id": eos}
@@ -123,4 +123,4 @@ def _rebuild_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _optional(file: Path) -> dict[str, Any] | None:
-    return read_json(file) if file.is_file() else None
+    return read_tokenizer_json(file) if file.is_file() else None

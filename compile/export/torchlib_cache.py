@@ -20,7 +20,7 @@ _TABLES: dict[tuple, Any] = {}
 
 
 @contextmanager
-def read_once() -> Iterator[None]:
+def cached_torchlib_registry() -> Iterator[None]:
     """Traces in here share one table for each opset; nobody else sees it."""
     if not hasattr(ONNXRegistry, "from_torchlib"):
         yield

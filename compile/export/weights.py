@@ -22,12 +22,12 @@ from ...graphs.bundle import TensorRef
 from ...graphs.errors import CapacityError, TargetError
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.names import EMBEDDING
-from ..quantize.quantize import Rounding
+from ..quantize.quantize import QuantisedTensors
 from .export import WeightSpan
 from .stitch import TORCH_DTYPES
 
 CONVERTED = "weights.bin"
-ALIGNMENT = 4096
+WEIGHT_ALIGNMENT = 4096
 """Converted weights start on a page, so that they can be mapped."""
 
 STORED_AS = {"float32": "F32", "float16": "F16"}
@@ -53,11 +53,14 @@ class Placement:
 
 
 def place(
-    checkpoint: Checkpoint, names: Iterable[str], dtype: str, rounding: Rounding | None = None
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    dtype: str,
+    quantised_tensors: QuantisedTensors | None = None,
 ) -> Placement:
     """Decide, without reading a weight, where the graphs' ``names`` will lie in type ``dtype``.
 
-    What ``rounding`` changes is not the checkpoint's any more, and always written anew.
+    What ``quantised_tensors`` changes is not the checkpoint's any more, and always written anew.
     """
     itemsize = TORCH_DTYPES[dtype].itemsize
     spans: dict[str, WeightSpan] = {}
@@ -67,13 +70,13 @@ def place(
 
     def reserve(nbytes: int) -> int:
         nonlocal end
-        start = -(-end // ALIGNMENT) * ALIGNMENT
+        start = -(-end // WEIGHT_ALIGNMENT) * WEIGHT_ALIGNMENT
         end = start + nbytes
         return start
 
     for name in sorted(set(names)):
-        if rounding is not None and rounding.changes(name):
-            nbytes = rounding.nbytes(name, itemsize)
+        if quantised_tensors is not None and quantised_tensors.changes(name):
+            nbytes = quantised_tensors.nbytes(name, itemsize)
             spans[name] = WeightSpan(CONVERTED, reserve(nbytes), nbytes)
             converted.append(name)
             continue
@@ -134,7 +137,7 @@ def convert(
     dtype: str,
     folder: Path,
     progress: Callable[[int], None] = lambda nbytes: None,
-    rounding: Rounding | None = None,
+    quantised_tensors: QuantisedTensors | None = None,
 ) -> list[str]:
     """Write ``weights.bin``; returns its name, or nothing where no tensor changes.
 
@@ -147,8 +150,8 @@ def convert(
         for name, span in sorted(placement.spans.items(), key=lambda item: item[1].offset):
             if span.file != CONVERTED:
                 continue
-            if rounding is not None and rounding.changes(name):
-                tensor = rounding.tensor(name)
+            if quantised_tensors is not None and quantised_tensors.changes(name):
+                tensor = quantised_tensors.tensor(name)
             else:
                 tensor = checkpoint.load(name)
             if name in placement.converted and tensor.is_floating_point():

@@ -26,10 +26,10 @@ from ..export.stitch import TORCH_DTYPES
 from .calibration_file import Calibration
 from .int_arithmetic import INT8_LEVELS, scales_of
 
-FILE = "cache_scales.bin"
+CACHE_SCALES_FILE = "cache_scales.bin"
 
 
-def cache_scales(calibration: Calibration, *, half: bool) -> np.ndarray:
+def calibrated_cache_scales(calibration: Calibration, *, half: bool) -> np.ndarray:
     """(2, L, G) FP32: of keys, of values; ``half``: FP16 numbers, as graphs in FP16 need them.
 
     A head that was zero wherever it was seen takes 1.
@@ -40,14 +40,14 @@ def cache_scales(calibration: Calibration, *, half: bool) -> np.ndarray:
 
 def describe_scales(text: TextConfig, dtype: str) -> TensorRef:
     """Where ``write_scales`` puts them, in graphs whose floats are of type ``dtype``."""
-    return TensorRef(FILE, 0, dtype, (2, text.layers, text.kv_heads))
+    return TensorRef(CACHE_SCALES_FILE, 0, dtype, (2, text.layers, text.kv_heads))
 
 
 def scale_spans(text: TextConfig, dtype: str) -> dict[str, WeightSpan]:
     """The same for the graphs, by the names of their tensors."""
     nbytes = text.kv_heads * TORCH_DTYPES[dtype].itemsize
     return {
-        name: WeightSpan(FILE, (number * text.layers + layer) * nbytes, nbytes)
+        name: WeightSpan(CACHE_SCALES_FILE, (number * text.layers + layer) * nbytes, nbytes)
         for layer in range(text.layers)
         for number, name in enumerate(cache_scale_names(layer))
     }
@@ -55,11 +55,11 @@ def scale_spans(text: TextConfig, dtype: str) -> dict[str, WeightSpan]:
 
 def write_scales(scales: np.ndarray, dtype: str, folder: Path) -> list[str]:
     """Write them in the graphs' type; returns the file's name."""
-    (folder / FILE).write_bytes(np.ascontiguousarray(scales, dtype).tobytes())
-    return [FILE]
+    (folder / CACHE_SCALES_FILE).write_bytes(np.ascontiguousarray(scales, dtype).tobytes())
+    return [CACHE_SCALES_FILE]
 
 
-def rounded_rows(cache: Tensor, scales: np.ndarray) -> Tensor:
+def quantised_rows(cache: Tensor, scales: np.ndarray) -> Tensor:
     """Keys and values (2, L, G, P, d) FP32 as the graphs would have cached them: INT8.
 
     The prefix is shipped so, and not rounded when a bundle is loaded: then every runtime copies the

@@ -30,11 +30,11 @@ from .group_ranges import VECTORS, GroupRanges, best_observer
 
 FACTS = "calibration.json"
 ARRAYS = "calibration.safetensors"
-FORMAT = 2
+CALIBRATION_FORMAT = 2
 UNCACHED = 1
 """An older format, the same but for ranges of caches, which it has not."""
 
-CACHE = "cache"
+CACHE_ARRAY = "cache"
 """Name of their array."""
 
 MAX_BYTES = 256 << 20
@@ -170,13 +170,14 @@ class Calibration:
         file = Path(folder) / FACTS
         text = _read(file)
         try:
-            data = json.loads(text, parse_constant=_refuse)
+            data = json.loads(text, parse_constant=_reject)
             version = data["format"]
         except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise _damaged(file, error) from None
-        if version not in (UNCACHED, FORMAT):
+        if version not in (UNCACHED, CALIBRATION_FORMAT):
             raise DataError(
-                f"{file}: found format {version!r}, expected {FORMAT}: it is from another version "
+                f"{file}: found format {version!r}, expected {CALIBRATION_FORMAT}: it is from "
+                f"another version "
                 "of visistage. Calibrate again: visistage calibrate MODEL --data DIR"
             )
         arrays = _read_arrays(Path(folder) / ARRAYS, data.get("arrays"))
@@ -193,11 +194,11 @@ class Calibration:
             for key in VECTORS
         }
         if self.cache is not None:
-            vectors[CACHE] = np.ascontiguousarray(self.cache, np.float32)
+            vectors[CACHE_ARRAY] = np.ascontiguousarray(self.cache, np.float32)
         arrays = safetensors.save(vectors)
         data = {
             # What was read in the older format keeps its hash, which bundles name.
-            "format": UNCACHED if self.cache is None else FORMAT,
+            "format": UNCACHED if self.cache is None else CALIBRATION_FORMAT,
             "model": self.model,
             "fits": dict(self.fits),
             "plan": self.plan.to_dict(),
@@ -235,8 +236,8 @@ class Calibration:
             for name in data["order"]
         }
         cache = None
-        if data["format"] == FORMAT:
-            cache = arrays[CACHE]
+        if data["format"] == CALIBRATION_FORMAT:
+            cache = arrays[CACHE_ARRAY]
             if cache.ndim != 3 or len(cache) != 2 or cache.dtype != np.float32:
                 raise ValueError(f"ranges of caches are {cache.dtype} of shape {cache.shape}")
             _check_finite(cache)
@@ -295,7 +296,7 @@ def _check_finite(cache: np.ndarray) -> None:
         raise ValueError("a range of a cache is negative, or not finite")
 
 
-def _refuse(constant: str) -> None:
+def _reject(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 

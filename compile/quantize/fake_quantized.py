@@ -2,9 +2,9 @@
 
 A walk reads weights from here instead of the checkpoint, rounds what linear layers are given, and
 caches integers where the recipe says so; thus it sees what rounding makes of a model without a
-bundle. Integers, scales and folded factors are those of ``quantize.Rounding`` and ``caches``; sums
-are in FP32, where a bundle's are of integers. One thing is not here: ONNX Runtime by itself also
-rounds, as it runs, the inputs of layers whose weights alone are rounded (its
+bundle. Integers, scales and folded factors are those of ``quantize.QuantisedTensors`` and
+``caches``; sums are in FP32, where a bundle's are of integers. One thing is not here: ONNX Runtime
+by itself also rounds, as it runs, the inputs of layers whose weights alone are rounded (its
 ``session.qdq_matmulnbits_accuracy_level``). Bundles that are measured do.
 """
 
@@ -16,17 +16,18 @@ from torch import Tensor
 
 from ...graphs.modules.ops import Eager, Scales
 from ...graphs.modules.quantized import INPUT_SCALE, SCALE, WEIGHT, cache_scale_names
-from ...graphs.quantization import Recipe, block_of
+from ...graphs.quantization import QuantConfig, block_of
 from ...graphs.targets import TARGETS
 from ..checkpoint.checkpoint import Checkpoint
-from .cache_scales import cache_scales, rounded_rows
+from .cache_scales import calibrated_cache_scales, quantised_rows
 from .calibration_file import Calibration
 from .int_arithmetic import restored, unpack_int4
-from .quantize import Rounding, resolve
+from .quantize import QuantisedTensors, resolve
 
 
-class Rounded:
-    """The model of ``recipe`` under the ranges and the plan of ``calibration``, on target ``cpu``.
+class FakeQuantised:
+    """The model of ``quant_config`` under the ranges and the plan of ``calibration``, on target
+    ``cpu``.
 
     Attributes:
         cache: type of cached keys and values.
@@ -35,19 +36,21 @@ class Rounded:
         TargetError, DataError: the recipe cannot be honoured, see ``quantize.resolve``.
     """
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration):
+    def __init__(self, checkpoint: Checkpoint, quant_config: QuantConfig, calibration: Calibration):
         target = TARGETS["cpu"]
-        quantization = resolve(recipe, calibration, checkpoint.config, calibration.plan, target)
+        quantization = resolve(
+            quant_config, calibration, checkpoint.config, calibration.plan, target
+        )
         self.checkpoint, self.schemes = checkpoint, quantization.schemes
         self.engines, self.cache = target.engines, quantization.cache
-        self._rounding = Rounding(
+        self._quantised = QuantisedTensors(
             checkpoint, quantization, calibration, half=False, engines=self.engines
         )
         self._scales: dict[str, Tensor] = {}
         self._cache_scales: np.ndarray | None = None  # (2, L, G)
         self._named: dict[str, Tensor] = {}
-        if quantization.rounds_cache:
-            self._cache_scales = cache_scales(calibration, half=False)
+        if quantization.quantises_cache:
+            self._cache_scales = calibrated_cache_scales(calibration, half=False)
             for layer in range(self._cache_scales.shape[1]):
                 pair = torch.from_numpy(self._cache_scales[:, layer])
                 self._named |= zip(cache_scale_names(layer), pair, strict=True)
@@ -62,8 +65,8 @@ class Rounded:
         module, _, own = name.rpartition(".")
         if own == "weight" and module in self.schemes:
             return self._weight(module)
-        if self._rounding.changes(name):
-            return self._rounding.tensor(name)
+        if self._quantised.changes(name):
+            return self._quantised.tensor(name)
         return self.checkpoint.load(name)
 
     def inputs(self, linear: str, rows: Tensor) -> Tensor:
@@ -71,8 +74,8 @@ class Rounded:
         if self.schemes.get(linear) != "w8a8":
             return rows
         if linear not in self._scales:
-            self._scales[linear] = self._rounding.tensor(f"{linear}.{INPUT_SCALE}")
-        return Eager().rounded(rows, self._scales[linear])
+            self._scales[linear] = self._quantised.tensor(f"{linear}.{INPUT_SCALE}")
+        return Eager().fake_quantised(rows, self._scales[linear])
 
     def scales_of(self, layer: int) -> Scales | None:
         """Of the cache of a layer, (G,) each; None where it is float."""
@@ -83,15 +86,15 @@ class Rounded:
 
     def prefix(self, cache: Tensor) -> Tensor:
         """Keys and values (2, L, G, P, d) FP32 of the prefix as a bundle ships them."""
-        return cache if self._cache_scales is None else rounded_rows(cache, self._cache_scales)
+        return cache if self._cache_scales is None else quantised_rows(cache, self._cache_scales)
 
     def _weight(self, module: str) -> Tensor:
         scheme = self.schemes[module]
         outputs, inputs = self.checkpoint.tensors[f"{module}.weight"].shape
-        values = self._rounding.tensor(f"{module}.{WEIGHT[scheme]}").numpy()
+        values = self._quantised.tensor(f"{module}.{WEIGHT[scheme]}").numpy()
         if scheme == "w4":
             values = unpack_int4(values, (inputs, outputs))
-        scales = self._rounding.tensor(f"{module}.{SCALE}").numpy()
+        scales = self._quantised.tensor(f"{module}.{SCALE}").numpy()
         if scheme == "w8a8":  # while they are at hand: rounding a weight again takes long
-            self._scales[module] = self._rounding.tensor(f"{module}.{INPUT_SCALE}")
+            self._scales[module] = self._quantised.tensor(f"{module}.{INPUT_SCALE}")
         return torch.from_numpy(restored(values, scales, block_of(scheme, engines=self.engines)))

@@ -10,7 +10,7 @@ Two prompts run through the unpruned model, one layer's weights in memory at a t
 the checkpoint's own: activations that are out of all proportion sit on its first tokens. The tower
 sees two whole pictures; of their visual rows a selection goes on at its true positions (those that
 reach farthest, and an even share of the rest), because 7 billion weights times 1200 rows are
-minutes on a small machine. What other prompts may add is covered by ``precision.MARGIN``.
+minutes on a small machine. What other prompts may add is covered by ``precision.RANGE_MARGIN``.
 
 Largest values are kept to two digits, and the decision is made from those: the same bytes wherever
 the last bits of a sum fall differently.
@@ -34,7 +34,7 @@ from ...graphs.errors import ModelError, TargetError
 from ...graphs.modules.decoder import DecoderStage, Linear, Norm
 from ...graphs.modules.ops import Eager
 from ...graphs.modules.vision import Vision
-from ...graphs.precision import HALF_MAX, LIMIT, NARROW, Reason, Widening
+from ...graphs.precision import HALF_MAX, NO_FALLBACK, SAFE_MAX, Fp32Fallback, Reason
 from ...graphs.presets.presets import preset
 from ...runtime.image.image import load_image, preprocess
 from ...runtime.image.preprocessing import Preprocessing
@@ -43,31 +43,31 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.names import EMBEDDING
 from ..layer_stream import Streamed, without_weights
 
-FILE = "ranges.json"
+RANGES_FILE = "ranges.json"
 
-PICTURE = Path(__file__).parents[2] / "demo" / "pictures" / "scene-3.png"
-QUESTION = "Describe the picture in detail: how many objects are there, and where are they?"
+RANGE_IMAGE = Path(__file__).parents[2] / "demo" / "pictures" / "scene-3.png"
+RANGE_QUESTION = "Describe the picture in detail: how many objects are there, and where are they?"
 
 VISUAL_ROWS = 32
 """Visual rows of each picture that go through the decoder, at most: half of them the farthest."""
 
-WATCHED = (Linear, Norm, nn.LayerNorm, nn.Conv2d)
+OBSERVED = (Linear, Norm, nn.LayerNorm, nn.Conv2d)
 
 Ranges = dict[str, float]
 """Largest absolute value by tensor: a module of the checkpoint, and ``input``, ``output`` or (of
 attention) ``scores``."""
 
 
-class Watching(Eager):
+class ObservedEager(Eager):
     """Plain torch that tells of attention scores as they are before the mask."""
 
-    def __init__(self, tell: Callable[[Tensor], None]):
-        self.tell = tell
+    def __init__(self, observe: Callable[[Tensor], None]):
+        self.observe = observe
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """As ``Eager.scores``."""
         scores = super().scores(q, k)
-        self.tell(scores)
+        self.observe(scores)
         return scores
 
 
@@ -77,7 +77,7 @@ class _Recorder:
     def __init__(self) -> None:
         self.ranges: Ranges = {}
         self.layer = ""  # that the module told of last belongs to
-        self.ops = Watching(lambda scores: self.note(f"{self.layer}.self_attn scores", scores))
+        self.ops = ObservedEager(lambda scores: self.note(f"{self.layer}.self_attn scores", scores))
 
     def hook(self, name: str, given: Tensor, out: Tensor) -> None:
         """A ``stream.Hook``: what norms are given is the residual stream."""
@@ -101,7 +101,7 @@ class _Recorder:
         self.ranges[tensor] = max(largest, self.ranges.get(tensor, 0.0))
 
 
-def measure(
+def measure_ranges(
     checkpoint: Checkpoint,
     encoder: PromptEncoder,
     preprocessing: Preprocessing,
@@ -109,15 +109,15 @@ def measure(
 ) -> Ranges:
     """The largest absolute value of every tensor, rounded to two digits.
 
-    ``progress`` is told of ``pieces(config)`` pieces in all.
+    ``progress`` is told of ``dense_pieces(config)`` pieces in all.
 
     Raises:
         ModelError: the model is not finite in FP32.
     """
     config, recorder = checkpoint.config, _Recorder()
     vision = without_weights(lambda: Vision(config, recorder.ops))
-    tower = Streamed(checkpoint, vision, progress, WATCHED, recorder.hook)
-    visual = vision.compose(tower, _pixels(config, preprocessing))
+    vision_encoder = Streamed(checkpoint, vision, progress, OBSERVED, recorder.hook)
+    visual = vision.compose(vision_encoder, _pixels(config, preprocessing))
 
     rows, order = _prompts(checkpoint, encoder, visual)
     plan = preset("dense", config.text.layers, config.visual_tokens)
@@ -127,32 +127,32 @@ def measure(
     batch, slots = order.shape
     shape = (batch, config.text.kv_heads, slots, config.text.head_dim)
     caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.text.layers)]
-    decoder = Streamed(checkpoint, stage, progress, WATCHED, recorder.hook)
+    decoder = Streamed(checkpoint, stage, progress, OBSERVED, recorder.hook)
     first = torch.zeros(batch, dtype=torch.int64)
     out = stage.compose(decoder, rows, order, order, order, first, None, caches)
     recorder.note("model.norm input", out.rows)  # of which that norm sees the last row only
     return {name: float(f"{value:.2g}") for name, value in recorder.ranges.items()}
 
 
-def pieces(config: ModelConfig) -> int:
-    """How many pieces ``measure`` runs: stem, layers, projector, layers, logits."""
+def dense_pieces(config: ModelConfig) -> int:
+    """How many pieces ``measure_ranges`` runs: stem, layers, projector, layers, logits."""
     states = config.vision.layers + 1
     return max(index % states for index in config.feature_layers) + config.text.layers + 3
 
 
-def decide(ranges: Mapping[str, float]) -> Widening:
+def decide(ranges: Mapping[str, float]) -> Fp32Fallback:
     """What must be wider, of a decoder that reaches as far as ``ranges`` say.
 
     Raises:
         TargetError: a tensor that nothing can help in FP16; the message names it.
     """
-    out = NARROW
+    out = NO_FALLBACK
     for tensor, largest in ranges.items():
-        if largest <= LIMIT:
+        if largest <= SAFE_MAX:
             continue
         module, side = tensor.rsplit(" ", 1)
         layer = int(module.split(".")[2]) if module.startswith("model.layers.") else None
-        shift = math.ceil(math.log2(largest / LIMIT))
+        shift = math.ceil(math.log2(largest / SAFE_MAX))
         if module.startswith("model.") and "norm" in module and side == "input":
             reason = Reason(tensor, largest, "so rows travel in FP32")
             if not out.rows:  # the first layer that needs it says it for all
@@ -167,7 +167,7 @@ def decide(ranges: Mapping[str, float]) -> Widening:
             out = replace(out, attention_shift=shifts, reasons=(*out.reasons, reason))
         else:
             raise TargetError(
-                f"{tensor} reaches {largest:g}, FP16 is safe up to {LIMIT:g} (it ends at "
+                f"{tensor} reaches {largest:g}, FP16 is safe up to {SAFE_MAX:g} (it ends at "
                 f"{HALF_MAX:g}, other prompts may reach further), and nothing but FP32 helps "
                 "there. Build with PRECISION=fp32"
             )
@@ -176,13 +176,13 @@ def decide(ranges: Mapping[str, float]) -> Widening:
 
 def write_ranges(ranges: Ranges, folder: Path) -> list[str]:
     """Write the table into a bundle; returns the file's name."""
-    (folder / FILE).write_text(json.dumps(ranges, indent=0) + "\n", encoding="utf-8")
-    return [FILE]
+    (folder / RANGES_FILE).write_text(json.dumps(ranges, indent=0) + "\n", encoding="utf-8")
+    return [RANGES_FILE]
 
 
 def read_ranges(folder: Path) -> Ranges:
     """What ``write_ranges`` wrote."""
-    return json.loads((folder / FILE).read_text(encoding="utf-8"))
+    return json.loads((folder / RANGES_FILE).read_text(encoding="utf-8"))
 
 
 def _pixels(config: ModelConfig, preprocessing: Preprocessing) -> Tensor:
@@ -191,7 +191,7 @@ def _pixels(config: ModelConfig, preprocessing: Preprocessing) -> Tensor:
     Both in the tower's own size, so that no crop or padding changes them.
     """
     side, patch = config.vision.image_size, config.vision.patch_size
-    scene = load_image(PICTURE).resize((side, side))
+    scene = load_image(RANGE_IMAGE).resize((side, side))
     down, across = np.indices((side, side)) // patch
     board = load_image(np.uint8(255) * ((down + across) % 2).astype(np.uint8))
     return torch.from_numpy(np.stack([preprocess(one, preprocessing) for one in (scene, board)]))
@@ -207,7 +207,7 @@ def _prompts(
     farthest = visual.abs().amax((0, 2)).topk(half).indices
     chosen = torch.cat((torch.linspace(0, count - 1, half).round().long(), farthest)).unique()
     rows, order, at = [], [], 0
-    for segment in encoder.encode(QUESTION, images=1).segments:
+    for segment in encoder.encode(RANGE_QUESTION, images=1).segments:
         if segment.is_image:
             rows.append(visual[:, chosen])
             order.append(at + chosen)

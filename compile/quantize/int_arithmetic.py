@@ -12,7 +12,7 @@ import numpy as np
 
 from ...graphs.errors import ModelError
 from ...graphs.precision import HALF_MAX
-from ...graphs.quantization import BLOCK
+from ...graphs.quantization import SCALE_BLOCK
 
 INT8_LEVELS = 127
 """Largest INT8 value in use."""
@@ -24,7 +24,7 @@ TINY = float(np.finfo(np.float32).tiny)
 HALF_TINY = float(np.finfo(np.float16).tiny)
 """Smallest normal numbers: what is smaller, hardware may take for 0, and then divide by it."""
 
-_CHUNK = 1 << 22
+_WEIGHT_CHUNK = 1 << 22
 """Values that are worked on at a time: 16 MiB of FP32."""
 
 
@@ -111,7 +111,7 @@ def int8_weight(
 
 def blocked_weight(
     weight: np.ndarray,
-    block: int = BLOCK,
+    block: int = SCALE_BLOCK,
     *,
     levels: int = INT4_LEVELS,
     half: bool = False,
@@ -153,7 +153,7 @@ def restored(values: np.ndarray, scales: np.ndarray, block: int | None = None) -
     return weight
 
 
-def rounded_weight(weight: np.ndarray, block: int | None = None) -> np.ndarray:
+def fake_quantised_weight(weight: np.ndarray, block: int | None = None) -> np.ndarray:
     """What rounding leaves of a weight (N, K): INT8, or with ``block`` INT4.
 
     Bit for bit ``restored(*int8_weight(weight))``, or ``restored(*blocked_weight(weight, block),
@@ -208,7 +208,7 @@ def _blocks(weight: np.ndarray, block: int) -> np.ndarray:
 
 
 def _chunks(rows: int, width: int) -> Iterator[slice]:
-    """Cuts rows of ``width`` values into pieces that fit ``_CHUNK``."""
-    step = max(1, _CHUNK // max(1, width))
+    """Cuts rows of ``width`` values into pieces that fit ``_WEIGHT_CHUNK``."""
+    step = max(1, _WEIGHT_CHUNK // max(1, width))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

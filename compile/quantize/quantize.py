@@ -22,8 +22,8 @@ from ...graphs.errors import DataError, TargetError, nearest
 from ...graphs.linears import Group, linear_groups
 from ...graphs.modules.quantized import INPUT_SCALE, SCALE, WEIGHT, ZERO, scale_shape
 from ...graphs.plan.plan import StagePlan
-from ...graphs.precision import LIMIT, Widening
-from ...graphs.quantization import Quantization, Recipe, Scheme, block_of
+from ...graphs.precision import SAFE_MAX, Fp32Fallback
+from ...graphs.quantization import QuantConfig, Quantization, Scheme, block_of
 from ...graphs.targets import TARGETS, Target
 from ..checkpoint.checkpoint import Checkpoint
 from .calibration_file import Calibration
@@ -42,7 +42,7 @@ CALIBRATIONS = Path("calibrations")
 
 
 def resolve(
-    recipe: Recipe,
+    quant_config: QuantConfig,
     calibration: Calibration | None,
     config: ModelConfig,
     plan: StagePlan,
@@ -54,57 +54,61 @@ def resolve(
         TargetError: an option that cannot be honoured for this plan or target.
         DataError: what the recipe asks for needs a calibration, or another one.
     """
-    _check(recipe, plan, target)
+    _check(quant_config, plan, target)
     groups = linear_groups(config)
     schemes: dict[str, Scheme] = {}
     for group in groups:
-        scheme = recipe.scheme_of(group, plan, target.schemes)
+        scheme = quant_config.scheme_of(group, plan, target.schemes)
         if scheme != "float":
             schemes |= dict.fromkeys(group.linears, scheme)
-    rounded_inputs = "w8a8" in schemes.values()
-    rounds_cache = recipe.cache == "int8"
-    if calibration is None and (rounded_inputs or rounds_cache or recipe.keep):
+    quantised_inputs = "w8a8" in schemes.values()
+    quantises_cache = quant_config.cache == "int8"
+    if calibration is None and (quantised_inputs or quantises_cache or quant_config.keep):
         what = "keep= ranks layers"
-        if rounded_inputs or rounds_cache:
-            what = f"'{recipe.base}' rounds inputs" if rounded_inputs else "cache=int8 rounds keys"
+        if quantised_inputs or quantises_cache:
+            what = (
+                f"'{quant_config.base}' rounds inputs"
+                if quantised_inputs
+                else "cache=int8 rounds keys"
+            )
         raise DataError(
             f"precision {what}, which takes a calibration. Make one: visistage calibrate MODEL; "
             f"or name it: --calib DIR (make: CALIB=DIR). Looked in {CALIBRATIONS}/"
         )
-    if rounds_cache and calibration is not None and calibration.cache is None:
+    if quantises_cache and calibration is not None and calibration.cache is None:
         raise DataError(
-            f"precision {recipe.name} rounds keys and values, and the calibration of "
+            f"precision {quant_config.name} rounds keys and values, and the calibration of "
             f"'{calibration.model}' is from a version that did not measure them. Calibrate again: "
             f"visistage calibrate {calibration.model} --plan {calibration.plan.name}; or leave out "
             "cache=int8"
         )
-    for name in _kept(recipe, schemes, calibration):
+    for name in _kept(quant_config, schemes, calibration):
         del schemes[name]
     smoothed = {}
-    if calibration is not None and recipe.smooth:
-        half = target.dtype(recipe.base) == "float16"
+    if calibration is not None and quant_config.smooth:
+        half = target.dtype(quant_config.base) == "float16"
         for group in groups:
             alpha = _alpha(group, schemes, calibration.groups[group.name], half)
             if alpha is not None:
                 smoothed[group.name] = alpha
-    observer: str | None = recipe.observer
-    if calibration is not None and rounded_inputs:
+    observer: str | None = quant_config.observer
+    if calibration is not None and quantised_inputs:
         observer = observer or calibration.best_observer
     return Quantization(
         schemes,
-        recipe.name,
+        quant_config.name,
         calibration.hash if calibration else None,
-        observer if rounded_inputs else None,
+        observer if quantised_inputs else None,
         smoothed,
-        recipe.cache,
+        quant_config.cache,
     )
 
 
-def input_shifts(widening: Widening) -> dict[str, int]:
+def input_shifts(fallback: Fp32Fallback) -> dict[str, int]:
     """Exponents by which inputs come scaled, by the name of the layer that reads them."""
     blocks = (
-        ("mlp.down_proj", widening.mlp_shift),
-        ("self_attn.o_proj", widening.attention_shift),
+        ("mlp.down_proj", fallback.mlp_shift),
+        ("self_attn.o_proj", fallback.attention_shift),
     )
     return {
         f"model.layers.{layer}.{name}": shift
@@ -113,12 +117,12 @@ def input_shifts(widening: Widening) -> dict[str, int]:
     }
 
 
-class Rounding:
+class QuantisedTensors:
     """The tensors that quantised graphs read instead of, or otherwise than, the checkpoint's.
 
     One linear layer is in memory at a time. ``shifts``: exponents by which a layer's input comes
-    scaled (``precision.Widening``), by the layer's name. ``half``: the graphs are FP16, so scales
-    must be. ``engines`` as in ``quantized.replace_linears``.
+    scaled (``precision.Fp32Fallback``), by the layer's name. ``half``: the graphs are FP16, so
+    scales must be. ``engines`` as in ``quantized.replace_linears``.
     """
 
     def __init__(
@@ -175,7 +179,7 @@ class Rounding:
         if own in ("weight", "bias"):
             return torch.from_numpy(self._folded(module, own))
         if self._last[0] != module:
-            self._last = (module, self._rounded(module))
+            self._last = (module, self._quantised(module))
         return torch.from_numpy(self._last[1][own])
 
     def _factors(self, group: Group) -> np.ndarray | None:
@@ -197,7 +201,7 @@ class Rounding:
         self.checkpoint.release()
         return values
 
-    def _rounded(self, module: str) -> dict[str, np.ndarray]:
+    def _quantised(self, module: str) -> dict[str, np.ndarray]:
         """Every tensor of a quantised layer but its bias, by its own name."""
         scheme = self.quantization.schemes[module]
         weight = self._folded(module, "weight")
@@ -231,21 +235,21 @@ class Rounding:
         return scale
 
 
-def _check(recipe: Recipe, plan: StagePlan, target: Target) -> None:
+def _check(quant_config: QuantConfig, plan: StagePlan, target: Target) -> None:
     """Refuse stages that the plan has not, and schemes that the target does not run."""
-    for stage in recipe.stages:
+    for stage in quant_config.stages:
         if stage >= len(plan.stages):
             raise TargetError(
-                f"precision {recipe.name} names stage{stage}, plan '{plan.name}' has "
+                f"precision {quant_config.name} names stage{stage}, plan '{plan.name}' has "
                 f"{len(plan.stages)} stages, counted from 0"
             )
-    foreign = recipe.asked - {"float", *target.schemes}
+    foreign = quant_config.asked - {"float", *target.schemes}
     if foreign:
         raise TargetError(
             f"target '{target.name}' does not run {', '.join(sorted(foreign))} layers. "
             f"It runs: float, {', '.join(target.schemes)}"
         )
-    if recipe.cache == "int8" and not target.int8_cache:
+    if quant_config.cache == "int8" and not target.int8_cache:
         able = ", ".join(name for name, one in TARGETS.items() if one.int8_cache)
         raise TargetError(
             f"target '{target.name}' does not run cache=int8: its kernels for it are not ones this "
@@ -254,24 +258,24 @@ def _check(recipe: Recipe, plan: StagePlan, target: Target) -> None:
 
 
 def _kept(
-    recipe: Recipe, schemes: Mapping[str, Scheme], calibration: Calibration | None
+    quant_config: QuantConfig, schemes: Mapping[str, Scheme], calibration: Calibration | None
 ) -> Sequence[str]:
     """Layers that stay float after all: those named, and the most sensitive share."""
-    for name in recipe.keep_names:
+    for name in quant_config.keep_names:
         if name not in schemes:
             hint = nearest(name, tuple(schemes))
             raise TargetError(f"keep={name}: no quantised layer has this name.{hint}")
-    if not recipe.keep:
-        return recipe.keep_names
+    if not quant_config.keep:
+        return quant_config.keep_names
     assert calibration is not None
     errors = {}
     for ranges in calibration.groups.values():
         for name, by_scheme in ranges.sensitivity.items():
             if name in schemes:
                 errors[name] = by_scheme[schemes[name]]
-    count = math.ceil(recipe.keep * len(errors))
+    count = math.ceil(quant_config.keep * len(errors))
     ranked = sorted(errors, key=lambda name: (-errors[name], name))
-    return tuple(dict.fromkeys((*recipe.keep_names, *ranked[:count])))
+    return tuple(dict.fromkeys((*quant_config.keep_names, *ranked[:count])))
 
 
 def _scheme(group: Group, schemes: Mapping[str, Scheme]) -> Scheme | None:
@@ -286,7 +290,7 @@ def _alpha(
     scheme = _scheme(group, schemes)
     if group.fold is None or scheme not in ("w8a8", "w4"):
         return None
-    if half and float((ranges.absmax / _factors_of(ranges, scheme)).max(initial=0)) > LIMIT:
+    if half and float((ranges.absmax / _factors_of(ranges, scheme)).max(initial=0)) > SAFE_MAX:
         return None  # the smoothed input would leave FP16
     return ranges.alpha if scheme == "w8a8" else ranges.aware_alpha
 

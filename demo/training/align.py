@@ -13,23 +13,23 @@ import random
 import numpy as np
 import torch
 
-from ..scenes import make_scene, render
+from ..scenes import make_scene, render_scene
 from . import packed
-from .batches import normalise
+from .batches import normalise_pixels
 from .supervision import CLASSES, NUMBERS, patch_targets
 
 
 @torch.no_grad()
-def align_projector(model, pictures: int = 600, ridge: float = 1e-4) -> dict[str, float]:
+def align_projector(model, images: int = 600, ridge: float = 1e-4) -> dict[str, float]:
     """Set the projector of `model`; returns how well each fact is read (R squared)."""
     rng = random.Random("align")
-    scenes = [make_scene(rng) for _ in range(pictures)]
+    scenes = [make_scene(rng) for _ in range(images)]
     features = []
-    for first in range(0, pictures, 50):
+    for first in range(0, images, 50):
         part = scenes[first : first + 50]
-        pixels = np.stack([np.asarray(render(s)).transpose(2, 0, 1) for s in part])
-        pixels = normalise(torch.from_numpy(pixels))
-        features.append(packed.tower_features(model, pixels)[:, 1:].flatten(0, 1))
+        pixels = np.stack([np.asarray(render_scene(s)).transpose(2, 0, 1) for s in part])
+        pixels = normalise_pixels(torch.from_numpy(pixels))
+        features.append(packed.encoder_features(model, pixels)[:, 1:].flatten(0, 1))
     features = torch.cat(features).double()
     facts, names = _facts(np.concatenate([patch_targets(s) for s in scenes]))
     mean = features.mean(0)

@@ -10,18 +10,18 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..questions import KINDS, ask
-from ..scenes import Scene, make_scene, pick, render
+from ..scenes import Scene, make_scene, pick, render_scene
 from .architecture import IMAGE_SIZE, MEAN, STD
 from .supervision import patch_owners, patch_targets
 from .tokenizer import build_tokenizer
 
 
 @dataclass(frozen=True)
-class Recipe:
+class BatchMix:
     """What a batch holds.
 
     Attributes:
-        pictures: scenes a batch.
+        images: scenes a batch.
         questions: questions a scene; 0 gives per-patch targets in their place.
         fewest: objects in the simplest scenes.
         most: objects in the richest scenes.
@@ -29,7 +29,7 @@ class Recipe:
         weights: how often each kind is asked.
     """
 
-    pictures: int
+    images: int
     questions: int = 0
     fewest: int = 3
     most: int = 6
@@ -43,23 +43,23 @@ _BANDS = 4  # questions are padded to the longest of their quarter
 class Batches(IterableDataset):
     """An endless stream of batches by one recipe; never a held-out scene."""
 
-    def __init__(self, recipe: Recipe, seed: str):
-        self.recipe, self.seed = recipe, seed
+    def __init__(self, mix: BatchMix, seed: str):
+        self.mix, self.seed = mix, seed
         self.tokenizer = None
 
     def __iter__(self):
         torch.set_num_threads(1)
         rng = random.Random(f"train {self.seed}")
-        recipe = self.recipe
-        self.tokenizer = build_tokenizer() if recipe.questions else None
+        mix = self.mix
+        self.tokenizer = build_tokenizer() if mix.questions else None
         while True:
-            span = recipe.most - recipe.fewest + 1
+            span = mix.most - mix.fewest + 1
             scenes = [
-                make_scene(rng, things=recipe.fewest + int(rng.random() * span))
-                for _ in range(recipe.pictures)
+                make_scene(rng, things=mix.fewest + int(rng.random() * span))
+                for _ in range(mix.images)
             ]
             pixels = np.stack([_paint(scene, rng) for scene in scenes])
-            if recipe.questions:
+            if mix.questions:
                 owners = np.stack([patch_owners(scene) for scene in scenes])
                 yield torch.from_numpy(pixels), owners, self._questions(scenes, rng)
             else:
@@ -68,10 +68,10 @@ class Batches(IterableDataset):
 
     def _questions(self, scenes: list[Scene], rng: random.Random):
         """Bands of (ids, targets, wanted): `wanted` (B, Q, 6) marks what a question is about."""
-        turns = 2 if rng.random() < self.recipe.turns else 1
-        weighted = zip(KINDS, self.recipe.weights, strict=True)
+        turns = 2 if rng.random() < self.mix.turns else 1
+        weighted = zip(KINDS, self.mix.weights, strict=True)
         kinds = [kind for kind, weight in weighted for _ in range(int(weight * 4))]
-        each = self.recipe.questions // turns
+        each = self.mix.questions // turns
         bands: list[list] = [[] for _ in range(_BANDS)]
         for scene in scenes:
             rows = []
@@ -94,7 +94,7 @@ class Batches(IterableDataset):
         return made
 
 
-def encode_rows(rows: list[list[int]], tokenizer, pictures: int):
+def encode_rows(rows: list[list[int]], tokenizer, images: int):
     """Inputs (B, Q, T) and targets (B, Q, T) of token rows; -100 outside the answers."""
     longest = max(map(len, rows)) - 1
     ids = np.full((len(rows), longest), tokenizer.token_to_id("<pad>"), np.int64)
@@ -110,7 +110,7 @@ def encode_rows(rows: list[list[int]], tokenizer, pictures: int):
                 answering = False
             if answering:
                 targets[index, place] = row[place + 1]
-    shape = (pictures, -1, longest)
+    shape = (images, -1, longest)
     return torch.from_numpy(ids).view(shape), torch.from_numpy(targets).view(shape)
 
 
@@ -118,22 +118,20 @@ def _paint(scene: Scene, rng: random.Random) -> np.ndarray:
     """The picture as (3, H, W) uint8: mostly as held-out pictures are drawn, sometimes rougher."""
     draw = rng.random()
     if draw < 0.7:
-        picture = render(scene, IMAGE_SIZE)
+        image = render_scene(scene, IMAGE_SIZE)
     elif draw < 0.85:
-        picture = render(scene, 4 * IMAGE_SIZE, 1).resize((IMAGE_SIZE, IMAGE_SIZE), resample=3)
+        image = render_scene(scene, 4 * IMAGE_SIZE, 1).resize((IMAGE_SIZE, IMAGE_SIZE), resample=3)
     else:
-        picture = render(scene, IMAGE_SIZE, 1)
-    return np.asarray(picture).transpose(2, 0, 1)
+        image = render_scene(scene, IMAGE_SIZE, 1)
+    return np.asarray(image).transpose(2, 0, 1)
 
 
-def normalise(pixels: torch.Tensor) -> torch.Tensor:
+def normalise_pixels(pixels: torch.Tensor) -> torch.Tensor:
     """What the image processor makes of (B, 3, H, W) uint8 pixels."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     return (pixels.float() / 255 - mean) / std
 
 
-def stream(recipe: Recipe, seed: str):
+def stream(mix: BatchMix, seed: str):
     """An iterator over batches, made one process away."""
-    return iter(
-        DataLoader(Batches(recipe, seed), batch_size=None, num_workers=1, prefetch_factor=4)
-    )
+    return iter(DataLoader(Batches(mix, seed), batch_size=None, num_workers=1, prefetch_factor=4))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run(task, size: int, *args) -> None:
+def run_parallel(task, size: int, *args) -> None:
     """Run `task(rank, *args)` in `size` processes that can `average`."""
     if size == 1:
         task(0, *args)
@@ -46,21 +46,21 @@ def average(weights: list[torch.nn.Parameter], number: float) -> float:
     return flat[-1].item()
 
 
-def spread(model: torch.nn.Module) -> None:
+def broadcast(model: torch.nn.Module) -> None:
     """Give every process the weights of the first."""
     if dist.is_initialized():
         for weight in model.state_dict().values():
             dist.broadcast(weight, 0)
 
 
-def share() -> slice:
+def rank_slice() -> slice:
     """Which items of a list are this process's part of a job that the crew divides."""
     if not dist.is_initialized():
         return slice(None)
     return slice(dist.get_rank(), None, dist.get_world_size())
 
 
-def total(tensors: list[torch.Tensor]) -> None:
+def all_reduce(tensors: list[torch.Tensor]) -> None:
     """Replace every tensor by its sum over the crew."""
     if not dist.is_initialized():
         return

@@ -28,14 +28,14 @@ class Optimizer:
     @torch.no_grad()
     def step(self, scale: float) -> None:
         """Update every weight from its gradient, then clear the gradients."""
-        updates, mine = [], crew.share()
+        updates, mine = [], crew.rank_slice()
         for shape, group in self.groups.items():
             gradient = torch.stack([weight.grad for weight in group])
             momentum = self.momentum[shape].lerp_(gradient, 0.05)
             update = torch.zeros_like(gradient)
             update[mine] = orthogonalise(gradient.lerp(momentum, 0.95)[mine])
             updates.append(update)
-        crew.total(updates)
+        crew.all_reduce(updates)
         rate = self.muon_lr * scale
         for (shape, group), update in zip(self.groups.items(), updates, strict=True):
             for weight, change in zip(group, update, strict=True):

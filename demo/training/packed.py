@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
-class Staging:
+class TrainStages:
     """Which layers read the picture.
 
     Attributes:
@@ -40,8 +40,8 @@ class Staging:
     top: bool = False
 
 
-DENSE = Staging()
-PLAN = Staging(blind=2, select_after=4, keep=16, last=6, top=True)
+DENSE_STAGES = TrainStages()
+PLAN_STAGES = TrainStages(blind=2, select_after=4, keep=16, last=6, top=True)
 
 
 def rope_tables(length: int, head: int, theta: float = 10000.0):
@@ -58,20 +58,26 @@ def _rotate(x, cos, sin):
 
 def visual_features(model, pixels):
     """Projected features of `pixels` (B, 3, H, W): (B, N, D); the unused layer is not run."""
-    return model.model.multi_modal_projector(tower_features(model, pixels)[:, 1:])
+    return model.model.multi_modal_projector(encoder_features(model, pixels)[:, 1:])
 
 
-def tower_features(model, pixels):
+def encoder_features(model, pixels):
     """Hidden states of the tower's last used layer, class token included: (B, 1 + N, C)."""
-    tower = model.model.vision_tower
-    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
-    for layer in tower.encoder.layers[:-1]:
+    vision_encoder = model.model.vision_tower
+    hidden = vision_encoder.pre_layrnorm(vision_encoder.embeddings(pixels))
+    for layer in vision_encoder.encoder.layers[:-1]:
         hidden = layer(hidden, attention_mask=None)
     return hidden
 
 
 def forward(
-    model, features, prefix_ids, suffixes, staging: Staging = DENSE, last_row=None, log=None
+    model,
+    features,
+    prefix_ids,
+    suffixes,
+    staging: TrainStages = DENSE_STAGES,
+    last_row=None,
+    log=None,
 ):
     """Final hidden states of all suffix rows, one (B, Q, T, D) for each of `suffixes`.
 
@@ -90,7 +96,7 @@ def forward(
     batch, visual, width = features.shape
     front, head = prefix_ids.shape[0], width // heads
     start = front + visual
-    picture = torch.cat((lm.embed_tokens(prefix_ids).expand(batch, -1, -1), features), 1)
+    image = torch.cat((lm.embed_tokens(prefix_ids).expand(batch, -1, -1), features), 1)
     text = torch.cat([lm.embed_tokens(ids).view(batch, -1, width) for ids in suffixes], 1)
     longest = max(ids.shape[2] for ids in suffixes)
     tables = rope_tables(start + longest, head, lm.config.rope_parameters["rope_theta"])
@@ -110,9 +116,9 @@ def forward(
 
     for index, layer in enumerate(lm.layers):
         if index > staging.last:
-            picture, cos, sin = picture[:, :front], cos[:, :, :front], sin[:, :, :front]
+            image, cos, sin = image[:, :front], cos[:, :, :front], sin[:, :, :front]
         attn = layer.self_attn
-        p, t = layer.input_layernorm(picture), layer.input_layernorm(text)
+        p, t = layer.input_layernorm(image), layer.input_layernorm(text)
         kp, vp = _rotate(split(attn.k_proj(p)), cos, sin), split(attn.v_proj(p))
         qt = _rotate(split(attn.q_proj(t)), text_cos, text_sin)
         kt, vt = _rotate(split(attn.k_proj(t)), text_cos, text_sin), split(attn.v_proj(t))
@@ -147,18 +153,18 @@ def forward(
         else:
             seen = kp[:, :, :stop], vp[:, :, :stop]
             mixed = F.scaled_dot_product_attention(qp, *seen, is_causal=True)
-        picture = finish(layer, picture[:, :stop], mixed)
+        image = finish(layer, image[:, :stop], mixed)
         cos, sin = cos[:, :, :stop], sin[:, :, :stop]
         if chosen is not None:
             kept = torch.cat((torch.arange(front).expand(batch, -1), chosen), 1)
-            picture = picture.gather(1, kept[..., None].expand(-1, -1, width))
+            image = image.gather(1, kept[..., None].expand(-1, -1, width))
             places = kept[:, None, :, None].expand(-1, -1, -1, head)
             cos, sin = cos.gather(2, places), sin.gather(2, places)
     hidden = lm.norm(text).split(lengths, 1)
     return [x.view(*ids.shape, width) for x, ids in zip(hidden, suffixes, strict=True)]
 
 
-def _read(q, k, v, kp, vp, shape, front: int, index: int, staging: Staging):
+def _read(q, k, v, kp, vp, shape, front: int, index: int, staging: TrainStages):
     """Attention of the rows of `shape` (Q, T) to the picture's rows and to their own question."""
     batch, heads, _, head = q.shape
     asked, rows = shape
@@ -167,13 +173,13 @@ def _read(q, k, v, kp, vp, shape, front: int, index: int, staging: Staging):
     own = own.masked_fill(torch.ones(rows, rows).triu(1).bool(), -1e9)
     scores = torch.cat((q @ kp.transpose(-1, -2), own.view(batch, heads, -1, rows)), -1)
     mass = scores.mul(head**-0.5).softmax(-1)
-    on_picture, own = mass.split((kp.shape[2], rows), -1)
+    on_image, own = mass.split((kp.shape[2], rows), -1)
     mixed = (own.reshape(batch, heads, asked, rows, rows) @ v.reshape(blocks)).view(q.shape)
     if index >= staging.blind:
-        return mass, mixed + on_picture @ vp
-    mixed = mixed + on_picture[..., :front] @ vp[:, :, :front]
+        return mass, mixed + on_image @ vp
+    mixed = mixed + on_image[..., :front] @ vp[:, :, :front]
     if index == 0:
-        lost = on_picture[..., front:].sum(-1, keepdim=True)
+        lost = on_image[..., front:].sum(-1, keepdim=True)
         mixed = mixed + lost * vp[:, :, front : front + 1]
     return mass, mixed
 

@@ -23,7 +23,7 @@ CLASSES = {
     "all": 7,
 }
 NUMBERS = 4  # the centre's offset from the patch, and the centre's place in the picture
-OUTPUTS = sum(CLASSES.values()) + NUMBERS
+PATCH_OUTPUTS = sum(CLASSES.values()) + NUMBERS
 
 
 def patch_owners(scene: Scene, grid: int = 12, patch: int = 8) -> np.ndarray:

@@ -25,9 +25,9 @@ from . import data_parallel as crew
 from . import packed
 from .align import align_projector
 from .architecture import build_model, save
-from .batches import Recipe, encode_rows, normalise, stream
+from .batches import BatchMix, encode_rows, normalise_pixels, stream
 from .muon import Optimizer
-from .supervision import OUTPUTS, look_loss, patch_loss
+from .supervision import PATCH_OUTPUTS, look_loss, patch_loss
 from .tokenizer import build_tokenizer
 
 WEIGHTS = (1.0, 1.0, 1.5, 1.25, 1.0, 1.0, 1.0)  # how often each of KINDS is asked
@@ -55,31 +55,31 @@ def split_weights(module, skip=()):
     return matrices, others
 
 
-def _tower_weights(tower):
-    last = f"layers.{tower.config.num_hidden_layers - 1}."
-    return split_weights(tower, skip=(last, "post_layernorm"))
+def _encoder_weights(vision_encoder):
+    last = f"layers.{vision_encoder.config.num_hidden_layers - 1}."
+    return split_weights(vision_encoder, skip=(last, "post_layernorm"))
 
 
-def pretrain_tower(model, rank: int, options) -> None:
+def pretrain_encoder(model, rank: int, options) -> None:
     """Teach the tower what each patch shows, through one linear head that is thrown away."""
-    tower = model.model.vision_tower
+    vision_encoder = model.model.vision_tower
     minutes = options.tower_minutes
-    head = torch.nn.Linear(tower.config.hidden_size, OUTPUTS)
-    matrices, others = _tower_weights(tower)
+    head = torch.nn.Linear(vision_encoder.config.hidden_size, PATCH_OUTPUTS)
+    matrices, others = _encoder_weights(vision_encoder)
     optimizer = Optimizer(matrices, [*others, *head.parameters()], muon_lr=options.tower_lr)
-    crew.spread(head)
-    begin, spent, step, pictures = time.time(), 0.0, 0, 0
-    source = stream(Recipe(32 // options.processes), f"tower {rank}")
+    crew.broadcast(head)
+    begin, spent, step, images = time.time(), 0.0, 0, 0
+    source = stream(BatchMix(32 // options.processes), f"tower {rank}")
     while spent < 1:
         pixels, targets = next(source)
-        outputs = head(packed.tower_features(model, normalise(pixels))[:, 1:])
+        outputs = head(packed.encoder_features(model, normalise_pixels(pixels))[:, 1:])
         loss, right = patch_loss(outputs.flatten(0, 1), targets.flatten(0, 1))
         loss.backward()
         spent = crew.average(optimizer.parameters, (time.time() - begin) / 60 / minutes)
         optimizer.step(schedule(spent))
-        step, pictures = step + 1, pictures + len(pixels) * options.processes
+        step, images = step + 1, images + len(pixels) * options.processes
         if step % 50 == 0 and rank == 0:
-            rate = pictures / (time.time() - begin)
+            rate = images / (time.time() - begin)
             words = " ".join(f"{k} {v:.3f}" for k, v in right.items())
             log.info("tower %5d %.0f pic/s loss %.3f %s", step, rate, loss.item(), words)
 
@@ -95,13 +95,15 @@ def prepare_test(tokenizer, count: int, seed: int = 1):
 
 
 @torch.no_grad()
-def evaluate(model, prefix, test, staging=packed.DENSE, chunk: int = 100) -> dict[str, float]:
+def answer_accuracy(
+    model, prefix, test, staging=packed.DENSE_STAGES, chunk: int = 100
+) -> dict[str, float]:
     """Share of answers that are right to the last token, by kind and "all"."""
     pixels, ids, targets, kinds = test
     right = []
     for lo in range(0, len(kinds), chunk):
         part = slice(lo, lo + chunk)
-        features = packed.visual_features(model, normalise(pixels[part]))
+        features = packed.visual_features(model, normalise_pixels(pixels[part]))
         last = (targets[part, 0] >= 0).float().argmax(-1)
         hidden = packed.forward(model, features, prefix, [ids[part]], staging, last)[0]
         best = model.lm_head(hidden).argmax(-1)
@@ -113,26 +115,26 @@ def evaluate(model, prefix, test, staging=packed.DENSE, chunk: int = 100) -> dic
     return {kind: sum(hits) / len(hits) for kind, hits in table.items()}
 
 
-def draw_staging() -> packed.Staging:
+def draw_staging() -> packed.TrainStages:
     """How the next batch sees its picture: dense, or in stages as compiled plans will have it."""
     draw = torch.rand(()).item()
     if draw < 0.3:
-        return packed.DENSE
+        return packed.DENSE_STAGES
     if draw < 0.7:
-        return packed.Staging(blind=2, last=4)
-    return packed.Staging(blind=2, select_after=4, keep=16, last=6)
+        return packed.TrainStages(blind=2, last=4)
+    return packed.TrainStages(blind=2, select_after=4, keep=16, last=6)
 
 
 def train_decoder(model, tokenizer, rank: int, options) -> None:
     """Teach projector and decoder to answer; the tower stays as it is."""
     state = options.state
-    tower = model.model.vision_tower
-    tower.requires_grad_(False)
+    vision_encoder = model.model.vision_tower
+    vision_encoder.requires_grad_(False)
     prefix = torch.tensor(tokenizer.encode("USER: <image>").ids[:-1])
     test = prepare_test(tokenizer, 280)
     optimizer = Optimizer(*split_weights(model), muon_lr=options.lr, adam_lr=options.adam_lr)
-    tower.requires_grad_(True)
-    thawing = Optimizer(*_tower_weights(tower), options.lr / 5, options.adam_lr / 5)
+    vision_encoder.requires_grad_(True)
+    thawing = Optimizer(*_encoder_weights(vision_encoder), options.lr / 5, options.adam_lr / 5)
     done, step = 0.0, 0
     kept = torch.load(state, weights_only=True) if options.resume and state.exists() else {}
     if kept.get("optimizer"):
@@ -141,14 +143,14 @@ def train_decoder(model, tokenizer, rank: int, options) -> None:
         done, step = (0.0 if options.fresh else kept["minutes"]), kept["step"]
     else:
         align_projector(model)
-        crew.spread(model)
+        crew.broadcast(model)
     begin, told, saved, seen = time.time(), time.time(), time.time(), 0
     losses, looked = [], []
-    pictures, spent = options.pictures // options.processes, done / options.minutes
-    easy = Recipe(pictures, options.questions, fewest=1, most=3)
+    images, spent = options.pictures // options.processes, done / options.minutes
+    easy = BatchMix(images, options.questions, fewest=1, most=3)
     early = stream(easy, f"early {rank} {step}")
     source = stream(
-        Recipe(pictures, options.questions, turns=0.1, weights=WEIGHTS), f"decoder {rank} {step}"
+        BatchMix(images, options.questions, turns=0.1, weights=WEIGHTS), f"decoder {rank} {step}"
     )
     torch.manual_seed(1000 * step + rank)
     while spent < 1:
@@ -157,7 +159,7 @@ def train_decoder(model, tokenizer, rank: int, options) -> None:
         )
         thawed = spent > options.thaw
         with torch.set_grad_enabled(thawed):
-            seen_by = packed.tower_features(model, normalise(pixels))[:, 1:]
+            seen_by = packed.encoder_features(model, normalise_pixels(pixels))[:, 1:]
         features = model.model.multi_modal_projector(seen_by)
         suffixes, targets, wanted = zip(*asked, strict=True)
         looks: list = []
@@ -190,8 +192,8 @@ def train_decoder(model, tokenizer, rank: int, options) -> None:
             losses, looked = [], []
         if time.time() - told > 60 * options.report:
             told = time.time()
-            for name, staging in (("dense", packed.DENSE), ("plan ", packed.PLAN)):
-                table = evaluate(model, prefix, test, staging)
+            for name, staging in (("dense", packed.DENSE_STAGES), ("plan ", packed.PLAN_STAGES)):
+                table = answer_accuracy(model, prefix, test, staging)
                 words = " ".join(f"{k} {v:.3f}" for k, v in table.items())
                 log.info("  %s %s", name, words)
         if time.time() - saved > 60 * options.keep:
@@ -203,8 +205,8 @@ def train_decoder(model, tokenizer, rank: int, options) -> None:
     _keep(model, (optimizer, thawing), options.minutes, step, state)
     save(model, tokenizer, options.out)
     test = prepare_test(tokenizer, 2000, seed=0)
-    for name, staging in (("dense", packed.DENSE), ("plan", packed.PLAN)):
-        log.info("final %s %s", name, evaluate(model, prefix, test, staging))
+    for name, staging in (("dense", packed.DENSE_STAGES), ("plan", packed.PLAN_STAGES)):
+        log.info("final %s %s", name, answer_accuracy(model, prefix, test, staging))
 
 
 def _keep(model, optimizers, minutes: float, step: int, state: Path) -> None:
@@ -238,7 +240,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="processes that train together")
     options = parser.parse_args()
     options.state.parent.mkdir(parents=True, exist_ok=True)
-    crew.run(_train, options.processes, options)
+    crew.run_parallel(_train, options.processes, options)
 
 
 def _train(rank: int, options) -> None:
@@ -246,7 +248,7 @@ def _train(rank: int, options) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     model, tokenizer = build_model(), build_tokenizer()
     if not (options.resume and options.state.exists()):
-        pretrain_tower(model, rank, options)
+        pretrain_encoder(model, rank, options)
         if rank == 0:
             _keep(model, (), 0.0, 0, options.state)
     else:

@@ -29,7 +29,7 @@ from .executor import Executor, Kept, Rows, StageResult
 
 
 @dataclass(frozen=True)
-class Segment:
+class AppendedRows:
     """Rows of one kind: a stretch of text, or the visual rows of one image.
 
     positions: (B, Q) int32; order: (B, Q) int32, ``INVISIBLE`` where a row is left padding.
@@ -66,7 +66,7 @@ class StageSlots:
         """Forget slots from ``slots`` on, none of which may be in use."""
         self.order, self.visual = self.order[:, :slots].copy(), self.visual[:, :slots].copy()
 
-    def write(self, segment: Segment) -> int:
+    def write(self, segment: AppendedRows) -> int:
         """Note ``segment`` in the next free slots; returns the first of them."""
         start = self.used
         stop = start + segment.count
@@ -135,7 +135,7 @@ class Chain:
         if slots.used + extra > slots.order.shape[1]:
             slots.grow(self.executor.ensure_slots(stage, slots.used + extra))
 
-    def append(self, stage: int, segment: Segment, decoding: bool = False) -> StageResult:
+    def append(self, stage: int, segment: AppendedRows, decoding: bool = False) -> StageResult:
         """Append one segment to one stage."""
         self.reserve(stage, segment.count)
         slots = self.slots[stage]
@@ -150,18 +150,18 @@ class Chain:
             self._stage_gates(stage, segment.visual, decoding),
         )
 
-    def append_padded(self, stage: int, segment: Segment) -> StageResult:
+    def append_padded(self, stage: int, segment: AppendedRows) -> StageResult:
         """Append text that no visual row follows, with the padding that the executor wants."""
         padding = self.padding(stage, segment.count)
         return self.append(stage, _padded_left(segment, padding) if padding else segment)
 
-    def append_together(self, stage: int, parts: Sequence[Segment]) -> list[StageResult]:
+    def append_fused(self, stage: int, parts: Sequence[AppendedRows]) -> list[StageResult]:
         """Append several segments in one call of a stage without gates; a result for each.
 
         Only the last one's ``queries`` and ``logits`` say anything of its rows.
         """
         assert not self.plan.stages[stage].gated_layers, "a call under gates holds one kind"
-        whole, _ = self._append_merged(stage, parts, padding=0)
+        whole, _ = self._append_fused(stage, parts, padding=0)
         stops = np.cumsum([part.count for part in parts])
         return [
             whole._replace(rows=whole.rows[:, int(stop) - part.count : int(stop)])
@@ -170,7 +170,7 @@ class Chain:
 
     def finish(
         self,
-        segments: Sequence[Segment],
+        segments: Sequence[AppendedRows],
         results: Sequence[StageResult],
         visual_start: Sequence[int],
     ) -> Prefilled:
@@ -201,7 +201,7 @@ class Chain:
             if visual is not None and edge.op == "select":
                 kept = self._select(index, result.queries[-1], visual, slots, text.order[:, -1])
                 done.kept.append(kept)
-                visual = Segment(True, kept.rows, kept.positions, kept.order)
+                visual = AppendedRows(True, kept.rows, kept.positions, kept.order)
             elif visual is not None and edge.op == "probe":
                 self._read(index, done, result.queries, visual, slots, text.order[:, -1])
                 visual = self._decided(index, done, visual)
@@ -210,19 +210,19 @@ class Chain:
             stage = index + 1
             parts = [text] if visual is None else [visual, text]
             padding = self.padding(stage, sum(part.count for part in parts))
-            result, start = self._append_merged(stage, parts, padding)
+            result, start = self._append_fused(stage, parts, padding)
             if visual is not None:
                 count = visual.count
                 slots = _slot_numbers([(start, count)], self.batch)
-                visual = Segment(True, result.rows[:, :count], visual.positions, visual.order)
-                text = Segment(False, result.rows[:, count:], text.positions, text.order)
+                visual = AppendedRows(True, result.rows[:, :count], visual.positions, visual.order)
+                text = AppendedRows(False, result.rows[:, count:], text.positions, text.order)
             else:
-                text = Segment(False, result.rows, text.positions, text.order)
+                text = AppendedRows(False, result.rows, text.positions, text.order)
         done.visual_tokens.append(visual.count if visual else 0)
         done.logits = result.logits
         return done
 
-    def prefill(self, segments: Sequence[Segment]) -> Prefilled:
+    def prefill(self, segments: Sequence[AppendedRows]) -> Prefilled:
         """Run a whole prompt; its last segment must be text."""
         results, starts = [], []
         for segment in segments:
@@ -230,15 +230,15 @@ class Chain:
             results.append(self.append(0, segment))
         return self.finish(segments, results, starts)
 
-    def decode(self, segment: Segment) -> Any:
+    def decode(self, segment: AppendedRows) -> Any:
         """One step of text rows through every stage; returns the logits (B, V)."""
         for stage in range(len(self.plan.stages)):
             result = self.append(stage, segment, decoding=True)
-            segment = Segment(False, result.rows, segment.positions, segment.order)
+            segment = AppendedRows(False, result.rows, segment.positions, segment.order)
         return result.logits
 
-    def _append_merged(
-        self, stage: int, parts: Sequence[Segment], padding: int
+    def _append_fused(
+        self, stage: int, parts: Sequence[AppendedRows], padding: int
     ) -> tuple[StageResult, int]:
         """Several kinds in one call, which no gates forbid; and the slot of its first row."""
         self.reserve(stage, padding + sum(part.count for part in parts))
@@ -248,7 +248,7 @@ class Chain:
         positions = np.concatenate([part.positions for part in parts], 1)
         if padding:
             order, positions = _pad_left(order, positions, padding)
-            slots.write(Segment(False, None, positions[:, :padding], order[:, :padding]))
+            slots.write(AppendedRows(False, None, positions[:, :padding], order[:, :padding]))
         for part in parts:
             slots.write(part)
         result = self.executor.append(
@@ -308,7 +308,7 @@ class Chain:
                 cosines, norms = cosines[decision.kept], norms[decision.kept]
             decision.read(layer, cosines, norms)
 
-    def _decided(self, stage: int, done: Prefilled, visual: Segment) -> Segment | None:
+    def _decided(self, stage: int, done: Prefilled, visual: AppendedRows) -> AppendedRows | None:
         """The visual rows that go on after a probed edge; None where vision has left."""
         decision = done.decision
         assert decision is not None
@@ -323,11 +323,11 @@ class Chain:
             )
         return None if decision.exit is not None or not visual.count else visual
 
-    def _padded(self, visual: Segment, kept: np.ndarray, count: int) -> Segment:
+    def _padded(self, visual: AppendedRows, kept: np.ndarray, count: int) -> AppendedRows:
         """Rows ``kept`` of ``visual``, and as many invisible ones as make ``count``."""
         index = np.pad(kept, (0, count - len(kept)))  # padding repeats a row that nobody sees
         order = np.where(np.arange(count) < len(kept), visual.order[:, index], INVISIBLE)
-        return Segment(
+        return AppendedRows(
             True,
             self.executor.take(visual.rows, index),
             visual.positions[:, index],
@@ -354,7 +354,7 @@ def _query_order(order: np.ndarray) -> np.ndarray:
     return np.minimum(order, PADDING_ORDER)
 
 
-def _padded_left(segment: Segment, padding: int) -> Segment:
+def _padded_left(segment: AppendedRows, padding: int) -> AppendedRows:
     """The segment with invisible orders on its left; it has no rows for them."""
     order, positions = _pad_left(segment.order, segment.positions, padding)
     return replace(segment, positions=positions, order=order)
@@ -368,9 +368,9 @@ def _pad_left(
     return np.pad(order, width, constant_values=INVISIBLE), np.pad(positions, width)
 
 
-def _joined(executor: Executor, parts, visual: bool) -> Segment:
+def _joined(executor: Executor, parts, visual: bool) -> AppendedRows:
     """One segment from several of the same kind, carrying their stage-0 outputs."""
-    return Segment(
+    return AppendedRows(
         visual,
         executor.concatenate([result.rows for _, result in parts]),
         np.concatenate([segment.positions for segment, _ in parts], 1),

@@ -21,8 +21,8 @@ from ..modules.decoder import DecoderStage
 from ..modules.ops import Eager
 from ..modules.select import Prober, Selector
 from ..plan.plan import StagePlan
-from ..precision import NARROW, Widening
-from .chain import Chain, Segment, last_layers
+from ..precision import NO_FALLBACK, Fp32Fallback
+from .chain import AppendedRows, Chain, last_layers
 from .executor import Kept, StageResult
 
 Span = tuple[int, int]
@@ -58,13 +58,13 @@ class TorchExecutor:
         plan: StagePlan,
         weights: Mapping[str, Tensor],
         batch: int,
-        widening: Widening = NARROW,
+        fallback: Fp32Fallback = NO_FALLBACK,
         prepare: Callable[[torch.nn.Module], None] = lambda stage: None,
     ):
-        self.text, self.batch, self.widening = text, batch, widening
+        self.text, self.batch, self.fallback = text, batch, fallback
         self.embedding = weights["model.embed_tokens.weight"]
         self.stages = [
-            DecoderStage(text, plan, part, Eager(), widening) for part in whole_stages(plan)
+            DecoderStage(text, plan, part, Eager(), fallback) for part in whole_stages(plan)
         ]
         for stage in self.stages:
             prepare(stage)
@@ -150,12 +150,12 @@ class TorchExecutor:
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (B, Q) -> rows (B, Q, D)."""
         rows = torch.nn.functional.embedding(ids, self.embedding)
-        return rows.float() if self.widening.rows else rows
+        return rows.float() if self.fallback.rows else rows
 
     def _empty(self, stage: int, layer: int) -> Tensor:
         shape = (self.batch, self.text.kv_heads, 0, self.text.head_dim)
-        rounded = self.stages[stage].scales_of(layer) is not None
-        return torch.zeros(shape, dtype=torch.int8 if rounded else self.embedding.dtype)
+        quantised = self.stages[stage].scales_of(layer) is not None
+        return torch.zeros(shape, dtype=torch.int8 if quantised else self.embedding.dtype)
 
 
 def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor]):
@@ -203,7 +203,7 @@ def run(
         tokens.append(logits.argmax(-1))
         if step + 1 < max_new_tokens:
             at = np.full((batch, 1), length + step, np.int32)
-            logits = chain.decode(Segment(False, executor.embed(tokens[-1][:, None]), at, at))
+            logits = chain.decode(AppendedRows(False, executor.embed(tokens[-1][:, None]), at, at))
     kept = [
         _kept(done.kept[-1].order[sample] if done.kept else None, spans[sample])
         for sample in range(batch)
@@ -228,7 +228,7 @@ def _one_by_one(weights, config, embeds, spans, plan, max_new_tokens) -> ChainRe
     )
 
 
-def segments(embeds: Tensor, spans: Sequence[Sequence[Span]]) -> list[Segment]:
+def segments(embeds: Tensor, spans: Sequence[Sequence[Span]]) -> list[AppendedRows]:
     """Cut each prompt into text, image, text, ...; align the samples by left padding.
 
     Samples with fewer images get calls that are padding from end to end.
@@ -254,7 +254,7 @@ def segments(embeds: Tensor, spans: Sequence[Sequence[Span]]) -> list[Segment]:
                 order[sample, count - (stop - start) :] = np.arange(start, stop)
                 rows[sample, count - (stop - start) :] = embeds[sample, start:stop]
         positions = np.where(order == INVISIBLE, 0, order).astype(np.int32)
-        out.append(Segment(index % 2 == 1, rows, positions, order))
+        out.append(AppendedRows(index % 2 == 1, rows, positions, order))
     return out
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TextConfig
-from ..contract import Part
+from ..contract import StagePart
 from ..plan.plan import StagePlan
-from ..precision import NARROW, Widening
+from ..precision import NO_FALLBACK, Fp32Fallback
 from .ops import Eager, Gate, Scales, View
 from .rope import frequencies, turn
 
@@ -133,7 +133,7 @@ class DecoderLayer(nn.Module):
     """Pre-norm attention and MLP with residuals, as in Llama.
 
     ``mode`` and ``norm`` (``plan.Mode``, ``plan.Norm``) say how text sees vision here; ``shifts``
-    are ``precision.Widening.shifts``. Rows may be of a wider type than the weights.
+    are ``precision.Fp32Fallback.shifts``. Rows may be of a wider type than the weights.
     """
 
     def __init__(
@@ -260,18 +260,18 @@ class DecoderStage(nn.Module):
         self,
         text: TextConfig,
         plan: StagePlan,
-        part: Part,
+        part: StagePart,
         ops: Eager,
-        widening: Widening = NARROW,
+        fallback: Fp32Fallback = NO_FALLBACK,
     ):
         super().__init__()
         stage = plan.stages[part.stage]
-        self.hands_back = ops.hands_back
+        self.returns_new_rows = ops.returns_new_rows
         self.gated = bool(part.gated_layers(plan))
         last = part.ends(plan) and part.stage == len(plan.stages) - 1
         modes = dict(enumerate(stage.modes, start=stage.layers[0]))
         kinds = {
-            layer: (modes[layer], stage.norm, widening.shifts(layer))
+            layer: (modes[layer], stage.norm, fallback.shifts(layer))
             for layer in range(*part.layers)
         }
         self.model = Body(text, ops, kinds, last)
@@ -294,8 +294,8 @@ class DecoderStage(nn.Module):
         """The stage as calls of its pieces; shapes and meanings: ``contract.stage_spec``."""
         shared = list(call(self.head, rows, positions, order, slot_order, write_index, gates))
         cos, sin, visible = shared[:3]
-        window = shared[3] if self.hands_back else None
-        gate = iter(shared[4 if self.hands_back else 3 :])
+        window = shared[3] if self.returns_new_rows else None
+        gate = iter(shared[4 if self.returns_new_rows else 3 :])
         grown, queries = [], []
         for layer, (key, value) in zip(self.model.layers.values(), caches, strict=True):
             gated = (None, None) if layer.mode == "dense" else (next(gate), next(gate))

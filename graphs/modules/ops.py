@@ -18,7 +18,7 @@ from torch import Tensor
 SOFTMAX_FLOOR = torch.finfo(torch.float32).min
 """Score of an invisible key. Not -inf: a row that sees nothing must stay finite."""
 
-BRANCHED_ATTENTION = "visistage::BranchedAttention"
+CONDITIONAL_ATTENTION = "visistage::BranchedAttention"
 """No operator of ONNX: what ``compile/export/branched_attention.py`` writes out. Takes q (B, H, Q,
 d), k and v (B, G, S, d), visible (B, 1, Q, S), write_index (B,), and in a text-blind layer the
 value gate and perhaps the sink gate, (B, S) each."""
@@ -71,12 +71,12 @@ Scales = tuple[Tensor, Tensor]
 class Eager:
     """Plain torch. Caches are written in place, scores are explicit, softmax is FP32.
 
-    ``hands_back``: caches are read and not written; new rows are returned, and the caller writes
-    them.
+    ``returns_new_rows``: caches are read and not written; new rows are returned, and the caller
+    writes them.
     """
 
     name = "eager"
-    hands_back = False
+    returns_new_rows = False
 
     def view(self, order: Tensor, slot_order: Tensor, write_index: Tensor) -> View:
         """A key is seen when its order is not above the query's.
@@ -94,7 +94,7 @@ class Eager:
         """x: (M, K), weight: (N, K) -> (M, N)."""
         return F.linear(x, weight, bias)
 
-    def rounded(self, x: Tensor, scale: Tensor) -> Tensor:
+    def fake_quantised(self, x: Tensor, scale: Tensor) -> Tensor:
         """To multiples of ``scale`` (), at most 127 of them; halves go to even."""
         return torch.clamp(torch.round(x / scale), -128, 127) * scale
 
@@ -224,7 +224,7 @@ class Llm(Eager):
         shape = (x.shape[0], weight.shape[0])
         return _symbolic("Gemm", inputs, {"transB": 1}, x.dtype, shape, self.opset)
 
-    def rounded(self, x: Tensor, scale: Tensor) -> Tensor:
+    def fake_quantised(self, x: Tensor, scale: Tensor) -> Tensor:
         """``QuantizeLinear`` and back. The zero point is said: without it ONNX Runtime would not
         count from 0, which x86 wants of one side of a product, and leave the rounding unfused.
         """
@@ -279,7 +279,7 @@ class Llm(Eager):
         )
 
 
-class LlmBranched(Llm):
+class LlmConditional(Llm):
     """``Llm`` for ONNX Runtime on a CPU: attention in one form for many new rows, one for a few.
 
     ``in_order``: the rows of every call, and the slots before them, lie in the order in which they
@@ -293,7 +293,7 @@ class LlmBranched(Llm):
     def gated_attention(
         self, q: Tensor, k: Tensor, v: Tensor, view: View, gate: Gate | None
     ) -> Tensor:
-        """As its base, by ``BRANCHED_ATTENTION``, unless both forms would be the same."""
+        """As its base, by ``CONDITIONAL_ATTENTION``, unless both forms would be the same."""
         visible = view.visible
         gates: list[Tensor] = []
         if gate is not None and gate.renorm:
@@ -309,7 +309,7 @@ class LlmBranched(Llm):
             "groups": k.shape[1],
             "width": q.shape[3],
         }
-        return _symbolic(BRANCHED_ATTENTION, inputs, attributes, q.dtype, q.shape, 1)
+        return _symbolic(CONDITIONAL_ATTENTION, inputs, attributes, q.dtype, q.shape, 1)
 
 
 class LlmRows(Llm):
@@ -320,7 +320,7 @@ class LlmRows(Llm):
     """
 
     name = "llm rows"
-    hands_back = True
+    returns_new_rows = True
 
     def view(self, order: Tensor, slot_order: Tensor, write_index: Tensor) -> View:
         """As its base, and which new row each slot holds."""
@@ -344,12 +344,12 @@ class Portable(Eager):
     """Basic operators only. The cache is read, never written: new rows are handed back."""
 
     name = "portable"
-    hands_back = True
+    returns_new_rows = True
     opset = 20
 
     reshape = Llm.reshape
     linear = Llm.linear
-    rounded = Llm.rounded
+    fake_quantised = Llm.fake_quantised
     restored = Llm.restored
 
     def stored(self, rows: Tensor, scale: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linears import Group
-from ..quantization import Cache, Scheme, block_of
+from ..quantization import CacheScheme, Scheme, block_of
 from .decoder import Attention, Linear
 from .ops import Eager
 
@@ -72,7 +72,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """As ``decoder.Linear.forward``; ``input_scale`` is that of x as it comes, scaled."""
         if self.input_scale is not None:
-            x = self.ops.rounded(x, self.input_scale)
+            x = self.ops.fake_quantised(x, self.input_scale)
         values = getattr(self, WEIGHT[self.scheme])
         weight = self.ops.restored(values, self.weight_scale, self.block, self.weight_zero)
         out = self.ops.product(x, weight)
@@ -106,7 +106,7 @@ def replace_linears(
         setattr(module.get_submodule(parent), own, new)
 
 
-def round_caches(module: nn.Module, cache: Cache) -> None:
+def round_caches(module: nn.Module, cache: CacheScheme) -> None:
     """Give every attention of ``module`` a cache of the type ``cache``, in place."""
     if cache == "float":
         return

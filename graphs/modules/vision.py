@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig, VisionConfig
-from ..precision import NARROW, Widening
+from ..precision import NO_FALLBACK, Fp32Fallback
 from .decoder import Call, Linear, direct
 from .ops import Eager
 
@@ -29,7 +29,7 @@ def activate(name: str, x: Tensor) -> Tensor:
     return x.relu() if name == "relu" else x * torch.sigmoid(x)  # silu
 
 
-class TowerAttention(nn.Module):
+class EncoderAttention(nn.Module):
     """Bidirectional attention without a mask. x: (B*T, D)."""
 
     def __init__(self, vision: VisionConfig, ops: Eager):
@@ -53,7 +53,7 @@ class TowerAttention(nn.Module):
         return self.out_proj(self.ops.reshape(out.transpose(1, 2), x.shape))
 
 
-class TowerMLP(nn.Module):
+class EncoderMLP(nn.Module):
     """Two projections around the tower's activation."""
 
     def __init__(self, vision: VisionConfig, ops: Eager):
@@ -67,16 +67,16 @@ class TowerMLP(nn.Module):
         return self.fc2(activate(self.activation, self.fc1(x)))
 
 
-class TowerLayer(nn.Module):
+class EncoderLayer(nn.Module):
     """Pre-norm transformer layer of a vision tower."""
 
     def __init__(self, vision: VisionConfig, ops: Eager):
         super().__init__()
         self.ops = ops
         self.kind = (vision, ops.name)
-        self.self_attn = TowerAttention(vision, ops)
+        self.self_attn = EncoderAttention(vision, ops)
         self.layer_norm1 = nn.LayerNorm(vision.hidden, eps=vision.eps)
-        self.mlp = TowerMLP(vision, ops)
+        self.mlp = EncoderMLP(vision, ops)
         self.layer_norm2 = nn.LayerNorm(vision.hidden, eps=vision.eps)
 
     def forward(self, states: Tensor) -> Tensor:
@@ -124,13 +124,13 @@ class Stem(nn.Module):
         return states if self.norm is None else self.norm(states)
 
 
-class _Encoder(nn.Module):
+class _EncoderLayers(nn.Module):
     def __init__(self, vision: VisionConfig, ops: Eager, depth: int):
         super().__init__()
-        self.layers = nn.ModuleList(TowerLayer(vision, ops) for _ in range(depth))
+        self.layers = nn.ModuleList(EncoderLayer(vision, ops) for _ in range(depth))
 
 
-class Tower(nn.Module):
+class VisionEncoder(nn.Module):
     """Holds a tower's pieces under the checkpoint's names; ``Vision`` runs them."""
 
     def __init__(self, vision: VisionConfig, ops: Eager, depth: int):
@@ -138,7 +138,7 @@ class Tower(nn.Module):
         self.embeddings = Embeddings(vision)
         if vision.kind == "clip":
             self.pre_layrnorm = nn.LayerNorm(vision.hidden, eps=vision.eps)  # sic, in checkpoints
-        self.encoder = _Encoder(vision, ops, depth)
+        self.encoder = _EncoderLayers(vision, ops, depth)
 
 
 class Projector(nn.Module):
@@ -171,19 +171,19 @@ class Projector(nn.Module):
 class Vision(nn.Module):
     """The ``vision`` graph: ``contract.vision_spec``."""
 
-    def __init__(self, config: ModelConfig, ops: Eager, widening: Widening = NARROW):
+    def __init__(self, config: ModelConfig, ops: Eager, fallback: Fp32Fallback = NO_FALLBACK):
         super().__init__()
         states = config.vision.layers + 1
         self.chosen = [index % states for index in config.feature_layers]
-        self.vision_tower = Tower(config.vision, ops, max(self.chosen))
-        self.multi_modal_projector = Projector(config, ops, widening.rows)
+        self.vision_tower = VisionEncoder(config.vision, ops, max(self.chosen))
+        self.multi_modal_projector = Projector(config, ops, fallback.rows)
 
     def compose(self, call: Call, pixels: Any) -> Any:
         """Calls of its pieces, as in ``decoder.DecoderStage.compose``."""
-        tower = self.vision_tower
-        stem = Stem(tower.embeddings, getattr(tower, "pre_layrnorm", None))
+        vision_encoder = self.vision_tower
+        stem = Stem(vision_encoder.embeddings, getattr(vision_encoder, "pre_layrnorm", None))
         hidden = [call(stem, pixels)]
-        for index, layer in enumerate(tower.encoder.layers):
+        for index, layer in enumerate(vision_encoder.encoder.layers):
             hidden.append(call(layer, hidden[-1]))
             if index not in self.chosen:
                 hidden[index] = None  # a walk holds those of many pictures at once

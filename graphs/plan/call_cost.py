@@ -18,25 +18,25 @@ from dataclasses import dataclass
 
 from ..config import ModelConfig
 from ..contract import PROBE, stage_of
-from ..quantization import BLOCK
+from ..quantization import SCALE_BLOCK
 from .cost import Geometry
 from .plan import StagePlan
 
 VISION = "vision"
 
-WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "w8": 1.0, "w4": 0.5 + 2 / BLOCK}
+WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "w8": 1.0, "w4": 0.5 + 2 / SCALE_BLOCK}
 """Bytes of one weight of a linear layer by precision, INT4's scales included."""
 
 CACHE_BYTES = {"fp32": 4.0}
 """Bytes of one cached number where they are not 2."""
 
 
-TOWER_FLOAT = ("w8", "w4")
+ENCODER_FLOAT = ("w8", "w4")
 """Precisions that leave the tower in float."""
 
 
 @dataclass(frozen=True)
-class Call:
+class GraphCall:
     """One call of a graph: ``rows`` of hidden states go in, its cache has ``slots``.
 
     ``rows`` is 0 for graphs that take none: the tower, and what reads a cache only.
@@ -74,19 +74,19 @@ class Sizes:
 
     weight: float
     cache: float
-    tower: float
+    encoder: float
 
     @classmethod
     def of(cls, precision: str) -> Sizes:
         """Those of a precision's name, whatever stands behind its colon."""
         base = precision.partition(":")[0].partition("+")[0]
         weight = WEIGHT_BYTES[base]
-        tower = WEIGHT_BYTES["fp16"] if base in TOWER_FLOAT else weight
+        encoder = WEIGHT_BYTES["fp16"] if base in ENCODER_FLOAT else weight
         cache = 1.0 if "cache=int8" in precision else CACHE_BYTES.get(base, 2.0)
-        return cls(weight, cache, tower)
+        return cls(weight, cache, encoder)
 
 
-def work_of(call: Call, config: ModelConfig, plan: StagePlan, sizes: Sizes) -> Work:
+def work_of(call: GraphCall, config: ModelConfig, plan: StagePlan, sizes: Sizes) -> Work:
     """The work of one call; ``call.graph`` is a stage, a selection, the probe or ``vision``."""
     if call.graph == VISION:
         return vision_work(config, sizes)
@@ -98,7 +98,9 @@ def work_of(call: Call, config: ModelConfig, plan: StagePlan, sizes: Sizes) -> W
     return stage_work(geometry, plan.stages[index].depth, call, sizes, head=last)
 
 
-def stage_work(geometry: Geometry, depth: int, call: Call, sizes: Sizes, *, head: bool) -> Work:
+def stage_work(
+    geometry: Geometry, depth: int, call: GraphCall, sizes: Sizes, *, head: bool
+) -> Work:
     """``depth`` decoder layers; with ``head``, also the output projection of the last row."""
     d, m = geometry.hidden, geometry.intermediate
     query, kv = geometry.widths
@@ -118,12 +120,12 @@ def vision_work(config: ModelConfig, sizes: Sizes) -> Work:
     layer = 4 * h * h + 2 * h * vision.intermediate
     patch = vision.channels * vision.patch_size**2 * h
     projector = h * len(config.feature_layers) * d + d * d
-    depth = tower_depth(config)
+    depth = encoder_depth(config)
     return Work(
         flops=2 * vision.patches * patch
         + depth * (2 * tokens * layer + 4 * tokens * tokens * h)
         + 2 * config.visual_tokens * projector,
-        weight_bytes=(patch + depth * layer + projector) * sizes.tower,
+        weight_bytes=(patch + depth * layer + projector) * sizes.encoder,
     )
 
 
@@ -139,7 +141,7 @@ Slots = Callable[[int, int], int]
 
 def question_calls(
     plan: StagePlan, *, prefix: int, visual: int, text: int, slots: Slots, cached: bool = False
-) -> list[Call]:
+) -> list[GraphCall]:
     """Calls of one question about one picture, the tower included, up to the first token.
 
     ``prefix`` rows are held already; ``visual`` is N; ``cached``: the picture was seen before. A
@@ -147,24 +149,24 @@ def question_calls(
     """
     calls = []
     if visual and not cached:
-        calls += [Call(VISION, 0, 0), Call("stage0", visual, slots(0, prefix + visual))]
+        calls += [GraphCall(VISION, 0, 0), GraphCall("stage0", visual, slots(0, prefix + visual))]
     held = prefix + visual + text
-    calls.append(Call("stage0", text, slots(0, held)))
+    calls.append(GraphCall("stage0", text, slots(0, held)))
     for index, edge in enumerate(plan.edges):
         if edge.op == "select" and visual:
-            calls.append(Call(f"select{index}", 0, slots(index, held)))
+            calls.append(GraphCall(f"select{index}", 0, slots(index, held)))
         kept = min(visual, plan.stages[index + 1].visual_tokens)
         held = prefix + kept + text
-        calls.append(Call(f"stage{index + 1}", kept + text, slots(index + 1, held)))
+        calls.append(GraphCall(f"stage{index + 1}", kept + text, slots(index + 1, held)))
     return calls
 
 
 def token_calls(
     plan: StagePlan, *, prefix: int, visual: int, text: int, slots: Slots
-) -> list[Call]:
+) -> list[GraphCall]:
     """Calls of one later token, ``text`` counting the answer so far."""
     return [
-        Call(
+        GraphCall(
             f"stage{index}",
             1,
             slots(index, prefix + min(visual, stage.visual_tokens) + text + 1),
@@ -173,19 +175,19 @@ def token_calls(
     ]
 
 
-def layers_of(call: Call, config: ModelConfig, plan: StagePlan) -> int:
+def layers_of(call: GraphCall, config: ModelConfig, plan: StagePlan) -> int:
     """Decoder or tower layers that one call runs; a selection or a probe counts as one."""
     if call.graph == VISION:
-        return tower_depth(config)
+        return encoder_depth(config)
     return plan.stages[stage_of(call.graph)].depth if call.graph.startswith("stage") else 1
 
 
-def tower_depth(config: ModelConfig) -> int:
+def encoder_depth(config: ModelConfig) -> int:
     """Tower layers up to the deepest hidden state that is read; state 0 is the embedding."""
     states = config.feature_layers
     return max(i if i >= 0 else config.vision.layers + 1 + i for i in states)
 
 
-def total(works: Iterable[Work]) -> Work:
+def total_work(works: Iterable[Work]) -> Work:
     """Their sum."""
     return sum(works, Work())

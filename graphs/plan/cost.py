@@ -267,7 +267,7 @@ def reduction_percent(value: float, dense: float) -> float:
     return 100 * (1 - value / dense)
 
 
-def total(costs: Sequence[LoadCost], field: str) -> float:
+def total_cost(costs: Sequence[LoadCost], field: str) -> float:
     """Sum of one field over some layers."""
     return sum(getattr(item, field) for item in costs)
 

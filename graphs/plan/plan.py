@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .plan_checks import check_plan
-from .plan_fields import fields_of, is_int, list_of, refuse
+from .plan_fields import fields_of, is_int, list_of, reject_field
 from .stages import Edge, Probe, Stage
 
-VERSION = 1
+PLAN_VERSION = 1
 """Version of the dict form. Readers refuse others."""
 
 _PLAN_REQUIRED = ("version", "name", "layers", "visual_tokens", "stages")
@@ -113,7 +113,7 @@ class StagePlan:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form; ``from_dict`` gives the same plan back."""
         return {
-            "version": VERSION,
+            "version": PLAN_VERSION,
             "name": self.name,
             "layers": self.layers,
             "visual_tokens": self.visual_tokens,
@@ -135,8 +135,10 @@ class StagePlan:
         """
         fields = fields_of(data, "plan", _PLAN_REQUIRED, _PLAN_OPTIONAL)
         version = fields.pop("version")
-        if not is_int(version) or version != VERSION:
-            refuse("version", version, str(VERSION), "The file is from another visistage.")
+        if not is_int(version) or version != PLAN_VERSION:
+            reject_field(
+                "version", version, str(PLAN_VERSION), "The file is from another visistage."
+            )
         stages = [
             fields_of(item, f"stages[{i}]", ("layers", "visual_tokens", "modes"), ("norm",))
             for i, item in enumerate(list_of(fields["stages"], "stages"))

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from ..errors import PlanError, nearest
 
 
-def refuse(field: str, found: Any, expected: str, fix: str) -> NoReturn:
+def reject_field(field: str, found: Any, expected: str, fix: str) -> NoReturn:
     """Raise the ``PlanError`` that says what ``field`` holds, and what to write instead."""
     raise PlanError(f"{field}: found {_show(found)}, expected {expected}. {fix}")
 
@@ -32,11 +32,11 @@ def check_word(field: str, word: Any, known: tuple[str, ...], later: tuple[str, 
         return
     listing = f"one of {', '.join(known)}"
     if word == "absent":
-        refuse(field, word, listing, "Absent vision is a stage with visual_tokens: 0.")
+        reject_field(field, word, listing, "Absent vision is a stage with visual_tokens: 0.")
     if word in later:
-        refuse(field, word, listing, f"{word} is planned, but not supported yet.")
+        reject_field(field, word, listing, f"{word} is planned, but not supported yet.")
     hint = nearest(word, known) if isinstance(word, str) else ""
-    refuse(field, word, listing, hint.strip() or "Write one of them.")
+    reject_field(field, word, listing, hint.strip() or "Write one of them.")
 
 
 def is_int(value: Any) -> bool:
@@ -58,7 +58,7 @@ def is_tuple_of(value: Any, kind: type) -> bool:
 def list_of(value: Any, field: str) -> list:
     """``value``, which must be a list."""
     if not isinstance(value, list):
-        refuse(field, value, "a list", "Write it as [a, b].")
+        reject_field(field, value, "a list", "Write it as [a, b].")
     return value
 
 
@@ -67,7 +67,7 @@ def fields_of(
 ) -> dict[str, Any]:
     """``data`` as a dict with known keys only and the required ones present."""
     if not isinstance(data, Mapping):
-        refuse(at, data, "a mapping", f"Its keys are {', '.join(required + optional)}.")
+        reject_field(at, data, "a mapping", f"Its keys are {', '.join(required + optional)}.")
     prefix = "" if at == "plan" else f"{at}."
     for key in data:
         if key not in required + optional:
@@ -75,8 +75,8 @@ def fields_of(
             keys = f"one of {', '.join(required + optional)}"
             plain = isinstance(key, str) and key.isprintable() and len(key) <= 80
             field = f"{prefix}{key if plain else _show(key)}"
-            refuse(field, Words("an unknown key"), keys, hint.strip() or "Remove it.")
+            reject_field(field, Words("an unknown key"), keys, hint.strip() or "Remove it.")
     for key in required:
         if key not in data:
-            refuse(f"{prefix}{key}", Words("nothing"), "a value", f"Add {key}: to the plan.")
+            reject_field(f"{prefix}{key}", Words("nothing"), "a value", f"Add {key}: to the plan.")
     return dict(data)

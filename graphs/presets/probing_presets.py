@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ..plan.plan import StagePlan
 from ..plan.stages import Mode, Probe
-from .request import TEMPLATES, Preset, Request, repeat
+from .request import TEMPLATES, Preset, Request, repeat_mode
 
 EXIT_RULES = ("cumulative", "consecutive")
 
@@ -72,17 +72,17 @@ def _text_blind(ask: Request, default: int, gap: int) -> tuple[int, int]:
     # What the last layer's probe finds can change nothing.
     last = ask.layers - 2
     if not 0 <= middle <= last:
-        ask.refuse("shallow", middle, f"a layer from 0 to {last}")
+        ask.reject("shallow", middle, f"a layer from 0 to {last}")
     shallow = 0 if off else middle
     first = ask.integer("probe", min(middle + gap, last))
     if not shallow <= first <= last:
         wanted = f"a layer from shallow={shallow} to {last}, the last but one"
-        ask.refuse("probe", first, wanted)
+        ask.reject("probe", first, wanted)
     return shallow, first
 
 
 def _shallow(first: Mode, others: Mode, count: int) -> tuple[Mode, ...]:
-    return (first, *repeat(others, count - 1)) if count else ()
+    return (first, *repeat_mode(others, count - 1)) if count else ()
 
 
 def _probe(ask: Request, first: int, rules: tuple[str, ...] = EXIT_RULES) -> Probe | None:
@@ -97,7 +97,7 @@ def _probe(ask: Request, first: int, rules: tuple[str, ...] = EXIT_RULES) -> Pro
     exit_cosine = ask.number("exit_cosine", 0.999, -1, 1)
     exit_layers = ask.integer("exit_layers", 2)
     if exit_layers < 1:
-        ask.refuse("exit_layers", exit_layers, "1 or more")
+        ask.reject("exit_layers", exit_layers, "1 or more")
     return Probe(
         first,
         cosine=ask.number("cosine", 0.995, -1, 1),

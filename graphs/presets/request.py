@@ -37,14 +37,14 @@ class Request:
         """An integer."""
         value = self.options.get(option, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            self.refuse(option, value, "an integer")
+            self.reject(option, value, "an integer")
         return value
 
     def share(self, option: str, default: float) -> float:
         """A number from 0 to 1."""
         value = self.options.get(option, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            self.refuse(option, value, "a number from 0 to 1")
+            self.reject(option, value, "a number from 0 to 1")
         return value
 
     def number(self, option: str, default: float, low: float, high: float) -> float:
@@ -52,14 +52,14 @@ class Request:
         value = self.options.get(option, default)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not low <= value <= high:
-            self.refuse(option, value, f"a number from {low:g} to {high:g}")
+            self.reject(option, value, f"a number from {low:g} to {high:g}")
         return float(value)
 
     def switch(self, option: str, default: bool) -> bool:
         """True or false."""
         value = self.options.get(option, default)
         if not isinstance(value, bool):
-            self.refuse(option, value, "true or false")
+            self.reject(option, value, "true or false")
         return value
 
     def integers(self, option: str, default: tuple[int, ...], low: int, high: int) -> list[int]:
@@ -67,9 +67,9 @@ class Request:
         value = self.options.get(option, default)
         fits = isinstance(value, (tuple, list)) and bool(value)
         if not fits or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
-            self.refuse(option, value, "integers")
+            self.reject(option, value, "integers")
         if list(value) != sorted(set(value)) or not low <= value[0] <= value[-1] <= high:
-            self.refuse(option, value, f"integers from {low} to {high}, ascending")
+            self.reject(option, value, f"integers from {low} to {high}, ascending")
         return list(value)
 
     def without(self, reason: str, *options: str) -> None:
@@ -86,10 +86,10 @@ class Request:
         """One of the ``known`` words; the first of them where none was given."""
         value = self.options.get(option, known[0])
         if value not in known:
-            self.refuse(option, value, f"one of {', '.join(known)}")
+            self.reject(option, value, f"one of {', '.join(known)}")
         return value
 
-    def refuse(self, option: str, value: Any, expected: str) -> NoReturn:
+    def reject(self, option: str, value: Any, expected: str) -> NoReturn:
         """Raise the ``PlanError`` of a value that does not do."""
         origin = "" if option in self.options else f" (the default for {self.layers} layers)"
         raise PlanError(
@@ -110,7 +110,7 @@ class Request:
         start = 0
         for stop, count in counts:
             head = () if stages else shallow
-            dense = repeat("dense", stop - start - len(head))
+            dense = repeat_mode("dense", stop - start - len(head))
             if stages:
                 edges.append(Edge("select", score, count) if count else Edge("drop"))
             stages.append(Stage((start, stop), count, head + dense, norm if head else "gated"))
@@ -129,7 +129,7 @@ class Request:
         ends = ends if probe else []
         for start, stop in pairwise([0, *(end + 1 for end in ends), self.layers]):
             head = () if stages else shallow
-            modes = head + repeat("dense", stop - start - len(head))
+            modes = head + repeat_mode("dense", stop - start - len(head))
             stages.append(Stage((start, stop), self.visual_tokens, modes))
         edges = (Edge("probe"),) * len(ends)
         return self._named(
@@ -176,7 +176,7 @@ def _as_word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def repeat(mode: Mode, times: int) -> tuple[Mode, ...]:
+def repeat_mode(mode: Mode, times: int) -> tuple[Mode, ...]:
     """``mode`` for so many layers."""
     return (mode,) * times
 

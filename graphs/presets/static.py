@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import PlanError
 from ..plan.plan import StagePlan
 from ..plan.stages import MAX_KEEP, NORMS, Mode
-from .request import TEMPLATES, Preset, Request, repeat
+from .request import TEMPLATES, Preset, Request, repeat_mode
 
 
 def _dense(ask: Request) -> StagePlan:
@@ -27,16 +27,16 @@ def _visipruner(ask: Request) -> StagePlan:
     norm: Any = ask.word("norm", NORMS)
     template = ask.word("template", TEMPLATES)
     if not 0 <= e <= last:
-        ask.refuse("e", e, f"a layer from 0 to {last}")
+        ask.reject("e", e, f"a layer from 0 to {last}")
     if not 0 <= t < e:
-        ask.refuse("t", t, f"a layer from 0 to {e - 1}, before e={e}")
+        ask.reject("t", t, f"a layer from 0 to {e - 1}, before e={e}")
     if not 0 <= shallow <= t:
-        ask.refuse("shallow", shallow, f"a layer from 0 to t={t}, which the selection reads")
+        ask.reject("shallow", shallow, f"a layer from 0 to t={t}, which the selection reads")
     limit = min(ask.visual_tokens, MAX_KEEP)
     if not 1 <= keep <= limit:
-        ask.refuse("keep", keep, f"1 to {limit} tokens")
+        ask.reject("keep", keep, f"1 to {limit} tokens")
     if norm == "renorm" and not shallow:
-        ask.refuse("norm", norm, "gated, as no layer is text-blind")
+        ask.reject("norm", norm, "gated, as no layer is text-blind")
     modes: tuple[Mode, ...] = ()
     if shallow:
         # Masked before the softmax no mass is lost that a sink could take: what remains of the
@@ -44,7 +44,7 @@ def _visipruner(ask: Request) -> StagePlan:
         # renormalised masks").
         sink: Mode = "text_blind_novv" if norm == "renorm" else "sink"
         first: Mode = "sink_half" if template == "13b" else sink
-        modes = (first, *repeat("text_blind", shallow - 1))
+        modes = (first, *repeat_mode("text_blind", shallow - 1))
     counts = [(t + 1, ask.visual_tokens), (e + 1, keep), (ask.layers, 0)]
     return ask.plan(counts if e < last else counts[:2], "value_norm", modes, norm)
 
@@ -52,10 +52,10 @@ def _visipruner(ask: Request) -> StagePlan:
 def _fastv(ask: Request) -> StagePlan:
     k, r = ask.integer("k", 3), ask.share("r", 0.75)
     if not 1 <= k < ask.layers:
-        ask.refuse("k", k, f"1 to {ask.layers - 1} layers")
+        ask.reject("k", k, f"1 to {ask.layers - 1} layers")
     keep = _rounded((1 - r) * ask.visual_tokens)
     if not 1 <= keep <= MAX_KEEP:
-        ask.refuse("r", r, f"a share that leaves 1 to {MAX_KEEP} of {ask.visual_tokens} tokens")
+        ask.reject("r", r, f"a share that leaves 1 to {MAX_KEEP} of {ask.visual_tokens} tokens")
     return ask.plan([(k, ask.visual_tokens), (ask.layers, keep)], "attention")
 
 
@@ -71,7 +71,7 @@ def _pyramiddrop(ask: Request) -> StagePlan:
         counts.append((quarter * ask.layers // 4, count))
         count = _rounded(ratio * count)
         if quarter < 4 and not 1 <= count <= MAX_KEEP:
-            ask.refuse("ratio", ratio, f"a share that leaves 1 to {MAX_KEEP} tokens at every edge")
+            ask.reject("ratio", ratio, f"a share that leaves 1 to {MAX_KEEP} tokens at every edge")
     return ask.plan(counts, "attention")
 
 
@@ -79,7 +79,7 @@ def _exit_only(ask: Request) -> StagePlan:
     # By default an exit there is, however few the layers.
     e = ask.integer("e", max(0, min(27 * ask.layers // 32, ask.layers - 2)))
     if not 0 <= e < ask.layers:
-        ask.refuse("e", e, f"a layer from 0 to {ask.layers - 1}")
+        ask.reject("e", e, f"a layer from 0 to {ask.layers - 1}")
     counts = [(e + 1, ask.visual_tokens), (ask.layers, 0)]
     return ask.plan(counts if e < ask.layers - 1 else counts[:1])
 

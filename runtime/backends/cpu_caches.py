@@ -46,7 +46,7 @@ class HostExecutor:
     def __init__(self, manifest: Manifest, batch: int = 1):
         self.plan, self.text, self.batch = manifest.plan, manifest.config.text, batch
         self.dtype, self.cache_dtype = np.dtype(manifest.dtype), np.dtype(manifest.cache_dtype)
-        self.rows_dtype = np.dtype(manifest.widening.rows_dtype(self.dtype.name))
+        self.rows_dtype = np.dtype(manifest.fallback.rows_dtype(self.dtype.name))
         self.elapsed_ms: dict[str, float] = defaultdict(float)
         self.blocks: list[np.ndarray] = []
         self.caches: list[dict[str, np.ndarray]] = []

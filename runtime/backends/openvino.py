@@ -23,7 +23,7 @@ from ...graphs.contract import PROBE, GraphSpec
 from ...graphs.errors import BundleError, MissingDependencyError
 from ...graphs.targets import OPENVINO, find_target
 from .cpu_caches import BUCKET, HostExecutor
-from .openvino_calls import Stage, pieces, shape_of
+from .openvino_calls import OpenVinoStage, row_chunks, shape_of
 
 ROW_STEP = 8
 """Numbers of rows that a question is padded to are multiples of this."""
@@ -56,7 +56,7 @@ class OpenVinoExecutor(HostExecutor):
         }
         self.requests: dict[str, Any] = {}
         self.stages = [
-            Stage(self._ov, self.models[name], manifest.graphs[name].spec)
+            OpenVinoStage(self._ov, self.models[name], manifest.graphs[name].spec)
             for index in range(len(self.plan.stages))
             for name in manifest.parts_of(index)
         ]
@@ -80,7 +80,7 @@ class OpenVinoExecutor(HostExecutor):
             rows = np.pad(rows, ((0, 0), (padding, 0), (0, 0)))
         done = []
         with self._timed(f"stage{stage}"):
-            for start, stop in pieces(order):
+            for start, stop in row_chunks(order):
                 at = slice(start, stop)
                 first = write_index + start
                 call = graph.call(stop - start, block)

@@ -21,25 +21,25 @@ MOST_CALLS = 8
 """Numbers of rows whose arrays stay bound."""
 
 
-class Stage:
+class OpenVinoStage:
     """A stage's compiled model, and calls of it by their number of rows, latest last."""
 
     def __init__(self, ov: Any, model: Any, spec: GraphSpec):
         self.ov, self.model, self.spec = ov, model, spec
-        self.calls: dict[int, Call] = {}
+        self.calls: dict[int, BoundRequest] = {}
 
-    def call(self, count: int, block: np.ndarray) -> Call:
+    def call(self, count: int, block: np.ndarray) -> BoundRequest:
         """The call of ``count`` rows, bound to the caches in ``block``."""
         call = self.calls.pop(count, None)
         if call is None:
             if len(self.calls) == MOST_CALLS:
                 del self.calls[next(iter(self.calls))]
-            call = Call(self.ov, self.model, self.spec, count, block)
+            call = BoundRequest(self.ov, self.model, self.spec, count, block)
         self.calls[count] = call
         return call
 
 
-class Call:
+class BoundRequest:
     """One infer request with every tensor bound.
 
     Attributes:
@@ -79,7 +79,7 @@ class Call:
         self.request.wait()
 
 
-def pieces(order: np.ndarray) -> Iterator[tuple[int, int]]:
+def row_chunks(order: np.ndarray) -> Iterator[tuple[int, int]]:
     """How rows of a call are cut into alike pieces, (start, stop) each: ``order`` (1, Q).
 
     Where orders rise, no row sees a later one, and what a row sees is there when its turn comes.

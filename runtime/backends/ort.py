@@ -2,7 +2,7 @@
 
 Every buffer is a NumPy array that an ``OrtValue`` looks into, so a cache is read, rewound and
 snapshot without a copy. Graphs that return whole caches have each bound as input and output at
-once; those that hand back new rows (``contract.hands_back``) have them written here.
+once; those that hand back new rows (``contract.returns_new_rows``) have them written here.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import psutil
 
 from ...graphs.bundle import Bundle
 from ...graphs.chain.executor import Kept, StageResult
-from ...graphs.contract import ORT_LLM_SINCE, PROBE, appended, hands_back
+from ...graphs.contract import ORT_LLM_SINCE, PROBE, appended, returns_new_rows
 from ...graphs.errors import BundleError, CapacityError
 from ...graphs.targets import PORTABLE
-from ..tensors import cache_scales
+from ..tensors import stored_cache_scales
 from .cpu import cores
 from .cpu_caches import HostExecutor
 from .denormals import AVAILABLE, flushed
-from .ort_int8 import integer_entries
-from .ort_stage import Part
+from .ort_int8 import int8_session_entries
+from .ort_stage import OrtStage
 
-CPU = "CPUExecutionProvider"
+CPU_PROVIDER = "CPUExecutionProvider"
 ENGINE = f"onnxruntime {ort.__version__}"
 
 
@@ -53,15 +53,15 @@ class OrtExecutor(HostExecutor):
         manifest = bundle.manifest
         _check_version(bundle)
         super().__init__(manifest, batch)
-        self.hands_back = hands_back(manifest.graphs[manifest.parts_of(0)[0]].spec)
-        self.scales = cache_scales(bundle)
+        self.returns_new_rows = returns_new_rows(manifest.graphs[manifest.parts_of(0)[0]].spec)
+        self.scales = stored_cache_scales(bundle)
         self.threads: int | None = options.threads or cores()
         widened = manifest.dtype == "float16"
         self.prepacked = _prepack(manifest.weight_bytes, widened, options)
         self.sessions = {name: self._load(bundle, name, options) for name in manifest.graphs}
         self.parts = [
             [
-                Part(manifest.graphs[name].spec, self.sessions[name])
+                OrtStage(manifest.graphs[name].spec, self.sessions[name])
                 for name in manifest.parts_of(index)
             ]
             for index in range(len(self.plan.stages))
@@ -94,7 +94,7 @@ class OrtExecutor(HostExecutor):
                 queries.append(outputs["queries"])
                 if "gates" in feeds:  # each part takes those of its own layers
                     feeds["gates"] = feeds["gates"][part.gated :]
-            if self.hands_back:
+            if self.returns_new_rows:
                 for name, cache in caches.items():
                     cache[:, :, write_index : write_index + count] = outputs[appended(name)]
         by_layer = queries[0] if len(queries) == 1 else np.concatenate(queries)
@@ -153,7 +153,7 @@ class OrtExecutor(HostExecutor):
 
     def _moved(self, stage: int) -> None:
         for part in self.parts[stage]:
-            part.bind_caches(self.caches[stage], aliased=not self.hands_back)
+            part.bind_caches(self.caches[stage], aliased=not self.returns_new_rows)
 
     def _load(self, bundle: Bundle, name: str, options: OrtOptions) -> ort.InferenceSession:
         session = ort.SessionOptions()
@@ -164,7 +164,7 @@ class OrtExecutor(HostExecutor):
         if AVAILABLE:  # its own threads; they would stay so in the caller's, too
             session.add_session_config_entry("session.set_denormal_as_zero", "1")
         if bundle.manifest.quantization.schemes:
-            for entry, value in integer_entries().items():
+            for entry, value in int8_session_entries().items():
                 session.add_session_config_entry(entry, value)
         if not self.prepacked:
             session.add_session_config_entry("session.disable_prepacking", "1")
@@ -173,7 +173,7 @@ class OrtExecutor(HostExecutor):
             session.profile_file_prefix = str(options.profile / name)
         file = bundle.file(bundle.manifest.graphs[name].file)
         try:
-            return flushed(ort.InferenceSession, str(file), session, providers=[CPU])
+            return flushed(ort.InferenceSession, str(file), session, providers=[CPU_PROVIDER])
         except Exception as error:  # ONNX Runtime's exceptions share no base but this
             raise BundleError(
                 f"ONNX Runtime {ort.__version__} cannot load {file}: {error}. "

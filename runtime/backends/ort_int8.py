@@ -20,7 +20,7 @@ bits; with this both are unsigned, which is exact, and slower where it is not ne
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def integer_entries() -> dict[str, str]:
+def int8_session_entries() -> dict[str, str]:
     """Session configuration for a graph with rounded layers, by entry."""
     return dict([NO_GEMM, *([EXACT] if saturates(platform.machine(), CPUINFO) else [])])
 

@@ -18,7 +18,7 @@ from .denormals import flushed
 Arrays = Mapping[str, np.ndarray]
 
 
-class Part:
+class OrtStage:
     """A stage's graph, or one of several that are run one after another."""
 
     def __init__(self, spec: GraphSpec, session: ort.InferenceSession):
@@ -27,7 +27,7 @@ class Part:
         self.caches: dict[str, np.ndarray] = {}
         self.aliased = False
         self.binding = session.io_binding()
-        self.step: Step | None = None
+        self.step: OrtRowStep | None = None
 
     def bind_caches(self, caches: Arrays, *, aliased: bool) -> None:
         """Bind the caches of this part's layers as inputs, and as outputs where aliased."""
@@ -40,7 +40,7 @@ class Part:
         """Run once; returns every output that is not written in place, in arrays of their own."""
         if sizes["Q"] == 1:
             if self.step is None:
-                self.step = Step(self, sizes)
+                self.step = OrtRowStep(self, sizes)
             return self.step.run(feeds)
         held = {}  # bound arrays must outlive the call
         for spec in self.inputs():
@@ -75,10 +75,10 @@ class Part:
         return binding
 
 
-class Step:
+class OrtRowStep:
     """Calls of one row of a part whose caches stay as they are."""
 
-    def __init__(self, part: Part, sizes: Mapping[str, int]):
+    def __init__(self, part: OrtStage, sizes: Mapping[str, int]):
         self.part = part
         slots = next(iter(part.caches.values())).shape[2]
         sizes = {**sizes, "S": slots}

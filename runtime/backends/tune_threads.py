@@ -19,23 +19,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...graphs.bundle import Bundle
-from ...graphs.chain.chain import Chain, Segment
+from ...graphs.chain.chain import AppendedRows, Chain
 from ...graphs.errors import VisistageError
 from .cpu import cores, processor
 
 if TYPE_CHECKING:
     from .backend import Backend  # which asks here for a number of threads
 
-FILE = ".threads.json"
-VARIABLE = "VISISTAGE_THREADS"
+THREADS_FILE = ".threads.json"
+THREADS_VARIABLE = "VISISTAGE_THREADS"
 """Environment variable that takes the place of the trial, for services that know their share."""
 
 LARGEST_BYTES = 512 << 20
 """Of weights that are tried."""
 
-QUESTION_ROWS, ANSWER_TOKENS = 24, 12
-REPEATS = 3
-MARGIN = 0.95
+TRIAL_QUESTION_ROWS, TRIAL_ANSWER_TOKENS = 24, 12
+TRIAL_REPEATS = 3
+THREADS_MARGIN = 0.95
 """Fewer threads must be this much faster than more: one trial is not much to go by."""
 
 
@@ -56,7 +56,7 @@ class Trial:
         """The best number: all cores unless fewer are clearly faster."""
         best, *fewer = sorted(self.answer_ms, key=int, reverse=True)
         for one in fewer:
-            if self.answer_ms[one] < MARGIN * self.answer_ms[best]:
+            if self.answer_ms[one] < THREADS_MARGIN * self.answer_ms[best]:
                 best = one
         return int(best)
 
@@ -72,18 +72,18 @@ def choose_threads(bundle: Bundle, engine: str, load: Callable[[int], Backend]) 
     Raises:
         VisistageError: the environment variable is no number of threads.
     """
-    said = os.environ.get(VARIABLE)
+    said = os.environ.get(THREADS_VARIABLE)
     if said is not None:
         if not said.isdecimal() or int(said) < 1:
             raise VisistageError(
-                f"{VARIABLE} is '{said}', expected a number of threads. "
-                f"Unset it, or try {VARIABLE}={cores()}"
+                f"{THREADS_VARIABLE} is '{said}', expected a number of threads. "
+                f"Unset it, or try {THREADS_VARIABLE}={cores()}"
             )
         return int(said)
     if cores() == 1 or bundle.manifest.weight_bytes > LARGEST_BYTES:
         return cores()
     machine = f"{processor()}, {cores()} cores"
-    file = bundle.path / FILE
+    file = bundle.path / THREADS_FILE
     with contextlib.suppress(OSError, ValueError, TypeError):  # then it is tried again
         known = Trial(**json.loads(file.read_text(encoding="utf-8")))
         if (known.machine, known.engine, known.source) == (
@@ -100,37 +100,39 @@ def choose_threads(bundle: Bundle, engine: str, load: Callable[[int], Backend]) 
     return trial.threads
 
 
-def candidates(most: int) -> list[int]:
+def thread_counts(most: int) -> list[int]:
     """Powers of two below ``most``, and ``most``."""
     return [1 << power for power in range(most.bit_length()) if 1 << power < most] + [most]
 
 
 def _try(bundle: Bundle, load: Callable[[int], Backend]) -> dict[str, float]:
     """Milliseconds of one answer by number of threads; all are loaded, and take turns."""
-    counts = candidates(cores())
+    counts = thread_counts(cores())
     with contextlib.ExitStack() as stack:
         answers = []
         for count in counts:
             executor = load(count)
             stack.callback(executor.close)
             answers.append(_answer(bundle, executor))
-        times = [[answer() for answer in answers] for _ in range(1 + REPEATS)]
+        times = [[answer() for answer in answers] for _ in range(1 + TRIAL_REPEATS)]
     return {str(count): round(min(ms[1:]), 3) for count, *ms in zip(counts, *times, strict=True)}
 
 
 def _answer(bundle: Bundle, executor: Backend) -> Callable[[], float]:
     """A function that answers a prompt of random rows and returns the milliseconds it took."""
     config = bundle.manifest.config
-    visual, text = config.visual_tokens, QUESTION_ROWS
+    visual, text = config.visual_tokens, TRIAL_QUESTION_ROWS
     side = config.vision.image_size
     pixels = np.zeros((1, config.vision.channels, side, side), np.float32)
     rows = np.random.default_rng(0).standard_normal((1, visual + text, config.text.hidden))
     rows = (rows / 32).astype(executor.rows_dtype)
-    order = np.arange(visual + text + ANSWER_TOKENS, dtype=np.int32)[None]
+    order = np.arange(visual + text + TRIAL_ANSWER_TOKENS, dtype=np.int32)[None]
     chain = Chain(bundle.manifest.plan, executor)
 
-    def segment(start: int, stop: int, is_visual: bool) -> Segment:
-        return Segment(is_visual, rows[:, start:stop], order[:, start:stop], order[:, start:stop])
+    def segment(start: int, stop: int, is_visual: bool) -> AppendedRows:
+        return AppendedRows(
+            is_visual, rows[:, start:stop], order[:, start:stop], order[:, start:stop]
+        )
 
     def answer() -> float:
         for slots in chain.slots:
@@ -138,9 +140,9 @@ def _answer(bundle: Bundle, executor: Backend) -> Callable[[], float]:
         started = time.perf_counter()
         executor.encode(pixels)
         chain.prefill([segment(0, visual, True), segment(visual, visual + text, False)])
-        for step in range(visual + text, visual + text + ANSWER_TOKENS):
+        for step in range(visual + text, visual + text + TRIAL_ANSWER_TOKENS):
             at = order[:, step : step + 1]
-            chain.decode(Segment(False, rows[:, :1], at, at))
+            chain.decode(AppendedRows(False, rows[:, :1], at, at))
         return (time.perf_counter() - started) * 1e3
 
     return answer

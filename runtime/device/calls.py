@@ -14,14 +14,14 @@ from ...graphs.contract import GraphSpec
 from ...graphs.errors import EngineError
 from .memory import DeviceArray, Memory, offsets_of
 from .protocol import (
-    ALIGNMENT,
+    DEVICE_ALIGNMENT,
     Buffer,
+    CapturedGraph,
     CaptureError,
     Compiled,
     Device,
     Engine,
     ExecutionContext,
-    Graph,
     Shape,
 )
 
@@ -81,13 +81,13 @@ class Replay:
 
     def __init__(self, device: Device, contexts: Sequence[ExecutionContext]):
         self.device, self.contexts = device, contexts
-        self.graph: Graph | None = None
-        self.refused: str | None = None
+        self.graph: CapturedGraph | None = None
+        self.rejected: str | None = None
         self._settled = False
 
     def run(self) -> None:
         """Ask the device for it."""
-        if self.graph is None and self._settled and self.refused is None:
+        if self.graph is None and self._settled and self.rejected is None:
             self._capture()
         if self.graph is not None:
             self.graph.launch()
@@ -97,12 +97,12 @@ class Replay:
 
     def _capture(self) -> None:
         if not all(context.capturable for context in self.contexts):
-            self.refused = "an engine says that its work cannot be captured"
+            self.rejected = "an engine says that its work cannot be captured"
             return
         try:
             self.graph = self.device.capture(self._enqueue)
         except (CaptureError, EngineError) as error:
-            self.refused = str(error)
+            self.rejected = str(error)
 
     def _enqueue(self) -> None:
         for context in self.contexts:
@@ -147,7 +147,7 @@ class LooseCall:
 
     def _aligned(self, array: DeviceArray) -> DeviceArray:
         """Itself, or a copy where a slice starts where engines do not read from."""
-        if array.address % ALIGNMENT == 0:
+        if array.address % DEVICE_ALIGNMENT == 0:
             return array
         copy = self.memory.empty(array.shape, array.dtype)
         self.memory.put(copy.address, array)

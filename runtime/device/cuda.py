@@ -169,13 +169,13 @@ class CudaEvent:
 
 
 class CudaGraph:
-    """``protocol.Graph``."""
+    """``protocol.CapturedGraph``."""
 
     def __init__(self, graph: Any, stream: Any):
         self._graph, self._stream = graph, stream
 
     def launch(self) -> None:
-        """See ``protocol.Graph``."""
+        """See ``protocol.CapturedGraph``."""
         self._graph.launch(self._stream)
 
 

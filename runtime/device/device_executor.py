@@ -18,9 +18,9 @@ import numpy as np
 from ...graphs.bundle import Bundle
 from ...graphs.chain.executor import Kept, StageResult
 from ...graphs.contract import PROBE
-from ..tensors import cache_scales
+from ..tensors import stored_cache_scales
 from .calls import BATCH
-from .engine_sets import Room, Rooms
+from .engine_sets import EngineSet, EngineSets
 from .memory import DeviceArray, Memory, nbytes_of
 from .protocol import Compiled, Device, EngineApi, Event
 
@@ -40,12 +40,12 @@ class DeviceExecutor:
         self, bundle: Bundle, device: Device, api: EngineApi, compiled: Sequence[Compiled]
     ):
         manifest = bundle.manifest
-        self.plan, self.scales = manifest.plan, cache_scales(bundle)
+        self.plan, self.scales = manifest.plan, stored_cache_scales(bundle)
         self.device, self.api = device, api
         self.device_name: str | None = device.name
         self.threads: int | None = None
         self.memory = Memory(device)
-        self.rooms = Rooms(manifest, self.memory, api, compiled)
+        self.engine_sets = EngineSets(manifest, self.memory, api, compiled)
         stage0 = manifest.graphs[manifest.parts_of(0)[0]].spec
         self.rows_dtype = np.dtype(next(s.dtype for s in stage0.inputs if s.name == "rows"))
         self.slack = [0] * len(self.plan.stages)
@@ -53,9 +53,9 @@ class DeviceExecutor:
         self._elapsed: dict[str, float] = defaultdict(float)
 
     @property
-    def room(self) -> Room:
+    def engine_set(self) -> EngineSet:
         """The engines in use."""
-        return self.rooms.current
+        return self.engine_sets.current
 
     def prepare(self, needs: Sequence[int]) -> bool:
         """Choose engines with room for ``needs`` slots in each stage.
@@ -65,8 +65,8 @@ class DeviceExecutor:
         Raises:
             CapacityError: none have that much room.
         """
-        changed = self.rooms.choose(needs)
-        most = [stage.most for stage in self.room.stages]
+        changed = self.engine_sets.choose(needs)
+        most = [stage.most for stage in self.engine_set.stages]
         self.slack = [
             PREFILL_STEP if not slots else slots - need
             for slots, need in zip(most, needs, strict=True)
@@ -75,7 +75,7 @@ class DeviceExecutor:
 
     def padding(self, stage: int, count: int) -> int:
         """Rows to put before a question of ``count`` rows so that its call is one of a few."""
-        if not self.room.stages[stage].captures:
+        if not self.engine_set.stages[stage].captures:
             return 0
         step = DECODE_ROWS if count <= DECODE_ROWS else PREFILL_STEP
         padding = -count % step
@@ -84,20 +84,20 @@ class DeviceExecutor:
     def encode(self, pixels: np.ndarray) -> DeviceArray:
         """Pixels (1, C, H, W) float32 -> visual rows (1, N, D)."""
         with self._timed("vision"):
-            return self.rooms.vision({"pixels": pixels}, {"B": BATCH})["visual_rows"]
+            return self.engine_sets.vision({"pixels": pixels}, {"B": BATCH})["visual_rows"]
 
     def ensure_slots(self, stage: int, slots: int) -> int:
         """See ``Executor``."""
-        return self.room.stages[stage].ensure_slots(slots)
+        return self.engine_set.stages[stage].ensure_slots(slots)
 
     def trim_slots(self, stage: int, used: int, wanted: int) -> int:
         """None: engines are compiled for a number of slots."""
-        return self.room.stages[stage].slots
+        return self.engine_set.stages[stage].slots
 
     def append(self, stage, rows, positions, order, slot_order, write_index, gates) -> StageResult:
         """See ``Executor``; more orders than rows: those on the left are padding."""
         with self._timed(f"stage{stage}"):
-            return self.room.stages[stage].append(
+            return self.engine_set.stages[stage].append(
                 rows, positions, order, slot_order, write_index, gates
             )
 
@@ -105,7 +105,7 @@ class DeviceExecutor:
         self, edge, probe_query, slot_order, query_order, visual_slots, rows, positions, order
     ) -> Kept:
         """See ``Executor``; only which rows were kept comes down."""
-        stage = self.room.stages[edge]
+        stage = self.engine_set.stages[edge]
         key, value = list(stage.caches)[-2:]
         inputs = {
             **self.scales[self.plan.stages[edge].layers[1] - 1],
@@ -127,7 +127,7 @@ class DeviceExecutor:
         self, stage, layer, query, slot_order, query_order, visual_slots
     ) -> tuple[np.ndarray, np.ndarray]:
         """See ``Executor``; the decision is the host's, so its readings come down."""
-        one = self.room.stages[stage]
+        one = self.engine_set.stages[stage]
         inputs = {
             **self.scales[layer],
             "query": query,
@@ -167,13 +167,13 @@ class DeviceExecutor:
 
     def snapshot(self, stage: int, start: int, stop: int) -> dict[str, DeviceArray]:
         """Copies of a stage's cache slots [start, stop)."""
-        return self.room.stages[stage].snapshot(start, stop)
+        return self.engine_set.stages[stage].snapshot(start, stop)
 
     def restore(
         self, stage: int, start: int, saved: Mapping[str, np.ndarray | DeviceArray]
     ) -> None:
         """Write a snapshot back, or arrays of the host; the slots must exist."""
-        self.room.stages[stage].restore(start, saved)
+        self.engine_set.stages[stage].restore(start, saved)
 
     def reset_elapsed(self) -> dict[str, float]:
         """Milliseconds of the device per graph since the last call."""
@@ -189,14 +189,14 @@ class DeviceExecutor:
         """Let go of engines, memory and device."""
         self._events.clear()
         self.device.synchronize()
-        self.rooms.close()
+        self.engine_sets.close()
         self.api.close()
         self.device.close()
 
     def _call(self, graph: str, inputs, slots: int, visual: int) -> dict[str, DeviceArray]:
         sizes = {"B": BATCH, "S": slots, "N": visual}
         with self._timed(graph):
-            return self.room.calls[graph](inputs, sizes)
+            return self.engine_set.calls[graph](inputs, sizes)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

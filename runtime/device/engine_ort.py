@@ -15,7 +15,7 @@ import onnxruntime as ort
 from ...graphs.errors import BundleError, EngineError
 from .protocol import Buffer, Compiled, Shape
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 Submit = Callable[[str, Callable[[], None]], None]
 
@@ -43,9 +43,9 @@ class OrtApi:
             self.options.intra_op_num_threads = threads
         self.run_options = ort.RunOptions()
         if stream is None:
-            self.providers: list = [CPU]
+            self.providers: list = [CPU_PROVIDER]
         else:
-            self.providers = [(CUDA, {"user_compute_stream": str(stream)}), CPU]
+            self.providers = [(CUDA_PROVIDER, {"user_compute_stream": str(stream)}), CPU_PROVIDER]
             self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def load(self, compiled: Compiled) -> OrtEngine:
@@ -59,9 +59,10 @@ class OrtApi:
                 f"ONNX Runtime {ort.__version__} cannot load {compiled.file}: {error}. "
                 "Build the bundle again with this version: make engines MODEL=..."
             ) from error
-        if self.device == "cuda" and CUDA not in session.get_providers():
+        if self.device == "cuda" and CUDA_PROVIDER not in session.get_providers():
             raise EngineError(
-                f"ONNX Runtime {ort.__version__} could not start {CUDA}: its CUDA or cuDNN "
+                f"ONNX Runtime {ort.__version__} could not start {CUDA_PROVIDER}: its CUDA or "
+                f"cuDNN "
                 "libraries are missing or of another version. Type: pip install "
                 "'visistage[gpu]', or build for the CPU: make engines TARGET=cpu"
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...graphs.bundle import Manifest
-from ...graphs.contract import SLOT_STEP, hands_back
+from ...graphs.contract import SLOT_STEP, returns_new_rows
 from ...graphs.errors import CapacityError
 from .calls import Loaded, LooseCall, share_scratch
 from .memory import Memory
@@ -18,11 +18,11 @@ from .protocol import Compiled, EngineApi
 from .stage import DeviceStage, Workspace
 
 VISION = "vision"
-SPARE = 1.2
+LOAD_MARGIN = 1.2
 """A set is expected to take this much of its files' bytes, caches and scratch included."""
 
 
-class Room:
+class EngineSet:
     """Loaded engines for one context length (None: any), and the caches that they work on."""
 
     def __init__(
@@ -43,33 +43,33 @@ class Room:
                     parts,
                     most=parts[0].compiled.slots,
                     fixed=self.context is not None,
-                    rows_back=hands_back(parts[0].spec),
+                    rows_back=returns_new_rows(parts[0].spec),
                 )
             )
         for graph, one in loaded.items():
             self.calls[graph] = LooseCall(memory, one)
 
 
-class Rooms:
+class EngineSets:
     """All sets of a bundle: which are loaded, and which is in use."""
 
     def __init__(
         self, manifest: Manifest, memory: Memory, api: EngineApi, compiled: Sequence[Compiled]
     ):
         self.manifest, self.memory, self.api = manifest, memory, api
-        (tower,) = [one for one in compiled if one.graph == VISION]
-        rest = [one for one in compiled if one is not tower]
+        (vision_encoder,) = [one for one in compiled if one.graph == VISION]
+        rest = [one for one in compiled if one is not vision_encoder]
         self.sets: dict[int | None, list[Compiled]] = {}
         for context in sorted({one.context for one in rest}, key=lambda c: c or 0):
             self.sets[context] = [one for one in rest if one.context == context]
-        loaded = Loaded(tower, api.load(tower))
+        loaded = Loaded(vision_encoder, api.load(vision_encoder))
         share_scratch(memory.device, [loaded])
         self.vision = LooseCall(memory, loaded)
-        self.loaded: dict[int | None, Room] = {}
-        self._current: Room | None = None
+        self.loaded: dict[int | None, EngineSet] = {}
+        self._current: EngineSet | None = None
 
     @property
-    def current(self) -> Room:
+    def current(self) -> EngineSet:
         """The set in use; the smallest before anybody chose."""
         if self._current is None:
             self._current = self._load(next(iter(self.sets)))
@@ -99,15 +99,15 @@ class Rooms:
         self.loaded.clear()
         del self.vision
 
-    def _load(self, context: int | None) -> Room:
+    def _load(self, context: int | None) -> EngineSet:
         if context not in self.loaded:
-            wanted = SPARE * sum(one.nbytes for one in self.sets[context])
+            wanted = LOAD_MARGIN * sum(one.nbytes for one in self.sets[context])
             if self.memory.device.free_bytes() < wanted:
                 self._current = None
                 self.memory.device.synchronize()
                 self.loaded.clear()
-            room = Room(self.manifest, self.memory, self.api, self.sets[context])
-            self.loaded[context] = room
+            engine_set = EngineSet(self.manifest, self.memory, self.api, self.sets[context])
+            self.loaded[context] = engine_set
         return self.loaded[context]
 
     def _most(self, context: int | None) -> list[int]:

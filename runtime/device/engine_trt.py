@@ -16,7 +16,7 @@ from ...graphs.contract import TensorSpec, appended
 from ...graphs.engine_index import AGAIN
 from ...graphs.errors import EngineError
 from .protocol import Buffer, Compiled, Shape
-from .tensorrt import Flavour
+from .tensorrt import TensorRtVariant
 
 
 class TrtApi:
@@ -26,9 +26,9 @@ class TrtApi:
     (``runtime.device.probe.check_machine``).
     """
 
-    def __init__(self, flavour: Flavour, stream: int):
-        self.flavour, self.stream = flavour, stream
-        trt: Any = flavour.module
+    def __init__(self, trt_variant: TensorRtVariant, stream: int):
+        self.trt_variant, self.stream = trt_variant, stream
+        trt: Any = trt_variant.module
         self.messages: list[str] = []
         self._logger = _logger(trt, self.messages)
         self._runtime = trt.Runtime(self._logger)
@@ -42,7 +42,7 @@ class TrtApi:
             engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise EngineError(
-                f"{self.flavour.backend} {self.flavour.version} refuses {compiled.file}: "
+                f"{self.trt_variant.backend} {self.trt_variant.version} refuses {compiled.file}: "
                 f"{self.said()}. {AGAIN} {compiled.file.parent.parent}"
             )
         return TrtEngine(self, compiled, engine)
@@ -72,7 +72,7 @@ class TrtEngine:
         return TrtContext(self, profile, scratch)
 
     def _check_tensors(self) -> None:
-        trt, engine = self.api.flavour.module, self.engine
+        trt, engine = self.api.trt_variant.module, self.engine
         names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
         for mode, specs in (
             (trt.TensorIOMode.INPUT, self.compiled.spec.inputs),
@@ -109,14 +109,14 @@ class TrtContext:
     """``protocol.ExecutionContext``."""
 
     def __init__(self, engine: TrtEngine, profile: int, scratch: Buffer | None):
-        trt: Any = engine.api.flavour.module
+        trt: Any = engine.api.trt_variant.module
         self._engine, self._scratch = engine, scratch
         managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self.context = engine.engine.create_execution_context(managed)
         if self.context is None:
-            raise self._refused("cannot be given an execution context")
+            raise self._rejected("cannot be given an execution context")
         if not self.context.set_optimization_profile_async(profile, engine.api.stream):
-            raise self._refused(f"has no profile {profile}")
+            raise self._rejected(f"has no profile {profile}")
         if scratch is not None:
             self.context.set_device_memory(scratch.address, scratch.nbytes)
         self._inputs: dict[str, TensorSpec] = {s.name: s for s in engine.compiled.spec.inputs}
@@ -134,29 +134,29 @@ class TrtContext:
         if name not in self._inputs:
             self._outputs[name] = tuple(shape)
         elif not self.context.set_input_shape(name, shape):
-            raise self._refused(f"does not take '{name}' in shape {list(shape)}")
+            raise self._rejected(f"does not take '{name}' in shape {list(shape)}")
         if not self.context.set_tensor_address(name, address):
-            raise self._refused(f"has no tensor '{name}'")
+            raise self._rejected(f"has no tensor '{name}'")
 
     def enqueue(self) -> None:
         """See ``protocol.ExecutionContext``."""
         if not self._inferred:
             self._check_shapes()
         if not self.context.execute_async_v3(self._engine.api.stream):
-            raise self._refused("did not run")
+            raise self._rejected("did not run")
 
     def _check_shapes(self) -> None:
         """The engine writes what we made room for, no more and no less."""
         missing = self.context.infer_shapes()
         if missing:
-            raise self._refused(f"lacks {', '.join(missing)}")
+            raise self._rejected(f"lacks {', '.join(missing)}")
         for name, shape in self._outputs.items():
             found = tuple(self.context.get_tensor_shape(name))
             if found != shape:
-                raise self._refused(f"writes '{name}' in shape {list(found)}, not {list(shape)}")
+                raise self._rejected(f"writes '{name}' in shape {list(found)}, not {list(shape)}")
         self._inferred = True
 
-    def _refused(self, what: str) -> EngineError:
+    def _rejected(self, what: str) -> EngineError:
         compiled = self._engine.compiled
         return EngineError(
             f"engine {compiled.file.name} {what}: {self._engine.api.said()}. "

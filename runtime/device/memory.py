@@ -16,8 +16,8 @@ import numpy as np
 
 from .protocol import Buffer, Device, Event, HostBuffer, aligned
 
-BLOCK = 1 << 20
-BLOCKS = 4
+PINNED_BLOCK = 1 << 20
+PINNED_BLOCKS = 4
 """Pinned blocks for uploads: the host fills one while the device reads the others."""
 
 
@@ -99,10 +99,10 @@ class Memory:
     def __init__(self, device: Device):
         self.device = device
         self._blocks: list[tuple[HostBuffer, Event | None]] = [
-            (device.allocate_host(BLOCK), None) for _ in range(BLOCKS)
+            (device.allocate_host(PINNED_BLOCK), None) for _ in range(PINNED_BLOCKS)
         ]
         self._next = 0
-        self._back = device.allocate_host(BLOCK)
+        self._back = device.allocate_host(PINNED_BLOCK)
 
     def view(self, buffer: Buffer, shape: Sequence[int], dtype: np.dtype) -> DeviceArray:
         """An array over a buffer that somebody else fills and keeps."""
@@ -125,15 +125,15 @@ class Memory:
     def write(self, to: int, array: np.ndarray) -> None:
         """Upload ``array`` to an address; it may be changed as soon as this returns."""
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        for start in range(0, data.nbytes, BLOCK):
-            piece = data[start : start + BLOCK]
+        for start in range(0, data.nbytes, PINNED_BLOCK):
+            piece = data[start : start + PINNED_BLOCK]
             block, busy = self._blocks[self._next]
             if busy is not None:
                 busy.wait()
             block.array[: len(piece)] = piece
             self.device.copy(to + start, block.address, len(piece))
             self._blocks[self._next] = (block, self.device.record())
-            self._next = (self._next + 1) % BLOCKS
+            self._next = (self._next + 1) % PINNED_BLOCKS
 
     def put(self, to: int, array: np.ndarray | DeviceArray) -> None:
         """Copy an array to an address, from wherever it is."""

@@ -14,9 +14,9 @@ from .cuda import CudaDevice
 from .device_executor import DeviceExecutor
 from .engine_ort import OrtApi
 from .engine_trt import TrtApi
-from .probe import check_machine, find_device
+from .probe import check_machine, find_gpu
 from .protocol import Compiled
-from .tensorrt import INSTALL, find
+from .tensorrt import INSTALL, find_trt_variant
 
 ON_CPU = f"Its graphs run on this CPU, the same numbers more slowly: --backend {ONNXRUNTIME}"
 
@@ -30,13 +30,13 @@ def open_engines(bundle: Bundle) -> DeviceExecutor:
         MissingDependencyError: a library is.
     """
     engines = checked_engines(bundle)
-    flavour = find(engines.backend)
-    assert flavour is not None
+    trt_variant = find_trt_variant(engines.backend)
+    assert trt_variant is not None
     device = CudaDevice()
     return DeviceExecutor(
         bundle,
         device,
-        TrtApi(flavour, device.stream),
+        TrtApi(trt_variant, device.stream),
         compiled_engines(bundle, engines),
     )
 
@@ -47,7 +47,7 @@ def open_cuda(bundle: Bundle, threads: int | None) -> DeviceExecutor:
     Raises:
         EngineError, MissingDependencyError: this machine has no GPU, or lacks a library.
     """
-    if find_device() is None:
+    if find_gpu() is None:
         raise EngineError(
             f"{bundle.path} is for target 'cuda' and this machine has no NVIDIA GPU or no driver. "
             f"{ON_CPU}"
@@ -65,13 +65,13 @@ def checked_engines(bundle: Bundle) -> Engines:
     """
     target = find_target(bundle.manifest.target)
     engines = Engines.open(bundle)
-    device = find_device()
+    device = find_gpu()
     if engines is None:
         raise EngineError(
             f"{bundle.path} is for target '{target.name}' and has no engines yet. Compile them on "
             f"the machine that shall run them: visistage build {bundle.path}. {ON_CPU}"
         )
-    if device is not None and find(engines.backend) is None:
+    if device is not None and find_trt_variant(engines.backend) is None:
         raise MissingDependencyError(
             f"the engines of {bundle.path} run on {engines.backend} {engines.version}, which is "
             f"not installed here. {INSTALL[engines.backend]}"
@@ -81,7 +81,7 @@ def checked_engines(bundle: Bundle) -> Engines:
             f"the engines of {bundle.path} need a GPU ({engines.gpus()}); this machine has none, "
             f"or no driver. {ON_CPU}"
         )
-    check_machine(engines, find(engines.backend), device)
+    check_machine(engines, find_trt_variant(engines.backend), device)
     engines.check()
     return engines
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ...graphs.engine_index import AGAIN, Engines
 from ...graphs.errors import EngineError
 from ...graphs.targets import Capability, show_capability
-from .tensorrt import Flavour
+from .tensorrt import TensorRtVariant
 
 DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
@@ -17,7 +17,7 @@ NAME_BYTES = 256
 
 
 @dataclass(frozen=True)
-class Device:
+class GpuInfo:
     """Name, compute capability and memory in bytes of a GPU."""
 
     name: str
@@ -25,7 +25,7 @@ class Device:
     memory_bytes: int
 
 
-def find_device() -> Device | None:
+def find_gpu() -> GpuInfo | None:
     """The first CUDA device, or None where there is no driver or no GPU."""
     try:
         cuda = ctypes.CDLL(DRIVER)
@@ -43,24 +43,26 @@ def find_device() -> Device | None:
     )
     if any(call() for call in calls):  # the driver's error codes; 0 is success
         return None
-    return Device(name.value.decode(), (major.value, minor.value), memory.value)
+    return GpuInfo(name.value.decode(), (major.value, minor.value), memory.value)
 
 
-def check_machine(engines: Engines, flavour: Flavour | None, device: Device | None) -> None:
+def check_machine(
+    engines: Engines, trt_variant: TensorRtVariant | None, device: GpuInfo | None
+) -> None:
     """Make sure that this machine can run ``engines``; call it before deserialising any.
 
     Raises:
         EngineError: says what was found and what they were compiled for.
     """
     again = f"{AGAIN} {engines.folder.parent}"
-    if flavour is None:
+    if trt_variant is None:
         raise EngineError(
             f"the engines need {engines.backend} {engines.version}, none is installed"
         )
-    if flavour.version != engines.version:
+    if trt_variant.version != engines.version:
         raise EngineError(
             f"the engines were compiled by {engines.backend} {engines.version}, found "
-            f"{flavour.version}: they are not portable across versions. {again}"
+            f"{trt_variant.version}: they are not portable across versions. {again}"
         )
     if device is None:
         raise EngineError(

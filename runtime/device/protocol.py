@@ -16,7 +16,7 @@ import numpy as np
 
 from ...graphs.contract import GraphSpec
 
-ALIGNMENT = 256
+DEVICE_ALIGNMENT = 256
 """Bytes to which CUDA aligns an allocation, and to which places inside one are aligned."""
 
 Shape = tuple[int, ...]
@@ -47,7 +47,7 @@ class Event(Protocol):
         """Milliseconds that the device took from ``earlier`` to here; both must have come."""
 
 
-class Graph(Protocol):
+class CapturedGraph(Protocol):
     """Captured work."""
 
     def launch(self) -> None:
@@ -90,7 +90,7 @@ class Device(Protocol):
     def synchronize(self) -> None:
         """Return when everything asked for so far is done."""
 
-    def capture(self, work: Callable[[], None]) -> Graph:
+    def capture(self, work: Callable[[], None]) -> CapturedGraph:
         """What ``work`` asks for, kept instead of done.
 
         Raises:
@@ -185,7 +185,7 @@ class EngineApi(Protocol):
 
 def aligned(nbytes: int) -> int:
     """``nbytes`` rounded up to the alignment."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return -(-nbytes // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT
 
 
 def _within(shape: Sequence[int], smallest: Sequence[int], largest: Sequence[int]) -> bool:

@@ -27,7 +27,7 @@ everything captured before is worthless after it."""
 MOST_REPLAYS = 12
 """Numbers of rows that a stage stays ready for."""
 
-ROWS, NEXT_ROWS = "rows", "rows.out"
+ROWS_IN, ROWS_OUT = "rows", "rows.out"
 
 
 class Workspace:
@@ -87,7 +87,7 @@ class DeviceStage:
     """A stage made of ``parts`` (engines of consecutive layers).
 
     ``most``: slots it may have; 0: any number. ``fixed``: it has exactly those. ``rows_back``: new
-    cache rows are handed back (``contract.hands_back``).
+    cache rows are handed back (``contract.returns_new_rows``).
     """
 
     def __init__(
@@ -105,11 +105,13 @@ class DeviceStage:
         self.slots = 0
         self.caches: dict[str, Buffer] = {}
         self.replays: OrderedDict[int, Replay] = OrderedDict()
-        self.refused: str | None = None  # why nothing is captured here
+        self.rejected: str | None = None  # why nothing is captured here
         specs = {one.name: one for part in parts for one in part.spec.inputs}
         outputs = {one.name: one for part in parts for one in part.spec.outputs}
-        self.cache_specs = {n: s for n, s in specs.items() if appended(n) in outputs and n != ROWS}
-        self.rows_spec = specs[ROWS]
+        self.cache_specs = {
+            n: s for n, s in specs.items() if appended(n) in outputs and n != ROWS_IN
+        }
+        self.rows_spec = specs[ROWS_IN]
         self.logits_spec = outputs.get("logits")
         self.query_specs = [_find(part.spec.outputs, "queries") for part in parts]
         self._gates = [one for p in parts for one in p.spec.inputs if one.name == "gates"]
@@ -118,7 +120,7 @@ class DeviceStage:
     @property
     def captures(self) -> bool:
         """Whether its calls are replayed, as far as is known."""
-        return self.refused is None
+        return self.rejected is None
 
     @property
     def dtype(self) -> np.dtype:
@@ -173,8 +175,8 @@ class DeviceStage:
             device.zero(start, padding * row_nbytes)
         memory.put(start + padding * row_nbytes, rows)
         replay.run()
-        if replay.refused is not None:
-            self.refused = replay.refused
+        if replay.rejected is not None:
+            self.rejected = replay.rejected
         if self.rows_back:
             self._scatter(write_index, count)
         out = self._lend(self._rows, self.rows_spec, count)
@@ -233,7 +235,7 @@ class DeviceStage:
         source = self.workspace.address("in")
         for number, part in enumerate(self.parts):
             to = self._rows.address if number == last else self.workspace.address(hops[number % 2])
-            addresses = {ROWS: source, NEXT_ROWS: to}
+            addresses = {ROWS_IN: source, ROWS_OUT: to}
             addresses["queries"] = self._queries[number].address
             if self.logits_spec is not None and number == last:
                 addresses["logits"] = self._places[-1].address
@@ -244,7 +246,7 @@ class DeviceStage:
                     addresses[appended(one.name)] = out
                 elif one.name == "gates":
                     addresses["gates"] = self._control.address(_gates_name(self._gates, one))
-                elif one.name != ROWS:
+                elif one.name != ROWS_IN:
                     addresses[one.name] = self._control.address(one.name)
             contexts.append(part.context(sizes, addresses))
             source = to
@@ -278,7 +280,7 @@ class DeviceStage:
         self._places = [Place(self.memory, self._nbytes(spec, slots)) for spec in outputs]
         self._rows, self._queries = self._places[0], self._places[1 : 1 + len(self.parts)]
         first = self.parts[0].spec.inputs
-        plain = [s for s in first if s.name not in (*self.caches, ROWS, "gates")]
+        plain = [s for s in first if s.name not in (*self.caches, ROWS_IN, "gates")]
         gates = [
             TensorSpec(_gates_name(self._gates, one), one.dtype, one.shape) for one in self._gates
         ]

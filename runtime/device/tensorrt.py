@@ -27,7 +27,7 @@ INSTALL = {
 
 
 @dataclass(frozen=True)
-class Flavour:
+class TensorRtVariant:
     """A compiler that was found.
 
     ``names_capabilities``: it compiles for GPUs by name, so none need be present.
@@ -61,7 +61,7 @@ class Flavour:
         return known[name]
 
 
-def find(backend: str) -> Flavour | None:
+def find_trt_variant(backend: str) -> TensorRtVariant | None:
     """The flavour called ``backend``, or None where it is not installed or does not load."""
     for name in MODULES[backend]:
         if importlib.util.find_spec(name) is None:
@@ -71,32 +71,33 @@ def find(backend: str) -> Flavour | None:
         except (ImportError, OSError, AttributeError):
             continue  # bindings without their libraries
         named = hasattr(module, "ComputeCapability")
-        return Flavour(backend, module, named, timing_cache=not named)
+        return TensorRtVariant(backend, module, named, timing_cache=not named)
     return None
 
 
-def load(target: Target) -> Flavour:
+def load_trt_variant(target: Target) -> TensorRtVariant:
     """The compiler that ``target`` needs, in a version that serves it.
 
     Raises:
         MissingDependencyError: not installed.
         TargetError: another version.
     """
-    flavour = find(target.backend)
-    if flavour is None:
+    trt_variant = find_trt_variant(target.backend)
+    if trt_variant is None:
         raise MissingDependencyError(
             f"target '{target.name}' is compiled by {target.backend}, which is not installed here. "
             f"{INSTALL[target.backend]}"
         )
-    if not serves(target, flavour.version):
+    if not serves(target, trt_variant.version):
         first, stop = target.versions
         below = f" and below {stop}" if stop else ""
         raise TargetError(
             f"target '{target.name}' wants {target.backend} {first} or newer{below}, found "
-            f"{flavour.version}. Choose the target for this machine (visistage doctor lists them), "
+            f"{trt_variant.version}. Choose the target for this machine (visistage doctor lists "
+            f"them), "
             "or install that version"
         )
-    return flavour
+    return trt_variant
 
 
 def serves(target: Target, version: str) -> bool:

@@ -29,10 +29,10 @@ MAX_PIXELS = 64_000_000
 # Only formats that Pillow decodes by itself: EPS, for one, would start an external program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
-Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray
+ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray
 
 
-def load_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read a picture, upright and in RGB, with nothing else attached to it.
 
     EXIF orientation is applied first (unreadable EXIF counts as none). Then, as Hugging Face's

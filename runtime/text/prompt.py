@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from ...graphs.errors import ModelError, PromptError
 from .messages import Message, blocks_of, checked_messages, is_image, texts_of
-from .template import ChatTemplate, find_template, read_json
+from .template import ChatTemplate, find_template, read_tokenizer_json
 
 MAX_CHARS = 200_000  # of all texts of one prompt together
 MAX_IMAGES = 256
@@ -136,7 +136,7 @@ class PromptEncoder:
         paths = {role: folder / name for role, name in names.items() if role in TEXT_FILES}
         tokenizer = _read_tokenizer(paths.get("tokenizer", folder / TEXT_FILES["tokenizer"]))
         config, specials, processor = (
-            read_json(paths[role]) if role in paths else {}
+            read_tokenizer_json(paths[role]) if role in paths else {}
             for role in ("tokenizer_config", "special_tokens_map", "processor_config")
         )
         named = {}

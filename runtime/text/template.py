@@ -90,7 +90,7 @@ class ChatTemplate:
                 length += len(piece)
                 if length > self._max_chars:
                     raise _too_long(self._max_chars)
-        except _Refused as refusal:
+        except _Rejected as refusal:
             raise PromptError(f"the chat template refuses these messages: {refusal}") from None
         except PromptError:
             raise
@@ -121,7 +121,7 @@ def find_template(
         if role not in paths:
             continue
         if paths[role].suffix == ".json":
-            candidates.append(read_json(paths[role]).get("chat_template"))
+            candidates.append(read_tokenizer_json(paths[role]).get("chat_template"))
         else:
             try:
                 candidates.append(paths[role].read_text(encoding="utf-8"))
@@ -142,7 +142,7 @@ def find_template(
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_tokenizer_json(path: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint's file.
 
     Raises:
@@ -157,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-class _Refused(Exception):
+class _Rejected(Exception):
     """The template called raise_exception()."""
 
 
@@ -233,7 +233,7 @@ def _plain_name(name: Any) -> None:
 
 
 def _raise_exception(message: Any) -> NoReturn:
-    raise _Refused(str(message))
+    raise _Rejected(str(message))
 
 
 def _strftime_now(format: str) -> str:  # noqa: A002 - templates may name the argument

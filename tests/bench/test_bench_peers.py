@@ -9,16 +9,16 @@ import pytest
 from visistage.bench import environments, peers, scaling, speed_tables, tables
 from visistage.bench.answers import agreement, leading
 from visistage.bench.floor import (
+    BoundWork,
     Rates,
-    Work,
+    encoder_work,
     layer_work,
     prefill_layers,
     prefill_work,
     step_work,
-    tower_work,
 )
 from visistage.bench.peer_list import REFERENCE, Peer, all_peers
-from visistage.bench.peer_models import Subject
+from visistage.bench.peer_models import PeerCheckpoint
 from visistage.bench.runner import (
     RUNNERS,
     Answered,
@@ -37,7 +37,7 @@ RATES = Rates({"float32": 1e9, "bfloat16": 2e9, "int8": 4e9}, 1e9)
 
 @pytest.fixture(scope="module")
 def demo():
-    return Subject.named("demo")
+    return PeerCheckpoint.named("demo")
 
 
 # --- a runner -------------------------------------------------------------------------------------
@@ -216,9 +216,9 @@ def test_the_first_round_warms_up_and_counts_nowhere(demo):
 
 def test_no_picture_or_question_comes_twice(demo):
     found = list(peers.questions(demo, 4))
-    assert len({picture.tobytes() for picture, _ in found}) == 4
-    for picture, asked in found:
-        assert picture.shape == (demo.side, demo.side, 3)
+    assert len({image.tobytes() for image, _ in found}) == 4
+    for image, asked in found:
+        assert image.shape == (demo.side, demo.side, 3)
         assert [question.key[1] for question in asked] == ["cold", "second"]
         assert len({question.text for question in asked}) == 2
 
@@ -243,11 +243,11 @@ def test_every_peer_has_its_script():
 
 
 def test_work_takes_the_longer_of_computing_and_reading():
-    work = Work(linear=5e8, attention=5e8, weights=1e8)
+    work = BoundWork(linear=5e8, attention=5e8, weights=1e8)
     assert work.milliseconds(RATES, "fp32") == pytest.approx(2000)  # 2 GFLOP at 1 G a second
     assert work.milliseconds(RATES, "int8") == pytest.approx(1250)  # attention stays FP32
-    assert Work(weights=1e9).milliseconds(RATES, "fp32") == pytest.approx(4000)
-    assert Work(weights=1e9).milliseconds(RATES, "int8") == pytest.approx(1000)
+    assert BoundWork(weights=1e9).milliseconds(RATES, "fp32") == pytest.approx(4000)
+    assert BoundWork(weights=1e9).milliseconds(RATES, "int8") == pytest.approx(1000)
 
 
 def test_layers_count_what_torch_multiplies(demo):
@@ -273,7 +273,7 @@ def test_layers_count_what_torch_multiplies(demo):
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         features = model.model.vision_tower(torch.zeros(1, 3, side, side)).last_hidden_state
         model.model.multi_modal_projector(features[:, 1:])
-    work = tower_work(config)
+    work = encoder_work(config)
     assert counted.get_total_flops() == pytest.approx(2 * (work.linear + work.attention))
 
 
@@ -281,8 +281,8 @@ def test_a_paid_picture_leaves_the_questions_own_rows(demo):
     text = demo.checkpoint.config.text
     visual = [144] * 4 + [16] * 2 + [0] * 2
     cold = prefill_layers(text, visual, 10, 20)
-    begun = prefill_layers(text, visual, 10, 20, paid=0)
-    second = prefill_layers(text, visual, 10, 20, paid=4)
+    begun = prefill_layers(text, visual, 10, 20, cached_layers=0)
+    second = prefill_layers(text, visual, 10, 20, cached_layers=4)
     assert cold[0] == layer_work(text, 174, 0)
     assert begun[0] == layer_work(text, 164, 10)
     assert second[0] == layer_work(text, 20, 154)
@@ -311,7 +311,7 @@ def test_a_point_that_fails_says_which(monkeypatch):
 
     monkeypatch.setattr(scaling.subprocess, "run", run)
     with pytest.raises(VisistageError, match="images 5 dense failed: CapacityError: too long"):
-        scaling.in_child(scaling.Point("images", 5, "dense", "nowhere", images=5), 1, 2, 1)
+        scaling.in_child(scaling.ScalingPoint("images", 5, "dense", "nowhere", images=5), 1, 2, 1)
 
 
 def test_dummy_weights_may_take_pictures_of_another_size(tmp_path):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 from visistage.calib.plan_search.agreement import (
-    LIKELIEST,
+    TOP_TOKENS,
     Agreement,
     Share,
     agreement,
@@ -96,7 +96,7 @@ def test_pictures_that_cannot_be_read_are_named_and_the_rest_is_asked():
 
 def test_divergence_is_the_textbook_one_where_all_tokens_are_kept():
     (one,) = reference(Scripted(sure=1.0), SAMPLES[1:2], LONGEST).answers
-    assert one.ids.shape[1] == VOCAB < LIKELIEST
+    assert one.ids.shape[1] == VOCAB < TOP_TOKENS
     p = np.exp(log_softmax(Scripted(sure=1.0).score("", "long", one.tokens[:-1])))
     q = np.exp(log_softmax(Scripted(sure=3.0).score("", "long", one.tokens[:-1])))
     expected = (p * np.log(p / q)).sum(1)
@@ -104,7 +104,7 @@ def test_divergence_is_the_textbook_one_where_all_tokens_are_kept():
 
 
 def test_divergence_with_few_tokens_kept_is_below_the_true_one(monkeypatch):
-    monkeypatch.setattr("visistage.calib.plan_search.agreement.LIKELIEST", 3)
+    monkeypatch.setattr("visistage.calib.plan_search.agreement.TOP_TOKENS", 3)
     (one,) = reference(Scripted(sure=1.0), SAMPLES[1:2], LONGEST).answers
     assert one.ids.shape == (5, 3)
     p = log_softmax(Scripted(sure=1.0).score("", "long", one.tokens[:-1]))

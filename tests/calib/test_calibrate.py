@@ -14,31 +14,31 @@ from PIL import Image
 from rich.console import Console
 from visistage import runtime
 from visistage.calib import calibrate as pipeline
-from visistage.calib.page.warnings import doubts
+from visistage.calib.page.warnings import calibration_warnings
 from visistage.calib.plan_search import chooser as choosing
 from visistage.calib.plan_search import measure_plans as bundles
-from visistage.calib.plan_search.dynamics import Dynamics, Reading
+from visistage.calib.plan_search.dynamics import Dynamics, PromptReading
 from visistage.calib.plan_search.measure_plans import Measuring, Origin, text_blind_plans
 from visistage.calib.plan_search.thresholds import suggest_thresholds
 from visistage.calib.run.collect_ranges import collect
-from visistage.calib.run.layerwise import walk
+from visistage.calib.run.layerwise import run_layerwise
 from visistage.calib.sample_prompts import order_hash, prepare
 from visistage.calib.samples import Sample
 from visistage.cli.main import main
 from visistage.cli.show.calibration_view import DEMO_SERIES, calibration_samples, calibration_table
-from visistage.cli.show.units import Share
-from visistage.compile.build import build
+from visistage.cli.show.units import ShareParam
+from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.texts import fits, prompt_encoder, text_facts
 from visistage.compile.planfile import load_plan
-from visistage.compile.quantize.cache_scales import cache_scales
+from visistage.compile.quantize.cache_scales import calibrated_cache_scales
 from visistage.compile.quantize.calibration_file import Calibration, SampleFacts
-from visistage.compile.quantize.fake_quantized import Rounded
+from visistage.compile.quantize.fake_quantized import FakeQuantised
 from visistage.demo.heldout import _series
 from visistage.graphs.presets.presets import preset
-from visistage.graphs.quantization import parse_recipe
+from visistage.graphs.quantization import parse_quant_config
 from visistage.runtime.backends import ort
-from visistage.runtime.backends.ort_int8 import integer_entries
+from visistage.runtime.backends.ort_int8 import int8_session_entries
 from visistage.runtime.image.preprocessing import Preprocessing
 from visistage.tests.support import toy
 
@@ -122,8 +122,8 @@ def test_the_choice_was_measured_on_some_and_confirmed_on_others(chosen):
 
 def test_a_measured_agreement_is_that_of_the_real_bundle(folder, tmp_path):
     rng = np.random.default_rng(1)
-    pictures = [Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)) for _ in range(3)]
-    samples = [Sample(str(i), picture, "Why?", "") for i, picture in enumerate(pictures)]
+    images = [Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)) for _ in range(3)]
+    samples = [Sample(str(i), image, "Why?", "") for i, image in enumerate(images)]
     measuring = Measuring(Origin(str(folder / "toy")), tmp_path / "work")
     dense = preset("dense", LAYERS, TOKENS)
     measuring.refer(dense, samples, [2], 5, lambda: None)
@@ -136,7 +136,7 @@ def test_a_measured_agreement_is_that_of_the_real_bundle(folder, tmp_path):
     plan = preset("visipruner", LAYERS, TOKENS, shallow=1, t=1, e=2, keep=1)
     found = measuring.measure(plan)
     bundles = [
-        build(str(folder / "toy"), plan=text, out=tmp_path / "by hand")
+        make_bundle(str(folder / "toy"), plan=text, out=tmp_path / "by hand")
         for text in ("dense", "visipruner:shallow=1,t=1,e=2,keep=1")
     ]
     with runtime.load(bundles[0].path) as one, runtime.load(bundles[1].path) as other:
@@ -156,14 +156,14 @@ def builds(patch):
     built = []
 
     def spy(*arguments, plan, precision, calibration, **options):
-        bundle = build(
+        bundle = make_bundle(
             *arguments, plan=plan, precision=precision, calibration=calibration, **options
         )
         used = None if calibration is None else Calibration.load(calibration)
         built.append((load_plan(plan), precision, used))
         return bundle
 
-    patch.setattr(bundles, "build", spy)
+    patch.setattr(bundles, "make_bundle", spy)
     return built
 
 
@@ -236,11 +236,15 @@ def test_what_ships_and_loses_more_than_it_may_is_doubted(rounded):
             "shipped": {"tokens": {"share": 0.9, "total": 50}},
             "rounding": {"tokens": {"share": 0.95, "total": 80}},
         }
-        return [one for one in doubts(replace(calibration, choice=choice)) if "As it ships" in one]
+        return [
+            one
+            for one in calibration_warnings(replace(calibration, choice=choice))
+            if "As it ships" in one
+        ]
 
-    (doubt,) = doubted(0.02)
-    assert re.search(r"in int8, the plan loses 10\.0\W+% of 50 tokens; the budget is 2\.0", doubt)
-    assert re.search(r"choosing samples rounding alone loses 5\.0\W+% of 80", doubt)
+    (warning,) = doubted(0.02)
+    assert re.search(r"in int8, the plan loses 10\.0\W+% of 50 tokens; the budget is 2\.0", warning)
+    assert re.search(r"choosing samples rounding alone loses 5\.0\W+% of 80", warning)
     assert not doubted(0.1)
 
 
@@ -252,13 +256,13 @@ def test_a_rounded_walk_computes_what_the_rounded_bundle_does(
     folder, tmp_path, precision, monkeypatch
 ):
     # By itself ONNX Runtime also rounds inputs where weights alone are rounded, as it runs.
-    entries = {**integer_entries(), "session.qdq_matmulnbits_accuracy_level": "1"}
-    monkeypatch.setattr(ort, "integer_entries", lambda: entries)
+    entries = {**int8_session_entries(), "session.qdq_matmulnbits_accuracy_level": "1"}
+    monkeypatch.setattr(ort, "int8_session_entries", lambda: entries)
     checkpoint = open_checkpoint(str(folder / "toy"))
     texts, dense = text_facts(checkpoint), preset("dense", LAYERS, TOKENS)
     rng = np.random.default_rng(2)
-    pictures = [Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)) for _ in range(2)]
-    samples = [Sample(str(i), picture, "Why?", "") for i, picture in enumerate(pictures)]
+    images = [Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)) for _ in range(2)]
+    samples = [Sample(str(i), image, "Why?", "") for i, image in enumerate(images)]
     prompts, _ = prepare(
         samples, prompt_encoder(checkpoint), Preprocessing.from_dict(texts.preprocessing)
     )
@@ -275,16 +279,18 @@ def test_a_rounded_walk_computes_what_the_rounded_bundle_does(
         cache=found.cache,
     )
     calibration.save(tmp_path / "ranges")
-    model = Rounded(checkpoint, parse_recipe(precision), calibration)
+    model = FakeQuantised(checkpoint, parse_quant_config(precision), calibration)
     asked = [replace(one, answer_ids=()) for one in prompts]
     exact, near = (
         [
             one[0].numpy()
-            for one in walk(checkpoint, asked, dense, texts.prefix_ids, rounded=by).logits
+            for one in run_layerwise(
+                checkpoint, asked, dense, texts.prefix_ids, fake_quantised=by
+            ).logits
         ]
         for by in (None, model)
     )
-    bundle = build(
+    bundle = make_bundle(
         str(folder / "toy"),
         plan="dense",
         precision=precision,
@@ -304,18 +310,18 @@ def test_dynamics_of_an_int8_cache_are_read_from_one(folder, tmp_path, monkeypat
 
     def spy(checkpoint, prompts, plan, prefix, **options):
         seen.append((checkpoint, prompts, plan, prefix, options["rounded"]))
-        return walk(checkpoint, prompts, plan, prefix, **options)
+        return run_layerwise(checkpoint, prompts, plan, prefix, **options)
 
     def dynamics(checkpoint, prompts, plan, prefix, rounded):
         found = [[] for _ in prompts]
-        walk(
+        run_layerwise(
             *(checkpoint, prompts, plan, prefix),
             reading=lambda place, layer, *both: found[place].append(both),
-            rounded=rounded,
+            fake_quantised=rounded,
         )
-        return Dynamics.of([Reading(*np.stack(both, 1)) for both in found])
+        return Dynamics.of([PromptReading(*np.stack(both, 1)) for both in found])
 
-    monkeypatch.setattr(choosing.walk, "walk", spy)
+    monkeypatch.setattr(choosing.walk, "run_layerwise", spy)
     done = run(
         *(folder / "toy", "--data", folder / "data", "--out", tmp_path, "--candidates", "1"),
         *("--precision", "fp32:cache=int8", "--cost", "90%", "--json"),
@@ -323,23 +329,23 @@ def test_dynamics_of_an_int8_cache_are_read_from_one(folder, tmp_path, monkeypat
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)["dynamics"]
     (given,) = seen
-    *whose, rounded = given
+    *whose, fake_quantised = given
     assert len(whose[1]) == facts["prompts"]
     assert len(built) == 5  # dense twice, text-blind, a candidate, and as it ships
     for _, _, used in built[1:4]:
-        scales = cache_scales(used, half=False)
+        scales = calibrated_cache_scales(used, half=False)
         for layer in range(LAYERS):
-            assert np.array_equal(np.stack(rounded.scales_of(layer)), scales[:, layer])
-    exact, near = (dynamics(*whose, by) for by in (None, rounded))
+            assert np.array_equal(np.stack(fake_quantised.scales_of(layer)), scales[:, layer])
+    exact, near = (dynamics(*whose, by) for by in (None, fake_quantised))
     assert facts["min_cosine"] == near.to_dict()["min_cosine"] != exact.to_dict()["min_cosine"]
     assert facts["suggested"] == suggest_thresholds(near).to_dict()
 
 
 def test_a_named_plan_is_calibrated_without_a_bundle(folder, tmp_path, monkeypatch):
-    def refuse(*_args, **_options):
+    def reject(*_args, **_options):
         raise AssertionError("a bundle was built")
 
-    monkeypatch.setattr("visistage.calib.plan_search.measure_plans.build", refuse)
+    monkeypatch.setattr("visistage.calib.plan_search.measure_plans.make_bundle", reject)
     done = run(folder / "toy", "--data", folder / "data", "--plan", PLAN, "--out", tmp_path)
     assert done.exit_code == 0, done.output
     calibration = Calibration.load(tmp_path / "toy")
@@ -438,5 +444,7 @@ def _known(pair):
 
 
 def test_shares_are_typed_as_people_write_them():
-    read = [Share().convert(text, None, None) for text in ("1%", "0.5 %", "0.01", ".5", "100%")]
+    read = [
+        ShareParam().convert(text, None, None) for text in ("1%", "0.5 %", "0.01", ".5", "100%")
+    ]
     assert read == pytest.approx([0.01, 0.005, 0.01, 0.5, 1.0])

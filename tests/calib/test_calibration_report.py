@@ -8,16 +8,16 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from visistage.calib.page.calibration_page import NAME, render, write_report
+from visistage.calib.page.calibration_page import CALIBRATION_PAGE, render_calibration, write_report
 from visistage.calib.page.charts import cosines, histograms, pareto
 from visistage.calib.page.range_charts import alphas
 from visistage.calib.page.series import by_sensitivity, kept_float, rows_seen, series_of
-from visistage.calib.page.warnings import doubts
+from visistage.calib.page.warnings import calibration_warnings
 from visistage.calib.plan_search.agreement import Agreement, Share
 from visistage.calib.plan_search.candidates import Pricing
 from visistage.calib.plan_search.choose import Budget, choose_plan
-from visistage.calib.plan_search.dynamics import Dynamics, Reading, spread
-from visistage.compile.checkpoint.known_models import GEOMETRIES
+from visistage.calib.plan_search.dynamics import Dynamics, PromptReading, spread
+from visistage.compile.checkpoint.known_models import KNOWN_MODELS
 from visistage.compile.quantize.calibration_file import Calibration, SampleFacts
 from visistage.compile.quantize.group_ranges import GroupRanges
 from visistage.graphs.config import ModelConfig
@@ -45,7 +45,7 @@ def readings(count=40):
         if prompt % 5:
             cosine[3 + prompt % 2, :3] = 0.9
             norm[3:, :3] = 0.8
-        out.append(Reading(cosine.astype(np.float32), norm.astype(np.float32)))
+        out.append(PromptReading(cosine.astype(np.float32), norm.astype(np.float32)))
     return out
 
 
@@ -146,7 +146,7 @@ def calibration():
 
 @pytest.fixture(scope="module")
 def page(calibration):
-    return render(calibration)
+    return render_calibration(calibration)
 
 
 class Tables(HTMLParser):
@@ -247,14 +247,14 @@ def test_linear_layers_come_the_worst_first_and_five_per_cent_are_kept(page, cal
 def test_the_kept_layers_are_those_that_a_build_keeps(calibration):
     """Both rank them; they must not come to differ."""
     from visistage.compile.quantize.quantize import _kept
-    from visistage.graphs.quantization import parse_recipe
+    from visistage.graphs.quantization import parse_quant_config
 
     schemes = {
         name: "w8" if name == "lm_head" else "w8a8"
         for group in calibration.groups.values()
         for name in group.sensitivity
     }
-    built = _kept(parse_recipe("int8:keep=5%"), schemes, calibration)
+    built = _kept(parse_quant_config("int8:keep=5%"), schemes, calibration)
     assert list(built) == [name for name, _ in kept_float(calibration.groups)]
 
 
@@ -320,9 +320,9 @@ def changed_group(calibration, **changes):
 
 def test_where_nothing_speaks_against_it_the_page_says_so(calibration):
     spotless = clean(calibration)
-    assert doubts(spotless) == []
-    assert "speaks against it" in render(spotless)
-    assert "Before you trust it" not in render(spotless)
+    assert calibration_warnings(spotless) == []
+    assert "speaks against it" in render_calibration(spotless)
+    assert "Before you trust it" not in render_calibration(spotless)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_where_nothing_speaks_against_it_the_page_says_so(calibration):
 )
 def test_each_doubt_is_raised_by_its_cause_alone(calibration, changes, said):
     spotless = clean(calibration)
-    doubted = doubts(without(spotless, **changes(spotless)))
+    doubted = calibration_warnings(without(spotless, **changes(spotless)))
     assert len(doubted) == 1, doubted
     assert said in doubted[0]
 
@@ -367,7 +367,7 @@ def test_few_rows_of_the_head_are_no_doubt(calibration):
     """INT8 bundles round only its weights."""
     spotless = clean(calibration)
     head = {**spotless.groups, "lm_head": replace(spotless.groups["lm_head"], rows=7)}
-    assert doubts(without(spotless, groups=head)) == []
+    assert calibration_warnings(without(spotless, groups=head)) == []
 
 
 def wide():
@@ -376,7 +376,10 @@ def wide():
 
 
 def test_prompts_that_never_trigger_are_a_doubt(calibration):
-    assert any("8 of 40 prompts never triggered" in doubt for doubt in doubts(calibration))
+    assert any(
+        "8 of 40 prompts never triggered" in warning
+        for warning in calibration_warnings(calibration)
+    )
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -403,7 +406,7 @@ def test_strings_are_escaped(calibration):
         text=NASTY, cost=NASTY, warnings=[NASTY], reasons={NASTY: NASTY}, chosen=0,
         candidates=[candidate(NASTY, 0.5, 390, 700, NASTY, True)],
     )  # fmt: skip
-    text = render(without(calibration, model=NASTY, samples=samples, choice=sick))
+    text = render_calibration(without(calibration, model=NASTY, samples=samples, choice=sick))
     assert "<script" not in text
     assert "<b>'x'" not in text
     assert html.escape(NASTY, quote=False)[:30] in text
@@ -423,7 +426,7 @@ def test_strings_are_escaped(calibration):
     ],
 )
 def test_what_was_not_measured_is_left_out(calibration, parts, absent):
-    tables = Tables(render(without(calibration, **parts))).tables
+    tables = Tables(render_calibration(without(calibration, **parts))).tables
     assert not set(absent) & set(tables)
     full = {"candidates", "triggers", "kept", "cosines", "groups", "linears", "rows"}
     assert len(full & set(tables)) < len(full)
@@ -431,11 +434,13 @@ def test_what_was_not_measured_is_left_out(calibration, parts, absent):
 
 def test_a_dense_choice_and_a_cost_budget_have_a_page(calibration):
     dense = choice(fits=False, chosen=None, budget={"cost": 0.2}, text="dense")
-    text = render(without(calibration, choice=dense))
+    text = render_calibration(without(calibration, choice=dense))
     assert "<h1>dense</h1>" in text
     assert "at most 20.0" in html.unescape(text)
     nothing = choice(fits=False, chosen=None, candidates=[])
-    assert "candidates" not in Tables(render(without(calibration, choice=nothing))).tables
+    assert (
+        "candidates" not in Tables(render_calibration(without(calibration, choice=nothing))).tables
+    )
 
 
 @pytest.mark.parametrize("budget", [Budget(lose=0.01), Budget(lose=0.0), Budget(cost=0.6)])
@@ -453,7 +458,7 @@ def test_what_choose_plan_hands_over_can_be_shown(calibration, budget):
         choice=made.to_dict() | {"max_tokens": 16},
         dynamics=dynamics.to_dict(),
     )
-    text = render(shown)
+    text = render_calibration(shown)
     Tables(text)
     assert len(cells(text, "candidates")) == len(made.tried)
     assert f"<h1>{made.text}</h1>" in text
@@ -464,23 +469,25 @@ def test_what_choose_plan_hands_over_can_be_shown(calibration, budget):
 def test_a_large_model_makes_a_page_of_bounded_size(calibration):
     """A 7B has 227 groups here: 32 decoder layers and 23 of the tower, four each, and the rest."""
     random = np.random.default_rng(2)
-    config = ModelConfig.from_hf(GEOMETRIES["llava-7b"].config)
+    config = ModelConfig.from_hf(KNOWN_MODELS["llava-7b"].config)
     groups = {one.name: ranges_of(one, random, 4000) for one in linear_groups(config)}
     plan = preset("visipruner", layers=32, visual_tokens=576)
     names = tuple(f"photographs-of-the-summer.jsonl:{i}" for i in range(100_000))
     samples = SampleFacts(("x.jsonl",), names, "d" * 64, tuple((n, "cut short") for n in names))
     many = replace(calibration, plan=plan, groups=groups, samples=samples)
     assert len(groups) > 200
-    assert len(render(many).encode()) < 1.5e6
+    assert len(render_calibration(many).encode()) < 1.5e6
 
 
 def test_the_page_is_written_whole_or_not_at_all(calibration, tmp_path):
-    assert write_report(calibration, tmp_path) == NAME
-    assert (tmp_path / NAME).read_text(encoding="utf-8") == render(calibration)
-    (tmp_path / "taken" / NAME).mkdir(parents=True)
+    assert write_report(calibration, tmp_path) == CALIBRATION_PAGE
+    assert (tmp_path / CALIBRATION_PAGE).read_text(encoding="utf-8") == render_calibration(
+        calibration
+    )
+    (tmp_path / "taken" / CALIBRATION_PAGE).mkdir(parents=True)
     with pytest.raises(CapacityError, match="cannot be written"):
         write_report(calibration, tmp_path / "taken")
-    assert [path.name for path in (tmp_path / "taken").iterdir()] == [NAME]
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == [CALIBRATION_PAGE]
 
 
 # --- charts ---------------------------------------------------------------------------------------
@@ -562,13 +569,13 @@ def test_the_plot_marks_the_chosen_plan_and_the_budget():
 def test_a_plan_that_agrees_little_does_not_flatten_the_plot(calibration):
     bad = choice(candidates=[candidate("bad", 0.1, 80), *choice()["candidates"]], chosen=2)
     assert "75 %" not in re.findall(r"<text[^>]*end.>(.*?)</text>", pareto(bad))
-    assert "stand on the foot" in render(without(calibration, choice=bad))
-    assert "stand on the foot" not in render(calibration)
+    assert "stand on the foot" in render_calibration(without(calibration, choice=bad))
+    assert "stand on the foot" not in render_calibration(calibration)
 
 
 def test_reasons_come_in_the_order_of_the_layers(calibration):
     turned = choice(reasons={"K": "holds", "e": "quiet", "s": "none", "t": "late"})
-    text = render(without(calibration, choice=turned))
+    text = render_calibration(without(calibration, choice=turned))
     assert re.findall(r"<div><dt>(.)</dt>", text) == ["s", "t", "K", "e"]
 
 
@@ -577,7 +584,7 @@ def test_reasons_come_in_the_order_of_the_layers(calibration):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_looks_like_a_page(browser, page, tmp_path, scheme):
-    file, shot = tmp_path / NAME, tmp_path / "shot.png"
+    file, shot = tmp_path / CALIBRATION_PAGE, tmp_path / "shot.png"
     file.write_text(page, encoding="utf-8")
     _, complaints = browser(
         file.as_uri(),
@@ -591,7 +598,7 @@ def test_it_looks_like_a_page(browser, page, tmp_path, scheme):
 
 def test_an_injected_script_does_not_run(browser, page, tmp_path):
     """Even unescaped: the policy stops it."""
-    file = tmp_path / NAME
+    file = tmp_path / CALIBRATION_PAGE
     file.write_text(page.replace("</body>", NASTY + "</body>"), encoding="utf-8")
     dom, complaints = browser(file.as_uri(), "--dump-dom")
     assert complaints  # refused to execute

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from visistage.calib.plan_search.agreement import Agreement, Share
-from visistage.calib.plan_search.candidates import Pricing, candidates, cut_off, friendly, knee
+from visistage.calib.plan_search.candidates import Pricing, cut_off, friendly, knee, plan_candidates
 from visistage.calib.plan_search.choose import Budget, choose_plan
-from visistage.calib.plan_search.dynamics import Dynamics, Reading
+from visistage.calib.plan_search.dynamics import Dynamics, PromptReading
 from visistage.calib.plan_search.holdout import hold_out
 from visistage.graphs.errors import DataError, PlanError
 from visistage.graphs.plan.cost import Geometry, dense_cost, plan_cost
@@ -32,7 +32,7 @@ def planted(rng, t=T, k=K, e=E, layers=LAYERS, tokens=TOKENS):
     norms[1:t] += 0.1
     cosines[t : e + 1, strong] = 0.93
     norms[t : e + 1, strong] = 1 + rng.random((e + 1 - t, k))
-    return Reading(cosines, norms)
+    return PromptReading(cosines, norms)
 
 
 @pytest.fixture
@@ -79,8 +79,8 @@ def test_the_planted_trigger_tokens_and_exit_are_found(dynamics):
     assert choice.fits
     assert choice.plan.calibrated
     assert len(measure.plans) <= 12
-    assert set(choice.reasons) == {"s", "t", "K", "e"}
-    assert f"K = {K}" in choice.reasons["K"]
+    assert set(choice.rationale) == {"s", "t", "K", "e"}
+    assert f"K = {K}" in choice.rationale["K"]
 
 
 def test_a_dozen_is_the_most_that_is_measured_and_none_is_measured_twice(dynamics):
@@ -119,14 +119,14 @@ def test_a_looser_budget_never_gives_a_costlier_plan(budgets, seed):
 
 def test_what_does_not_hold_on_held_out_samples_is_a_near_miss(dynamics):
     cheapest = choose_plan(dynamics, pricing(), Budget(lose=0.05), Recorder(), Recorder())
-    refused = cheapest.text
+    rejected = cheapest.text
 
     def of(plan):
         return 0.5 if plan.name == cheapest.plan.name else truth(plan)
 
     choice = choose_plan(dynamics, pricing(), Budget(lose=0.05), Recorder(), Recorder(of))
-    assert choice.text != refused
-    (miss,) = [one for one in choice.tried if one.candidate.text == refused]
+    assert choice.text != rejected
+    (miss,) = [one for one in choice.tried if one.candidate.text == rejected]
     assert miss.verdict.startswith("near miss")
     assert "held-out samples 50.0 % (100 of 200 differ)" in miss.verdict
     taken = choice.tried[choice.chosen]
@@ -139,7 +139,7 @@ def test_nothing_fits_is_dense_and_says_so(dynamics):
     choice = choose_plan(dynamics, pricing(), Budget(lose=0.01), Recorder(lambda plan: 0.8))
     assert (choice.text, choice.chosen, choice.fits) == ("dense", None, False)
     assert choice.plan.is_dense
-    assert "no plan that was measured keeps the budget" in choice.reasons["t"]
+    assert "no plan that was measured keeps the budget" in choice.rationale["t"]
 
 
 def test_a_cost_budget_takes_the_best_within_it(dynamics):
@@ -200,7 +200,7 @@ def test_costs_are_those_of_the_plans():
 
 
 def test_what_is_cut_off_is_what_later_layers_would_miss():
-    reading = Reading(np.ones((3, 4), np.float32), np.ones((3, 4), np.float32))
+    reading = PromptReading(np.ones((3, 4), np.float32), np.ones((3, 4), np.float32))
     reading.norm[0] = [4, 3, 2, 1]
     reading.cosine[1] = 1 - np.array([0.1, 0.1, 0.2, 0.1])
     reading.cosine[2] = 1 - np.array([0.3, 0.1, 0.1, 0.1])
@@ -212,7 +212,7 @@ def test_what_is_cut_off_is_what_later_layers_would_miss():
 
 
 def test_candidates_of_one_t_trade_cost_for_influence(dynamics):
-    for of_t in candidates(dynamics, pricing()).values():
+    for of_t in plan_candidates(dynamics, pricing()).values():
         assert [one.cost for one in of_t] == sorted(one.cost for one in of_t)
         predicted = [one.predicted for one in of_t]
         assert predicted == sorted(predicted, reverse=True)
@@ -224,14 +224,14 @@ def test_candidates_of_one_t_trade_cost_for_influence(dynamics):
 def test_every_candidate_of_any_model_is_a_valid_plan(layers, tokens, seed):
     rng = np.random.default_rng(seed)
     readings = [
-        Reading(
+        PromptReading(
             (1 - rng.random((layers, tokens)) ** 3 / 2).astype(np.float32),
             rng.random((layers, tokens)).astype(np.float32),
         )
         for _ in range(3)
     ]
     price = pricing(layers, tokens)
-    found = candidates(Dynamics.of(readings), price)
+    found = plan_candidates(Dynamics.of(readings), price)
     for t, of_t in found.items():
         for one in of_t:
             plan = price.plan(one)  # checks itself
@@ -269,23 +269,23 @@ def test_friendly_numbers_round_up_and_little():
 @given(
     st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=60), st.sampled_from([0, 0.2, 0.5])
 )
-def test_a_picture_is_on_one_side_only(pictures, share):
-    if share and len(set(pictures)) == 1:
+def test_a_picture_is_on_one_side_only(images, share):
+    if share and len(set(images)) == 1:
         with pytest.raises(DataError, match="found 1 picture"):
-            hold_out(pictures, share)
+            hold_out(images, share)
         return
-    choosing, held = hold_out(pictures, share)
-    assert sorted([*choosing, *held]) == list(range(len(pictures)))
-    assert not {pictures[i] for i in choosing} & {pictures[i] for i in held}
+    choosing, held = hold_out(images, share)
+    assert sorted([*choosing, *held]) == list(range(len(images)))
+    assert not {images[i] for i in choosing} & {images[i] for i in held}
     assert choosing
     assert bool(held) == bool(share)
 
 
 def test_holding_out_does_not_follow_the_order_of_the_file():
-    pictures = [f"{hash_:064x}" for hash_ in np.random.default_rng(0).permutation(99)]
-    choosing, held = hold_out(pictures, 1 / 3)
+    images = [f"{hash_:064x}" for hash_ in np.random.default_rng(0).permutation(99)]
+    choosing, held = hold_out(images, 1 / 3)
     assert (len(choosing), len(held)) == (66, 33)
-    shuffled = pictures[::-1]
-    assert {shuffled[i] for i in hold_out(shuffled, 1 / 3)[1]} == {pictures[i] for i in held}
+    shuffled = images[::-1]
+    assert {shuffled[i] for i in hold_out(shuffled, 1 / 3)[1]} == {images[i] for i in held}
     with pytest.raises(DataError, match="expected 0 to below 1"):
-        hold_out(pictures, 1.0)
+        hold_out(images, 1.0)

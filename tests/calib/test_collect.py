@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from visistage.calib.run.collect_ranges import Collector, chosen_rows, collect
-from visistage.calib.run.layerwise import pieces, walk
+from visistage.calib.run.layerwise import layerwise_pieces, run_layerwise
 from visistage.calib.run.observe import ANSWER, TEXT, VISUAL
 from visistage.calib.run.observers import Histogram, threshold
-from visistage.calib.sample_prompts import Prompt
+from visistage.calib.sample_prompts import SamplePrompt
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.texts import fits, text_facts
 from visistage.compile.quantize.group_ranges import best_observer
@@ -64,9 +64,9 @@ def found(checkpoint):
 @pytest.fixture(scope="module")
 def seen(checkpoint):
     """Every row that every linear layer was given."""
-    watching = Watching()
-    walk(checkpoint, prompts(), PLAN, PREFIX, watcher=watching)
-    return {name: torch.cat(rows).numpy() for name, rows in watching.rows.items()}
+    observer = Watching()
+    run_layerwise(checkpoint, prompts(), PLAN, PREFIX, observer=observer)
+    return {name: torch.cat(rows).numpy() for name, rows in observer.rows.items()}
 
 
 def test_there_are_ranges_of_every_group_in_order(checkpoint, found):
@@ -136,13 +136,13 @@ def test_stages_see_other_rows_than_the_dense_model(checkpoint, found):
     dense = collect(checkpoint, prompts(), PLAN, PREFIX, rows="dense").groups
     again = collect(checkpoint, prompts(), preset("dense", LAYERS, N), PREFIX).groups
     last = "model.layers.5.mlp.down_proj"
-    pictures = sum(isinstance(part, np.ndarray) for one in prompts() for part in one.parts)
-    assert dense[last].rows - found[last].rows == pictures * N
+    images = sum(isinstance(part, np.ndarray) for one in prompts() for part in one.parts)
+    assert dense[last].rows - found[last].rows == images * N
     assert not np.array_equal(dense[last].absmax, found[last].absmax)
     for name, ranges in dense.items():
         np.testing.assert_array_equal(ranges.absmax, again[name].absmax)
-    tower = "vision_tower.encoder.layers.0.mlp.fc1"
-    np.testing.assert_array_equal(dense[tower].absmax, found[tower].absmax)
+    encoder = "vision_tower.encoder.layers.0.mlp.fc1"
+    np.testing.assert_array_equal(dense[encoder].absmax, found[encoder].absmax)
 
 
 def test_the_prefix_counts_only_where_it_is_asked_for(checkpoint, found):
@@ -173,7 +173,7 @@ def test_a_massive_prefix_stays_out_of_the_ranges(tmp_path):
 
 def test_few_rows_are_kept_of_many_and_the_ranges_are_still_of_all(checkpoint, seen):
     collector = Collector(checkpoint.config, rows_kept=40)
-    walk(checkpoint, prompts(), PLAN, PREFIX, watcher=collector, want_logits=False)
+    run_layerwise(checkpoint, prompts(), PLAN, PREFIX, observer=collector, want_logits=False)
     ranges = collector.ranges()[OUTLIER]
     assert (ranges.rows, ranges.rows_used) == (len(seen[OUTLIER]), 40)
     np.testing.assert_array_equal(ranges.absmax, np.abs(seen[OUTLIER]).max(0))
@@ -206,10 +206,10 @@ def test_ranges_do_not_depend_on_the_run(checkpoint, found):
 def test_progress_counts_every_piece(checkpoint):
     done = []
     collect(checkpoint, prompts()[:1], PLAN, PREFIX, progress=done.append)
-    assert sum(done) == pieces(checkpoint.config, PREFIX)
+    assert sum(done) == layerwise_pieces(checkpoint.config, PREFIX)
     done.clear()
     collect(checkpoint, prompts()[:1], PLAN, PREFIX, include_prefix=True, progress=done.append)
-    assert sum(done) == pieces(checkpoint.config, ())
+    assert sum(done) == layerwise_pieces(checkpoint.config, ())
 
 
 def test_a_plan_that_decides_per_prompt_is_refused(checkpoint):
@@ -225,7 +225,7 @@ def test_damaged_weights_are_named(tmp_path):
 
 
 def test_a_kept_share_of_pictureless_prompts_is_no_hindrance(checkpoint):
-    ranges = collect(checkpoint, [Prompt("text", (PREFIX + ids(5, 1),))], PLAN, PREFIX).groups
+    ranges = collect(checkpoint, [SamplePrompt("text", (PREFIX + ids(5, 1),))], PLAN, PREFIX).groups
     assert "multi_modal_projector.linear_1" not in ranges
     assert ranges["lm_head"].rows == 1
 

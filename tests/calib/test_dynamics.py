@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from visistage.calib.plan_search.dynamics import (
     COSINES,
     Dynamics,
-    Reading,
+    PromptReading,
     quantile,
     ranks_up_to,
     spread,
@@ -30,11 +30,11 @@ def planted(trigger=3, last_loud=5, strong=(2, 7), cosine=0.9, layers=LAYERS, to
     for layer in range(trigger, last_loud + 1):
         cosines[layer, list(strong)] = cosine
         norms[layer, list(strong)] = 1.0
-    return Reading(cosines, norms)
+    return PromptReading(cosines, norms)
 
 
 def never(layers=LAYERS, tokens=TOKENS):
-    return Reading(
+    return PromptReading(
         np.full((layers, tokens), 0.9999, np.float32), np.full((layers, tokens), 0.01, np.float32)
     )
 
@@ -85,7 +85,7 @@ def test_quantiles_are_values_that_were_seen():
 def test_minimum_cosine_and_mass_are_what_numpy_says():
     rng = np.random.default_rng(0)
     readings = [
-        Reading(1 - rng.random((4, n), np.float32) / 9, rng.random((4, n), np.float32))
+        PromptReading(1 - rng.random((4, n), np.float32) / 9, rng.random((4, n), np.float32))
         for n in (6, 6, 12)  # the last prompt has two pictures
     ]
     dynamics = Dynamics.of(readings, first=0)
@@ -116,7 +116,7 @@ def test_the_json_form_is_bounded_by_layers_and_not_by_prompts():
 
 
 def test_prompts_without_a_picture_say_nothing():
-    empty = Reading(np.ones((LAYERS, 0), np.float32), np.ones((LAYERS, 0), np.float32))
+    empty = PromptReading(np.ones((LAYERS, 0), np.float32), np.ones((LAYERS, 0), np.float32))
     assert len(Dynamics.of([empty, planted()]).readings) == 1
     with pytest.raises(DataError, match="no prompt with a picture"):
         Dynamics.of([empty])
@@ -161,7 +161,7 @@ def test_where_nothing_ever_fires_the_suggestion_says_so():
 def test_any_depth_and_token_count_gives_a_table_and_a_plan(layers, tokens, seed):
     rng = np.random.default_rng(seed)
     readings = [
-        Reading(
+        PromptReading(
             (1 - rng.random((layers, tokens)) ** 4).astype(np.float32),
             rng.random((layers, tokens)).astype(np.float32),
         )

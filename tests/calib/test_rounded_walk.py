@@ -7,14 +7,14 @@ are rounded where they arise, every token's contribution is formed, and taken aw
 import numpy as np
 import pytest
 import torch
-from visistage.calib.run.layerwise import walk
+from visistage.calib.run.layerwise import run_layerwise
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
-from visistage.compile.quantize.cache_scales import cache_scales, rounded_rows
-from visistage.compile.quantize.fake_quantized import Rounded
+from visistage.compile.quantize.cache_scales import calibrated_cache_scales, quantised_rows
+from visistage.compile.quantize.fake_quantized import FakeQuantised
 from visistage.graphs.chain.chain import Chain
 from visistage.graphs.chain.torch_reference import TorchExecutor
 from visistage.graphs.modules.quantized import cache_scale_names, round_caches
-from visistage.graphs.quantization import parse_recipe
+from visistage.graphs.quantization import parse_quant_config
 from visistage.tests.support import calibrated, reference, toy
 
 from .test_walk import LAYERS, PLANS, PREFIX, Judge, prompts
@@ -38,8 +38,8 @@ def model(tmp_path_factory):
     checkpoint = open_checkpoint(str(folder))
     weights = {name: tensor.float() for name, tensor in checkpoint.state_dict().items()}
     ranges = calibrated.calibrate(folder, "dense", folder.parent / "ranges")
-    rounded = Rounded(checkpoint, parse_recipe("fp32:cache=int8"), ranges)
-    return checkpoint, weights, rounded, cache_scales(ranges, half=False)
+    fake_quantised = FakeQuantised(checkpoint, parse_quant_config("fp32:cache=int8"), ranges)
+    return checkpoint, weights, fake_quantised, calibrated_cache_scales(ranges, half=False)
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +52,13 @@ def truth(model):
 def readings(checkpoint, rounded):
     """By place of the prompt: cosines and norms (2, L, N) of a dense walk."""
     found = {}
-    walk(
+    run_layerwise(
         checkpoint,
         prompts(),
         PLANS["dense"],
         PREFIX,
         reading=lambda place, _, *both: found.setdefault(place, []).append(both),
-        rounded=rounded,
+        fake_quantised=rounded,
         want_logits=False,
     )
     return {place: np.stack(both).swapaxes(0, 1) for place, both in found.items()}
@@ -128,11 +128,11 @@ def apart(some, others):
 
 
 def test_readings_over_int8_caches_are_those_of_plain_torch(model, truth):
-    checkpoint, _, rounded, _ = model
+    checkpoint, _, fake_quantised, _ = model
     want, floats = truth
     noise = apart(want, floats)
     assert (noise > 1e-3).all()
-    assert (apart(readings(checkpoint, rounded), want) < NEAR * noise).all()
+    assert (apart(readings(checkpoint, fake_quantised), want) < NEAR * noise).all()
     assert (apart(readings(checkpoint, None), floats) < NEAR * noise).all()
 
 
@@ -146,15 +146,15 @@ def test_a_prefix_is_computed_in_float_and_cached_rounded(model, truth):
 BUGS = {
     "the prefix under other layers' scales": (
         "prefix",
-        lambda self, cache: rounded_rows(cache, self._cache_scales[:, ::-1].copy()),
+        lambda self, cache: quantised_rows(cache, self._cache_scales[:, ::-1].copy()),
     ),
     "keys read under the scales of values": (
         "scales_of",
-        lambda self, layer, right=Rounded.scales_of: right(self, layer)[::-1],
+        lambda self, layer, right=FakeQuantised.scales_of: right(self, layer)[::-1],
     ),
     "every layer under the scales of the first": (
         "load",
-        lambda self, name, right=Rounded.load: right(
+        lambda self, name, right=FakeQuantised.load: right(
             self, name.replace(name.split(".")[2], "0", 1) if "_scale" in name else name
         ),
     ),
@@ -163,15 +163,17 @@ BUGS = {
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_noticed(model, truth, monkeypatch, bug):
-    checkpoint, _, rounded, _ = model
+    checkpoint, _, fake_quantised, _ = model
     want, floats = truth
-    monkeypatch.setattr(Rounded, *BUGS[bug])
-    assert (apart(readings(checkpoint, rounded), want) > 10 * NEAR * apart(want, floats)).all()
+    monkeypatch.setattr(FakeQuantised, *BUGS[bug])
+    assert (
+        apart(readings(checkpoint, fake_quantised), want) > 10 * NEAR * apart(want, floats)
+    ).all()
 
 
 @pytest.mark.parametrize("name", ["dense", "visipruner", "fastv"])
 def test_logits_and_selections_are_those_of_a_chain_over_int8_caches(model, name):
-    checkpoint, weights, rounded, scales = model
+    checkpoint, weights, fake_quantised, scales = model
     known = {
         of: torch.from_numpy(scale)
         for layer in range(LAYERS)
@@ -179,7 +181,7 @@ def test_logits_and_selections_are_those_of_a_chain_over_int8_caches(model, name
     }
     plan, given = PLANS[name], prompts()
     over_integers, over_floats = (
-        walk(checkpoint, given, plan, rounded=one) for one in (rounded, None)
+        run_layerwise(checkpoint, given, plan, fake_quantised=one) for one in (fake_quantised, None)
     )
     for place, prompt in enumerate(given):
         judge = Judge(checkpoint, weights, plan)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from visistage.calib.samples import Sample, normalise, read_samples
+from visistage.calib.samples import Sample, normalise_answer, read_samples
 from visistage.graphs.errors import DataError
 
 GOOD = {"image": "a.png", "prompt": "How many?", "answer": "2"}
@@ -108,7 +108,7 @@ def test_answers_may_be_left_out_where_nothing_is_compared_with_them(tmp_path):
     ],
 )
 def test_answers_that_are_equal(one, other):
-    assert normalise(one) == normalise(other)
+    assert normalise_answer(one) == normalise_answer(other)
 
 
 @pytest.mark.parametrize(
@@ -125,4 +125,4 @@ def test_answers_that_are_equal(one, other):
     ],
 )
 def test_answers_that_differ(one, other):
-    assert normalise(one) != normalise(other)
+    assert normalise_answer(one) != normalise_answer(other)

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from visistage.calib.run.smoothing import (
     ALPHAS,
-    AWARE_ALPHAS,
+    AWQ_ALPHAS,
     BOUND,
-    OUTPUTS,
-    ROWS,
-    awareness_factors,
-    rounding_error,
-    search_awareness,
+    SAMPLE_OUTPUTS,
+    SAMPLE_ROWS,
+    awq_factors,
+    quantisation_error,
+    search_awq,
     search_smoothing,
     sensitivity,
     smoothing_factors,
@@ -85,7 +85,7 @@ def silu(x):
 @given(MAGNITUDES, MAGNITUDES, st.floats(0, 1))
 @settings(max_examples=200, deadline=None)
 def test_factors_are_finite_bounded_and_one_for_dead_channels(inputs, weights, alpha):
-    for factors in (smoothing_factors(inputs, weights, alpha), awareness_factors(inputs, alpha)):
+    for factors in (smoothing_factors(inputs, weights, alpha), awq_factors(inputs, alpha)):
         assert factors.dtype == np.float32
         assert ((factors >= 1 / BOUND) & (factors <= BOUND)).all()
         assert (factors[inputs == 0] == 1).all()
@@ -103,7 +103,7 @@ def test_smoothing_factors_are_equation_4_with_a_mean_of_one(alpha):
 
 def test_awareness_factors_are_powers_of_the_mean_centred_as_awq_does():
     mean = np.abs(normal(K)) + 0.1
-    factors = awareness_factors(mean, 0.4)
+    factors = awq_factors(mean, 0.4)
     expected = mean**0.4
     expected /= np.sqrt(expected.max() * expected.min())
     np.testing.assert_allclose(factors, expected, rtol=1e-5)
@@ -155,7 +155,7 @@ def test_equal_channels_are_left_alone():
     """Every channel alike: all factors are 1, so none can save anything."""
     signs = np.where(normal(64, K) < 0, np.float32(-1), np.float32(1))
     weights = [np.where(normal(32, K, seed=1) < 0, np.float32(-1), np.float32(1))]
-    for found in (search_smoothing(signs, weights), search_awareness(signs, weights)):
+    for found in (search_smoothing(signs, weights), search_awq(signs, weights)):
         assert found.alpha is None
         assert (found.factors == 1).all()
         assert found.error == found.error_plain
@@ -180,23 +180,21 @@ def test_search_equals_brute_force_through_the_integers(outliers):
 
 def test_awareness_equals_brute_force():
     rows, weights = group(outliers=12)
-    found = search_awareness(rows, weights, block=32)
+    found = search_awq(rows, weights, block=32)
     mean = np.abs(rows).mean(0)
-    errors = {
-        alpha: w4_error(rows, weights, awareness_factors(mean, alpha), 32) for alpha in AWARE_ALPHAS
-    }
+    errors = {alpha: w4_error(rows, weights, awq_factors(mean, alpha), 32) for alpha in AWQ_ALPHAS}
     assert found.errors == pytest.approx(errors, rel=1e-3)
     assert found.error_plain == pytest.approx(
         w4_error(rows, weights, np.ones(K, np.float32), 32), rel=1e-3
     )
     assert found.alpha == min(errors, key=errors.__getitem__)
-    np.testing.assert_allclose(found.factors, awareness_factors(mean, found.alpha), rtol=1e-6)
+    np.testing.assert_allclose(found.factors, awq_factors(mean, found.alpha), rtol=1e-6)
 
 
 @pytest.mark.parametrize("block", [32, 40, 128])
 def test_awareness_beats_plain_rounding_where_channels_are_salient(block):
     rows, weights = group(outliers=20)
-    found = search_awareness(rows, weights, block=block)
+    found = search_awq(rows, weights, block=block)
     assert found.alpha is not None
     assert found.error < found.error_plain / 2
 
@@ -213,8 +211,8 @@ def test_statistics_of_rows_that_are_not_here_count():
     mean = np.abs(rows).mean(0)
     mean[11] *= 500
     assert not np.array_equal(
-        search_awareness(rows, weights).factors,
-        search_awareness(rows, weights, input_mean=mean).factors,
+        search_awq(rows, weights).factors,
+        search_awq(rows, weights, input_mean=mean).factors,
     )
 
 
@@ -223,7 +221,7 @@ def test_dead_channels_stay_out_of_it():
     rows[:, 7] = 0
     for weight in weights:
         weight[:, 9] = 0
-    for found in (search_smoothing(rows, weights), search_awareness(rows, weights)):
+    for found in (search_smoothing(rows, weights), search_awq(rows, weights)):
         assert found.alpha is not None
         assert found.factors[7] == 1
         assert np.isfinite(found.factors).all()
@@ -237,19 +235,19 @@ def test_rows_of_zeros_cost_nothing():
 
 
 def test_only_a_spread_sample_is_multiplied_and_always_the_same():
-    rows, weight = normal(3 * ROWS, K), normal(2 * OUTPUTS, K, seed=1)
+    rows, weight = normal(3 * SAMPLE_ROWS, K), normal(2 * SAMPLE_OUTPUTS, K, seed=1)
     rows[:, SALIENT] *= 60
     largest = np.abs(rows).max(0)
     first = search_smoothing(rows, [weight], input_absmax=largest)
     again = search_smoothing(rows.copy(), [weight.copy()], input_absmax=largest)
     assert first.errors == again.errors
     np.testing.assert_array_equal(first.factors, again.factors)
-    some = np.linspace(0, len(rows) - 1, ROWS).round().astype(int)
-    outputs = np.linspace(0, len(weight) - 1, OUTPUTS).round().astype(int)
-    assert len({*some}) == ROWS
+    some = np.linspace(0, len(rows) - 1, SAMPLE_ROWS).round().astype(int)
+    outputs = np.linspace(0, len(weight) - 1, SAMPLE_OUTPUTS).round().astype(int)
+    assert len({*some}) == SAMPLE_ROWS
     alone = search_smoothing(rows[some], [weight[outputs]], input_absmax=largest)
     assert first.error_plain == alone.error_plain
-    assert first.error_plain != search_smoothing(rows[:ROWS], [weight]).error_plain
+    assert first.error_plain != search_smoothing(rows[:SAMPLE_ROWS], [weight]).error_plain
     # The weights' own statistics are of all outputs, though few are multiplied.
     left_out = np.setdiff1d(np.arange(len(weight)), outputs)[0]
     weight[left_out, 3] = 100
@@ -273,7 +271,7 @@ def test_sensitivity_is_the_error_of_each_scheme():
         },
         rel=1e-3,
     )
-    assert rounding_error(rows, weight, scale) == found["w8a8"]
+    assert quantisation_error(rows, weight, scale) == found["w8a8"]
     assert found["w8"] < found["w8a8"]
     assert found["w8"] < found["w4"]
 

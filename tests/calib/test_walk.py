@@ -6,17 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from visistage.calib.run.layerwise import pieces, see, walk
-from visistage.calib.run.observe import ANSWER, TEXT, TOWER
-from visistage.calib.run.prompt_state import View
-from visistage.calib.sample_prompts import Prompt, prepare
+from visistage.calib.run.layerwise import layerwise_pieces, run_layerwise, see
+from visistage.calib.run.observe import ANSWER, ENCODER, TEXT
+from visistage.calib.run.prompt_state import LastRowView
+from visistage.calib.sample_prompts import SamplePrompt, prepare
 from visistage.calib.samples import Sample
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.prefix import prefix_cache
 from visistage.compile.export.texts import prompt_encoder, text_facts
 from visistage.demo.heldout import held_out
 from visistage.graphs.chain import torch_reference as chain
-from visistage.graphs.chain.chain import Chain, Segment
+from visistage.graphs.chain.chain import AppendedRows, Chain
 from visistage.graphs.errors import CapacityError, PlanError, PromptError
 from visistage.graphs.modules.decoder import Linear
 from visistage.graphs.modules.ops import Eager
@@ -70,19 +70,19 @@ def pixels(seed):
 def prompts():
     """One picture, two apart, two side by side, none, another prefix; with answers and without."""
     return [
-        Prompt("one", (PREFIX, pixels(1), ids(9, 1)), ids(4, 2)),
-        Prompt("between", (PREFIX, pixels(2), ids(3, 3), pixels(3), ids(12, 4)), ids(1, 5)),
-        Prompt("beside", (PREFIX + ids(2, 6), pixels(4), pixels(5), ids(7, 7))),
-        Prompt("blind", (PREFIX + ids(6, 8),), ids(3, 9)),
-        Prompt("other prefix", ((1, 8, *ids(5, 10)), pixels(6), ids(5, 11)), ids(2, 12)),
-        Prompt("picture first", (pixels(7), ids(6, 13))),
+        SamplePrompt("one", (PREFIX, pixels(1), ids(9, 1)), ids(4, 2)),
+        SamplePrompt("between", (PREFIX, pixels(2), ids(3, 3), pixels(3), ids(12, 4)), ids(1, 5)),
+        SamplePrompt("beside", (PREFIX + ids(2, 6), pixels(4), pixels(5), ids(7, 7))),
+        SamplePrompt("blind", (PREFIX + ids(6, 8),), ids(3, 9)),
+        SamplePrompt("other prefix", ((1, 8, *ids(5, 10)), pixels(6), ids(5, 11)), ids(2, 12)),
+        SamplePrompt("picture first", (pixels(7), ids(6, 13))),
     ]
 
 
-def vision(checkpoint, weights, picture):
+def vision(checkpoint, weights, image):
     module = chain.load_weights(Vision(checkpoint.config, Eager()), weights)
     with torch.no_grad():
-        return module(torch.from_numpy(picture)[None])
+        return module(torch.from_numpy(image)[None])
 
 
 class Judge:
@@ -111,7 +111,7 @@ class Judge:
     @staticmethod
     def segment(rows, at, visual=False):
         order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
-        return Segment(visual, rows, order, order)
+        return AppendedRows(visual, rows, order, order)
 
     @torch.no_grad()
     def run(self, prompt, begin=0):
@@ -134,7 +134,7 @@ class Judge:
 @pytest.mark.parametrize("name", PLANS)
 def test_the_logits_are_those_of_the_chain(checkpoint, weights, name, prefix):
     given = prompts()
-    walked = walk(checkpoint, given, PLANS[name], prefix)
+    walked = run_layerwise(checkpoint, given, PLANS[name], prefix)
     answers = set()
     for prompt, logits, kept in zip(given, walked.logits, walked.kept, strict=True):
         expected, chosen = Judge(checkpoint, weights, PLANS[name]).run(prompt)
@@ -148,7 +148,9 @@ def test_the_logits_are_those_of_the_chain(checkpoint, weights, name, prefix):
 def test_plans_differ(checkpoint):
     """Or equality with the chain would say little."""
     given = prompts()[:2]
-    seen = {name: walk(checkpoint, given, plan, PREFIX).logits for name, plan in PLANS.items()}
+    seen = {
+        name: run_layerwise(checkpoint, given, plan, PREFIX).logits for name, plan in PLANS.items()
+    }
     for name, logits in seen.items():
         for other, theirs in seen.items():
             if name < other:
@@ -158,7 +160,7 @@ def test_plans_differ(checkpoint):
 
 def moved(visual, rows, at):
     order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
-    return Segment(visual, rows, order + visual, order)
+    return AppendedRows(visual, rows, order + visual, order)
 
 
 BUGS = {
@@ -178,8 +180,8 @@ BUGS = {
     ),
     "positions moved": ("calib.run.prompt_state._segment", moved),
     "another row selects": (
-        "calib.run.prompt_state.View",
-        lambda query, *others: View(query.flip(1), *others),
+        "calib.run.prompt_state.LastRowView",
+        lambda query, *others: LastRowView(query.flip(1), *others),
     ),
 }
 
@@ -189,9 +191,9 @@ def test_planted_bugs_are_noticed(checkpoint, weights, monkeypatch, bug):
     where, wrong = BUGS[bug]
     plan, given = PLANS["decode-sees"], prompts()[:1]
     expected, _ = Judge(checkpoint, weights, plan).run(given[0])
-    right = walk(checkpoint, given, plan, PREFIX).logits[0]
+    right = run_layerwise(checkpoint, given, plan, PREFIX).logits[0]
     monkeypatch.setattr(f"visistage.{where}", wrong)
-    broken = walk(checkpoint, given, plan, PREFIX).logits[0]
+    broken = run_layerwise(checkpoint, given, plan, PREFIX).logits[0]
     assert (right - expected).abs().max() < TOLERANCE * expected.std()
     assert (broken - expected).abs().max() > 100 * TOLERANCE * expected.std()
 
@@ -209,7 +211,8 @@ def test_answers_are_fed_as_the_demo_model_writes_them():
     config = checkpoint.config
     plan = preset("dense", config.text.layers, config.visual_tokens)
     said = [
-        one.argmax(-1).tolist() for one in walk(checkpoint, given, plan, texts.prefix_ids).logits
+        one.argmax(-1).tolist()
+        for one in run_layerwise(checkpoint, given, plan, texts.prefix_ids).logits
     ]
     right = [tuple(mine[:-1]) == one.answer_ids for mine, one in zip(said, given, strict=True)]
     assert sum(right) >= 7
@@ -217,8 +220,8 @@ def test_answers_are_fed_as_the_demo_model_writes_them():
 
 
 def test_visipruner_is_the_independent_reference(checkpoint, weights):
-    prompt = Prompt("one", (PREFIX, pixels(1), ids(9, 1)), ids(4, 2))
-    (logits,) = walk(checkpoint, [prompt], PLANS["visipruner"], PREFIX).logits
+    prompt = SamplePrompt("one", (PREFIX, pixels(1), ids(9, 1)), ids(4, 2))
+    (logits,) = run_layerwise(checkpoint, [prompt], PLANS["visipruner"], PREFIX).logits
     table = weights["model.embed_tokens.weight"]
     head, tail = table[list(prompt.parts[0])], table[list(prompt.parts[2])]
     rows = torch.cat((head, vision(checkpoint, weights, prompt.parts[1])[0], tail))
@@ -240,7 +243,7 @@ def test_watchers_see_what_the_linear_layers_of_the_chain_are_given(checkpoint, 
     """Row for row, without the prefix; of the head, only the rows that somebody reads."""
     given = prompts()[:4]  # those that begin with the prefix
     seen = Watching()
-    walk(checkpoint, given, PLANS[name], PREFIX, watcher=seen)
+    run_layerwise(checkpoint, given, PLANS[name], PREFIX, observer=seen)
     expected = defaultdict(list)
     for prompt in given:
         judge = Judge(checkpoint, weights, PLANS[name])
@@ -264,15 +267,15 @@ def test_watchers_see_what_the_linear_layers_of_the_chain_are_given(checkpoint, 
 def test_watchers_see_the_tower_and_the_kinds_of_rows(checkpoint, weights):
     given = prompts()[:2]
     seen, expected = Watching(), defaultdict(list)
-    walk(checkpoint, given, PLANS["visipruner"], PREFIX, watcher=seen)
+    run_layerwise(checkpoint, given, PLANS["visipruner"], PREFIX, observer=seen)
     module = chain.load_weights(Vision(checkpoint.config, Eager()), weights)
     with listening([module], expected), torch.no_grad():
-        for picture in (pixels(1), pixels(2), pixels(3)):
-            module(torch.from_numpy(picture)[None])
+        for image in (pixels(1), pixels(2), pixels(3)):
+            module(torch.from_numpy(image)[None])
     assert set(expected) == {name for name in seen.rows if name.startswith(("vision", "multi"))}
     for linear, rows in expected.items():
         assert torch.allclose(torch.cat(seen.rows[linear]), torch.cat(rows), atol=1e-5)
-        assert len(seen.of_kind(linear, TOWER)) == len(torch.cat(rows))
+        assert len(seen.of_kind(linear, ENCODER)) == len(torch.cat(rows))
     counts = {
         stage: [len(seen.of_kind(f"model.layers.{layer}.mlp.up_proj", kind)) for kind in range(4)]
         for stage, layer in enumerate((4, 6, 7))
@@ -287,7 +290,7 @@ def test_watchers_see_the_tower_and_the_kinds_of_rows(checkpoint, weights):
 
 def test_watchers_are_lent_the_weights_of_each_piece(checkpoint, weights):
     seen = Watching()
-    walk(checkpoint, prompts()[:1], PLANS["dense"], PREFIX, watcher=seen)
+    run_layerwise(checkpoint, prompts()[:1], PLANS["dense"], PREFIX, observer=seen)
     read = {name for name in weights if name != "model.embed_tokens.weight"}
     assert set(seen.weights) == read
     assert all(torch.equal(seen.weights[name], weights[name]) for name in read)
@@ -295,7 +298,7 @@ def test_watchers_are_lent_the_weights_of_each_piece(checkpoint, weights):
 
 def test_readings_are_those_of_the_chain(checkpoint, weights):
     given, got = prompts(), {}
-    walk(
+    run_layerwise(
         checkpoint,
         given,
         PLANS["dense"],
@@ -322,7 +325,7 @@ def test_readings_are_those_of_the_chain(checkpoint, weights):
 
 def test_gated_layers_and_layers_without_vision_are_not_read(checkpoint):
     layers = set()
-    walk(
+    run_layerwise(
         checkpoint,
         prompts(),
         PLANS["visipruner"],
@@ -336,14 +339,16 @@ def test_pictures_may_be_seen_beforehand_and_logits_left_out(checkpoint):
     given = prompts()
     done = []
     visual = see(checkpoint, given, progress=done.append)
-    tower = len(done)
-    again = walk(checkpoint, given, PLANS["fastv"], PREFIX, visual=visual, progress=done.append)
-    assert len(done) == pieces(checkpoint.config, PREFIX)
-    assert tower == len(done) - 2 * LAYERS - 1
-    whole = walk(checkpoint, given, PLANS["fastv"], PREFIX)
+    encoder = len(done)
+    again = run_layerwise(
+        checkpoint, given, PLANS["fastv"], PREFIX, visual=visual, progress=done.append
+    )
+    assert len(done) == layerwise_pieces(checkpoint.config, PREFIX)
+    assert encoder == len(done) - 2 * LAYERS - 1
+    whole = run_layerwise(checkpoint, given, PLANS["fastv"], PREFIX)
     for mine, theirs in zip(again.logits, whole.logits, strict=True):
         assert torch.equal(mine, theirs)
-    quiet = walk(checkpoint, given, PLANS["fastv"], PREFIX, want_logits=False)
+    quiet = run_layerwise(checkpoint, given, PLANS["fastv"], PREFIX, want_logits=False)
     assert quiet.logits == []
     assert [[k.tolist() for k in one] for one in quiet.kept] == [
         [k.tolist() for k in one] for one in whole.kept
@@ -352,8 +357,8 @@ def test_pictures_may_be_seen_beforehand_and_logits_left_out(checkpoint):
 
 def test_prompts_do_not_disturb_one_another(checkpoint):
     given = prompts()
-    together = walk(checkpoint, given, PLANS["visipruner"], PREFIX).logits
-    backwards = walk(checkpoint, given[::-1], PLANS["visipruner"], PREFIX).logits
+    together = run_layerwise(checkpoint, given, PLANS["visipruner"], PREFIX).logits
+    backwards = run_layerwise(checkpoint, given[::-1], PLANS["visipruner"], PREFIX).logits
     for mine, theirs in zip(together, backwards[::-1], strict=True):
         assert torch.equal(mine, theirs)
 
@@ -361,20 +366,22 @@ def test_prompts_do_not_disturb_one_another(checkpoint):
 def test_a_plan_that_decides_per_prompt_is_refused(checkpoint):
     plan = preset("visipruner-code", LAYERS, N)
     with pytest.raises(PlanError, match="Calibrate a static plan"):
-        walk(checkpoint, prompts(), plan)
+        run_layerwise(checkpoint, prompts(), plan)
 
 
 def test_another_models_plan_is_refused(checkpoint):
     with pytest.raises(PlanError, match="is for 6 layers and 16 visual tokens, the model has 8"):
-        walk(checkpoint, prompts(), preset("dense", 6, N))
+        run_layerwise(checkpoint, prompts(), preset("dense", 6, N))
 
 
 def test_a_prompt_that_does_not_fit_is_refused_by_name(checkpoint):
-    long = Prompt("long one", (PREFIX, pixels(1), ids(200, 1)), ids(60, 2))
+    long = SamplePrompt("long one", (PREFIX, pixels(1), ids(200, 1)), ids(60, 2))
     with pytest.raises(CapacityError, match=r"long one: .* take 280 rows, .* context is 256"):
-        walk(checkpoint, [long], PLANS["dense"])
+        run_layerwise(checkpoint, [long], PLANS["dense"])
     with pytest.raises(PromptError, match="no question: the prompt ends in a picture"):
-        walk(checkpoint, [Prompt("no question", (PREFIX, pixels(1)))], PLANS["dense"])
+        run_layerwise(
+            checkpoint, [SamplePrompt("no question", (PREFIX, pixels(1)))], PLANS["dense"]
+        )
 
 
 class Watching:

@@ -13,8 +13,8 @@ from PIL import Image
 from visistage import runtime
 from visistage.cli.main import main
 from visistage.cli.show.answer_view import printable, savings
-from visistage.cli.show.build_progress import BuildProgress
-from visistage.compile.build import build
+from visistage.cli.show.build_progress import BuildProgressBar
+from visistage.compile.build import make_bundle
 from visistage.compile.steps import StepFact
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import BundleError, VisistageError
@@ -55,7 +55,7 @@ def built(folder):
 def at(folder, built, monkeypatch):
     """The folder as working directory, with its one bundle in ./engines."""
     monkeypatch.chdir(folder)
-    monkeypatch.delenv(shared.VARIABLE, raising=False)
+    monkeypatch.delenv(shared.BUNDLE_VARIABLE, raising=False)
     return folder
 
 
@@ -85,14 +85,14 @@ def test_a_second_build_finds_the_first(folder, built):
 
 
 def test_options_of_engines_are_the_arguments_of_build():
-    arguments = set(inspect.signature(build).parameters) - {"reporter"}
+    arguments = set(inspect.signature(make_bundle).parameters) - {"reporter"}
     options = {option.name for option in main.commands["engines"].params} - {"as_json"}
     # Engines are not build's business, and kept layers go into the precision.
     assert options - {"capabilities", "keep_float", "portable"} == arguments
 
 
 def test_plain_progress_is_one_line_a_step(capsys):
-    with BuildProgress() as progress:
+    with BuildProgressBar() as progress:
         progress.start("weights", 10)
         progress.advance(4)
         progress.done(StepFact("weights", 61.2, files={"a": 2048}))
@@ -134,11 +134,11 @@ def test_several_pictures_none_and_stdin(at):
         facts = json.loads(done.stdout)
         return facts["plan"]["visual_tokens"], facts["tokens"]
 
-    picture = (at / "photo.png").read_bytes()
+    image = (at / "photo.png").read_bytes()
     two = tokens("photo.png", "photo.png", "What?")
     assert two[0] == 32
     assert tokens("What?")[0] == 0
-    assert tokens("-", "What?", input=io.BytesIO(picture)) == tokens("photo.png", "What?")
+    assert tokens("-", "What?", input=io.BytesIO(image)) == tokens("photo.png", "What?")
 
 
 def test_sampling_options_reach_the_session(at):
@@ -238,9 +238,9 @@ def test_evaluate(at):
     table = ok(*arguments).stdout
     assert "50.0 %" in table
     assert "1 pictures could not be read" in table
-    refused = run("evaluate", "engines")
-    assert refused.exit_code == 2
-    assert "--data" in refused.stderr
+    rejected = run("evaluate", "engines")
+    assert rejected.exit_code == 2
+    assert "--data" in rejected.stderr
 
 
 def test_doctor():
@@ -366,7 +366,7 @@ def test_infer_finds_the_bundle_and_keeps_its_session(at, no_sessions, monkeypat
     again = runtime.infer("photo.png", "What?", bundle="engines", max_tokens=4)
     assert again.tokens == first.tokens
     assert [one[1] for one in shared._sessions.values()] == [entry[1]]
-    monkeypatch.setenv(shared.VARIABLE, str(at / "elsewhere"))
+    monkeypatch.setenv(shared.BUNDLE_VARIABLE, str(at / "elsewhere"))
     with pytest.raises(BundleError, match="elsewhere"):
         runtime.infer("photo.png", "What?")
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from visistage.bench.branches import branched
-from visistage.compile.build import build
+from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.branched_attention import PIECES
-from visistage.compile.export.node_names import label_layers
+from visistage.compile.export.node_names import prefix_node_names
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.contract import MANY_ROWS, PADDING_ORDER
 from visistage.graphs.modules.ops import Eager, Gate, View
@@ -114,7 +114,7 @@ def test_branches_share_what_cuts_a_call_and_carry_names_of_layers():
     model.graph.insert_before(
         model.graph[0], onnx_ir.Node("", "Add", [weight, weight], name="first")
     )
-    label_layers(model)
+    prefix_node_names(model)
     assert all(node.name.startswith("layers.3/") for node in model.graph.all_nodes())
 
 
@@ -138,7 +138,7 @@ def in_order(stage, order, slot_order, write_index):
 @pytest.mark.parametrize("plan", PLANS)
 def test_calls_of_the_first_stage_come_in_order(checkpoint, tmp_path, plan):
     """What ``in_order`` takes for granted: pictures, several, none, kept ones, long answers."""
-    bundle = build(str(checkpoint), plan=plan, target="cpu", out=tmp_path)
+    bundle = make_bundle(str(checkpoint), plan=plan, target="cpu", out=tmp_path)
     seen = []
     with load(bundle.path) as session:
         session.eos = frozenset()
@@ -149,13 +149,13 @@ def test_calls_of_the_first_stage_come_in_order(checkpoint, tmp_path, plan):
             return run(stage, rows, positions, order, slot_order, write_index, gates)
 
         session.executor.append = append
-        pictures = [np.full((40, 40, 3), shade, np.uint8) for shade in (10, 90, 200)]
+        images = [np.full((40, 40, 3), shade, np.uint8) for shade in (10, 90, 200)]
         for shown, question in (
-            (pictures[:1], "What is this?"),
-            (pictures[:1], "And now?"),
-            (pictures[1:], "Which is larger?"),
+            (images[:1], "What is this?"),
+            (images[:1], "And now?"),
+            (images[1:], "Which is larger?"),
             ([], "Say something."),
-            (pictures[:1], "Again?"),
+            (images[:1], "Again?"),
         ):
             session.infer(shown, question, max_tokens=9)
     assert len(seen) > 40

@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from visistage.compile import build as building
-from visistage.compile.build import build
+from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export import weights
 from visistage.compile.export.prefix import prefix_cache
-from visistage.compile.steps import Silent, Workshop
+from visistage.compile.steps import NoBuildProgress, Staging
 from visistage.graphs import targets
-from visistage.graphs.bundle import FORMAT, MANIFEST, Bundle
+from visistage.graphs.bundle import MANIFEST, MANIFEST_FORMAT, Bundle
 from visistage.graphs.errors import BundleError, CapacityError, TargetError
 from visistage.runtime.session import load
 from visistage.tests.support import toy
@@ -32,7 +32,7 @@ PACKAGES = ("calib", "compile", "demo", "graphs", "pages", "runtime")
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
 
 
-class Notes(Silent):
+class Notes(NoBuildProgress):
     """Remembers every step, and interrupts before one of them."""
 
     def __init__(self, interrupt=None):
@@ -91,42 +91,42 @@ def test_two_clones_give_equal_bytes(checkpoint, tmp_path):
 
 def test_an_interrupted_build_goes_on(checkpoint, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        build(str(checkpoint), plan=PLAN, out=tmp_path, reporter=Notes("export stage1"))
+        make_bundle(str(checkpoint), plan=PLAN, out=tmp_path, progress=Notes("export stage1"))
     assert not list(tmp_path.rglob(MANIFEST))
     with pytest.raises(BundleError, match="no bundle"):
         Bundle.open(tmp_path)
 
     notes = Notes()
-    bundle = build(str(checkpoint), plan=PLAN, out=tmp_path, reporter=notes)
+    bundle = make_bundle(str(checkpoint), plan=PLAN, out=tmp_path, progress=notes)
     cached = {fact.name for fact in notes.facts if fact.cached}
     assert cached == {"weights", "export vision", "export stage0", "export select0"}
     bundle.check(rehash=True)
     assert not list(tmp_path.rglob("*.partial"))
 
     again = Notes()
-    assert build(str(checkpoint), plan=PLAN, out=tmp_path, reporter=again).path == bundle.path
+    assert make_bundle(str(checkpoint), plan=PLAN, out=tmp_path, progress=again).path == bundle.path
     assert again.facts == []  # up to date: nothing was done
 
     (bundle.path / "stage1.onnx").unlink()
-    build(str(checkpoint), plan=PLAN, out=tmp_path, reporter=again)
+    make_bundle(str(checkpoint), plan=PLAN, out=tmp_path, progress=again)
     assert len(again.facts) == len(notes.facts)
 
 
 def test_a_changed_checkpoint_is_built_anew(tmp_path):
     path = toy.make_checkpoint(tmp_path / "toy")
-    first = build(str(path), plan="dense", out=tmp_path / "out")
+    first = make_bundle(str(path), plan="dense", out=tmp_path / "out")
     prefix = (first.path / "prefix.bin").read_bytes()
     toy.make_checkpoint(path, seed=1)
-    second = build(str(path), plan="dense", out=tmp_path / "out")
+    second = make_bundle(str(path), plan="dense", out=tmp_path / "out")
     assert second.path == first.path
     assert (second.path / "prefix.bin").read_bytes() != prefix
 
 
 def test_two_builds_at_once_are_refused(tmp_path):
     with (
-        Workshop(tmp_path / "bundle", "key", Silent()),
+        Staging(tmp_path / "bundle", "key", NoBuildProgress()),
         pytest.raises(CapacityError, match="another build"),
-        Workshop(tmp_path / "bundle", "key", Silent()),
+        Staging(tmp_path / "bundle", "key", NoBuildProgress()),
     ):
         pass
 
@@ -138,7 +138,7 @@ def test_a_weight_beyond_fp16_is_named(checkpoint, tmp_path):
     tensors[name][3, 5] = 7e4
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TargetError, match=r"model\.layers\.2\.mlp\.up_proj"):
-        build(str(path), plan="dense", target="cuda", out=tmp_path / "out")
+        make_bundle(str(path), plan="dense", target="cuda", out=tmp_path / "out")
     assert not list((tmp_path / "out").rglob(MANIFEST))
 
 
@@ -153,14 +153,14 @@ def test_half_weights_become_fp32_on_a_cpu(tmp_path, dtype):
         wide / "model.safetensors",
         metadata={"format": "pt"},
     )
-    picture = np.random.default_rng(3).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    image = np.random.default_rng(3).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     answers = []
     for path in (half, wide):
-        bundle = build(str(path), plan="dense", out=tmp_path / "out")
+        bundle = make_bundle(str(path), plan="dense", out=tmp_path / "out")
         assert (bundle.path / weights.CONVERTED).exists() == (path == half)
         with load(bundle.path) as session:
             session.eos = frozenset()
-            answers.append(session.infer(picture, "What is it?", max_tokens=16).tokens)
+            answers.append(session.infer(image, "What is it?", max_tokens=16).tokens)
     assert answers[0] == answers[1]
 
 
@@ -184,12 +184,12 @@ def test_room_is_checked_before_anything_is_written(checkpoint, tmp_path, monkey
     full = SimpleNamespace(free=1000, total=10**12, used=0)
     monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: full)
     with pytest.raises(CapacityError, match="--out DIR"):
-        build(str(half), plan="dense", out=tmp_path / "out")
+        make_bundle(str(half), plan="dense", out=tmp_path / "out")
     monkeypatch.undo()
     memory = SimpleNamespace(total=1000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     with pytest.raises(CapacityError, match="this machine has"):
-        build(str(checkpoint), plan="dense", out=tmp_path / "out")
+        make_bundle(str(checkpoint), plan="dense", out=tmp_path / "out")
     assert not list(tmp_path.rglob("weights.bin"))
 
 
@@ -201,7 +201,7 @@ def test_a_7b_on_this_cpu_is_refused_before_it_is_fetched(tmp_path, monkeypatch)
 
     monkeypatch.setattr(building, "open_checkpoint", fetch)
     with pytest.raises(CapacityError, match=r"26\.\d GiB.*TARGET=cuda.*int8"):
-        build("llava-7b", out=tmp_path, dummy_weights=True)
+        make_bundle("llava-7b", out=tmp_path, dummy_weights=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -221,14 +221,14 @@ def test_targets_that_cannot_be_honoured(name, precision, message):
 
 
 def test_an_old_onnx_runtime_gets_the_portable_lowering(monkeypatch):
-    assert targets.resolve_target("cpu", None)[0].lowering == targets.BRANCHED
+    assert targets.resolve_target("cpu", None)[0].lowering == targets.LLM_CONDITIONAL
     monkeypatch.setattr(targets.metadata, "version", lambda _: "1.23.2")
     target, precision = targets.resolve_target("cpu", None)
     assert (target.name, target.lowering, precision) == ("cpu-portable", "portable", "fp32")
 
 
 def test_a_changed_or_missing_file_is_noticed(checkpoint, tmp_path):
-    bundle = build(str(checkpoint), plan="dense", out=tmp_path)
+    bundle = make_bundle(str(checkpoint), plan="dense", out=tmp_path)
     load(bundle.path).close()
     target = bundle.path / "prefix.bin"
     data = bytearray(target.read_bytes())
@@ -236,7 +236,7 @@ def test_a_changed_or_missing_file_is_noticed(checkpoint, tmp_path):
     target.write_bytes(data)
     with pytest.raises(BundleError, match=r"prefix\.bin is not the file that was built"):
         load(bundle.path)
-    build(str(checkpoint), plan="dense", out=tmp_path)  # what the message says to type
+    make_bundle(str(checkpoint), plan="dense", out=tmp_path)  # what the message says to type
     load(bundle.path).close()
     target.unlink()
     with pytest.raises(BundleError, match=r"prefix\.bin is missing"):
@@ -244,10 +244,10 @@ def test_a_changed_or_missing_file_is_noticed(checkpoint, tmp_path):
 
 
 def test_manifests_are_read_strictly(checkpoint, tmp_path):
-    bundle = build(str(checkpoint), plan="dense", out=tmp_path)
+    bundle = make_bundle(str(checkpoint), plan="dense", out=tmp_path)
     file = bundle.path / MANIFEST
     good = file.read_text()
-    older = good.replace(f'"format": {FORMAT}', '"format": 1')
+    older = good.replace(f'"format": {MANIFEST_FORMAT}', '"format": 1')
     assert older != good
     for bad in ("", "[]", "{}", older, good[:500]):
         file.write_text(bad)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from visistage.compile.checkpoint import checkpoint as module
 from visistage.compile.checkpoint.checkpoint import open_checkpoint, open_folder
-from visistage.compile.checkpoint.names import canonical, published, tensor_shapes
+from visistage.compile.checkpoint.names import canonical, published_name, tensor_shapes
 from visistage.compile.checkpoint.safetensors_file import read_header
 from visistage.graphs.errors import CapacityError, ModelError
 from visistage.tests.support.toy import make_checkpoint, make_config, make_weights
@@ -63,11 +63,11 @@ def test_every_tensor_has_its_canonical_name_and_value(toy):
         assert torch.equal(found.load(name), expected[name]), name
 
 
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize("encoder", ["clip", "siglip"])
 @pytest.mark.parametrize("options", [{"layout": "new"}, {"sharded": True}])
-def test_layouts_and_shards_hold_the_same_model(tmp_path, options, tower):
-    one = opened(make_checkpoint(tmp_path / "one", tower=tower))
-    other = opened(make_checkpoint(tmp_path / "other", tower=tower, **options))
+def test_layouts_and_shards_hold_the_same_model(tmp_path, options, encoder):
+    one = opened(make_checkpoint(tmp_path / "one", encoder=encoder))
+    other = opened(make_checkpoint(tmp_path / "other", encoder=encoder, **options))
     assert one.config == other.config
     assert list(one.tensors) == list(other.tensors)
     for name in one.tensors:
@@ -117,10 +117,12 @@ def test_all_spellings_in_circulation_are_known(name, ours):
 
 
 def test_published_names_are_undone(toy):
-    for name in tensor_shapes(opened(toy).config, whole_tower=True):
-        assert canonical(published(name)) == name
+    for name in tensor_shapes(opened(toy).config, whole_encoder=True):
+        assert canonical(published_name(name)) == name
     names = set(safe_open(toy / "model.safetensors", "pt").keys())
-    assert names == {published(n) for n in tensor_shapes(opened(toy).config, whole_tower=True)}
+    assert names == {
+        published_name(n) for n in tensor_shapes(opened(toy).config, whole_encoder=True)
+    }
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_every_float_type_is_mapped_as_it_is(tmp_path, dtype, stored):
     assert {info.dtype for info in found.tensors.values()} == {stored}
     for name, tensor in found.state_dict().items():
         assert tensor.dtype == getattr(torch, dtype)
-        assert torch.equal(tensor, raw[published(name)])
+        assert torch.equal(tensor, raw[published_name(name)])
     assert found.file_bytes == (folder / "model.safetensors").stat().st_size
 
 
@@ -215,8 +217,8 @@ def answers(folder, lengths):
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.tensor([[1, 40, 50, *[4] * model.config.image_seq_length, 60, 70, 80]])
     out = []
-    for picture, length in enumerate(lengths):
-        pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(picture))
+    for image, length in enumerate(lengths):
+        pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(image))
         tokens = model.generate(
             input_ids=ids,
             pixel_values=pixels,

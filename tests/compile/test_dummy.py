@@ -13,8 +13,8 @@ from visistage.compile.checkpoint import dummy
 from visistage.compile.checkpoint.checkpoint import open_checkpoint, open_folder
 from visistage.compile.checkpoint.dummy import make_dummy
 from visistage.compile.checkpoint.dummy_tokenizer import SYSTEM, write_text_files
-from visistage.compile.checkpoint.known_models import ALIASES, GEOMETRIES, Geometry
-from visistage.compile.checkpoint.names import published, tensor_shapes
+from visistage.compile.checkpoint.known_models import ALIASES, KNOWN_MODELS, KnownModel
+from visistage.compile.checkpoint.names import published_name, tensor_shapes
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.errors import CapacityError, ModelError
 from visistage.tests.support.toy import SPECIALS, make_config
@@ -25,9 +25,9 @@ PARAMETERS = {"llava-7b": 7_063_427_072, "llava-13b": 13_351_494_656, "llava-45m
 @pytest.fixture
 def tiny(monkeypatch):
     """A geometry of some 200,000 parameters, and a block that wraps around in it."""
-    recipe = Geometry(make_config(), SPECIALS, "for tests")
-    monkeypatch.setattr(dummy, "GEOMETRIES", {"tiny": recipe})
-    monkeypatch.setattr(dummy, "BLOCK", 10_007)
+    known_model = KnownModel(make_config(), SPECIALS, "for tests")
+    monkeypatch.setattr(dummy, "KNOWN_MODELS", {"tiny": known_model})
+    monkeypatch.setattr(dummy, "RANDOM_BLOCK", 10_007)
     return "tiny"
 
 
@@ -38,16 +38,16 @@ def contents(folder):
 # --- facts ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_geometries_have_the_published_size(name):
-    config = ModelConfig.from_hf(GEOMETRIES[name].config)
-    shapes = tensor_shapes(config, whole_tower=True)
+    config = ModelConfig.from_hf(KNOWN_MODELS[name].config)
+    shapes = tensor_shapes(config, whole_encoder=True)
     assert sum(map(math.prod, shapes.values())) == PARAMETERS[name]
     assert config.visual_tokens == 576
     assert (config.vision.image_size, config.vision.patch_size) == (336, 14)
-    specials = GEOMETRIES[name].specials
+    specials = KNOWN_MODELS[name].specials
     assert specials["<image>"] == config.image_token_id
-    assert specials["<pad>"] == GEOMETRIES[name].config["pad_token_id"]
+    assert specials["<pad>"] == KNOWN_MODELS[name].config["pad_token_id"]
 
 
 def test_published_geometries_match_transformers_defaults():
@@ -56,22 +56,24 @@ def test_published_geometries_match_transformers_defaults():
     for name, repository in ALIASES.items():
         assert repository.startswith("llava-hf/llava-1.5")
         with torch.device("meta"):
-            model = LlavaForConditionalGeneration(LlavaConfig(**GEOMETRIES[name].config))
+            model = LlavaForConditionalGeneration(LlavaConfig(**KNOWN_MODELS[name].config))
         assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
 def test_the_system_prompt_has_about_as_many_tokens_as_with_the_real_tokenizer(tmp_path):
     from transformers import AutoProcessor
 
-    recipe = GEOMETRIES["llava-7b"]
-    (tmp_path / "config.json").write_text(json.dumps(dict(recipe.config)))
-    write_text_files(tmp_path, ModelConfig.from_hf(recipe.config), recipe.specials, system=SYSTEM)
+    known_model = KNOWN_MODELS["llava-7b"]
+    (tmp_path / "config.json").write_text(json.dumps(dict(known_model.config)))
+    write_text_files(
+        tmp_path, ModelConfig.from_hf(known_model.config), known_model.specials, system=SYSTEM
+    )
     processor = AutoProcessor.from_pretrained(tmp_path)
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who?"}]}
     text = processor.apply_chat_template([turn], add_generation_prompt=True)
     assert text == f"{SYSTEM} USER: <image>\nWho? ASSISTANT:"
-    picture = torch.zeros(3, 400, 300, dtype=torch.uint8)
-    made = processor(images=picture, text=text, return_tensors="pt")
+    image = torch.zeros(3, 400, 300, dtype=torch.uint8)
+    made = processor(images=image, text=text, return_tensors="pt")
     ids = made["input_ids"][0].tolist()
     assert made["pixel_values"].shape == (1, 3, 336, 336)
     assert ids.count(32000) == 576
@@ -110,8 +112,8 @@ def test_the_small_one_runs_in_transformers_and_is_lively(tmp_path):
 def test_values_stay_far_from_the_end_of_fp16_in_a_deep_decoder(tmp_path, monkeypatch):
     from transformers import LlavaForConditionalGeneration
 
-    recipe = Geometry(make_config(layers=32, hidden=128, intermediate=344), SPECIALS, "deep")
-    monkeypatch.setattr(dummy, "GEOMETRIES", {"deep": recipe})
+    known_model = KnownModel(make_config(layers=32, hidden=128, intermediate=344), SPECIALS, "deep")
+    monkeypatch.setattr(dummy, "KNOWN_MODELS", {"deep": known_model})
     folder = make_dummy("deep", tmp_path / "deep")
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float16).eval()
     largest = []
@@ -176,7 +178,9 @@ def test_shards_hold_the_same_numbers(tiny, tmp_path, monkeypatch):
 
 
 def test_shards_of_the_published_sizes():
-    shapes = tensor_shapes(ModelConfig.from_hf(GEOMETRIES["llava-13b"].config), whole_tower=True)
+    shapes = tensor_shapes(
+        ModelConfig.from_hf(KNOWN_MODELS["llava-13b"].config), whole_encoder=True
+    )
     shards = dummy._shards(shapes, 2)
     assert [name for names in shards for name in names] == list(shapes)
     sizes = [sum(2 * math.prod(shapes[name]) for name in names) for names in shards]
@@ -185,7 +189,7 @@ def test_shards_of_the_published_sizes():
     header = dummy._header({name: shapes[name] for name in shards[0]}, "float16")
     assert len(header) % 8 == 0
     entries = json.loads(header[8:])
-    assert entries[published(shards[0][-1])]["data_offsets"][1] == sizes[0]
+    assert entries[published_name(shards[0][-1])]["data_offsets"][1] == sizes[0]
 
 
 # --- all or nothing -------------------------------------------------------------------------------

@@ -19,10 +19,10 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper
 from visistage.cli.main import main
-from visistage.compile.build import build
+from visistage.compile.build import make_bundle
 from visistage.compile.engines import engines as trt_engines
 from visistage.compile.engines import worker
-from visistage.compile.engines.engine_spec import recipes_of
+from visistage.compile.engines.engine_spec import engine_specs_of
 from visistage.compile.engines.engines import can_compile, compile_engines, job_of
 from visistage.compile.engines.worker_process import run_worker
 from visistage.compile.export.static_shapes import DECOMPOSABLE
@@ -31,12 +31,12 @@ from visistage.graphs.engine_index import Engines
 from visistage.graphs.errors import BundleError, EngineError, MissingDependencyError, TargetError
 from visistage.graphs.targets import TARGETS, TENSORRT, TENSORRT_RTX
 from visistage.runtime.device import tensorrt as flavours
-from visistage.runtime.device.probe import Device, check_machine, find_device
-from visistage.runtime.device.tensorrt import Flavour, find
+from visistage.runtime.device.probe import GpuInfo, check_machine, find_gpu
+from visistage.runtime.device.tensorrt import TensorRtVariant, find_trt_variant
 from visistage.runtime.session import load
 from visistage.tests.support import toy
 
-RTX = find(TENSORRT_RTX)
+RTX = find_trt_variant(TENSORRT_RTX)
 pytestmark = pytest.mark.skipif(RTX is None, reason="pip install 'visistage[rtx]' (Linux only)")
 
 SMS = [(8, 6), (12, 0)]
@@ -48,7 +48,9 @@ def toy_bundle(tmp_path_factory):
     """A small bundle for RTX, its engines compiled."""
     folder = tmp_path_factory.mktemp("toy")
     checkpoint = toy.make_checkpoint(folder / "toy")
-    bundle = build(str(checkpoint), plan=PLAN, target="rtx", contexts=(128,), out=folder / "out")
+    bundle = make_bundle(
+        str(checkpoint), plan=PLAN, target="rtx", contexts=(128,), out=folder / "out"
+    )
     compile_engines(bundle, capabilities=SMS)
     return bundle
 
@@ -65,7 +67,7 @@ def copy(toy_bundle, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["dense", "visipruner", "fastv"])
 def test_every_graph_of_the_demo_is_compiled_in_fp16(tmp_path, plan):
-    bundle = build("demo", plan=plan, target="rtx", out=tmp_path)
+    bundle = make_bundle("demo", plan=plan, target="rtx", out=tmp_path)
     engines = compile_engines(bundle, capabilities=SMS)
     text = bundle.manifest.config.text
     assert {one.graph for one in engines.engines} == set(bundle.manifest.graphs)
@@ -84,13 +86,13 @@ def test_every_graph_of_the_demo_is_compiled_in_fp16(tmp_path, plan):
 @pytest.mark.slow
 def test_the_portable_lowering_is_compiled_too(tmp_path):
     """RTX stands in for TensorRT 10.3: the same parser family, and basic operators only."""
-    bundle = build("demo", plan="visipruner", target="orin-jp62", out=tmp_path)
+    bundle = make_bundle("demo", plan="visipruner", target="orin-jp62", out=tmp_path)
     assert can_compile(TARGETS["orin-jp62"], None) is not None
-    for recipe in recipes_of(bundle.manifest):
-        job = job_of(bundle, recipe, RTX, [(8, 6)], tmp_path / "engine")
-        outcome = run_worker(job, recipe.name, tmp_path / "log")
+    for engine_spec in engine_specs_of(bundle.manifest):
+        job = job_of(bundle, engine_spec, RTX, [(8, 6)], tmp_path / "engine")
+        outcome = run_worker(job, engine_spec.name, tmp_path / "log")
         assert outcome.facts["fused_attention"] == 0
-        model = onnx.load(bundle.path / recipe.source, load_external_data=False)
+        model = onnx.load(bundle.path / engine_spec.source, load_external_data=False)
         assert {opset.version for opset in model.opset_import} == {20}
         used = {node.op_type for node in model.graph.node}
         assert used <= TARGETS["orin-jp62"].operators
@@ -98,7 +100,9 @@ def test_the_portable_lowering_is_compiled_too(tmp_path):
 
 def test_fp32_engines_take_attention_apart(tmp_path):
     checkpoint = toy.make_checkpoint(tmp_path / "toy", layers=2)
-    bundle = build(str(checkpoint), plan="dense", target="rtx", precision="fp32", out=tmp_path)
+    bundle = make_bundle(
+        str(checkpoint), plan="dense", target="rtx", precision="fp32", out=tmp_path
+    )
     engines = compile_engines(bundle)
     assert sum(one.decomposable_attention for one in engines.engines) == 2 + 2  # tower, decoder
     assert sum(one.fused_attention for one in engines.engines) == 0
@@ -111,7 +115,7 @@ def test_what_the_compiler_reads_differs_from_what_onnx_runtime_ran_in_sizes_onl
     tmp_path, precision
 ):
     checkpoint = toy.make_checkpoint(tmp_path / "toy")
-    bundle = build(
+    bundle = make_bundle(
         str(checkpoint), plan=PLAN, target="rtx", precision=precision, contexts=(128,), out=tmp_path
     )
     sizes = {"B": 1, "S": 128}
@@ -142,7 +146,7 @@ def test_what_the_compiler_reads_differs_from_what_onnx_runtime_ran_in_sizes_onl
 
 
 def stage_of_slots(bundle, variant):
-    return next(r.slots for r in recipes_of(bundle.manifest) if r.source == variant)
+    return next(r.slots for r in engine_specs_of(bundle.manifest) if r.source == variant)
 
 
 def picture():
@@ -201,16 +205,16 @@ def test_an_index_that_cannot_be_read_or_is_foreign(copy):
 
 def test_wrong_machines_are_refused_with_found_and_expected(toy_bundle):
     engines = Engines.open(toy_bundle)
-    ampere, hopper = (Device("a GPU", sm, 1 << 30) for sm in ((8, 6), (9, 0)))
+    ampere, hopper = (GpuInfo("a GPU", sm, 1 << 30) for sm in ((8, 6), (9, 0)))
     check_machine(engines, RTX, ampere)
-    for flavour, device, message in (
+    for trt_variant, device, message in (
         (None, ampere, "none is installed"),
         (RTX, None, "this machine has none.*--backend onnxruntime"),
         (RTX, hopper, r"compiled for sm_86, sm_120, found a GPU \(sm_90\).*visistage build"),
         (other_version(), ampere, r"by tensorrt_rtx .*, found 9\.9\.9: they are not portable"),
     ):
         with pytest.raises(EngineError, match=message):
-            check_machine(engines, flavour, device)
+            check_machine(engines, trt_variant, device)
 
 
 def other_version():
@@ -233,22 +237,24 @@ def test_targets_that_cannot_be_compiled_here(copy, target, capabilities, error,
 
 
 def test_a_compiler_of_another_version_is_refused(monkeypatch):
-    monkeypatch.setattr(flavours, "find", lambda _: other_version())
+    monkeypatch.setattr(flavours, "find_trt_variant", lambda _: other_version())
     with pytest.raises(TargetError, match=r"wants tensorrt_rtx 1\.7 or newer.*found 9\.9\.9"):
-        flavours.load(TARGETS["rtx"])
+        flavours.load_trt_variant(TARGETS["rtx"])
 
 
 def test_tensorrt_proper_compiles_on_its_own_gpu_only(monkeypatch):
-    proper = Flavour(TENSORRT, type("TensorRT", (), {"__version__": "10.16.2"}), False, True)
-    monkeypatch.setattr(trt_engines, "find", lambda _: proper)
+    proper = TensorRtVariant(
+        TENSORRT, type("TensorRT", (), {"__version__": "10.16.2"}), False, True
+    )
+    monkeypatch.setattr(trt_engines, "find_trt_variant", lambda _: proper)
     orin, h100 = TARGETS["orin-jp72"], TARGETS["h100"]
     assert "there is none" in can_compile(orin, None)
-    assert can_compile(orin, Device("Orin", (8, 7), 1 << 30)) is None
-    assert "this GPU is sm_87, the target's sm_90" in can_compile(h100, Device("Orin", (8, 7), 1))
+    assert can_compile(orin, GpuInfo("Orin", (8, 7), 1 << 30)) is None
+    assert "this GPU is sm_87, the target's sm_90" in can_compile(h100, GpuInfo("Orin", (8, 7), 1))
 
 
 def test_no_gpu_is_no_error():
-    assert find_device() is None or find_device().memory_bytes > 0
+    assert find_gpu() is None or find_gpu().memory_bytes > 0
 
 
 def test_a_full_disk_is_noticed_first(copy, monkeypatch):
@@ -562,9 +568,9 @@ def test_a_portable_bundle_is_finished_and_answers_on_the_device(toy_bundle, tmp
 
     Image.fromarray(picture()).save(tmp_path / "picture.png")
     question = ["infer", tmp_path / "picture.png", "What is it?", "--bundle", bundle, "--json"]
-    refused = device(*question)
-    assert refused.returncode == 2
-    assert "--backend onnxruntime" in refused.stderr
+    rejected = device(*question)
+    assert rejected.returncode == 2
+    assert "--backend onnxruntime" in rejected.stderr
     answered = device(*question, "--backend", "onnxruntime", "--max-tokens", "4")
     assert answered.returncode == 0, answered.stderr
     with load(toy_bundle.path, backend="onnxruntime") as session:
@@ -585,7 +591,7 @@ def test_old_compilers_hand_back_the_whole_plan(tmp_path):
         def build_serialized_network(self, network, config):
             return memoryview(b"a plan") if network else None
 
-    proper = Flavour(TENSORRT, type("TensorRT", (), {"__version__": "10.3.0"}), False, True)
+    proper = TensorRtVariant(TENSORRT, type("TensorRT", (), {"__version__": "10.3.0"}), False, True)
     digest = worker._build(proper, Old(), "network", None, tmp_path / "engine")
     assert (tmp_path / "engine").read_bytes() == b"a plan"
     assert digest == hashlib.sha256(b"a plan").hexdigest()
@@ -594,7 +600,7 @@ def test_old_compilers_hand_back_the_whole_plan(tmp_path):
 
 def test_timing_caches_are_kept_per_version(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    proper = Flavour(TENSORRT, type("TensorRT", (), {"__version__": "10.3.0"}), False, True)
+    proper = TensorRtVariant(TENSORRT, type("TensorRT", (), {"__version__": "10.3.0"}), False, True)
     kept = trt_engines._timing_cache(proper)
     assert kept == tmp_path / "visistage" / "timing-tensorrt-10.3.0.cache"
     assert kept.parent.is_dir()

@@ -11,38 +11,42 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from visistage.bench.kv_cache import Rounded
+from visistage.bench.kv_cache import FakeQuantCache
 from visistage.calib.run.collect_ranges import collect
 from visistage.calib.samples import Sample
 from visistage.cli.main import main
 from visistage.cli.show.bundle_view import bundle_facts
-from visistage.compile.build import build
+from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
-from visistage.compile.engines.engine_spec import recipes_of
+from visistage.compile.engines.engine_spec import engine_specs_of
 from visistage.compile.engines.engines import job_of
 from visistage.compile.engines.worker_process import run_worker
 from visistage.compile.planfile import resolve_plan
-from visistage.compile.quantize.cache_scales import FILE, cache_scales, rounded_rows
+from visistage.compile.quantize.cache_scales import (
+    CACHE_SCALES_FILE,
+    calibrated_cache_scales,
+    quantised_rows,
+)
 from visistage.compile.quantize.int_arithmetic import INT8_LEVELS
 from visistage.compile.quantize.quantize import resolve
 from visistage.graphs.bundle import Bundle
-from visistage.graphs.contract import hands_back
+from visistage.graphs.contract import returns_new_rows
 from visistage.graphs.errors import DataError, EngineError, ModelError, TargetError
 from visistage.graphs.modules.ops import Eager
 from visistage.graphs.modules.quantized import cache_scale_names, is_cache_scale
 from visistage.graphs.plan.call_cost import Sizes
-from visistage.graphs.quantization import parse_recipe
+from visistage.graphs.quantization import parse_quant_config
 from visistage.graphs.targets import TARGETS, TENSORRT_RTX
 from visistage.runtime.backends.ort_int8 import EXACT, NO_GEMM
-from visistage.runtime.device.tensorrt import find
+from visistage.runtime.device.tensorrt import find_trt_variant
 from visistage.runtime.session import load
-from visistage.runtime.tensors import cache_scales as told_scales
+from visistage.runtime.tensors import stored_cache_scales as told_scales
 from visistage.tests.support import calibrated, toy
 from visistage.tests.support.stand_ins import stand_in, write_engines
 from visistage.tools.explain.trace import trace
-from visistage.tools.verify.chains import TorchChain, ask
+from visistage.tools.verify.chains import TorchChain, prepare_prompts
 from visistage.tools.verify.compare import BOUNDS
-from visistage.tools.verify.graph_checks import GraphRungs
+from visistage.tools.verify.graph_checks import GraphChecks
 from visistage.tools.verify.origin import weights as check_weights
 from visistage.tools.verify.stored_graph import StoredGraph, all_weights
 from visistage.tools.verify.verify_report import PASSED
@@ -96,7 +100,7 @@ def bundles(model, calibrations, tmp_path_factory):
             options = {"contexts": (128,)} if target == "rtx" else {}
             folder = None if known is None else calibrations(known)[0]
             options |= {"calibration": folder, "out": tmp_path_factory.mktemp("engines")}
-            built[name] = build(
+            built[name] = make_bundle(
                 str(model), plan=plan, precision=precision, target=target, **options
             )
         return built[name]
@@ -126,13 +130,13 @@ def answers(path, new=NEW, **options):
     "text", ["int8:cache=int8", "w4:stage1=float,cache=int8", "fp16+cache=int8"]
 )
 def test_the_name_of_a_recipe_says_how_it_caches(text):
-    recipe = parse_recipe(text)
+    recipe = parse_quant_config(text)
     assert recipe.cache == "int8"
     assert "cache=int8" in recipe.name
-    assert parse_recipe(recipe.name) == recipe
-    assert parse_recipe("int8").cache == "float"
+    assert parse_quant_config(recipe.name) == recipe
+    assert parse_quant_config("int8").cache == "float"
     with pytest.raises(TargetError, match="cache=int4: found 'int4', expected one of float, int8"):
-        parse_recipe("int8:cache=int4")
+        parse_quant_config("int8:cache=int4")
 
 
 @pytest.mark.parametrize(
@@ -154,8 +158,8 @@ def test_a_calibration_without_ranges_of_caches_serves_everything_else(model, ca
     known = replace(calibrations(PLAN)[1], cache=None)
     given = known, open_checkpoint(str(model)).config, known.plan, TARGETS["cpu"]
     with pytest.raises(DataError, match=r"visistage calibrate toy --plan visipruner.*leave out"):
-        resolve(parse_recipe("int8:cache=int8"), *given)
-    assert not resolve(parse_recipe("int8"), *given).rounds_cache
+        resolve(parse_quant_config("int8:cache=int8"), *given)
+    assert not resolve(parse_quant_config("int8"), *given).quantises_cache
 
 
 def test_a_plan_that_decides_per_prompt_takes_dense_ranges_and_no_others(
@@ -163,10 +167,10 @@ def test_a_plan_that_decides_per_prompt_takes_dense_ranges_and_no_others(
 ):
     given = {"plan": ADAPTIVE, "calibration": calibrations(PLAN)[0], "out": tmp_path}
     with pytest.raises(DataError, match="calibrate toy --plan dense"):
-        build(str(model), precision="w4:cache=int8", **given)
+        make_bundle(str(model), precision="w4:cache=int8", **given)
     given["calibration"] = calibrations("dense")[0]
     with pytest.raises(DataError, match="see other rows"):
-        build(str(model), precision="int8:cache=int8", **given)
+        make_bundle(str(model), precision="int8:cache=int8", **given)
 
 
 # --- scales ---------------------------------------------------------------------------------------
@@ -216,10 +220,10 @@ def test_scales_are_one_127th_of_the_ranges_and_fp16_numbers_where_graphs_are(ca
     known = calibrations(PLAN)[1]
     dead = known.cache.copy()
     dead[0, 1, 1] = 0
-    scales = cache_scales(replace(known, cache=dead), half=False)
+    scales = calibrated_cache_scales(replace(known, cache=dead), half=False)
     assert scales[0, 1, 1] == 1
     assert scales[1, 2, 0] == np.float32(known.cache[1, 2, 0]) / np.float32(INT8_LEVELS)
-    half = cache_scales(known, half=True)
+    half = calibrated_cache_scales(known, half=True)
     assert np.array_equal(half, half.astype(np.float16))
     assert not np.array_equal(half, scales)
 
@@ -229,7 +233,7 @@ def test_scales_are_one_127th_of_the_ranges_and_fp16_numbers_where_graphs_are(ca
 
 def test_contract_files_and_runtime_say_the_same(bundles, calibrations):
     bundle = bundles("pruned")
-    scales = cache_scales(calibrations(PLAN)[1], half=False)
+    scales = calibrated_cache_scales(calibrations(PLAN)[1], half=False)
     told, stored = told_scales(bundle), all_weights(bundle)
     for layer in range(4):
         for number, name in enumerate(cache_scale_names(layer)):
@@ -243,22 +247,24 @@ def test_contract_files_and_runtime_say_the_same(bundles, calibrations):
         ]
         assert {one.dtype for one in caches} <= {"int8"}, name
     assert bundle.manifest.prefix.keys.dtype == "int8"
-    assert [hands_back(bundles(n).manifest.graphs["stage0"].spec) for n in ("pruned", "rtx")] == [
+    assert [
+        returns_new_rows(bundles(n).manifest.graphs["stage0"].spec) for n in ("pruned", "rtx")
+    ] == [
         False,
         True,
     ]
 
 
 def test_what_a_bundle_keeps_is_a_quarter(bundles):
-    caches, paid = {}, {}
+    caches, cached = {}, {}
     for name in ("float", "pruned"):
         with load(bundles(name).path) as session:
             session.open(picture(1))
             caches[name] = sum(c.nbytes for s in session.executor.caches for c in s.values())
-            (kept,) = [one for one, _ in session.context.paid._items.values()]
-            paid[name] = sum(cache.nbytes for cache in kept.caches.values())
+            (kept,) = [one for one, _ in session.context.cached._items.values()]
+            cached[name] = sum(cache.nbytes for cache in kept.caches.values())
     assert caches["float"] == 4 * caches["pruned"] > 0
-    assert paid["float"] == 4 * paid["pruned"] > 0
+    assert cached["float"] == 4 * cached["pruned"] > 0
     rows = [bundle_facts(bundles(n))["stages"][0]["kv_bytes_per_row"] for n in ("float", "pruned")]
     assert rows[0] == 4 * rows[1]
     sizes = {n: bundles(n).manifest.files["prefix.bin"].nbytes for n in ("float", "pruned")}
@@ -269,14 +275,14 @@ def test_what_a_bundle_keeps_is_a_quarter(bundles):
 
 
 def test_two_builds_give_equal_bytes(model, bundles, calibrations, tmp_path):
-    again = build(
+    again = make_bundle(
         str(model),
         plan=PLAN,
         precision="fp32:cache=int8",
         calibration=calibrations(PLAN)[0],
         out=tmp_path,
     )
-    assert FILE in again.manifest.files
+    assert CACHE_SCALES_FILE in again.manifest.files
     assert again.manifest.files == bundles("pruned").manifest.files
 
 
@@ -289,7 +295,7 @@ def test_onnxruntime_says_what_torch_says_token_for_token(bundles, name):
     torch_chain = TorchChain.stored(bundle, half=False, free=1 << 30)
     with load(bundle.path) as session:
         session.eos = frozenset()
-        for one in ask(session, samples()):
+        for one in prepare_prompts(session, samples()):
             want = torch_chain.answer(one, NEW)
             got = session.infer(one.opened, one.sample.prompt, max_tokens=NEW)
             assert got.tokens == want.tokens
@@ -305,19 +311,19 @@ def test_onnxruntime_says_what_torch_says_token_for_token(bundles, name):
 def test_an_int8_cache_is_a_float_cache_of_rounded_numbers(bundles, calibrations, name):
     """What bench/kv_cache.py measured is what is built."""
     bundle = bundles(name)
-    scales = cache_scales(calibrations(BUNDLES[name][0])[1], half=False)
+    scales = calibrated_cache_scales(calibrations(BUNDLES[name][0])[1], half=False)
     judged = TorchChain.stored(bundle, half=False, free=1 << 30)
     judged.prefix = None  # its rows run like all others, and are rounded by the judge
 
     def prepare(stage):
         for layer, block in getattr(stage, "model").layers.items():  # noqa: B009
             pair = [torch.from_numpy(of[int(layer)])[:, None, None] for of in scales]
-            block.self_attn.ops = Rounded(pair)
+            block.self_attn.ops = FakeQuantCache(pair)
 
     judged.prepare = lambda module: prepare(module) if hasattr(module, "model") else None
     chain = TorchChain.stored(bundle, half=False, free=1 << 30)
     with load(bundle.path) as session:
-        (one, *_) = ask(session, samples(1))
+        (one, *_) = prepare_prompts(session, samples(1))
     want = judged.answer(one, NEW)
     got = chain.follow(one, want.tokens)
     assert np.abs(got.logits - want.logits).max() < BOUNDS["cache"].whole * want.logits.std()
@@ -343,7 +349,7 @@ def test_graphs_mean_the_same_where_bytes_are_kept_from_saturating(bundles, monk
         expected = answers(path)
         entries = dict([NO_GEMM, EXACT])
         monkeypatch.setattr(
-            "visistage.runtime.backends.ort.integer_entries", lambda found=entries: found
+            "visistage.runtime.backends.ort.int8_session_entries", lambda found=entries: found
         )
         assert answers(path) == expected
         monkeypatch.undo()
@@ -377,7 +383,7 @@ def copy(bundles, tmp_path):
 
 def swapped(bundle):
     """Keys read by the scales of values, and the other way round: in the bytes."""
-    file = bundle.file(FILE)
+    file = bundle.file(CACHE_SCALES_FILE)
     scales = np.fromfile(file, np.float32).reshape(2, -1)
     file.unlink()  # a hard link would spoil the other bundle
     scales[::-1].tofile(file)
@@ -388,9 +394,9 @@ def test_a_good_bundle_passes_every_rung(bundles, model, calibrations):
     report = run(bundles("pruned"), 1, model=str(model), calibration=calibrations(PLAN)[0])
     found = statuses(report)
     assert report.failed is None
-    rungs = ("weights", "prefix", "hugging face", "quantisation", "graph stage0", "graph select0")
-    assert {found[name] for name in (*rungs, "runtime", "answers")} == {PASSED}
-    facts = {rung.name: rung.facts for rung in report.rungs}
+    records = ("weights", "prefix", "hugging face", "quantisation", "graph stage0", "graph select0")
+    assert {found[name] for name in (*records, "runtime", "answers")} == {PASSED}
+    facts = {record.name: record.facts for record in report.rungs}
     assert facts["weights"]["scales of caches"] == 8
     assert "tokens agree" in facts["quantisation"]["teacher-forced"]
 
@@ -411,13 +417,13 @@ def test_scales_of_keys_and_values_swapped_in_a_graph(copy):
                     old, new = pair if name.endswith(pair[0]) else pair[::-1]
                     node.input[at] = name.replace(old, new)
 
-    assert not GraphRungs(StoredGraph(copy, "stage1"), 1 << 30).onnxruntime().failure
+    assert not GraphChecks(StoredGraph(copy, "stage1"), 1 << 30).onnxruntime().failure
     file = copy.file("stage1.onnx")
     spoilt = onnx.load(file, load_external_data=False)
     change(spoilt.graph)
     onnx.save(spoilt, file)
-    finding = GraphRungs(StoredGraph(copy, "stage1"), 1 << 30).onnxruntime()
-    assert "is off by" in finding.failure
+    result = GraphChecks(StoredGraph(copy, "stage1"), 1 << 30).onnxruntime()
+    assert "is off by" in result.failure
 
 
 def test_a_prefix_rounded_by_other_scales_is_noticed(copy, model):
@@ -437,7 +443,7 @@ def test_a_prefix_is_rounded_layer_by_layer_and_head_by_head():
     cache = torch.randn(2, 3, 2, 4, 8, generator=generator)
     scales = np.random.default_rng(0).uniform(0.01, 0.05, (2, 3, 2)).astype(np.float32)
     want = np.clip(np.rint(cache.numpy() / scales[..., None, None]), -128, 127)
-    assert np.array_equal(rounded_rows(cache, scales).numpy(), want.astype(np.int8))
+    assert np.array_equal(quantised_rows(cache, scales).numpy(), want.astype(np.int8))
 
 
 # --- devices and engines --------------------------------------------------------------------------
@@ -450,17 +456,21 @@ def test_a_device_keeps_integers_and_says_the_same(bundles, monkeypatch):
     with load(bundle.path) as session:
         session.eos = frozenset()
         said = [session.infer(picture(n), QUESTION, max_tokens=NEW).tokens for n in (0, 1, 0)]
-        assert {stage.dtype.name for stage in session.executor.room.stages} == {"int8"}
+        assert {stage.dtype.name for stage in session.executor.engine_set.stages} == {"int8"}
     assert said == [*expected, expected[0]]
     assert machine.api.runs
 
 
-@pytest.mark.skipif(find(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]' (Linux only)")
+@pytest.mark.skipif(
+    find_trt_variant(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]' (Linux only)"
+)
 def test_engines_take_caches_of_integers_and_hand_rows_back(bundles, tmp_path):
     bundle = bundles("rtx")
     wanted = ("stage0.context128", "select0.context128")
-    for recipe in (one for one in recipes_of(bundle.manifest) if one.name in wanted):
-        job = job_of(bundle, recipe, find(TENSORRT_RTX), [(8, 6)], tmp_path / "out.engine")
+    for recipe in (one for one in engine_specs_of(bundle.manifest) if one.name in wanted):
+        job = job_of(
+            bundle, recipe, find_trt_variant(TENSORRT_RTX), [(8, 6)], tmp_path / "out.engine"
+        )
         facts = run_worker(job, recipe.name, tmp_path / "log", lambda steps: None).facts
         assert facts["caches_in_place"] == 0
         if recipe.graph == "stage0":
@@ -469,14 +479,16 @@ def test_engines_take_caches_of_integers_and_hand_rows_back(bundles, tmp_path):
             assert facts["decomposable_attention"] == 0
 
 
-@pytest.mark.skipif(find(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]' (Linux only)")
+@pytest.mark.skipif(
+    find_trt_variant(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]' (Linux only)"
+)
 def test_tensorrt_still_refuses_to_update_integers_in_place(bundles, tmp_path):
     """Why engines hand rows back; where this fails, ``ops.LlmRows`` may go."""
     bundle = bundles("pruned")
-    (recipe,) = [one for one in recipes_of(bundles("rtx").manifest) if one.graph == "stage1"]
+    (recipe,) = [one for one in engine_specs_of(bundles("rtx").manifest) if one.graph == "stage1"]
     spec = bundle.manifest.graphs["stage1"].spec
     profiles = [{n: s for n, s in each.items()} for each in recipe.profiles]
     recipe = replace(recipe, source="stage1.onnx", spec=spec, profiles=tuple(profiles))
-    job = job_of(bundle, recipe, find(TENSORRT_RTX), [(8, 6)], tmp_path / "out.engine")
+    job = job_of(bundle, recipe, find_trt_variant(TENSORRT_RTX), [(8, 6)], tmp_path / "out.engine")
     with pytest.raises(EngineError, match="cache has type Int8"):
         run_worker(job, "stage1", tmp_path / "log", lambda steps: None)

@@ -12,22 +12,22 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from visistage.cli.main import main
-from visistage.compile.build import build
+from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.engines.engines import compile_engines
 from visistage.compile.planfile import resolve_plan
 from visistage.compile.quantize.int_arithmetic import int8_weight, restored
-from visistage.compile.quantize.quantize import Rounding, resolve
+from visistage.compile.quantize.quantize import QuantisedTensors, resolve
 from visistage.graphs.bundle import MANIFEST
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.errors import DataError, TargetError
 from visistage.graphs.linears import linear_groups
 from visistage.graphs.modules.ops import Eager
 from visistage.graphs.modules.quantized import QuantizedLinear, block_of
-from visistage.graphs.quantization import Quantization, parse_recipe
+from visistage.graphs.quantization import Quantization, parse_quant_config
 from visistage.graphs.targets import TARGETS, TENSORRT_RTX
-from visistage.runtime.backends.ort_int8 import EXACT, NO_GEMM, integer_entries, saturates
-from visistage.runtime.device.tensorrt import find
+from visistage.runtime.backends.ort_int8 import EXACT, NO_GEMM, int8_session_entries, saturates
+from visistage.runtime.device.tensorrt import find_trt_variant
 from visistage.runtime.session import load
 from visistage.tests.support import calibrated, toy
 
@@ -50,13 +50,13 @@ def calibration(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def int8(model, calibration, tmp_path_factory):
     out = tmp_path_factory.mktemp("int8")
-    return build(str(model), precision="int8", calibration=calibration[0], out=out)
+    return make_bundle(str(model), precision="int8", calibration=calibration[0], out=out)
 
 
 def resolved(text, model, known, target="cpu", plan=PLAN):
     config = open_checkpoint(str(model)).config
     staged = resolve_plan(plan, config.text.layers, config.visual_tokens)
-    return resolve(parse_recipe(text), known, config, staged, TARGETS[target])
+    return resolve(parse_quant_config(text), known, config, staged, TARGETS[target])
 
 
 # --- recipes -------------------------------------------------------------------------------------
@@ -72,9 +72,9 @@ def resolved(text, model, known, target="cpu", plan=PLAN):
     ],
 )
 def test_the_name_of_a_recipe_reads_back_as_the_recipe(text):
-    recipe = parse_recipe(text)
-    assert parse_recipe(recipe.name) == recipe
-    assert "/" not in recipe.name
+    quant_config = parse_quant_config(text)
+    assert parse_quant_config(quant_config.name) == quant_config
+    assert "/" not in quant_config.name
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_the_name_of_a_recipe_reads_back_as_the_recipe(text):
 )
 def test_a_recipe_with_a_slip_is_refused_by_name(text, message):
     with pytest.raises(TargetError, match=message):
-        parse_recipe(text)
+        parse_quant_config(text)
 
 
 def test_every_linear_layer_has_the_scheme_of_its_place_and_stage(model, calibration):
@@ -150,12 +150,12 @@ def test_folding_leaves_the_function_as_it_was(model, calibration):
     smoothed = {g.name: 0.5 for g in linear_groups(config) if g.fold is not None}
     # A scheme on a layer that no tensor below has: what says which factors a group takes.
     schemes = {name: "w8a8" for g in linear_groups(config) for name in g.linears}
-    rounding = Rounding(
+    quantised_tensors = QuantisedTensors(
         checkpoint, Quantization(schemes, smoothed=smoothed), known, half=False, engines=False
     )
     plain = checkpoint.state_dict("")
     folded = {
-        name: torch.from_numpy(rounding._folded(*name.rsplit(".", 1)))
+        name: torch.from_numpy(quantised_tensors._folded(*name.rsplit(".", 1)))
         if name.rsplit(".", 1)[1] in ("weight", "bias") and "embed" not in name
         else weight
         for name, weight in plain.items()
@@ -235,7 +235,7 @@ def initializers(bundle, graph):
 
 
 def test_two_builds_give_equal_bytes(model, calibration, int8, tmp_path):
-    again = build(str(model), precision="int8", calibration=calibration[0], out=tmp_path)
+    again = make_bundle(str(model), precision="int8", calibration=calibration[0], out=tmp_path)
     facts = [bundle.manifest.files for bundle in (int8, again)]
     assert facts[0] == facts[1]
 
@@ -243,7 +243,7 @@ def test_two_builds_give_equal_bytes(model, calibration, int8, tmp_path):
 def test_a_second_build_writes_nothing(model, calibration, int8):
     before = {name: os.stat(int8.file(name)).st_mtime_ns for name in int8.manifest.files}
     out = int8.path.parents[1]
-    again = build(str(model), precision="int8", calibration=calibration[0], out=out)
+    again = make_bundle(str(model), precision="int8", calibration=calibration[0], out=out)
     assert again.path == int8.path
     assert before == {name: os.stat(int8.file(name)).st_mtime_ns for name in before}
 
@@ -254,26 +254,30 @@ def test_a_calibration_of_something_else_is_refused_by_name(model, calibration, 
     other = replace(known, fits={**known.fits, field: "0" * 64})
     other.save(tmp_path / "other")
     with pytest.raises(DataError, match=f"does not fit: it was made for {field} 0000"):
-        build(str(model), precision="int8", calibration=tmp_path / "other", out=tmp_path / "out")
+        make_bundle(
+            str(model), precision="int8", calibration=tmp_path / "other", out=tmp_path / "out"
+        )
     assert not list((tmp_path / "out").rglob(MANIFEST))
 
 
 def test_a_calibration_for_another_plan_is_refused(model, calibration, tmp_path):
     with pytest.raises(DataError, match="under 'dense' layers see other rows"):
-        build(str(model), plan="dense", precision="int8", calibration=calibration[0], out=tmp_path)
+        make_bundle(
+            str(model), plan="dense", precision="int8", calibration=calibration[0], out=tmp_path
+        )
 
 
 def test_a_calibration_brings_its_plan_to_float_bundles_too(model, calibration, tmp_path):
-    bundle = build(str(model), calibration=calibration[0], out=tmp_path)
+    bundle = make_bundle(str(model), calibration=calibration[0], out=tmp_path)
     assert bundle.manifest.plan == calibration[1].plan
     with pytest.raises(TargetError, match="nothing of a calibration is used"):
-        build(str(model), plan="dense", calibration=calibration[0], out=tmp_path)
+        make_bundle(str(model), plan="dense", calibration=calibration[0], out=tmp_path)
 
 
 def test_a_calibration_in_the_usual_place_is_found(model, calibration, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     calibration[1].save(tmp_path / "calibrations" / "toy")
-    bundle = build(str(model), precision="int8", out=tmp_path / "out")
+    bundle = make_bundle(str(model), precision="int8", out=tmp_path / "out")
     assert bundle.manifest.quantization.calibration == calibration[1].hash
 
 
@@ -302,7 +306,7 @@ def optimised(bundle, graph, folder):
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(folder / "optimised.onnx")
-    for entry, value in integer_entries().items():
+    for entry, value in int8_session_entries().items():
         options.add_session_config_entry(entry, value)
     ort.InferenceSession(bundle.file(f"{graph}.onnx"), options, providers=["CPUExecutionProvider"])
     model = onnx.load(options.optimized_model_filepath, load_external_data=False)
@@ -322,7 +326,7 @@ def test_onnxruntime_runs_every_rounded_layer_in_integers(int8, graph, tmp_path)
 
 @pytest.mark.parametrize("precision", ["w8", "w4"])
 def test_onnxruntime_never_restores_whole_weights(model, precision, tmp_path):
-    bundle = build(str(model), plan=PLAN, precision=precision, out=tmp_path)
+    bundle = make_bundle(str(model), plan=PLAN, precision=precision, out=tmp_path)
     found = optimised(bundle, "stage0", tmp_path)
     assert found["MatMulNBits"] == 2 * 7
     assert found["DequantizeLinear"] == found["MatMul"] == found["Gemm"] == 0
@@ -336,7 +340,7 @@ def test_integer_products_are_exact_where_the_processor_lets_them_saturate(tmp_p
     assert saturates("AMD64", tmp_path / "nowhere")
     assert not saturates("x86_64", new)
     assert not saturates("aarch64", old)
-    assert NO_GEMM[0] in integer_entries()
+    assert NO_GEMM[0] in int8_session_entries()
 
 
 @pytest.fixture(scope="module")
@@ -354,14 +358,18 @@ def engine_facts(wide, precision, out):
     """Bytes of the weights and of the decoder's engine, and its layers by type."""
     known = None if precision == "fp16" else wide[1]
     options = {"target": "rtx", "contexts": (128,), "out": out}
-    bundle = build(str(wide[0]), plan="dense", precision=precision, calibration=known, **options)
+    bundle = make_bundle(
+        str(wide[0]), plan="dense", precision=precision, calibration=known, **options
+    )
     engines = compile_engines(bundle, capabilities=[(8, 6)])
     assert {one.graph for one in engines.engines} == set(bundle.manifest.graphs)
     decoder = next(one for one in engines.engines if one.graph == "stage0")
     return bundle.manifest.weight_bytes, decoder.nbytes, decoder.layers
 
 
-@pytest.mark.skipif(find(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]' (Linux only)")
+@pytest.mark.skipif(
+    find_trt_variant(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]' (Linux only)"
+)
 def test_engines_of_every_scheme_keep_their_weights_in_integers(wide, tmp_path):
     """What the compiler stores is what its kernels read: restored weights would be as large as
     those of FP16. (Only a GPU can say more of an engine.)
@@ -379,16 +387,16 @@ def test_bundles_answer_the_same_where_integer_products_must_be_kept_from_satura
     model, calibration, int8, tmp_path, monkeypatch
 ):
     """As on a processor without VNNI: weights become unsigned, and mean the same."""
-    w8 = build(str(model), plan=PLAN, precision="w8", out=tmp_path)
-    picture = np.full((32, 32, 3), 90, np.uint8)
+    w8 = make_bundle(str(model), plan=PLAN, precision="w8", out=tmp_path)
+    image = np.full((32, 32, 3), 90, np.uint8)
     for bundle in (int8, w8):
         with load(bundle.path) as session:
-            want = session.score(picture, "Why?", [7, 8, 9])
+            want = session.score(image, "Why?", [7, 8, 9])
         entries = dict([NO_GEMM, EXACT])
         monkeypatch.setattr(
-            "visistage.runtime.backends.ort.integer_entries", lambda found=entries: found
+            "visistage.runtime.backends.ort.int8_session_entries", lambda found=entries: found
         )
         with load(bundle.path) as session:
-            got = session.score(picture, "Why?", [7, 8, 9])
+            got = session.score(image, "Why?", [7, 8, 9])
         monkeypatch.undo()
         assert np.abs(got - want).max() < 0.2 * want.std()

@@ -14,25 +14,25 @@ from visistage.bench.fp16 import Staged, compared
 from visistage.cli.show.bundle_view import bundle_facts
 from visistage.cli.show.evaluation_view import chosen_samples
 from visistage.compile import layer_stream as stream
-from visistage.compile.build import build
+from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.export import export, graphs_of
 from visistage.compile.export.texts import prompt_encoder, text_facts
 from visistage.compile.export.weights import place
 from visistage.compile.planfile import resolve_plan
 from visistage.compile.quantize.fp16_ranges import (
-    FILE,
-    Watching,
+    RANGES_FILE,
+    ObservedEager,
     decide,
-    measure,
-    pieces,
+    dense_pieces,
+    measure_ranges,
     read_ranges,
 )
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import ModelError, TargetError
 from visistage.graphs.modules.decoder import DecoderLayer, Linear
 from visistage.graphs.modules.ops import Eager, Llm
-from visistage.graphs.precision import HALF_MAX, LIMIT, NARROW, Reason, Widening
+from visistage.graphs.precision import HALF_MAX, NO_FALLBACK, SAFE_MAX, Fp32Fallback, Reason
 from visistage.runtime.image.preprocessing import Preprocessing
 from visistage.runtime.session import load
 
@@ -90,7 +90,7 @@ def make(path, change=None):
 def measured(path):
     checkpoint = open_checkpoint(str(path))
     preprocessing = Preprocessing.from_dict(text_facts(checkpoint).preprocessing)
-    return measure(checkpoint, prompt_encoder(checkpoint), preprocessing)
+    return measure_ranges(checkpoint, prompt_encoder(checkpoint), preprocessing)
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +109,8 @@ def planted(tmp_path_factory):
 
 def questions(count=3):
     generator = np.random.default_rng(3)
-    pictures = generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    return [
-        (picture, f"What is shown here, number {i}?", NEW) for i, picture in enumerate(pictures)
-    ]
+    images = generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    return [(image, f"What is shown here, number {i}?", NEW) for i, image in enumerate(images)]
 
 
 def toy_plan():
@@ -123,7 +121,7 @@ def toy_plan():
 
 
 def test_harmless_ranges_need_nothing():
-    assert decide({"model.layers.0.mlp.down_proj input": LIMIT}) == NARROW
+    assert decide({"model.layers.0.mlp.down_proj input": SAFE_MAX}) == NO_FALLBACK
 
 
 def test_every_remedy_follows_from_its_tensor():
@@ -140,14 +138,14 @@ def test_every_remedy_follows_from_its_tensor():
     assert found.mlp_shift == {1: 3}
     assert found.attention_shift == {2: 5}
     for shift, largest in ((3, 1e5), (5, 5e5)):
-        assert largest / 2**shift <= LIMIT < largest / 2 ** (shift - 1)
+        assert largest / 2**shift <= SAFE_MAX < largest / 2 ** (shift - 1)
     assert [reason.tensor for reason in found.reasons] == [
         "model.layers.1.input_layernorm input",
         "model.layers.1.mlp.down_proj input",
         "model.layers.1.mlp.down_proj output",
         "model.layers.2.self_attn.o_proj output",
     ]
-    assert Widening.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert Fp32Fallback.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
 @pytest.mark.parametrize(
@@ -167,7 +165,7 @@ def test_every_remedy_follows_from_its_tensor():
 )
 def test_what_nothing_helps_is_refused_by_name(tensor):
     with pytest.raises(TargetError, match="PRECISION=fp32") as refusal:
-        decide({tensor: 2 * LIMIT})
+        decide({tensor: 2 * SAFE_MAX})
     assert tensor in str(refusal.value)
 
 
@@ -187,7 +185,7 @@ def test_every_projection_and_norm_is_measured(planted):
     for layer in range(LAYERS):
         assert ranges[f"model.layers.{layer}.self_attn scores"] > 0
     assert all(value == float(f"{value:.2g}") for value in ranges.values())
-    assert decide(ranges) == NARROW
+    assert decide(ranges) == NO_FALLBACK
 
 
 def test_values_are_those_of_the_whole_model(planted):
@@ -216,8 +214,8 @@ def test_progress_counts_every_piece(planted):
     checkpoint = open_checkpoint(str(path))
     preprocessing = Preprocessing.from_dict(text_facts(checkpoint).preprocessing)
     told = []
-    measure(checkpoint, prompt_encoder(checkpoint), preprocessing, told.append)
-    assert sum(told) == pieces(checkpoint.config)
+    measure_ranges(checkpoint, prompt_encoder(checkpoint), preprocessing, told.append)
+    assert sum(told) == dense_pieces(checkpoint.config)
 
 
 def test_one_piece_in_memory_at_a_time(planted):
@@ -258,7 +256,7 @@ def test_damaged_weights_are_called_damaged(tmp_path):
 def test_watched_scores_are_those_that_are_computed():
     told = []
     q, k = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 5, 8)
-    Watching(told.append).attend(q, k, k, None)
+    ObservedEager(told.append).attend(q, k, k, None)
     whole = q @ k.repeat_interleave(2, 1).transpose(-1, -2) / 8**0.5
     assert float(told[0].abs().max()) == pytest.approx(float(whole.abs().max()), rel=1e-5)
 
@@ -267,7 +265,7 @@ def test_watched_scores_are_those_that_are_computed():
 
 
 def beyond(ranges):
-    return {name for name, value in ranges.items() if value > LIMIT}
+    return {name for name, value in ranges.items() if value > SAFE_MAX}
 
 
 def test_the_planted_product_is_found_and_nothing_else(planted):
@@ -299,7 +297,7 @@ def test_the_planted_attention_update_is_found(planted):
 @pytest.mark.parametrize("name", PLANTS)
 def test_half_overflows_without_the_decision_and_not_with_it(planted, name):
     path, ranges = planted(name)
-    narrow = compared(path, toy_plan(), NARROW, questions(1))
+    narrow = compared(path, toy_plan(), NO_FALLBACK, questions(1))
     assert not narrow.finite
     assert narrow.agreement < 0.5
 
@@ -335,11 +333,11 @@ def test_the_decided_model_is_the_same_function(planted, name):
 def test_a_planted_overflow_without_remedy_is_refused(tmp_path, part, factor, tensor):
     path = make(tmp_path / "toy", scaled({part: factor}))
     with pytest.raises(TargetError) as refusal:
-        build(str(path), plan=PLAN, target="rtx", out=tmp_path / "out")
+        make_bundle(str(path), plan=PLAN, target="rtx", out=tmp_path / "out")
     assert tensor in str(refusal.value)
     assert "PRECISION=fp32" in str(refusal.value)
     assert not list(tmp_path.rglob("manifest.json"))
-    build(str(path), plan=PLAN, target="rtx", precision="fp32", out=tmp_path / "out")
+    make_bundle(str(path), plan=PLAN, target="rtx", precision="fp32", out=tmp_path / "out")
 
 
 # --- bundles ---------------------------------------------------------------------------------
@@ -350,22 +348,22 @@ def test_a_planted_overflow_without_remedy_is_refused(tmp_path, part, factor, te
 def test_decided_graphs_compute_what_the_model_computes(planted, tmp_path, name, target):
     """Both lowerings on ONNX Runtime, against torch in FP32: a scale not undone would show."""
     path, ranges = planted(name)
-    bundle = build(str(path), plan=PLAN, target=target, out=tmp_path)
-    assert bundle.manifest.widening == decide(ranges)
+    bundle = make_bundle(str(path), plan=PLAN, target=target, out=tmp_path)
+    assert bundle.manifest.fallback == decide(ranges)
     rows = {
         spec.dtype
         for fact in bundle.manifest.graphs.values()
         for spec in (*fact.spec.inputs, *fact.spec.outputs)
         if "rows" in spec.name
     }
-    assert rows == {"float32" if bundle.manifest.widening.rows else "float16"}
+    assert rows == {"float32" if bundle.manifest.fallback.rows else "float16"}
 
     config, plan = bundle.manifest.config, bundle.manifest.plan
     checkpoint = open_checkpoint(str(path))
     weights = {name: checkpoint.load(name).float() for name in checkpoint.tensors}
     generator = np.random.default_rng(5)
     lowering = bundle.manifest.lowering
-    for graph in graphs_of(config, plan, "float16", lowering, widening=bundle.manifest.widening):
+    for graph in graphs_of(config, plan, "float16", lowering, fallback=bundle.manifest.fallback):
         session = ort.InferenceSession(str(bundle.file(f"{graph.name}.onnx")))
         feeds = example_feeds(graph, 5, generator)
         got = dict(zip([s.name for s in graph.spec.outputs], session.run(None, feeds), strict=True))
@@ -380,7 +378,7 @@ def test_decided_graphs_compute_what_the_model_computes(planted, tmp_path, name,
 def test_a_decided_bundle_answers(planted, tmp_path):
     """The whole runtime, with rows in FP32 between FP16 graphs."""
     path, _ = planted("residual")
-    bundle = build(str(path), plan=PLAN, target="rtx", out=tmp_path)
+    bundle = make_bundle(str(path), plan=PLAN, target="rtx", out=tmp_path)
     model = Staged(path, bundle.manifest.plan, torch.float32)
     with load(bundle.path, backend="onnxruntime") as session:
         session.eos = frozenset()
@@ -403,13 +401,13 @@ def test_a_decision_is_read_again_and_shown(planted, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(building, "write_texts", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            build(str(path), plan=PLAN, target="rtx", out=tmp_path)
+            make_bundle(str(path), plan=PLAN, target="rtx", out=tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(building, "measure", interrupted)
-        bundle = build(str(path), plan=PLAN, target="rtx", out=tmp_path)
+        patched.setattr(building, "measure_ranges", interrupted)
+        bundle = make_bundle(str(path), plan=PLAN, target="rtx", out=tmp_path)
     assert read_ranges(bundle.path) == ranges
-    assert FILE in bundle.manifest.files
-    assert Bundle.open(bundle.path).manifest.widening == decide(ranges)
+    assert RANGES_FILE in bundle.manifest.files
+    assert Bundle.open(bundle.path).manifest.fallback == decide(ranges)
     shown = bundle_facts(bundle)["widening"]
     assert shown["mlp_shift"] == {"3": decide(ranges).mlp_shift[3]}
     assert shown["reasons"][0]["tensor"] == "model.layers.3.mlp.down_proj input"
@@ -417,8 +415,8 @@ def test_a_decision_is_read_again_and_shown(planted, tmp_path, monkeypatch):
 
 def test_an_unaffected_model_gets_the_plain_graphs(planted, tmp_path):
     path, _ = planted("plain")
-    bundle = build(str(path), plan=PLAN, target="rtx", out=tmp_path)
-    assert bundle.manifest.widening == NARROW
+    bundle = make_bundle(str(path), plan=PLAN, target="rtx", out=tmp_path)
+    assert bundle.manifest.fallback == NO_FALLBACK
     config = bundle.manifest.config
     graphs = graphs_of(config, bundle.manifest.plan, "float16", "llm")
     checkpoint = open_checkpoint(str(path))
@@ -431,9 +429,9 @@ def test_an_unaffected_model_gets_the_plain_graphs(planted, tmp_path):
 
 def test_an_fp32_bundle_checks_no_ranges(planted, tmp_path):
     path, _ = planted("product")
-    bundle = build(str(path), plan=PLAN, target="cpu", out=tmp_path)
-    assert bundle.manifest.widening == NARROW
-    assert FILE not in bundle.manifest.files
+    bundle = make_bundle(str(path), plan=PLAN, target="cpu", out=tmp_path)
+    assert bundle.manifest.fallback == NO_FALLBACK
+    assert RANGES_FILE not in bundle.manifest.files
 
 
 def test_two_checks_agree_to_the_byte(planted):
@@ -446,7 +444,7 @@ def test_what_is_always_fp32_is(planted, tmp_path):
     import onnx
 
     path, _ = planted("residual")
-    bundle = build(str(path), plan=PLAN, target="rtx", out=tmp_path)
+    bundle = make_bundle(str(path), plan=PLAN, target="rtx", out=tmp_path)
     norms = 0
     for name, fact in bundle.manifest.graphs.items():
         model = onnx.load(bundle.file(fact.file), load_external_data=False)
@@ -467,10 +465,10 @@ def test_decided_graphs_compile(planted, tmp_path, name):
     from visistage.compile.engines import engines
     from visistage.runtime.device import tensorrt as flavour
 
-    if flavour.find("tensorrt_rtx") is None:
+    if flavour.find_trt_variant("tensorrt_rtx") is None:
         pytest.skip("the TensorRT-RTX wheel is not installed")
     path, _ = planted(name)
-    bundle = build(str(path), plan=PLAN, target="rtx", out=tmp_path)
+    bundle = make_bundle(str(path), plan=PLAN, target="rtx", out=tmp_path)
     compiled = engines.compile_engines(bundle, capabilities=[(8, 6)])
     assert {one.graph for one in compiled.engines} == bundle.manifest.graphs.keys()
     for one in compiled.engines:
@@ -485,12 +483,12 @@ def test_decided_graphs_compile(planted, tmp_path, name):
 def test_the_demo_in_half_answers_as_in_fp32():
     """40 held-out questions; the decision is that nothing needs widening."""
     checkpoint = open_checkpoint("demo")
-    assert decide(measured("demo")) == NARROW
+    assert decide(measured("demo")) == NO_FALLBACK
     plan = resolve_plan(
         "visipruner", checkpoint.config.text.layers, checkpoint.config.visual_tokens
     )
     asked = [(sample.image, sample.prompt, 3) for sample in chosen_samples("demo", None, 40)]
-    found = compared("demo", plan, NARROW, asked)
+    found = compared("demo", plan, NO_FALLBACK, asked)
     assert found.finite
     assert found.agreement >= 0.95
     assert found.error < 0.05

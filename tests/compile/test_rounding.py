@@ -15,15 +15,15 @@ from visistage.compile.quantize.int_arithmetic import (
     activation_scale,
     blocked_weight,
     dequantise,
+    fake_quantised_weight,
     int8_weight,
     pack_int4,
     quantise,
     restored,
-    rounded_weight,
     unpack_int4,
 )
 from visistage.graphs.errors import ModelError
-from visistage.graphs.quantization import BLOCK
+from visistage.graphs.quantization import SCALE_BLOCK
 
 FLOATS = st.floats(-(2.0**127), 2.0**127, width=32)
 
@@ -170,12 +170,12 @@ def test_rounding_moves_no_weight_by_more_than_half_a_step(block, half):
     assert (np.abs(restored(values, scales, block) - weight) <= step * (0.5 + slack)).all()
 
 
-@pytest.mark.parametrize("block", [None, 16, 24, BLOCK])
+@pytest.mark.parametrize("block", [None, 16, 24, SCALE_BLOCK])
 def test_rounded_weight_equals_restored_bit_for_bit(block):
     weight = normal(19, 200)
     weight[3] = 0
     parts = int8_weight(weight) if block is None else blocked_weight(weight, block)
-    np.testing.assert_array_equal(rounded_weight(weight, block), restored(*parts, block))
+    np.testing.assert_array_equal(fake_quantised_weight(weight, block), restored(*parts, block))
 
 
 def test_restored_weight_is_what_onnx_runtime_dequantises():
@@ -233,18 +233,18 @@ def test_packing_does_not_change_what_it_packs():
 def test_pieces_change_nothing(monkeypatch):
     weight = normal(37, 50)
     whole = [int8_weight(weight), blocked_weight(weight, 16)]
-    monkeypatch.setattr(rounding, "_CHUNK", 120)
+    monkeypatch.setattr(rounding, "_WEIGHT_CHUNK", 120)
     for (values, scales), (v, s) in zip(
         whole, [int8_weight(weight), blocked_weight(weight, 16)], strict=True
     ):
         np.testing.assert_array_equal(values, v)
         np.testing.assert_array_equal(scales, s)
-    np.testing.assert_array_equal(restored(*whole[1], 16), rounded_weight(weight, 16))
+    np.testing.assert_array_equal(restored(*whole[1], 16), fake_quantised_weight(weight, 16))
 
 
 @pytest.mark.parametrize("rounded", [int8_weight, blocked_weight])
 def test_temporaries_do_not_grow_with_the_matrix(rounded, monkeypatch):
-    monkeypatch.setattr(rounding, "_CHUNK", 1 << 16)
+    monkeypatch.setattr(rounding, "_WEIGHT_CHUNK", 1 << 16)
     weight = normal(2048, 512)
     tracemalloc.start()
     try:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from visistage.compile.build import build
+from visistage.compile.build import make_bundle
 from visistage.compile.export import stitch
 from visistage.compile.export import torchlib_cache as translations
 from visistage.tests.support import toy
@@ -11,7 +11,7 @@ from visistage.tests.support.traces import SharedTraces
 
 def graphs(out, **config):
     checkpoint = toy.make_checkpoint(out / "toy", layers=1, **config)
-    bundle = build(str(checkpoint), plan="dense", out=out)
+    bundle = make_bundle(str(checkpoint), plan="dense", out=out)
     return {file.name: file.read_bytes() for file in bundle.path.glob("*.onnx")}
 
 
@@ -37,7 +37,7 @@ def test_the_table_is_made_once_for_each_opset_and_for_us_alone(monkeypatch):
         torch.onnx.export(layer, (rows,), dynamo=True, verbose=False, opset_version=opset)
 
     for opset in (24, 24, 20):
-        with translations.read_once():
+        with translations.cached_torchlib_registry():
             export(opset)
     assert made == [24, 20]
     export(24)
@@ -46,7 +46,7 @@ def test_the_table_is_made_once_for_each_opset_and_for_us_alone(monkeypatch):
 
 def test_without_torchs_table_nothing_is_changed(monkeypatch):
     monkeypatch.setattr(translations, "ONNXRegistry", None)
-    with translations.read_once():
+    with translations.cached_torchlib_registry():
         pass
 
 

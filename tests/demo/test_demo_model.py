@@ -11,7 +11,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from visistage.bench.record import RESULTS
 from visistage.calib.evaluate import evaluate
 from visistage.cli.show.evaluation_view import chosen_samples
-from visistage.compile.build import build
+from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.runtime.session import load
 from visistage.tests.support import reference
@@ -26,7 +26,7 @@ SLACK = 0.10
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
     out = tmp_path_factory.mktemp("engines")
-    return {plan: build("demo", plan=plan, out=out) for plan in ("dense", "visipruner")}
+    return {plan: make_bundle("demo", plan=plan, out=out) for plan in ("dense", "visipruner")}
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +113,8 @@ def test_another_picture_spoils_the_answers(bundles, samples, recorded):
 
 
 def test_the_example_and_the_bundled_pictures_run(bundles):
-    pictures = json.loads((ROOT / "demo" / "pictures" / "pictures.json").read_text())
-    name = next(iter(pictures)) if isinstance(pictures, dict) else pictures[0]["file"]
+    images = json.loads((ROOT / "demo" / "pictures" / "pictures.json").read_text())
+    name = next(iter(images)) if isinstance(images, dict) else images[0]["file"]
     done = subprocess.run(
         [
             sys.executable,

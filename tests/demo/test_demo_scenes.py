@@ -9,7 +9,7 @@ import pytest
 from visistage.demo.gallery import bundled
 from visistage.demo.heldout import blind_accuracy, held_out
 from visistage.demo.questions import ANSWERS, KINDS, ask, ask_any
-from visistage.demo.scenes import COLOURS, SHAPES, SIZES, is_held_out, make_scene, render
+from visistage.demo.scenes import COLOURS, SHAPES, SIZES, is_held_out, make_scene, render_scene
 
 WORDS = {"colour": set(COLOURS), "shape": set(SHAPES), "size": set(SIZES)}
 
@@ -131,9 +131,9 @@ def test_things_stay_inside_and_apart(things):
 @pytest.mark.parametrize("size", [33, 96, 384, 500])
 def test_pictures_render_at_any_size(size):
     scene = make_scene(random.Random(1))
-    picture = render(scene, size)
-    assert picture.size == (size, size)
-    pixels = np.asarray(picture).reshape(-1, 3).astype(int)
+    image = render_scene(scene, size)
+    assert image.size == (size, size)
+    pixels = np.asarray(image).reshape(-1, 3).astype(int)
     for t in scene.things:
         near = np.abs(pixels - np.array(COLOURS[t.colour])).max(1) < 30
         assert near.mean() > 0.004, t
@@ -147,8 +147,8 @@ def test_any_question_can_be_had_from_few_kinds():
 
 
 def test_bundled_pictures_have_right_answers():
-    pictures = bundled()
-    assert len(pictures) == 4
-    for picture in pictures:
-        assert picture.path.stat().st_size < 40_000
-        assert all(found in ANSWERS for _, found in picture.questions)
+    images = bundled()
+    assert len(images) == 4
+    for image in images:
+        assert image.path.stat().st_size < 40_000
+        assert all(found in ANSWERS for _, found in image.questions)

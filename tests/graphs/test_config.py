@@ -154,7 +154,7 @@ def test_tied_is_read_in_either_place():
 
 
 @pytest.mark.parametrize(
-    ("tower", "select", "tokens"),
+    ("encoder", "select", "tokens"),
     [
         ("clip", "default", 16),
         ("clip", "full", 17),
@@ -162,11 +162,11 @@ def test_tied_is_read_in_either_place():
         ("siglip", "default", 15),
     ],
 )
-def test_visual_tokens_are_counted_as_transformers_does(tower, select, tokens):
+def test_visual_tokens_are_counted_as_transformers_does(encoder, select, tokens):
     import torch
     from transformers import LlavaConfig, LlavaModel
 
-    data = make_config(layers=1, tower=tower, select=select)
+    data = make_config(layers=1, encoder=encoder, select=select)
     assert ModelConfig.from_hf(data).visual_tokens == tokens
     features = LlavaModel(LlavaConfig(**data)).get_image_features(torch.zeros(1, 3, 32, 32))
     assert features.pooler_output[0].shape[0] == tokens

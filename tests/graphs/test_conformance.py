@@ -129,7 +129,7 @@ def test_item_5_rows_in_the_cache_of_every_layer(prompt):
             else:
                 assert rows == text + (len(trace.kept) if layer <= trace.exit else 0)
         at = np.full((1, 1), length, np.int32)
-        staged.decode(chain.Segment(False, executor.embed(torch.tensor([[5]])), at, at))
+        staged.decode(chain.AppendedRows(False, executor.embed(torch.tensor([[5]])), at, at))
     assert [slots.used for slots in staged.slots] == [rows + 1 for rows in used]
     assert {int(slots.order[0, slots.used - 1]) for slots in staged.slots} == {length}
 

@@ -3,15 +3,15 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from visistage.compile.build import build
-from visistage.compile.checkpoint.known_models import GEOMETRIES
+from visistage.compile.build import make_bundle
+from visistage.compile.checkpoint.known_models import KNOWN_MODELS
 from visistage.compile.checkpoint.names import decoder_shapes
-from visistage.compile.engines.engine_spec import DECODE_ROWS, recipes_of
+from visistage.compile.engines.engine_spec import DECODE_ROWS, engine_specs_of
 from visistage.compile.export import split as splitting
 from visistage.compile.export.split import compiler_peak, split
 from visistage.compile.export.static_shapes import resolve_contexts, resolve_parts
 from visistage.graphs.config import ModelConfig
-from visistage.graphs.contract import SLOT_STEP, Part, part_names, stage_of, stage_slots
+from visistage.graphs.contract import SLOT_STEP, StagePart, part_names, stage_of, stage_slots
 from visistage.graphs.errors import CapacityError, TargetError
 from visistage.graphs.presets.presets import preset
 from visistage.graphs.targets import (
@@ -27,7 +27,7 @@ from visistage.graphs.targets import (
 from visistage.runtime.device.tensorrt import serves
 from visistage.tests.support import toy
 
-LLAVA = ModelConfig.from_hf(GEOMETRIES["llava-7b"].config)
+LLAVA = ModelConfig.from_hf(KNOWN_MODELS["llava-7b"].config)
 PLANS = st.sampled_from(["dense", "visipruner", "fastv", "pyramiddrop"])
 
 
@@ -60,7 +60,7 @@ def test_the_check_stands_in_the_way_of_an_export(tmp_path, monkeypatch):
     poorer = replace(TARGETS["cpu"], operators=TARGETS["rtx"].operators - {"Gemm"})
     monkeypatch.setitem(TARGETS, "cpu", poorer)
     with pytest.raises(TargetError, match="'vision' uses Gemm, which target 'cpu'"):
-        build(str(checkpoint), plan="dense", out=tmp_path / "out")
+        make_bundle(str(checkpoint), plan="dense", out=tmp_path / "out")
     assert not list(tmp_path.rglob("vision.onnx"))
 
 
@@ -157,7 +157,7 @@ def test_limits_of_the_compiler_are_refused_by_name():
 @pytest.mark.parametrize("target", ["rtx", "orin-jp62"])
 def test_recipes_follow_the_contract(tmp_path, target, plan):
     checkpoint = toy.make_checkpoint(tmp_path / "toy")
-    bundle = build(
+    bundle = make_bundle(
         str(checkpoint),
         plan=plan,
         target=target,
@@ -165,29 +165,27 @@ def test_recipes_follow_the_contract(tmp_path, target, plan):
         out=tmp_path / "out",
     )
     manifest = bundle.manifest
-    recipes = recipes_of(manifest)
+    engine_specs = engine_specs_of(manifest)
     fixed = target == "rtx"
     per_graph = {name: 2 if fixed and name != "vision" else 1 for name in manifest.graphs}
-    assert len(recipes) == sum(per_graph.values())
-    assert len({recipe.name for recipe in recipes}) == len(recipes)
-    for recipe in recipes:
-        assert (bundle.path / recipe.source).is_file()
-        assert set(recipe.profiles[0]) == {spec.name for spec in recipe.spec.inputs}
-        for profile in recipe.profiles:
-            for spec in recipe.spec.inputs:
-                smallest, likeliest, largest = profile[spec.name]
-                for dim, low, mid, high in zip(
-                    spec.shape, smallest, likeliest, largest, strict=True
-                ):
+    assert len(engine_specs) == sum(per_graph.values())
+    assert len({engine_spec.name for engine_spec in engine_specs}) == len(engine_specs)
+    for engine_spec in engine_specs:
+        assert (bundle.path / engine_spec.source).is_file()
+        assert set(engine_spec.profiles[0]) == {spec.name for spec in engine_spec.spec.inputs}
+        for profile in engine_spec.profiles:
+            for spec in engine_spec.spec.inputs:
+                smallest, top, largest = profile[spec.name]
+                for dim, low, mid, high in zip(spec.shape, smallest, top, largest, strict=True):
                     assert low <= mid <= high
                     assert dim in (low, high) or isinstance(dim, str)
                     assert dim != "B" or high == 1
                     assert dim != "S" or (low == high) == fixed
-        if recipe.graph.startswith("stage"):
-            decode, prefill = (profile["rows"] for profile in recipe.profiles)
+        if engine_spec.graph.startswith("stage"):
+            decode, prefill = (profile["rows"] for profile in engine_spec.profiles)
             assert [shape[1] for shape in decode] == [1, 1, DECODE_ROWS]
             assert prefill[0][1] == DECODE_ROWS + 1  # no profile of one row beside a wide one
-            assert prefill[2][1] == recipe.slots
+            assert prefill[2][1] == engine_spec.slots
 
 
 def test_parts_have_the_contract_of_a_stage(tmp_path, monkeypatch):
@@ -196,13 +194,13 @@ def test_parts_have_the_contract_of_a_stage(tmp_path, monkeypatch):
     from visistage.runtime.session import load
 
     checkpoint = toy.make_checkpoint(tmp_path / "toy", layers=4, kv_heads=2)
-    picture = np.random.default_rng(1).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    image = np.random.default_rng(1).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     answers = []
     for target in ("rtx", "orin-jp62"):
         for cut in (False, True):
             if cut:
                 monkeypatch.setattr(splitting, "_cut", one_layer_each)
-            bundle = build(
+            bundle = make_bundle(
                 str(checkpoint),
                 plan="visipruner:shallow=1,t=1,e=2,keep=4",
                 target=target,
@@ -212,11 +210,11 @@ def test_parts_have_the_contract_of_a_stage(tmp_path, monkeypatch):
             assert len(bundle.manifest.parts_of(0)) == (2 if cut else 1)
             with load(bundle.path, backend="onnxruntime") as session:
                 session.eos = frozenset()
-                answers.append(session.infer(picture, "What is it?", max_tokens=16).tokens)
+                answers.append(session.infer(image, "What is it?", max_tokens=16).tokens)
             monkeypatch.undo()
     assert len(set(answers)) == 1
     assert len(set(answers[0])) > 5
 
 
 def one_layer_each(stage, layers, *_):
-    return [Part(stage, (layer, layer + 1)) for layer in range(*layers)]
+    return [StagePart(stage, (layer, layer + 1)) for layer in range(*layers)]

@@ -4,19 +4,19 @@ sizes."""
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from visistage.compile.checkpoint.known_models import GEOMETRIES
+from visistage.compile.checkpoint.known_models import KNOWN_MODELS
 from visistage.graphs.config import ModelConfig
-from visistage.graphs.contract import Part, cache_names
+from visistage.graphs.contract import StagePart, cache_names
 from visistage.graphs.modules.decoder import DecoderStage
 from visistage.graphs.modules.ops import Eager
 from visistage.graphs.modules.vision import Vision
 from visistage.graphs.plan.call_cost import (
-    Call,
+    GraphCall,
     Sizes,
     layers_of,
     question_calls,
     token_calls,
-    total,
+    total_work,
     work_of,
 )
 from visistage.graphs.plan.cost import Geometry, Load, cost_of
@@ -40,7 +40,7 @@ def counted(run) -> int:
 @pytest.mark.parametrize(("rows", "slots"), [(1, 24), (9, 40)])
 def test_a_stage_does_the_operations_that_torch_counts(index, rows, slots):
     text, stage = CONFIG.text, PLAN.stages[index]
-    module = DecoderStage(text, PLAN, Part(index, stage.layers), Eager())
+    module = DecoderStage(text, PLAN, StagePart(index, stage.layers), Eager())
     shape = (1, text.kv_heads, slots, text.head_dim)
     caches = [torch.zeros(shape) for pair in cache_names(stage.layers) for _ in pair]
     gated = len(stage.gated_layers)
@@ -52,7 +52,7 @@ def test_a_stage_does_the_operations_that_torch_counts(index, rows, slots):
     ]
     pairs = list(zip(caches[::2], caches[1::2], strict=True))
     found = counted(lambda: module.compose(direct, *inputs, *(gates or [None]), pairs))
-    assert work_of(Call(f"stage{index}", rows, slots), CONFIG, PLAN, FP32).flops == found
+    assert work_of(GraphCall(f"stage{index}", rows, slots), CONFIG, PLAN, FP32).flops == found
 
 
 def direct(piece, *args):
@@ -64,13 +64,13 @@ def test_the_tower_does_the_operations_that_torch_counts():
     module = Vision(CONFIG, Eager())
     pixels = torch.zeros(1, CONFIG.vision.channels, side, side)
     found = counted(lambda: module(pixels))
-    assert work_of(Call("vision", 0, 0), CONFIG, PLAN, FP32).flops == found
+    assert work_of(GraphCall("vision", 0, 0), CONFIG, PLAN, FP32).flops == found
 
 
 def test_weights_of_all_graphs_are_the_checkpoints_but_norms_biases_and_embeddings():
-    config = ModelConfig.from_hf(GEOMETRIES["llava-7b"].config)
+    config = ModelConfig.from_hf(KNOWN_MODELS["llava-7b"].config)
     plan = preset("visipruner", 32, 576)
-    calls = [Call("vision", 0, 0), *(Call(f"stage{i}", 1, 1) for i in range(3))]
+    calls = [GraphCall("vision", 0, 0), *(GraphCall(f"stage{i}", 1, 1) for i in range(3))]
     weights = sum(work_of(call, config, plan, FP32).weight_bytes for call in calls) / 4
     embedding = config.text.hidden * config.text.vocab
     assert weights + embedding == pytest.approx(7_063_427_072, rel=0.002)
@@ -81,11 +81,11 @@ def test_one_call_with_all_rows_costs_what_the_cost_model_says():
     plan = preset("dense", 6, CONFIG.visual_tokens)
     rows = 5 + CONFIG.visual_tokens + 7
     said = cost_of([Load("dense", CONFIG.visual_tokens)] * 6, geometry, 5, 7).prefill_macs
-    assert work_of(Call("stage0", rows, rows), CONFIG, plan, FP32).flops == 2 * said
+    assert work_of(GraphCall("stage0", rows, rows), CONFIG, plan, FP32).flops == 2 * said
 
 
 def test_int4_weights_and_caches_are_counted_in_bytes():
-    call = Call("stage1", 1, 32)
+    call = GraphCall("stage1", 1, 32)
     wide = work_of(call, CONFIG, PLAN, FP32)
     narrow = work_of(call, CONFIG, PLAN, Sizes.of("w4:head=float"))
     assert narrow.weight_bytes == wide.weight_bytes * (0.5 + 2 / 128) / 4
@@ -103,18 +103,18 @@ def test_a_question_and_a_token_go_through_every_stage():
     n = CONFIG.visual_tokens
     cold = question_calls(PLAN, text=5, **shape)
     assert cold == [
-        Call("vision", 0, 0),
-        Call("stage0", n, 3 + n),
-        Call("stage0", 5, 8 + n),
-        Call("select0", 0, 8 + n),
-        Call("stage1", 4 + 5, 3 + 4 + 5),
-        Call("stage2", 5, 8),
+        GraphCall("vision", 0, 0),
+        GraphCall("stage0", n, 3 + n),
+        GraphCall("stage0", 5, 8 + n),
+        GraphCall("select0", 0, 8 + n),
+        GraphCall("stage1", 4 + 5, 3 + 4 + 5),
+        GraphCall("stage2", 5, 8),
     ]
     assert question_calls(PLAN, text=5, cached=True, **shape) == cold[2:]
     assert token_calls(PLAN, text=5, **shape) == [
-        Call("stage0", 1, 9 + n),
-        Call("stage1", 1, 13),
-        Call("stage2", 1, 9),
+        GraphCall("stage0", 1, 9 + n),
+        GraphCall("stage1", 1, 13),
+        GraphCall("stage2", 1, 9),
     ]
     assert [layers_of(call, CONFIG, PLAN) for call in cold] == [2, 3, 3, 1, 2, 1]
 
@@ -122,6 +122,6 @@ def test_a_question_and_a_token_go_through_every_stage():
 def test_work_adds_up():
     calls = token_calls(PLAN, prefix=1, visual=4, text=2, slots=lambda stage, held: held)
     works = [work_of(call, CONFIG, PLAN, FP32) for call in calls]
-    assert total(works).flops == sum(work.flops for work in works)
-    assert total(works).nbytes == sum(work.weight_bytes + work.cache_bytes for work in works)
-    assert total([]).nbytes == 0
+    assert total_work(works).flops == sum(work.flops for work in works)
+    assert total_work(works).nbytes == sum(work.weight_bytes + work.cache_bytes for work in works)
+    assert total_work([]).nbytes == 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
-from visistage.compile.build import build
+from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.export import export, graphs_of
 from visistage.compile.export.weights import convert, link_files, place
@@ -52,7 +52,9 @@ def bundles(checkpoint, tmp_path_factory):
     def get(plan, target="cpu"):
         if (plan, target) not in built:
             out = tmp_path_factory.mktemp("engines")
-            built[plan, target] = build(str(checkpoint), plan=PLANS[plan], target=target, out=out)
+            built[plan, target] = make_bundle(
+                str(checkpoint), plan=PLANS[plan], target=target, out=out
+            )
         return built[plan, target]
 
     return get
@@ -66,12 +68,12 @@ class HuggingFace:
         self.model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
 
     @torch.no_grad()
-    def tokens(self, pictures, prompt, new=NEW):
-        content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
+    def tokens(self, images, prompt, new=NEW):
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-        inputs = self.processor(text=text, images=pictures or None, return_tensors="pt")
+        inputs = self.processor(text=text, images=images or None, return_tensors="pt")
         out = self.model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False)
         return tuple(out[0, inputs["input_ids"].shape[1] :].tolist())
 
@@ -81,10 +83,10 @@ def hugging_face(checkpoint):
     return HuggingFace(checkpoint)
 
 
-def answer(session, pictures, prompt, new=NEW):
+def answer(session, images, prompt, new=NEW):
     """Greedy tokens without an end: random checkpoints end whenever they like."""
     session.eos = frozenset()
-    return session.infer(pictures, prompt, max_tokens=new).tokens
+    return session.infer(images, prompt, max_tokens=new).tokens
 
 
 def no_eos(tokens):
@@ -94,13 +96,13 @@ def no_eos(tokens):
 @pytest.mark.parametrize("target", ["cpu", "cpu-portable"])
 def test_dense_bundle_equals_hugging_face(bundles, hugging_face, target):
     with load(bundles("dense", target).path) as session:
-        for pictures, prompt in (
+        for images, prompt in (
             ([picture(1)], "What is this?"),
             ([picture(2), picture(3, 33, 90)], "Which one is larger?"),
             ([], "Say something."),
         ):
-            wanted = hugging_face.tokens(pictures, prompt)
-            assert answer(session, pictures, prompt) == wanted
+            wanted = hugging_face.tokens(images, prompt)
+            assert answer(session, images, prompt) == wanted
             assert len(set(wanted)) >= 8
 
 
@@ -182,13 +184,13 @@ def test_caches_and_several_pictures_do_not_disturb_the_probes(checkpoint, bundl
             (other, "How many?"),
             (opened, "How many?"),
         ):
-            pictures = [other if i is other else one for i in _listed(image)]
-            expected = torch_result(checkpoint, session, pictures, prompt)
+            images = [other if i is other else one for i in _listed(image)]
+            expected = torch_result(checkpoint, session, images, prompt)
             got = session.infer(image, prompt, max_tokens=NEW)
             assert got.tokens == tuple(expected.tokens[0].tolist())
             assert (got.plan.trigger, got.plan.exit) == (expected.trigger, expected.exit)
             assert list(got.plan.kept or expected.kept[0]) == expected.kept[0]
-            assert got.plan.visual_tokens == 16 * len(pictures)
+            assert got.plan.visual_tokens == 16 * len(images)
         nothing = session.infer(None, "How many?", max_tokens=4).plan
         assert (nothing.kept, nothing.called, nothing.visual_flops) == (None, None, 0)
 
@@ -231,9 +233,9 @@ def embedded(path, session, image, prompt):
     weights = {name: opened.load(name) for name in opened.tensors}
     config = opened.config
     images = _listed(image)
-    tower = chain.load_weights(Vision(config, Eager()), weights)
+    encoder = chain.load_weights(Vision(config, Eager()), weights)
     with torch.no_grad():
-        visual = [tower(torch.from_numpy(session._decode(i).pixels[None])) for i in images]
+        visual = [encoder(torch.from_numpy(session._decode(i).pixels[None])) for i in images]
     rows, spans = [], []
     for segment in session.encoder.encode(prompt, images=len(images)).segments:
         start = sum(part.shape[1] for part in rows)
@@ -262,7 +264,7 @@ def test_exact_bundles_equal_the_published_method(
     if middle:
         options += ",probe=3,cosine=0.95,contribution=0.5" + ",exit_cosine=0.8" * deep
     plan = f"visipruner-{variant}:{options}"
-    bundle = build(str(checkpoint), plan=plan, out=tmp_path)
+    bundle = make_bundle(str(checkpoint), plan=plan, out=tmp_path)
     ways = set()
     with load(bundle.path) as session:
         session.eos = frozenset()

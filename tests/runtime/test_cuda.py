@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from visistage.compile.build import build
+from visistage.compile.build import make_bundle
 from visistage.graphs.contract import GraphSpec, TensorSpec
 from visistage.graphs.errors import CapacityError, EngineError, MissingDependencyError
 from visistage.graphs.targets import TENSORRT_RTX
@@ -22,7 +22,7 @@ from visistage.runtime.device.cuda import CudaDevice
 from visistage.runtime.device.engine_ort import OrtApi
 from visistage.runtime.device.engine_trt import TrtApi
 from visistage.runtime.device.protocol import CaptureError, Compiled
-from visistage.runtime.device.tensorrt import Flavour, find
+from visistage.runtime.device.tensorrt import TensorRtVariant, find_trt_variant
 from visistage.runtime.session import load
 from visistage.tests.support import toy
 from visistage.tests.support.stand_ins import GPU
@@ -92,8 +92,8 @@ class Core:
                 return (Code.CUDA_ERROR_LAUNCH_FAILED,)
             if not self.capturing:
                 getattr(self, f"_{name}")(*args)
-            room = (self.free, 16 << 30) if name == "cuMemGetInfo" else ()
-            return (Code.CUDA_SUCCESS, *room)
+            engine_set = (self.free, 16 << 30) if name == "cuMemGetInfo" else ()
+            return (Code.CUDA_SUCCESS, *engine_set)
 
         return call
 
@@ -279,7 +279,7 @@ def test_the_runtime_imports_no_device_before_it_needs_one():
 def cuda_bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")
     checkpoint = toy.make_checkpoint(folder / "toy", kv_heads=2)
-    return build(
+    return make_bundle(
         str(checkpoint), plan="visipruner:shallow=1,t=1,e=2,keep=4", target="cuda", out=folder
     )
 
@@ -298,7 +298,7 @@ def test_graphs_run_through_cuda_core_at_the_addresses_they_are_given(
         given.append((stream, threads))
         return OrtApi(threads=threads)
 
-    monkeypatch.setattr(opening, "find_device", lambda: GPU)
+    monkeypatch.setattr(opening, "find_gpu", lambda: GPU)
     monkeypatch.setattr(opening, "OrtApi", api)
     answers = []
     for backend in ("onnxruntime", None):
@@ -308,7 +308,7 @@ def test_graphs_run_through_cuda_core_at_the_addresses_they_are_given(
             asked = [(picture(1), "What is it?"), (None, "Hello"), (picture(2), long)]
             answers.append([session.infer(*one, max_tokens=12).tokens for one in asked])
             if backend is None:
-                stages = session.executor.room.stages
+                stages = session.executor.engine_set.stages
                 assert stages[0].slots == 1024  # grown
     assert answers[0] == answers[1]
     assert given == [(STREAM, 1)]
@@ -333,7 +333,7 @@ def test_a_provider_that_did_not_start_is_said(cuda_bundle):
 
 
 def test_a_machine_without_a_gpu_says_why_and_what_runs_here(cuda_bundle, monkeypatch):
-    monkeypatch.setattr(opening, "find_device", lambda: None)
+    monkeypatch.setattr(opening, "find_gpu", lambda: None)
     with pytest.raises(EngineError, match=r"target 'cuda'.*no driver.*--backend onnxruntime"):
         load(cuda_bundle.path)
 
@@ -428,7 +428,7 @@ def compiled(tmp_path):
 
 
 def api_of(trt):
-    return TrtApi(Flavour("tensorrt", trt, False, True), STREAM)
+    return TrtApi(TensorRtVariant("tensorrt", trt, False, True), STREAM)
 
 
 def bind(context, rows=3):
@@ -511,10 +511,10 @@ def test_an_engine_that_cannot_be_read_says_what_the_library_said(compiled):
         api_of(Trt()).load(compiled)
 
 
-@pytest.mark.skipif(find(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]'")
+@pytest.mark.skipif(find_trt_variant(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]'")
 def test_the_real_library_takes_a_mapped_file(compiled):
     """Without a driver it reads the header and refuses; with one, too: this is no engine."""
     compiled.file.write_bytes(b"rubbish" * 1000)
-    flavour = find(TENSORRT_RTX)
-    with pytest.raises(EngineError, match=f"{flavour.version} refuses .*Serialization"):
-        TrtApi(flavour, STREAM).load(compiled)
+    trt_variant = find_trt_variant(TENSORRT_RTX)
+    with pytest.raises(EngineError, match=f"{trt_variant.version} refuses .*Serialization"):
+        TrtApi(trt_variant, STREAM).load(compiled)

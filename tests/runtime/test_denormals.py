@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from visistage.compile.build import build
+from visistage.compile.build import make_bundle
 from visistage.runtime.backends import denormals
 from visistage.runtime.backends.denormals import AVAILABLE, flushed
 
@@ -64,7 +64,9 @@ with load(sys.argv[1], threads=int(sys.argv[2])) as session:
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_answers_leave_the_program_around_them_alone(tmp_path, threads):
     """In a process of its own: what ONNX Runtime does to the caller is up to its first session."""
-    bundle = build(str(make_checkpoint(tmp_path / "model")), plan="visipruner", out=tmp_path).path
+    bundle = make_bundle(
+        str(make_checkpoint(tmp_path / "model")), plan="visipruner", out=tmp_path
+    ).path
     command = [sys.executable, "-c", PROGRAM, str(bundle), threads]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.split() == ["True"] * 3, done.stderr

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from visistage.compile.build import build
+from visistage.compile.build import make_bundle
 from visistage.compile.export.split import compiler_peak
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import (
@@ -26,8 +26,15 @@ from visistage.graphs.errors import (
 from visistage.runtime import tune_merging as merging
 from visistage.runtime.device import opening
 from visistage.runtime.device.calls import Replay
-from visistage.runtime.device.memory import BLOCK, BLOCKS, DeviceArray, Layers, Memory, Place
-from visistage.runtime.device.probe import Device
+from visistage.runtime.device.memory import (
+    PINNED_BLOCK,
+    PINNED_BLOCKS,
+    DeviceArray,
+    Layers,
+    Memory,
+    Place,
+)
+from visistage.runtime.device.probe import GpuInfo
 from visistage.runtime.device.protocol import CaptureError, Compiled
 from visistage.runtime.device.stage import DeviceStage
 from visistage.runtime.reuse import visual_rows
@@ -71,7 +78,7 @@ def bundles(checkpoint, tmp_path_factory):
             plan, options = PLANS[name]
             options = {"target": "rtx", "contexts": (1024,), **options}
             out = tmp_path_factory.mktemp("engines")
-            built[name] = write_engines(build(str(checkpoint), plan=plan, out=out, **options))
+            built[name] = write_engines(make_bundle(str(checkpoint), plan=plan, out=out, **options))
         return built[name]
 
     return get
@@ -88,18 +95,18 @@ def copy(bundles, tmp_path):
     return Bundle.open(shutil.copytree(bundles("pruned").path, tmp_path / "bundle"))
 
 
-def ask(session, pictures, question=QUESTION, new=12):
+def ask(session, images, question=QUESTION, new=12):
     """Greedy tokens without an end: random checkpoints end whenever they like."""
     session.eos = frozenset()
-    return session.infer(pictures, question, max_tokens=new).tokens
+    return session.infer(images, question, max_tokens=new).tokens
 
 
 def on_cpu(bundle, *questions):
     """What ONNX Runtime answers, each question with nothing paid for."""
     answers = []
-    for pictures, question, new in questions:
+    for images, question, new in questions:
         with load(bundle.path, backend="onnxruntime", cache_bytes=0) as session:
-            answers.append(ask(session, pictures, question, new))
+            answers.append(ask(session, images, question, new))
     return answers
 
 
@@ -160,7 +167,7 @@ def test_an_array_may_change_as_soon_as_it_was_uploaded():
     """More uploads than there are pinned blocks, nobody waiting in between."""
     memory = Memory(HostDevice())
     source = np.zeros(100, np.float32)
-    there = [memory.empty((100,), np.float32) for _ in range(3 * BLOCKS)]
+    there = [memory.empty((100,), np.float32) for _ in range(3 * PINNED_BLOCKS)]
     for number, array in enumerate(there):
         source[:] = number
         memory.write(array.address, source)
@@ -170,7 +177,7 @@ def test_an_array_may_change_as_soon_as_it_was_uploaded():
 
 def test_what_is_larger_than_a_pinned_block_goes_in_pieces():
     memory = Memory(HostDevice())
-    source = np.arange(BLOCK, dtype=np.int32)  # four blocks
+    source = np.arange(PINNED_BLOCK, dtype=np.int32)  # four blocks
     array = memory.empty(source.shape, source.dtype)
     memory.write(array.address, source)
     assert np.array_equal(np.asarray(array), source)
@@ -270,7 +277,7 @@ def test_what_cannot_be_captured_runs_as_it_is_and_is_not_tried_again(refusal):
     device.synchronize()
     assert work.ran == 3
     assert device.log == ["work"] * 3
-    assert "capture" in replay.refused
+    assert "capture" in replay.rejected
 
 
 # --- profiles -------------------------------------------------------------------------------------
@@ -309,7 +316,7 @@ def test_engines_give_the_tokens_that_the_graphs_give(machine, bundles, name):
     with load(bundle.path) as session:
         found = [ask(session, *question) for question in asked]
         again = ask(session, one)
-        assert session.executor.room.stages[0].refused is None
+        assert session.executor.engine_set.stages[0].rejected is None
     assert found == expected
     assert again == expected[0]
     assert len(set(expected[0])) > 3  # lively, or anything would agree
@@ -345,7 +352,7 @@ def test_decoding_takes_its_profile_and_is_replayed(machine, bundles):
         ask(session, picture(1), new=8)
         steps = [run for run in machine.api.runs if run[0] == "stage1" and run[1] == 1]
         prefill = [run for run in machine.api.runs if run[0] == "stage1" and run[1] > 1]
-        stages = session.executor.room.stages
+        stages = session.executor.engine_set.stages
         assert all(stage.replays[1].graph is not None for stage in stages)
         launches = machine.device.log.count("launch")
     assert len(steps) == 7
@@ -380,7 +387,7 @@ def test_questions_of_any_length_share_a_few_calls(machine, bundles):
         found = [ask(session, *question) for question in questions]
         visual = bundle.manifest.config.visual_tokens
         sizes = {run[1] for run in machine.api.runs if run[0].startswith("stage")}
-        assert session.executor.room.stages[0].replays[32].graph is not None
+        assert session.executor.engine_set.stages[0].replays[32].graph is not None
     assert found == expected
     assert sizes <= {1, 8, 32, 64, visual}
 
@@ -392,7 +399,7 @@ def test_only_so_many_calls_are_kept_ready(machine, bundles, monkeypatch):
     monkeypatch.setattr("visistage.runtime.device.stage.MOST_REPLAYS", 2)
     with load(bundle.path) as session:
         assert [ask(session, *question) for question in questions] == expected
-        assert [len(stage.replays) for stage in session.executor.room.stages] == [2, 2, 2]
+        assert [len(stage.replays) for stage in session.executor.engine_set.stages] == [2, 2, 2]
 
 
 def test_engines_that_cannot_be_captured_run_without_padding(monkeypatch, bundles):
@@ -405,7 +412,7 @@ def test_engines_that_cannot_be_captured_run_without_padding(monkeypatch, bundle
         assert ask(session, picture(1), new=8) == expected
         sizes = {run[1] for run in machine.api.runs[before:] if run[0] == "stage1"}
         assert "launch" not in machine.device.log
-        assert "cannot be captured" in session.executor.room.stages[1].refused
+        assert "cannot be captured" in session.executor.engine_set.stages[1].rejected
     assert not sizes & {32, 64}
 
 
@@ -435,9 +442,9 @@ def test_the_smallest_engines_with_room_are_loaded_when_they_are_needed(machine,
         first = ask(session, *questions[0])
         assert not any("context256" in file for file in machine.api.loaded)
         second = ask(session, *questions[1])
-        assert session.executor.room.context == 256
+        assert session.executor.engine_set.context == 256
         third = ask(session, *questions[2])
-        assert session.executor.room.context == 128
+        assert session.executor.engine_set.context == 128
         assert machine.api.loaded.count("stage0.context128.engine") == 1  # both stay
     assert [first, second, third] == expected
 
@@ -449,7 +456,7 @@ def test_engines_make_way_for_others_where_memory_is_short(monkeypatch, bundles)
         ask(session, picture(1), new=4)
         monkeypatch.setattr(machine.device, "free_bytes", lambda: 0)
         ask(session, picture(1), "word " * 20, 60)
-        assert list(session.executor.rooms.loaded) == [256]
+        assert list(session.executor.engine_sets.loaded) == [256]
         ask(session, picture(1), new=4)
         assert machine.api.loaded.count("stage0.context128.engine") == 2
 
@@ -472,7 +479,7 @@ def test_a_prompt_without_a_picture_needs_its_room_in_every_stage(machine, bundl
     with load(bundle.path) as session:
         session.eos = frozenset()
         assert len(ask(session, None, "word " * 20, 110)) == 110
-        assert session.executor.room.context == 256
+        assert session.executor.engine_set.context == 256
 
 
 # --- growth ---------------------------------------------------------------------------------------
@@ -482,7 +489,7 @@ def test_caches_grow_in_the_middle_of_an_answer(machine, bundles):
     """The portable lowering: open slots, new rows copied to theirs, nothing stale replayed."""
     bundle, new = bundles("portable"), 60
     with load(bundle.path) as session:
-        stage = session.executor.room.stages[0]
+        stage = session.executor.engine_set.stages[0]
         opened = session._decode(picture(1))
         long = "a word "
         while session.context.rows_of(session._parts(long + "a word ", [opened])) <= 480:
@@ -508,10 +515,10 @@ def test_merged_calls_give_the_same_answers(machine, bundles, monkeypatch):
     visual = bundle.manifest.config.visual_tokens
 
     def chosen(merged_ms):
-        return lambda bundle, executor: merging.Merging("GPU", "source", 2.0, merged_ms)
+        return lambda bundle, executor: merging.FusedPrefill("GPU", "source", 2.0, merged_ms)
 
     for merged_ms in (1.0, 3.0):
-        monkeypatch.setattr("visistage.runtime.session.choose_merging", chosen(merged_ms))
+        monkeypatch.setattr("visistage.runtime.session.choose_fused_prefill", chosen(merged_ms))
         machine.api.runs.clear()
         with load(bundle.path) as session:
             found = [ask(session, *question) for question in asked]
@@ -524,29 +531,29 @@ def test_merged_calls_give_the_same_answers(machine, bundles, monkeypatch):
 def test_merging_is_measured_once_for_a_machine(machine, bundles, tmp_path):
     bundle = Bundle.open(shutil.copytree(bundles("dense").path, tmp_path / "bundle"))
     with load(bundle.path) as session:
-        noted = session.merging
+        noted = session.fused_prefill
         assert noted.separate_ms > 0
         assert noted.merged_ms > 0
-    file = bundle.path / merging.FILE
+    file = bundle.path / merging.FUSED_PREFILL_FILE
     assert json.loads(file.read_text())["device"] == "NumPy"
     file.write_text(json.dumps({**json.loads(file.read_text()), "merged_ms": 0.001}))
     with load(bundle.path) as session:
-        assert session.merging.merged
+        assert session.fused_prefill.fused
     file.write_text(json.dumps({**json.loads(file.read_text()), "device": "another"}))
     with load(bundle.path) as session:
-        assert session.merging.device == "NumPy"
-        assert session.merging.merged_ms != 0.001
+        assert session.fused_prefill.device == "NumPy"
+        assert session.fused_prefill.merged_ms != 0.001
     file.write_text("no JSON")
     with load(bundle.path) as session:
-        assert session.merging.merged_ms > 0
+        assert session.fused_prefill.merged_ms > 0
 
 
 def test_where_gates_forbid_it_nothing_is_measured(machine, bundles):
     with load(bundles("pruned").path) as session:
-        assert session.merging is None
+        assert session.fused_prefill is None
         assert not machine.api.runs
     with load(bundles("dense").path, backend="onnxruntime") as session:
-        assert session.merging is None
+        assert session.fused_prefill is None
 
 
 # --- lifetimes ------------------------------------------------------------------------------------
@@ -620,7 +627,7 @@ def test_an_engine_that_changed_is_not_loaded(machine, copy):
     ("change", "error", "says"),
     [
         ({"version": "1.6.0"}, EngineError, "compiled by tensorrt_rtx 1.7.1, found 1.6.0"),
-        ({"gpu": Device("Orin", (8, 7), 1)}, EngineError, r"for sm_86, found Orin \(sm_87\)"),
+        ({"gpu": GpuInfo("Orin", (8, 7), 1)}, EngineError, r"for sm_86, found Orin \(sm_87\)"),
         ({"gpu": None}, EngineError, "no driver.*--backend onnxruntime"),
     ],
 )
@@ -633,7 +640,7 @@ def test_engines_for_another_machine_are_refused(monkeypatch, bundles, change, e
 
 def test_a_library_that_is_missing_is_named(monkeypatch, bundles):
     stand_in(monkeypatch)
-    monkeypatch.setattr(opening, "find", lambda backend: None)
+    monkeypatch.setattr(opening, "find_trt_variant", lambda backend: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'visistage\[rtx\]'"):
         load(bundles("pruned").path)
 
@@ -671,7 +678,7 @@ def test_a_back_end_must_be_the_targets(machine, bundles):
 
 def test_a_call_outside_of_every_profile_is_refused(machine, bundles):
     with load(bundles("pruned").path) as session:
-        stage = session.executor.room.stages[0]
+        stage = session.executor.engine_set.stages[0]
         with pytest.raises(EngineError, match=r"other sizes than .*Q=100000.*visistage build"):
             stage.parts[0].context({"B": 1, "Q": 100000, "S": 128}, {})
 
@@ -680,7 +687,7 @@ def test_select_reads_slices_that_lie_askew(machine, bundles):
     """Engines read from aligned addresses; a row of these toys is smaller than that."""
     with load(bundles("pruned").path) as session:
         ask(session, picture(1), new=2)
-        call = session.executor.room.calls["select0"]
+        call = session.executor.engine_set.calls["select0"]
         memory = session.executor.memory
         array = memory.empty((1, 4, 8), np.float32)
         memory.write(array.address, np.arange(32, dtype=np.float32))

@@ -7,14 +7,14 @@ import importlib.util
 
 import numpy as np
 import pytest
-from visistage.compile.build import build
+from visistage.compile.build import make_bundle
 from visistage.compile.engines.engines import can_compile, compile_engines
 from visistage.graphs.targets import TARGETS, TENSORRT, TENSORRT_RTX
-from visistage.runtime.device.probe import find_device
+from visistage.runtime.device.probe import find_gpu
 from visistage.runtime.session import load
 from visistage.tests.support import toy
 
-GPU = find_device()
+GPU = find_gpu()
 CUDA_CORE = importlib.util.find_spec("cuda") is not None
 WHY = "no GPU, or no driver" if GPU is None else "pip install cuda-core 'cuda-bindings==13.*'"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPU is None or not CUDA_CORE, reason=WHY)]
@@ -80,21 +80,21 @@ def answers(bundle, **options):
         scores = session.score(picture(1), "What is it?", [5, 6, 7])
         tokens = [session.infer(*one, max_tokens=24).tokens for one in asked]
         stages = getattr(session.executor, "room", None)
-        refused = [stage.refused for stage in stages.stages] if stages else []
-    return scores, tokens, refused
+        rejected = [stage.rejected for stage in stages.stages] if stages else []
+    return scores, tokens, rejected
 
 
 def check(bundle):
     """The device's numbers against the CPU's: equal within FP16, most tokens the same."""
     expected, tokens, _ = answers(bundle, backend="onnxruntime")
-    found, ours, refused = answers(bundle)
+    found, ours, rejected = answers(bundle)
     spread = np.ptp(expected, axis=1).max()
     assert np.abs(found - expected).max() < 2e-2 * spread
     assert [one[0] for one in ours] == [one[0] for one in tokens]
     pairs = [pair for both in zip(tokens, ours, strict=True) for pair in zip(*both, strict=True)]
     same = [a == b for a, b in pairs]
     assert np.mean(same) > 0.5  # a near tie may tip, and an answer differs from there on
-    return refused
+    return rejected
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -103,7 +103,7 @@ def test_onnx_runtime_on_cuda_says_what_the_cpu_says(tmp_path, plan):
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         pytest.skip("pip install onnxruntime-gpu: this ONNX Runtime has no CUDA provider")
     checkpoint = toy.make_checkpoint(tmp_path / "toy", kv_heads=2)
-    check(build(str(checkpoint), plan=plan, target="cuda", out=tmp_path))
+    check(make_bundle(str(checkpoint), plan=plan, target="cuda", out=tmp_path))
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -115,7 +115,7 @@ def test_engines_compiled_here_say_what_the_cpu_says(tmp_path, plan, backend):
     if not fitting:
         pytest.skip("; ".join(f"{name}: {why}" for name, why in reasons.items()))
     checkpoint = toy.make_checkpoint(tmp_path / "toy", kv_heads=2)
-    bundle = build(
+    bundle = make_bundle(
         str(checkpoint), plan=plan, target=fitting[0], contexts=(256, 1024), out=tmp_path
     )
     capabilities = [GPU.capability] if backend == TENSORRT_RTX else []

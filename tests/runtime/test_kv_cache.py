@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from visistage.bench.kv_cache import LEVELS, Cached, compared, largest, operators, rounded
+from visistage.bench.kv_cache import LEVELS, Cached, compared, fake_quantised, largest, operators
 from visistage.cli.show.evaluation_view import chosen_samples
 from visistage.compile.planfile import resolve_plan
 
@@ -33,12 +33,12 @@ def caches(model):
 
 def test_rounding_is_to_the_nearest_of_255_levels():
     x = torch.linspace(-2, 2, 4001)
-    out = rounded(x, torch.tensor(1 / LEVELS))
+    out = fake_quantised(x, torch.tensor(1 / LEVELS))
     inside = x.abs() <= 1
     assert (out - x).abs()[inside].max() <= 0.5001 / LEVELS
     assert out[~inside].abs().unique().tolist() == [1.0]
     assert len(out.unique()) == 255
-    assert rounded(torch.zeros(3), torch.tensor(0.0)).tolist() == [0, 0, 0]
+    assert fake_quantised(torch.zeros(3), torch.tensor(0.0)).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("form", ["layer", "head", "row"])

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from visistage.compile.build import build
+from visistage.compile.build import make_bundle
 from visistage.graphs.contract import PADDING_ORDER
 from visistage.graphs.errors import MissingDependencyError, TargetError
-from visistage.graphs.quantization import parse_recipe
+from visistage.graphs.quantization import parse_quant_config
 from visistage.graphs.targets import OPENVINO, find_target
 from visistage.runtime.backends import openvino as ours
 from visistage.runtime.backends import openvino_calls as calls
@@ -50,7 +50,7 @@ def bundles(folder):
                 given["calibration"] = folder / "calibration"
                 if not given["calibration"].is_dir():
                     calibrated.calibrate(folder / "toy", PLANS[plan], given["calibration"])
-            built[key] = build(str(folder / "toy"), out=folder / "engines", **given)
+            built[key] = make_bundle(str(folder / "toy"), out=folder / "engines", **given)
         return built[key]
 
     return get
@@ -59,11 +59,11 @@ def bundles(folder):
 @pytest.mark.parametrize("plan", ["dense", "visipruner", "adaptive"])
 def test_openvino_answers_like_onnxruntime(bundles, plan):
     with load(bundles(plan, "cpu").path) as wanted, load(bundles(plan).path) as session:
-        for pictures, prompt in PROMPTS:
-            tokens = answer(wanted, pictures, prompt)
+        for images, prompt in PROMPTS:
+            tokens = answer(wanted, images, prompt)
             assert len(set(tokens)) >= 8
-            assert answer(session, pictures, prompt) == tokens
-            want, got = (one.score(pictures, prompt, tokens[:5]) for one in (wanted, session))
+            assert answer(session, images, prompt) == tokens
+            want, got = (one.score(images, prompt, tokens[:5]) for one in (wanted, session))
             assert np.abs(got - want).max() < 1e-4 * want.std()
 
 
@@ -71,12 +71,14 @@ def test_openvino_answers_like_onnxruntime(bundles, plan):
 def test_an_input_that_does_not_arrive_is_noticed(bundles, monkeypatch, wrong):
     with load(bundles().path) as session:
         right = [answer(session, *prompt) for prompt in PROMPTS]
-        fill = calls.Call.fill
+        fill = calls.BoundRequest.fill
         monkeypatch.setattr(
-            calls.Call, "fill", lambda self, name, v: None if name == wrong else fill(self, name, v)
+            calls.BoundRequest,
+            "fill",
+            lambda self, name, v: None if name == wrong else fill(self, name, v),
         )
-        session.context.paid.clear()
-        session.context.live = None
+        session.context.cached.clear()
+        session.context.current_key = None
         for stage in session.executor.stages:
             stage.calls.clear()
         assert [answer(session, *prompt) for prompt in PROMPTS] != right
@@ -156,11 +158,11 @@ def test_calls_in_pieces_and_without_padding_are_the_same(bundles, monkeypatch, 
 def test_only_rows_in_their_order_are_cut(monkeypatch):
     monkeypatch.setattr(calls, "MOST_ROWS", 4)
     rising = np.arange(10)[None]
-    assert list(calls.pieces(rising)) == [(0, 4), (4, 8), (8, 10)]
-    assert list(calls.pieces(rising[:, :4])) == [(0, 4)]
-    assert list(calls.pieces(np.arange(9)[None])) == [(0, 3), (3, 6), (6, 9)]
+    assert list(calls.row_chunks(rising)) == [(0, 4), (4, 8), (8, 10)]
+    assert list(calls.row_chunks(rising[:, :4])) == [(0, 4)]
+    assert list(calls.row_chunks(np.arange(9)[None])) == [(0, 3), (3, 6), (6, 9)]
     for order in ([5, 6, 0, 1, 2, 3], [0, 1, 1, 2, 3], [PADDING_ORDER, 0, 1, 2, 3]):
-        assert list(calls.pieces(np.array([order]))) == [(0, len(order))]
+        assert list(calls.row_chunks(np.array([order]))) == [(0, len(order))]
 
 
 def test_few_calls_stay_bound(bundles, monkeypatch):
@@ -176,15 +178,15 @@ def test_few_calls_stay_bound(bundles, monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_verify_climbs_to_openvino(bundles, monkeypatch, precision):
     bundle = bundles(precision=precision)
-    assert precision == "fp32" or parse_recipe(bundle.manifest.precision).name == "int8"
+    assert precision == "fp32" or parse_quant_config(bundle.manifest.precision).name == "int8"
     report = run(bundle)
     assert report.failed is None
     found = statuses(report)
     assert found["answers"] == found["engine runs"] == PASSED
     # A cache that is not written: the graphs are right, the runtime is not.
-    monkeypatch.setattr(calls.Call, "run", lambda self: (run_(self), self.new_rows.fill(0)))
+    monkeypatch.setattr(calls.BoundRequest, "run", lambda self: (run_(self), self.new_rows.fill(0)))
     report = run(bundle)
     assert statuses(report)["engine runs"] == FAILED
 
 
-run_ = calls.Call.run
+run_ = calls.BoundRequest.run

@@ -116,11 +116,11 @@ def processor(template: str, kind: str):
         extra_special_tokens={"image_token": "<image>"},
         **SPECIAL,
     )
-    pictures = transformers.CLIPImageProcessorPil(
+    images = transformers.CLIPImageProcessorPil(
         size={"shortest_edge": 6}, crop_size={"height": 6, "width": 6}
     )
     return transformers.LlavaProcessor(
-        pictures, tokenizer, 2, "full", template, "<image>", num_additional_image_tokens=0
+        images, tokenizer, 2, "full", template, "<image>", num_additional_image_tokens=0
     )
 
 
@@ -143,12 +143,12 @@ def flat(prompt) -> list:
 
 
 def theirs(template: str, kind: str, messages: list) -> list:
-    picture = Image.new("RGB", (6, 6))
+    image = Image.new("RGB", (6, 6))
     filled = []
     for message in messages:
         content = message["content"]
         if not isinstance(content, str):
-            content = [{**b, "image": picture} if b["type"] == "image" else b for b in content]
+            content = [{**b, "image": image} if b["type"] == "image" else b for b in content]
         filled.append({"role": message["role"], "content": content})
     hf = processor(template, kind)
     ids = hf.apply_chat_template(

@@ -3,12 +3,17 @@
 import json
 
 import pytest
-from visistage.compile.build import build
+from visistage.compile.build import make_bundle
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import VisistageError
 from visistage.runtime import load
 from visistage.runtime.backends import tune_threads as threads
-from visistage.runtime.backends.tune_threads import FILE, VARIABLE, Trial, candidates
+from visistage.runtime.backends.tune_threads import (
+    THREADS_FILE,
+    THREADS_VARIABLE,
+    Trial,
+    thread_counts,
+)
 
 from ..support.toy import make_checkpoint
 
@@ -16,15 +21,15 @@ from ..support.toy import make_checkpoint
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("threads")
-    return build(str(make_checkpoint(folder / "model")), plan="visipruner", out=folder).path
+    return make_bundle(str(make_checkpoint(folder / "model")), plan="visipruner", out=folder).path
 
 
 @pytest.fixture
 def tried(built, monkeypatch):
     """A bundle on a machine of four cores, whose trial counts how often it takes place."""
-    monkeypatch.delenv(VARIABLE)
+    monkeypatch.delenv(THREADS_VARIABLE)
     monkeypatch.setattr(threads, "cores", lambda: 4)
-    (built / FILE).unlink(missing_ok=True)
+    (built / THREADS_FILE).unlink(missing_ok=True)
     times, calls = {1: 10.0, 2: 6.0, 4: 6.2}, []
 
     def answer(bundle, executor):
@@ -36,10 +41,10 @@ def tried(built, monkeypatch):
 
 
 def test_candidates_are_powers_of_two_and_all_cores():
-    assert candidates(1) == [1]
-    assert candidates(2) == [1, 2]
-    assert candidates(6) == [1, 2, 4, 6]
-    assert candidates(8) == [1, 2, 4, 8]
+    assert thread_counts(1) == [1]
+    assert thread_counts(2) == [1, 2]
+    assert thread_counts(6) == [1, 2, 4, 6]
+    assert thread_counts(8) == [1, 2, 4, 8]
 
 
 @pytest.mark.parametrize(
@@ -64,8 +69,8 @@ def test_the_trial_takes_place_once_on_a_machine(tried):
     with load(path) as session:
         assert session.executor.threads == 4  # as was found before
     assert calls == [1, 2, 4]
-    noted = json.loads((path / FILE).read_text())
-    (path / FILE).write_text(json.dumps(noted | {"machine": "another"}))
+    noted = json.loads((path / THREADS_FILE).read_text())
+    (path / THREADS_FILE).write_text(json.dumps(noted | {"machine": "another"}))
     with load(path) as session:
         assert session.executor.threads == 1
     assert calls == [1, 2, 4] * 2
@@ -74,7 +79,7 @@ def test_the_trial_takes_place_once_on_a_machine(tried):
 @pytest.mark.parametrize("spoilt", ["", "[]", '{"machine": 1}', "\0"])
 def test_a_broken_note_is_measured_again(spoilt, tried):
     path, _, calls = tried
-    (path / FILE).write_text(spoilt)
+    (path / THREADS_FILE).write_text(spoilt)
     with load(path) as session:
         assert session.executor.threads == 4
     assert len(calls) == 3
@@ -84,11 +89,11 @@ def test_who_says_a_number_gets_it_untried(tried, monkeypatch):
     path, _, calls = tried
     with load(path, threads=3) as session:
         assert session.executor.threads == 3
-    monkeypatch.setenv(VARIABLE, "2")
+    monkeypatch.setenv(THREADS_VARIABLE, "2")
     with load(path) as session:
         assert session.executor.threads == 2
     monkeypatch.setattr(threads, "LARGEST_BYTES", 1)
-    monkeypatch.delenv(VARIABLE)
+    monkeypatch.delenv(THREADS_VARIABLE)
     with load(path) as session:
         assert session.executor.threads == 4  # too large to be loaded three times
     assert not calls
@@ -96,13 +101,13 @@ def test_who_says_a_number_gets_it_untried(tried, monkeypatch):
 
 @pytest.mark.parametrize("said", ["", "0", "-1", "two"])
 def test_an_unusable_number_in_the_environment_is_named(said, built, monkeypatch):
-    monkeypatch.setenv(VARIABLE, said)
-    with pytest.raises(VisistageError, match=f"{VARIABLE} is '{said}', expected a number"):
+    monkeypatch.setenv(THREADS_VARIABLE, said)
+    with pytest.raises(VisistageError, match=f"{THREADS_VARIABLE} is '{said}', expected a number"):
         load(built)
 
 
 def test_the_trial_answers_with_every_kind_of_call(built, monkeypatch):
-    monkeypatch.delenv(VARIABLE)
+    monkeypatch.delenv(THREADS_VARIABLE)
     monkeypatch.setattr(threads, "cores", lambda: 2)
     bundle = Bundle.open(built)
     with load(built, threads=1) as session:

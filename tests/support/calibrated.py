@@ -21,10 +21,10 @@ def calibrate(model, plan: str, folder: Path) -> Calibration:
     checkpoint = open_checkpoint(str(model))
     config, texts = checkpoint.config, text_facts(checkpoint)
     generator = np.random.default_rng(5)
-    pictures = generator.integers(0, 256, (len(QUESTIONS), 40, 48, 3), np.uint8)
+    images = generator.integers(0, 256, (len(QUESTIONS), 40, 48, 3), np.uint8)
     samples = [
-        Sample(f"drawn {number}", picture, question, "It is")
-        for number, (picture, question) in enumerate(zip(pictures, QUESTIONS, strict=True))
+        Sample(f"drawn {number}", image, question, "It is")
+        for number, (image, question) in enumerate(zip(images, QUESTIONS, strict=True))
     ]
     preprocessing = Preprocessing.from_dict(texts.preprocessing)
     prompts, _ = prepare(samples, prompt_encoder(checkpoint), preprocessing)

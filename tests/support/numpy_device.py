@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 
 import numpy as np
-from visistage.runtime.device.protocol import ALIGNMENT, CaptureError
+from visistage.runtime.device.protocol import DEVICE_ALIGNMENT, CaptureError
 
 RUBBISH = 0xFF
 
@@ -123,8 +123,8 @@ class HostMemory:
     """``protocol.Buffer`` and ``HostBuffer`` at once."""
 
     def __init__(self, device: HostDevice, nbytes: int):
-        room = np.full(nbytes + ALIGNMENT, RUBBISH, np.uint8)
-        skip = -room.ctypes.data % ALIGNMENT
+        room = np.full(nbytes + DEVICE_ALIGNMENT, RUBBISH, np.uint8)
+        skip = -room.ctypes.data % DEVICE_ALIGNMENT
         self.array = room[skip : skip + nbytes]
         self.address, self.nbytes = int(room.ctypes.data) + skip, nbytes
         device._living[self.address] = self.array
@@ -155,14 +155,14 @@ class HostEvent:
 
 
 class HostGraph:
-    """``protocol.Graph``: a list of work."""
+    """``protocol.CapturedGraph``: a list of work."""
 
     def __init__(self, device: HostDevice, work: list[tuple[str, Callable[[], None]]]):
         self.work = work
         self._device = device
 
     def launch(self) -> None:
-        """See ``protocol.Graph``."""
+        """See ``protocol.CapturedGraph``."""
         self._device.submit("launch", self._all)
 
     def _all(self) -> None:

@@ -11,43 +11,43 @@ import json
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from visistage.compile.engines.engine_spec import recipes_of
+from visistage.compile.engines.engine_spec import engine_specs_of
 from visistage.graphs.bundle import MANIFEST, sha256
 from visistage.graphs.contract import appended
-from visistage.graphs.engine_index import FOLDER, INDEX, EngineFact
+from visistage.graphs.engine_index import ENGINES_FOLDER, ENGINES_INDEX, EngineFact
 from visistage.graphs.targets import find_target
 from visistage.runtime.device import opening
 from visistage.runtime.device.engine_ort import OrtApi
-from visistage.runtime.device.probe import Device
-from visistage.runtime.device.tensorrt import Flavour
+from visistage.runtime.device.probe import GpuInfo
+from visistage.runtime.device.tensorrt import TensorRtVariant
 from visistage.tests.support.numpy_device import HostDevice
 
 VERSION = "1.7.1"
-GPU = Device("Stand-in", (8, 6), 8 << 30)
+GPU = GpuInfo("Stand-in", (8, 6), 8 << 30)
 SCRATCH = {"stage0": 4096, "stage1": 8192}
 
 
 def write_engines(bundle, capabilities=((8, 6),), version=VERSION):
     """Files in place of engines, and an index that is as the compiler's would be."""
-    folder = bundle.path / FOLDER
+    folder = bundle.path / ENGINES_FOLDER
     folder.mkdir(exist_ok=True)
     facts = []
-    for recipe in recipes_of(bundle.manifest):
-        text = json.dumps({"source": recipe.source, "graph": recipe.graph}).encode()
-        file = folder / f"{recipe.name}.engine"
+    for engine_spec in engine_specs_of(bundle.manifest):
+        text = json.dumps({"source": engine_spec.source, "graph": engine_spec.graph}).encode()
+        file = folder / f"{engine_spec.name}.engine"
         file.write_bytes(text)
         facts.append(
             EngineFact(
-                name=recipe.name,
-                graph=recipe.graph,
-                context=recipe.context,
-                slots=recipe.slots,
+                name=engine_spec.name,
+                graph=engine_spec.graph,
+                context=engine_spec.context,
+                slots=engine_spec.slots,
                 file=file.name,
                 nbytes=len(text),
                 sha256=hashlib.sha256(text).hexdigest(),
                 profiles=[
                     {name: [list(shape) for shape in shapes] for name, shapes in one.items()}
-                    for one in recipe.profiles
+                    for one in engine_spec.profiles
                 ],
                 layers={},
                 precisions={},
@@ -68,7 +68,7 @@ def write_engines(bundle, capabilities=((8, 6),), version=VERSION):
         "bundle": sha256(bundle.path / MANIFEST),
         "engines": [asdict(fact) for fact in facts],
     }
-    (folder / INDEX).write_text(json.dumps(index))
+    (folder / ENGINES_INDEX).write_text(json.dumps(index))
     return bundle
 
 
@@ -86,10 +86,12 @@ def stand_in(monkeypatch, *, memory=1 << 40, capturable=True, version=VERSION, g
     api = StrictApi(device, capturable)
     module = type("TensorRT", (), {"__version__": version})
     device.stream = 7
-    monkeypatch.setattr(opening, "find_device", lambda: gpu)
-    monkeypatch.setattr(opening, "find", lambda backend: Flavour(backend, module, True, False))
+    monkeypatch.setattr(opening, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(
+        opening, "find_trt_variant", lambda backend: TensorRtVariant(backend, module, True, False)
+    )
     monkeypatch.setattr(opening, "CudaDevice", lambda: device)
-    monkeypatch.setattr(opening, "TrtApi", lambda flavour, stream: api)
+    monkeypatch.setattr(opening, "TrtApi", lambda trt_variant, stream: api)
     return Machine(device, api)
 
 

@@ -41,7 +41,7 @@ def make_config(
     intermediate=128,
     vocab=VOCAB,
     tied=False,
-    tower="clip",
+    encoder="clip",
     dtype="float32",
     image_size=32,
     patch=8,
@@ -52,14 +52,14 @@ def make_config(
     **text,
 ) -> dict:
     """The ``config.json`` of a toy; ``rope`` is transformers 5's ``rope_parameters``."""
-    select = select or ("default" if tower == "clip" else "full")
+    select = select or ("default" if encoder == "clip" else "full")
     patches = (image_size // patch) ** 2
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "dtype": dtype,
         "image_token_index": SPECIALS["<image>"],
-        "image_seq_length": patches + (tower == "clip") - (select == "default"),
+        "image_seq_length": patches + (encoder == "clip") - (select == "default"),
         "vision_feature_layer": feature_layer,
         "vision_feature_select_strategy": select,
         "projector_hidden_act": "gelu",
@@ -87,14 +87,14 @@ def make_config(
             **text,
         },
         "vision_config": {
-            "model_type": f"{tower}_vision_model",
+            "model_type": f"{encoder}_vision_model",
             "num_hidden_layers": 3,
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_attention_heads": 4,
             "image_size": image_size,
             "patch_size": patch,
-            **({"vision_use_head": False} if tower == "siglip" else {}),
+            **({"vision_use_head": False} if encoder == "siglip" else {}),
         },
     }
 
@@ -104,7 +104,7 @@ def make_weights(config: dict, *, scale=1.0, seed=0) -> dict[str, torch.Tensor]:
     parsed = ModelConfig.from_hf(config)
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, shape in tensor_shapes(parsed, whole_tower=True).items():
+    for name, shape in tensor_shapes(parsed, whole_encoder=True).items():
         if name == "lm_head.weight" and parsed.text.tied:
             continue
         noise = torch.randn(shape, generator=generator)

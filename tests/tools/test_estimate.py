@@ -9,18 +9,24 @@ import pytest
 from click.testing import CliRunner
 from visistage.bench import fit as bench_fit
 from visistage.cli.main import main
-from visistage.cli.show.estimate_view import show_times, subject_of
+from visistage.cli.show.estimate_view import estimate_target, show_times
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.contract import stage_slots
 from visistage.graphs.errors import CapacityError, TargetError
-from visistage.graphs.plan.call_cost import Call, Sizes, question_calls, work_of
+from visistage.graphs.plan.call_cost import GraphCall, Sizes, question_calls, work_of
 from visistage.tools.estimate import measured as measured_module
-from visistage.tools.estimate.devices import CPU, DEVICES, NAMES, compute_type, find_device
-from visistage.tools.estimate.estimate_target import Subject
+from visistage.tools.estimate.devices import (
+    CPU_DEVICE,
+    DEVICES,
+    NAMES,
+    compute_type,
+    find_device_spec,
+)
+from visistage.tools.estimate.estimate_target import EstimateTarget
 from visistage.tools.estimate.fit_peaks import Efficiency, Observation, fit, leave_one_out, validate
-from visistage.tools.estimate.measured import FILE, measured
+from visistage.tools.estimate.measured import MEASURED_FILE, measured
 from visistage.tools.estimate.peer_figures import FIGURES, efficiency_range, figures_of
-from visistage.tools.estimate.predict import Prompt, estimate
+from visistage.tools.estimate.predict import PromptLengths, estimate
 
 TRUE = Efficiency(compute=0.6, bandwidth=0.75, layer_ms=0.05)
 
@@ -88,7 +94,7 @@ def test_too_little_to_fit_is_said():
 
 
 def test_the_shipped_efficiencies_are_those_of_the_records():
-    shipped = json.loads(FILE.read_text()) if FILE.is_file() else {}
+    shipped = json.loads(MEASURED_FILE.read_text()) if MEASURED_FILE.is_file() else {}
     assert shipped == bench_fit.fitted(), "python -m visistage.bench.fit"
     for precisions in shipped.values():
         for one in precisions.values():
@@ -129,7 +135,7 @@ def test_every_device_has_sources_and_says_what_was_derived():
 
 def test_an_unknown_device_is_refused_with_the_nearest():
     with pytest.raises(TargetError, match=r"Did you mean 'orin-nano-8'\?"):
-        find_device("orin-nano")
+        find_device_spec("orin-nano")
 
 
 @pytest.mark.parametrize(
@@ -162,12 +168,12 @@ def test_published_figures_reach_a_believable_share_of_the_peaks():
 
 
 def subject(precision="fp16", plan="visipruner"):
-    return subject_of("llava-7b", plan, precision, None)
+    return estimate_target("llava-7b", plan, precision, None)
 
 
 def test_a_range_holds_what_others_measured_for_the_same_decoder():
     """Vicuna-7B on an AGX Orin is part of what the range was made from: it must contain it."""
-    facts = estimate(subject(plan="dense"), "orin-agx-64", Prompt(tokens=1, context=704))
+    facts = estimate(subject(plan="dense"), "orin-agx-64", PromptLengths(tokens=1, context=704))
     slow, fast = max(facts["estimates"]["plan"]["per_token_ms"]), 84.8
     assert min(facts["estimates"]["plan"]["per_token_ms"]) <= slow
     low, high = sorted(facts["estimates"]["plan"]["per_token_ms"])
@@ -178,7 +184,7 @@ def test_a_range_holds_what_others_measured_for_the_same_decoder():
 
 
 def test_a_range_without_a_fit_is_the_slower_of_two_terms_call_by_call():
-    facts = estimate(subject(), "h100", Prompt())
+    facts = estimate(subject(), "h100", PromptLengths())
     of = subject()
     compute, memory = efficiency_range(True), efficiency_range(False)
     fixed = stage_slots(of.plan, 576, 1024)
@@ -208,7 +214,7 @@ def test_a_measured_device_gets_one_figure_and_its_error(tmp_path, monkeypatch):
     file = tmp_path / "measured.json"
     file.write_text(json.dumps({"h100": {"fp16": facts}}))
     monkeypatch.setattr(measured_module.measured, "__defaults__", (file,))
-    found = estimate(subject(), "h100", Prompt())
+    found = estimate(subject(), "h100", PromptLengths())
     assert found["efficiency"]["fitted"]
     assert len(found["estimates"]["plan"]["per_token_ms"]) == 1
     assert measured("h100", "fp32") is None
@@ -218,15 +224,15 @@ def test_a_measured_device_gets_one_figure_and_its_error(tmp_path, monkeypatch):
 
 
 def test_pruning_shows_where_it_works_and_nowhere_else():
-    facts = estimate(subject(), "orin-agx-64", Prompt())["estimates"]
+    facts = estimate(subject(), "orin-agx-64", PromptLengths())["estimates"]
     assert facts["plan"]["prefill_ms"][0] < 0.8 * facts["dense"]["prefill_ms"][0]
     assert facts["plan"]["tower_ms"] == facts["dense"]["tower_ms"]
-    assert set(estimate(subject(plan="dense"), "thor", Prompt())["estimates"]) == {"plan"}
+    assert set(estimate(subject(plan="dense"), "thor", PromptLengths())["estimates"]) == {"plan"}
 
 
 def test_memory_is_weights_and_caches_against_what_there_is():
-    fp16 = estimate(subject(), "orin-nano-8", Prompt())["memory"]
-    w4 = estimate(subject("w4"), "orin-nano-8", Prompt())["memory"]
+    fp16 = estimate(subject(), "orin-nano-8", PromptLengths())["memory"]
+    w4 = estimate(subject("w4"), "orin-nano-8", PromptLengths())["memory"]
     assert fp16["weight_bytes"] == pytest.approx(2 * 7.06e9, rel=0.01)
     assert not fp16["fits"]
     assert w4["fits"]
@@ -238,7 +244,7 @@ def test_memory_is_weights_and_caches_against_what_there_is():
 
 
 def test_what_no_source_tells_is_not_guessed():
-    facts = estimate(subject("int8"), "thor", Prompt())
+    facts = estimate(subject("int8"), "thor", PromptLengths())
     run = facts["estimates"]["plan"]
     assert run["first_token_ms"] is None
     assert run["prefill_ms"] is None
@@ -252,7 +258,7 @@ def test_what_no_source_tells_is_not_guessed():
 
 def test_a_prompt_that_does_not_fit_is_refused_with_what_to_type():
     with pytest.raises(CapacityError, match=r"683 rows, the context is 512. Type: --context 704"):
-        estimate(subject(), "h100", Prompt(context=512))
+        estimate(subject(), "h100", PromptLengths(context=512))
 
 
 def test_wrong_options_are_one_message(tmp_path):
@@ -277,13 +283,13 @@ def test_a_bundle_brings_its_own_plan_and_precision(tmp_path, monkeypatch):
         model, config, plan, precision = "demo", of.config, of.plan, "fp32"
         prefix, weight_bytes = None, 123
 
-    found = Subject.of(Bundle(tmp_path, Stand()))
+    found = EstimateTarget.of(Bundle(tmp_path, Stand()))
     assert (found.prefix, found.weights(), found.precision) == (0, 123, "fp32")
     (tmp_path / "manifest.json").write_text("{}")
     monkeypatch.setattr(Bundle, "open", lambda path: Bundle(tmp_path, Stand()))
     with pytest.raises(TargetError, match="has its own plan"):
-        subject_of(str(tmp_path), "fastv", None, None)
-    assert subject_of(str(tmp_path), None, None, None).weights() == 123
+        estimate_target(str(tmp_path), "fastv", None, None)
+    assert estimate_target(str(tmp_path), None, None, None).weights() == 123
 
 
 def test_this_cpu_is_measured_and_never_looked_up(monkeypatch):
@@ -291,10 +297,10 @@ def test_this_cpu_is_measured_and_never_looked_up(monkeypatch):
     checks = [{"by": "model", "median_error": 0.1, "largest_error": 0.1, "groups": {}}]
     known = measured_module.Measured(Efficiency(**facts["efficiency"]), checks, {})
     monkeypatch.setattr("visistage.tools.estimate.predict.measured", lambda *rest: known)
-    found = estimate(subject(plan="dense"), CPU, Prompt(), threads=1)
+    found = estimate(subject(plan="dense"), CPU_DEVICE, PromptLengths(), threads=1)
     assert found["device"]["sources"] == ["measured now"]
     run = found["estimates"]["plan"]
-    step = [Call("stage0", 1, 768)]
+    step = [GraphCall("stage0", 1, 768)]
     work = work_of(step[0], subject().config, subject(plan="dense").plan, Sizes.of("fp32"))
     flops, bandwidth = found["device"]["flops"], found["device"]["bandwidth"]
     told = 1e3 * (work.flops / (0.5 * flops) + work.nbytes / (0.5 * bandwidth))

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 from visistage.cli.main import main
 from visistage.cli.show.answer_view import savings
-from visistage.compile.build import build
+from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.graphs.bundle import Bundle, FileFact
 from visistage.graphs.chain import torch_reference as chain
@@ -32,7 +32,7 @@ from visistage.tools.explain.explain_page import masks_of, outlines
 from visistage.tools.explain.explanation import explain
 from visistage.tools.explain.overlay import Grid, cropped_share, heat_uri, seen
 from visistage.tools.explain.readings import Gates, read_row
-from visistage.tools.explain.trace import Watched, trace
+from visistage.tools.explain.trace import ObservedExecutor, trace
 
 QUESTION = "What is this?"
 NASTY = '</script><script>document.title="owned"</script> "a" & <b>\'x\'</b>'
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("explain")
     checkpoint = toy.make_checkpoint(folder / "toy", scale=2.0, **SHAPE)
     for plan in ("dense", PLAN, ADAPTIVE):
-        build(str(checkpoint), plan=plan, out=str(folder / "engines"))
+        make_bundle(str(checkpoint), plan=plan, out=str(folder / "engines"))
     for seed in (1, 2):
         noise = np.random.default_rng(seed).integers(0, 256, (70, 110, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((220, 140)).save(folder / f"{seed}.png")
@@ -210,11 +210,11 @@ def test_the_tokens_kept_are_the_strongest_of_the_selecting_layer(folder, bundle
 def test_watching_leaves_the_session_as_it_was(folder, bundles):
     with Session(Bundle.open(bundles["pruned"]), cache_bytes=0) as session:
         plain = session.infer(folder / "1.png", QUESTION, max_tokens=4)
-        watched = trace(session, [folder / "1.png"], QUESTION, 4)
-        assert not isinstance(session.context.chain.executor, Watched)
-    assert watched.answer.tokens == plain.tokens
-    assert watched.timing.runs >= 1
-    assert watched.timing.first_token_ms <= watched.timing.total_ms
+        observed = trace(session, [folder / "1.png"], QUESTION, 4)
+        assert not isinstance(session.context.chain.executor, ObservedExecutor)
+    assert observed.answer.tokens == plain.tokens
+    assert observed.timing.runs >= 1
+    assert observed.timing.first_token_ms <= observed.timing.total_ms
 
 
 def test_facts_add_up(explained, bundles):
@@ -305,7 +305,9 @@ def test_a_wrong_comparison_is_refused(bundles, tmp_path):
         dense_bundle(pruned, tmp_path)
     other = toy.make_checkpoint(tmp_path / "other", scale=2.0, seed=7, **SHAPE)
     with pytest.raises(BundleError, match="other weights"):
-        dense_bundle(pruned, build(str(other), plan="dense", out=str(tmp_path / "engines")).path)
+        dense_bundle(
+            pruned, make_bundle(str(other), plan="dense", out=str(tmp_path / "engines")).path
+        )
 
 
 def test_a_dense_bundle_explains_itself(folder, bundles):
@@ -317,7 +319,7 @@ def test_a_dense_bundle_explains_itself(folder, bundles):
 
 
 def test_an_early_exit_without_a_selection(folder, tmp_path):
-    built = build(str(folder / "toy"), plan="exit-only:e=4", out=str(tmp_path))
+    built = make_bundle(str(folder / "toy"), plan="exit-only:e=4", out=str(tmp_path))
     page = explain(built.path, [folder / "1.png"], QUESTION, max_tokens=2)
     assert page.facts["kept"] is None
     assert [layer["phase"] for layer in page.facts["layers"]] == ["all"] * 5 + ["none"] * 3
@@ -352,17 +354,17 @@ def clip(**changes):
 
 def test_the_centre_crop_is_what_is_shown():
     """A white square in the centre of a wide picture fills the left and right of its crop."""
-    picture = Image.new("RGB", (600, 200))
-    picture.paste((255, 255, 255), (200, 0, 400, 200))
-    shown = seen(picture, clip())
+    image = Image.new("RGB", (600, 200))
+    image.paste((255, 255, 255), (200, 0, 400, 200))
+    shown = seen(image, clip())
     assert shown.size == (192, 192)
     assert np.asarray(shown)[:, 4:-4].min() > 250
-    assert cropped_share(picture.size, clip()) == pytest.approx(2 / 3)
+    assert cropped_share(image.size, clip()) == pytest.approx(2 / 3)
     padded = clip(
         processor="LlavaImageProcessor", pad_color=(0, 0, 0), crop_size=None, size=(32, 32)
     )
-    assert cropped_share(picture.size, padded) == 0
-    bars = np.asarray(seen(picture, padded))
+    assert cropped_share(image.size, padded) == 0
+    bars = np.asarray(seen(image, padded))
     assert bars[0].max() < 5
     assert bars[bars.shape[0] // 2].max() > 250
 
@@ -374,11 +376,11 @@ def test_a_very_long_picture_is_shown_smaller():
 
 
 @pytest.mark.parametrize(
-    ("tower", "select", "tokens", "first"),
+    ("encoder", "select", "tokens", "first"),
     [("clip", "default", 16, 0), ("clip", "full", 17, -1), ("siglip", "full", 16, 0)],
 )
-def test_tokens_lie_where_their_patches_are(tower, select, tokens, first):
-    config = ModelConfig.from_hf(toy.make_config(tower=tower, select=select, layers=2))
+def test_tokens_lie_where_their_patches_are(encoder, select, tokens, first):
+    config = ModelConfig.from_hf(toy.make_config(encoder=encoder, select=select, layers=2))
     assert config.visual_tokens == tokens
     grid = Grid.of(config)
     values = np.arange(1, tokens + 1)
@@ -519,12 +521,12 @@ def test_wrong_input_is_one_clear_message(folder, bundles, tmp_path):
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path):
-    from visistage.tools.explain.explain_page import write
+    from visistage.tools.explain.explain_page import write_explanation
 
     target = tmp_path / "page.html"
     target.mkdir()
     with pytest.raises(CapacityError, match="--out"):
-        write("<!doctype html>", target)
+        write_explanation("<!doctype html>", target)
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 

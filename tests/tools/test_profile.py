@@ -18,18 +18,18 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper
 from PIL import Image
 from visistage.cli.main import main
-from visistage.compile.build import build
-from visistage.compile.export.node_names import label_layers
+from visistage.compile.build import make_bundle
+from visistage.compile.export.node_names import prefix_node_names
 from visistage.graphs.bundle import ANY_CONTEXT, Bundle
 from visistage.graphs.errors import BundleError, CapacityError, PromptError
-from visistage.graphs.plan.call_cost import Call, Work, question_calls, token_calls
+from visistage.graphs.plan.call_cost import GraphCall, Work, question_calls, token_calls
 from visistage.runtime.backends.cpu import peak_memory
 from visistage.runtime.session import Session
 from visistage.tests.support import toy
 from visistage.tools.profile import commands
 from visistage.tools.profile import peak_memory as memory
-from visistage.tools.profile.baseline import opponent
-from visistage.tools.profile.call_timer import watch
+from visistage.tools.profile.baseline import baseline_bundle
+from visistage.tools.profile.call_timer import observe_calls
 from visistage.tools.profile.engine_layers import layer_times
 from visistage.tools.profile.fresh_prompts import prompts
 from visistage.tools.profile.labels import clock_words
@@ -38,20 +38,20 @@ from visistage.tools.profile.operators import OTHER, operator_times
 from visistage.tools.profile.peaks import FILES, Peaks, measure_peaks
 from visistage.tools.profile.power import Meter, Tegrastats, energy
 from visistage.tools.profile.profile import profile
-from visistage.tools.profile.profile_facts import beaten, speed_up
-from visistage.tools.profile.profile_page import render, round_step, ticks
+from visistage.tools.profile.profile_facts import above_roofline, speed_up
+from visistage.tools.profile.profile_page import render_profile, round_step, ticks
 from visistage.tools.profile.rails import (
     Ina3221,
     JetsonStats,
     Nvml,
-    Sample,
+    PowerSample,
     parse_jtop,
     parse_tegrastats,
 )
 from visistage.tools.profile.roofline import parts_of
 from visistage.tools.profile.spread import Spread
 from visistage.tools.profile.sweep import counts_of
-from visistage.tools.profile.timing import Settings, measure, until_first_token
+from visistage.tools.profile.timing import Settings, measure_bundles, until_first_token
 
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
 TARGETS = ("rtx", "orin-jp62", "orin-jp72")
@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
     checkpoint = toy.make_checkpoint(folder / "toy", scale=2.0)
     for plan in ("dense", PLAN):
-        build(str(checkpoint), plan=plan, out=folder / "engines")
+        make_bundle(str(checkpoint), plan=plan, out=folder / "engines")
     return folder
 
 
@@ -79,7 +79,7 @@ def bundles(folder):
 @pytest.fixture(scope="module")
 def series(bundles):
     with Session(bundles["pruned"], threads=1) as one, Session(bundles["dense"], threads=1) as two:
-        return measure({"plan": one, "against": two}, QUICK)
+        return measure_bundles({"plan": one, "against": two}, QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_percentiles_are_the_nearest_ranks(n):
 def test_no_picture_and_no_question_comes_twice():
     source = prompts()
     seen = [next(source) for _ in range(30)]
-    assert len({one.picture for one in seen}) == 30
+    assert len({one.image for one in seen}) == 30
     assert len({one.first for one in seen} | {one.second for one in seen}) == 60
     assert next(prompts()) == seen[0]
 
@@ -152,18 +152,20 @@ def test_bundles_take_turns_in_alternating_order(bundles, monkeypatch):
     from visistage.tools.profile import timing as module
 
     asked = []
-    monkeypatch.setattr(module, "ask", lambda session, *rest: (asked.append(session), session)[:2])
+    monkeypatch.setattr(
+        module, "time_questions", lambda session, *rest: (asked.append(session), session)[:2]
+    )
     with Session(bundles["pruned"]) as one, Session(bundles["dense"]) as two:
-        measure({"a": one, "b": two}, Settings(2, 1, 5))
+        measure_bundles({"a": one, "b": two}, Settings(2, 1, 5))
         assert asked == [two, one, one, two, two, one]
         assert one.eos  # the model's own end is back
 
 
 def test_a_watched_executor_is_left_as_it_was(bundles):
     with Session(bundles["pruned"]) as session:
-        with watch(session.executor) as events:
+        with observe_calls(session.executor) as events:
             session.executor.encode(np.zeros((1, 3, 32, 32), np.float32))
-        assert [event.call for event in events] == [Call("vision", 0, 0)]
+        assert [event.call for event in events] == [GraphCall("vision", 0, 0)]
         assert events[0].stop > events[0].start
         session.executor.encode(np.zeros((1, 3, 32, 32), np.float32))
         assert len(events) == 1
@@ -198,7 +200,7 @@ def test_nodes_are_named_after_the_layer_whose_weights_they_read():
     nodes = [node("mask", x, x), node("a", x, first), node("b", x, x), node("c", x, second)]
     nodes.append(node("d", x, head))
     graph = onnx_ir.Graph([x], [], nodes=nodes, initializers=[head, first, second])
-    assert label_layers(onnx_ir.Model(graph, ir_version=10)) == 3
+    assert prefix_node_names(onnx_ir.Model(graph, ir_version=10)) == 3
     assert [n.name for n in graph] == ["mask", "layers.3/a", "layers.3/b", "layers.4/c", "d"]
 
 
@@ -234,20 +236,20 @@ def test_peaks_are_measured_within_reason():
 
 def test_a_floor_is_the_slower_of_computing_and_reading():
     peaks = Peaks(flops=1e9, bandwidth=1e8, precision="fp32", threads=1, nbytes=1)
-    assert peaks.floor_ms(Work(2e6, 1e4)) == pytest.approx(2.0)
+    assert peaks.lower_bound_ms(Work(2e6, 1e4)) == pytest.approx(2.0)
     assert peaks.bound(Work(2e6, 1e4)) == "compute"
-    assert peaks.floor_ms(Work(2e6, 4e5, 1e5)) == pytest.approx(5.0)
+    assert peaks.lower_bound_ms(Work(2e6, 4e5, 1e5)) == pytest.approx(5.0)
     assert peaks.bound(Work(2e6, 4e5, 1e5)) == "memory"
 
 
 def test_parts_sum_the_floors_of_their_calls(bundles):
     manifest = bundles["pruned"].manifest
     peaks = Peaks(1e9, 1e9, "fp32", 1, 1)
-    calls = [Call("stage0", 8, 128), Call("stage0", 1, 128), Call("stage1", 1, 128)]
+    calls = [GraphCall("stage0", 8, 128), GraphCall("stage0", 1, 128), GraphCall("stage1", 1, 128)]
     stage0, stage1 = parts_of(manifest, calls, {"stage0": 4.0, "stage1": 0.0}, peaks)
-    alone = [parts_of(manifest, [call], {}, peaks)[0].floor_ms for call in calls]
-    assert stage0.floor_ms == pytest.approx(alone[0] + alone[1])
-    assert stage0.share == pytest.approx(stage0.floor_ms / 4.0)
+    alone = [parts_of(manifest, [call], {}, peaks)[0].lower_bound_ms for call in calls]
+    assert stage0.lower_bound_ms == pytest.approx(alone[0] + alone[1])
+    assert stage0.share == pytest.approx(stage0.lower_bound_ms / 4.0)
     assert (stage0.calls, stage1.calls, stage1.share) == (2, 1, 0.0)
 
 
@@ -321,7 +323,7 @@ def test_sensors_in_sysfs_are_multiplied(tmp_path):
 
 def test_jetson_stats_and_nvml_hand_out_what_they_know():
     power = {"rail": {"VDD_GPU": {"power": 900}, "NC": {"power": 1}}, "tot": {"power": 4200}}
-    assert parse_jtop(power) == Sample({"VDD_GPU": 900.0, "VIN": 4200.0})
+    assert parse_jtop(power) == PowerSample({"VDD_GPU": 900.0, "VIN": 4200.0})
     assert parse_jtop({"rail": {"VDD_IN": {"power": 7}}, "tot": {"power": 9}}).total_mw == 7
 
     class Service:
@@ -361,9 +363,9 @@ def test_jetson_stats_and_nvml_hand_out_what_they_know():
             return 71_000
 
     card = Nvml(Driver())
-    assert card.read() == Sample({"GPU": 71_000.0}, 5 << 30)
+    assert card.read() == PowerSample({"GPU": 71_000.0}, 5 << 30)
     card.nvml.tells = False
-    assert card.read() == Sample({}, 5 << 30)
+    assert card.read() == PowerSample({}, 5 << 30)
 
 
 def test_energy_is_the_area_under_the_power():
@@ -380,7 +382,7 @@ def test_a_meter_samples_beside_the_work_and_knows_what_is_too_short():
         name = "stand-in"
 
         def read(self):
-            return Sample({"VDD_IN": 2000.0}, 100)
+            return PowerSample({"VDD_IN": 2000.0}, 100)
 
     with Meter(Source(), interval=0.01) as meter:
         start = time.perf_counter()
@@ -450,12 +452,12 @@ def test_a_roofline_that_is_beaten_is_called_wrong(facts):
     found = json.loads(json.dumps(facts["runs"]))
     for part in (p for run in found.values() for phase in run["roofline"].values() for p in phase):
         part["share"] = 0.9
-    assert beaten(found) == []
+    assert above_roofline(found) == []
     found["against"]["roofline"]["token"][0]["share"] = 1.4
-    assert beaten(found) == ["stage0"]
+    assert above_roofline(found) == ["stage0"]
     found["plan"]["roofline"] = None  # another precision than the peaks'
-    assert beaten(found) == ["stage0"]
-    shown = render({**facts, "beaten": ["stage0"]})
+    assert above_roofline(found) == ["stage0"]
+    shown = render_profile({**facts, "beaten": ["stage0"]})
     assert "stage0 beat it" in shown
 
 
@@ -481,7 +483,7 @@ class Strict(HTMLParser):
 
 
 def test_the_page_needs_nothing_else(facts):
-    html = render(facts)
+    html = render_profile(facts)
     page = Strict()
     page.feed(html)
     assert not page.foreign
@@ -495,7 +497,7 @@ def test_the_page_needs_nothing_else(facts):
 
 def test_the_page_escapes_what_it_is_given(facts):
     nasty = json.loads(json.dumps(facts).replace('"toy"', '"<script>alert(1)</script>"'))
-    assert "<script>" not in render(nasty)
+    assert "<script>" not in render_profile(nasty)
 
 
 def test_the_page_lives_without_its_optional_parts(facts):
@@ -505,7 +507,7 @@ def test_the_page_lives_without_its_optional_parts(facts):
     run |= {"operators": None, "roofline": None, "sweep": []}
     bare |= {"speed_up": None, "peaks": None, "no_peaks": "no product of precision int8"}
     bare |= {"how_to_compare": "make engines PLAN=dense", "commands": []}
-    html = render(bare)
+    html = render_profile(bare)
     assert "no product of precision int8" in html
     assert "make engines PLAN=dense" in html
 
@@ -516,15 +518,15 @@ def test_the_page_compares_two_bundles_without_a_roofline(facts):
     for run in bare["runs"].values():
         run["roofline"] = None
     bare |= {"speed_up": speed_up(*bare["runs"].values()), "peaks": None, "no_peaks": "none"}
-    html = render(bare)
+    html = render_profile(bare)
     assert "second question" in html
     assert "of the promised speed-up" not in html
-    assert "of the promised speed-up" in render(facts)
+    assert "of the promised speed-up" in render_profile(facts)
 
 
 def test_a_browser_shows_the_page_without_complaints(facts, browser, tmp_path):
     file = tmp_path / "profile.html"
-    file.write_text(render(facts), encoding="utf-8")
+    file.write_text(render_profile(facts), encoding="utf-8")
     shown, complaints = browser(file.as_uri(), "--dump-dom")
     assert "How near to the roofline" in shown
     assert not complaints
@@ -534,7 +536,7 @@ def test_a_browser_shows_the_page_without_complaints(facts, browser, tmp_path):
 def test_axes_have_round_ticks_within_their_range(most):
     step = round_step(most)
     assert 2 < most / step <= 6
-    assert all(0 <= tick["left"] <= 100 for tick in ticks(most))
+    assert all(0 <= progress["left"] <= 100 for progress in ticks(most))
 
 
 def run(*arguments):
@@ -564,12 +566,12 @@ def test_the_command_prints_tables_and_commands(folder, bundles, monkeypatch, tm
 
 def test_what_cannot_be_compared_is_refused(folder, bundles, tmp_path):
     with pytest.raises(BundleError, match="is the bundle that is profiled"):
-        opponent(bundles["pruned"], bundles["pruned"].path)
+        baseline_bundle(bundles["pruned"], bundles["pruned"].path)
     own = bundles["dense"].manifest
     config = replace(own.config, text=replace(own.config.text, rms_eps=0.1))
     (tmp_path / "manifest.json").write_text(replace(own, config=config).to_json())
     with pytest.raises(BundleError, match="another model"):
-        opponent(bundles["pruned"], tmp_path)
+        baseline_bundle(bundles["pruned"], tmp_path)
 
 
 def test_wrong_settings_name_the_option(bundles):
@@ -659,7 +661,7 @@ def test_polygraphy_takes_the_command_of_every_graph(bundles, series):
 
 
 def test_integers_of_a_command_stay_inside_the_cache(bundles):
-    (command,) = commands.commands_of(bundles["pruned"], [Call("select0", 0, 128)])
+    (command,) = commands.commands_of(bundles["pruned"], [GraphCall("select0", 0, 128)])
     assert "visual_slots:[0,127]" in command.arguments
     assert "slot_order:[0,0]" in command.arguments
     assert "query_order:[128,128]" in command.arguments
@@ -696,6 +698,6 @@ def test_an_engines_profiler_adds_layers_up():
 def test_pictures_of_prompts_are_real_pictures():
     import io
 
-    with Image.open(io.BytesIO(next(prompts()).picture)) as picture:
-        assert picture.format == "JPEG"
-        assert picture.size == (640, 480)
+    with Image.open(io.BytesIO(next(prompts()).image)) as image:
+        assert image.format == "JPEG"
+        assert image.size == (640, 480)

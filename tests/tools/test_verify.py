@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from visistage.cli.main import main
-from visistage.cli.show.verify_view import report_table, require_passed
-from visistage.compile.build import build
+from visistage.cli.show.verify_view import require_passed, verify_table
+from visistage.compile.build import make_bundle
 from visistage.compile.engines.engines import compile_engines
 from visistage.compile.export.split import compiler_peak
 from visistage.compile.export.static_shapes import DECOMPOSABLE
@@ -23,14 +23,21 @@ from visistage.graphs.errors import BundleError, DataError, ImageError, ModelErr
 from visistage.graphs.plan.probing import Decision
 from visistage.graphs.plan.stages import Probe
 from visistage.graphs.targets import TENSORRT_RTX
-from visistage.runtime.device.probe import Device
-from visistage.runtime.device.tensorrt import find
+from visistage.runtime.device.probe import GpuInfo
+from visistage.runtime.device.tensorrt import find_trt_variant
 from visistage.tests.support import toy
 from visistage.tools.verify import stored
-from visistage.tools.verify.check_steps import ImpossibleError, Step, attempt
+from visistage.tools.verify.check_steps import Check, ImpossibleError, run_check
 from visistage.tools.verify.compare import BOUNDS, tensor_error
 from visistage.tools.verify.tally import Tally, Trajectory
-from visistage.tools.verify.token_choices import APART, Choice, Grounds, Reading, gap, lead
+from visistage.tools.verify.token_choices import (
+    APART,
+    ProbeReading,
+    Selection,
+    SelectionMargins,
+    forced_readings,
+    selection_margin,
+)
 from visistage.tools.verify.variants import difference
 from visistage.tools.verify.verify import verify
 from visistage.tools.verify.verify_prompts import DEFAULT_SAMPLES, chosen
@@ -41,9 +48,9 @@ from visistage.tools.verify.verify_report import (
     NOTHING,
     PAGE_FILE,
     PASSED,
-    Report,
-    Rung,
+    CheckRecord,
     TensorError,
+    VerifyReport,
     page,
 )
 
@@ -51,7 +58,9 @@ from ..compile.test_ranges import PRODUCT, make
 
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
 STEPS = 6
-needs_rtx = pytest.mark.skipif(find(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]'")
+needs_rtx = pytest.mark.skipif(
+    find_trt_variant(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]'"
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +78,10 @@ def built(folder):
     def get(target):
         if target not in made:
             contexts = (128,) if target in ("rtx", "orin-jp62") else ()
-            bundle = build(
+            bundle = make_bundle(
                 str(folder / "toy"), plan=PLAN, target=target, contexts=contexts, out=folder
             )
-            if target == "rtx" and find(TENSORRT_RTX):
+            if target == "rtx" and find_trt_variant(TENSORRT_RTX):
                 compile_engines(bundle, capabilities=[(8, 6)])
             made[target] = (bundle, run(bundle, model=str(folder / "toy")))
         return made[target]
@@ -95,7 +104,7 @@ def run(bundle, count=2, **options):
 
 
 def statuses(report):
-    return {rung.name: rung.status for rung in report.rungs}
+    return {record.name: record.status for record in report.rungs}
 
 
 def failing(report):
@@ -142,15 +151,15 @@ def test_fp16_with_engines(built):
     assert report.failed is None
     others = {name: status for name, status in found.items() if status != PASSED}
     assert others == {"quantisation": NOTHING, "engine runs": IMPOSSIBLE}
-    runs = next(rung for rung in report.rungs if rung.name == "engine runs")
+    runs = next(record for record in report.rungs if record.name == "engine runs")
     assert runs.status == IMPOSSIBLE
     assert "engines need a GPU" in runs.reason
-    variants = next(rung for rung in report.rungs if rung.name == "variants")
+    variants = next(record for record in report.rungs if record.name == "variants")
     assert set(variants.facts) == {
         file for fact in bundle.manifest.graphs.values() for file in fact.variants.values()
     }
     assert variants.facts["stage0.context128.onnx"].startswith("stage0.onnx with B = 1, S = 128")
-    engines = next(rung for rung in report.rungs if rung.name == "engines")
+    engines = next(record for record in report.rungs if record.name == "engines")
     source = engines.facts["compiled from"]
     assert source["engines/stage0.context128.engine"] == "stage0.context128.onnx"
 
@@ -174,7 +183,7 @@ def test_the_portable_lowering_for_a_board(built):
 
 
 def test_parts_of_a_stage_are_graphs_of_their_own(folder):
-    bundle = build(
+    bundle = make_bundle(
         str(folder / "toy"),
         plan=PLAN,
         target="rtx",
@@ -192,7 +201,9 @@ def test_parts_of_a_stage_are_graphs_of_their_own(folder):
 
 def test_a_selection_that_reads_no_values(folder):
     """FastV scores by attention alone: its graph has one input less."""
-    bundle = build(str(folder / "toy"), plan="fastv:k=2,r=0.75", target="rtx", out=folder / "fastv")
+    bundle = make_bundle(
+        str(folder / "toy"), plan="fastv:k=2,r=0.75", target="rtx", out=folder / "fastv"
+    )
     assert "value" not in {spec.name for spec in bundle.manifest.graphs["select0"].spec.inputs}
     report = run(bundle)
     assert report.failed is None
@@ -224,11 +235,11 @@ def overflowing(tmp_path_factory):
     """A bundle of a model whose MLP products leave FP16, with the remedy that its build found."""
     folder = tmp_path_factory.mktemp("overflow")
     make(folder / "toy", PRODUCT)
-    return build(str(folder / "toy"), plan=PLAN, target="rtx", contexts=(128,), out=folder)
+    return make_bundle(str(folder / "toy"), plan=PLAN, target="rtx", contexts=(128,), out=folder)
 
 
 def test_what_the_build_widened_is_widened_here(overflowing):
-    assert overflowing.manifest.widening.mlp_shift
+    assert overflowing.manifest.fallback.mlp_shift
     report = run(overflowing)
     assert report.failed is None
     assert statuses(report)["half answers"] == PASSED
@@ -237,8 +248,8 @@ def test_what_the_build_widened_is_widened_here(overflowing):
 def test_overflow_shows_in_half_and_nowhere_else(overflowing, tmp_path):
     """Without the remedy FP16 arithmetic overflows; ONNX Runtime on x86 cannot see it."""
     bundle = Bundle.open(shutil.copytree(overflowing.path, tmp_path / "bundle"))
-    shifts = bundle.manifest.widening.mlp_shift
-    report = run(rewrite(bundle, widening=replace(bundle.manifest.widening, mlp_shift={})))
+    shifts = bundle.manifest.fallback.mlp_shift
+    report = run(rewrite(bundle, fallback=replace(bundle.manifest.fallback, mlp_shift={})))
     (layer,) = shifts
     stage = next(
         index
@@ -266,8 +277,8 @@ def test_a_flipped_byte(copy):
     name, reason = failing(report)
     assert name == "files"
     assert "BUNDLE/stage1.onnx" in reason
-    others = [rung for rung in report.rungs if rung.name != "files"]
-    assert {rung.status for rung in others} == {IMPOSSIBLE}
+    others = [record for record in report.rungs if record.name != "files"]
+    assert {record.status for record in others} == {IMPOSSIBLE}
     assert str(bundle.path) not in page(report)
 
 
@@ -454,9 +465,9 @@ def test_an_index_that_lacks_an_engine(copy):
 @needs_rtx
 def test_engines_run_on_a_gpu_that_fits_alone(built, monkeypatch):
     bundle, _ = built("rtx")
-    monkeypatch.setattr(stored, "find_device", lambda: Device("it", (8, 6), 1 << 30))
+    monkeypatch.setattr(stored, "find_gpu", lambda: GpuInfo("it", (8, 6), 1 << 30))
     stored.check_engines_run(bundle)
-    monkeypatch.setattr(stored, "find_device", lambda: Device("it", (9, 0), 1 << 30))
+    monkeypatch.setattr(stored, "find_gpu", lambda: GpuInfo("it", (9, 0), 1 << 30))
     with pytest.raises(ImpossibleError, match=re.escape("found it (sm_90)")):
         stored.check_engines_run(bundle)
 
@@ -466,8 +477,8 @@ def test_engines_run_on_a_gpu_that_fits_alone(built, monkeypatch):
 
 def test_too_little_memory_is_said_with_figures(built):
     bundle, _ = built("rtx")
-    found = {rung.name: rung for rung in run(bundle, memory=300_000).rungs}
-    assert {rung.status for rung in found.values()} <= {PASSED, IMPOSSIBLE, NOTHING}
+    found = {record.name: record for record in run(bundle, memory=300_000).rungs}
+    assert {record.status for record in found.values()} <= {PASSED, IMPOSSIBLE, NOTHING}
     assert [name for name in found if found[name].status == NOTHING] == ["quantisation"]
     for name in ("graph stage0", "runtime", "answers", "half answers"):
         assert found[name].status == IMPOSSIBLE
@@ -496,17 +507,17 @@ main(["verify", {str(bundle.path)!r}, "--samples", "1", "--max-tokens", "3", "--
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rungs = {rung["name"]: rung for rung in json.loads(done.stdout)["rungs"]}
-    assert rungs["files"]["status"] == rungs["runtime"]["status"] == PASSED
+    records = {record["name"]: record for record in json.loads(done.stdout)["rungs"]}
+    assert records["files"]["status"] == records["runtime"]["status"] == PASSED
     for name in ("weights", "hugging face", "graph stage0", "half stage0", "answers", "variants"):
-        assert rungs[name]["status"] == IMPOSSIBLE
-        assert "not installed" in rungs[name]["reason"]
-        assert "visistage[compile]" in rungs[name]["reason"]
+        assert records[name]["status"] == IMPOSSIBLE
+        assert "not installed" in records[name]["reason"]
+        assert "visistage[compile]" in records[name]["reason"]
 
 
 def test_a_checkpoint_that_was_not_named(built):
     bundle, _ = built("cpu")
-    found = {rung.name: rung for rung in run(bundle).rungs}
+    found = {record.name: record for record in run(bundle).rungs}
     for name in ("weights", "prefix", "hugging face"):
         assert found[name].status == IMPOSSIBLE
         assert "--model" in found[name].reason
@@ -524,24 +535,24 @@ def test_a_checkpoint_of_another_shape_is_an_error(built, tmp_path):
 def trajectory(tokens, kept=(1, 2), vocab=8):
     """Logits with a margin of 4 for each token; positions 2 and 3 score nearly the same."""
     logits = 4 * np.eye(vocab, dtype=np.float32)[list(tokens)]
-    grounds = Grounds({1: 9.0, 2: 5.0, 3: 4.99, 4: 1.0})
-    return Trajectory(logits, tuple(tokens), Choice(kept), grounds)
+    margins = SelectionMargins({1: 9.0, 2: 5.0, 3: 4.99, 4: 1.0})
+    return Trajectory(logits, tuple(tokens), Selection(kept), margins)
 
 
-def judged(precision, logits, kept=(1, 2), free=(3, 5, 1), guided=(3, 5, 1)):
+def judged(precision, logits, kept=(1, 2), free=(3, 5, 1), forced_run=(3, 5, 1)):
     tally = Tally(BOUNDS[precision])
     want = trajectory((3, 5, 1))
-    choice, got = Choice(kept), np.asarray(logits, np.float32)
-    tally.add("it", want, got, choice, free, lambda _: trajectory(guided))
-    return tally.finding(())
+    selection, got = Selection(kept), np.asarray(logits, np.float32)
+    tally.add("it", want, got, selection, free, lambda _: trajectory(forced_run))
+    return tally.result(())
 
 
 def test_equal_answers_pass():
     for precision in ("float32", "float16"):
-        finding = judged(precision, trajectory((3, 5, 1)).logits, free=(3, 5))
-        assert finding.failure == ""
-        assert finding.facts["teacher-forced"] == "3 of 3 tokens agree"
-        assert finding.facts["free-running"].startswith("1 of 1")
+        result = judged(precision, trajectory((3, 5, 1)).logits, free=(3, 5))
+        assert result.failure == ""
+        assert result.facts["teacher-forced"] == "3 of 3 tokens agree"
+        assert result.facts["free-running"].startswith("1 of 1")
 
 
 def test_a_token_may_differ_as_near_ties_do_and_in_fp16_only():
@@ -552,13 +563,13 @@ def test_a_token_may_differ_as_near_ties_do_and_in_fp16_only():
 
     def tried(precision, free):
         tally = Tally(BOUNDS[precision])
-        tally.add("it", want, got, Choice((1, 2)), free, lambda _: want)
-        return tally.finding(())
+        tally.add("it", want, got, Selection((1, 2)), free, lambda _: want)
+        return tally.result(())
 
-    finding = tried("float16", (3, 6, 1))
-    assert finding.failure == ""
-    assert finding.facts["teacher-forced"] == "2 of 3 tokens agree"
-    assert finding.facts["first divergence, by prompt"] == {"it": 1}
+    result = tried("float16", (3, 6, 1))
+    assert result.failure == ""
+    assert result.facts["teacher-forced"] == "2 of 3 tokens agree"
+    assert result.facts["first divergence, by prompt"] == {"it": 1}
     assert "off by" in tried("float32", (3, 6, 1)).failure
     assert "differs at token 0" in tried("float16", (6, 5, 1)).failure
 
@@ -582,42 +593,42 @@ def test_visual_tokens_that_score_alike_may_change_places_in_fp16():
     near = judged("float16", good, kept=(1, 3))
     assert near.failure == ""
     assert near.facts["prompts whose kept visual tokens differ"] == 1
-    assert "is off by" in judged("float16", good, kept=(1, 3), guided=(3, 2, 1)).failure
+    assert "is off by" in judged("float16", good, kept=(1, 3), forced_run=(3, 2, 1)).failure
 
 
 PROBE = Probe(first=1, cosine=0.9, contribution=1.0, exit_cosine=0.98)
 READINGS = {  # of three visual tokens; spread of the norms in layer 2: 1
-    1: Reading({0: 0.95, 1: 0.99, 2: 0.901}, {0: 0.5, 1: 0.2, 2: 0.4}),
-    2: Reading({0: 0.80, 1: 0.85, 2: 0.99}, {0: 1.0 + 1.5**0.5, 1: 1.0, 2: 1.0 - 1.5**0.5}),
-    3: Reading({0: 0.95, 1: 0.979}, {0: 1.0, 1: 1.0}),
+    1: ProbeReading({0: 0.95, 1: 0.99, 2: 0.901}, {0: 0.5, 1: 0.2, 2: 0.4}),
+    2: ProbeReading({0: 0.80, 1: 0.85, 2: 0.99}, {0: 1.0 + 1.5**0.5, 1: 1.0, 2: 1.0 - 1.5**0.5}),
+    3: ProbeReading({0: 0.95, 1: 0.979}, {0: 1.0, 1: 1.0}),
 }
-OURS = Choice((0, 1), 2, None)
+OURS = Selection((0, 1), 2, None)
 
 
 @pytest.mark.parametrize(
     ("theirs", "expected"),
     [
         (OURS, 0.0),
-        (Choice((0,), 2, None), 0.0),  # token 1 lies on the threshold
-        (Choice((1,), 2, None), 1.5**0.5),  # token 0 is far above it
-        (Choice((0, 7), 2, None), APART),
-        (Choice((2,), 1, None), 0.001 / 0.1),  # layer 1 nearly called for a selection
-        (Choice(None, None, None), 0.1 / 0.1),  # layer 2 clearly did
-        (Choice((0, 1), 2, 3), (0.98 - 0.95) / 0.02),
+        (Selection((0,), 2, None), 0.0),  # token 1 lies on the threshold
+        (Selection((1,), 2, None), 1.5**0.5),  # token 0 is far above it
+        (Selection((0, 7), 2, None), APART),
+        (Selection((2,), 1, None), 0.001 / 0.1),  # layer 1 nearly called for a selection
+        (Selection(None, None, None), 0.1 / 0.1),  # layer 2 clearly did
+        (Selection((0, 1), 2, 3), (0.98 - 0.95) / 0.02),
     ],
 )
 def test_choices_by_thresholds_differ_as_readings_lie_on_them(theirs, expected):
-    grounds = Grounds(probe=PROBE, readings=READINGS)
-    assert gap(grounds, OURS, theirs) == pytest.approx(expected)
+    margins = SelectionMargins(probe=PROBE, readings=READINGS)
+    assert selection_margin(margins, OURS, theirs) == pytest.approx(expected)
 
 
 def test_a_led_decision_chooses_what_it_is_led_to():
     positions = np.array([4, 5, 6, 7])
-    for choice in (
-        Choice((5, 7), 3, 6),
-        Choice((), 2, 4),  # with no token left every layer is quiet
-        Choice(None, None, None),
-        Choice((4,), 1, 3),
+    for selection in (
+        Selection((5, 7), 3, 6),
+        Selection((), 2, 4),  # with no token left every layer is quiet
+        Selection(None, None, None),
+        Selection((4,), 1, 3),
     ):
         decision = Decision(PROBE)
         for layer in range(PROBE.first, 8):
@@ -625,21 +636,21 @@ def test_a_led_decision_chooses_what_it_is_led_to():
                 break
             at = positions if decision.kept is None else positions[decision.kept]
             real = np.full((1, len(at)), 0.5, np.float32)
-            cosines, norms = lead(PROBE, choice, layer, at, real, real)
+            cosines, norms = forced_readings(PROBE, selection, layer, at, real, real)
             decision.read(layer, cosines[0], norms[0])
         kept = (
             None if decision.kept is None else tuple(int(one) for one in positions[decision.kept])
         )
-        assert Choice(kept, decision.trigger, decision.exit) == choice
+        assert Selection(kept, decision.trigger, decision.exit) == selection
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["visipruner-code", "visipruner-adaptive"])
 def test_plans_that_decide_per_prompt_in_fp16(tmp_path, plan):
     """Their thresholds are read in FP16: what lies on one may fall on either side."""
-    bundle = build("demo", plan=plan, target="orin-jp72", out=tmp_path)
+    bundle = make_bundle("demo", plan=plan, target="orin-jp72", out=tmp_path)
     report = run(bundle, 6, model="demo")
-    wrong = {rung.name: rung.reason for rung in report.rungs if rung.status == FAILED}
+    wrong = {record.name: record.reason for record in report.rungs if record.status == FAILED}
     assert not wrong
     assert {"half answers", "answers"} <= {r.name for r in report.rungs if r.status == PASSED}
 
@@ -671,9 +682,9 @@ def test_whatever_a_library_raises_fails_its_rung_only():
     def broken():
         raise RuntimeError("[ONNXRuntimeError] : 7 : INVALID_PROTOBUF")
 
-    rung = attempt(Step("it", "this and that", "equal", broken))
-    assert (rung.status, "INVALID_PROTOBUF" in rung.reason) == (FAILED, True)
-    absent = attempt(Step("it", "this and that", "equal", broken, ("no_such_module",)))
+    record = run_check(Check("it", "this and that", "equal", broken))
+    assert (record.status, "INVALID_PROTOBUF" in record.reason) == (FAILED, True)
+    absent = run_check(Check("it", "this and that", "equal", broken, ("no_such_module",)))
     assert (absent.status, "no_such_module" in absent.reason) == (IMPOSSIBLE, True)
 
 
@@ -708,14 +719,14 @@ def test_the_page_and_the_json_hold_everything(built, tmp_path):
     data = json.loads((tmp_path / JSON_FILE).read_text())
     assert data["passed"] is True
     assert len(data["rungs"]) == len(report.rungs)
-    for rung in report.rungs:
-        assert f"| {rung.name} | {rung.compares} | {rung.status} |" in text
-        if rung.status in (PASSED, FAILED):
-            assert f"- {rung.name}: {rung.rule}" in text
+    for record in report.rungs:
+        assert f"| {record.name} | {record.compares} | {record.status} |" in text
+        if record.status in (PASSED, FAILED):
+            assert f"- {record.name}: {record.rule}" in text
         else:
-            assert f"- {rung.name}: {rung.reason}" in text
+            assert f"- {record.name}: {record.reason}" in text
     assert "stage0.onnx" in text
-    worst = max((e for rung in report.rungs for e in rung.errors), key=lambda e: e.relative)
+    worst = max((e for record in report.rungs for e in record.errors), key=lambda e: e.relative)
     listed = text.split("## Largest errors by tensor")[1]
     assert f"| {worst.tensor} |" in listed.splitlines()[6]
     assert "| cores |" in text
@@ -725,23 +736,23 @@ def test_the_page_and_the_json_hold_everything(built, tmp_path):
 
 
 def test_a_failed_report_says_so_first():
-    bad = Rung("it", "this | that", "equal", FAILED, "they are not", 0.1, errors=(
+    bad = CheckRecord("it", "this | that", "equal", FAILED, "they are not", 0.1, errors=(
         TensorError("fine", 0.1, 1.0, 0.1), TensorError("gone", None, None, None),
     ))  # fmt: skip
-    report = Report({"model": "toy"}, (bad,), {}, {})
+    report = VerifyReport({"model": "toy"}, (bad,), {}, {})
     text = page(report)
     assert "**Failed: it.**" in text.splitlines()[2]
     assert "this \\| that" in text
     assert "not finite (gone)" in text
     with pytest.raises(ParityError, match=r"rung 'it' failed .*Expected: equal.*/x/verify\.md"):
         require_passed(report, "/x/verify.md")
-    assert report_table(report, "/x/verify.md")
+    assert verify_table(report, "/x/verify.md")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / f"{JSON_FILE}.partial").mkdir()
     with pytest.raises(BundleError, match="cannot be written"):
-        Report({}, (), {}, {}).write(tmp_path)
+        VerifyReport({}, (), {}, {}).write(tmp_path)
 
 
 def command(*arguments):

@@ -10,16 +10,16 @@ import pytest
 from click.testing import CliRunner
 from visistage.cli.main import main
 from visistage.cli.show.bundle_view import bundle_facts
-from visistage.compile.build import build
+from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.quantize.int_arithmetic import pack_int4, restored
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import DataError
-from visistage.graphs.quantization import BLOCK, FLOAT, Quantization
+from visistage.graphs.quantization import FLOAT, SCALE_BLOCK, Quantization
 from visistage.tests.support import calibrated, toy
 from visistage.tools.verify.compare import BOUNDS, bounds_of, strict
 from visistage.tools.verify.origin import open_calibration
-from visistage.tools.verify.quantised_checks import RoundedWeights, WrongError
+from visistage.tools.verify.quantised_checks import QuantisedWeights, WrongError
 from visistage.tools.verify.stored_graph import StoredGraph, all_weights
 from visistage.tools.verify.verify_report import FAILED, PASSED
 
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def int8(folder):
     given = {"plan": PLAN, "calibration": folder / "calibration", "out": folder}
-    return build(str(folder / "toy"), precision=RECIPE, **given)
+    return make_bundle(str(folder / "toy"), precision=RECIPE, **given)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def copy(int8, tmp_path):
 def weights_of(bundle, folder):
     """The checks of rounded weights alone."""
     checkpoint = open_checkpoint(str(folder / "toy"))
-    return RoundedWeights(bundle.manifest, checkpoint, all_weights(bundle))
+    return QuantisedWeights(bundle.manifest, checkpoint, all_weights(bundle))
 
 
 def write(bundle, changes):
@@ -97,7 +97,7 @@ def swap(*names):
 def test_every_scheme_passes_every_rung(int8, folder):
     report = run(int8, model=str(folder / "toy"), calibration=folder / "calibration")
     assert report.failed is None
-    found = {rung.name: rung for rung in report.rungs}
+    found = {record.name: record for record in report.rungs}
     for name in ("weights", "prefix", "hugging face", "quantisation", "runtime", "answers"):
         assert found[name].status == PASSED, name
     facts = found["weights"].facts
@@ -114,12 +114,12 @@ def test_every_scheme_passes_every_rung(int8, folder):
 @pytest.mark.slow
 def test_engines_graphs_in_fp16_with_int4(folder):
     given = {"plan": PLAN, "calibration": folder / "calibration", "contexts": (128,)}
-    bundle = build(str(folder / "toy"), precision="w4", target="rtx", out=folder, **given)
+    bundle = make_bundle(str(folder / "toy"), precision="w4", target="rtx", out=folder, **given)
     report = run(bundle, model=str(folder / "toy"))
     found = statuses(report)
     assert report.failed is None
-    rungs = ("weights", "quantisation", "half vision", "half stage0", "half answers", "variants")
-    assert {found[name] for name in rungs} == {PASSED}
+    records = ("weights", "quantisation", "half vision", "half stage0", "half answers", "variants")
+    assert {found[name] for name in records} == {PASSED}
 
 
 def test_a_calibration_that_a_bundle_does_not_rest_on_is_refused(int8, folder):
@@ -134,7 +134,7 @@ def test_a_calibration_that_a_bundle_does_not_rest_on_is_refused(int8, folder):
 
 def test_without_its_calibration_a_bundle_says_what_was_not_checked(int8, folder):
     report = run(int8, model=str(folder / "toy"))
-    facts = next(rung.facts for rung in report.rungs if rung.name == "weights")
+    facts = next(record.facts for record in report.rungs if record.name == "weights")
     assert "input scales" in facts["not checked"]
     assert int8.manifest.quantization.calibration[:12] in facts["not checked"]
     with pytest.raises(DataError, match="--model CHECKPOINT"):
@@ -154,7 +154,7 @@ def test_int4_comes_out_of_a_file_as_it_went_in(int8, folder):
     assert values.shape == (64, 128)
     assert np.abs(values).max() == 7
     theirs = open_checkpoint(str(folder / "toy")).load(f"{name}.weight").numpy()
-    back = restored(values, scales, BLOCK)
+    back = restored(values, scales, SCALE_BLOCK)
     assert np.corrcoef(back.ravel(), theirs.ravel())[0, 1] > 0.9
 
 
@@ -284,6 +284,6 @@ def test_the_command_takes_a_calibration(copy, folder):
         main, [*map(str, arguments), "--samples", "1", "--max-tokens", "2", "--json"]
     )
     assert done.exit_code == 0, done.output
-    rungs = {rung["name"]: rung for rung in json.loads(done.stdout)["rungs"]}
-    assert "rounded again" in rungs["weights"]["facts"]
-    assert FAILED not in {rung["status"] for rung in rungs.values()}
+    records = {record["name"]: record for record in json.loads(done.stdout)["rungs"]}
+    assert "rounded again" in records["weights"]["facts"]
+    assert FAILED not in {record["status"] for record in records.values()}

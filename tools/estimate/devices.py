@@ -13,11 +13,11 @@ from ...graphs.errors import TargetError, nearest
 
 GB = 10**9
 TERA = 10**12
-CPU = "cpu"
+CPU_DEVICE = "cpu"
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceSpec:
     """One machine.
 
     Attributes:
@@ -41,7 +41,7 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device(
+        DeviceSpec(
             "orin-agx-64",
             "Jetson AGX Orin 64 GB, GPU at 1.3 GHz",
             {"fp32": 2048 * 2 * 1.3e9, "fp16": 170 / 4 * TERA, "int8": 170 / 2 * TERA},
@@ -52,7 +52,7 @@ DEVICES = {
             "170 sparse INT8 TOPS of the GPU alone, halved for dense, again for FP16; FP32 from "
             "2048 cores",
         ),
-        Device(
+        DeviceSpec(
             "orin-nx-16",
             "Jetson Orin NX 16 GB, GPU at 918 MHz",
             {"fp32": 1024 * 2 * 918e6, "fp16": 60 / 4 * TERA, "int8": 60 / 2 * TERA},
@@ -63,7 +63,7 @@ DEVICES = {
             "100 sparse INT8 TOPS of the module without its two accelerators' 20 each, halved for "
             "dense, again for FP16; FP32 from 1024 cores",
         ),
-        Device(
+        DeviceSpec(
             "orin-nano-8",
             "Jetson Orin Nano 8 GB with the clocks of JetPack 6.2 and later (Super)",
             {"fp32": None, "fp16": 67 / 4 * TERA, "int8": 67 / 2 * TERA},
@@ -76,7 +76,7 @@ DEVICES = {
             ),
             "67 sparse INT8 TOPS, halved for dense, again for FP16",
         ),
-        Device(
+        DeviceSpec(
             "thor",
             "Jetson AGX Thor (T5000)",
             {"fp32": None, "fp16": 1035 / 4 * TERA, "int8": None},
@@ -86,7 +86,7 @@ DEVICES = {
             ("SoM Overview to NVIDIA Jetson AGX Thor, RidgeRun developer wiki",),
             "1035 sparse FP8 TFLOPS, halved for dense, again for FP16",
         ),
-        Device(
+        DeviceSpec(
             "h100",
             "H100 SXM, 80 GB",
             {"fp32": 66.9 * TERA, "fp16": 989.4 * TERA, "int8": 1978.9 * TERA},
@@ -98,7 +98,7 @@ DEVICES = {
                 "H100 SXM. Specs, benchmarks, codesota.com/hardware/h100",
             ),
         ),
-        Device(
+        DeviceSpec(
             "h200",
             "H200 SXM, 141 GB",
             {"fp32": 66.9 * TERA, "fp16": 989.4 * TERA, "int8": 1978.9 * TERA},
@@ -110,7 +110,7 @@ DEVICES = {
                 "NVIDIA H200 GPU Specifications, lzwjava.github.io/nvidia-h200-gpu-specs-en",
             ),
         ),
-        Device(
+        DeviceSpec(
             "rtx-4090",
             "GeForce RTX 4090, 24 GB",
             {"fp32": 82.58 * TERA, "fp16": 165.15 * TERA, "int8": 660.6 * TERA},
@@ -122,10 +122,10 @@ DEVICES = {
     )
 }
 
-NAMES = (*DEVICES, CPU)
+NAMES = (*DEVICES, CPU_DEVICE)
 
 
-def find_device(name: str) -> Device:
+def find_device_spec(name: str) -> DeviceSpec:
     """The device called ``name``; ``cpu`` is measured, not looked up.
 
     Raises:

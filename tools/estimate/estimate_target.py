@@ -17,7 +17,7 @@ PREFIX_ROWS = 35
 
 
 @dataclass(frozen=True)
-class Subject:
+class EstimateTarget:
     """A model with a plan in a precision.
 
     prefix: rows before every picture, held from the start; weight_bytes: None: from the sizes.
@@ -41,7 +41,7 @@ class Subject:
             )
 
     @classmethod
-    def of(cls, bundle: Bundle) -> Subject:
+    def of(cls, bundle: Bundle) -> EstimateTarget:
         """A bundle's."""
         manifest = bundle.manifest
         return cls(
@@ -54,7 +54,7 @@ class Subject:
         )
 
     @property
-    def dense(self) -> Subject:
+    def dense(self) -> EstimateTarget:
         """The same without pruning."""
         plan = preset("dense", self.plan.layers, self.plan.visual_tokens)
         return replace(self, plan=plan)

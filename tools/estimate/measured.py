@@ -9,7 +9,7 @@ from typing import Any
 
 from .fit_peaks import Efficiency
 
-FILE = Path(__file__).with_name("measured.json")
+MEASURED_FILE = Path(__file__).with_name("measured.json")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Measured:
         return next(one["median_error"] for one in self.validations if one["by"] == "model")
 
 
-def measured(device: str, precision: str, file: Path = FILE) -> Measured | None:
+def measured(device: str, precision: str, file: Path = MEASURED_FILE) -> Measured | None:
     """What is known of ``device``; None where nobody measured it."""
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     facts = known.get(device, {}).get(precision)

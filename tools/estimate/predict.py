@@ -15,21 +15,21 @@ from typing import Any
 from ...graphs.contract import stage_slots
 from ...graphs.errors import CapacityError, TargetError
 from ...graphs.plan.call_cost import (
-    Call,
+    GraphCall,
     Sizes,
     Slots,
     Work,
     layers_of,
     question_calls,
     token_calls,
-    total,
+    total_work,
     work_of,
 )
 from ...graphs.plan.cost import Geometry
 from ..profile.machine import cores, machine_facts
 from ..profile.peaks import measure_peaks
-from .devices import CPU, Device, compute_type, find_device
-from .estimate_target import Subject
+from .devices import CPU_DEVICE, DeviceSpec, compute_type, find_device_spec
+from .estimate_target import EstimateTarget
 from .fit_peaks import Efficiency
 from .measured import Measured, measured
 from .peer_figures import efficiency_range, figures_of
@@ -43,7 +43,7 @@ RESERVE = 2 << 30
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptLengths:
     """What is asked: rows of the question, tokens of the answer, rows that engines hold."""
 
     text: int = 40
@@ -70,7 +70,7 @@ class Machine:
         """
         assert self.flops is not None
         if self.fitted is not None:
-            work = total(works)
+            work = total_work(works)
             peaks = (self.flops, self.bandwidth)
             return efficiency.predict_ms(work.flops, work.nbytes, layers, *peaks)
         return 1e3 * sum(
@@ -83,40 +83,41 @@ class Machine:
 
 
 def estimate(
-    subject: Subject, device: str, prompt: Prompt, *, threads: int | None = None
+    target: EstimateTarget, device: str, prompt: PromptLengths, *, threads: int | None = None
 ) -> dict[str, Any]:
-    """What ``subject`` would take on ``device``, beside the unpruned model; plain data.
+    """What ``target`` would take on ``device``, beside the unpruned model; plain data.
 
     Raises:
         TargetError: an unknown device, or a precision that it is not known to compute.
         CapacityError: a context that the prompt does not fit.
     """
-    rows = subject.prefix + subject.plan.visual_tokens + prompt.text + prompt.tokens
-    if device != CPU and rows > prompt.context:
+    rows = target.prefix + target.plan.visual_tokens + prompt.text + prompt.tokens
+    if device != CPU_DEVICE and rows > prompt.context:
         raise CapacityError(
             f"a picture, {prompt.text} rows of question and {prompt.tokens} tokens of answer take "
             f"{rows} rows, the context is {prompt.context}. Type: --context {-(-rows // 64) * 64}"
         )
-    if device == CPU:
-        machine, known = _this_cpu(subject, threads), None
+    if device == CPU_DEVICE:
+        machine, known = _this_cpu(target, threads), None
     else:
-        known = find_device(device)
-        machine = _published(known, subject)
-    subjects = {"plan": subject}
-    if not subject.plan.is_dense:
-        subjects["dense"] = subject.dense
+        known = find_device_spec(device)
+        machine = _published(known, target)
+    targets = {"plan": target}
+    if not target.plan.is_dense:
+        targets["dense"] = target.dense
     return {
-        "model": subject.name,
-        "plan": subject.plan.name,
-        "precision": subject.precision,
-        "prompt": {**asdict(prompt), "prefix": subject.prefix, "rows": rows},
-        "decides_per_prompt": subject.plan.probe is not None,
+        "model": target.name,
+        "plan": target.plan.name,
+        "precision": target.precision,
+        "prompt": {**asdict(prompt), "prefix": target.prefix, "rows": rows},
+        "decides_per_prompt": target.plan.probe is not None,
         "device": _device_facts(machine, known, threads),
         "efficiency": _efficiency_facts(machine),
         "estimates": {
-            name: _times(one, machine, prompt, device == CPU) for name, one in subjects.items()
+            name: _times(one, machine, prompt, device == CPU_DEVICE)
+            for name, one in targets.items()
         },
-        "memory": _memory(subject, machine, known, prompt, device == CPU),
+        "memory": _memory(target, machine, known, prompt, device == CPU_DEVICE),
         "peers": [asdict(f) | {"geometry": None} for f in figures_of(device)],
     }
 
@@ -125,35 +126,35 @@ def _run_in(machine: Machine, precision: str) -> str:
     """The precision that a machine computes in: a CPU widens FP16 graphs, and leaves caches as INT8
     where they are.
     """
-    return precision.replace("fp16", "fp32", 1) if machine.name == CPU else precision
+    return precision.replace("fp16", "fp32", 1) if machine.name == CPU_DEVICE else precision
 
 
-def _this_cpu(subject: Subject, threads: int | None) -> Machine:
+def _this_cpu(target: EstimateTarget, threads: int | None) -> Machine:
     """The machine that this runs on, its peaks measured now."""
-    if compute_type(subject.precision) == "int8" or subject.precision.startswith("w"):
+    if compute_type(target.precision) == "int8" or target.precision.startswith("w"):
         raise TargetError(
-            f"no rate of precision '{subject.precision}' is known for this CPU. Profile a bundle "
+            f"no rate of precision '{target.precision}' is known for this CPU. Profile a bundle "
             "instead: visistage profile BUNDLE, or estimate --precision fp32"
         )
-    found = measured(CPU, "fp32")
+    found = measured(CPU_DEVICE, "fp32")
     if found is None:
         raise TargetError(
             "no CPU was measured for this version, so its efficiency is unknown. In a clone, "
             "measure this one: python -m visistage.bench.fit"
         )
-    step = [Call(f"stage{index}", 1, 1) for index in range(len(subject.plan.stages))]
+    step = [GraphCall(f"stage{index}", 1, 1) for index in range(len(target.plan.stages))]
     sizes = Sizes.of("fp32")
-    works = [work_of(call, subject.config, subject.plan, sizes) for call in step]
+    works = [work_of(call, target.config, target.plan, sizes) for call in step]
     read = max(work.weight_bytes for work in works)
     peaks = measure_peaks(threads=threads or cores(), read_bytes=read)
     memory = machine_facts()["memory_bytes"]
-    return Machine(CPU, peaks.flops, peaks.bandwidth, memory, (found.efficiency,), found)
+    return Machine(CPU_DEVICE, peaks.flops, peaks.bandwidth, memory, (found.efficiency,), found)
 
 
-def _published(device: Device, subject: Subject) -> Machine:
+def _published(device: DeviceSpec, target: EstimateTarget) -> Machine:
     """A device as its data sheet has it."""
-    kind = compute_type(subject.precision)
-    found = measured(device.name, subject.precision)
+    kind = compute_type(target.precision)
+    found = measured(device.name, target.precision)
     if found is not None:
         ends: tuple[Efficiency, ...] = (found.efficiency,)
     else:
@@ -164,52 +165,54 @@ def _published(device: Device, subject: Subject) -> Machine:
     )
 
 
-def _times(subject: Subject, machine: Machine, prompt: Prompt, bucketed: bool) -> dict[str, Any]:
+def _times(
+    target: EstimateTarget, machine: Machine, prompt: PromptLengths, bucketed: bool
+) -> dict[str, Any]:
     """Milliseconds of every phase: [fastest, slowest]; None where the device's rate is unknown."""
-    slots = _slots(subject, prompt, bucketed)
+    slots = _slots(target, prompt, bucketed)
     shape: dict[str, Any] = {
-        "prefix": subject.prefix,
-        "visual": subject.plan.visual_tokens,
+        "prefix": target.prefix,
+        "visual": target.plan.visual_tokens,
         "slots": slots,
     }
-    cold = question_calls(subject.plan, text=prompt.text, **shape)
-    again = question_calls(subject.plan, text=prompt.text, cached=True, **shape)
+    cold = question_calls(target.plan, text=prompt.text, **shape)
+    again = question_calls(target.plan, text=prompt.text, cached=True, **shape)
     middle = prompt.text + prompt.tokens // 2
-    step = token_calls(subject.plan, text=middle, **shape)
-    precision = _run_in(machine, subject.precision)
+    step = token_calls(target.plan, text=middle, **shape)
+    precision = _run_in(machine, target.precision)
     sizes = Sizes.of(precision)
 
-    def works(calls: Sequence[Call]) -> list[Work]:
-        return [work_of(call, subject.config, subject.plan, sizes) for call in calls]
+    def works(calls: Sequence[GraphCall]) -> list[Work]:
+        return [work_of(call, target.config, target.plan, sizes) for call in calls]
 
-    def ms(calls: Sequence[Call]) -> list[float] | None:
+    def ms(calls: Sequence[GraphCall]) -> list[float] | None:
         if machine.flops is None:
             return None
-        layers = sum(layers_of(call, subject.config, subject.plan) for call in calls)
+        layers = sum(layers_of(call, target.config, target.plan) for call in calls)
         return [machine.ms(works(calls), layers, one) for one in machine.efficiencies]
 
-    def reading(calls: Sequence[Call]) -> list[float]:
+    def reading(calls: Sequence[GraphCall]) -> list[float]:
         """A later token where the rate of products is unknown: bytes alone, which decide it."""
-        nbytes = total(works(calls)).nbytes
+        nbytes = total_work(works(calls)).nbytes
         return [1e3 * nbytes / one.bandwidth / machine.bandwidth for one in machine.efficiencies]
 
-    tower = [call for call in cold if call.graph == "vision"]
+    encoder = [call for call in cold if call.graph == "vision"]
     decoder = [call for call in cold if call.graph != "vision"]
     return {
-        "plan": subject.plan.name,
-        "tower_ms": ms(tower),
+        "plan": target.plan.name,
+        "tower_ms": ms(encoder),
         "prefill_ms": ms(decoder),
         "first_token_ms": ms(cold),
         "second_question_ms": ms(again),
         "per_token_ms": ms(step) or reading(step),
-        "prefill_flops": total(works(decoder)).flops,
-        "token_bytes": total(works(step)).nbytes,
+        "prefill_flops": total_work(works(decoder)).flops,
+        "token_bytes": total_work(works(step)).nbytes,
     }
 
 
-def _slots(subject: Subject, prompt: Prompt, bucketed: bool) -> Slots:
+def _slots(target: EstimateTarget, prompt: PromptLengths, bucketed: bool) -> Slots:
     """Slots of a stage's cache: buckets that grow on ONNX Runtime, fixed in engines."""
-    fixed = stage_slots(subject.plan, subject.plan.visual_tokens, prompt.context)
+    fixed = stage_slots(target.plan, target.plan.visual_tokens, prompt.context)
 
     def slots(stage: int, held: int) -> int:
         return -(-held // BUCKET) * BUCKET if bucketed else fixed[stage]
@@ -218,18 +221,22 @@ def _slots(subject: Subject, prompt: Prompt, bucketed: bool) -> Slots:
 
 
 def _memory(
-    subject: Subject, machine: Machine, device: Device | None, prompt: Prompt, bucketed: bool
+    target: EstimateTarget,
+    machine: Machine,
+    device: DeviceSpec | None,
+    prompt: PromptLengths,
+    bucketed: bool,
 ) -> dict[str, Any]:
     """Bytes of weights and caches, against what the device has."""
-    geometry = Geometry.of(subject.config.text)
-    precision = _run_in(machine, subject.precision)
-    slots = _slots(subject, prompt, bucketed)
+    geometry = Geometry.of(target.config.text)
+    precision = _run_in(machine, target.precision)
+    slots = _slots(target, prompt, bucketed)
     row = 2 * geometry.widths[1] * Sizes.of(precision).cache
     caches = 0.0
-    for index, stage in enumerate(subject.plan.stages):
-        held = subject.prefix + stage.visual_tokens + prompt.text + prompt.tokens
+    for index, stage in enumerate(target.plan.stages):
+        held = target.prefix + stage.visual_tokens + prompt.text + prompt.tokens
         caches += row * stage.depth * slots(index, held)
-    weights = subject.weights()
+    weights = target.weights()
     needed = weights + caches
     return {
         "weight_bytes": weights,
@@ -241,7 +248,9 @@ def _memory(
     }
 
 
-def _device_facts(machine: Machine, device: Device | None, threads: int | None) -> dict[str, Any]:
+def _device_facts(
+    machine: Machine, device: DeviceSpec | None, threads: int | None
+) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "name": machine.name,
         "flops": machine.flops,

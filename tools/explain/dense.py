@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...graphs.bundle import MANIFEST, Bundle, Manifest
 from ...graphs.errors import BundleError
-from ...graphs.quantization import is_quantised, parse_recipe
+from ...graphs.quantization import is_quantised, parse_quant_config
 from ...graphs.targets import find_target
 
 
@@ -69,7 +69,7 @@ def unstaged(precision: str) -> str:
     """A precision without its schemes of single stages, which the dense plan has not."""
     if not is_quantised(precision):
         return precision
-    return replace(parse_recipe(precision), stages={}).name
+    return replace(parse_quant_config(precision), stages={}).name
 
 
 def _precision(bundle: Bundle) -> str:

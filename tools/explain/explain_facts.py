@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...graphs.bundle import Manifest
     from ...graphs.plan.stages import Stage
 
-NEAR = 0.8
+NEAR_PEAK = 0.8
 """Share of the largest part that counts as near it."""
 
 
@@ -153,11 +153,11 @@ def _stage(index: int, stage: Stage, layers: list[dict[str, Any]]) -> dict[str, 
 def _fusion(run: Run, dense: Run | None) -> dict[str, Any]:
     """Where vision weighs most, in the unpruned run where there is one.
 
-    peak: the layer where its part is largest; near: others that come near it (``NEAR``).
+    peak: the layer where its part is largest; near: others that come near it (``NEAR_PEAK``).
     """
     parts = [layer.reading.part for layer in (dense or run).trace.layers]
     peak = int(np.argmax(parts))
-    near = [i for i, part in enumerate(parts) if i != peak and part >= NEAR * parts[peak]]
+    near = [i for i, part in enumerate(parts) if i != peak and part >= NEAR_PEAK * parts[peak]]
     return {"peak": peak, "part": parts[peak], "near": near}
 
 

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from ...pages.page import style, template
-from ...pages.page import write as write_page
+from ...pages.page import write_page as write_page
 from ...pages.words import percent
 from .overlay import Grid
 
-FOLDER = Path(__file__).parent
+TEMPLATE_FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownImage:
     """One picture of the prompt.
 
     uri, ghost: the picture and its small grey copy. size: (width, height) in pixels. present: for
@@ -41,12 +41,12 @@ class Shown:
     cropped: float
 
 
-def render(facts: dict[str, Any], pictures: Sequence[Shown]) -> str:
+def render_explanation(facts: dict[str, Any], images: Sequence[ShownImage]) -> str:
     """The page's HTML."""
-    script = (FOLDER / "page.js").read_text(encoding="utf-8").strip()
+    script = (TEMPLATE_FOLDER / "page.js").read_text(encoding="utf-8").strip()
     digest = base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode()
-    masks = masks_of([layer["phase"] for layer in facts["layers"]], pictures)
-    return template(FOLDER / "page.html").render(
+    masks = masks_of([layer["phase"] for layer in facts["layers"]], images)
+    return template(TEMPLATE_FOLDER / "page.html").render(
         facts=facts,
         pictures=[
             {
@@ -64,7 +64,7 @@ def render(facts: dict[str, Any], pictures: Sequence[Shown]) -> str:
                     for number, tokens in enumerate(masks.distinct)
                 ],
             }
-            for index, one in enumerate(pictures)
+            for index, one in enumerate(images)
         ],
         masks=masks.of_layer,
         captions=[_captions(layer, facts) for layer in facts["layers"]],
@@ -72,13 +72,13 @@ def render(facts: dict[str, Any], pictures: Sequence[Shown]) -> str:
         runs=_runs(facts),
         start=_start(facts),
         top=max(max(layer["part"], layer["dense_part"] or 0.0) for layer in facts["layers"]),
-        style=style(FOLDER / "page.css"),
+        style=style(TEMPLATE_FOLDER / "page.css"),
         script=script,
         script_hash=f"sha256-{digest}",
     )
 
 
-def write(html: str, path: Path) -> None:
+def write_explanation(html: str, path: Path) -> None:
     """Put the page at ``path``, whole or not at all.
 
     Raises:
@@ -95,14 +95,14 @@ class Masks:
     of_layer: list[int | None]
 
 
-def masks_of(phases: Sequence[str], pictures: Sequence[Shown]) -> Masks:
+def masks_of(phases: Sequence[str], images: Sequence[ShownImage]) -> Masks:
     """What to outline in each layer: its tokens, or before a selection those that will survive."""
     distinct: list[list[np.ndarray]] = []
     of_layer: list[int | None] = []
     coming: int | None = None
     for layer in reversed(range(len(phases))):
         if phases[layer] == "kept":
-            tokens = [picture.present[layer] for picture in pictures]
+            tokens = [image.present[layer] for image in images]
             known = distinct and all(map(np.array_equal, distinct[-1], tokens))
             if not known:
                 distinct.append(tokens)

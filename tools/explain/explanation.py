@@ -15,8 +15,8 @@ from ...runtime.image.image import load_image
 from ...runtime.session import DEFAULT_MAX_TOKENS, Session
 from .dense import dense_bundle, how_to_build
 from .explain_facts import Run, explain_facts
-from .explain_page import Shown, render
-from .overlay import Grid, cropped_share, ghost_uri, heat_uri, picture_uri, seen
+from .explain_page import ShownImage, render_explanation
+from .overlay import Grid, cropped_share, ghost_uri, heat_uri, image_uri, seen
 from .trace import LayerTrace, trace
 
 
@@ -54,7 +54,7 @@ def explain(
     """
     if not images:
         raise PromptError("explain shows what becomes of a picture: name at least one")
-    pictures = [load_image(image) for image in images]
+    loaded = [load_image(image) for image in images]
     bundle = Bundle.open(path)
     other = dense_bundle(bundle, dense)
 
@@ -77,12 +77,12 @@ def explain(
     tokens = bundle.manifest.config.visual_tokens
     grid = Grid.of(bundle.manifest.config)
     shown = []
-    for index, picture in enumerate(pictures):
+    for index, image in enumerate(loaded):
         part = slice(index * tokens, (index + 1) * tokens)
-        visible = seen(picture, preparations[0])
+        visible = seen(image, preparations[0])
         shown.append(
-            Shown(
-                uri=picture_uri(visible),
+            ShownImage(
+                uri=image_uri(visible),
                 ghost=ghost_uri(visible),
                 size=visible.size,
                 grid=grid,
@@ -91,10 +91,10 @@ def explain(
                     name: [heat_uri(grid.cells(values[part]) / strongest) for values in layers]
                     for name, layers in heat.items()
                 },
-                cropped=cropped_share(picture.size, preparations[0]),
+                cropped=cropped_share(image.size, preparations[0]),
             )
         )
-    return Explanation(render(facts, shown), facts)
+    return Explanation(render_explanation(facts, shown), facts)
 
 
 def _relative(layers: Sequence[LayerTrace]) -> list[np.ndarray]:

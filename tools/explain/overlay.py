@@ -19,7 +19,7 @@ from ...graphs.errors import ImageError
 from ...runtime.image.image import preprocess
 from ...runtime.image.preprocessing import Preprocessing
 
-SIDE = 672
+SHOWN_SIDE = 672
 """Pixels that the shorter edge of a shown picture should have, where the original has them."""
 
 GHOST = 96
@@ -103,7 +103,7 @@ def cropped_share(size: tuple[int, int], preprocessing: Preprocessing) -> float:
     return 1 - min(1.0, crop[0] / height) * min(1.0, crop[1] / width)
 
 
-def picture_uri(image: Image.Image) -> str:
+def image_uri(image: Image.Image) -> str:
     """The picture as a data URI: PNG or JPEG, whichever is smaller."""
     flat, photo = io.BytesIO(), io.BytesIO()
     image.save(flat, "PNG", optimize=True)
@@ -133,13 +133,15 @@ def heat_uri(values: np.ndarray) -> str:
 
 
 def _factor(image: Image.Image, preprocessing: Preprocessing) -> int:
-    """How much finer than the tower's input: up to ``SIDE``, and no finer than the original."""
+    """How much finer than the tower's input: up to ``SHOWN_SIDE``, and no finer than the
+    original.
+    """
     size = preprocessing.size
     if size is None:
         return 1
     edge = size if isinstance(size, int) else min(size)
     original = max(image.size) if preprocessing.pad_color is not None else min(image.size)
-    return max(1, round(min(SIDE, original) / edge))
+    return max(1, round(min(SHOWN_SIDE, original) / edge))
 
 
 def _scaled(preprocessing: Preprocessing, factor: int) -> Preprocessing:

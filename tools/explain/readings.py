@@ -32,7 +32,7 @@ class Gates:
 
 
 @dataclass(frozen=True)
-class Reading:
+class LayerReading:
     """One layer. Arrays are over the n visual slots that were asked about.
 
     norms: |c_j|; cosines: cos(o - c_j, o), 1 where a token changes nothing.
@@ -66,7 +66,7 @@ def read_row(
     visible: np.ndarray,
     visual: np.ndarray,
     gates: Gates | None = None,
-) -> Reading:
+) -> LayerReading:
     """Read one row of one layer.
 
     Args:
@@ -97,7 +97,7 @@ def read_row(
     along = (seen * (out @ values.transpose(0, 2, 1))).sum((0, 1))
     total = float((out**2).sum())
     vision = seen @ values
-    return Reading(
+    return LayerReading(
         norms=np.sqrt(squared),
         cosines=(total - along) / np.sqrt(np.maximum(total * (total - 2 * along + squared), 1e-12)),
         attention=attention,

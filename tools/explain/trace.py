@@ -1,4 +1,4 @@
-"""One answer, watched: what the last prompt row took from each visual token in every layer.
+"""One answer, observed: what the last prompt row took from each visual token in every layer.
 
 Stages hand out their last row's queries, caches hold keys and values. So no other graphs run than
 those that answer: an executor around the real one notes the calls of a prefill, and afterwards
@@ -18,14 +18,14 @@ import numpy as np
 
 from ...graphs.chain.chain import Chain
 from ...graphs.chain.executor import Executor, StageResult
-from ...runtime.tensors import cache_scales
-from .readings import Gates, Reading, read_row
+from ...runtime.tensors import stored_cache_scales
+from .readings import Gates, LayerReading, read_row
 
 if TYPE_CHECKING:
     from ...runtime.answer import Answer, Timings
     from ...runtime.session import Session
 
-REPEATS = 5
+TIMED_RUNS = 5
 """Timed runs of each bundle, fewer where they would take longer than ``SECONDS``."""
 
 SECONDS = 30.0
@@ -41,7 +41,7 @@ class LayerTrace:
     present: np.ndarray
     norms: np.ndarray
     cosines: np.ndarray
-    reading: Reading
+    reading: LayerReading
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Trace:
 
 
 @dataclass
-class Call:
+class TracedCall:
     """One text call of a stage, as far as it is needed later."""
 
     stage: int
@@ -79,11 +79,11 @@ class Call:
 
 
 @dataclass
-class Watched:
+class ObservedExecutor:
     """An ``Executor`` that notes every call of a stage and leaves the work to ``inner``."""
 
     inner: Executor
-    calls: list[Call] = field(default_factory=list)
+    calls: list[TracedCall] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.ensure_slots = self.inner.ensure_slots
@@ -105,7 +105,7 @@ class Watched:
         """One call of a stage, noted."""
         result = self.inner.append(stage, rows, positions, order, slot_order, write_index, gates)
         self.calls.append(
-            Call(
+            TracedCall(
                 stage,
                 int(order[0, -1]),
                 np.array(result.queries),
@@ -123,7 +123,7 @@ def trace(session: Session, images: Sequence[Any], question: str, max_tokens: in
         VisistageError: as ``Session.stream``.
     """
     sampling = replace(session.sampling, temperature=0.0)
-    with _watching(session.context.chain) as calls:
+    with _observing(session.context.chain) as calls:
         first = session.infer(images, question, max_tokens=1, sampling=sampling)
     layers, positions = _read(session, calls, first.plan.prompt_rows - 1)
     kept = first.plan.kept
@@ -136,26 +136,26 @@ def trace(session: Session, images: Sequence[Any], question: str, max_tokens: in
 
 
 @contextmanager
-def _watching(chain: Chain) -> Iterator[list[Call]]:
+def _observing(chain: Chain) -> Iterator[list[TracedCall]]:
     """The calls that ``chain`` makes inside the block."""
     real = chain.executor
-    watched = Watched(real)
-    chain.executor = watched
+    observed = ObservedExecutor(real)
+    chain.executor = observed
     try:
-        yield watched.calls
+        yield observed.calls
     finally:
         chain.executor = real
 
 
 def _read(
-    session: Session, calls: Sequence[Call], last: int
+    session: Session, calls: Sequence[TracedCall], last: int
 ) -> tuple[tuple[LayerTrace, ...], np.ndarray]:
     """Every layer of the prefill with the last row ``last``, and positions (N,) of its tokens."""
     chain = session.context.chain
     prefill = {call.stage: call for call in calls if call.last == last}
     first = prefill[0].slot_order
     positions = np.sort(first[chain.slots[0].visual[0, : len(first)] & (first <= last)])
-    layers, scales = [], cache_scales(session.bundle)
+    layers, scales = [], stored_cache_scales(session.bundle)
     for index, stage in enumerate(chain.plan.stages):
         call = prefill[index]
         slots = len(call.slot_order)
@@ -196,7 +196,7 @@ def _floats(
     return out
 
 
-def _by_token(reading: Reading, tokens: np.ndarray, count: int) -> LayerTrace:
+def _by_token(reading: LayerReading, tokens: np.ndarray, count: int) -> LayerTrace:
     present, norms = np.zeros(count, bool), np.zeros(count, np.float32)
     cosines = np.ones(count, np.float32)
     present[tokens], norms[tokens], cosines[tokens] = True, reading.norms, reading.cosines
@@ -207,7 +207,7 @@ def _repeated(ask: Callable[[], Answer]) -> list[Answer]:
     """Ask for the clock; the watched run was the warm-up."""
     stop = time.perf_counter() + SECONDS
     answers = [ask()]
-    while len(answers) < REPEATS and time.perf_counter() < stop:
+    while len(answers) < TIMED_RUNS and time.perf_counter() < stop:
         answers.append(ask())
     return answers
 

@@ -9,7 +9,7 @@ from ...graphs.errors import BundleError
 from ..explain.dense import dense_bundle, how_to_build
 
 
-def opponent(bundle: Bundle, given: Path | None) -> Bundle | None:
+def baseline_bundle(bundle: Bundle, given: Path | None) -> Bundle | None:
     """The bundle at ``given``, or one with the plan ``dense`` beside ``bundle``; None without.
 
     Raises:

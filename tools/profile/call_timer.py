@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...graphs.contract import PROBE
-from ...graphs.plan.call_cost import VISION, Call
+from ...graphs.plan.call_cost import VISION, GraphCall
 
 Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
-class Event:
+class TimedCall:
     """One call and when it took place, in seconds of ``time.perf_counter``."""
 
-    call: Call
+    call: GraphCall
     start: float
     stop: float
 
@@ -32,33 +32,35 @@ class Event:
 
 
 @contextmanager
-def watch(executor: Any, clock: Clock = time.perf_counter) -> Iterator[list[Event]]:
+def observe_calls(executor: Any, clock: Clock = time.perf_counter) -> Iterator[list[TimedCall]]:
     """Note every call of ``executor`` (``graphs.chain.executor.Executor``) until the end of the
     block.
     """
-    events: list[Event] = []
-    describe: dict[str, Callable[..., Call]] = {
-        "encode": lambda pixels: Call(VISION, 0, 0),
-        "append": lambda stage, rows, positions, order, slot_order, *rest: Call(
+    events: list[TimedCall] = []
+    describe: dict[str, Callable[..., GraphCall]] = {
+        "encode": lambda pixels: GraphCall(VISION, 0, 0),
+        "append": lambda stage, rows, positions, order, slot_order, *rest: GraphCall(
             f"stage{stage}", order.shape[1], slot_order.shape[1]
         ),
-        "select": lambda edge, query, slot_order, *rest: Call(
+        "select": lambda edge, query, slot_order, *rest: GraphCall(
             f"select{edge}", 0, slot_order.shape[1]
         ),
-        "probe": lambda stage, layer, query, slot_order, *rest: Call(PROBE, 0, slot_order.shape[1]),
+        "probe": lambda stage, layer, query, slot_order, *rest: GraphCall(
+            PROBE, 0, slot_order.shape[1]
+        ),
     }
 
-    def watched(method: Callable, call_of: Callable[..., Call]) -> Callable:
+    def observed(method: Callable, call_of: Callable[..., GraphCall]) -> Callable:
         def run(*args, **options):
             start = clock()
             result = method(*args, **options)
-            events.append(Event(call_of(*args, **options), start, clock()))
+            events.append(TimedCall(call_of(*args, **options), start, clock()))
             return result
 
         return run
 
     for name, call_of in describe.items():
-        setattr(executor, name, watched(getattr(executor, name), call_of))
+        setattr(executor, name, observed(getattr(executor, name), call_of))
     try:
         yield events
     finally:

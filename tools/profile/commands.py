@@ -15,11 +15,11 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...compile.engines.engine_spec import Recipe, Shape, recipes_of
+from ...compile.engines.engine_spec import EngineSpec, Shape, engine_specs_of
 from ...graphs.bundle import Bundle, Manifest
 from ...graphs.contract import GraphSpec, TensorSpec, stage_of
-from ...graphs.engine_index import FOLDER, Engines
-from ...graphs.plan.call_cost import Call
+from ...graphs.engine_index import ENGINES_FOLDER, Engines
+from ...graphs.plan.call_cost import GraphCall
 from ...graphs.targets import TENSORRT_RTX, find_target
 
 ITERATIONS, WARM_UP = 50, 10
@@ -45,7 +45,7 @@ class Command:
         return " ".join([*filter(None, [self.environment]), *map(shlex.quote, self.arguments)])
 
 
-def commands_of(bundle: Bundle, calls: Iterable[Call] = ()) -> list[Command]:
+def commands_of(bundle: Bundle, calls: Iterable[GraphCall] = ()) -> list[Command]:
     """Commands for every engine of a bundle, or for the graphs that ONNX Runtime runs.
 
     ``calls``: for ONNX Runtime, those whose shapes are wanted; engines have shapes of their own,
@@ -61,12 +61,12 @@ def commands_of(bundle: Bundle, calls: Iterable[Call] = ()) -> list[Command]:
     compiled = {one.name: one.file for one in engines.engines} if engines else {}
     return [
         command
-        for recipe in recipes_of(manifest)
-        for command in _engine_commands(recipe, compiled.get(recipe.name), environment)
+        for engine_spec in engine_specs_of(manifest)
+        for command in _engine_commands(engine_spec, compiled.get(engine_spec.name), environment)
     ]
 
 
-def _graph_commands(manifest: Manifest, calls: Iterable[Call], provider: str) -> list[Command]:
+def _graph_commands(manifest: Manifest, calls: Iterable[GraphCall], provider: str) -> list[Command]:
     out = []
     for call in dict.fromkeys(calls):
         for name, fact in manifest.graphs.items():
@@ -92,26 +92,28 @@ def _graph_commands(manifest: Manifest, calls: Iterable[Call], provider: str) ->
     return out
 
 
-def _engine_commands(recipe: Recipe, engine: str | None, environment: str) -> list[Command]:
+def _engine_commands(
+    engine_spec: EngineSpec, engine: str | None, environment: str
+) -> list[Command]:
     """One for every profile of an engine: decoding and prefill."""
     out = []
-    for number, profile in enumerate(recipe.profiles):
+    for number, profile in enumerate(engine_spec.profiles):
         likely = {name: shapes[1] for name, shapes in profile.items()}
         arguments = ["polygraphy", "run"]
         if engine is not None:
-            arguments += [f"{FOLDER}/{engine}", "--trt", "--model-type", "engine"]
+            arguments += [f"{ENGINES_FOLDER}/{engine}", "--trt", "--model-type", "engine"]
         else:
-            arguments += [recipe.source, "--trt", "--strongly-typed"]
-            for each in recipe.profiles:
+            arguments += [engine_spec.source, "--trt", "--strongly-typed"]
+            for each in engine_spec.profiles:
                 for which, index in (("min", 0), ("opt", 1), ("max", 2)):
                     shapes = {name: sizes[index] for name, sizes in each.items()}
                     arguments += [f"--trt-{which}-shapes", *_shapes(shapes)]
         arguments += ["--optimization-profile", str(number)]
         arguments += ["--input-shapes", *_shapes(likely)]
-        arguments += ["--val-range", *_ranges(recipe.spec, likely), *TIMING]
+        arguments += ["--val-range", *_ranges(engine_spec.spec, likely), *TIMING]
         rows = f", {likely['rows'][1]} rows" if "rows" in likely else ""
         what = "its engine" if engine is not None else "compiled first"
-        out.append(Command(f"{recipe.name}{rows}, {what}", tuple(arguments), environment))
+        out.append(Command(f"{engine_spec.name}{rows}, {what}", tuple(arguments), environment))
     return out
 
 

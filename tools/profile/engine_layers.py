@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from .operators import LAYER, OTHER, Operators
+from .operators import LAYER_NODE, OTHER, Operators
 
 
 @dataclass
@@ -38,7 +38,7 @@ class LayerTimes:
         kinds = {name: ms / runs for name, ms in self.ms.items()}
         layers: dict[str, float] = {}
         for name, ms in kinds.items():
-            layer = LAYER.search(name)
+            layer = LAYER_NODE.search(name)
             key = layer[1] if layer else OTHER
             layers[key] = layers.get(key, 0.0) + ms
         ordered = sorted(layers, key=lambda key: (key == OTHER, key.zfill(6)))

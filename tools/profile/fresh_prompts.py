@@ -14,28 +14,30 @@ import numpy as np
 from PIL import Image
 
 SIZE = (640, 480)
-GRID = (20, 15)
+NOISE_GRID = (20, 15)
 FIRST = "What can be seen in part {number} of this picture?"
 SECOND = "And what colour is the thing in part {number}?"
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ProfilePrompt:
     """A picture as JPEG, a question about it, and a second one."""
 
-    picture: bytes
+    image: bytes
     first: str
     second: str
 
 
-def prompts(seed: int = 0) -> Iterator[Prompt]:
+def prompts(seed: int = 0) -> Iterator[ProfilePrompt]:
     """Prompts without end, the same for the same seed."""
     random = np.random.default_rng(seed)
     number = 100  # three digits each: as many tokens
     while True:
-        noise = random.integers(0, 256, (GRID[1], GRID[0], 3), dtype=np.uint8)
-        picture = Image.fromarray(noise).resize(SIZE, Image.Resampling.BICUBIC)
+        noise = random.integers(0, 256, (NOISE_GRID[1], NOISE_GRID[0], 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize(SIZE, Image.Resampling.BICUBIC)
         data = io.BytesIO()
-        picture.save(data, "JPEG", quality=90)
-        yield Prompt(data.getvalue(), FIRST.format(number=number), SECOND.format(number=number))
+        image.save(data, "JPEG", quality=90)
+        yield ProfilePrompt(
+            data.getvalue(), FIRST.format(number=number), SECOND.format(number=number)
+        )
         number = 100 + (number - 99) % 900

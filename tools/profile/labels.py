@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-ROWS = {
+ROW_LABELS = {
     "preprocess": "decode and preprocess",
     "vision": "tower and projector",
     "host": "between the graphs",
@@ -26,8 +26,8 @@ def row_names(runs: dict[str, Any]) -> list[str]:
 
 def label(name: str) -> str:
     """A quantity in words."""
-    if name in ROWS:
-        return ROWS[name]
+    if name in ROW_LABELS:
+        return ROW_LABELS[name]
     return f"  of it {name.removeprefix('step.')}" if name.startswith("step.") else name
 
 

@@ -22,14 +22,14 @@ from ...graphs.bundle import Bundle
 from ...graphs.errors import BundleError
 from ...runtime.session import Session
 from .fresh_prompts import prompts
-from .timing import Question, ask, until_first_token
+from .timing import TimedAnswer, time_questions, until_first_token
 
 OTHER = "other"
 ROUNDS = 5
 CONTAINER = "If"
 """Its time is that of operators in it, which are noted as well."""
 
-LAYER = re.compile(r"layers\.(\d+)/")
+LAYER_NODE = re.compile(r"layers\.(\d+)/")
 
 
 Table = dict[str, dict[str, float]]
@@ -63,7 +63,7 @@ def operator_times(bundle: Bundle, *, tokens: int, **options) -> OperatorTimes:
         with Session(bundle, profile=Path(folder), **options) as session:
             source = prompts(seed=1)
             for _ in range(1 + ROUNDS):  # the first warms up
-                questions.append(ask(session, next(source), tokens))
+                questions.append(time_questions(session, next(source), tokens))
             files = session.executor.end_profiles()
         runs = {name: list(_runs(file)) for name, file in files.items()}
     return _attributed(questions, runs)
@@ -109,7 +109,7 @@ def _runs(file: Path) -> Iterator[Run]:
 
 
 def _attributed(
-    questions: Sequence[tuple[Question, Question]],
+    questions: Sequence[tuple[TimedAnswer, TimedAnswer]],
     runs: dict[str, list[Run]],
 ) -> OperatorTimes:
     """Give every run of every graph to the call that it belongs to."""
@@ -132,7 +132,7 @@ def _attributed(
             if question is pair[0]:
                 phases[0].append(noted[0])
                 phases[1].append([(g, n, k, ms / question.later) for g, n, k, ms in noted[1]])
-    return OperatorTimes(*(_summed(rounds[1:]) for rounds in phases))
+    return OperatorTimes(*(_summed(quantises[1:]) for quantises in phases))
 
 
 def _graphs(name: str, runs: dict[str, Any]) -> list[str]:
@@ -140,14 +140,14 @@ def _graphs(name: str, runs: dict[str, Any]) -> list[str]:
     return [graph for graph in runs if graph.split(".")[0] == name]
 
 
-def _summed(rounds: Sequence[Sequence[Noted]]) -> Operators:
+def _summed(quantises: Sequence[Sequence[Noted]]) -> Operators:
     """Medians over the rounds of what each kind and each layer took."""
     tables: tuple[dict, dict] = ({}, {})
-    for number, round_ in enumerate(rounds):
+    for number, round_ in enumerate(quantises):
         for graph, node, kind, ms in round_:
-            layer = LAYER.search(node)
+            layer = LAYER_NODE.search(node)
             for table, key in zip(tables, (kind, layer[1] if layer else OTHER), strict=True):
-                row = table.setdefault(graph, {}).setdefault(key, [0.0] * len(rounds))
+                row = table.setdefault(graph, {}).setdefault(key, [0.0] * len(quantises))
                 row[number] += ms
     kinds, layers = (
         {graph: {key: median(times) for key, times in row.items()} for graph, row in one.items()}

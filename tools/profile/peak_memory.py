@@ -64,10 +64,10 @@ def main() -> None:
     load_ms = (time.perf_counter() - start) * 1e3
     loaded = psutil.Process().memory_info().rss
     from .fresh_prompts import prompts
-    from .timing import ask
+    from .timing import time_questions
 
     with session:
-        ask(session, next(prompts()), job["tokens"])
+        time_questions(session, next(prompts()), job["tokens"])
     print(json.dumps(asdict(Footprint(load_ms, loaded, peak_memory()))))
 
 

@@ -20,18 +20,18 @@ import onnxruntime as ort
 
 from ...graphs.plan.call_cost import Work
 
-SIDE = 1536
+PRODUCT_SIDE = 1536
 """Side of the square product: large enough for the best rate, 0.1 s on two cores."""
 
 MOST_BYTES = 256 << 20
 """Largest matrix that is read: beyond it, memory is as slow as it gets."""
 
 LEAST_BYTES = 4 << 20
-REPEATS = 5
+PEAK_REPEATS = 5
 WIDTH = 4096
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 FILES = {"fp32": "matmul.onnx", "fp16": "matmul-fp16.onnx"}
-DTYPES = {"fp32": np.float32, "fp16": np.float16}
+PRODUCT_DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Peaks:
     threads: int | None
     nbytes: int
 
-    def floor_ms(self, work: Work) -> float:
+    def lower_bound_ms(self, work: Work) -> float:
         """The least time that ``work`` can take: the slower of its operations and its bytes."""
         return 1e3 * max(work.flops / self.flops, work.nbytes / self.bandwidth)
 
@@ -65,7 +65,7 @@ def measure_peaks(
     *,
     precision: str = "fp32",
     threads: int | None = None,
-    provider: str = CPU,
+    provider: str = CPU_PROVIDER,
     read_bytes: float = MOST_BYTES,
 ) -> Peaks:
     """Measure both, in under a second on a CPU.
@@ -77,10 +77,10 @@ def measure_peaks(
         read_bytes: bytes that a decode step reads; within ``LEAST_BYTES`` and ``MOST_BYTES``.
     """
     run = _Product(precision, threads, provider)
-    dtype = np.dtype(DTYPES[precision])
-    square = np.ones((SIDE, SIDE), dtype)
+    dtype = np.dtype(PRODUCT_DTYPES[precision])
+    square = np.ones((PRODUCT_SIDE, PRODUCT_SIDE), dtype)
     seconds = _best(run.bound(square, square))
-    flops = 2 * SIDE**3 / seconds
+    flops = 2 * PRODUCT_SIDE**3 / seconds
     nbytes = int(min(max(read_bytes, LEAST_BYTES), MOST_BYTES))
     rows = max(1, nbytes // dtype.itemsize // WIDTH)
     matrix = np.ones((rows, WIDTH), dtype)
@@ -97,7 +97,7 @@ class _Product:
         options.log_severity_level = 3
         file = Path(__file__).with_name(FILES[precision])
         self.session = ort.InferenceSession(str(file), options, providers=[provider])
-        self.device = "cuda" if provider == CUDA else "cpu"
+        self.device = "cuda" if provider == CUDA_PROVIDER else "cpu"
 
     def bound(self, a: np.ndarray, b: np.ndarray) -> Callable[[], None]:
         """One product, with everything in place before the clock starts."""
@@ -118,7 +118,7 @@ def _best(run: Callable[[], None]) -> float:
     """Seconds of the fastest of some runs: a peak is what nothing disturbed."""
     run()
     times = []
-    for _ in range(REPEATS):
+    for _ in range(PEAK_REPEATS):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)

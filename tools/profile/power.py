@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .rails import Ina3221, JetsonStats, Nvml, Sample, parse_tegrastats
+from .rails import Ina3221, JetsonStats, Nvml, PowerSample, parse_tegrastats
 
 INTERVAL = 0.1
 """Seconds between samples."""
@@ -37,7 +37,7 @@ class Meter:
     source: Any = None
     reason: str | None = None
     interval: float = INTERVAL
-    samples: list[tuple[float, Sample]] = field(default_factory=list)
+    samples: list[tuple[float, PowerSample]] = field(default_factory=list)
 
     @classmethod
     def find(cls, root: Path = Path("/")) -> Meter:
@@ -139,7 +139,7 @@ class Tegrastats:
             text=True,
         )
 
-    def read(self) -> Sample:
+    def read(self) -> PowerSample:
         """The next line's; waits for it."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()

@@ -13,23 +13,23 @@ from typing import Any
 
 from ...graphs.bundle import Bundle
 from ...graphs.errors import PromptError
-from ...graphs.plan.call_cost import Call, Sizes, work_of
+from ...graphs.plan.call_cost import GraphCall, Sizes, work_of
 from ...graphs.targets import ONNXRUNTIME, find_target
 from ...runtime.session import Session
-from .baseline import missing, opponent
+from .baseline import baseline_bundle, missing
 from .commands import as_facts, commands_of
 from .machine import cores, machine_facts
 from .operators import operator_times
 from .peak_memory import Footprint, footprint
-from .peaks import CPU, CUDA, FILES, Peaks, measure_peaks, providers
+from .peaks import CPU_PROVIDER, CUDA_PROVIDER, FILES, Peaks, measure_peaks, providers
 from .power import Meter
-from .profile_facts import beaten, dominant, power_facts, run_facts, speed_up
+from .profile_facts import above_roofline, dominant, power_facts, run_facts, speed_up
 from .sweep import sweep
-from .timing import Series, Settings, measure
+from .timing import Settings, TimedSeries, measure_bundles
 
 PLAN, AGAINST = "plan", "against"
 SWEEP_ROUNDS = 3
-Progress = Callable[[str, int, int], None]
+ProfileProgress = Callable[[str, int, int], None]
 """(what runs now, steps done of it, steps in all)."""
 
 
@@ -41,7 +41,7 @@ def profile(
     operators: bool = True,
     backend: str | None = None,
     threads: int | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: ProfileProgress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Everything that is known about the bundle's times, as plain data.
 
@@ -60,7 +60,7 @@ def profile(
     settings = settings or Settings()
     _check(settings)
     bundle = Bundle.open(path)
-    other = opponent(bundle, against)
+    other = baseline_bundle(bundle, against)
     bundles = {PLAN: bundle} | ({AGAINST: other} if other else {})
     with Session(bundle, backend=backend, threads=threads) as session:
         threads = threads or session.executor.threads  # as many for both bundles
@@ -74,16 +74,16 @@ def profile(
         sessions = {n: stack.enter_context(Session(b, **options)) for n, b in bundles.items()}
         device = sessions[PLAN].executor.device_name
         peaks = _peaks(bundle, device, threads)
-        rounds = settings.warm_up + settings.repetitions
+        quantises = settings.warm_up + settings.repetitions
         done = 0
 
         def one_round(count: int) -> None:
             nonlocal done
             done += count
-            progress("questions", done, rounds)
+            progress("questions", done, quantises)
 
         meter = stack.enter_context(Meter.find())
-        series = measure(sessions, settings, one_round)
+        series = measure_bundles(sessions, settings, one_round)
         progress("visual tokens", 0, 1)
         points = sweep(sessions, SWEEP_ROUNDS, parts=_cuts(bundle, backend))
         if peaks is not None:  # once more: the better one is nearer to what the machine can do
@@ -112,7 +112,7 @@ def profile(
         "machine": {**machine_facts(), "threads": threads or cores()},
         "device": device,
         "peaks": peaks and asdict(peaks),
-        "beaten": beaten(runs),
+        "beaten": above_roofline(runs),
         "no_peaks": None if peaks else _why_no_peaks(bundle),
         "runs": runs,
         "speed_up": speed_up(runs[PLAN], runs[AGAINST]) if other else None,
@@ -136,13 +136,13 @@ def _check(settings: Settings) -> None:
 def _peaks(bundle: Bundle, device: str | None, threads: int | None) -> Peaks | None:
     """The machine's, where the bundle runs and in the type of its products; None: not known."""
     manifest = bundle.manifest
-    if manifest.precision not in FILES or (device is not None and CUDA not in providers()):
+    if manifest.precision not in FILES or (device is not None and CUDA_PROVIDER not in providers()):
         return None
     return measure_peaks(
         # A CPU computes FP16 graphs in FP32, from a widened copy.
         precision="fp32" if device is None else manifest.precision,
         threads=threads or cores(),
-        provider=CPU if device is None else CUDA,
+        provider=CPU_PROVIDER if device is None else CUDA_PROVIDER,
         read_bytes=_step_bytes(bundle),
     )
 
@@ -159,7 +159,7 @@ def _step_bytes(bundle: Bundle) -> float:
     manifest = bundle.manifest
     sizes = Sizes.of(manifest.precision)
     stages = range(len(manifest.plan.stages))
-    calls = [Call(f"stage{index}", 1, 1) for index in stages]
+    calls = [GraphCall(f"stage{index}", 1, 1) for index in stages]
     return sum(work_of(c, manifest.config, manifest.plan, sizes).weight_bytes for c in calls)
 
 
@@ -182,6 +182,6 @@ def _on(bundle: Bundle, backend: str | None) -> str:
     return backend or find_target(bundle.manifest.target).backend
 
 
-def _all_calls(series: Series) -> list[Call]:
+def _all_calls(series: TimedSeries) -> list[GraphCall]:
     cold, _, step = series.calls()
     return [*cold, *step]

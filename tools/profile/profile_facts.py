@@ -6,24 +6,24 @@ from dataclasses import asdict
 from typing import Any
 
 from ...graphs.bundle import Bundle
-from .call_timer import Event
+from .call_timer import TimedCall
 from .peak_memory import Footprint
 from .peaks import Peaks
 from .power import Meter
-from .roofline import Part, floor_of, parts_of
+from .roofline import GraphRoofline, lower_bound_of, parts_of
 from .spread import Spread
-from .sweep import Point
-from .timing import Question, Series
+from .sweep import SweepPoint
+from .timing import TimedAnswer, TimedSeries
 
-BEATEN = 1.1
+IMPOSSIBLE_SHARE = 1.1
 """Share of the roofline above which it cannot be right: a busy machine looked slower than it is."""
 
 
 def run_facts(
     bundle: Bundle,
-    series: Series,
+    series: TimedSeries,
     memory: Footprint,
-    points: list[Point],
+    points: list[SweepPoint],
     peaks: Peaks | None,
     meter: Meter,
 ) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def run_facts(
             {
                 "visual_tokens": p.visual_tokens,
                 **asdict(p.ms),
-                "floor_ms": peaks and floor_of(manifest, p.calls, peaks),
+                "floor_ms": peaks and lower_bound_of(manifest, p.calls, peaks),
             }
             for p in points
         ],
@@ -61,30 +61,30 @@ def run_facts(
     }
 
 
-def _part(part: Part) -> dict[str, Any]:
+def _part(part: GraphRoofline) -> dict[str, Any]:
     work = part.work
     return {
         "graph": part.graph,
         "calls": part.calls,
         "flops": work.flops,
         "nbytes": work.nbytes,
-        "floor_ms": part.floor_ms,
+        "floor_ms": part.lower_bound_ms,
         "measured_ms": part.measured_ms,
         "share": part.share,
         "bound": part.bound,
     }
 
 
-def _typical(questions: list[Question]) -> Question:
+def _typical(questions: list[TimedAnswer]) -> TimedAnswer:
     """The one whose time to the first token is nearest to the median."""
     middle = Spread.of([one.first_token for one in questions]).median
     return min(questions, key=lambda one: abs(one.first_token - middle))
 
 
-def _timeline(question: Question) -> dict[str, Any]:
+def _timeline(question: TimedAnswer) -> dict[str, Any]:
     """One answer's calls, in ms since it was asked."""
 
-    def fact(event: Event) -> dict[str, Any]:
+    def fact(event: TimedCall) -> dict[str, Any]:
         return {
             "graph": event.call.graph,
             "rows": event.call.rows,
@@ -101,7 +101,7 @@ def _timeline(question: Question) -> dict[str, Any]:
     }
 
 
-def _energy(questions: list[Question], meter: Meter) -> dict[str, Any] | None:
+def _energy(questions: list[TimedAnswer], meter: Meter) -> dict[str, Any] | None:
     """Joules per answer and per token; None where they cannot be told."""
     joules = [meter.joules(one.start, one.stop) for one in questions]
     known = [one for one in joules if one is not None]
@@ -170,13 +170,13 @@ def dominant(run: dict[str, Any]) -> dict[str, Any]:
     return {"part": name, "ms": parts[name], "share": parts[name] / cold["first_token"]["median"]}
 
 
-def beaten(runs: dict[str, Any]) -> list[str]:
+def above_roofline(runs: dict[str, Any]) -> list[str]:
     """Graphs that were faster than the roofline says is possible: then it was measured too low."""
     names = {
         part["graph"]: None
         for run in runs.values()
         for phase in (run["roofline"] or {}).values()
         for part in phase
-        if part["share"] > BEATEN
+        if part["share"] > IMPOSSIBLE_SHARE
     }
     return list(names)

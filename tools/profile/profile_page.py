@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from ...pages.chart import Axis, Chart, of_decades
-from ...pages.page import FOLDER as PAGES
+from ...pages.page import PAGES_FOLDER as PAGES
 from ...pages.page import style, template
 from .labels import label, machine_line, row_names
 
-FOLDER = Path(__file__).parent
-KINDS = {"plan": "warm", "against": "cool"}
+TEMPLATE_FOLDER = Path(__file__).parent
+RUN_COLOURS = {"plan": "warm", "against": "cool"}
 SLOWEST = 6
 """Kinds of operators that are shown by name; the others are summed."""
 
 
-def render(facts: dict[str, Any]) -> str:
+def render_profile(facts: dict[str, Any]) -> str:
     """The page's HTML; ``facts`` as ``profile`` returns them."""
     runs = facts["runs"]
     longest = max(run["timeline"]["total_ms"] for run in runs.values())
-    return template(FOLDER / "page.html", number=number).render(
+    return template(TEMPLATE_FOLDER / "page.html", number=show_ms).render(
         facts=facts,
         plan=runs["plan"],
         against=runs.get("against"),
@@ -35,7 +35,7 @@ def render(facts: dict[str, Any]) -> str:
         roof=roof_chart(facts) if facts["peaks"] else "",
         layers=layer_chart(runs["plan"]) if runs["plan"]["operators"] else "",
         kinds=kind_rows(runs["plan"]) if runs["plan"]["operators"] else [],
-        style=style(PAGES / "chart.css", FOLDER / "page.css"),
+        style=style(PAGES / "chart.css", TEMPLATE_FOLDER / "page.css"),
     )
 
 
@@ -82,14 +82,14 @@ def sweep_chart(runs: dict[str, Any]) -> str:
     )
     for name, run in runs.items():
         own = sorted(run["sweep"], key=lambda p: p["visual_tokens"])
-        chart.line([(p["visual_tokens"], p["median"]) for p in own], KINDS[name])
+        chart.line([(p["visual_tokens"], p["median"]) for p in own], RUN_COLOURS[name])
         if own[0]["floor_ms"] is not None:
-            floor = [(p["visual_tokens"], p["floor_ms"]) for p in own]
-            chart.line(floor, f"{KINDS[name]} dashed thin", f"{run['plan']}: floor")
+            lower_bound = [(p["visual_tokens"], p["floor_ms"]) for p in own]
+            chart.line(lower_bound, f"{RUN_COLOURS[name]} dashed thin", f"{run['plan']}: floor")
         for p in own:
-            chart.whisker(p["visual_tokens"], p["least"], p["p90"], f"{KINDS[name]} thin")
+            chart.whisker(p["visual_tokens"], p["least"], p["p90"], f"{RUN_COLOURS[name]} thin")
             title = f"{run['plan']}: {p['visual_tokens']} visual tokens, {p['median']:.1f} ms"
-            chart.dot(p["visual_tokens"], p["median"], KINDS[name], title)
+            chart.dot(p["visual_tokens"], p["median"], RUN_COLOURS[name], title)
     return chart.svg()
 
 
@@ -122,7 +122,9 @@ def roof_chart(facts: dict[str, Any]) -> str:
             f"{100 * part['share']:.0f} % of the roofline"
         )
         manner = "" if phase == "prefill" else " open"
-        chart.dot(part["flops"] / part["nbytes"], rate, f"{KINDS[name]}{manner}", title, radius=5)
+        chart.dot(
+            part["flops"] / part["nbytes"], rate, f"{RUN_COLOURS[name]}{manner}", title, radius=5
+        )
     return chart.svg()
 
 
@@ -161,7 +163,7 @@ def kind_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def number(value: float | None) -> str:
+def show_ms(value: float | None) -> str:
     """Milliseconds in a table: three digits that count."""
     if value is None:
         return "–"

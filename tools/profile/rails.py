@@ -1,4 +1,5 @@
-"""Where power can be read: a Jetson's sensors, or NVIDIA's driver. One reading is one ``Sample``.
+"""Where power can be read: a Jetson's sensors, or NVIDIA's driver. One reading is one
+``PowerSample``.
 
     tegrastats          comes with JetPack; one line per interval
     ina3221             the sensors behind it, in sysfs
@@ -25,7 +26,7 @@ INPUTS = ("VDD_IN", "VIN", "POM_5V_IN")
 FED = ("VDDQ_VDD2_1V8AO",)
 """Rails behind another one that is counted (on an AGX Orin, behind VIN_SYS_5V0)."""
 
-IGNORED = ("NC",)
+IGNORED_RAILS = ("NC",)
 """Not connected."""
 
 RAIL = re.compile(
@@ -39,7 +40,7 @@ MEMORY_WORDS = ("RAM", "SWAP", "IRAM")
 
 
 @dataclass(frozen=True)
-class Sample:
+class PowerSample:
     """Milliwatts by rail, and bytes of memory in use (a Jetson's GPU shares the board's)."""
 
     rails: dict[str, float] = field(default_factory=dict)
@@ -54,15 +55,15 @@ class Sample:
         return sum(mw for name, mw in self.rails.items() if name not in FED)
 
 
-def parse_tegrastats(line: str) -> Sample:
+def parse_tegrastats(line: str) -> PowerSample:
     """One line of tegrastats; a line without rails gives a sample without."""
     rails = {}
     for match in RAIL.finditer(line):
         name = match[1] or match[3]
-        if name not in MEMORY_WORDS and name not in IGNORED:
+        if name not in MEMORY_WORDS and name not in IGNORED_RAILS:
             rails[name] = float(match[2] or match[4])
     memory = RAM.search(line)
-    return Sample(rails, int(memory[1]) << 20 if memory else None)
+    return PowerSample(rails, int(memory[1]) << 20 if memory else None)
 
 
 class Ina3221:
@@ -76,15 +77,19 @@ class Ina3221:
             number = label.name.removeprefix("in").removesuffix("_label")
             files = (label.with_name(f"in{number}_input"), label.with_name(f"curr{number}_input"))
             rail = label.read_text().strip()
-            if rail not in IGNORED and "sum" not in rail.lower() and all(f.exists() for f in files):
+            if (
+                rail not in IGNORED_RAILS
+                and "sum" not in rail.lower()
+                and all(f.exists() for f in files)
+            ):
                 self.channels[rail] = files
 
-    def read(self) -> Sample:
+    def read(self) -> PowerSample:
         """All channels now."""
         rails = {}
         for rail, (volts, amperes) in self.channels.items():
             rails[rail] = int(volts.read_text()) * int(amperes.read_text()) / 1000
-        return Sample(rails)
+        return PowerSample(rails)
 
 
 class Nvml:
@@ -97,14 +102,14 @@ class Nvml:
         self.nvml.nvmlInit()
         self.handle = self.nvml.nvmlDeviceGetHandleByIndex(0)
 
-    def read(self) -> Sample:
+    def read(self) -> PowerSample:
         """The card's power and memory now; a card that does not tell its power has no rail."""
         memory = self.nvml.nvmlDeviceGetMemoryInfo(self.handle).used
         try:
             rails = {"GPU": float(self.nvml.nvmlDeviceGetPowerUsage(self.handle))}
         except self.nvml.NVMLError:
             rails = {}
-        return Sample(rails, int(memory))
+        return PowerSample(rails, int(memory))
 
 
 class JetsonStats:
@@ -116,7 +121,7 @@ class JetsonStats:
         self.jtop = (jtop or importlib.import_module("jtop").jtop)()
         self.jtop.start()
 
-    def read(self) -> Sample:
+    def read(self) -> PowerSample:
         """What the service knew last; its own total counts where boards have no input rail."""
         self.jtop.ok()
         return parse_jtop(self.jtop.power)
@@ -126,11 +131,11 @@ class JetsonStats:
         self.jtop.close()
 
 
-def parse_jtop(power: Mapping[str, Any]) -> Sample:
+def parse_jtop(power: Mapping[str, Any]) -> PowerSample:
     """``{"rail": {name: {"power": mW}}, "tot": {"power": mW}}``."""
     rails = {name: float(facts["power"]) for name, facts in power.get("rail", {}).items()}
-    rails = {name: mw for name, mw in rails.items() if name not in IGNORED}
+    rails = {name: mw for name, mw in rails.items() if name not in IGNORED_RAILS}
     total = power.get("tot", {}).get("power")
     if total is not None and not any(name in rails for name in INPUTS):
         rails["VIN"] = float(total)
-    return Sample(rails)
+    return PowerSample(rails)

@@ -12,30 +12,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...graphs.bundle import Manifest
-from ...graphs.plan.call_cost import Call, Sizes, Work, work_of
+from ...graphs.plan.call_cost import GraphCall, Sizes, Work, work_of
 from .peaks import Peaks
 
 
 @dataclass(frozen=True)
-class Part:
+class GraphRoofline:
     """One graph in one phase: its work, the floor of its calls, and what they took, in ms."""
 
     graph: str
     calls: int
     work: Work
-    floor_ms: float
+    lower_bound_ms: float
     measured_ms: float
     bound: str
 
     @property
     def share(self) -> float:
         """Floor over measured: 1 is the roofline."""
-        return self.floor_ms / self.measured_ms if self.measured_ms else 0.0
+        return self.lower_bound_ms / self.measured_ms if self.measured_ms else 0.0
 
 
 def parts_of(
-    manifest: Manifest, calls: Sequence[Call], measured_ms: Mapping[str, float], peaks: Peaks
-) -> list[Part]:
+    manifest: Manifest, calls: Sequence[GraphCall], measured_ms: Mapping[str, float], peaks: Peaks
+) -> list[GraphRoofline]:
     """Every graph among ``calls``, in the order of its first call."""
     sizes = Sizes.of(manifest.precision)
     out = []
@@ -46,16 +46,18 @@ def parts_of(
             if call.graph == graph
         ]
         work = sum(own, Work())
-        floor = sum(map(peaks.floor_ms, own))
+        lower_bound = sum(map(peaks.lower_bound_ms, own))
         out.append(
-            Part(graph, len(own), work, floor, measured_ms.get(graph, 0.0), peaks.bound(work))
+            GraphRoofline(
+                graph, len(own), work, lower_bound, measured_ms.get(graph, 0.0), peaks.bound(work)
+            )
         )
     return out
 
 
-def floor_of(manifest: Manifest, calls: Sequence[Call], peaks: Peaks) -> float:
+def lower_bound_of(manifest: Manifest, calls: Sequence[GraphCall], peaks: Peaks) -> float:
     """Milliseconds that no run of ``calls`` can beat."""
     sizes = Sizes.of(manifest.precision)
     return sum(
-        peaks.floor_ms(work_of(call, manifest.config, manifest.plan, sizes)) for call in calls
+        peaks.lower_bound_ms(work_of(call, manifest.config, manifest.plan, sizes)) for call in calls
     )

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...graphs.plan.call_cost import Call
+from ...graphs.plan.call_cost import GraphCall
 from ...graphs.plan.plan import StagePlan
-from ...runtime.reuse import Part, Picture
-from .call_timer import watch
+from ...runtime.reuse import PromptImage, PromptPart
+from .call_timer import observe_calls
 from .fresh_prompts import FIRST
 from .spread import Spread
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from ...runtime.session import Session
 
 PARTS = (0.25, 0.5, 0.75)
-PICTURES = (1, 2, 4)
+IMAGES = (1, 2, 4)
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """Visual tokens of a prompt, milliseconds of its prefill, and its calls."""
 
     visual_tokens: int
     ms: Spread
-    calls: tuple[Call, ...]
+    calls: tuple[GraphCall, ...]
 
 
 def counts_of(plan: StagePlan, context: int, text: int, *, parts: bool) -> list[int]:
@@ -43,16 +43,16 @@ def counts_of(plan: StagePlan, context: int, text: int, *, parts: bool) -> list[
     whole = plan.visual_tokens
     fewest = max((edge.keep or 0 for edge in plan.edges), default=0)
     counts = [round(share * whole) for share in PARTS] if parts else []
-    counts += [number * whole for number in PICTURES]
+    counts += [number * whole for number in IMAGES]
     return [count for count in counts if count >= max(fewest, 1) and count + text <= context]
 
 
 def sweep(
     sessions: Mapping[str, Session], repetitions: int, *, parts: bool
-) -> dict[str, list[Point]]:
+) -> dict[str, list[SweepPoint]]:
     """Time the prefill of every session for every number of tokens, the sessions in turns."""
     times: dict[tuple[str, int], list[float]] = defaultdict(list)
-    calls: dict[tuple[str, int], tuple[Call, ...]] = {}
+    calls: dict[tuple[str, int], tuple[GraphCall, ...]] = {}
     rows = {name: _rows(session) for name, session in sessions.items()}
     for round_ in range(repetitions + 1):
         for name, session in sessions.items():
@@ -62,8 +62,8 @@ def sweep(
             limit = manifest.config.text.max_positions
             for count in counts_of(manifest.plan, limit, length, parts=parts):
                 prompt = _prompt(session, rows[name], count, f"{round_}.{count}")
-                session.context.make_room(prompt, 0)
-                with watch(session.executor) as events:
+                session.context.ensure_capacity(prompt, 0)
+                with observe_calls(session.executor) as events:
                     start = time.perf_counter()
                     session.context.prefill(prompt)
                     stop = time.perf_counter()
@@ -72,7 +72,7 @@ def sweep(
                     calls[name, count] = tuple(event.call for event in events)
     return {
         name: [
-            Point(count, Spread.of(ms), calls[owner, count])
+            SweepPoint(count, Spread.of(ms), calls[owner, count])
             for (owner, count), ms in times.items()
             if owner == name
         ]
@@ -88,16 +88,16 @@ def _rows(session: Session) -> Any:
     return session.executor.encode(noise)
 
 
-def _prompt(session: Session, rows: Any, count: int, key: str) -> list[Part]:
+def _prompt(session: Session, rows: Any, count: int, key: str) -> list[PromptPart]:
     """A question about ``count`` visual tokens: pictures, or the beginning of one."""
     whole = rows.shape[1]
     sizes = [whole] * (count // whole) or [count]
     encoded = session.encoder.encode(FIRST.format(number=100), images=len(sizes))
-    pictures = iter(
-        Picture(f"sweep {key}.{number}", partial(_cut, session.executor, rows, size))
+    images = iter(
+        PromptImage(f"sweep {key}.{number}", partial(_cut, session.executor, rows, size))
         for number, size in enumerate(sizes)
     )
-    return [next(pictures) if one.is_image else one.ids for one in encoded.segments]
+    return [next(images) if one.is_image else one.ids for one in encoded.segments]
 
 
 def _cut(executor: Any, rows: Any, count: int) -> Any:

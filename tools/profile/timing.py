@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...graphs.errors import PromptError
-from ...graphs.plan.call_cost import Call
-from .call_timer import Event, watch
-from .fresh_prompts import Prompt, prompts
+from ...graphs.plan.call_cost import GraphCall
+from .call_timer import TimedCall, observe_calls
+from .fresh_prompts import ProfilePrompt, prompts
 from .spread import Spread
 
 if TYPE_CHECKING:
     from ...runtime.session import Session
 
-TOP = "first_token"
+FIRST_TOKEN = "first_token"
 Progress = Callable[[int], None]
 
 
@@ -41,7 +41,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Question:
+class TimedAnswer:
     """One answer. Times in ms; ``graphs`` up to the first token, ``steps`` by graph per token.
 
     later: tokens after the first; start, stop: seconds of ``time.perf_counter``, from the call to
@@ -57,7 +57,7 @@ class Question:
     total: float
     start: float
     stop: float
-    events: tuple[Event, ...]
+    events: tuple[TimedCall, ...]
 
     @property
     def host(self) -> float:
@@ -71,17 +71,17 @@ class Question:
 
 
 @dataclass
-class Series:
+class TimedSeries:
     """The questions that one bundle answered: on new pictures, and again on the same ones."""
 
-    cold: list[Question] = field(default_factory=list)
-    again: list[Question] = field(default_factory=list)
+    cold: list[TimedAnswer] = field(default_factory=list)
+    again: list[TimedAnswer] = field(default_factory=list)
 
     def spreads(self) -> dict[str, dict[str, Spread]]:
         """Every quantity of both kinds of question, in the order in which a prompt meets them."""
         return {"cold": _spreads(self.cold), "again": _spreads(self.again)}
 
-    def calls(self) -> tuple[list[Call], list[Call], list[Call]]:
+    def calls(self) -> tuple[list[GraphCall], list[GraphCall], list[GraphCall]]:
         """Calls of a cold question until its first token, of a second one, and of one later token.
 
         Of the last repetition; a plan that decides per prompt may have made others before.
@@ -92,22 +92,22 @@ class Series:
         return [e.call for e in first], [e.call for e in until_first_token(again)], last
 
 
-def measure(
+def measure_bundles(
     sessions: Mapping[str, Session], settings: Settings, progress: Progress = lambda n: None
-) -> dict[str, Series]:
+) -> dict[str, TimedSeries]:
     """Ask every session the same; returns their series by name.
 
     Raises:
         VisistageError: whatever a session refuses, such as more tokens than its context has.
     """
-    series = {name: Series() for name in sessions}
+    series = {name: TimedSeries() for name in sessions}
     source = prompts()
     order = list(sessions)
     with _endless(sessions.values()):
         for round_ in range(settings.warm_up + settings.repetitions):
             prompt = next(source)
             for name in order if round_ % 2 else reversed(order):
-                cold, again = ask(sessions[name], prompt, settings.tokens)
+                cold, again = time_questions(sessions[name], prompt, settings.tokens)
                 if round_ >= settings.warm_up:
                     series[name].cold.append(cold)
                     series[name].again.append(again)
@@ -115,17 +115,19 @@ def measure(
     return series
 
 
-def ask(session: Session, prompt: Prompt, tokens: int) -> tuple[Question, Question]:
+def time_questions(
+    session: Session, prompt: ProfilePrompt, tokens: int
+) -> tuple[TimedAnswer, TimedAnswer]:
     """Both questions of one prompt."""
-    cold = _question(session, prompt.picture, prompt.first, tokens)
-    image = prompt.picture
+    cold = _question(session, prompt.image, prompt.first, tokens)
+    image = prompt.image
     return cold, _question(session, image, prompt.second, tokens)
 
 
-def _question(session: Session, picture: bytes, text: str, tokens: int) -> Question:
-    with watch(session.executor) as events:
+def _question(session: Session, image: bytes, text: str, tokens: int) -> TimedAnswer:
+    with observe_calls(session.executor) as events:
         start = time.perf_counter()
-        answer = session.infer(picture, text, max_tokens=tokens)
+        answer = session.infer(image, text, max_tokens=tokens)
         stop = time.perf_counter()
     steps = session.executor.reset_elapsed()
     timings, later = answer.timings, len(answer.tokens) - 1
@@ -135,7 +137,7 @@ def _question(session: Session, picture: bytes, text: str, tokens: int) -> Quest
             "string, so later tokens cannot be timed. Remove it from the checkpoint's "
             "generation_config.json and build again: make engines MODEL=..."
         )
-    return Question(
+    return TimedAnswer(
         later=later,
         preprocess=timings.preprocess_ms,
         graphs=timings.graphs_ms,
@@ -165,24 +167,24 @@ class _endless:
             session.eos = eos
 
 
-def until_first_token(question: Question) -> list[Event]:
+def until_first_token(question: TimedAnswer) -> list[TimedCall]:
     """The events of a question's prefill: all but those of its later tokens."""
     return list(question.events[: len(question.events) - question.later * _step_length(question)])
 
 
-def _step_length(question: Question) -> int:
+def _step_length(question: TimedAnswer) -> int:
     """Calls of one later token: one of every stage."""
     return len(question.steps)
 
 
-def _spreads(questions: Sequence[Question]) -> dict[str, Spread]:
+def _spreads(questions: Sequence[TimedAnswer]) -> dict[str, Spread]:
     """Of every quantity; a graph that a prompt did not need took no time."""
     graphs = list(dict.fromkeys(name for one in questions for name in one.graphs))
     steps = list(dict.fromkeys(name for one in questions for name in one.steps))
     columns: dict[str, list[float]] = {"preprocess": [q.preprocess for q in questions]}
     columns |= {name: [q.graphs.get(name, 0.0) for q in questions] for name in graphs}
     columns["host"] = [q.host for q in questions]
-    columns[TOP] = [q.first_token for q in questions]
+    columns[FIRST_TOKEN] = [q.first_token for q in questions]
     columns["per_token"] = [q.per_token for q in questions]
     columns |= {f"step.{name}": [q.steps.get(name, 0.0) for q in questions] for name in steps}
     columns["step.host"] = [q.step_host for q in questions]

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...calib.samples import Sample
-from .verify_report import Finding
+from .verify_report import CheckResult
 
 if TYPE_CHECKING:
     from ...runtime import Session
 
 
-def repeat(load: Callable[[], Session], samples: Sequence[Sample], steps: int) -> Finding:
+def compare_repeats(
+    load: Callable[[], Session], samples: Sequence[Sample], steps: int
+) -> CheckResult:
     """Ask every sample twice in one session, and once in another in reverse order.
 
     Args:
@@ -51,4 +53,4 @@ def repeat(load: Callable[[], Session], samples: Sequence[Sample], steps: int) -
                 f"session {answers[2]}"
             )
     facts = {"prompts": len(samples), "tokens": sum(map(len, first))}
-    return Finding(failure, files, facts=facts)
+    return CheckResult(failure, files, facts=facts)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...calib.samples import Sample
 from ...compile.checkpoint.checkpoint import Checkpoint
 from ...graphs.bundle import Bundle, Manifest
-from ...graphs.chain.chain import Chain, Segment
+from ...graphs.chain.chain import AppendedRows, Chain
 from ...graphs.chain.executor import Kept
 from ...graphs.chain.torch_reference import Span, TorchExecutor, load_weights, segments
 from ...graphs.contract import INVISIBLE
@@ -28,14 +28,14 @@ from ...graphs.modules.ops import Eager
 from ...graphs.modules.quantized import INPUT_SCALE, WEIGHT
 from ...graphs.modules.vision import Vision
 from ...graphs.plan.plan import StagePlan
-from ...graphs.precision import NARROW
+from ...graphs.precision import NO_FALLBACK
 from .check_steps import require_memory
 from .compare import Bounds
-from .module_checks import STORED, quantise, stored_tensor
+from .module_checks import STORED_TORCH_DTYPES, quantise_module, stored_tensor
 from .stored_graph import all_weights, graph_files
 from .tally import Tally, Trajectory
-from .token_choices import Choice, Grounds, Reading, lead
-from .verify_report import Finding
+from .token_choices import ProbeReading, Selection, SelectionMargins, forced_readings
+from .verify_report import CheckResult
 
 if TYPE_CHECKING:
     from ...runtime import Session
@@ -53,7 +53,7 @@ class Asked:
     parts: tuple[tuple[int, ...] | None, ...]
 
 
-def ask(session: Session, samples: Sequence[Sample]) -> list[Asked]:
+def prepare_prompts(session: Session, samples: Sequence[Sample]) -> list[Asked]:
     """Preprocess and tokenise with the bundle's own files."""
     asked = []
     for sample in samples:
@@ -64,40 +64,44 @@ def ask(session: Session, samples: Sequence[Sample]) -> list[Asked]:
     return asked
 
 
-class Guided(TorchExecutor):
-    """Remembers the grounds of the plan's choice; a ``guide`` is chosen instead."""
+class ForcedSelectionExecutor(TorchExecutor):
+    """Remembers the grounds of the plan's choice; a ``forced_selection`` is chosen instead."""
 
-    def __init__(self, text, plan, weights, batch, widening, prepare, guide: Choice | None):
-        super().__init__(text, plan, weights, batch, widening, prepare)
-        self.rule, self.guide = plan.probe, guide
+    def __init__(
+        self, text, plan, weights, batch, fallback, prepare, forced_selection: Selection | None
+    ):
+        super().__init__(text, plan, weights, batch, fallback, prepare)
+        self.rule, self.forced_selection = plan.probe, forced_selection
         self.scores: Mapping[int, float] = {}
-        self.readings: dict[int, Reading] = {}
+        self.readings: dict[int, ProbeReading] = {}
 
     def select(
         self, edge, probe_query, slot_order, query_order, visual_slots, rows, positions, order
     ) -> Kept:
-        """As its base, but for ``guide`` where all of it is on offer."""
+        """As its base, but for ``forced_selection`` where all of it is on offer."""
         given = (probe_query, slot_order, query_order, visual_slots, rows, positions, order)
         kept = super().select(edge, *given)
         offered = [int(at) for at in order[0]]
         self.scores = dict(zip(offered, map(float, kept.scores[0]), strict=True))
-        if self.guide is None or not set(self.guide.kept or ()) <= set(offered):
+        if self.forced_selection is None or not set(self.forced_selection.kept or ()) <= set(
+            offered
+        ):
             return kept
-        at = [offered.index(position) for position in self.guide.kept or ()]
+        at = [offered.index(position) for position in self.forced_selection.kept or ()]
         return Kept(rows[:, at], positions[:, at], order[:, at], kept.scores)
 
     def probe(self, stage, layer, query, slot_order, query_order, visual_slots):
-        """As its base, but for readings that lead to ``guide``."""
+        """As its base, but for readings that lead to ``forced_selection``."""
         given = (query, slot_order, query_order, visual_slots)
         cosines, norms = super().probe(stage, layer, *given)
         positions = slot_order[0, visual_slots[0]]
         seen = [(int(at), i) for i, at in enumerate(positions) if at != INVISIBLE]
-        self.readings[layer] = Reading(
+        self.readings[layer] = ProbeReading(
             {at: float(cosines[0, i]) for at, i in seen}, {at: float(norms[0, i]) for at, i in seen}
         )
-        if self.guide is None:
+        if self.forced_selection is None:
             return cosines, norms
-        return lead(self.rule, self.guide, layer, positions, cosines, norms)
+        return forced_readings(self.rule, self.forced_selection, layer, positions, cosines, norms)
 
 
 class TorchChain:
@@ -121,10 +125,10 @@ class TorchChain:
         self.prefix = prefix
         self.config, self.plan = manifest.config, manifest.plan
         self.weights = weights
-        self.widening = manifest.widening if half else NARROW
+        self.fallback = manifest.fallback if half else NO_FALLBACK
         self.prepare: Callable[[nn.Module], None] = lambda module: None
         if quantised:
-            self.prepare = partial(quantise, manifest=manifest)
+            self.prepare = partial(quantise_module, manifest=manifest)
 
     @classmethod
     def stored(cls, bundle: Bundle, *, half: bool, free: int) -> TorchChain:
@@ -137,13 +141,13 @@ class TorchChain:
         stored = all_weights(bundle)
         dtype = torch.float16 if half else torch.float32
         needed = sum(
-            stored.size(name) * (1 if is_integer(name) else dtype.itemsize) for name in stored
+            stored.size(name) * (1 if is_quantised(name) else dtype.itemsize) for name in stored
         )
         require_memory(f"the whole model in {'FP16' if half else 'FP32'}", needed, free)
         weights = {}
         for name, array in stored.items():
             tensor = torch.from_numpy(np.ascontiguousarray(array))
-            weights[name] = tensor if is_integer(name) else tensor.to(dtype)
+            weights[name] = tensor if is_quantised(name) else tensor.to(dtype)
         for group in linear_groups(manifest.config):  # engines' layers share the first one's scale
             scales = [f"{linear}.{INPUT_SCALE}" for linear in group.linears]
             shared = [weights[name] for name in scales if name in weights]
@@ -152,11 +156,11 @@ class TorchChain:
                     weights[name] = shared[0]
         weights[EMBEDDING] = _rounded(stored_tensor(bundle, manifest.embedding), manifest, dtype)
         prefix = None
-        if manifest.quantization.rounds and manifest.prefix:
+        if manifest.quantization.quantises and manifest.prefix:
             # Shipped as computed from float weights: rounded ones would make another.
             refs = (manifest.prefix.keys, manifest.prefix.values)
             keys, values = (stored_tensor(bundle, ref) for ref in refs)
-            if not manifest.quantization.rounds_cache:
+            if not manifest.quantization.quantises_cache:
                 keys, values = keys.to(dtype), values.to(dtype)
             prefix = keys, values
         return cls(manifest, weights, half=half, quantised=True, prefix=prefix)
@@ -185,13 +189,13 @@ class TorchChain:
 
     @torch.no_grad()
     def follow(
-        self, asked: Asked, tokens: Sequence[int], choice: Choice | None = None
+        self, asked: Asked, tokens: Sequence[int], selection: Selection | None = None
     ) -> Trajectory:
         """The same along given tokens: each logits row is what it would have said there.
 
-        ``choice``: what the plan shall choose, instead of its own.
+        ``selection``: what the plan shall choose, instead of its own.
         """
-        return self._run(asked, len(tokens), self.plan, tokens, choice)
+        return self._run(asked, len(tokens), self.plan, tokens, selection)
 
     def _run(
         self,
@@ -199,10 +203,10 @@ class TorchChain:
         steps: int,
         plan: StagePlan,
         forced: Sequence[int] | None,
-        guide: Choice | None,
+        forced_selection: Selection | None,
     ) -> Trajectory:
-        executor = Guided(
-            self.config.text, plan, self.weights, 1, self.widening, self.prepare, guide
+        executor = ForcedSelectionExecutor(
+            self.config.text, plan, self.weights, 1, self.fallback, self.prepare, forced_selection
         )
         chain = Chain(plan, executor, 1)
         embeds, spans = self._embed(asked, executor)
@@ -217,18 +221,22 @@ class TorchChain:
                 given = tokens[-1] if forced is None else forced[step]
                 at = np.full((1, 1), embeds.shape[1] + step, np.int32)
                 row = executor.embed(torch.tensor([[given]]))
-                last = chain.decode(Segment(False, row, at, at))
+                last = chain.decode(AppendedRows(False, row, at, at))
         kept = None
         if done.kept:  # a plan that decides per prompt may pad what it keeps
             kept = tuple(int(at) for at in done.kept[-1].order[0] if at != INVISIBLE)
         decision = done.decision
-        choice = Choice(kept) if decision is None else Choice(kept, decision.trigger, decision.exit)
-        grounds = Grounds(executor.scores, plan.probe, executor.readings)
-        return Trajectory(np.stack(logits), tuple(tokens), choice, grounds)
+        selection = (
+            Selection(kept)
+            if decision is None
+            else Selection(kept, decision.trigger, decision.exit)
+        )
+        margins = SelectionMargins(executor.scores, plan.probe, executor.readings)
+        return Trajectory(np.stack(logits), tuple(tokens), selection, margins)
 
     def _behind_prefix(
-        self, chain: Chain, executor: TorchExecutor, asked: Asked, prompt: list[Segment]
-    ) -> list[Segment]:
+        self, chain: Chain, executor: TorchExecutor, asked: Asked, prompt: list[AppendedRows]
+    ) -> list[AppendedRows]:
         """What of ``prompt`` is left once every stage holds the prefix that it begins with."""
         count, head = len(self.ids), asked.parts[0]
         if self.prefix is None or head is None or head[:count] != self.ids:
@@ -236,7 +244,7 @@ class TorchChain:
         order = np.arange(count, dtype=np.int32)[None]
         for index, caches in enumerate(executor.caches):
             chain.reserve(index, count)
-            chain.slots[index].write(Segment(False, None, order, order))
+            chain.slots[index].write(AppendedRows(False, None, order, order))
             first = chain.plan.stages[index].layers[0]
             executor.caches[index] = [
                 tuple(both[first + at][None].clone() for both in self.prefix)
@@ -258,27 +266,27 @@ class TorchChain:
         for part in asked.parts:
             start = sum(one.shape[1] for one in rows)
             if part is None:
-                rows.append(self._tower(asked.pixels))
+                rows.append(self._vision(asked.pixels))
                 spans.append((start, start + self.config.visual_tokens))
             else:
                 rows.append(executor.embed(torch.tensor([part])))
         return torch.cat(rows, 1), spans
 
     @cached_property
-    def _tower(self) -> Vision:
-        tower = Vision(self.config, Eager(), self.widening)
-        self.prepare(tower)
-        return load_weights(tower, self.weights)
+    def _vision(self) -> Vision:
+        vision_encoder = Vision(self.config, Eager(), self.fallback)
+        self.prepare(vision_encoder)
+        return load_weights(vision_encoder, self.weights)
 
 
-def is_integer(name: str) -> bool:
+def is_quantised(name: str) -> bool:
     """Whether a weight of this name is rounded."""
     return name.endswith(tuple(WEIGHT.values()))
 
 
 def _rounded(tensor: Tensor, manifest: Manifest, dtype: torch.dtype) -> Tensor:
     """``tensor`` in ``dtype``, by way of the type of the bundle's floats."""
-    return tensor.to(STORED[manifest.dtype]).to(dtype)
+    return tensor.to(STORED_TORCH_DTYPES[manifest.dtype]).to(dtype)
 
 
 def compare_runtime(
@@ -288,7 +296,7 @@ def compare_runtime(
     asked: Sequence[Asked],
     steps: int,
     bounds: Bounds,
-) -> Finding:
+) -> CheckResult:
     """The runtime on ONNX Runtime against the torch chain in FP32."""
     # A checkpoint's own settings may draw at random, or punish repetition.
     greedy = replace(session.sampling, temperature=0.0, repetition_penalty=1.0)
@@ -297,13 +305,13 @@ def compare_runtime(
         want = reference.answer(one, steps)
         logits = session.score(one.opened, one.sample.prompt, want.tokens[:-1])
         answer = session.infer(one.opened, one.sample.prompt, max_tokens=steps, sampling=greedy)
-        guided = partial(reference.follow, one, want.tokens)
+        forced_run = partial(reference.follow, one, want.tokens)
         called = answer.plan.called
-        choice = Choice(answer.plan.kept)
+        selection = Selection(answer.plan.kept)
         if called is not None:
-            choice = Choice(answer.plan.kept, called.trigger, called.exit)
-        tally.add(one.sample.name, want, logits, choice, answer.tokens, guided)
-    return tally.finding(graph_files(bundle))
+            selection = Selection(answer.plan.kept, called.trigger, called.exit)
+        tally.add(one.sample.name, want, logits, selection, answer.tokens, forced_run)
+    return tally.result(graph_files(bundle))
 
 
 def compare_half(
@@ -313,13 +321,13 @@ def compare_half(
     asked: Sequence[Asked],
     steps: int,
     bounds: Bounds,
-) -> Finding:
+) -> CheckResult:
     """The torch chain in FP16 arithmetic against the one in FP32, with and without a teacher."""
     tally = Tally(bounds)
     for one in asked:
         want = reference.answer(one, steps)
         got = half.follow(one, want.tokens)
         free = half.answer(one, steps)
-        guided = partial(reference.follow, one, want.tokens)
-        tally.add(one.sample.name, want, got.logits, got.choice, free.tokens, guided)
-    return tally.finding(graph_files(bundle))
+        forced_run = partial(reference.follow, one, want.tokens)
+        tally.add(one.sample.name, want, got.logits, got.selection, free.tokens, forced_run)
+    return tally.result(graph_files(bundle))

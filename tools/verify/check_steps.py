@@ -16,7 +16,7 @@ from ...graphs.errors import (
     TargetError,
     VisistageError,
 )
-from .verify_report import FAILED, IMPOSSIBLE, NOTHING, PASSED, Finding, Rung
+from .verify_report import FAILED, IMPOSSIBLE, NOTHING, PASSED, CheckRecord, CheckResult
 
 
 class ImpossibleError(Exception):
@@ -28,32 +28,32 @@ class NothingError(Exception):
 
 
 @dataclass(frozen=True)
-class Step:
+class Check:
     """A rung before it is tried; ``needs`` names the modules that it imports."""
 
     name: str
     compares: str
     rule: str
-    run: Callable[[], Finding]
+    run: Callable[[], CheckResult]
     needs: tuple[str, ...] = ()
 
 
-def attempt(step: Step) -> Rung:
+def run_check(check: Check) -> CheckRecord:
     """Run a step; whatever happens becomes a rung.
 
     Raises:
         DataError, ImageError, PromptError: it is the prompts that cannot be used.
     """
     started = time.perf_counter()
-    finding, reason = Finding(), ""
-    missing = [name for name in step.needs if importlib.util.find_spec(name) is None]
+    result, reason = CheckResult(), ""
+    missing = [name for name in check.needs if importlib.util.find_spec(name) is None]
     if missing:
         status = IMPOSSIBLE
         reason = f"{', '.join(missing)} not installed (pip install 'visistage[compile]')"
     else:
         try:
-            finding = step.run()
-            status, reason = (FAILED, finding.failure) if finding.failure else (PASSED, "")
+            result = check.run()
+            status, reason = (FAILED, result.failure) if result.failure else (PASSED, "")
         except (ImpossibleError, CapacityError, MissingDependencyError, TargetError) as error:
             status, reason = IMPOSSIBLE, str(error)
         except NothingError as error:
@@ -64,22 +64,22 @@ def attempt(step: Step) -> Rung:
             status, reason = FAILED, str(error)
         except Exception as error:  # whatever a library says of a file that is not what it claims
             status, reason = FAILED, f"{type(error).__name__}: {error}"
-    return Rung(
-        name=step.name,
-        compares=step.compares,
-        rule=step.rule,
+    return CheckRecord(
+        name=check.name,
+        compares=check.compares,
+        rule=check.rule,
         status=status,
         reason=" ".join(reason.split()),  # libraries say it in several lines
         seconds=round(time.perf_counter() - started, 3),
-        files=finding.files,
-        errors=finding.errors,
-        facts=finding.facts,
+        files=result.files,
+        errors=result.errors,
+        facts=result.facts,
     )
 
 
-def refuse(step: Step, reason: str) -> Rung:
+def skip_check(check: Check, reason: str) -> CheckRecord:
     """A rung that is not tried."""
-    return Rung(step.name, step.compares, step.rule, IMPOSSIBLE, reason, 0.0)
+    return CheckRecord(check.name, check.compares, check.rule, IMPOSSIBLE, reason, 0.0)
 
 
 def require_memory(what: str, needed: int, free: int) -> None:

@@ -18,10 +18,10 @@ from ...graphs.errors import MissingDependencyError
 from ...graphs.targets import ONNXRUNTIME
 from . import answer_checks as answers
 from . import stored
-from .check_steps import ImpossibleError, NothingError, Step
+from .check_steps import Check, ImpossibleError, NothingError
 from .compare import bounds_of, strict
-from .verify_report import Finding
-from .verify_target import Subject
+from .verify_report import CheckResult
+from .verify_target import VerifyTarget
 
 TORCH = ("torch", "onnx_ir")
 """What the torch rungs import; the next, all that the compiler brings."""
@@ -29,10 +29,10 @@ TORCH = ("torch", "onnx_ir")
 COMPILER = (*TORCH, "onnx", "transformers")
 
 
-def rungs(subject: Subject) -> Iterator[Step]:
+def checks(target: VerifyTarget) -> Iterator[Check]:
     """Every rung, the cheap and decisive ones first."""
-    bundle, near = subject.bundle, "of the reference's spread"
-    kinds = subject.kinds
+    bundle, near = target.bundle, "of the reference's spread"
+    kinds = target.kinds
     same = "tokens and selections equal"
     tied = f"{same} but for near ties"
     floats = bounds_of([bundle.manifest.dtype])
@@ -42,190 +42,190 @@ def rungs(subject: Subject) -> Iterator[Step]:
         f"errors up to {strictly.graph:g} {near}",
         f"{tied if strictly.tie else same}, logits within {strictly.whole:g} of their spread",
     )
-    if subject.loose:
+    if target.loose:
         graph += f"; {loosely.graph:g} where ONNX Runtime rounds the inputs"
         answer += f"; {loosely.whole:g} where ONNX Runtime rounds the inputs"
-    yield Step(
+    yield Check(
         "files",
         "the bundle's files and the manifest's hashes",
         "every byte as it was built",
         partial(stored.rehash, bundle),
     )
-    yield Step(
+    yield Check(
         "weights",
         "the checkpoint and the graphs' weights",
         "every bit equal in the bundle's type; integers within half a step",
-        partial(_weights, subject),
+        partial(_weights, target),
         TORCH,
     )
-    yield Step(
+    yield Check(
         "prefix",
         "the checkpoint and the shipped prefix cache",
         f"errors up to {floats.graph:g} {near}",
-        partial(_prefix, subject),
+        partial(_prefix, target),
         TORCH,
     )
-    yield Step(
+    yield Check(
         "hugging face",
         "Hugging Face and the torch stages, both unpruned, in FP32",
         f"tokens equal, logits within {bounds_of(['float32']).whole:g} of their spread",
-        partial(_hugging_face, subject),
+        partial(_hugging_face, target),
         COMPILER,
     )
-    yield Step(
+    yield Check(
         "quantisation",
         "the checkpoint's own weights and the rounded ones, both in torch, same plan",
         "logits finite, within their spread in the root mean square",
-        partial(_quantisation, subject),
+        partial(_quantisation, target),
         TORCH,
     )
     for name in bundle.manifest.graphs:
-        yield Step(
+        yield Check(
             f"graph {name}",
             "the torch stage in FP32 and the file in ONNX Runtime",
             graph,
-            partial(_run_graph, subject, name, half=False),
+            partial(_run_graph, target, name, half=False),
             TORCH,
         )
-        yield Step(
+        yield Check(
             f"half {name}",
             "the torch stage in FP32 and in FP16 arithmetic",
             f"errors up to {halved.graph:g} {near}, all finite",
-            partial(_run_graph, subject, name, half=True),
+            partial(_run_graph, target, name, half=True),
             TORCH,
         )
-    yield Step(
+    yield Check(
         "runtime",
         "answers of the runtime: new, from its caches, by a new session",
         "all equal, logits finite",
-        partial(answers.repeat, subject.load, subject.samples, subject.max_tokens),
+        partial(answers.compare_repeats, target.load, target.samples, target.max_tokens),
     )
-    yield Step(
+    yield Check(
         "answers",
         "the torch chain in FP32 and the runtime on ONNX Runtime",
         answer,
-        partial(_answers, subject),
+        partial(_answers, target),
         TORCH,
     )
-    yield Step(
+    yield Check(
         "half answers",
         "the torch chain in FP32 and in FP16 arithmetic",
         f"{tied}, logits within {halved.whole:g} of their spread, all finite",
-        partial(_half_answers, subject),
+        partial(_half_answers, target),
         TORCH,
     )
-    yield Step(
+    yield Check(
         "variants",
         "the graphs for engine compilers and those that ONNX Runtime ran",
         "equal but for fixed sizes and leave to take attention apart",
-        partial(_variants, subject),
+        partial(_variants, target),
         ("onnx", *TORCH),
     )
-    yield Step(
+    yield Check(
         "engines",
         "the engines, their index and the manifest",
         "compiled from this bundle, complete, every byte as it was compiled",
         partial(stored.engine_files, bundle),
     )
-    yield Step(
+    yield Check(
         "engine runs",
         "ONNX Runtime, and the engines or OpenVINO",
         "errors within the precision's tolerance",
-        partial(_engine_run, subject),
+        partial(_engine_run, target),
     )
 
 
-def _weights(subject: Subject) -> Finding:
+def _weights(target: VerifyTarget) -> CheckResult:
     from .origin import weights
 
-    return weights(subject.bundle, subject.required_origin(), subject.calibration)
+    return weights(target.bundle, target.required_origin(), target.calibration)
 
 
-def _prefix(subject: Subject) -> Finding:
+def _prefix(target: VerifyTarget) -> CheckResult:
     from .origin import prefix
 
-    return prefix(subject.bundle, subject.required_origin())
+    return prefix(target.bundle, target.required_origin())
 
 
-def _hugging_face(subject: Subject) -> Finding:
+def _hugging_face(target: VerifyTarget) -> CheckResult:
     from .hugging_face import compare_dense
 
     # Only the checkpoint's own weights are Hugging Face's, too.
-    origin = subject.required_origin()
-    quantised = subject.bundle.manifest.quantization.rounds
-    stages = subject.original if quantised else subject.reference
+    origin = target.required_origin()
+    quantised = target.bundle.manifest.quantization.quantises
+    stages = target.original if quantised else target.reference
     return compare_dense(
-        subject.bundle, origin, stages, subject.asked, subject.max_tokens, subject.free
+        target.bundle, origin, stages, target.asked, target.max_tokens, target.free
     )
 
 
-def _quantisation(subject: Subject) -> Finding:
-    from .rounding_cost import compare_rounding
+def _quantisation(target: VerifyTarget) -> CheckResult:
+    from .rounding_cost import compare_quantised
 
-    if not subject.bundle.manifest.quantization.rounds:
+    if not target.bundle.manifest.quantization.quantises:
         raise NothingError("every layer and every cache is a float one")
-    subject.required_origin()
-    return compare_rounding(
-        subject.bundle, subject.original, subject.reference, subject.asked, subject.max_tokens
+    target.required_origin()
+    return compare_quantised(
+        target.bundle, target.original, target.reference, target.asked, target.max_tokens
     )
 
 
-def _run_graph(subject: Subject, name: str, *, half: bool) -> Finding:
+def _run_graph(target: VerifyTarget, name: str, *, half: bool) -> CheckResult:
     if half:
-        subject.require_half()
-    rungs = subject.graph(name)
-    return rungs.half() if half else rungs.onnxruntime()
+        target.require_half()
+    graph_checks = target.graph(name)
+    return graph_checks.half() if half else graph_checks.onnxruntime()
 
 
-def _answers(subject: Subject) -> Finding:
+def _answers(target: VerifyTarget) -> CheckResult:
     from .chains import compare_runtime
 
-    def compare(session: runtime.Session, kinds: set[str]) -> Finding:
+    def compare(session: runtime.Session, kinds: set[str]) -> CheckResult:
         bounds = bounds_of(kinds)
-        steps = subject.max_tokens
+        steps = target.max_tokens
         return compare_runtime(
-            subject.bundle, subject.reference, session, subject.asked, steps, bounds
+            target.bundle, target.reference, session, target.asked, steps, bounds
         )
 
-    found = compare(subject.session, subject.kinds)
-    manifest = subject.bundle.manifest
-    if found.failure or not subject.loose or manifest.dtype == "float16":
+    found = compare(target.session, target.kinds)
+    manifest = target.bundle.manifest
+    if found.failure or not target.loose or manifest.dtype == "float16":
         return found  # FP16 graphs are widened on a CPU, never mapped
     # With weights that are mapped nothing is rounded but what the graphs round.
     with runtime.load(
-        subject.bundle.path, backend=ONNXRUNTIME, memory_limit=manifest.weight_bytes
+        target.bundle.path, backend=ONNXRUNTIME, memory_limit=manifest.weight_bytes
     ) as mapped:
-        exact = compare(mapped, strict(subject.kinds))
+        exact = compare(mapped, strict(target.kinds))
     facts = {f"mapped weights, {name}": fact for name, fact in exact.facts.items()}
     errors = [replace(one, tensor=f"{one.tensor}, mapped weights") for one in exact.errors]
     return replace(exact, errors=(*found.errors, *errors), facts={**found.facts, **facts})
 
 
-def _half_answers(subject: Subject) -> Finding:
+def _half_answers(target: VerifyTarget) -> CheckResult:
     from .chains import TorchChain, compare_half
 
-    subject.require_half()
-    reference, asked = subject.reference, subject.asked
-    half = TorchChain.stored(subject.bundle, half=True, free=subject.free)
-    bounds = bounds_of({"float16", *strict(subject.kinds)})
-    return compare_half(subject.bundle, reference, half, asked, subject.max_tokens, bounds)
+    target.require_half()
+    reference, asked = target.reference, target.asked
+    half = TorchChain.stored(target.bundle, half=True, free=target.free)
+    bounds = bounds_of({"float16", *strict(target.kinds)})
+    return compare_half(target.bundle, reference, half, asked, target.max_tokens, bounds)
 
 
-def _variants(subject: Subject) -> Finding:
+def _variants(target: VerifyTarget) -> CheckResult:
     from .variants import compare_variants
 
-    return compare_variants(subject.bundle)
+    return compare_variants(target.bundle)
 
 
-def _engine_run(subject: Subject) -> Finding:
+def _engine_run(target: VerifyTarget) -> CheckResult:
     from .engine_runs import compare_engines
 
-    stored.check_engines_run(subject.bundle)
+    stored.check_engines_run(target.bundle)
 
     def load() -> runtime.Session:
         try:
-            return runtime.load(subject.bundle.path)
+            return runtime.load(target.bundle.path)
         except MissingDependencyError as error:
             raise ImpossibleError(str(error)) from error
 
-    return compare_engines(subject.session, load, subject.samples, subject.max_tokens)
+    return compare_engines(target.session, load, target.samples, target.max_tokens)

@@ -74,7 +74,7 @@ def bounds_of(kinds: Iterable[str]) -> Bounds:
 def bundle_kinds(manifest: Manifest) -> set[str]:
     """What a bundle's graphs compute and round in, by the names of ``BOUNDS``."""
     quantization = manifest.quantization
-    cache = {"cache"} if quantization.rounds_cache else set()
+    cache = {"cache"} if quantization.quantises_cache else set()
     return {manifest.dtype, *quantization.schemes.values(), *cache}
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ...calib.samples import Sample
 from .compare import bounds_of, bundle_kinds, first_wrong, tensor_error
-from .verify_report import Finding
+from .verify_report import CheckResult
 
 if TYPE_CHECKING:
     from ...runtime import Session
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def compare_engines(
     graphs: Session, load: Callable[[], Session], samples: Sequence[Sample], steps: int
-) -> Finding:
+) -> CheckResult:
     """Teacher-forced logits of the engines, over the graphs' own answers.
 
     Args:
@@ -38,7 +38,7 @@ def compare_engines(
             got, want = (session.score(*given, tokens[:-1]) for session in (engines, graphs))
             errors.append(tensor_error(sample.name, got, want))
     tolerance = bounds_of(bundle_kinds(graphs.bundle.manifest)).whole
-    return Finding(
+    return CheckResult(
         failure=first_wrong(errors, tolerance),
         errors=tuple(errors),
         facts={"prompts": len(samples), "tolerance": tolerance},

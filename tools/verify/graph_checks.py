@@ -12,18 +12,18 @@ import onnxruntime as ort
 from ...graphs.contract import ORT_LLM_SINCE
 from ...graphs.modules.quantized import is_cache_scale
 from ...graphs.targets import PORTABLE
-from ...runtime.backends.ort_int8 import integer_entries
+from ...runtime.backends.ort_int8 import int8_session_entries
 from .check_steps import ImpossibleError, require_memory
 from .compare import LOOSE, bounds_of, first_wrong, strict, tensor_error
 from .module_checks import run_module
 from .stored_graph import StoredGraph
-from .verify_report import Finding, TensorError
+from .verify_report import CheckResult, TensorError
 
 PROVIDER = "CPUExecutionProvider"
 
 
 @dataclass(frozen=True)
-class Call:
+class ComparedCall:
     """One call of a graph; what it should give is computed once."""
 
     graph: StoredGraph
@@ -40,7 +40,7 @@ class Call:
         return run_module(self.graph, self.feeds, half=False)
 
 
-class GraphRungs:
+class GraphChecks:
     """Both rungs of one graph; the reference is computed once.
 
     ``free``: bytes of memory that may be used.
@@ -49,9 +49,9 @@ class GraphRungs:
     def __init__(self, graph: StoredGraph, free: int):
         self.graph, self.free = graph, free
         self.kinds = kinds_of(graph)
-        self.calls = [Call(graph, rows) for rows in graph.row_counts]
+        self.calls = [ComparedCall(graph, rows) for rows in graph.row_counts]
 
-    def onnxruntime(self) -> Finding:
+    def onnxruntime(self) -> CheckResult:
         """The graph's file in ONNX Runtime against its torch module in FP32.
 
         With weights as the file has them, and where ONNX Runtime makes more of them than a faster
@@ -72,57 +72,61 @@ class GraphRungs:
             (copies + rearranged) * graph.weights.nbytes,
             self.free,
         )
-        finding = self._run(rearranged=False)
-        if finding.failure or not rearranged:
-            return finding
+        result = self._run(rearranged=False)
+        if result.failure or not rearranged:
+            return result
         again = self._run(rearranged=True)
-        return replace(again, errors=(*finding.errors, *again.errors))
+        return replace(again, errors=(*result.errors, *again.errors))
 
-    def _run(self, *, rearranged: bool) -> Finding:
+    def _run(self, *, rearranged: bool) -> CheckResult:
         """Load and run the file; ``rearranged``: with weights in the order that kernels like."""
         graph = self.graph
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if graph.manifest.quantization.schemes:
-            for entry, value in integer_entries().items():
+            for entry, value in int8_session_entries().items():
                 options.add_session_config_entry(entry, value)
         if not rearranged:
             options.add_session_config_entry("session.disable_prepacking", "1")
         session = ort.InferenceSession(str(graph.path), options, providers=[PROVIDER])
         failure = _contract(graph, session)
         if failure:
-            return Finding(failure=failure, files=(graph.fact.file,))
+            return CheckResult(failure=failure, files=(graph.fact.file,))
         outputs = [spec.name for spec in graph.spec.outputs]
         kinds = self.kinds if rearranged else strict(self.kinds)
         how = ", inputs rounded by ONNX Runtime" if rearranged else ""
         results = [session.run(outputs, call.feeds) for call in self.calls]
         del session  # the reference wants its memory
-        findings = [
-            self._finding(call, dict(zip(outputs, found, strict=True)), kinds, how)
+        checked = [
+            self._result(call, dict(zip(outputs, found, strict=True)), kinds, how)
             for call, found in zip(self.calls, results, strict=True)
         ]
-        worst = next((one for one in findings if one.failure), findings[0])
-        return replace(worst, errors=tuple(error for one in findings for error in one.errors))
+        worst = next((one for one in checked if one.failure), checked[0])
+        return replace(worst, errors=tuple(error for one in checked for error in one.errors))
 
-    def half(self) -> Finding:
+    def half(self) -> CheckResult:
         """The torch module in FP16 arithmetic: finite, and near FP32."""
         call = self.calls[0]
         got = run_module(self.graph, call.feeds, half=True)
-        return self._finding(call, got, {"float16", *strict(self.kinds)})
+        return self._result(call, got, {"float16", *strict(self.kinds)})
 
-    def _finding(
-        self, call: Call, got: Mapping[str, np.ndarray], kinds: Collection[str], how: str = ""
-    ) -> Finding:
+    def _result(
+        self,
+        call: ComparedCall,
+        got: Mapping[str, np.ndarray],
+        kinds: Collection[str],
+        how: str = "",
+    ) -> CheckResult:
         errors: list[TensorError] = []
         if call is not self.calls[0]:
             how = f", {call.rows} rows{how}"
         for name, want in call.wanted.items():
             if got[name].shape != want.shape:
                 shapes = f"{list(got[name].shape)}, expected {list(want.shape)}"
-                return Finding(f"{name} has the shape {shapes}", (self.graph.fact.file,))
+                return CheckResult(f"{name} has the shape {shapes}", (self.graph.fact.file,))
             errors.append(tensor_error(name + how, got[name], want))
         wrong = first_wrong(errors, bounds_of(kinds).graph)
-        return Finding(wrong, (self.graph.fact.file,), tuple(errors))
+        return CheckResult(wrong, (self.graph.fact.file,), tuple(errors))
 
 
 def kinds_of(graph: StoredGraph) -> set[str]:

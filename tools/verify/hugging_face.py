@@ -25,7 +25,7 @@ from .chains import Asked, TorchChain
 from .check_steps import require_memory
 from .compare import BOUNDS, first_wrong, tensor_error
 from .stored_graph import graph_files
-from .verify_report import Finding
+from .verify_report import CheckResult
 
 
 def compare_dense(
@@ -35,7 +35,7 @@ def compare_dense(
     asked: Sequence[Asked],
     steps: int,
     free: int,
-) -> Finding:
+) -> CheckResult:
     """Greedy tokens equal, logits near, over the dense plan.
 
     Raises:
@@ -62,7 +62,7 @@ def compare_dense(
         errors.append(tensor_error(f"{name}: logits", ours.logits[:same], logits[:same]))
         if apart is not None:
             failure = failure or f"{name}: token {apart} differs from Hugging Face's"
-    return Finding(
+    return CheckResult(
         failure or first_wrong(errors, BOUNDS["float32"].whole),
         graph_files(bundle),
         tuple(errors),
@@ -93,7 +93,7 @@ def _generate(
         text = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-        inputs = processor(text=text, images=_picture(sample.image), return_tensors="pt")
+        inputs = processor(text=text, images=_rgb(sample.image), return_tensors="pt")
         made = model.generate(
             **inputs, max_new_tokens=steps, output_logits=True, return_dict_in_generate=True
         )
@@ -104,7 +104,7 @@ def _generate(
     return out
 
 
-def _picture(image: str | Path | Image.Image) -> Image.Image:
+def _rgb(image: str | Path | Image.Image) -> Image.Image:
     """RGB and upright, as the runtime reads it."""
     opened = image if isinstance(image, Image.Image) else Image.open(image)
     return ImageOps.exif_transpose(opened).convert("RGB")

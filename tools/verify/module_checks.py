@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...compile.layer_stream import without_weights
 from ...graphs.bundle import Bundle, Manifest, TensorRef
-from ...graphs.contract import PROBE, Part
+from ...graphs.contract import PROBE, StagePart
 from ...graphs.errors import BundleError
 from ...graphs.linears import linear_groups
 from ...graphs.modules.decoder import DecoderStage
@@ -28,11 +28,11 @@ from ...graphs.modules.ops import Eager
 from ...graphs.modules.quantized import replace_linears, round_caches
 from ...graphs.modules.select import Prober, Selector
 from ...graphs.modules.vision import Vision
-from ...graphs.precision import NARROW, Widening
+from ...graphs.precision import NO_FALLBACK, Fp32Fallback
 from ...graphs.targets import find_target
 from .stored_graph import StoredGraph, map_raw, new_rows
 
-STORED = {
+STORED_TORCH_DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -51,8 +51,8 @@ def run_module(
     Raises:
         BundleError: the file holds other weights than the module has.
     """
-    widening = graph.manifest.widening if half else NARROW
-    module = without_weights(partial(_module, graph, widening))
+    fallback = graph.manifest.fallback if half else NO_FALLBACK
+    module = without_weights(partial(_module, graph, fallback))
     dtype = torch.float16 if half else torch.float32
     inputs = {name: _tensor(value, None if half else dtype) for name, value in feeds.items()}
     if isinstance(module, (Selector, Prober)):
@@ -82,7 +82,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def quantise(module: nn.Module, manifest: Manifest) -> None:
+def quantise_module(module: nn.Module, manifest: Manifest) -> None:
     """Let the layers and caches of ``module`` be integers that are so in the bundle's graphs."""
     engines = find_target(manifest.target).engines
     groups = linear_groups(manifest.config)
@@ -90,7 +90,7 @@ def quantise(module: nn.Module, manifest: Manifest) -> None:
     round_caches(module, manifest.quantization.cache)
 
 
-def _module(graph: StoredGraph, widening: Widening) -> nn.Module:
+def _module(graph: StoredGraph, fallback: Fp32Fallback) -> nn.Module:
     config, plan = graph.manifest.config, graph.manifest.plan
     if graph.kind == PROBE:
         return Prober()
@@ -98,11 +98,11 @@ def _module(graph: StoredGraph, widening: Widening) -> nn.Module:
         return Selector(plan.edges[graph.stage])
     module: nn.Module
     if graph.kind == "vision":
-        module = Vision(config, Eager(), widening)
+        module = Vision(config, Eager(), fallback)
     else:
-        part = Part(graph.stage, graph.layers)
-        module = DecoderStage(config.text, plan, part, Eager(), widening)
-    quantise(module, graph.manifest)
+        part = StagePart(graph.stage, graph.layers)
+        module = DecoderStage(config.text, plan, part, Eager(), fallback)
+    quantise_module(module, graph.manifest)
     return module
 
 
@@ -158,6 +158,6 @@ def _tensor(array: np.ndarray, dtype: torch.dtype | None) -> Tensor:
 
 def stored_tensor(bundle: Bundle, ref: TensorRef) -> Tensor:
     """A tensor that the manifest places in a file, mapped, in the type it is stored in."""
-    dtype = STORED[ref.dtype]
+    dtype = STORED_TORCH_DTYPES[ref.dtype]
     raw = map_raw(bundle, ref.file, ref.offset, math.prod(ref.shape) * dtype.itemsize)
     return torch.from_numpy(raw).view(dtype).view(ref.shape)

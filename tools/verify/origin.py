@@ -13,10 +13,10 @@ from torch import Tensor
 from ...compile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ...compile.checkpoint.names import EMBEDDING
 from ...compile.export.prefix import prefix_cache
-from ...compile.quantize.cache_scales import cache_scales, rounded_rows
+from ...compile.quantize.cache_scales import calibrated_cache_scales, quantised_rows
 from ...compile.quantize.calibration_file import Calibration
 from ...compile.quantize.int_arithmetic import unpack_int4
-from ...compile.quantize.quantize import CALIBRATIONS, Rounding, input_shifts
+from ...compile.quantize.quantize import CALIBRATIONS, QuantisedTensors, input_shifts
 from ...graphs.bundle import Bundle, Manifest
 from ...graphs.errors import DataError, ModelError
 from ...graphs.modules.quantized import WEIGHT, cache_scale_names, is_cache_scale
@@ -24,9 +24,9 @@ from ...graphs.targets import find_target
 from .check_steps import NothingError
 from .compare import BOUNDS, first_wrong, tensor_error
 from .module_checks import stored_tensor
-from .quantised_checks import RoundedWeights, WrongError
+from .quantised_checks import QuantisedWeights, WrongError
 from .stored_graph import StoredGraph, all_weights, graph_files
-from .verify_report import Finding
+from .verify_report import CheckResult
 
 
 def open_origin(bundle: Bundle, model: str) -> Checkpoint:
@@ -44,7 +44,7 @@ def open_origin(bundle: Bundle, model: str) -> Checkpoint:
     return checkpoint
 
 
-def weights(bundle: Bundle, checkpoint: Checkpoint, calibration: Calibration | None) -> Finding:
+def weights(bundle: Bundle, checkpoint: Checkpoint, calibration: Calibration | None) -> CheckResult:
     """Every weight is the checkpoint's: bit for bit in the bundle's precision, or rounded from it.
 
     ``calibration``: the one that the bundle rests on; with it what was rounded is rounded again.
@@ -54,34 +54,34 @@ def weights(bundle: Bundle, checkpoint: Checkpoint, calibration: Calibration | N
     if not _same(stored_tensor(bundle, manifest.embedding), checkpoint.load(EMBEDDING)):
         failure = f"weight {EMBEDDING} is not the checkpoint's"
     arrays = all_weights(bundle)
-    rounded = RoundedWeights(manifest, checkpoint, arrays)
+    quantised = QuantisedWeights(manifest, checkpoint, arrays)
     for graph_name in manifest.graphs:
         graph = StoredGraph(bundle, graph_name)
         for name in graph.weights:
-            if rounded.touches(name) or is_cache_scale(name):
+            if quantised.touches(name) or is_cache_scale(name):
                 continue
             found = torch.from_numpy(graph.weights[name])
             if not _same(found, checkpoint.load(name).to(found.dtype)):
                 failure = failure or f"weight {name} of {graph.fact.file} is not the checkpoint's"
             checkpoint.release()
     facts: dict[str, Any] = {"tensors": len(arrays) + 1}
-    if manifest.quantization.rounds_cache and not failure:
+    if manifest.quantization.quantises_cache and not failure:
         failure = _wrong_cache_scale(bundle, calibration, arrays)
         facts["scales of caches"] = 2 * manifest.config.text.layers
     if manifest.quantization.schemes and not failure:
         try:
-            rounded.check()
+            quantised.check()
             if calibration is not None:
                 _round_again(manifest, checkpoint, calibration, arrays)
         except WrongError as error:
             failure = f"weight {error}"
-        facts["rounded or folded layers"] = rounded.layers
-        facts["largest rounding error"] = f"{rounded.worst / 2:.4f} steps"
-        if rounded.hidden:
-            facts["not checked: channels whose norm is 0"] = rounded.hidden
-    if manifest.quantization.rounds:
+        facts["rounded or folded layers"] = quantised.layers
+        facts["largest rounding error"] = f"{quantised.worst / 2:.4f} steps"
+        if quantised.hidden:
+            facts["not checked: channels whose norm is 0"] = quantised.hidden
+    if manifest.quantization.quantises:
         facts |= _calibration_facts(manifest, calibration)
-    return Finding(failure, graph_files(bundle), facts=facts)
+    return CheckResult(failure, graph_files(bundle), facts=facts)
 
 
 def _wrong_cache_scale(
@@ -97,7 +97,7 @@ def _wrong_cache_scale(
     told = stored_tensor(bundle, manifest.cache_scales).float().numpy()
     made = None
     if calibration is not None:
-        made = cache_scales(calibration, half=manifest.dtype == "float16")
+        made = calibrated_cache_scales(calibration, half=manifest.dtype == "float16")
     for layer in range(manifest.config.text.layers):
         for number, name in enumerate(cache_scale_names(layer)):
             found = arrays[name].astype(np.float32)
@@ -143,16 +143,16 @@ def _round_again(
     Raises:
         WrongError: the first that differs.
     """
-    rounding = Rounding(
+    quantised_tensors = QuantisedTensors(
         checkpoint,
         manifest.quantization,
         calibration,
         half=manifest.dtype == "float16",
         engines=find_target(manifest.target).engines,
-        shifts=input_shifts(manifest.widening),
+        shifts=input_shifts(manifest.fallback),
     )
-    for name in sorted(name for name in arrays if rounding.changes(name)):
-        found, want = torch.from_numpy(arrays[name]), rounding.tensor(name)
+    for name in sorted(name for name in arrays if quantised_tensors.changes(name)):
+        found, want = torch.from_numpy(arrays[name]), quantised_tensors.tensor(name)
         if name.endswith(WEIGHT["w4"]):
             want = torch.from_numpy(unpack_int4(want.numpy(), tuple(found.shape)))
         if not _same(found, want.to(found.dtype)):
@@ -173,7 +173,7 @@ def _calibration_facts(manifest: Manifest, calibration: Calibration | None) -> d
     return facts
 
 
-def prefix(bundle: Bundle, checkpoint: Checkpoint) -> Finding:
+def prefix(bundle: Bundle, checkpoint: Checkpoint) -> CheckResult:
     """The shipped keys and values of the prefix, computed again from the checkpoint.
 
     Raises:
@@ -185,7 +185,7 @@ def prefix(bundle: Bundle, checkpoint: Checkpoint) -> Finding:
     manifest, again = bundle.manifest, prefix_cache(checkpoint, shipped.ids)
     if manifest.cache_scales is not None:
         scales = stored_tensor(bundle, manifest.cache_scales).float().numpy()
-        again = rounded_rows(again, scales)
+        again = quantised_rows(again, scales)
     errors = []
     for number, (name, ref) in enumerate((("keys", shipped.keys), ("values", shipped.values))):
         stored = stored_tensor(bundle, ref)
@@ -194,7 +194,7 @@ def prefix(bundle: Bundle, checkpoint: Checkpoint) -> Finding:
             want = again[number, layer].numpy()
             errors.append(tensor_error(f"prefix {name} of layer {layer}", found[layer], want))
     tolerance = BOUNDS[manifest.dtype].graph
-    return Finding(first_wrong(errors, tolerance), (shipped.keys.file,), tuple(errors))
+    return CheckResult(first_wrong(errors, tolerance), (shipped.keys.file,), tuple(errors))
 
 
 def _same(found: Tensor, wanted: Tensor) -> bool:

@@ -25,11 +25,11 @@ from ...compile.quantize.int_arithmetic import (
 from ...graphs.bundle import Manifest
 from ...graphs.linears import Group, linear_groups
 from ...graphs.modules.quantized import INPUT_SCALE, SCALE, WEIGHT
-from ...graphs.quantization import BLOCK
+from ...graphs.quantization import SCALE_BLOCK
 
 LEVELS = {"w8a8": INT8_LEVELS, "w8": INT8_LEVELS, "w4": INT4_LEVELS}
 
-SLACK = {"float32": 2.0**-20, "float16": 3 * 2.0**-11}
+FOLD_SLACK = {"float32": 2.0**-20, "float16": 3 * 2.0**-11}
 """Relative error of a number that was folded, divided out and stored in a type."""
 
 
@@ -51,7 +51,7 @@ class Factors:
 
 
 @dataclass
-class RoundedWeights:
+class QuantisedWeights:
     """Checks of one bundle's quantised or smoothed layers, one layer in memory at a time.
 
     Attributes:
@@ -70,7 +70,7 @@ class RoundedWeights:
 
     def __post_init__(self) -> None:
         self.half = self.manifest.dtype == "float16"
-        self.slack = SLACK[self.manifest.dtype]
+        self.slack = FOLD_SLACK[self.manifest.dtype]
         self.groups = linear_groups(self.manifest.config)
         self.schemes = self.manifest.quantization.schemes
         self.outputs: dict[str, Factors] = {}  # of modules, what divides what they put out
@@ -161,14 +161,14 @@ class RoundedWeights:
                 raise WrongError(f"{linear}.weight is not finite")
             _require_within(f"{linear}.weight", np.abs(ours - want), slack, "what was folded in")
         else:
-            self._check_integers(linear, scheme, want, slack, exact=linear not in self.outputs)
+            self._check_quantised(linear, scheme, want, slack, exact=linear not in self.outputs)
         if linear in self.outputs and f"{linear}.bias" in self.weights:
             bias = self._theirs(f"{linear}.bias") / outputs.values
             self._require_near(f"{linear}.bias", self._ours(f"{linear}.bias"), bias, outputs.slack)
         kind = scheme or "float"
         self.layers[kind] = self.layers.get(kind, 0) + 1
 
-    def _check_integers(
+    def _check_quantised(
         self, linear: str, scheme: str, want: np.ndarray, slack: np.ndarray, *, exact: bool
     ) -> None:
         """Integers and scales of a layer whose weight (N, K) is ``want``, give or take ``slack``.
@@ -180,7 +180,7 @@ class RoundedWeights:
         _require_positive(f"{linear}.{SCALE}", scales)
         if int(np.abs(values.astype(np.int16)).max(initial=0)) > levels:
             raise WrongError(f"{name} holds integers beyond ±{levels}")
-        block = BLOCK if scales.ndim == 2 else None
+        block = SCALE_BLOCK if scales.ndim == 2 else None
         known = np.isfinite(want)
         if exact and known.all():
             largest = _absmax(want, scales)
@@ -242,8 +242,8 @@ def _absmax(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """(N, K) -> (N, blocks): the largest absolute value that each of ``scales`` stands for."""
     if scales.ndim == 1:
         return absmax(weight, 1)[:, None]
-    starts = range(0, weight.shape[1], BLOCK)
-    return np.stack([absmax(weight[:, at : at + BLOCK], 1) for at in starts], 1)
+    starts = range(0, weight.shape[1], SCALE_BLOCK)
+    return np.stack([absmax(weight[:, at : at + SCALE_BLOCK], 1) for at in starts], 1)
 
 
 def _require_positive(name: str, values: np.ndarray) -> None:

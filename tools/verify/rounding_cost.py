@@ -15,20 +15,20 @@ from ...graphs.bundle import Bundle
 from .chains import Asked, TorchChain
 from .compare import tensor_error
 from .stored_graph import graph_files
-from .verify_report import Finding
+from .verify_report import CheckResult
 
-LIMIT = 1.0
+LOGITS_LIMIT = 1.0
 """Largest error of the logits that passes: root mean square, in the spread of the float ones.
 Logits that have nothing to do with each other are 1.4 apart."""
 
 
-def compare_rounding(
+def compare_quantised(
     bundle: Bundle,
     original: TorchChain,
     quantised: TorchChain,
     asked: Sequence[Asked],
     steps: int,
-) -> Finding:
+) -> CheckResult:
     """Agreement of tokens, and errors of logits along the tokens of the float chain."""
     failure, errors, worst = "", [], 0.0
     places = agreed = reselected = 0
@@ -38,7 +38,7 @@ def compare_rounding(
         got = quantised.follow(one, want.tokens)
         places += len(want.tokens)
         agreed += sum(a == b for a, b in zip(got.tokens, want.tokens, strict=True))
-        reselected += got.choice != want.choice
+        reselected += got.selection != want.selection
         name = one.sample.name
         error = tensor_error(f"{name}: logits", got.logits, want.logits)
         errors.append(error)
@@ -50,13 +50,13 @@ def compare_rounding(
         squares, spreads = squares + mean, spreads + variance
         apart = (mean / (variance or 1.0)) ** 0.5
         worst = max(worst, apart)
-        if apart > LIMIT:
+        if apart > LOGITS_LIMIT:
             failure = failure or (
                 f"{name}: the logits are {apart:.2g} of their spread away from those of the "
-                f"checkpoint, in the root mean square, expected at most {LIMIT:g}"
+                f"checkpoint, in the root mean square, expected at most {LOGITS_LIMIT:g}"
             )
     overall = (squares / (spreads or 1.0)) ** 0.5
-    return Finding(
+    return CheckResult(
         failure,
         graph_files(bundle),
         tuple(errors),

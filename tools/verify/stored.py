@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from ...compile.engines.engine_spec import recipes_of
+from ...compile.engines.engine_spec import engine_specs_of
 from ...graphs.bundle import Bundle
 from ...graphs.engine_index import Engines
 from ...graphs.errors import EngineError
 from ...graphs.targets import OPENVINO, find_target
-from ...runtime.device.probe import check_machine, find_device
-from ...runtime.device.tensorrt import find
+from ...runtime.device.probe import check_machine, find_gpu
+from ...runtime.device.tensorrt import find_trt_variant
 from .check_steps import ImpossibleError, NothingError
-from .verify_report import Finding
+from .verify_report import CheckResult
 
 
-def rehash(bundle: Bundle) -> Finding:
+def rehash(bundle: Bundle) -> CheckResult:
     """Every file has the hash that the manifest notes, and the manifest notes every file it uses.
 
     Raises:
@@ -27,7 +27,7 @@ def rehash(bundle: Bundle) -> Finding:
     if manifest.prefix:
         used += [manifest.prefix.keys.file, manifest.prefix.values.file]
     stray = sorted(set(used) - set(manifest.files))
-    return Finding(
+    return CheckResult(
         failure=f"the manifest uses {stray[0]} and holds no hash of it" if stray else "",
         files=tuple(manifest.files),
         facts={
@@ -37,7 +37,7 @@ def rehash(bundle: Bundle) -> Finding:
     )
 
 
-def engine_files(bundle: Bundle) -> Finding:
+def engine_files(bundle: Bundle) -> CheckResult:
     """The engines were compiled from this very bundle, are all there, and are unchanged.
 
     Raises:
@@ -46,22 +46,22 @@ def engine_files(bundle: Bundle) -> Finding:
     """
     engines = _engines(bundle)
     engines.check(rehash=True)
-    wanted = {recipe.name for recipe in recipes_of(bundle.manifest)}
+    wanted = {engine_spec.name for engine_spec in engine_specs_of(bundle.manifest)}
     found = {one.name for one in engines.engines}
     failure = ""
     if wanted != found:
         lacking = ", ".join(sorted(wanted - found)) or "none"
         foreign = ", ".join(sorted(found - wanted)) or "none"
         failure = f"the index lacks engines ({lacking}) or names foreign ones ({foreign})"
-    return Finding(
+    return CheckResult(
         failure=failure,
         files=tuple(_name(engines, one.file) for one in engines.engines),
         facts={
             "compiled by": f"{engines.backend} {engines.version}",
             "compiled for": engines.gpus(),
             "compiled from": {
-                _name(engines, f"{recipe.name}.engine"): recipe.source
-                for recipe in recipes_of(bundle.manifest)
+                _name(engines, f"{engine_spec.name}.engine"): engine_spec.source
+                for engine_spec in engine_specs_of(bundle.manifest)
             },
             "bytes": sum(one.nbytes for one in engines.engines),
         },
@@ -79,7 +79,7 @@ def check_engines_run(bundle: Bundle) -> None:
         return
     engines = _engines(bundle)
     try:
-        check_machine(engines, find(engines.backend), find_device())
+        check_machine(engines, find_trt_variant(engines.backend), find_gpu())
     except EngineError as error:
         raise ImpossibleError(str(error)) from error
 

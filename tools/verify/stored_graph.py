@@ -19,15 +19,15 @@ from ...graphs.bundle import Bundle
 from ...graphs.contract import INVISIBLE, MANY_ROWS, GraphSpec, stage_of
 from ...graphs.errors import BundleError
 from ...graphs.modules.quantized import CACHE_SCALES
-from ...graphs.targets import BRANCHED
+from ...graphs.targets import LLM_CONDITIONAL
 
 FILLED = 9
 """Slots of a cache that hold earlier rows."""
 
-ROWS = 5
+CALL_ROWS = 5
 """New rows of a call, unless told otherwise."""
 
-SPARE = 6
+SPARE_SLOTS = 6
 """Slots beyond them that hold nothing yet, and rows that a selection is offered beyond K."""
 
 
@@ -111,20 +111,20 @@ class StoredGraph:
     @property
     def row_counts(self) -> list[int]:
         """New rows of the calls that together reach all of the graph."""
-        if self.kind == "stage" and self.manifest.lowering == BRANCHED:
-            return [ROWS, MANY_ROWS + ROWS]
-        return [ROWS]
+        if self.kind == "stage" and self.manifest.lowering == LLM_CONDITIONAL:
+            return [CALL_ROWS, MANY_ROWS + CALL_ROWS]
+        return [CALL_ROWS]
 
-    def feeds(self, rows: int = ROWS) -> dict[str, np.ndarray]:
+    def feeds(self, rows: int = CALL_ROWS) -> dict[str, np.ndarray]:
         """Inputs by name: batch 1, a filled cache, one padded slot, half of the gates open."""
         generator = np.random.default_rng(zlib.crc32(self.name.encode()))
         keep = next((spec.shape[1] for spec in self.spec.outputs if spec.name == "rows.out"), 0)
-        offered = (int(keep) if self.kind == "select" else 0) + SPARE
+        offered = (int(keep) if self.kind == "select" else 0) + SPARE_SLOTS
         filled = FILLED if self.kind == "stage" else offered + 2
         used = filled + (rows if self.kind == "stage" else 0)
-        sizes = {"B": 1, "Q": rows, "S": used + SPARE, "N": offered}
+        sizes = {"B": 1, "Q": rows, "S": used + SPARE_SLOTS, "N": offered}
         new = np.arange(filled, used) if self.kind == "stage" else np.arange(2, 2 + offered)
-        slot_order = np.full(used + SPARE, INVISIBLE)
+        slot_order = np.full(used + SPARE_SLOTS, INVISIBLE)
         slot_order[1:used] = np.arange(1, used)
         fixed: dict[str, int | np.ndarray] = {
             "positions": new,
@@ -198,6 +198,6 @@ def new_rows(outputs: Mapping[str, np.ndarray], spec: GraphSpec) -> dict[str, np
     for tensor in spec.outputs:
         value = outputs[tensor.name]
         if len(tensor.shape) == 4 and tensor.shape[2] == "Q":
-            value = value[:, :, FILLED : FILLED + ROWS]
+            value = value[:, :, FILLED : FILLED + CALL_ROWS]
         cut[tensor.name] = value
     return cut

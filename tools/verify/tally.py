@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .compare import Bounds, first_wrong, tensor_error
-from .token_choices import Choice, Grounds, gap
-from .verify_report import Finding, TensorError
+from .token_choices import Selection, SelectionMargins, selection_margin
+from .verify_report import CheckResult, TensorError
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Trajectory:
 
     logits: np.ndarray
     tokens: tuple[int, ...]
-    choice: Choice
-    grounds: Grounds
+    selection: Selection
+    margins: SelectionMargins
 
 
 class Tally:
@@ -45,9 +45,9 @@ class Tally:
         name: str,
         want: Trajectory,
         logits: np.ndarray,
-        choice: Choice,
+        selection: Selection,
         free: tuple[int, ...],
-        guided: Callable[[Choice], Trajectory],
+        forced_run: Callable[[Selection], Trajectory],
     ) -> None:
         """Note a prompt.
 
@@ -55,9 +55,9 @@ class Tally:
             name: of the prompt.
             want: the reference's own answer.
             logits: along its tokens.
-            choice: what the plan chose.
+            selection: what the plan chose.
             free: tokens without a teacher.
-            guided: the reference along the same tokens, its choice given.
+            forced_run: the reference along the same tokens, its choice given.
         """
         said = logits.argmax(-1)
         apart = [at for at, token in enumerate(want.tokens) if said[at] != token]
@@ -69,13 +69,15 @@ class Tally:
         else:
             self.divergences[name] = first
         failure, reference = "", want.logits
-        if choice != want.choice:
+        if selection != want.selection:
             self.reselected += 1
-            apart_by = gap(want.grounds, want.choice, choice)
+            apart_by = selection_margin(want.margins, want.selection, selection)
             if self.exact or apart_by > self.bounds.tie:
-                failure = f"{name}: {_difference(want.choice, choice)}, {apart_by:.2g} from a tie"
+                failure = (
+                    f"{name}: {_difference(want.selection, selection)}, {apart_by:.2g} from a tie"
+                )
             else:
-                reference = guided(choice).logits
+                reference = forced_run(selection).logits
         errors = [
             tensor_error(f"{name}: logits of the {where}", logits[steps], reference[steps])
             for where, steps in (("prompt", slice(1)), ("answer", slice(1, len(said))))
@@ -92,9 +94,9 @@ class Tally:
             )
         self.failure = self.failure or failure
 
-    def finding(self, files: tuple[str, ...]) -> Finding:
+    def result(self, files: tuple[str, ...]) -> CheckResult:
         """All of it."""
-        return Finding(
+        return CheckResult(
             self.failure,
             files,
             tuple(self.errors),
@@ -108,7 +110,7 @@ class Tally:
         )
 
 
-def _difference(want: Choice, got: Choice) -> str:
+def _difference(want: Selection, got: Selection) -> str:
     if want.trigger != got.trigger:
         return f"layer {got.trigger} called for a selection, expected {want.trigger}"
     if want.kept != got.kept:

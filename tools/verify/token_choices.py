@@ -18,7 +18,7 @@ APART = float("inf")
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """Positions that the last selection kept (None without one), and, of a plan that decides per
     prompt, the layer that called for a selection and the one that let vision leave.
     """
@@ -29,7 +29,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ProbeReading:
     """What a probe read in one layer, by position of the visual tokens that still counted."""
 
     cosines: Mapping[int, float]
@@ -42,58 +42,60 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Grounds:
+class SelectionMargins:
     """Why the reference chose as it did: ``scores`` of what the last selection was offered, by
     position; ``readings`` by layer, where probes decide by the numbers of ``probe``.
     """
 
     scores: Mapping[int, float] = field(default_factory=dict)
     probe: Probe | None = None
-    readings: Mapping[int, Reading] = field(default_factory=dict)
+    readings: Mapping[int, ProbeReading] = field(default_factory=dict)
 
 
-def gap(grounds: Grounds, ours: Choice, theirs: Choice) -> float:
-    """How far ``theirs`` lies from what ``grounds`` would allow as well; 0 where they are equal.
+def selection_margin(margins: SelectionMargins, ours: Selection, theirs: Selection) -> float:
+    """How far ``theirs`` lies from what ``margins`` would allow as well; 0 where they are equal.
 
     Scores and norms count in their spread, cosines in their threshold's distance from 1.
     """
     if ours == theirs:
         return 0.0
-    if grounds.probe is None:
-        return _ranking_gap(grounds.scores, ours.kept, theirs.kept)
+    if margins.probe is None:
+        return _ranking_gap(margins.scores, ours.kept, theirs.kept)
     if ours.trigger != theirs.trigger:
         layer = min(one for one in (ours.trigger, theirs.trigger) if one is not None)
-        return _cosine_gap(grounds, [layer], grounds.probe.cosine)
+        return _cosine_gap(margins, [layer], margins.probe.cosine)
     assert ours.trigger is not None
     changed = set(ours.kept or ()) ^ set(theirs.kept or ())
     if changed:
-        norms = grounds.readings[ours.trigger].norms
+        norms = margins.readings[ours.trigger].norms
         if not changed <= set(norms):
             return APART
         spread = float(np.std(list(norms.values()))) or 1.0
-        return max(abs(norms[at] - grounds.probe.contribution) for at in changed) / spread
-    assert grounds.probe.exit_cosine is not None
+        return max(abs(norms[at] - margins.probe.contribution) for at in changed) / spread
+    assert margins.probe.exit_cosine is not None
     last = min(one for one in (ours.exit, theirs.exit) if one is not None)
-    layers = [layer for layer in grounds.readings if ours.trigger < layer <= last]
-    return _cosine_gap(grounds, layers, grounds.probe.exit_cosine)
+    layers = [layer for layer in margins.readings if ours.trigger < layer <= last]
+    return _cosine_gap(margins, layers, margins.probe.exit_cosine)
 
 
-def lead(
+def forced_readings(
     probe: Probe,
-    choice: Choice,
+    selection: Selection,
     layer: int,
     positions: np.ndarray,
     cosines: np.ndarray,
     norms: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Readings of ``layer`` that make a plan choose ``choice``, in place of (1, N) real ones."""
-    if choice.trigger is None or layer < choice.trigger:
+    """Readings of ``layer`` that make a plan choose ``selection``, in place of (1, N) real ones."""
+    if selection.trigger is None or layer < selection.trigger:
         return np.ones_like(cosines), norms
-    if layer == choice.trigger:
-        wanted = np.isin(positions, choice.kept or ())
+    if layer == selection.trigger:
+        wanted = np.isin(positions, selection.kept or ())
         strong = np.where(wanted, np.float32(np.inf), np.float32(-1.0))
         return np.full_like(cosines, -1.0), strong[None].astype(norms.dtype)
-    quiet = choice.exit is not None and choice.exit - probe.exit_layers < layer <= choice.exit
+    quiet = (
+        selection.exit is not None and selection.exit - probe.exit_layers < layer <= selection.exit
+    )
     return np.full_like(cosines, 1.0 if quiet else -1.0), norms
 
 
@@ -109,8 +111,8 @@ def _ranking_gap(
     return (best - worst) / (float(np.std(list(scores.values()))) or 1.0)
 
 
-def _cosine_gap(grounds: Grounds, layers: list[int], threshold: float) -> float:
+def _cosine_gap(margins: SelectionMargins, layers: list[int], threshold: float) -> float:
     """How far the nearest of some layers' cosines lies from a threshold."""
-    lowest = [grounds.readings[layer].lowest for layer in layers if layer in grounds.readings]
+    lowest = [margins.readings[layer].lowest for layer in layers if layer in margins.readings]
     near = min((abs(one - threshold) for one in lowest), default=APART)
     return near / max(1.0 - threshold, 1e-6)

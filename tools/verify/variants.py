@@ -13,10 +13,10 @@ from ...compile.export.static_shapes import BATCH, DECOMPOSABLE
 from ...graphs.bundle import ANY_CONTEXT, Bundle
 from ...graphs.contract import stage_of, stage_slots
 from .check_steps import NothingError
-from .verify_report import Finding
+from .verify_report import CheckResult
 
 
-def compare_variants(bundle: Bundle) -> Finding:
+def compare_variants(bundle: Bundle) -> CheckResult:
     """Every variant against its source.
 
     Raises:
@@ -42,7 +42,7 @@ def compare_variants(bundle: Bundle) -> Finding:
             )
     if not files:
         raise NothingError("whoever runs this bundle reads the files that ONNX Runtime ran")
-    return Finding(failure, tuple(files), facts=facts)
+    return CheckResult(failure, tuple(files), facts=facts)
 
 
 def difference(

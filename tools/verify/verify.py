@@ -20,17 +20,17 @@ from ...calib.samples import Sample
 from ...graphs.bundle import MANIFEST, Bundle, sha256
 from ...graphs.errors import DataError
 from ...graphs.targets import TENSORRT, TENSORRT_RTX, show_capability
-from ...runtime.device.probe import find_device
-from ...runtime.device.tensorrt import find
-from .check_steps import Step, attempt, refuse
-from .checks import rungs
-from .verify_report import FAILED, Report, Rung
-from .verify_target import Subject
+from ...runtime.device.probe import find_gpu
+from ...runtime.device.tensorrt import find_trt_variant
+from .check_steps import Check, run_check, skip_check
+from .checks import checks
+from .verify_report import FAILED, CheckRecord, VerifyReport
+from .verify_target import VerifyTarget
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-DEFAULT_MAX_TOKENS = 16
+VERIFY_MAX_TOKENS = 16
 
 SMALL_BYTES = 256 << 20
 """Weights of a model that one thread is enough for."""
@@ -40,23 +40,23 @@ PACKAGES += ("torch", "transformers", "onnx", "onnx-ir")
 """Whose versions a report names."""
 
 
-class Watcher(Protocol):
+class VerifyProgress(Protocol):
     """Who is told how a ladder goes."""
 
-    def start(self, step: Step) -> None:
+    def start(self, check: Check) -> None:
         """A rung is tried."""
 
-    def done(self, rung: Rung) -> None:
+    def done(self, record: CheckRecord) -> None:
         """It is over."""
 
 
-class Silent:
+class NoVerifyProgress:
     """A watcher that tells nobody."""
 
-    def start(self, step: Step) -> None:
+    def start(self, check: Check) -> None:
         """Nothing."""
 
-    def done(self, rung: Rung) -> None:
+    def done(self, record: CheckRecord) -> None:
         """Nothing."""
 
 
@@ -66,10 +66,10 @@ def verify(
     *,
     model: str | None = None,
     calibration: Path | None = None,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
+    max_tokens: int = VERIFY_MAX_TOKENS,
     memory: int | None = None,
-    watcher: Watcher | None = None,
-) -> Report:
+    progress: VerifyProgress | None = None,
+) -> VerifyReport:
     """Run every rung that this machine can run over the files of ``bundle``.
 
     Args:
@@ -79,14 +79,14 @@ def verify(
         calibration: folder of the calibration it rests on; None: the usual one if it is there.
         max_tokens: length of the answers.
         memory: bytes that a rung may take; None: what is free when it begins.
-        watcher: told of every rung.
+        progress: told of every rung.
 
     Raises:
         ModelError: ``model`` cannot be opened, or is not the bundle's.
         DataError: ``calibration`` cannot be read, or is not the bundle's.
         ModuleNotFoundError: ``model`` was given and torch is not there to read it.
     """
-    watcher = watcher or Silent()
+    progress = progress or NoVerifyProgress()
     origin, known = None, None
     if model is not None:
         from .origin import open_calibration, open_origin
@@ -98,20 +98,20 @@ def verify(
             "a calibration is checked together with the checkpoint: --model CHECKPOINT, or leave "
             "--calib out"
         )
-    climbed: list[Rung] = []
+    records: list[CheckRecord] = []
     with (
-        Subject(bundle, samples, origin, known, max_tokens, memory) as subject,
+        VerifyTarget(bundle, samples, origin, known, max_tokens, memory) as target,
         _few_threads(bundle.manifest.weight_bytes),
     ):
-        for step in rungs(subject):
-            watcher.start(step)
-            if climbed and climbed[0].status == FAILED:
-                climbed.append(refuse(step, "the files are not those that were built"))
+        for check in checks(target):
+            progress.start(check)
+            if records and records[0].status == FAILED:
+                records.append(skip_check(check, "the files are not those that were built"))
             else:
-                climbed.append(_anonymous(attempt(step), subject))
-            watcher.done(climbed[-1])
+                records.append(_anonymous(run_check(check), target))
+            progress.done(records[-1])
     manifest = bundle.manifest
-    return Report(
+    return VerifyReport(
         bundle={
             "model": manifest.model,
             "plan": f"{manifest.plan.name} {manifest.plan.hash[:12]}",
@@ -120,7 +120,7 @@ def verify(
             "lowering": manifest.lowering,
             "manifest": f"sha256 {sha256(bundle.path / MANIFEST)[:12]}",
         },
-        rungs=tuple(climbed),
+        rungs=tuple(records),
         versions=_versions(bundle),
         machine=_machine(),
     )
@@ -139,15 +139,15 @@ def _few_threads(weight_bytes: int) -> AbstractContextManager[None]:
     return one_thread()
 
 
-def _anonymous(rung: Rung, subject: Subject) -> Rung:
+def _anonymous(record: CheckRecord, target: VerifyTarget) -> CheckRecord:
     """The rung without this machine's folders in its reason: reports travel."""
-    folders = [(subject.bundle.path, "BUNDLE")]
-    if subject.origin is not None:
-        folders.append((subject.origin.path, "CHECKPOINT"))
-    reason = rung.reason
+    folders = [(target.bundle.path, "BUNDLE")]
+    if target.origin is not None:
+        folders.append((target.origin.path, "CHECKPOINT"))
+    reason = record.reason
     for folder, name in folders:
         reason = reason.replace(str(folder), name)
-    return replace(rung, reason=reason)
+    return replace(record, reason=reason)
 
 
 def _versions(bundle: Bundle) -> dict[str, str]:
@@ -159,15 +159,15 @@ def _versions(bundle: Bundle) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     for backend in (TENSORRT, TENSORRT_RTX):
-        flavour = find(backend)
-        if flavour is not None:
-            found[backend] = flavour.version
+        trt_variant = find_trt_variant(backend)
+        if trt_variant is not None:
+            found[backend] = trt_variant.version
     return found | {f"built with {name}": v for name, v in bundle.manifest.versions.items()}
 
 
 def _machine() -> dict[str, Any]:
     """Facts of the machine that say what it can do, and not whose it is."""
-    device = find_device()
+    device = find_gpu()
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cores": psutil.cpu_count(),

@@ -35,8 +35,8 @@ def chosen(model: str, data: Path | None, count: int | None) -> list[Sample]:
             for number, made in enumerate(held_out(count))
         ]
     return [
-        Sample(f"{picture.path.name}, {text}", picture.path, text, "")
-        for text, picture in islice(product(GENERAL, bundled()), count)
+        Sample(f"{image.path.name}, {text}", image.path, text, "")
+        for text, image in islice(product(GENERAL, bundled()), count)
     ]
 
 

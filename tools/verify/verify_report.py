@@ -14,7 +14,7 @@ from typing import Any
 
 from ...graphs.errors import BundleError
 
-FORMAT = 1
+VERIFY_FORMAT = 1
 JSON_FILE, PAGE_FILE = "verify.json", "verify.md"
 
 PASSED, FAILED = "passed", "failed"
@@ -40,7 +40,7 @@ class TensorError:
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """What running a rung showed.
 
     Attributes:
@@ -57,7 +57,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Rung:
+class CheckRecord:
     """One rung of a report.
 
     ``reason`` says why it failed or was not run; ``rule`` is when it passes.
@@ -80,22 +80,22 @@ class Rung:
 
 
 @dataclass(frozen=True)
-class Report:
+class VerifyReport:
     """A whole ladder; see the module."""
 
     bundle: dict[str, Any]
-    rungs: tuple[Rung, ...]
+    rungs: tuple[CheckRecord, ...]
     versions: dict[str, str]
     machine: dict[str, Any]
 
     @property
-    def failed(self) -> Rung | None:
+    def failed(self) -> CheckRecord | None:
         """The first rung that failed."""
-        return next((rung for rung in self.rungs if rung.status == FAILED), None)
+        return next((record for record in self.rungs if record.status == FAILED), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form."""
-        return {"format": FORMAT, "passed": self.failed is None, **asdict(self)}
+        return {"format": VERIFY_FORMAT, "passed": self.failed is None, **asdict(self)}
 
     def write(self, folder: Path) -> None:
         """Leave both forms in ``folder``, each complete or not there at all.
@@ -116,7 +116,7 @@ class Report:
                 ) from error
 
 
-def page(report: Report) -> str:
+def page(report: VerifyReport) -> str:
     """The report in Markdown."""
     failed = report.failed
     head = "Every rung that ran passed."
@@ -127,8 +127,14 @@ def page(report: Report) -> str:
     out += _table(
         ("rung", "compares", "result", "largest error", "seconds"),
         [
-            (rung.name, rung.compares, rung.status, _brief(rung.worst), f"{rung.seconds:.1f}")
-            for rung in report.rungs
+            (
+                record.name,
+                record.compares,
+                record.status,
+                _brief(record.worst),
+                f"{record.seconds:.1f}",
+            )
+            for record in report.rungs
         ],
     )
     for title, status in (
@@ -136,18 +142,18 @@ def page(report: Report) -> str:
         ("Impossible here", IMPOSSIBLE),
         ("Nothing to check", NOTHING),
     ):
-        chosen = [rung for rung in report.rungs if rung.status == status]
+        chosen = [record for record in report.rungs if record.status == status]
         if chosen:
             out += ["", f"## {title}", ""]
-            out += [f"- {rung.name}: {rung.reason}" for rung in chosen]
+            out += [f"- {record.name}: {record.reason}" for record in chosen]
     out += ["", "## What ran, and when it passes", ""]
-    for rung in report.rungs:
-        if rung.status in (PASSED, FAILED):
-            out += [f"- {rung.name}: {rung.rule}"]
-            out += [f"  - files: {', '.join(rung.files)}"] if rung.files else []
-            out += [f"  - {name}: {_plain(value)}" for name, value in rung.facts.items()]
+    for record in report.rungs:
+        if record.status in (PASSED, FAILED):
+            out += [f"- {record.name}: {record.rule}"]
+            out += [f"  - files: {', '.join(record.files)}"] if record.files else []
+            out += [f"  - {name}: {_plain(value)}" for name, value in record.facts.items()]
     errors = sorted(
-        ((rung, error) for rung in report.rungs for error in rung.errors),
+        ((record, error) for record in report.rungs for error in record.errors),
         key=lambda pair: _badness(pair[1]),
         reverse=True,
     )
@@ -156,8 +162,8 @@ def page(report: Report) -> str:
     out += _table(
         ("rung", "tensor", "largest error", "spread", "relative"),
         [
-            (rung.name, e.tensor, _number(e.largest), _number(e.spread), _number(e.relative))
-            for rung, e in errors[:MOST_ERRORS]
+            (record.name, e.tensor, _number(e.largest), _number(e.spread), _number(e.relative))
+            for record, e in errors[:MOST_ERRORS]
         ],
     )
     out += ["", "## Versions and machine", ""]

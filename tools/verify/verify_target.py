@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from ...compile.checkpoint.checkpoint import Checkpoint
     from ...compile.quantize.calibration_file import Calibration
     from .chains import Asked, TorchChain
-    from .graph_checks import GraphRungs
+    from .graph_checks import GraphChecks
 
 
-class Subject:
+class VerifyTarget:
     """A bundle, and the checkpoint and calibration that it was built from where they are named.
 
     Args:
@@ -52,7 +52,7 @@ class Subject:
         self.max_tokens, self.memory = max_tokens, memory
         self.graph = lru_cache(maxsize=1)(self._graph)  # one graph's arrays at a time
 
-    def __enter__(self) -> Subject:
+    def __enter__(self) -> VerifyTarget:
         return self
 
     def __exit__(self, *_) -> None:
@@ -72,9 +72,9 @@ class Subject:
     @cached_property
     def asked(self) -> list[Asked]:
         """The samples, preprocessed and tokenised."""
-        from .chains import ask
+        from .chains import prepare_prompts
 
-        return ask(self.session, self.samples)
+        return prepare_prompts(self.session, self.samples)
 
     @cached_property
     def reference(self) -> TorchChain:
@@ -122,8 +122,8 @@ class Subject:
         if dtype != "float16":
             raise NothingError(f"the graphs compute in {dtype}")
 
-    def _graph(self, name: str) -> GraphRungs:
-        from .graph_checks import GraphRungs
+    def _graph(self, name: str) -> GraphChecks:
+        from .graph_checks import GraphChecks
         from .stored_graph import StoredGraph
 
-        return GraphRungs(StoredGraph(self.bundle, name), self.free)
+        return GraphChecks(StoredGraph(self.bundle, name), self.free)
