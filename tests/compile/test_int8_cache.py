@@ -1,6 +1,6 @@
 """INT8 caches: scales, graphs that round what they cache, and runtimes that keep it so.
 
-Torch with a float cache of rounded numbers (``bench.kv_cache``) is the independent judge.
+Torch with a float cache of rounded numbers (``FakeQuantCache``) is the independent judge.
 """
 
 import shutil
@@ -11,7 +11,6 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from visistage.bench.kv_cache import FakeQuantCache
 from visistage.calib.run.collect_ranges import collect
 from visistage.calib.samples import Sample
 from visistage.cli.main import main
@@ -35,6 +34,7 @@ from visistage.graphs.errors import DataError, EngineError, ModelError, TargetEr
 from visistage.graphs.modules.ops import Eager
 from visistage.graphs.modules.quantized import cache_scale_names, is_cache_scale
 from visistage.graphs.plan.call_cost import Sizes
+from visistage.graphs.presets.presets import preset
 from visistage.graphs.quantization import parse_quant_config
 from visistage.graphs.targets import TARGETS, TENSORRT_RTX
 from visistage.runtime.backends.ort_int8 import EXACT, NO_GEMM
@@ -42,7 +42,9 @@ from visistage.runtime.device.tensorrt import find_trt_variant
 from visistage.runtime.session import load
 from visistage.runtime.tensors import stored_cache_scales as told_scales
 from visistage.tests.support import calibrated, toy
+from visistage.tests.support.chain_judge import PREFIX, ChainJudge, FakeQuantCache, prompts
 from visistage.tests.support.stand_ins import stand_in, write_engines
+from visistage.tests.support.verified import fix_hashes, run, statuses
 from visistage.tools.explain.trace import trace
 from visistage.tools.verify.chains import TorchChain, prepare_prompts
 from visistage.tools.verify.compare import BOUNDS
@@ -51,11 +53,8 @@ from visistage.tools.verify.origin import weights as check_weights
 from visistage.tools.verify.stored_graph import StoredGraph, all_weights
 from visistage.tools.verify.verify_report import PASSED
 
-from ..calib.test_collect import PLAN as STAGED
-from ..calib.test_walk import PREFIX, Judge, prompts
-from ..tools.test_verify import fix_hashes, run, statuses
-
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
+STAGED = preset("visipruner", 6, 16, shallow=1, t=2, e=3, keep=4)
 ADAPTIVE = "visipruner-adaptive:boundaries=1-2,cosine=0.95,contribution=0.5,exit_cosine=0.9"
 QUESTION = "What is in the picture?"
 NEW = 10
@@ -184,7 +183,7 @@ def test_ranges_are_the_largest_of_all_that_the_chain_caches(tmp_path):
     assert (found.shape, found.dtype) == ((2, 6, 2), np.float32)
     whole, own = np.zeros_like(found), np.zeros_like(found)
     for prompt in prompts():
-        judge = Judge(checkpoint, weights, STAGED)
+        judge = ChainJudge(checkpoint, weights, STAGED)
         judge.run(prompt)
         begins = isinstance(prompt.parts[0], tuple) and prompt.parts[0][: len(PREFIX)] == PREFIX
         pairs = [pair for stage in judge.executor.caches for pair in stage]
@@ -309,7 +308,7 @@ def test_onnxruntime_says_what_torch_says_token_for_token(bundles, name):
 
 @pytest.mark.parametrize("name", ["pruned", "dense"])
 def test_an_int8_cache_is_a_float_cache_of_rounded_numbers(bundles, calibrations, name):
-    """What bench/kv_cache.py measured is what is built."""
+    """Scales by layer and head, for keys and for values."""
     bundle = bundles(name)
     scales = calibrated_cache_scales(calibrations(BUNDLES[name][0])[1], half=False)
     judged = TorchChain.stored(bundle, half=False, free=1 << 30)

@@ -14,9 +14,9 @@ from visistage.runtime.backends import openvino as ours
 from visistage.runtime.backends import openvino_calls as calls
 from visistage.runtime.session import load
 from visistage.tests.support import calibrated, toy
+from visistage.tests.support.verified import run, statuses
 from visistage.tools.verify.verify_report import FAILED, PASSED
 
-from ..tools.test_verify import run, statuses
 from .test_bundle_parity import PLANS, answer, picture
 
 pytest.importorskip("openvino")

@@ -18,7 +18,7 @@ from visistage.compile.build import make_bundle
 from visistage.compile.engines.engines import compile_engines
 from visistage.compile.export.split import compiler_peak
 from visistage.compile.export.static_shapes import DECOMPOSABLE
-from visistage.graphs.bundle import MANIFEST, Bundle, FileFact, sha256
+from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import BundleError, DataError, ImageError, ModelError, ParityError
 from visistage.graphs.plan.probing import Decision
 from visistage.graphs.plan.stages import Probe
@@ -26,6 +26,7 @@ from visistage.graphs.targets import TENSORRT_RTX
 from visistage.runtime.device.probe import GpuInfo
 from visistage.runtime.device.tensorrt import find_trt_variant
 from visistage.tests.support import toy
+from visistage.tests.support.verified import PLAN, failing, fix_hashes, rewrite, run, statuses
 from visistage.tools.verify import stored
 from visistage.tools.verify.check_steps import Check, ImpossibleError, run_check
 from visistage.tools.verify.compare import BOUNDS, tensor_error
@@ -56,8 +57,6 @@ from visistage.tools.verify.verify_report import (
 
 from ..compile.test_ranges import PRODUCT, make
 
-PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
-STEPS = 6
 needs_rtx = pytest.mark.skipif(
     find_trt_variant(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]'"
 )
@@ -97,35 +96,6 @@ def copy(built, tmp_path):
         return Bundle.open(shutil.copytree(built(target)[0].path, tmp_path / "bundle"))
 
     return make
-
-
-def run(bundle, count=2, **options):
-    return verify(bundle, chosen(bundle.manifest.model, None, count), max_tokens=STEPS, **options)
-
-
-def statuses(report):
-    return {record.name: record.status for record in report.rungs}
-
-
-def failing(report):
-    """Name and reason of the first rung that failed."""
-    assert report.failed is not None, statuses(report)
-    return report.failed.name, report.failed.reason
-
-
-def fix_hashes(bundle):
-    """Note the files as they are now: what a careful forger would do."""
-    files = {
-        name: FileFact(bundle.file(name).stat().st_size, sha256(bundle.file(name)))
-        for name in bundle.manifest.files
-    }
-    return rewrite(bundle, files=files)
-
-
-def rewrite(bundle, **changes):
-    text = replace(bundle.manifest, **changes).to_json()
-    (bundle.path / MANIFEST).write_text(text, encoding="utf-8")
-    return Bundle.open(bundle.path)
 
 
 # --- good bundles ---------------------------------------------------------------------------------

@@ -17,13 +17,12 @@ from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import DataError
 from visistage.graphs.quantization import FLOAT, SCALE_BLOCK, Quantization
 from visistage.tests.support import calibrated, toy
+from visistage.tests.support.verified import PLAN, failing, fix_hashes, run, statuses
 from visistage.tools.verify.compare import BOUNDS, bounds_of, strict
 from visistage.tools.verify.origin import open_calibration
 from visistage.tools.verify.quantised_checks import QuantisedWeights, WrongError
 from visistage.tools.verify.stored_graph import StoredGraph, all_weights
 from visistage.tools.verify.verify_report import FAILED, PASSED
-
-from .test_verify import PLAN, failing, fix_hashes, run, statuses
 
 LAYER = "model.layers.3.mlp"
 RECIPE = f"int8:stage2=w4,keep={LAYER}.gate_proj"

@@ -16,8 +16,7 @@ from visistage.graphs.chain.torch_reference import TorchExecutor
 from visistage.graphs.modules.quantized import cache_scale_names, round_caches
 from visistage.graphs.quantization import parse_quant_config
 from visistage.tests.support import calibrated, reference, toy
-
-from .test_walk import LAYERS, PLANS, PREFIX, Judge, prompts
+from visistage.tests.support.chain_judge import LAYERS, PLANS, PREFIX, ChainJudge, prompts
 
 HEADS, GROUPS, WIDTH = 4, 2, 16
 SEEING = [place for place, one in enumerate(prompts()) if one.name != "blind"]
@@ -112,7 +111,7 @@ def judged(model, scales, prefix=PREFIX):
     found = {}
     for place in SEEING:
         one = prompts()[place]
-        segments = Judge(checkpoint, weights, PLANS["dense"]).segments(one)
+        segments = ChainJudge(checkpoint, weights, PLANS["dense"]).segments(one)
         begins = isinstance(one.parts[0], tuple) and one.parts[0][: len(prefix)] == prefix
         visual = torch.cat([torch.full((part.count,), part.visual) for part in segments])
         rows = torch.cat([part.rows[0] for part in segments])
@@ -184,7 +183,7 @@ def test_logits_and_selections_are_those_of_a_chain_over_int8_caches(model, name
         run_layerwise(checkpoint, given, plan, fake_quantised=one) for one in (fake_quantised, None)
     )
     for place, prompt in enumerate(given):
-        judge = Judge(checkpoint, weights, plan)
+        judge = ChainJudge(checkpoint, weights, plan)
         judge.executor = TorchExecutor(
             *(checkpoint.config.text, plan, weights | known, 1),
             prepare=lambda stage: round_caches(stage, "int8"),

@@ -1,7 +1,6 @@
 """A walk computes what the chain computes, in every plan; strictly, or no range can be believed."""
 
 from collections import defaultdict
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from visistage.compile.export.prefix import prefix_cache
 from visistage.compile.export.texts import prompt_encoder, text_facts
 from visistage.demo.heldout import held_out
 from visistage.graphs.chain import torch_reference as chain
-from visistage.graphs.chain.chain import AppendedRows, Chain
+from visistage.graphs.chain.chain import AppendedRows
 from visistage.graphs.errors import CapacityError, PlanError, PromptError
 from visistage.graphs.modules.decoder import Linear
 from visistage.graphs.modules.ops import Eager
@@ -24,26 +23,21 @@ from visistage.graphs.modules.vision import Vision
 from visistage.graphs.plan.gates import stage_gates
 from visistage.graphs.presets.presets import preset
 from visistage.runtime.image.preprocessing import Preprocessing
+from visistage.tests.support import reference, toy
+from visistage.tests.support.chain_judge import (
+    LAYERS,
+    PLANS,
+    PREFIX,
+    ChainJudge,
+    N,
+    RecordingObserver,
+    ids,
+    pixels,
+    prompts,
+    vision,
+)
 
-from ..support import reference, toy
-
-LAYERS, N = 8, 16
-PREFIX = (1, 7, 9, 11)
 TOLERANCE = 1e-4  # of the logits' spread
-
-VISIPRUNER = {"shallow": 3, "t": 4, "e": 6, "keep": 5}
-PLANS = {
-    "dense": preset("dense", LAYERS, N),
-    "visipruner": preset("visipruner", LAYERS, N, **VISIPRUNER),
-    "visipruner-13b": preset("visipruner", LAYERS, N, **VISIPRUNER, template="13b"),
-    "visipruner-renorm": preset("visipruner", LAYERS, N, **VISIPRUNER, norm="renorm"),
-    "decode-sees": replace(
-        preset("visipruner", LAYERS, N, **VISIPRUNER), decode_sees_shallow_vision=True
-    ),
-    "fastv": preset("fastv", LAYERS, N),
-    "pyramiddrop": preset("pyramiddrop", LAYERS, N),
-    "exit-only": preset("exit-only", LAYERS, N),
-}
 
 
 @pytest.fixture(scope="module")
@@ -59,77 +53,6 @@ def weights(checkpoint):
     return {name: tensor.float() for name, tensor in checkpoint.state_dict().items()}
 
 
-def ids(count, seed):
-    return tuple(np.random.default_rng(seed).integers(5, toy.VOCAB, count).tolist())
-
-
-def pixels(seed):
-    return np.random.default_rng(seed).standard_normal((3, 32, 32)).astype(np.float32)
-
-
-def prompts():
-    """One picture, two apart, two side by side, none, another prefix; with answers and without."""
-    return [
-        SamplePrompt("one", (PREFIX, pixels(1), ids(9, 1)), ids(4, 2)),
-        SamplePrompt("between", (PREFIX, pixels(2), ids(3, 3), pixels(3), ids(12, 4)), ids(1, 5)),
-        SamplePrompt("beside", (PREFIX + ids(2, 6), pixels(4), pixels(5), ids(7, 7))),
-        SamplePrompt("blind", (PREFIX + ids(6, 8),), ids(3, 9)),
-        SamplePrompt("other prefix", ((1, 8, *ids(5, 10)), pixels(6), ids(5, 11)), ids(2, 12)),
-        SamplePrompt("picture first", (pixels(7), ids(6, 13))),
-    ]
-
-
-def vision(checkpoint, weights, image):
-    module = chain.load_weights(Vision(checkpoint.config, Eager()), weights)
-    with torch.no_grad():
-        return module(torch.from_numpy(image)[None])
-
-
-class Judge:
-    """One prompt through the chain, whole prompts with no prefix computed beforehand."""
-
-    def __init__(self, checkpoint, weights, plan):
-        self.checkpoint, self.weights = checkpoint, weights
-        self.executor = chain.TorchExecutor(checkpoint.config.text, plan, weights, 1)
-        self.chain = Chain(plan, self.executor)
-
-    def segments(self, prompt, begin=0):
-        at, out = begin, []
-        for index, part in enumerate(prompt.parts):
-            visual = isinstance(part, np.ndarray)
-            if visual:
-                rows = vision(self.checkpoint, self.weights, part)
-            else:
-                part = part[begin:] if index == 0 else part
-                if not part:
-                    continue
-                rows = self.executor.embed(torch.tensor([part]))
-            out.append(self.segment(rows, at, visual))
-            at += rows.shape[1]
-        return out
-
-    @staticmethod
-    def segment(rows, at, visual=False):
-        order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
-        return AppendedRows(visual, rows, order, order)
-
-    @torch.no_grad()
-    def run(self, prompt, begin=0):
-        """Logits (1 + A, V) and the kept orders; the first ``begin`` rows are in the caches."""
-        segments = self.segments(prompt, begin)
-        done = self.chain.prefill(segments)
-        logits, at = [done.logits], int(segments[-1].order[0, -1]) + 1
-        for step, token in enumerate(prompt.answer_ids):
-            row = self.executor.embed(torch.tensor([[token]]))
-            logits.append(self.chain.decode(self.segment(row, at + step)))
-        return torch.cat(logits), [kept.order[0] for kept in done.kept]
-
-    @torch.no_grad()
-    def hold(self, prefix):
-        """Run a prefix through every stage, as decode steps that come before everything else."""
-        self.chain.decode(self.segment(self.executor.embed(torch.tensor([prefix])), 0))
-
-
 @pytest.mark.parametrize("prefix", [(), PREFIX], ids=["whole", "prefix"])
 @pytest.mark.parametrize("name", PLANS)
 def test_the_logits_are_those_of_the_chain(checkpoint, weights, name, prefix):
@@ -137,7 +60,7 @@ def test_the_logits_are_those_of_the_chain(checkpoint, weights, name, prefix):
     walked = run_layerwise(checkpoint, given, PLANS[name], prefix)
     answers = set()
     for prompt, logits, kept in zip(given, walked.logits, walked.kept, strict=True):
-        expected, chosen = Judge(checkpoint, weights, PLANS[name]).run(prompt)
+        expected, chosen = ChainJudge(checkpoint, weights, PLANS[name]).run(prompt)
         assert logits.shape == (1 + len(prompt.answer_ids), toy.VOCAB)
         assert (logits - expected).abs().max() < TOLERANCE * expected.std(), prompt.name
         assert [one.tolist() for one in kept] == [one.tolist() for one in chosen], prompt.name
@@ -190,7 +113,7 @@ BUGS = {
 def test_planted_bugs_are_noticed(checkpoint, weights, monkeypatch, bug):
     where, wrong = BUGS[bug]
     plan, given = PLANS["decode-sees"], prompts()[:1]
-    expected, _ = Judge(checkpoint, weights, plan).run(given[0])
+    expected, _ = ChainJudge(checkpoint, weights, plan).run(given[0])
     right = run_layerwise(checkpoint, given, plan, PREFIX).logits[0]
     monkeypatch.setattr(f"visistage.{where}", wrong)
     broken = run_layerwise(checkpoint, given, plan, PREFIX).logits[0]
@@ -242,11 +165,11 @@ def test_visipruner_is_the_independent_reference(checkpoint, weights):
 def test_watchers_see_what_the_linear_layers_of_the_chain_are_given(checkpoint, weights, name):
     """Row for row, without the prefix; of the head, only the rows that somebody reads."""
     given = prompts()[:4]  # those that begin with the prefix
-    seen = Watching()
+    seen = RecordingObserver()
     run_layerwise(checkpoint, given, PLANS[name], PREFIX, observer=seen)
     expected = defaultdict(list)
     for prompt in given:
-        judge = Judge(checkpoint, weights, PLANS[name])
+        judge = ChainJudge(checkpoint, weights, PLANS[name])
         judge.hold(PREFIX)
         with listening(judge.executor.stages, expected):
             judge.run(prompt, begin=len(PREFIX))
@@ -266,7 +189,7 @@ def test_watchers_see_what_the_linear_layers_of_the_chain_are_given(checkpoint, 
 
 def test_watchers_see_the_tower_and_the_kinds_of_rows(checkpoint, weights):
     given = prompts()[:2]
-    seen, expected = Watching(), defaultdict(list)
+    seen, expected = RecordingObserver(), defaultdict(list)
     run_layerwise(checkpoint, given, PLANS["visipruner"], PREFIX, observer=seen)
     module = chain.load_weights(Vision(checkpoint.config, Eager()), weights)
     with listening([module], expected), torch.no_grad():
@@ -289,7 +212,7 @@ def test_watchers_see_the_tower_and_the_kinds_of_rows(checkpoint, weights):
 
 
 def test_watchers_are_lent_the_weights_of_each_piece(checkpoint, weights):
-    seen = Watching()
+    seen = RecordingObserver()
     run_layerwise(checkpoint, prompts()[:1], PLANS["dense"], PREFIX, observer=seen)
     read = {name for name in weights if name != "model.embed_tokens.weight"}
     assert set(seen.weights) == read
@@ -309,7 +232,7 @@ def test_readings_are_those_of_the_chain(checkpoint, weights):
     for place, prompt in enumerate(given):
         if prompt.name == "blind":
             continue
-        judge = Judge(checkpoint, weights, PLANS["dense"])
+        judge = ChainJudge(checkpoint, weights, PLANS["dense"])
         segments = judge.segments(prompt)
         with torch.no_grad():
             queries = [judge.chain.append(0, segment).queries for segment in segments][-1]
@@ -382,28 +305,6 @@ def test_a_prompt_that_does_not_fit_is_refused_by_name(checkpoint):
         run_layerwise(
             checkpoint, [SamplePrompt("no question", (PREFIX, pixels(1)))], PLANS["dense"]
         )
-
-
-class Watching:
-    """Keeps everything that a watcher is shown."""
-
-    def __init__(self):
-        self.rows, self.kinds, self.weights = defaultdict(list), {}, {}
-
-    def enter(self, kinds):
-        self.piece = kinds
-
-    def given(self, linear, rows):
-        call = len(self.rows[linear])
-        assert len(rows) == len(self.piece[call])
-        self.rows[linear].append(rows.clone())
-        self.kinds[linear] = self.piece
-
-    def leave(self, weights):
-        self.weights |= {name: weight.clone() for name, weight in weights.items()}
-
-    def of_kind(self, linear, kind):
-        return torch.cat(self.rows[linear])[np.concatenate(self.kinds[linear]) == kind]
 
 
 class listening:

@@ -23,9 +23,8 @@ from visistage.graphs.errors import ModelError, PlanError
 from visistage.graphs.linears import linear_groups
 from visistage.graphs.presets.presets import preset
 from visistage.graphs.quantization import OBSERVERS
-
-from ..support import toy
-from .test_walk import PREFIX, Watching, ids, prompts
+from visistage.tests.support import toy
+from visistage.tests.support.chain_judge import PREFIX, RecordingObserver, ids, prompts
 
 LAYERS, N = 6, 16
 PLAN = preset("visipruner", LAYERS, N, shallow=1, t=2, e=3, keep=4)
@@ -64,7 +63,7 @@ def found(checkpoint):
 @pytest.fixture(scope="module")
 def seen(checkpoint):
     """Every row that every linear layer was given."""
-    observer = Watching()
+    observer = RecordingObserver()
     run_layerwise(checkpoint, prompts(), PLAN, PREFIX, observer=observer)
     return {name: torch.cat(rows).numpy() for name, rows in observer.rows.items()}
 

@@ -1,0 +1,150 @@
+"""Prompts of every shape, and what layer-wise runs and caches are compared with: the chain."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from visistage.calib.sample_prompts import SamplePrompt
+from visistage.graphs.chain import torch_reference as chain
+from visistage.graphs.chain.chain import AppendedRows, Chain
+from visistage.graphs.modules.ops import Eager
+from visistage.graphs.modules.vision import Vision
+from visistage.graphs.presets.presets import preset
+
+from . import toy
+
+LAYERS, N = 8, 16
+INT8_LEVELS = 127
+PREFIX = (1, 7, 9, 11)
+
+VISIPRUNER = {"shallow": 3, "t": 4, "e": 6, "keep": 5}
+PLANS = {
+    "dense": preset("dense", LAYERS, N),
+    "visipruner": preset("visipruner", LAYERS, N, **VISIPRUNER),
+    "visipruner-13b": preset("visipruner", LAYERS, N, **VISIPRUNER, template="13b"),
+    "visipruner-renorm": preset("visipruner", LAYERS, N, **VISIPRUNER, norm="renorm"),
+    "decode-sees": replace(
+        preset("visipruner", LAYERS, N, **VISIPRUNER), decode_sees_shallow_vision=True
+    ),
+    "fastv": preset("fastv", LAYERS, N),
+    "pyramiddrop": preset("pyramiddrop", LAYERS, N),
+    "exit-only": preset("exit-only", LAYERS, N),
+}
+
+
+def ids(count, seed):
+    return tuple(np.random.default_rng(seed).integers(5, toy.VOCAB, count).tolist())
+
+
+def pixels(seed):
+    return np.random.default_rng(seed).standard_normal((3, 32, 32)).astype(np.float32)
+
+
+def prompts():
+    """One picture, two apart, two side by side, none, another prefix; with answers and without."""
+    return [
+        SamplePrompt("one", (PREFIX, pixels(1), ids(9, 1)), ids(4, 2)),
+        SamplePrompt("between", (PREFIX, pixels(2), ids(3, 3), pixels(3), ids(12, 4)), ids(1, 5)),
+        SamplePrompt("beside", (PREFIX + ids(2, 6), pixels(4), pixels(5), ids(7, 7))),
+        SamplePrompt("blind", (PREFIX + ids(6, 8),), ids(3, 9)),
+        SamplePrompt("other prefix", ((1, 8, *ids(5, 10)), pixels(6), ids(5, 11)), ids(2, 12)),
+        SamplePrompt("picture first", (pixels(7), ids(6, 13))),
+    ]
+
+
+def vision(checkpoint, weights, image):
+    module = chain.load_weights(Vision(checkpoint.config, Eager()), weights)
+    with torch.no_grad():
+        return module(torch.from_numpy(image)[None])
+
+
+class ChainJudge:
+    """One prompt through the chain, whole prompts with no prefix computed beforehand."""
+
+    def __init__(self, checkpoint, weights, plan):
+        self.checkpoint, self.weights = checkpoint, weights
+        self.executor = chain.TorchExecutor(checkpoint.config.text, plan, weights, 1)
+        self.chain = Chain(plan, self.executor)
+
+    def segments(self, prompt, begin=0):
+        at, out = begin, []
+        for index, part in enumerate(prompt.parts):
+            visual = isinstance(part, np.ndarray)
+            if visual:
+                rows = vision(self.checkpoint, self.weights, part)
+            else:
+                part = part[begin:] if index == 0 else part
+                if not part:
+                    continue
+                rows = self.executor.embed(torch.tensor([part]))
+            out.append(self.segment(rows, at, visual))
+            at += rows.shape[1]
+        return out
+
+    @staticmethod
+    def segment(rows, at, visual=False):
+        order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
+        return AppendedRows(visual, rows, order, order)
+
+    @torch.no_grad()
+    def run(self, prompt, begin=0):
+        """Logits (1 + A, V) and the kept orders; the first ``begin`` rows are in the caches."""
+        segments = self.segments(prompt, begin)
+        done = self.chain.prefill(segments)
+        logits, at = [done.logits], int(segments[-1].order[0, -1]) + 1
+        for step, token in enumerate(prompt.answer_ids):
+            row = self.executor.embed(torch.tensor([[token]]))
+            logits.append(self.chain.decode(self.segment(row, at + step)))
+        return torch.cat(logits), [kept.order[0] for kept in done.kept]
+
+    @torch.no_grad()
+    def hold(self, prefix):
+        """Run a prefix through every stage, as decode steps that come before everything else."""
+        self.chain.decode(self.segment(self.executor.embed(torch.tensor([prefix])), 0))
+
+
+class RecordingObserver:
+    """Keeps everything that an observer is given."""
+
+    def __init__(self):
+        self.rows, self.kinds, self.weights = defaultdict(list), {}, {}
+
+    def enter(self, kinds):
+        self.piece = kinds
+
+    def given(self, linear, rows):
+        call = len(self.rows[linear])
+        assert len(rows) == len(self.piece[call])
+        self.rows[linear].append(rows.clone())
+        self.kinds[linear] = self.piece
+
+    def leave(self, weights):
+        self.weights |= {name: weight.clone() for name, weight in weights.items()}
+
+    def of_kind(self, linear, kind):
+        return torch.cat(self.rows[linear])[np.concatenate(self.kinds[linear]) == kind]
+
+
+class FakeQuantCache(Eager):
+    """Caches what is left of keys and values after INT8. scales: theirs; None: each row its own."""
+
+    def __init__(self, scales: Sequence[Tensor] | None):
+        self.scales = scales
+
+    def cached_attention(self, q, k, v, cache, view, gate, scales=None):
+        """As its base, over a rounded cache."""
+        if self.scales is None:
+            own = [x.abs().amax(-1, keepdim=True) / INT8_LEVELS for x in (k, v)]
+        else:
+            own = list(self.scales)
+        k, v = (fake_quantised(x, scale) for x, scale in zip((k, v), own, strict=True))
+        return super().cached_attention(q, k, v, cache, view, gate, scales)
+
+
+def fake_quantised(x: Tensor, scale: Tensor) -> Tensor:
+    """What INT8 makes of x (B, G, Q, d); scale: anything that broadcasts to it."""
+    scale = scale.clamp_min(torch.finfo(x.dtype).tiny)
+    return (x / scale).round().clamp(-INT8_LEVELS, INT8_LEVELS) * scale
