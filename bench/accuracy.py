@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from ..calib.evaluate import EvaluationReport, evaluate
-from ..cli.show.evaluation_view import chosen_samples
+from ..calib.samples import evaluation_samples
 from ..compile.build import make_bundle
 from ..demo.heldout import blind_accuracy
 from ..graphs.bundle import Bundle
@@ -90,7 +90,7 @@ def _ask(path: Path, samples: int) -> tuple[EvaluationReport, list[Answer]]:
     """The report of one bundle, and its answer to every question."""
     answers: list[Answer] = []
     with load(path, threads=1) as session:
-        report = evaluate(session, chosen_samples("demo", None, samples), heard=answers.append)
+        report = evaluate(session, evaluation_samples("demo", None, samples), heard=answers.append)
     print(path.name, report.overall.accuracy, flush=True)
     return report, answers
 

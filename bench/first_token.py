@@ -15,7 +15,7 @@ from statistics import median, quantiles
 
 import click
 
-from ..cli.show.evaluation_view import chosen_samples
+from ..calib.samples import evaluation_samples
 from ..compile.build import make_bundle
 from ..runtime import load
 from .accuracy import PLANS
@@ -27,7 +27,7 @@ from .record import save
 @click.option("--out", default="engines", show_default=True, help="Folder of the bundles.")
 def main(rounds: int, out: str) -> None:
     """Build, ask in turns, record."""
-    samples = chosen_samples("demo", None, rounds + 1)
+    samples = evaluation_samples("demo", None, rounds + 1)
     times: dict[str, list[float]] = {plan: [] for plan in PLANS}
     with ExitStack() as stack:
         sessions = {

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cli.show.evaluation_view import chosen_samples
+from ..calib.samples import evaluation_samples
 from ..compile.checkpoint.checkpoint import open_checkpoint
 from ..compile.export.texts import prompt_encoder, text_facts
 from ..compile.planfile import resolve_plan
@@ -142,7 +142,7 @@ def main(samples: int, tokens: int) -> None:
     facts = Preprocessing.from_dict(text_facts(checkpoint).preprocessing)
     ranges = measure_ranges(checkpoint, prompt_encoder(checkpoint), facts)
     fallback = decide(ranges)
-    asked = [(one.image, one.prompt, tokens) for one in chosen_samples("demo", None, samples)]
+    asked = [(one.image, one.prompt, tokens) for one in evaluation_samples("demo", None, samples)]
     rows = []
     for name in ("dense", "visipruner"):
         plan = resolve_plan(name, config.text.layers, config.visual_tokens)

@@ -21,8 +21,7 @@ import click
 from ..calib.calibrate import calibrate
 from ..calib.evaluate import evaluate
 from ..calib.plan_search.measure_plans import Origin
-from ..cli.show.calibration_view import calibration_samples
-from ..cli.show.evaluation_view import chosen_samples
+from ..calib.samples import calibration_samples, evaluation_samples
 from ..compile.build import make_bundle
 from ..graphs.bundle import Bundle
 from ..runtime import Session, load
@@ -118,7 +117,7 @@ def _ask(bundle: Bundle, samples: int) -> AskedBundle:
             cached = session.context.cached.get(session.context.current_key or "")
             picture.append(0 if cached is None else sum(c.nbytes for c in cached.caches.values()))
 
-        report = evaluate(session, chosen_samples("demo", None, samples), heard=heard)
+        report = evaluate(session, evaluation_samples("demo", None, samples), heard=heard)
     return AskedBundle(
         report.overall.accuracy,
         tuple(answers),
@@ -143,7 +142,7 @@ def _steps(bundles: Sequence[Bundle], rounds: int) -> list[list[float]]:
         sessions = [stack.enter_context(load(one.path, threads=1)) for one in bundles]
         for session in sessions:
             session.eos = frozenset()
-        for number, sample in enumerate(chosen_samples("demo", None, rounds + 1)):
+        for number, sample in enumerate(evaluation_samples("demo", None, rounds + 1)):
             for session, found in zip(sessions, times, strict=True):
                 answer = session.infer(sample.image, sample.prompt, max_tokens=STEPS)
                 if number:  # the first warms up

@@ -18,8 +18,7 @@ import click
 import torch
 from torch import Tensor
 
-from ..calib.samples import Sample, normalise_answer
-from ..cli.show.evaluation_view import chosen_samples
+from ..calib.samples import Sample, evaluation_samples, normalise_answer
 from ..compile.checkpoint.checkpoint import open_checkpoint
 from ..compile.export.texts import text_facts
 from ..compile.planfile import resolve_plan
@@ -205,7 +204,7 @@ def main(samples: int, calibration: int, tokens: int) -> None:
     """Measure both plans with every form of the cache, and record it."""
     torch.set_num_threads(1)  # a model this small gains nothing from more
     config = open_checkpoint("demo").config
-    every = chosen_samples("demo", None, samples + calibration)
+    every = evaluation_samples("demo", None, samples + calibration)
     rows = []
     for name in PLANS:
         plan = resolve_plan(name, config.text.layers, config.visual_tokens)

@@ -28,8 +28,7 @@ from ..calib.plan_search.choose import Budget
 from ..calib.plan_search.measure_plans import Origin
 from ..calib.run.collect_ranges import collect
 from ..calib.sample_prompts import prepare
-from ..cli.show.calibration_view import calibration_samples
-from ..cli.show.evaluation_view import chosen_samples
+from ..calib.samples import calibration_samples, evaluation_samples
 from ..compile.build import make_bundle
 from ..compile.checkpoint.checkpoint import open_checkpoint
 from ..compile.export.texts import prompt_encoder, text_facts
@@ -147,7 +146,7 @@ def _ask(path: Path, samples: int) -> tuple[EvaluationReport, list[str]]:
     """The report of one bundle, and its answer to every question."""
     answers: list[str] = []
     with load(path, threads=1) as session:
-        questions = chosen_samples("demo", None, samples)
+        questions = evaluation_samples("demo", None, samples)
         report = evaluate(session, questions, heard=lambda answer: answers.append(answer.text))
     print(path.parent.parent.name, path.name, report.overall.accuracy, flush=True)
     return report, answers
@@ -155,7 +154,7 @@ def _ask(path: Path, samples: int) -> tuple[EvaluationReport, list[str]]:
 
 def _times(paths: Sequence[Path], rounds: int) -> list[tuple[list[float], list[float]]]:
     """Milliseconds to the first token, and per token after it, of every round; by bundle."""
-    samples = chosen_samples("demo", None, rounds + 1)
+    samples = evaluation_samples("demo", None, rounds + 1)
     first: list[list[float]] = [[] for _ in paths]
     later: list[list[float]] = [[] for _ in paths]
     with ExitStack() as stack:

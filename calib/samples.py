@@ -15,11 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..compile.checkpoint.known_models import DEMO
+from ..demo.heldout import held_out
 from ..graphs.errors import DataError
 
 REQUIRED = ("image", "prompt", "answer")
 OPTIONAL = ("type",)
 MAX_LINE_CHARACTERS = 1 << 20
+
+EVALUATION_SCENES = 200
+"""Held-out scenes of the demo that an evaluation asks by default."""
+
+CALIBRATION_SCENES = 120
+"""Held-out scenes of the demo that a calibration reads by default."""
+
+CALIBRATION_SERIES = 1000
+"""The series of held-out scenes that calibrates the demo. Evaluations ask series 0, and a scene of
+one is not in the other (tests/calib/test_calibrate.py)."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,49 @@ def read_samples(
     if not samples:
         raise DataError(f"{path}: found no samples, expected one JSON object a line.")
     return samples[:limit]
+
+
+def demo_samples(count: int, series: int = 0) -> list[Sample]:
+    """Return held-out scenes of the demo, one question each."""
+    return [
+        Sample(f"scene {number}", made.image, made.question, made.answer, made.kind)
+        for number, made in enumerate(held_out(count, series))
+    ]
+
+
+def evaluation_samples(model: str, data: Path | None, count: int | None) -> list[Sample]:
+    """Return the samples of ``data``, or the held-out scenes of the demo model.
+
+    Raises:
+        DataError: unusable data, or none for a model that brings none.
+    """
+    if data is not None:
+        return read_samples(data, count)
+    if model != DEMO:
+        raise DataError(
+            f"there are no questions for model '{model}' in this package, only for '{DEMO}'. "
+            "Give a JSONL file: --data questions.jsonl"
+        )
+    return demo_samples(count or EVALUATION_SCENES)
+
+
+def calibration_samples(
+    model: str, data: Path | None, count: int | None
+) -> tuple[list[Sample], tuple[str, ...]]:
+    """Return samples, with answers or without, and the names of the files that they are from.
+
+    Raises:
+        DataError: unusable data, or none for a model that brings none.
+    """
+    if data is not None:
+        return read_samples(data, count, answers=False), (samples_file(data).name,)
+    if model != DEMO:
+        raise DataError(
+            f"there are no samples for model '{model}' in this package, only for '{DEMO}'. Give "
+            "images and prompts of the kind that it will be asked: --data questions.jsonl"
+        )
+    samples = demo_samples(count or CALIBRATION_SCENES, CALIBRATION_SERIES)
+    return samples, (f"demo scenes, series {CALIBRATION_SERIES}",)
 
 
 def samples_file(path: str | Path) -> Path:

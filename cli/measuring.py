@@ -40,10 +40,11 @@ def evaluate(bundle, data, samples, max_tokens, backend, as_json) -> None:
     visistage evaluate engines/llava-7b --data questions.jsonl --json
     """
     from ..calib.evaluate import evaluate
-    from .show.evaluation_view import chosen_samples, counting, evaluation_table
+    from ..calib.samples import evaluation_samples
+    from .show.evaluation_view import counting, evaluation_table
 
     with session_of(bundle, backend=backend) as session:
-        chosen = chosen_samples(session.bundle.manifest.model, data, samples)
+        chosen = evaluation_samples(session.bundle.manifest.model, data, samples)
         with counting(len(chosen)) as progress:
             report = evaluate(session, chosen, max_tokens=max_tokens, progress=progress)
     if as_json:

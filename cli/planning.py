@@ -104,22 +104,22 @@ def calibrate(
     visistage calibrate llava-7b --data questions.jsonl --cost 50%
     visistage calibrate llava-7b --data photos/ --samples 64 --plan visipruner:t=14,keep=32
     """
+    from ..calib.samples import calibration_samples
     from .show.calibration_view import (
         CalibrationProgressBar,
         calibration_facts,
-        calibration_samples,
         calibration_table,
-        goal_or_plan,
     )
 
     chosen, files = calibration_samples(model, data, samples)
     with CalibrationProgressBar() as progress:
+        from ..calib.calibrate import calibrate
+        from ..calib.plan_search.chooser import goal_or_plan
+        from ..calib.plan_search.measure_plans import Origin
+
         goal = goal_or_plan(
             plan, lose=lose, cost=cost, holdout=holdout, most=most, precision=precision
         )
-        from ..calib.calibrate import calibrate
-        from ..calib.plan_search.measure_plans import Origin
-
         folder, calibration = calibrate(
             Origin(model, **options), chosen, goal, files=files, out=out, progress=progress
         )

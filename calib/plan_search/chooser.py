@@ -19,11 +19,11 @@ from ...compile.checkpoint.checkpoint import Checkpoint
 from ...compile.export.texts import TextFacts
 from ...compile.quantize.calibration_file import Calibration, SampleFacts
 from ...compile.quantize.fake_quantized import FakeQuantised
-from ...graphs.errors import PlanError
+from ...graphs.errors import PlanError, TargetError
 from ...graphs.plan.cost import Geometry
 from ...graphs.plan.plan import StagePlan
 from ...graphs.presets.presets import preset
-from ...graphs.quantization import QuantConfig
+from ...graphs.quantization import QUANTISED, QuantConfig, is_quantised, parse_quant_config
 from ..evaluate import EVALUATE_MAX_TOKENS
 from ..progress import CalibrationProgress, progress_steps
 from ..run import layerwise as walk
@@ -70,6 +70,43 @@ class SelectionGoal:
     def precision(self) -> str:
         """Of the bundles that are measured."""
         return "fp32" if self.quant_config is None else self.quant_config.name
+
+
+def goal_or_plan(plan: str | None, **options: Any) -> str | SelectionGoal:
+    """Return the plan that was named, or how to choose one.
+
+    options: ``lose``, ``cost``, ``holdout``, ``most`` and ``precision``, None where not typed.
+
+    Raises:
+        PlanError: a plan and a goal, or a budget that is not valid.
+        TargetError: a precision that plans are not measured in.
+    """
+    typed = {name: value for name, value in options.items() if value is not None}
+    if plan is not None:
+        if typed:
+            option = {"most": "candidates"}.get(next(iter(typed)), next(iter(typed)))
+            raise PlanError(
+                f"found --{option} beside --plan {plan}, expected one of the two: a plan that is "
+                f"named is not chosen. Leave out --{option} or --plan."
+            )
+        return plan
+    if "precision" in typed:
+        typed["quant_config"] = _quant_config(typed.pop("precision"))
+    limits = {name: typed.pop(name) for name in ("lose", "cost") if name in typed}
+    return SelectionGoal(Budget(**(limits or {"lose": 0.01})), **typed)
+
+
+def _quant_config(precision: str) -> QuantConfig | None:
+    """Parse the precision; None means FP32."""
+    if precision == "fp32":
+        return None
+    if not is_quantised(precision):
+        raise TargetError(
+            f"--precision {precision}: plans are measured on this machine's CPU, in fp32, "
+            f"{', '.join(QUANTISED)}, or a recipe such as int8:vision=float. For the FP16 graphs "
+            "of a GPU choose in fp32: leave --precision out"
+        )
+    return parse_quant_config(precision)
 
 
 class Chooser:

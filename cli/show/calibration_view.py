@@ -1,4 +1,4 @@
-"""A calibration: its samples, how it goes, and what it ends with."""
+"""A calibration: its progress, and the table at its end."""
 
 from __future__ import annotations
 
@@ -9,89 +9,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ...calib.samples import Sample, read_samples, samples_file
-from ...compile.checkpoint.known_models import DEMO
-from ...graphs.errors import DataError, PlanError, TargetError
-from ...graphs.quantization import QUANTISED, QuantConfig, is_quantised, parse_quant_config
+from ...graphs.quantization import is_quantised
 from ...pages.units import show_seconds
 from .bar import StepBar
 
 if TYPE_CHECKING:
     from ...compile.quantize.calibration_file import Calibration
 
-CALIBRATION_SCENES = 120
-"""Scenes read unless told otherwise."""
-
-DEMO_SERIES = 1000
-"""The series of held-out scenes that calibrates the demo. Evaluations ask series 0, and a scene of
-one is not in the other (tests/calib/test_calibrate.py)."""
-
 MOST_SHOWN = 5
 """Unreadable pictures listed; calibration.json has all of them."""
-
-
-def calibration_samples(
-    model: str, data: Path | None, count: int | None
-) -> tuple[list[Sample], tuple[str, ...]]:
-    """Samples, with answers or without, and the names of the files that they are from.
-
-    Raises:
-        DataError: unusable data, or none for a model that brings none.
-    """
-    if data is not None:
-        return read_samples(data, count, answers=False), (samples_file(data).name,)
-    if model != DEMO:
-        raise DataError(
-            f"there are no samples for model '{model}' in this package, only for '{DEMO}'. Give "
-            "pictures and prompts of the kind that it will be asked: --data questions.jsonl"
-        )
-    from ...demo.heldout import held_out
-
-    made = enumerate(held_out(count or CALIBRATION_SCENES, DEMO_SERIES))
-    return [
-        Sample(f"scene {number}", one.image, one.question, one.answer, one.kind)
-        for number, one in made
-    ], (f"demo scenes, series {DEMO_SERIES}",)
-
-
-def goal_or_plan(plan: str | None, **goal: Any) -> Any:
-    """The plan that was named, or how to choose one: a ``calib.plan_search.chooser.Wish``.
-
-    goal: ``lose``, ``cost``, ``holdout``, ``most`` and ``precision``, None where not typed.
-
-    Raises:
-        PlanError: both, or a budget that is none.
-        TargetError: a precision that plans are not measured in.
-    """
-    typed = {name: value for name, value in goal.items() if value is not None}
-    if plan is not None:
-        if typed:
-            option = {"most": "candidates"}.get(next(iter(typed)), next(iter(typed)))
-            raise PlanError(
-                f"found --{option} beside --plan {plan}, expected one of the two: a plan that is "
-                f"named is not chosen. Leave out --{option} or --plan."
-            )
-        return plan
-    from ...calib.plan_search.choose import Budget
-    from ...calib.plan_search.chooser import SelectionGoal
-
-    if "precision" in typed:
-        typed["recipe"] = _quant_config(typed.pop("precision"))
-    limits = {name: typed.pop(name) for name in ("lose", "cost") if name in typed}
-    return SelectionGoal(Budget(**(limits or {"lose": 0.01})), **typed)
-
-
-def _quant_config(precision: str) -> QuantConfig | None:
-    """Of a quantised precision; None: FP32."""
-    if precision == "fp32":
-        return None
-    if not is_quantised(precision):
-        raise TargetError(
-            f"--precision {precision}: plans are measured on this machine's CPU, in fp32, "
-            f"{', '.join(QUANTISED)}, or a recipe such as int8:vision=float. For the FP16 graphs "
-            "of a GPU choose in fp32: leave --precision out"
-        )
-    return parse_quant_config(precision)
 
 
 class CalibrationProgressBar(StepBar):

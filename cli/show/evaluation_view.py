@@ -1,10 +1,9 @@
-"""An evaluation: its samples, how it goes, and its table."""
+"""An evaluation: its progress and its table."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -12,15 +11,8 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from ...calib.samples import Sample, read_samples
-from ...compile.checkpoint.known_models import DEMO
-from ...graphs.errors import DataError
-
 if TYPE_CHECKING:
     from ...calib.evaluate import EvaluationReport
-
-EVALUATION_SCENES = 200
-"""Held-out scenes asked unless told otherwise."""
 
 MOST_SHOWN = 5
 """Wrong answers and unreadable pictures listed; ``--json`` has all of them."""
@@ -33,27 +25,6 @@ def counting(total: int) -> Iterator[Callable[[], None]]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("asking", total=total)
         yield lambda: bar.advance(task)
-
-
-def chosen_samples(model: str, data: Path | None, count: int | None) -> list[Sample]:
-    """The samples of ``data``, or the demo model's held-out scenes.
-
-    Raises:
-        DataError: unusable data, or none for another model.
-    """
-    if data is not None:
-        return read_samples(data, count)
-    if model != DEMO:
-        raise DataError(
-            f"there are no questions for model '{model}' in this package, only for '{DEMO}'. "
-            "Give a JSONL file: --data questions.jsonl"
-        )
-    from ...demo.heldout import held_out
-
-    return [
-        Sample(f"scene {number}", made.image, made.question, made.answer, made.kind)
-        for number, made in enumerate(held_out(count or EVALUATION_SCENES))
-    ]
 
 
 def evaluation_table(report: EvaluationReport) -> RenderableType:

@@ -23,9 +23,9 @@ from visistage.calib.plan_search.thresholds import suggest_thresholds
 from visistage.calib.run.collect_ranges import collect
 from visistage.calib.run.layerwise import run_layerwise
 from visistage.calib.sample_prompts import order_hash, prepare
-from visistage.calib.samples import Sample
+from visistage.calib.samples import CALIBRATION_SERIES, Sample, calibration_samples
 from visistage.cli.main import main
-from visistage.cli.show.calibration_view import DEMO_SERIES, calibration_samples, calibration_table
+from visistage.cli.show.calibration_view import calibration_table
 from visistage.cli.show.units import ShareParam
 from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
@@ -309,7 +309,7 @@ def test_dynamics_of_an_int8_cache_are_read_from_one(folder, tmp_path, monkeypat
     built, seen = builds(monkeypatch), []
 
     def spy(checkpoint, prompts, plan, prefix, **options):
-        seen.append((checkpoint, prompts, plan, prefix, options["rounded"]))
+        seen.append((checkpoint, prompts, plan, prefix, options["fake_quantised"]))
         return run_layerwise(checkpoint, prompts, plan, prefix, **options)
 
     def dynamics(checkpoint, prompts, plan, prefix, rounded):
@@ -428,14 +428,14 @@ def test_text_blind_plans_do_nothing_else():
 
 def test_the_demo_is_not_calibrated_on_what_evaluations_ask():
     asked = {scene for scene, _ in map(_known, islice(_series(2000, "held out 0", True), 2000))}
-    seen = {scene for scene, _ in map(_known, _series(512, f"held out {DEMO_SERIES}", True))}
+    seen = {scene for scene, _ in map(_known, _series(512, f"held out {CALIBRATION_SERIES}", True))}
     assert len(seen) > 500
     assert not asked & seen
     samples, files = calibration_samples("demo", None, 3)
-    assert files == (f"demo scenes, series {DEMO_SERIES}",)
+    assert files == (f"demo scenes, series {CALIBRATION_SERIES}",)
     assert [one.name for one in samples] == ["scene 0", "scene 1", "scene 2"]
     assert [one.prompt for one in samples] == [
-        question.text for _, question in _series(3, f"held out {DEMO_SERIES}", True)
+        question.text for _, question in _series(3, f"held out {CALIBRATION_SERIES}", True)
     ]
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from visistage.bench.fp16 import Staged, compared
+from visistage.calib.samples import evaluation_samples
 from visistage.cli.show.bundle_view import bundle_facts
-from visistage.cli.show.evaluation_view import chosen_samples
 from visistage.compile import layer_stream as stream
 from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
@@ -487,7 +487,7 @@ def test_the_demo_in_half_answers_as_in_fp32():
     plan = resolve_plan(
         "visipruner", checkpoint.config.text.layers, checkpoint.config.visual_tokens
     )
-    asked = [(sample.image, sample.prompt, 3) for sample in chosen_samples("demo", None, 40)]
+    asked = [(sample.image, sample.prompt, 3) for sample in evaluation_samples("demo", None, 40)]
     found = compared("demo", plan, NO_FALLBACK, asked)
     assert found.finite
     assert found.agreement >= 0.95

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from visistage.bench.record import RESULTS
 from visistage.calib.evaluate import evaluate
-from visistage.cli.show.evaluation_view import chosen_samples
+from visistage.calib.samples import evaluation_samples
 from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.runtime.session import load
@@ -31,7 +31,7 @@ def bundles(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def samples():
-    return chosen_samples("demo", None, QUESTIONS)
+    return evaluation_samples("demo", None, QUESTIONS)
 
 
 @pytest.fixture(scope="module")

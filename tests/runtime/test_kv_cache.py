@@ -3,7 +3,7 @@
 import pytest
 import torch
 from visistage.bench.kv_cache import LEVELS, Cached, compared, fake_quantised, largest, operators
-from visistage.cli.show.evaluation_view import chosen_samples
+from visistage.calib.samples import evaluation_samples
 from visistage.compile.planfile import resolve_plan
 
 TOKENS = 4
@@ -11,7 +11,7 @@ TOKENS = 4
 
 @pytest.fixture(scope="module")
 def asked():
-    return chosen_samples("demo", None, 2)
+    return evaluation_samples("demo", None, 2)
 
 
 @pytest.fixture(scope="module", params=["dense", "visipruner"])

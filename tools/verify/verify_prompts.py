@@ -7,10 +7,9 @@ from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
 
-from ...calib.samples import Sample, read_samples
+from ...calib.samples import Sample, demo_samples, read_samples
 from ...compile.checkpoint.known_models import DEMO
 from ...demo.gallery import bundled
-from ...demo.heldout import held_out
 
 DEFAULT_SAMPLES = 6
 """Prompts asked unless told otherwise."""
@@ -30,10 +29,7 @@ def chosen(model: str, data: Path | None, count: int | None) -> list[Sample]:
         # By file and line alone: a report must not name this machine's folders.
         return [replace(one, name=Path(one.name).name) for one in read_samples(data, count)]
     if model == DEMO:
-        return [
-            Sample(f"scene {number}", made.image, made.question, made.answer, made.kind)
-            for number, made in enumerate(held_out(count))
-        ]
+        return demo_samples(count)
     return [
         Sample(f"{image.path.name}, {text}", image.path, text, "")
         for text, image in islice(product(GENERAL, bundled()), count)
