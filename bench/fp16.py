@@ -25,6 +25,7 @@ from ..compile.planfile import resolve_plan
 from ..compile.quantize.fp16_ranges import decide, measure_ranges
 from ..graphs.chain.chain import AppendedRows, Chain
 from ..graphs.chain.torch_reference import TorchExecutor, load_weights
+from ..graphs.fields import to_json
 from ..graphs.modules.ops import Eager
 from ..graphs.modules.vision import Vision
 from ..graphs.plan.plan import StagePlan
@@ -149,7 +150,7 @@ def main(samples: int, tokens: int) -> None:
         found = compared("demo", plan, fallback, asked)
         rows.append({"plan": name, "questions": samples, **vars(found)})
     farthest = sorted(ranges.items(), key=lambda item: -item[1])[:8]
-    rows[0] |= {"limit": SAFE_MAX, "widening": fallback.to_dict(), "farthest": dict(farthest)}
+    rows[0] |= {"limit": SAFE_MAX, "widening": to_json(fallback), "farthest": dict(farthest)}
     save("fp16-demo", f"python -m visistage.bench.fp16 --samples {samples} --tokens {tokens}", rows)
 
 

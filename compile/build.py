@@ -207,7 +207,7 @@ def _write_manifest(
 
 def _fact(graph: Graph, build_spec: BuildSpec) -> GraphFact:
     variants = {context: file for context, (file, _) in _variants(graph, build_spec).items()}
-    return GraphFact(f"{graph.name}.onnx", graph.spec, variants)
+    return GraphFact(f"{graph.name}.onnx", graph.spec.inputs, graph.spec.outputs, variants=variants)
 
 
 def _variants(graph: Graph, build_spec: BuildSpec) -> dict[int, tuple[str, int | None]]:

@@ -22,6 +22,7 @@ from ..graphs.bundle import MANIFEST_FORMAT
 from ..graphs.config import ModelConfig
 from ..graphs.contract import StagePart, cache_dtype
 from ..graphs.errors import CapacityError, DataError, TargetError
+from ..graphs.fields import to_json
 from ..graphs.plan.plan import StagePlan
 from ..graphs.precision import NO_FALLBACK, Fp32Fallback
 from ..graphs.quantization import (
@@ -98,7 +99,7 @@ class BuildSpec:
             self.target.name,
             self.target.lowering,
             self.precision,
-            self.quantization.to_dict(),
+            to_json(self.quantization),
             versions(),
             self.contexts,
             [part.layers for part in self.parts or ()],

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ..graphs.errors import MissingDependencyError, PlanError
+from ..graphs.fields import parse_json
 from ..graphs.plan.plan import StagePlan
 from ..graphs.presets.presets import PRESETS, options_from_strings, preset
 
@@ -161,20 +162,7 @@ def plan_from_yaml(text: str) -> StagePlan:
 
 def plan_from_json(text: str) -> StagePlan:
     """The plan in a JSON text. Raises PlanError."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        data: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in data:
-                raise PlanError(f"{_printable(key)}: found twice, expected once. Remove one.")
-            data[key] = value
-        return data
-
-    try:
-        data = json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise PlanError(f"not JSON: {error}. Mend that place.") from None
-    return _plan(data)
+    return _plan(parse_json(text, PlanError, "Correct that place.", "the plan"))
 
 
 def modes_text(modes: Iterable[str]) -> str:

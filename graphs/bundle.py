@@ -12,23 +12,24 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .config import ModelConfig
-from .contract import GraphSpec, cache_dtype
+from .contract import GraphSpec, TensorSpec, cache_dtype
+from .dtypes import DTYPES
 from .errors import BundleError
+from .fields import check_format, from_json, read_json, to_json
 from .plan.plan import StagePlan
 from .precision import NO_FALLBACK, Fp32Fallback
 from .quantization import FLOAT, Quantization
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 6
-MAX_MANIFEST_BYTES = 16 << 20
 STAMP = ".stamp.json"
 
-ELEMENT_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+_AGAIN = "Build the bundle again: make engines MODEL=..."
 
 ANY_CONTEXT = 0
 """Key of the one variant of a graph without a cache."""
@@ -52,8 +53,14 @@ class GraphFact:
     """
 
     file: str
-    spec: GraphSpec
-    variants: dict[int, str] = field(default_factory=dict)
+    variants: dict[int, str] = field(default_factory=dict, kw_only=True, metadata={"omit": True})
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def spec(self) -> GraphSpec:
+        """Its contract."""
+        return GraphSpec(self.inputs, self.outputs)
 
 
 @dataclass(frozen=True)
@@ -107,14 +114,14 @@ class Manifest:
     weight_bytes: int
     source: str  # hash of everything the build depended on
     contexts: tuple[int, ...] = ()  # lengths that engines are compiled for, in dense rows
-    fallback: Fp32Fallback = NO_FALLBACK
+    fallback: Fp32Fallback = field(default=NO_FALLBACK, metadata={"key": "widening"})
     quantization: Quantization = FLOAT
     cache_scales: TensorRef | None = None
 
     @property
     def element_bytes(self) -> int:
         """Bytes of one float number in the graphs."""
-        return ELEMENT_BYTES[self.dtype]
+        return int(DTYPES[self.dtype].nbytes)
 
     @property
     def cache_dtype(self) -> str:
@@ -124,7 +131,7 @@ class Manifest:
     @property
     def cache_element_bytes(self) -> int:
         """Bytes of one cached number."""
-        return ELEMENT_BYTES[self.cache_dtype]
+        return int(DTYPES[self.cache_dtype].nbytes)
 
     def parts_of(self, stage: int) -> list[str]:
         """Names of the graphs that make a stage, in the order of their layers."""
@@ -133,92 +140,20 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest's text; equal manifests give equal bytes."""
-        prefix = self.prefix
-        data = {
-            "format": MANIFEST_FORMAT,
-            "model": self.model,
-            "config": self.config.to_dict(),
-            "plan": self.plan.to_dict(),
-            "target": self.target,
-            "precision": self.precision,
-            "dtype": self.dtype,
-            "lowering": self.lowering,
-            "graphs": {
-                name: {
-                    "file": fact.file,
-                    **({"variants": fact.variants} if fact.variants else {}),
-                    **fact.spec.to_dict(),
-                }
-                for name, fact in self.graphs.items()
-            },
-            "embedding": _ref_dict(self.embedding),
-            "prefix": prefix
-            and {
-                "ids": list(prefix.ids),
-                "keys": _ref_dict(prefix.keys),
-                "values": _ref_dict(prefix.values),
-            },
-            "preprocessing": self.preprocessing,
-            "generation": self.generation,
-            "text_files": self.text_files,
-            "files": {
-                name: {"nbytes": fact.nbytes, "sha256": fact.sha256}
-                for name, fact in sorted(self.files.items())
-            },
-            "versions": self.versions,
-            "weight_bytes": self.weight_bytes,
-            "source": self.source,
-            "contexts": list(self.contexts),
-            "widening": self.fallback.to_dict(),
-            "quantization": self.quantization.to_dict(),
-            "cache_scales": self.cache_scales and _ref_dict(self.cache_scales),
-        }
+        data = {"format": MANIFEST_FORMAT, **to_json(self)}
+        data["files"] = dict(sorted(data["files"].items()))
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> Manifest:
-        """Read a manifest; ``where`` names it in errors."""
-        try:
-            data = json.loads(text)
-            if not isinstance(data, dict) or data.get("format") != MANIFEST_FORMAT:
-                found = data.get("format") if isinstance(data, dict) else type(data).__name__
-                raise BundleError(
-                    f"{where} has format {found!r}, this version reads format {MANIFEST_FORMAT}. "
-                    "Build it again: make engines MODEL=..."
-                )
-            prefix = data["prefix"]
-            return cls(
-                model=data["model"],
-                config=ModelConfig.from_dict(data["config"]),
-                plan=StagePlan.from_dict(data["plan"]),
-                target=data["target"],
-                precision=data["precision"],
-                dtype=data["dtype"],
-                lowering=data["lowering"],
-                graphs={name: _graph(fact) for name, fact in data["graphs"].items()},
-                embedding=_ref(data["embedding"]),
-                prefix=prefix
-                and Prefix(tuple(prefix["ids"]), _ref(prefix["keys"]), _ref(prefix["values"])),
-                preprocessing=data["preprocessing"],
-                generation=data["generation"],
-                text_files=data["text_files"],
-                files={
-                    name: FileFact(int(fact["nbytes"]), str(fact["sha256"]))
-                    for name, fact in data["files"].items()
-                },
-                versions=data["versions"],
-                weight_bytes=int(data["weight_bytes"]),
-                source=data["source"],
-                contexts=tuple(int(context) for context in data["contexts"]),
-                fallback=Fp32Fallback.from_dict(data["widening"]),
-                quantization=Quantization.from_dict(data["quantization"]),
-                cache_scales=data["cache_scales"] and _ref(data["cache_scales"]),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(
-                f"{where} is not a valid manifest ({type(error).__name__}: {error}). "
-                "Build the bundle again: make engines MODEL=..."
-            ) from error
+    def read(cls, file: Path) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            BundleError: it cannot be read, has another format, or is not what ``to_json`` writes.
+        """
+        data = read_json(file, BundleError, _AGAIN)
+        data = check_format(data, MANIFEST_FORMAT, BundleError, _AGAIN, str(file))
+        return from_json(cls, data, BundleError, _AGAIN, str(file))
 
 
 @dataclass(frozen=True)
@@ -236,16 +171,7 @@ class Bundle:
             BundleError: nothing there, several bundles, or a manifest that cannot be read.
         """
         folder = find_bundle(Path(path))
-        file = folder / MANIFEST
-        if file.stat().st_size > MAX_MANIFEST_BYTES:
-            raise BundleError(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise BundleError(
-                f"{file} is not UTF-8 text: {error}. Build the bundle again"
-            ) from error
-        return cls(folder, Manifest.from_json(text, str(file)))
+        return cls(folder, Manifest.read(folder / MANIFEST))
 
     def file(self, name: str) -> Path:
         """Path of one file of the bundle; names that leave the folder are refused."""
@@ -263,8 +189,7 @@ class Bundle:
         Raises:
             BundleError: naming the first file that is missing or changed.
         """
-        fix = "Build it again: make engines MODEL=..."
-        check_files(self._files(), self.path / STAMP, rehash=rehash, fix=fix)
+        check_files(self._files(), self.path / STAMP, rehash=rehash, fix=_AGAIN)
 
     def changed(self) -> list[Path]:
         """Its files that are missing or not what was built."""
@@ -353,17 +278,3 @@ def _read_stamps(file: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
-
-
-def _graph(data: dict) -> GraphFact:
-    variants = {int(context): str(file) for context, file in data.get("variants", {}).items()}
-    return GraphFact(data["file"], GraphSpec.from_dict(data), variants)
-
-
-def _ref(data: dict) -> TensorRef:
-    return TensorRef(data["file"], int(data["offset"]), data["dtype"], tuple(data["shape"]))
-
-
-def _ref_dict(ref: TensorRef) -> dict:
-    out = {field.name: getattr(ref, field.name) for field in fields(ref)}
-    return {**out, "shape": list(ref.shape)}

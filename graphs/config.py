@@ -15,23 +15,22 @@ depends on the length. Errors are ``ModelError`` and name the field as ``config.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from .config_fields import (
     count,
     divides,
-    exact,
     flag,
     get,
     mapping,
     number,
     reject_value,
-    show_value,
     side,
     word,
 )
 from .errors import ModelError
+from .fields import from_json, show, to_json
 
 ARCHITECTURE = "LlavaForConditionalGeneration"
 ENCODERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
@@ -39,6 +38,7 @@ ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "s
 """Of towers and projectors; decoders have SiLU."""
 
 MAX_LAYERS = 1024
+_REBUILD = "The file is damaged or from another visistage: build the bundle again."
 
 # What transformers assumes for a field that config.json omits, where families differ.
 _FAMILIES: dict[str, dict[str, int]] = {
@@ -124,6 +124,18 @@ class Rope:
         pairs = sorted((name, value) for name, value in given.items() if value is not None)
         return cls(kind, number("rope_theta", 10000.0 if theta is None else theta), tuple(pairs))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form, parameters as an object."""
+        return {**to_json(self), "parameters": dict(self.parameters)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Rope:
+        """Strict inverse of ``to_dict``. Raises ModelError."""
+        given = dict(data)
+        if isinstance(given.get("parameters"), Mapping):
+            given["parameters"] = sorted(given["parameters"].items())
+        return from_json(cls, given, ModelError, _REBUILD, "config: text.rope")
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -175,7 +187,7 @@ class TextConfig:
         family = given.get("model_type", "llama")
         if not isinstance(family, str) or family not in _FAMILIES:
             raise ModelError(
-                f"text_config.model_type is {show_value(family)}: this decoder is not supported, "
+                f"text_config.model_type is {show(family)}: this decoder is not supported, "
                 f"only "
                 f"{', '.join(_FAMILIES)} are. Use a LLaVA checkpoint on one of those."
             )
@@ -264,7 +276,7 @@ class VisionConfig:
         family = given.get("model_type", "clip_vision_model")
         if not isinstance(family, str) or family not in ENCODERS:
             raise ModelError(
-                f"vision_config.model_type is {show_value(family)}: this tower is not supported, "
+                f"vision_config.model_type is {show(family)}: this tower is not supported, "
                 f"only "
                 f"{' and '.join(ENCODERS)} are. Use a LLaVA checkpoint with one of those."
             )
@@ -357,10 +369,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form; ``from_dict`` gives the same config back."""
-        data = asdict(self)
-        data["text"]["rope"]["parameters"] = dict(self.text.rope.parameters)
-        data["feature_layers"] = list(self.feature_layers)
-        return data
+        return to_json(self)
 
     @classmethod
     def from_dict(cls, data: Any) -> ModelConfig:
@@ -369,18 +378,7 @@ class ModelConfig:
         Raises:
             ModelError: an unknown or missing key, or a value the constructor refuses.
         """
-        given = exact(cls, data, "config")
-        text = exact(TextConfig, given["text"], "config.text")
-        rope = exact(Rope, text["rope"], "config.text.rope")
-        pairs = mapping("config.text.rope.parameters", rope["parameters"])
-        rope["parameters"] = tuple(sorted(pairs.items()))
-        text["rope"] = Rope(**rope)
-        given["text"] = TextConfig(**text)
-        given["vision"] = VisionConfig(**exact(VisionConfig, given["vision"], "config.vision"))
-        if not isinstance(given["feature_layers"], list):
-            reject_value("config.feature_layers", given["feature_layers"], "a list of integers")
-        given["feature_layers"] = tuple(given["feature_layers"])
-        return cls(**given)
+        return from_json(cls, data, ModelError, _REBUILD, "config")
 
 
 _DEFAULT_SEQUENCE = 576
@@ -410,7 +408,7 @@ def _reject_architecture(data: Mapping[str, Any]) -> None:
     if "LlavaLlamaForCausalLM" in names:
         hint = "This is the original LLaVA format; use its conversion, such as MODEL=llava-7b."
     raise ModelError(
-        f"config.json describes {show_value(found)} (model_type {show_value(kind)}), which is not "
+        f"config.json describes {show(found)} (model_type {show(kind)}), which is not "
         f"supported. "
         f"Supported: {SUPPORTED}. {hint}"
     )
@@ -437,7 +435,7 @@ def _image_token(given: Mapping[str, Any]) -> Any:
     index, token = given.get("image_token_index"), given.get("image_token_id")
     if None not in (index, token) and index != token:
         reject_value(
-            "image_token_id", token, f"image_token_index={show_value(index)}, or only one of them"
+            "image_token_id", token, f"image_token_index={show(index)}, or only one of them"
         )
     chosen = token if index is None else index
     return 32000 if chosen is None else chosen

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any, NoReturn
 
 from .errors import ModelError
+from .fields import show
 
 MAX_COUNT = 1 << 24
 """No size of a decoder or a tower comes near it; larger ones are damage, not models."""
@@ -19,18 +19,8 @@ MAX_COUNT = 1 << 24
 def reject_value(field: str, found: Any, expected: str) -> NoReturn:
     """Raise: this field cannot be used."""
     raise ModelError(
-        f"{field} is {show_value(found)}, expected {expected}. Correct the checkpoint's "
-        f"config.json."
+        f"{field} is {show(found)}, expected {expected}. Correct the checkpoint's config.json."
     )
-
-
-def show_value(value: Any) -> str:
-    """A value as a message quotes it: short, whatever it is."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to print integers of thousands of digits
-        return f"a huge {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def count(field: str, value: Any, most: int = MAX_COUNT, least: int = 1) -> int:
@@ -87,16 +77,3 @@ def mapping(field: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         reject_value(field, value, "an object")
     return value
-
-
-def exact(cls: type, data: Any, at: str) -> dict[str, Any]:
-    """``data`` as a dict with exactly the fields of ``cls``."""
-    names = {field.name for field in fields(cls)}
-    wrong = sorted(names.symmetric_difference(mapping(at, data)))
-    if wrong:
-        kind = "an unknown key" if wrong[0] in data else "missing"
-        raise ModelError(
-            f"{at}.{wrong[0]} is {kind}, expected {', '.join(sorted(names))}. The file is damaged "
-            "or from another visistage: build the bundle again."
-        )
-    return dict(data)

@@ -51,15 +51,6 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
 
-    def to_dict(self) -> dict:
-        """Plain JSON form, as the manifest holds it."""
-        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
-
-    @classmethod
-    def from_dict(cls, data: dict) -> TensorSpec:
-        """Inverse of ``to_dict``."""
-        return cls(data["name"], data["dtype"], tuple(data["shape"]))
-
 
 @dataclass(frozen=True)
 class GraphSpec:
@@ -71,21 +62,6 @@ class GraphSpec:
     def has(self, symbol: str) -> bool:
         """Whether a dimension of an input is left open under this symbol."""
         return any(symbol in tensor.shape for tensor in self.inputs)
-
-    def to_dict(self) -> dict:
-        """Plain JSON form, as the manifest holds it."""
-        return {
-            "inputs": [spec.to_dict() for spec in self.inputs],
-            "outputs": [spec.to_dict() for spec in self.outputs],
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict) -> GraphSpec:
-        """Inverse of ``to_dict``."""
-        return cls(
-            tuple(TensorSpec.from_dict(item) for item in data["inputs"]),
-            tuple(TensorSpec.from_dict(item) for item in data["outputs"]),
-        )
 
 
 @dataclass(frozen=True)

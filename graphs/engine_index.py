@@ -6,12 +6,12 @@ BUNDLE/engines/NAME.engine, .log
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from .bundle import MANIFEST, Bundle, FileFact, check_files, sha256
 from .errors import EngineError
+from .fields import check_format, from_json, read_json
 from .targets import Capability, show_capability
 
 ENGINES_FOLDER = "engines"
@@ -49,16 +49,22 @@ class EngineFact:
 
 
 @dataclass(frozen=True)
-class Engines:
+class EngineIndex:
     """What ``engines.json`` says. ``capabilities`` empty: whatever the compiler covers."""
 
-    folder: Path
     backend: str
     version: str
     capabilities: tuple[Capability, ...]
     built_on: str
     bundle: str  # SHA-256 of the manifest
     engines: tuple[EngineFact, ...]
+
+
+@dataclass(frozen=True)
+class Engines(EngineIndex):
+    """The engines of a bundle, in their folder."""
+
+    folder: Path
 
     @classmethod
     def open(cls, bundle: Bundle) -> Engines | None:
@@ -68,36 +74,17 @@ class Engines:
             EngineError: the index cannot be read, or belongs to another bundle.
         """
         file = bundle.path / ENGINES_FOLDER / ENGINES_INDEX
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not file.exists():
             return None
-        except (OSError, ValueError) as error:
-            raise EngineError(f"{file} cannot be read ({error}). {AGAIN} {bundle.path}") from error
-        try:
-            if data["format"] != ENGINES_FORMAT:
-                raise EngineError(
-                    f"{file} has format {data['format']!r}, this version reads format "
-                    f"{ENGINES_FORMAT}. "
-                    f"{AGAIN} {bundle.path}"
-                )
-            engines = cls(
-                file.parent,
-                data["backend"],
-                data["version"],
-                tuple((int(major), int(minor)) for major, minor in data["capabilities"]),
-                data["built_on"],
-                data["bundle"],
-                tuple(EngineFact(**one) for one in data["engines"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise EngineError(
-                f"{file} is no valid index ({type(error).__name__}: {error}). {AGAIN} {bundle.path}"
-            ) from error
+        remedy = f"{AGAIN} {bundle.path}"
+        data = read_json(file, EngineError, remedy)
+        data = check_format(data, ENGINES_FORMAT, EngineError, remedy, str(file))
+        index = from_json(EngineIndex, data, EngineError, remedy, str(file))
+        engines = cls(**vars(index), folder=file.parent)
         if engines.bundle != sha256(bundle.path / MANIFEST):
             raise EngineError(
                 f"the engines in {file.parent} were compiled from another build of this bundle. "
-                f"{AGAIN} {bundle.path}"
+                f"{remedy}"
             )
         return engines
 

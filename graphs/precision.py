@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 HALF_MAX = 65504.0
 """Largest finite FP16 number."""
@@ -68,25 +67,6 @@ class Fp32Fallback:
     def shifts(self, layer: int) -> tuple[int, int]:
         """Exponents of a layer's attention and MLP updates; 0: as they are."""
         return self.attention_shift.get(layer, 0), self.mlp_shift.get(layer, 0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form, as the manifest holds it."""
-        return {
-            "rows": self.rows,
-            "attention_shift": {str(k): v for k, v in sorted(self.attention_shift.items())},
-            "mlp_shift": {str(k): v for k, v in sorted(self.mlp_shift.items())},
-            "reasons": [dict(vars(reason)) for reason in self.reasons],
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Fp32Fallback:
-        """Inverse of ``to_dict``."""
-        return cls(
-            bool(data["rows"]),
-            {int(layer): int(shift) for layer, shift in data["attention_shift"].items()},
-            {int(layer): int(shift) for layer, shift in data["mlp_shift"].items()},
-            tuple(Reason(**reason) for reason in data["reasons"]),
-        )
 
 
 NO_FALLBACK = Fp32Fallback()

@@ -209,18 +209,18 @@ class Quantization:
     """What a recipe came to for one model and plan.
 
     Attributes:
-        schemes: of every linear layer that is not float, by the checkpoint's name.
-        quant_config: as the user wrote it.
+        recipe: the ``QuantConfig`` as the user wrote it.
         calibration: hash of the calibration it rests on; None where it needs none.
         observer: the one used; None where inputs stay float.
+        schemes: of every linear layer that is not float, by the checkpoint's name.
         smoothed: groups whose inputs were smoothed, by name, with alpha.
         cache: type of cached keys and values.
     """
 
-    schemes: Mapping[str, Scheme] = field(default_factory=dict)
     recipe: str = ""
     calibration: str | None = None
     observer: str | None = None
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
     smoothed: Mapping[str, float] = field(default_factory=dict)
     cache: CacheScheme = "float"
 
@@ -233,29 +233,6 @@ class Quantization:
     def quantises_cache(self) -> bool:
         """Whether keys and values are cached as integers."""
         return self.cache == "int8"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form, as the manifest holds it."""
-        return {
-            "recipe": self.recipe,
-            "calibration": self.calibration,
-            "observer": self.observer,
-            "schemes": dict(self.schemes),
-            "smoothed": dict(self.smoothed),
-            "cache": self.cache,
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Quantization:
-        """Inverse of ``to_dict``."""
-        return cls(
-            {str(name): scheme for name, scheme in data["schemes"].items()},
-            str(data["recipe"]),
-            data["calibration"],
-            data["observer"],
-            {str(name): float(alpha) for name, alpha in data["smoothed"].items()},
-            data["cache"],
-        )
 
 
 FLOAT = Quantization()

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ...graphs.bundle import Bundle, GraphFact
 from ...graphs.contract import TensorSpec
+from ...graphs.fields import to_json
 from ...graphs.precision import ALWAYS
 from ...pages.units import show_bytes
 from .precision_view import quantisation_facts, quantisation_rows
@@ -44,7 +45,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "dtype": manifest.dtype,
         "quantization": quantisation_facts(manifest),
         "lowering": manifest.lowering,
-        "widening": manifest.fallback.to_dict(),
+        "widening": to_json(manifest.fallback),
         "layers": text.layers,
         "visual_tokens": manifest.config.visual_tokens,
         "context": text.max_positions,
@@ -55,7 +56,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
             name: {
                 "file": fact.file,
                 "nbytes": manifest.files[fact.file].nbytes if fact.file in manifest.files else None,
-                **fact.spec.to_dict(),
+                **to_json(fact.spec),
             }
             for name, fact in manifest.graphs.items()
         },

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...compile.checkpoint.names import tensor_shapes
 from ...graphs.bundle import Manifest
+from ...graphs.fields import to_json
 from ...graphs.linears import Group, linear_groups
 from ...graphs.quantization import Scheme, block_of
 from ...graphs.targets import find_target
@@ -43,7 +44,7 @@ def quantisation_facts(manifest: Manifest) -> dict[str, Any] | None:
                 kept.setdefault(place, []).append(name)
     mixed = [name for place, names in kept.items() if len(places[place]) > 1 for name in names]
     return {
-        **{key: value for key, value in quantization.to_dict().items() if key != "schemes"},
+        **{key: value for key, value in to_json(quantization).items() if key != "schemes"},
         "places": {place: dict(counts) for place, counts in places.items()},
         "float": mixed,
         "weight_bytes": dict(nbytes),

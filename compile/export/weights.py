@@ -20,6 +20,7 @@ import torch
 
 from ...graphs.bundle import TensorRef
 from ...graphs.errors import CapacityError, TargetError
+from ...graphs.precision import HALF_MAX
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.names import EMBEDDING
 from ..quantize.quantize import QuantisedTensors
@@ -32,7 +33,6 @@ WEIGHT_ALIGNMENT = 4096
 
 STORED_AS = {"float32": "F32", "float16": "F16"}
 TENSOR_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-HALF_MAX = 65504.0
 
 
 @dataclass(frozen=True)

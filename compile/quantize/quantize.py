@@ -95,12 +95,12 @@ def resolve(
     if calibration is not None and quantised_inputs:
         observer = observer or calibration.best_observer
     return Quantization(
-        schemes,
-        quant_config.name,
-        calibration.hash if calibration else None,
-        observer if quantised_inputs else None,
-        smoothed,
-        quant_config.cache,
+        recipe=quant_config.name,
+        calibration=calibration.hash if calibration else None,
+        observer=observer if quantised_inputs else None,
+        schemes=schemes,
+        smoothed=smoothed,
+        cache=quant_config.cache,
     )
 
 

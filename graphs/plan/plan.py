@@ -3,7 +3,7 @@
     layers [0, 19): 576 visual tokens -- select 64 --> [19, 28): 64 -- drop --> [28, 32): 0
 
 It knows nothing about weights, files or devices; ``compile/planfile.py`` reads and writes YAML,
-``plan_checks.py`` says what is wrong with a plan.
+``checks.py`` says what is wrong with its parts.
 
 Source: docs/design.md, "The plan".
 """
@@ -12,22 +12,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .plan_checks import check_plan
-from .plan_fields import fields_of, is_int, list_of, reject_field
+from ..errors import PlanError
+from ..fields import Words, from_json, is_int, to_json
+from .checks import (
+    LATER,
+    check_edge,
+    check_flags,
+    check_labels,
+    check_probe,
+    check_stage,
+    is_count,
+    require,
+)
 from .stages import Edge, Probe, Stage
 
 PLAN_VERSION = 1
 """Version of the dict form. Readers refuse others."""
 
-_PLAN_REQUIRED = ("version", "name", "layers", "visual_tokens", "stages")
-_PLAN_OPTIONAL = ("edges", "decode_sees_shallow_vision", "calibrated", "note", "probe")
-_PROBE_FIELDS = (
-    ("first", "cosine", "contribution"),
-    ("strict", "exit_cosine", "exit_layers", "consecutive", "buckets"),
-)
+_REMEDY = 'Correct the plan: docs/design.md, "The plan", shows one.'
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,48 @@ class StagePlan:
     decode_sees_shallow_vision: bool = False  # gates all open in decode steps
     calibrated: bool = False
     note: str = ""
-    probe: Probe | None = None
+    probe: Probe | None = field(default=None, metadata={"omit": True})
 
     def __post_init__(self) -> None:
-        check_plan(self)
+        check_labels(self.name, self.note)
+        check_flags(self, "", "decode_sees_shallow_vision", "calibrated")
+        for name in ("layers", "visual_tokens"):
+            value = getattr(self, name)
+            require(is_count(value), name, value, "a positive integer", "Take it from the model.")
+        self._check_stages()
+        self._check_edges()
+
+    def _check_stages(self) -> None:
+        fits = _is_tuple_of(self.stages, Stage) and len(self.stages) > 0
+        fix = "The dense plan has exactly one."
+        require(fits, "stages", self.stages, "one stage or more", fix)
+        start = 0
+        for i, stage in enumerate(self.stages):
+            check_stage(f"stages[{i}]", stage, start, first=i == 0)
+            start = stage.layers[1]
+        field, last = f"stages[{len(self.stages) - 1}].layers", list(self.stages[-1].layers)
+        wanted = f"the last stage to stop at layers={self.layers}"
+        require(start == self.layers, field, last, wanted, f"Write [{last[0]}, {self.layers}].")
+        found = self.stages[0].visual_tokens
+        wanted = f"all visual_tokens={self.visual_tokens} of an image"
+        fix = "Pruning before the decoder and late injection are not supported yet."
+        fits = found == self.visual_tokens
+        require(fits, "stages[0].visual_tokens", found, wanted, fix)
+
+    def _check_edges(self) -> None:
+        found: Any = self.edges
+        if isinstance(found, tuple):
+            found = Words(f"{len(found)} edges")
+        fits = _is_tuple_of(self.edges, Edge) and len(self.edges) == len(self.stages) - 1
+        wanted = f"{len(self.stages) - 1}, one between each two stages"
+        require(fits, "edges", found, wanted, "Add or remove an edge.")
+        for i, edge in enumerate(self.edges):
+            before, after = self.stages[i : i + 2]
+            check_edge(i, edge, before, after, probing=self.probe is not None)
+        if self.probe is not None:
+            wanted, fix = "none in a plan without edges", "Add an edge, or remove it."
+            require(len(self.edges) > 0, "probe", Words("one"), wanted, fix)
+            check_probe(self.probe, self.stages[0], self.visual_tokens)
 
     @property
     def kind(self) -> Literal["static", "exact", "adaptive"]:
@@ -112,18 +156,7 @@ class StagePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form; ``from_dict`` gives the same plan back."""
-        return {
-            "version": PLAN_VERSION,
-            "name": self.name,
-            "layers": self.layers,
-            "visual_tokens": self.visual_tokens,
-            "stages": [stage.to_dict() for stage in self.stages],
-            "edges": [edge.to_dict() for edge in self.edges],
-            "decode_sees_shallow_vision": self.decode_sees_shallow_vision,
-            "calibrated": self.calibrated,
-            "note": self.note,
-            **({"probe": self.probe.to_dict()} if self.probe else {}),
-        }
+        return {"version": PLAN_VERSION, **to_json(self)}
 
     @classmethod
     def from_dict(cls, data: Any) -> StagePlan:
@@ -133,27 +166,14 @@ class StagePlan:
             PlanError: an unknown or missing key, another version, or anything the constructor
                 refuses.
         """
-        fields = fields_of(data, "plan", _PLAN_REQUIRED, _PLAN_OPTIONAL)
-        version = fields.pop("version")
-        if not is_int(version) or version != PLAN_VERSION:
-            reject_field(
-                "version", version, str(PLAN_VERSION), "The file is from another visistage."
-            )
-        stages = [
-            fields_of(item, f"stages[{i}]", ("layers", "visual_tokens", "modes"), ("norm",))
-            for i, item in enumerate(list_of(fields["stages"], "stages"))
-        ]
-        edges = [
-            fields_of(item, f"edges[{i}]", ("op",), ("score", "keep"))
-            for i, item in enumerate(list_of(fields.get("edges", []), "edges"))
-        ]
-        for i, stage in enumerate(stages):
-            for key in ("layers", "modes"):
-                stage[key] = tuple(list_of(stage[key], f"stages[{i}].{key}"))
-        fields["stages"] = tuple(Stage(**stage) for stage in stages)
-        fields["edges"] = tuple(Edge(**edge) for edge in edges)
-        if "probe" in fields:
-            probe = fields_of(fields["probe"], "probe", *_PROBE_FIELDS)
-            probe["buckets"] = tuple(list_of(probe.get("buckets", []), "probe.buckets"))
-            fields["probe"] = Probe(**probe)
-        return cls(**fields)
+        require(isinstance(data, Mapping), "plan", data, "a mapping", _REMEDY)
+        found = data.get("version", Words("nothing"))
+        fits = is_int(found) and found == PLAN_VERSION
+        fix = "The file is from another visistage."
+        require(fits, "version", found, str(PLAN_VERSION), fix)
+        data = {key: value for key, value in data.items() if key != "version"}
+        return from_json(cls, data, PlanError, _REMEDY, defaults=True, hints=LATER)
+
+
+def _is_tuple_of(value: Any, kind: type) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, kind) for item in value)

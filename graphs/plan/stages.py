@@ -7,9 +7,11 @@ Source: docs/design.md, "The plan"; modes: docs/methods.md, "VisiPruner: shallow
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
+
+from ..fields import to_json
 
 MAX_KEEP = 3840
 """Largest K of a selection: TensorRT's TopK goes no further."""
@@ -63,12 +65,10 @@ class Stage:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form; ``norm`` only where it means something."""
-        data: dict[str, Any] = {
-            "layers": list(self.layers),
-            "visual_tokens": self.visual_tokens,
-            "modes": list(self.modes),
-        }
-        return data | ({"norm": self.norm} if self.gated_layers else {})
+        data = to_json(self)
+        if not self.gated_layers:
+            del data["norm"]
+        return data
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,9 @@ class Edge:
     """What happens to the visual tokens between two stages."""
 
     op: Op
-    score: Score | None = None  # select: what the last prompt row ranks them by
-    keep: int | None = None  # select: K, for all images of a prompt together
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form, without what a ``drop`` does not have."""
-        fields = {"op": self.op, "score": self.score, "keep": self.keep}
-        return {key: value for key, value in fields.items() if value is not None}
+    # Of a select: what the last prompt row ranks them by, and K for all images of a prompt.
+    score: Score | None = field(default=None, metadata={"omit": True})
+    keep: int | None = field(default=None, metadata={"omit": True})
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,3 @@ class Probe:
             return kept
         largest = self.buckets[-1]
         return next((size for size in self.buckets if size >= kept), -(-kept // largest) * largest)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form."""
-        return {**asdict(self), "buckets": list(self.buckets)}

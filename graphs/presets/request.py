@@ -12,8 +12,8 @@ from itertools import pairwise
 from typing import Any, NoReturn
 
 from ..errors import PlanError
+from ..plan.checks import MAX_NAME
 from ..plan.plan import StagePlan
-from ..plan.plan_checks import MAX_NAME
 from ..plan.stages import Edge, Mode, Norm, Probe, Score, Stage
 
 UNCALIBRATED = "uncalibrated defaults"

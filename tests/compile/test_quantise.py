@@ -151,7 +151,11 @@ def test_folding_leaves_the_function_as_it_was(model, calibration):
     # A scheme on a layer that no tensor below has: what says which factors a group takes.
     schemes = {name: "w8a8" for g in linear_groups(config) for name in g.linears}
     quantised_tensors = QuantisedTensors(
-        checkpoint, Quantization(schemes, smoothed=smoothed), known, half=False, engines=False
+        checkpoint,
+        Quantization(schemes=schemes, smoothed=smoothed),
+        known,
+        half=False,
+        engines=False,
     )
     plain = checkpoint.state_dict("")
     folded = {

@@ -30,6 +30,7 @@ from visistage.compile.quantize.fp16_ranges import (
 )
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import ModelError, TargetError
+from visistage.graphs.fields import from_json, to_json
 from visistage.graphs.modules.decoder import DecoderLayer, Linear
 from visistage.graphs.modules.ops import Eager, Llm
 from visistage.graphs.precision import HALF_MAX, NO_FALLBACK, SAFE_MAX, Fp32Fallback, Reason
@@ -145,7 +146,7 @@ def test_every_remedy_follows_from_its_tensor():
         "model.layers.1.mlp.down_proj output",
         "model.layers.2.self_attn.o_proj output",
     ]
-    assert Fp32Fallback.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert from_json(Fp32Fallback, json.loads(json.dumps(to_json(found))), ModelError, "") == found
 
 
 @pytest.mark.parametrize(

@@ -359,9 +359,9 @@ def test_the_strict_form_takes_neither_more_nor_less(part):
         place = place[key]
     field = next(iter(place))
     spoiled = changed(data, f"{part}.extra" if part else "extra", 1)
-    with pytest.raises(ModelError, match="extra is an unknown key"):
+    with pytest.raises(ModelError, match="extra: found an unknown key"):
         ModelConfig.from_dict(spoiled)
-    with pytest.raises(ModelError, match=f"{field} is missing"):
+    with pytest.raises(ModelError, match=f"{field}: found nothing"):
         ModelConfig.from_dict(changed(data, f"{part}.{field}" if part else field, ...))
 
 

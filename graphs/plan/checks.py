@@ -1,0 +1,159 @@
+"""The rules of a plan's parts: whether their fields fit each other, and what this version runs.
+
+Errors are ``PlanError`` and name the field, what was found, what was expected and what to write
+instead. ``plan.py`` checks the whole.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from ..errors import PlanError
+from ..fields import Words, check_word, is_int, is_number, reject
+from .stages import MAX_KEEP, MODES, NORMS, OPS, SCORES, Edge, Probe, Stage
+
+MAX_NAME = 100
+"""Longest name of a plan: it becomes part of a directory's."""
+
+LATER = {
+    "absent": "Absent vision is a stage with visual_tokens: 0.",
+    **{
+        word: f"{word} is planned, but not supported yet."
+        for word in ("frozen", "attn_frozen", "mlp_frozen", "cross", "inject")
+    },
+}
+"""Modes and operations that this version does not run, and what to say of them."""
+
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._+-]{{0,{MAX_NAME - 1}}}")
+
+
+def require(condition: bool, field: str, found: Any, expected: str, fix: str) -> None:
+    """Raise the ``PlanError`` about ``field`` unless ``condition`` holds."""
+    if not condition:
+        reject(field, found, expected, PlanError, fix)
+
+
+def is_count(value: Any, least: int = 1) -> bool:
+    """Return whether ``value`` counts something: positions and orders are int32 tensors."""
+    return is_int(value) and least <= value < 2**31
+
+
+def check_flags(part: Any, prefix: str, *names: str) -> None:
+    """Refuse fields of ``part`` that are neither true nor false."""
+    for name in names:
+        value = getattr(part, name)
+        require(
+            isinstance(value, bool), prefix + name, value, "true or false", "Write one of them."
+        )
+
+
+def check_labels(name: Any, note: Any) -> None:
+    """Refuse a name that cannot become a directory's, and a note that is not one line."""
+    wanted = f"1 to {MAX_NAME} letters, digits or any of . _ + -"
+    fits = isinstance(name, str) and _NAME.fullmatch(name) is not None
+    require(fits, "name", name, wanted, "Rename the plan.")
+    fits = isinstance(note, str) and note.isprintable() and len(note) <= 500
+    require(fits, "note", note, "one printable line of up to 500 characters", "Shorten it.")
+
+
+def check_stage(at: str, stage: Stage, start: int, first: bool) -> None:
+    """Refuse a stage that does not begin at layer ``start`` or contradicts itself."""
+    layers, fix = stage.layers, f"Start at layer {start}."
+    pair = isinstance(layers, tuple) and len(layers) == 2 and all(map(is_int, layers))
+    require(pair, f"{at}.layers", layers, "[start, stop]", fix)
+    wanted = f"[{start}, stop] with stop > {start}, no gap and no overlap"
+    fits = layers[0] == start < layers[1]
+    require(fits, f"{at}.layers", list(layers), wanted, fix)
+    tokens = stage.visual_tokens
+    require(is_count(tokens, 0), f"{at}.visual_tokens", tokens, "an integer >= 0", "0 means none.")
+    found: Any = stage.modes
+    if isinstance(found, tuple):
+        found = Words(f"{len(found)} modes")
+    wanted = f"{stage.depth}, one for each of layers {layers[0]} to {layers[1] - 1}"
+    fits = isinstance(stage.modes, tuple) and len(stage.modes) == stage.depth
+    require(fits, f"{at}.modes", found, wanted, "Add or remove modes.")
+    for i, mode in enumerate(stage.modes):
+        field = f"{at}.modes[{i}]"
+        check_word(field, mode, MODES, PlanError, "Write one of them.", LATER)
+        # One call carries visual and text rows together there, and a gate cannot tell them
+        # apart: it holds for a call. With 0 visual tokens there is nothing to gate at all.
+        fix = "Write dense; the text-blind layers come before the first edge."
+        fits = mode == "dense" or first
+        require(fits, field, mode, "dense in every stage after the first", fix)
+    check_word(f"{at}.norm", stage.norm, NORMS, PlanError, "Write one of them.")
+    if stage.norm == "renorm":
+        fits = bool(stage.gated_layers)
+        require(fits, f"{at}.norm", "renorm", "gated", "No layer of this stage masks anything.")
+        if "sink" in stage.modes:
+            # Masked before the softmax, no mass is removed that a sink could take.
+            field = f"{at}.modes[{stage.modes.index('sink')}]"
+            wanted = "no sink where norm is renorm"
+            require(False, field, "sink", wanted, "Write text_blind_novv.")
+
+
+def check_edge(index: int, edge: Edge, before: Stage, after: Stage, probing: bool) -> None:
+    """Refuse an edge that does not fit the stages on its sides; ``probing``: the plan decides."""
+    at, after_field = f"edges[{index}]", f"stages[{index + 1}].visual_tokens"
+    check_word(f"{at}.op", edge.op, OPS, PlanError, "Write one of them.", LATER)
+    wanted = "no edge after the vision has left"
+    require(before.visual_tokens > 0, f"{at}.op", edge.op, wanted, "Merge the two stages.")
+    if edge.op == "select":
+        limit = min(before.visual_tokens, MAX_KEEP)
+        check_word(f"{at}.score", edge.score, SCORES, PlanError, "Write one of them.")
+        wanted = f"1 to {limit}: what the stage before has, and at most {MAX_KEEP}"
+        fits = is_count(edge.keep) and edge.keep <= limit  # type: ignore[operator]
+        require(fits, f"{at}.keep", edge.keep, wanted, "To keep none, write op: drop.")
+        left, wanted = edge.keep, f"{at}.keep={edge.keep}"
+    else:
+        for key in ("score", "keep"):
+            value = getattr(edge, key)
+            require(value is None, f"{at}.{key}", value, f"none at a {edge.op}", "Remove it.")
+        # A prompt whose probe finds nothing takes all its visual tokens along.
+        left = 0 if edge.op == "drop" else before.visual_tokens
+        wanted = f"{left} after the {edge.op} of {at}"
+    fits = after.visual_tokens == left
+    require(fits, after_field, after.visual_tokens, wanted, f"Write {left}.")
+    if edge.op == "select":
+        # The last text row attends to no visual token there, so every score would be zero.
+        field = f"stages[{index}].modes[{before.depth - 1}]"
+        wanted = f"dense: {at} scores the visual tokens in this layer, and text must see them"
+        fits = before.modes[-1] == "dense"
+        require(fits, field, before.modes[-1], wanted, "Move the edge behind a dense layer.")
+    if probing:
+        fix = "Write op: probe, or remove the probe."
+        wanted = "probe, as the plan decides per prompt"
+    else:
+        fix = "Add probe: with first, cosine and contribution, or write select or drop."
+        wanted = "select or drop in a plan without a probe"
+    require((edge.op == "probe") == probing, f"{at}.op", edge.op, wanted, fix)
+
+
+def check_probe(probe: Probe, first: Stage, visual_tokens: int) -> None:
+    """Refuse numbers of a probe that make no sense; ``first`` is the plan's first stage."""
+    fix = "Write first, cosine and contribution."
+    require(isinstance(probe, Probe), "probe", probe, "the numbers of a probe", fix)
+    blind, stop = max(first.gated_layers, default=-1) + 1, first.layers[1]
+    wanted = f"{blind} to {stop - 1}: a layer of the first stage from which on all are dense"
+    fits = is_int(probe.first) and blind <= probe.first < stop
+    require(fits, "probe.first", probe.first, wanted, "Move it, or the first edge.")
+    for name, low in (("cosine", -1.0), ("contribution", 0.0), ("exit_cosine", -1.0)):
+        value = getattr(probe, name)
+        high = math.inf if name == "contribution" else 1.0
+        fits = is_number(value) and low <= value <= high
+        if not (fits or (value is None and name == "exit_cosine")):
+            wanted = f"a number from {low:g} to {high:g}"
+            reject(f"probe.{name}", value, wanted, PlanError, "Write one.")
+    check_flags(probe, "probe.", "strict", "consecutive")
+    layers = probe.exit_layers
+    require(is_count(layers), "probe.exit_layers", layers, "a positive integer", "Write 2.")
+    sizes = probe.buckets
+    ascending = isinstance(sizes, tuple) and all(map(is_count, sizes))
+    ascending = ascending and list(sizes) == sorted(set(sizes))
+    wanted = "positive integers, ascending"
+    require(ascending, "probe.buckets", sizes, wanted, "Sort them, each once.")
+    wanted = f"at most {visual_tokens}, all that an image has"
+    largest = max(sizes, default=0)
+    fits = largest <= visual_tokens
+    require(fits, "probe.buckets", largest, wanted, f"End with {visual_tokens}.")
