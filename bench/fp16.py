@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..calib.samples import evaluation_samples
 from ..compile.checkpoint.checkpoint import open_checkpoint
-from ..compile.export.texts import prompt_encoder, text_facts
+from ..compile.export.texts import text_facts
 from ..compile.planfile import resolve_plan
 from ..compile.quantize.fp16_ranges import decide, measure_ranges
 from ..graphs.chain.chain import AppendedRows, Chain
@@ -53,9 +53,9 @@ class Staged:
         self.plan, self.fallback = plan, fallback
         self.weights = {n: self.checkpoint.load(n).to(dtype) for n in self.checkpoint.tensors}
         self.vision = load_weights(Vision(config, Eager(), fallback), self.weights)
-        self.encoder = prompt_encoder(self.checkpoint)
-        facts = text_facts(self.checkpoint).preprocessing
-        self.preprocessing = Preprocessing.from_dict(facts)
+        texts = text_facts(self.checkpoint)
+        self.encoder = texts.encoder
+        self.preprocessing = Preprocessing.from_dict(texts.preprocessing)
 
     def executor(self) -> TorchExecutor:
         """What runs one question: its caches are empty."""
@@ -140,8 +140,7 @@ def main(samples: int, tokens: int) -> None:
     torch.set_num_threads(1)  # a model this small gains nothing from more
     checkpoint = open_checkpoint("demo")
     config = checkpoint.config
-    facts = Preprocessing.from_dict(text_facts(checkpoint).preprocessing)
-    ranges = measure_ranges(checkpoint, prompt_encoder(checkpoint), facts)
+    ranges = measure_ranges(checkpoint, text_facts(checkpoint))
     fallback = decide(ranges)
     asked = [(one.image, one.prompt, tokens) for one in evaluation_samples("demo", None, samples)]
     rows = []

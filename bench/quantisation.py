@@ -31,7 +31,7 @@ from ..calib.sample_prompts import prepare
 from ..calib.samples import calibration_samples, evaluation_samples
 from ..compile.build import make_bundle
 from ..compile.checkpoint.checkpoint import open_checkpoint
-from ..compile.export.texts import prompt_encoder, text_facts
+from ..compile.export.texts import text_facts
 from ..compile.quantize.calibration_file import Calibration
 from ..graphs.quantization import OBSERVERS
 from ..runtime import load
@@ -132,7 +132,7 @@ def _again(made: Calibration, samples: Sequence, options: dict[str, Any]) -> Cal
     checkpoint = open_checkpoint("demo")
     texts = text_facts(checkpoint)
     preprocessing = Preprocessing.from_dict(texts.preprocessing)
-    prompts, _ = prepare(samples, prompt_encoder(checkpoint), preprocessing)
+    prompts, _ = prepare(samples, texts.encoder, preprocessing)
     found = collect(checkpoint, prompts, made.plan, texts.prefix_ids, **options)
     return replace(made, groups=found.groups, cache=found.cache, **options)
 

@@ -22,12 +22,13 @@ from typing import Any
 
 from ..compile.build import versions
 from ..compile.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from ..compile.export.texts import fits, prompt_encoder, text_facts
+from ..compile.export.texts import fits, text_facts
 from ..compile.planfile import resolve_plan, save_plan
 from ..compile.quantize.calibration_file import Calibration, SampleFacts
-from ..compile.steps import NOTES, NoBuildProgress, Staging
+from ..compile.steps import NOTES, Staging
 from ..graphs.errors import PlanError
 from ..graphs.plan.plan import StagePlan
+from ..graphs.progress import Progress
 from ..runtime.image.preprocessing import Preprocessing
 from .page.calibration_page import write_report
 from .plan_search.chooser import Chooser, SelectionGoal, agrees
@@ -71,7 +72,7 @@ def calibrate(
     with step("read samples", len(samples)) as report:
         prompts, unreadable = prepare(
             samples,
-            prompt_encoder(checkpoint),
+            texts.encoder,
             Preprocessing.from_dict(texts.preprocessing),
             lambda: progress.advance(1),
         )
@@ -80,7 +81,7 @@ def calibrate(
         facts = fits(checkpoint, texts)
 
     # No key of an earlier run: what a calibration that was cut short had measured is not kept.
-    staging = Staging(Path(out) / checkpoint.name, uuid.uuid4().hex, NoBuildProgress())
+    staging = Staging(Path(out) / checkpoint.name, uuid.uuid4().hex, Progress())
     with staging, _removed_unless_finished(staging.folder):
         dynamics: dict[str, Any] = {}
         choice: dict[str, Any] = {}

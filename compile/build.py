@@ -1,26 +1,28 @@
-"""``make_bundle``: a checkpoint becomes a bundle, step by step.
+"""``make_bundle``, the command ``engines``: a checkpoint becomes a bundle, step by step.
 
 checkpoint ─▶ plan ─▶ ranges (FP16) ─▶ weights ─▶ graphs ─▶ prefix ─▶ text files ─▶ manifest
+
+What compiles a bundle's engines, the command ``build``, is ``compile/engines/engines.py``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from ..graphs.bundle import MANIFEST, Bundle, FileFact, GraphFact, Manifest, sha256
+from ..graphs.bundle import MANIFEST, Bundle, FileFact, GraphFact, Manifest
 from ..graphs.precision import NO_FALLBACK, Fp32Fallback
+from ..graphs.progress import Progress
 from ..graphs.targets import resolve_target
-from ..runtime.image.preprocessing import Preprocessing
 from .build_spec import BuildSpec, check_geometry, resolve_build, versions
-from .checkpoint.checkpoint import Checkpoint, open_checkpoint
+from .checkpoint.checkpoint import open_checkpoint
+from .disk import file_hash
 from .export.export import Graph, export
 from .export.prefix import describe_prefix, prefix_cache, write_prefix
 from .export.static_shapes import variants_of, write_variant
-from .export.texts import prompt_encoder, write_texts
+from .export.texts import write_texts
 from .export.weights import Placement, check_disk, convert, link_files, place
 from .quantize.cache_scales import (
     calibrated_cache_scales,
@@ -30,7 +32,7 @@ from .quantize.cache_scales import (
     write_scales,
 )
 from .quantize.fp16_ranges import decide, dense_pieces, measure_ranges, read_ranges, write_ranges
-from .steps import BuildProgress, NoBuildProgress, Staging
+from .steps import Staging
 
 
 def make_bundle(
@@ -46,7 +48,7 @@ def make_bundle(
     contexts: Sequence[int] = (),
     build_memory: int | None = None,
     calibration: str | Path | None = None,
-    progress: BuildProgress | None = None,
+    progress: Progress | None = None,
 ) -> Bundle:
     """Build the bundle of ``model`` in ``OUT/<model>/<plan>-<precision>-<target>/``.
 
@@ -63,18 +65,18 @@ def make_bundle(
         revision: of a hub model.
         offline: use only what was downloaded before.
         dummy_weights: random weights of a published geometry.
-        contexts: rows of an unpruned prompt and answer that engines shall have room for; several
+        contexts: rows of an unpruned prompt and answer that engines shall have space for; several
             give several sets of engines. For targets with engines only.
         build_memory: bytes that compiling one engine may take; stages are cut into parts that
             do. For targets with engines only.
         calibration: folder that ``calibrate`` wrote; None: for quantised precisions
             ``calibrations/<model>``, where that is.
-        progress: told of every step.
+        progress: called for every step.
 
     Raises:
-        VisistageError: whatever the user can mend, before anything is written under the final name.
+        VisistageError: what the user can correct; nothing is under the final name then.
     """
-    progress = progress or NoBuildProgress()
+    progress = progress or Progress()
     wanted, precision = resolve_target(target, precision)
     check_geometry(model, wanted, precision)
     progress.start("open checkpoint", None)
@@ -85,7 +87,7 @@ def make_bundle(
         dummy_weights=dummy_weights,
         progress=progress.advance,
     )
-    build_spec = resolve_build(
+    spec = resolve_build(
         checkpoint,
         plan=plan,
         target=wanted,
@@ -94,132 +96,118 @@ def make_bundle(
         build_memory=build_memory,
         calibration=calibration,
     )
-    folder = Path(out) / checkpoint.name / build_spec.name
-    staging = Staging(folder, _key(build_spec), progress)
+    folder = Path(out) / checkpoint.name / spec.name
+    staging = Staging(folder, _inputs(spec), progress)
     if staging.up_to_date() and not Bundle.open(folder).changed():
         return Bundle.open(folder)
-    with staging as work:
-        _write(build_spec, work)
-        work.finish()
+    with staging:
+        _write(spec, staging)
+        staging.finish()
     return Bundle.open(folder)
 
 
-def _write(build_spec: BuildSpec, work: Staging) -> None:
-    """Every step of a build, in the folder that becomes the bundle."""
-    checkpoint, config, dtype = build_spec.checkpoint, build_spec.config, build_spec.dtype
-    advance = work.progress.advance
-    build_spec.check_calibration()
+def _write(spec: BuildSpec, work: Staging) -> None:
+    """Run every step of a build, in the folder that becomes the bundle."""
+    checkpoint, config, texts, dtype = spec.checkpoint, spec.config, spec.texts, spec.dtype
+    folder, advance = work.folder, work.progress.advance
+    spec.check_calibration()
 
     def ranges() -> list[str]:
-        preprocessing = Preprocessing.from_dict(build_spec.texts.preprocessing)
-        encoder = prompt_encoder(checkpoint)
-        return write_ranges(
-            measure_ranges(checkpoint, encoder, preprocessing, advance), work.folder
-        )
+        return write_ranges(measure_ranges(checkpoint, texts, advance), folder)
 
     fallback = NO_FALLBACK
-    if build_spec.half:
+    if spec.half:
         work.step("ranges", ranges, total=dense_pieces(config))
-        fallback = decide(read_ranges(work.folder))
-    graphs, quantised_tensors = build_spec.graphs(fallback), build_spec.quantised_tensors(fallback)
-    placement = place(
-        checkpoint, [n for graph in graphs for n in graph.weights], dtype, quantised_tensors
-    )
-    build_spec.check_memory(placement.nbytes)
-    check_disk(placement, work.folder)
+        fallback = decide(read_ranges(folder))
+    graphs, quantised_tensors = spec.graphs(fallback), spec.quantised_tensors(fallback)
+    names = [name for graph in graphs for name in graph.weights]
+    placement = place(checkpoint, names, dtype, quantised_tensors)
+    spec.check_memory(placement.nbytes)
+    check_disk(placement, folder)
     spans, scales = dict(placement.spans), None
-    if build_spec.calibration is not None and build_spec.quantization.quantises_cache:
-        scales = calibrated_cache_scales(build_spec.calibration, half=build_spec.half)
+    if spec.calibration is not None and spec.quantization.quantises_cache:
+        scales = calibrated_cache_scales(spec.calibration, half=spec.half)
         spans |= scale_spans(config.text, dtype)
 
     def weights() -> list[str]:
-        converted = convert(checkpoint, placement, dtype, work.folder, advance, quantised_tensors)
-        return [*link_files(placement, work.folder), *converted]
+        converted = convert(checkpoint, placement, dtype, folder, advance, quantised_tensors)
+        return [*link_files(placement, folder), *converted]
 
     def one_graph(graph: Graph) -> list[str]:
         file = f"{graph.name}.onnx"
-        export(graph, config.text, work.folder / file, spans, build_spec.target)
-        copies = _variants(graph, build_spec)
+        export(graph, config.text, folder / file, spans, spec.target)
+        copies = _variants(graph, spec)
         for copy, slots in copies.values():
-            write_variant(work.folder / file, work.folder / copy, slots)
+            write_variant(folder / file, folder / copy, slots)
         return [file, *(copy for copy, _ in copies.values())]
 
     def prefix() -> list[str]:
-        cache = prefix_cache(checkpoint, build_spec.texts.prefix_ids, advance)
+        cache = prefix_cache(checkpoint, texts.prefix_ids, advance)
         if scales is not None:
             cache = quantised_rows(cache, scales)
-        return write_prefix(cache, build_spec.cache_dtype, work.folder)
+        return write_prefix(cache, spec.cache_dtype, folder)
 
     work.step("weights", weights, total=placement.new_bytes or None)
     if scales is not None:
-        work.step("cache scales", partial(write_scales, scales, dtype, work.folder))
+        work.step("cache scales", partial(write_scales, scales, dtype, folder))
     for graph in graphs:
         work.step(f"export {graph.name}", partial(one_graph, graph))
-    if build_spec.texts.prefix_ids:
+    if texts.prefix_ids:
         work.step("prefix", prefix, total=config.text.layers)
-    work.step("text files", lambda: write_texts(checkpoint, work.folder))
-    work.step("manifest", lambda: _write_manifest(work, build_spec, graphs, placement, fallback))
+    work.step("text files", lambda: write_texts(checkpoint, texts, folder))
+    work.step("manifest", lambda: _write_manifest(work, spec, graphs, placement, fallback))
 
 
 def _write_manifest(
     work: Staging,
-    build_spec: BuildSpec,
+    spec: BuildSpec,
     graphs: list[Graph],
     placement: Placement,
     fallback: Fp32Fallback,
 ) -> list[str]:
     """Hash every file and write the manifest that names them."""
-    texts, text = build_spec.texts, build_spec.config.text
-    facts = {}
-    for name in (name for fact in work.facts for name in fact.files):
-        file = work.folder / name
-        facts[name] = FileFact(file.stat().st_size, sha256(file))
+    texts, text = spec.texts, spec.config.text
+    prefix = describe_prefix(text, texts.prefix_ids, spec.cache_dtype)
+    scales = describe_scales(text, spec.dtype)
     manifest = Manifest(
-        model=build_spec.checkpoint.name,
-        config=build_spec.config,
-        plan=build_spec.plan,
-        target=build_spec.target.name,
-        precision=build_spec.precision,
-        dtype=build_spec.dtype,
-        lowering=build_spec.target.lowering,
-        graphs={graph.name: _fact(graph, build_spec) for graph in graphs},
+        model=spec.checkpoint.name,
+        config=spec.config,
+        plan=spec.plan,
+        target=spec.target.name,
+        precision=spec.precision,
+        dtype=spec.dtype,
+        lowering=spec.target.lowering,
+        graphs={graph.name: _fact(graph, spec) for graph in graphs},
         embedding=placement.embedding,
-        prefix=describe_prefix(text, texts.prefix_ids, build_spec.cache_dtype)
-        if texts.prefix_ids
-        else None,
+        prefix=prefix if texts.prefix_ids else None,
         preprocessing=texts.preprocessing,
         generation=texts.generation,
         text_files=texts.files,
-        files=facts,
+        files={n: FileFact(size, file_hash(work.folder / n)) for n, size in work.files.items()},
         versions=versions(),
         weight_bytes=placement.nbytes,
-        source=build_spec.source,
-        contexts=build_spec.contexts,
+        source=spec.source,
+        contexts=spec.contexts,
         fallback=fallback,
-        quantization=build_spec.quantization,
-        cache_scales=describe_scales(text, build_spec.dtype)
-        if build_spec.quantization.quantises_cache
-        else None,
+        quantization=spec.quantization,
+        cache_scales=scales if spec.quantization.quantises_cache else None,
     )
     (work.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return [MANIFEST]
 
 
-def _fact(graph: Graph, build_spec: BuildSpec) -> GraphFact:
-    variants = {context: file for context, (file, _) in _variants(graph, build_spec).items()}
+def _fact(graph: Graph, spec: BuildSpec) -> GraphFact:
+    variants = {context: file for context, (file, _) in _variants(graph, spec).items()}
     return GraphFact(f"{graph.name}.onnx", graph.spec.inputs, graph.spec.outputs, variants=variants)
 
 
-def _variants(graph: Graph, build_spec: BuildSpec) -> dict[int, tuple[str, int | None]]:
-    tokens = build_spec.config.visual_tokens
-    return variants_of(graph, build_spec.target, build_spec.plan, tokens, build_spec.contexts)
+def _variants(graph: Graph, spec: BuildSpec) -> dict[int, tuple[str, int | None]]:
+    tokens = spec.config.visual_tokens
+    return variants_of(graph, spec.target, spec.plan, tokens, spec.contexts)
 
 
-def _key(build_spec: BuildSpec) -> str:
-    """What tells one build from another here: the source, and whether any input file changed."""
-    checkpoint: Checkpoint = build_spec.checkpoint
-    stamps = []
-    for file in sorted(path for path in checkpoint.path.iterdir() if path.is_file()):
-        status = file.stat()
-        stamps.append([file.name, status.st_size, status.st_mtime_ns])
-    return hashlib.sha256(json.dumps([build_spec.source, stamps]).encode()).hexdigest()
+def _inputs(spec: BuildSpec) -> Any:
+    """Return what tells one build from another here: the source, and every file's size and time."""
+    files = sorted(path for path in spec.checkpoint.path.iterdir() if path.is_file())
+    stats = [(file.name, file.stat()) for file in files]
+    return [spec.source, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]

@@ -1,6 +1,6 @@
 """Everything that a build decides before it writes a byte: what, for which machine, how exact.
 
-Two blueprints with the same ``source`` give the same bytes, on any machine.
+Two specs with the same ``source`` give the same bytes, on any machine.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from .checkpoint.known_models import KNOWN_MODELS
 from .checkpoint.names import tensor_shapes
 from .export.export import Graph, graphs_of
 from .export.static_shapes import resolve_contexts, resolve_parts
-from .export.stitch import TORCH_DTYPES
 from .export.texts import TextFacts, fits, text_facts
 from .planfile import resolve_plan
 from .quantize.calibration_file import Calibration
@@ -50,7 +49,7 @@ DEFAULT_PLAN = "visipruner"
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """What a build will make.
+    """A build that was decided, and can be carried out.
 
     Attributes:
         precision: as folder and manifest name it; of a quantised one its recipe.
@@ -65,18 +64,18 @@ class BuildSpec:
     dtype: str
     texts: TextFacts
     contexts: tuple[int, ...] = ()
-    parts: tuple[StagePart, ...] | None = None
+    parts: Sequence[StagePart] | None = None
     quantization: Quantization = FLOAT
     calibration: Calibration | None = None
 
     @property
     def config(self) -> ModelConfig:
-        """The model's."""
+        """The model's config."""
         return self.checkpoint.config
 
     @property
     def name(self) -> str:
-        """Of the bundle's folder."""
+        """Name of the bundle's folder."""
         return f"{self.plan.name}-{self.precision}-{self.target.name}"
 
     @property
@@ -107,7 +106,7 @@ class BuildSpec:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def graphs(self, fallback: Fp32Fallback = NO_FALLBACK) -> list[Graph]:
-        """Every graph to export."""
+        """Return every graph to export."""
         return graphs_of(
             self.config,
             self.plan,
@@ -120,7 +119,7 @@ class BuildSpec:
         )
 
     def quantised_tensors(self, fallback: Fp32Fallback = NO_FALLBACK) -> QuantisedTensors | None:
-        """Where quantised weights come from; None where nothing is quantised."""
+        """Return where quantised weights come from; None where nothing is quantised."""
         if not self.quantization.schemes:
             return None
         return QuantisedTensors(
@@ -156,7 +155,7 @@ def resolve_build(
     build_memory: int | None = None,
     calibration: str | Path | None = None,
 ) -> BuildSpec:
-    """Decide everything; arguments as in ``build.make_bundle``.
+    """Decide everything; arguments are those of ``build.make_bundle``.
 
     Raises:
         VisistageError: something cannot be honoured; nothing was written.
@@ -168,39 +167,34 @@ def resolve_build(
         staged = resolve_plan(plan or DEFAULT_PLAN, config.text.layers, config.visual_tokens)
     else:
         staged = known.plan
-    if (
-        known is not None
-        and quant_config is not None
-        and not _serves(known.plan, staged, quant_config)
-    ):
-        wanted = plan if staged.probe is None else "dense"
-        raise DataError(
-            f"the calibration of '{checkpoint.name}' was made for plan '{known.plan.name}', under "
-            f"'{staged.name}' layers see other rows. Leave the plan out, or calibrate for it: "
-            f"visistage calibrate {checkpoint.name} --plan {wanted}"
-        )
-    if calibration is not None and quant_config is None and plan is not None:
+    quantization = FLOAT
+    if quant_config is not None:
+        if known is not None and not _serves(known.plan, staged, quant_config):
+            wanted = plan if staged.probe is None else "dense"
+            raise DataError(
+                f"the calibration of '{checkpoint.name}' was made for plan '{known.plan.name}', "
+                f"under '{staged.name}' layers see other rows. Leave the plan out, or calibrate "
+                f"for it: visistage calibrate {checkpoint.name} --plan {wanted}"
+            )
+        quantization = resolve(quant_config, known, config, staged, target)
+        precision = quant_config.name
+    elif calibration is not None and plan is not None:
         raise TargetError(
             f"nothing of a calibration is used in {precision} with a plan of your own. "
             "Leave --calib (CALIB) out, or the plan, or quantise: PRECISION=int8"
         )
-    quantization = FLOAT
-    if quant_config is not None:
-        quantization = resolve(quant_config, known, config, staged, target)
-        precision = quant_config.name
     dtype = target.dtype(precision)
-    parts = resolve_parts(target, config, staged, dtype, build_memory)
     return BuildSpec(
-        checkpoint,
-        staged,
-        target,
-        precision,
-        dtype,
-        text_facts(checkpoint),
-        resolve_contexts(target, config, contexts),
-        None if parts is None else tuple(parts),
-        quantization,
-        known if quant_config is not None else None,
+        checkpoint=checkpoint,
+        plan=staged,
+        target=target,
+        precision=precision,
+        dtype=dtype,
+        texts=text_facts(checkpoint),
+        contexts=resolve_contexts(target, config, contexts),
+        parts=resolve_parts(target, config, staged, dtype, build_memory),
+        quantization=quantization,
+        calibration=known if quant_config is not None else None,
     )
 
 
@@ -213,29 +207,23 @@ def check_geometry(model: str, target: Target, precision: str) -> None:
         _check_memory(target, precision, values * bits // 8)
 
 
-def same_rows(one: StagePlan, other: StagePlan) -> bool:
-    """Whether every layer sees the same rows under both plans, whatever they are called."""
-
-    def plain(plan: StagePlan) -> StagePlan:
-        return replace(plan, name="plan", note="", calibrated=False)
-
-    return plain(one) == plain(other)
-
-
 def _serves(calibrated: StagePlan, staged: StagePlan, quant_config: QuantConfig) -> bool:
-    """Whether ranges made for one plan serve another under a recipe.
+    """Return whether ranges made for one plan serve another under a recipe.
 
     A plan that decides per prompt has no rows of its own to calibrate on. Its caches never hold
     rows that the dense model has not, so dense ranges serve them; inputs of layers are rounded
     under their own ranges only.
     """
-    if same_rows(staged, calibrated):
+    staged_rows, calibrated_rows = (
+        replace(plan, name="plan", note="", calibrated=False) for plan in (staged, calibrated)
+    )
+    if staged_rows == calibrated_rows:
         return True
     return staged.probe is not None and calibrated.is_dense and "w8a8" not in quant_config.asked
 
 
 def versions() -> dict[str, str]:
-    """What builds a bundle."""
+    """Return the versions of what builds a bundle."""
     return {
         "visistage": __version__,
         "torch": torch.__version__.split("+")[0],
@@ -247,7 +235,7 @@ def versions() -> dict[str, str]:
 def _calibration(
     checkpoint: Checkpoint, quant_config: QuantConfig | None, given: str | Path | None
 ) -> Calibration | None:
-    """The calibration named, or for a quantised precision the one in the usual place."""
+    """Return the calibration named, or for a quantised precision the one in the usual place."""
     if given is not None:
         return Calibration.load(Path(given))
     usual = CALIBRATIONS / checkpoint.name
@@ -257,9 +245,9 @@ def _calibration(
 
 
 def _bits(target: Target, precision: str) -> int:
-    """About how many bits a weight takes in a precision."""
+    """Return about how many bits a weight takes in a precision."""
     quantised = {"int8": 8, "w8": 9, "w4": 5}
-    return quantised.get(base_of(precision), 8 * TORCH_DTYPES[target.dtype(precision)].itemsize)
+    return quantised.get(base_of(precision), 8 * getattr(torch, target.dtype(precision)).itemsize)
 
 
 def _check_memory(target: Target, precision: str, nbytes: int) -> None:

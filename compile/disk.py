@@ -1,4 +1,4 @@
-"""Room on a disk, checked before gigabytes are written to it, and locks on folders."""
+"""Space on a disk, checked before gigabytes are written; locks on folders; hashes of files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..graphs.bundle import sha256
 from ..graphs.errors import CapacityError
+
+_HASHES: dict[tuple[int, ...], str] = {}
 
 
 def require_disk_space(folder: Path, nbytes: int, what: str, remedy: str) -> None:
-    """Raise unless ``nbytes`` bytes fit on the disk of ``folder``, which need not exist yet.
+    """Check that ``nbytes`` bytes fit on the disk of ``folder``, which need not exist yet.
 
     Raises:
         CapacityError: says what ``what`` needs, what is free, and the ``remedy``.
@@ -42,3 +45,15 @@ def locked(file: Path, busy: str) -> Iterator[None]:
         raise CapacityError(busy) from error
     with lock:
         yield
+
+
+def file_hash(file: Path) -> str:
+    """Return the SHA-256 of ``file``, read once per process under all its names while unchanged.
+
+    A bundle hard links a checkpoint's gigabytes.
+    """
+    status = file.stat()
+    known = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if known not in _HASHES:
+        _HASHES[known] = sha256(file)
+    return _HASHES[known]

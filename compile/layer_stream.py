@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graphs.modules.decoder import Linear
+from ..graphs.progress import Advance, no_advance
 from .checkpoint.checkpoint import Checkpoint
 from .quantize.fake_quantized import FakeQuantised
 
@@ -39,7 +40,7 @@ class Streamed:
         self,
         checkpoint: Checkpoint,
         module: nn.Module,
-        progress: Callable[[int], None] = lambda pieces: None,
+        progress: Advance = no_advance,
         observed: tuple[type[nn.Module], ...] = (),
         hook: Hook | None = None,
         fake_quantised: FakeQuantised | None = None,

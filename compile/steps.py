@@ -7,15 +7,18 @@ at the end: nothing is ever half-written under the final name.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 from ..graphs.bundle import MANIFEST
+from ..graphs.files import write_file
+from ..graphs.progress import Progress, StepFact
 from .disk import locked
 
 NOTES = ".build.json"
@@ -24,56 +27,34 @@ LOCK = ".lock"
 AnySteps = TypeVar("AnySteps", bound="Steps")
 
 
-@dataclass(frozen=True)
-class StepFact:
-    """What one step did: seconds, and the files it wrote with their sizes."""
-
-    name: str
-    seconds: float
-    files: dict[str, int]
-    cached: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the files it wrote."""
-        return sum(self.files.values())
-
-
-class BuildProgress(Protocol):
-    """Who is told how a build goes."""
-
-    def start(self, step: str, total: int | None) -> None:
-        """A step begins; ``total`` units will be done if that is known."""
-
-    def advance(self, units: int) -> None:
-        """Some units are done."""
-
-    def done(self, fact: StepFact) -> None:
-        """A step is done, or was found done."""
-
-
-class NoBuildProgress:
-    """A reporter that tells nobody."""
-
-    def start(self, step: str, total: int | None) -> None:
-        """Nothing."""
-
-    def advance(self, units: int) -> None:
-        """Nothing."""
-
-    def done(self, fact: StepFact) -> None:
-        """Nothing."""
+@cache
+def sources_hash() -> str:
+    """Return a hash of our own code that makes graphs: another code, another build."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for room in ("graphs", "compile"):
+        for file in sorted((package / room).rglob("*.py")):
+            digest.update(f"{file.relative_to(package).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 class Steps:
     """The folder of one build; a context manager that holds its lock.
 
-    ``key`` says what the build depends on: another key, another build.
+    Args:
+        folder: where its files go.
+        inputs: what the build depends on besides our own code, as JSON: other inputs, another
+            build.
+        progress: called for every step.
+
+    Attributes:
+        files: size of every file that steps wrote, by name.
     """
 
-    def __init__(self, folder: Path, key: str, progress: BuildProgress):
-        self.folder, self.key, self.progress = folder, key, progress
-        self.facts: list[StepFact] = []
+    def __init__(self, folder: Path, inputs: Any, progress: Progress):
+        self.folder, self.progress = folder, progress
+        self.key = hashlib.sha256(json.dumps([sources_hash(), inputs]).encode()).hexdigest()
+        self.files: dict[str, int] = {}
         self._noted: dict[str, dict] = {}
 
     def __enter__(self: AnySteps) -> AnySteps:
@@ -94,47 +75,39 @@ class Steps:
     def __exit__(self, *error) -> None:
         self._lock.__exit__(*error)
 
-    def step(
-        self, name: str, run: Callable[[], Sequence[str]], total: int | None = None
-    ) -> StepFact:
+    def step(self, name: str, run: Callable[[], Sequence[str]], total: int | None = None) -> None:
         """Run ``run`` unless it is noted as done; it returns the names of the files it wrote."""
         noted = self._noted.get(name)
-        if noted is not None and _present(self.folder, noted["files"]):
-            fact = StepFact(name, noted["seconds"], noted["files"], cached=True)
-        else:
+        cached = noted is not None and _present(self.folder, noted["files"])
+        if not cached:
             self.progress.start(name, total)
             started = time.perf_counter()
-            files = run()
-            sizes = {file: (self.folder / file).stat().st_size for file in files}
-            fact = StepFact(name, time.perf_counter() - started, sizes)
-            self._noted[name] = {"seconds": fact.seconds, "files": sizes}
-            self._write_notes()
-        self.facts.append(fact)
-        self.progress.done(fact)
-        return fact
-
-    def _write_notes(self) -> None:
-        temporary = self.folder / (NOTES + ".new")
-        temporary.write_text(json.dumps({"key": self.key, "steps": self._noted}))
-        temporary.replace(self.folder / NOTES)
+            sizes = {file: (self.folder / file).stat().st_size for file in run()}
+            noted = self._noted[name] = {"seconds": time.perf_counter() - started, "files": sizes}
+            notes = {"key": self.key, "steps": self._noted}
+            write_file(self.folder / NOTES, json.dumps(notes))
+        assert noted is not None
+        self.files |= noted["files"]
+        nbytes = sum(noted["files"].values())
+        self.progress.done(StepFact(name, noted["seconds"], nbytes=nbytes, cached=cached))
 
 
 class Staging(Steps):
     """Steps in ``NAME.partial``, which becomes ``NAME`` in the end."""
 
-    def __init__(self, final: Path, key: str, progress: BuildProgress):
-        super().__init__(final.with_name(final.name + ".partial"), key, progress)
+    def __init__(self, final: Path, inputs: Any, progress: Progress):
+        super().__init__(final.with_name(final.name + ".partial"), inputs, progress)
         self.final = final
 
     def up_to_date(self) -> bool:
-        """Whether the final folder already holds this very build, every file in place."""
+        """Return whether the final folder already holds this very build, every file in place."""
         noted = _read(self.final / NOTES)
         if noted.get("key") != self.key or not (self.final / MANIFEST).is_file():
             return False
         return all(_present(self.final, step["files"]) for step in noted["steps"].values())
 
     def finish(self) -> None:
-        """Give the folder its final name, in place of what stood there."""
+        """Give the folder its final name, in place of what had it before."""
         old = self.final.with_name(self.final.name + ".old.partial")
         shutil.rmtree(old, ignore_errors=True)
         (self.folder / LOCK).unlink()

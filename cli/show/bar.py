@@ -46,7 +46,7 @@ class StepBar:
         """Show the step that runs now; ``total``: its units, where they are known."""
         self._task = self._bar.add_task(escape(step), total=total)
 
-    def advance(self, units: int) -> None:
+    def advance(self, units: int = 1) -> None:
         """Move its bar."""
         self._bar.advance(self._task, units)
 

@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ...graphs.progress import Progress, StepFact
 from ...pages.units import show_bytes, show_seconds
 from ...runtime.backends.cpu import peak_memory
 from .bar import StepBar
@@ -19,20 +20,19 @@ from .bar import StepBar
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ...compile.steps import StepFact
     from ...graphs.bundle import Bundle
     from ...graphs.engine_index import Engines
 
 
-class BuildProgressBar(StepBar):
-    """A reporter (``compile/steps.py``) that shows and collects."""
+class BuildProgressBar(StepBar, Progress):
+    """A progress callback that shows the steps of a build and collects them."""
 
     def __init__(self, console: Console | None = None):
         super().__init__(console)
         self.facts: list[StepFact] = []
         self.started = time.perf_counter()
 
-    def start(self, step: str, total: int | None) -> None:
+    def start(self, step: str, total: int | None = None) -> None:
         """Show the step that runs now."""
         self.show(step, total)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import mmap
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 
 from ...graphs.config import ModelConfig
+from ...graphs.dtypes import BY_SAFETENSORS
 from ...graphs.errors import MissingDependencyError, ModelError, nearest
+from ...graphs.progress import Advance, no_advance
 from ..disk import require_disk_space
 from .dummy import make_dummy
 from .known_models import ALIASES, DEMO, KNOWN_MODELS
 from .safetensors_file import TensorInfo
-from .safetensors_index import read_checkpoint_json, read_tensors
+from .safetensors_index import FLOAT_DTYPES, read_checkpoint_json, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,6 @@ CHECKPOINT_CACHE = Path(".cache")
 ALLOWED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
 IGNORED_FILES = ["*/*", "consolidated*"]  # other formats and second copies of the weights
 
-SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.A)
 
 
@@ -86,7 +87,7 @@ class Checkpoint:
         info = self.tensors[name]
         if info.file not in self._maps:
             self._maps[info.file] = _map(info.file)
-        dtype = SAFETENSORS_DTYPES[info.dtype]
+        dtype = getattr(torch, BY_SAFETENSORS[info.dtype].name)
         count = info.nbytes // dtype.itemsize
         if info.offset % dtype.itemsize:  # allowed by the format, but not by the processor
             raw = torch.frombuffer(
@@ -119,7 +120,7 @@ def open_checkpoint(
     offline: bool = False,
     dummy_weights: bool = False,
     cache: Path = CHECKPOINT_CACHE,
-    progress: Callable[[int], None] = lambda nbytes: None,
+    progress: Advance = no_advance,
 ) -> Checkpoint:
     """Find ``model``, download or make it if need be, and check all but the weights' values.
 
@@ -181,7 +182,7 @@ def open_folder(folder: Path, *, name: str, origin: str) -> Checkpoint:
             method = method.get("quant_method", "?") if isinstance(method, Mapping) else "?"
             raise ModelError(
                 f"{folder / 'config.json'} says the weights are quantised ({method}), expected "
-                f"{', '.join(SAFETENSORS_DTYPES)}. Use the checkpoint that they were made from."
+                f"{', '.join(FLOAT_DTYPES)}. Use the checkpoint that they were made from."
             )
     try:
         config = ModelConfig.from_hf(raw)

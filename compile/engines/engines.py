@@ -10,7 +10,6 @@ compiled by another version, for another GPU or from another bundle, or that cha
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -31,11 +30,13 @@ from ...graphs.engine_index import (
     Engines,
 )
 from ...graphs.errors import TargetError
+from ...graphs.files import write_file
+from ...graphs.progress import Progress
 from ...graphs.targets import Capability, Target, find_target, show_capability
 from ...runtime.device.probe import GpuInfo, find_gpu
 from ...runtime.device.tensorrt import TensorRtVariant, find_trt_variant, load_trt_variant, serves
 from ..disk import require_disk_space
-from ..steps import BuildProgress, NoBuildProgress, Steps
+from ..steps import Steps
 from .engine_spec import EngineSpec, engine_specs_of
 from .worker_process import run_worker
 
@@ -61,7 +62,7 @@ def compile_engines(
     bundle: Bundle,
     *,
     capabilities: Sequence[Capability] = (),
-    progress: BuildProgress | None = None,
+    progress: Progress | None = None,
 ) -> Engines:
     """Compile every engine of ``bundle`` that is not there yet.
 
@@ -76,7 +77,7 @@ def compile_engines(
         EngineError: the compiler failed; the message names engine and log.
         CapacityError: the disk is too small.
     """
-    progress = progress or NoBuildProgress()
+    progress = progress or Progress()
     target = find_target(bundle.manifest.target)
     if not target.engines:
         raise TargetError(
@@ -87,11 +88,9 @@ def compile_engines(
     named = _capabilities(target, trt_variant, capabilities)
     bundle.check()
     manifest_hash = sha256(bundle.path / MANIFEST)
-    key = hashlib.sha256(
-        json.dumps([ENGINES_FORMAT, manifest_hash, trt_variant.version, named]).encode()
-    ).hexdigest()
     index = bundle.path / ENGINES_FOLDER / ENGINES_INDEX
-    with Steps(bundle.path / ENGINES_FOLDER, key, progress) as steps:
+    inputs = [ENGINES_FORMAT, manifest_hash, trt_variant.version, named]
+    with Steps(bundle.path / ENGINES_FOLDER, inputs, progress) as steps:
         engine_specs = engine_specs_of(bundle.manifest)
         _drop_changed(steps.folder, engine_specs)
         if not index.exists():
@@ -117,7 +116,7 @@ def compile_engines(
             "bundle": manifest_hash,
             "engines": facts,
         }
-        _write(index, json.dumps(data, indent=1))
+        write_file(index, json.dumps(data, indent=1) + "\n")
     engines = Engines.open(bundle)
     assert engines is not None
     return engines
@@ -142,7 +141,7 @@ def _compile(
     capabilities: Sequence[Capability],
     timing_cache: Path | None,
     folder: Path,
-    progress: BuildProgress,
+    progress: Progress,
 ) -> list[str]:
     """Compile one engine; it gets its final name when it is complete."""
     file = f"{engine_spec.name}.engine"
@@ -167,7 +166,7 @@ def _compile(
         peak_anonymous_bytes=outcome.peak_anonymous_bytes,
         **facts,
     )
-    _write(folder / _facts_file(engine_spec), json.dumps(asdict(fact)))
+    write_file(folder / _facts_file(engine_spec), json.dumps(asdict(fact)) + "\n")
     partial_file.replace(folder / file)
     return [file, _facts_file(engine_spec)]
 
@@ -241,9 +240,3 @@ def _written(folder: Path) -> int:
 
 def _facts_file(engine_spec: EngineSpec) -> str:
     return f"{engine_spec.name}.json"
-
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(file.name + ".partial")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(file)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ...graphs.errors import EngineError, VisistageError
+from ...graphs.files import write_file
 from ...runtime.device.tensorrt import TensorRtVariant, find_trt_variant
 
 UNUSED = "Unused Input"
@@ -209,9 +210,7 @@ def _load_timing_cache(config: Any, file: str | None) -> Any:
 
 
 def _save_timing_cache(config: Any, file: str) -> None:
-    temporary = Path(file + ".partial")
-    temporary.write_bytes(config.get_timing_cache().serialize())
-    temporary.replace(file)
+    write_file(Path(file), bytes(config.get_timing_cache().serialize()))
 
 
 def _answer(answers: TextIO, what: dict[str, Any]) -> None:

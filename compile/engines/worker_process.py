@@ -12,12 +12,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...graphs.errors import EngineError
+from ...graphs.progress import Advance, no_advance
 
 SAMPLE_SECONDS = 0.05
 
@@ -37,7 +37,7 @@ class CompileOutcome:
 
 
 def run_worker(
-    job: dict[str, Any], what: str, log: Path, advance: Callable[[int], None] = lambda steps: None
+    job: dict[str, Any], what: str, log: Path, advance: Advance = no_advance
 ) -> CompileOutcome:
     """Compile ``job`` (see ``worker.compile_engine``); ``what`` names it in errors.
 

@@ -6,11 +6,13 @@ stage's contract. Two exports of the same plan and model give the same bytes whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...graphs.config import ModelConfig, TextConfig
@@ -37,12 +39,12 @@ from ...graphs.plan.plan import StagePlan
 from ...graphs.precision import NO_FALLBACK, Fp32Fallback
 from ...graphs.quantization import FLOAT, Quantization
 from ...graphs.targets import LLM, LLM_CONDITIONAL, PORTABLE, Target, check_operators
-from .node_names import prefix_node_names
-from .stitch import TORCH_DTYPES, Stitcher
+from .stitch import Stitcher
 
 FREQUENCIES = "head.inverse_frequencies"
 """The one buffer of a stage: small, computed, stored inside the graph."""
 
+LAYER_WEIGHT = re.compile(r"(?:^|\.)(layers\.\d+)\.")
 
 Pieces = Vision | DecoderStage | Selector | Prober
 """What a graph is made from."""
@@ -103,7 +105,7 @@ def graphs_of(
         round_caches(module, cache)
         for parameter in module.parameters():
             if parameter.is_floating_point():
-                parameter.data = parameter.data.to(TORCH_DTYPES[dtype])
+                parameter.data = parameter.data.to(getattr(torch, dtype))
         out.append(Graph(name, module, spec, ops.opset))
 
     with FakeTensorMode():
@@ -177,6 +179,37 @@ def _strip(model: onnx_ir.Model) -> None:
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
+
+
+def prefix_node_names(model: onnx_ir.Model) -> int:
+    """Prefix node names with their layer, ``layers.N/``; return how many nodes got one.
+
+    A traced layer names its nodes alike in every layer (``node_mul_106``, ``node_mul_106_2``, ...).
+    ONNX Runtime, TensorRT and Polygraphy report times by node name; with the layer in front they
+    add up by layer: ``layers.3/node_mul_106_4``.
+
+    The nodes of a layer are neighbours. A layer begins where a weight of its own is first read and
+    ends where one of another layer, or of none, is.
+    """
+    current, labelled = None, 0
+    for node in model.graph:
+        for value in node.inputs:
+            if value is not None and value.is_initializer() and "." in (value.name or ""):
+                found = LAYER_WEIGHT.search(value.name or "")
+                current = found and found[1]
+                break
+        if current is not None:
+            for inner in (node, *_nodes_of_branches(node)):
+                inner.name = f"{current}/{inner.name}"
+                labelled += 1
+    return labelled
+
+
+def _nodes_of_branches(node: onnx_ir.Node) -> Iterator[onnx_ir.Node]:
+    """Yield the nodes of the branches of an ``If``."""
+    for attribute in node.attributes.values():
+        if attribute.type is onnx_ir.AttributeType.GRAPH:
+            yield from attribute.as_graph()
 
 
 def _attach(

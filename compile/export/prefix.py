@@ -7,7 +7,7 @@ plan changes it. It runs in FP32, one layer's weights in memory at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,10 +18,10 @@ from ...graphs.config import TextConfig
 from ...graphs.modules.decoder import Body
 from ...graphs.modules.ops import Eager
 from ...graphs.modules.rope import rotary
+from ...graphs.progress import Advance, no_advance
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.names import EMBEDDING
 from ..layer_stream import Streamed, without_weights
-from .stitch import TORCH_DTYPES
 
 PREFIX_FILE = "prefix.bin"
 
@@ -29,7 +29,7 @@ PREFIX_FILE = "prefix.bin"
 def prefix_cache(
     checkpoint: Checkpoint,
     ids: Sequence[int],
-    progress: Callable[[int], None] = lambda layers: None,
+    progress: Advance = no_advance,
 ) -> Tensor:
     """(2, L, G, P, d) FP32: rotated keys and values of ``ids`` in every layer."""
     text = checkpoint.config.text
@@ -49,13 +49,13 @@ def prefix_cache(
 def describe_prefix(text: TextConfig, ids: Sequence[int], dtype: str) -> Prefix:
     """Where ``write_prefix`` puts things: the keys, then the values, nothing between."""
     shape = (text.layers, text.kv_heads, len(ids), text.head_dim)
-    half = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+    half = math.prod(shape) * getattr(torch, dtype).itemsize
     keys, values = (TensorRef(PREFIX_FILE, offset, dtype, shape) for offset in (0, half))
     return Prefix(tuple(ids), keys, values)
 
 
 def write_prefix(cache: Tensor, dtype: str, folder: Path) -> list[str]:
     """Write the cache (2, L, G, P, d) in the type ``dtype``; returns the file's name."""
-    stored = cache.to(TORCH_DTYPES[dtype]).contiguous()
+    stored = cache.to(getattr(torch, dtype)).contiguous()
     (folder / PREFIX_FILE).write_bytes(stored.view(torch.uint8).numpy().data)
     return [PREFIX_FILE]

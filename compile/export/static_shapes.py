@@ -1,4 +1,4 @@
-"""What engines want of a bundle: context lengths, stages cut into parts, graphs with slots fixed.
+"""Requirements of engines on a bundle: context lengths, stages cut into parts, fixed slots.
 
 A compiler that keeps the cache in place needs to know its length, and one prompt at a time is what
 a board runs. So each graph gets a copy (kilobytes, the weights are shared) in which batch and slots
@@ -8,20 +8,22 @@ ONNX Runtime would refuse as an unknown attribute. Nothing else may differ; a te
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import onnx_ir
+import torch
 
 from ...graphs.bundle import ANY_CONTEXT
-from ...graphs.config import ModelConfig
+from ...graphs.config import ModelConfig, TextConfig
 from ...graphs.contract import SLOT_STEP, StagePart, stage_of, stage_slots
 from ...graphs.errors import CapacityError, TargetError
 from ...graphs.plan.plan import StagePlan
 from ...graphs.targets import LLM, MAX_HEAD, Target
+from ..checkpoint.names import HEAD_WEIGHT, decoder_shapes
 from .export import Graph
-from .split import split
-from .stitch import TORCH_DTYPES
 
 DEFAULT_CONTEXT = 1024
 """Rows that engines have room for unless told otherwise: a picture, a question and an answer."""
@@ -31,6 +33,12 @@ BATCH = 1
 
 DECOMPOSABLE = "TRT_decomposable"
 """Attribute by which TensorRT may build attention from basic layers."""
+
+COMPILER_COPIES = 3
+"""Times a part's weights that compiling it takes at its peak: two copies and the mapped file."""
+
+COMPILER_BASE = 512 << 20
+"""Bytes that the compiler takes besides."""
 
 
 def resolve_contexts(target: Target, config: ModelConfig, given: Sequence[int]) -> tuple[int, ...]:
@@ -82,8 +90,63 @@ def resolve_parts(
             "Run this model on ONNX Runtime: make engines TARGET=cpu"
         )
     assert target.build_memory is not None
-    itemsize = TORCH_DTYPES[dtype].itemsize
+    itemsize = getattr(torch, dtype).itemsize
     return split(config.text, plan, itemsize, budget or target.build_memory)
+
+
+def compiler_peak(weight_bytes: int) -> int:
+    """Return the bytes that compiling a graph with so many bytes of weights is expected to take."""
+    return COMPILER_BASE + COMPILER_COPIES * weight_bytes
+
+
+def split(text: TextConfig, plan: StagePlan, itemsize: int, budget: int) -> list[StagePart]:
+    """Return as few parts as ``budget`` bytes of compiler memory allow, equally deep in a stage.
+
+    A part is a graph with the contract of a stage over some of its layers: peak memory of a
+    compiler grows with a part's weights. Parts follow each other as stages do.
+
+    Args:
+        text: shape of the decoder.
+        plan: its stages.
+        itemsize: bytes of one weight.
+        budget: what compiling one part may take.
+
+    Raises:
+        CapacityError: a single layer takes more.
+    """
+    shapes = decoder_shapes(text)
+    of_layer = [0] * text.layers
+    tail = 0
+    for name, shape in shapes.items():
+        nbytes = math.prod(shape) * itemsize
+        if name.startswith("model.layers."):
+            of_layer[int(name.split(".")[2])] += nbytes
+        elif name == HEAD_WEIGHT:
+            tail = nbytes
+    parts = []
+    for index, stage in enumerate(plan.stages):
+        extra = tail if index == len(plan.stages) - 1 else 0
+        parts += _cut(index, stage.layers, of_layer, extra, budget)
+    return parts
+
+
+def _cut(
+    stage: int, layers: tuple[int, int], of_layer: list[int], tail: int, budget: int
+) -> list[StagePart]:
+    """The fewest equal cuts of one stage whose every part fits; ``tail`` weighs on the last."""
+    first, stop = layers
+    for count in range(1, stop - first + 1):
+        bounds = [first + (stop - first) * i // count for i in range(count + 1)]
+        ranges = list(pairwise(bounds))
+        sizes = [sum(of_layer[start:end]) for start, end in ranges]
+        sizes[-1] += tail
+        if all(compiler_peak(size) <= budget for size in sizes):
+            return [StagePart(stage, one) for one in ranges]
+    needed = compiler_peak(max(max(of_layer[first:stop]), of_layer[stop - 1] + tail))
+    raise CapacityError(
+        f"compiling one layer of stage {stage} takes about {needed / 2**30:.1f} GiB, the budget is "
+        f"{budget / 2**30:.1f} GiB. Give more: --build-memory {math.ceil(needed / 2**30)}GiB"
+    )
 
 
 def variants_of(

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnx_ir
 import torch
 from onnx_ir.passes import Sequential
@@ -32,8 +33,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...graphs.contract import GraphSpec, TensorSpec
 from ...graphs.modules.quantized import WEIGHT
-from . import torchlib_cache as translations
 from .branched_attention import write_conditional_attention
+
+try:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+except ImportError:  # not a public name: where torch has moved it, tracing takes longer
+    ONNXRegistry = None
 
 DOMAIN = "visistage"
 IR_VERSION = 10
@@ -44,14 +49,8 @@ so that a size tells its symbol; above the largest K: a selection offers more th
 SYMBOLS = {size: name for name, size in EXAMPLE_SIZES.items()}
 SYMBOLS[EXAMPLE_SIZES["S"] + EXAMPLE_SIZES["Q"]] = "S+Q"
 
-TORCH_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "int8": torch.int8,
-    "int32": torch.int32,
-    "int64": torch.int64,
-    "bool": torch.bool,
-}
+_REGISTRIES: dict[tuple, Any] = {}
+"""Tables of ``cached_torchlib_registry``, by what they were asked for with."""
 
 
 class Stitcher:
@@ -185,12 +184,7 @@ def _trace(key: tuple, piece: nn.Module, specs: Sequence[TensorSpec | None], ops
     )
     if _is_variadic(piece):
         shapes = (shapes,)
-    with (
-        warnings.catch_warnings(),
-        _quiet("torch.onnx"),
-        mode,
-        translations.cached_torchlib_registry(),
-    ):
+    with warnings.catch_warnings(), _quiet("torch.onnx"), mode, cached_torchlib_registry():
         warnings.simplefilter("ignore")
         returned = piece.eval()(*examples)
         program = torch.onnx.export(
@@ -258,7 +252,7 @@ def _is_variadic(piece: nn.Module) -> bool:
 def _example(spec: TensorSpec) -> Tensor:
     sizes = {name: size for size, name in SYMBOLS.items()}
     shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
-    return torch.zeros(shape, dtype=TORCH_DTYPES[spec.dtype])
+    return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
 
 
 def _spec(value: onnx_ir.Value) -> TensorSpec:
@@ -266,22 +260,38 @@ def _spec(value: onnx_ir.Value) -> TensorSpec:
     assert value.dtype is not None, value
     assert value.shape is not None, value
     shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
-    return TensorSpec("", _numpy_name(value.dtype), shape)
+    return TensorSpec("", value.dtype.numpy().name, shape)
 
 
 def _ir_dtype(name: str) -> onnx_ir.DataType:
-    return {
-        "float32": onnx_ir.DataType.FLOAT,
-        "float16": onnx_ir.DataType.FLOAT16,
-        "int8": onnx_ir.DataType.INT8,
-        "int32": onnx_ir.DataType.INT32,
-        "int64": onnx_ir.DataType.INT64,
-        "bool": onnx_ir.DataType.BOOL,
-    }[name]
+    return onnx_ir.DataType.from_numpy(np.dtype(name))
 
 
-def _numpy_name(dtype: onnx_ir.DataType) -> str:
-    return dtype.numpy().name
+@contextmanager
+def cached_torchlib_registry() -> Iterator[None]:
+    """Let traces in here share one table of torch's translations to ONNX for each opset.
+
+    ``torch.onnx.export`` makes the table anew in every call, for which it parses the sources of
+    some 250 functions twice: half of the time of tracing a small piece (torch 2.13). The table
+    depends on nothing but the opset, and we add no translations of our own. This patches a private
+    class of torch; it can go once ``torch.onnx.export`` keeps its table between calls.
+    """
+    if not hasattr(ONNXRegistry, "from_torchlib"):
+        yield
+        return
+    own, make = vars(ONNXRegistry)["from_torchlib"], ONNXRegistry.from_torchlib
+
+    def table(*args: Any, **options: Any) -> Any:
+        key = (args, *sorted(options.items()))
+        if key not in _REGISTRIES:
+            _REGISTRIES[key] = make(*args, **options)
+        return _REGISTRIES[key]
+
+    ONNXRegistry.from_torchlib = staticmethod(table)
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = own
 
 
 @contextmanager

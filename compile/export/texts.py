@@ -7,14 +7,15 @@ always agree; these modules of the runtime need no back end.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from ...graphs.errors import ModelError
+from ...graphs.progress import Advance, no_advance
 from ...runtime.image.preprocessing import Preprocessing
 from ...runtime.text.prompt import TEXT_FILES, PromptEncoder
 from ...runtime.text.template import find_template, read_tokenizer_json
@@ -23,17 +24,25 @@ from ..quantize.calibration_file import facts_of
 
 REBUILT = ("LlamaTokenizer", "LlamaTokenizerFast")
 """Tokenizer classes that transformers 5 rebuilds on loading: their ids are those of the rebuilt
-tokenizer, not of the file as it lies."""
+tokenizer, not of the checkpoint's file."""
 
 
 @dataclass(frozen=True)
 class TextFacts:
-    """Facts for the manifest; ``files`` maps roles to names in the bundle."""
+    """Texts of a checkpoint, read once; all but the last two are facts of the manifest.
+
+    Attributes:
+        files: names in the bundle, by role.
+        encoder: the encoder as the bundle will have it.
+        tokenizer: JSON of a rebuilt tokenizer; None where the checkpoint's own file serves.
+    """
 
     prefix_ids: tuple[int, ...]
     preprocessing: dict[str, Any]
     generation: dict[str, Any]
     files: dict[str, str]
+    encoder: PromptEncoder = field(repr=False, compare=False)
+    tokenizer: str | None = field(default=None, repr=False)
 
 
 def text_facts(checkpoint: Checkpoint) -> TextFacts:
@@ -56,8 +65,8 @@ def text_facts(checkpoint: Checkpoint) -> TextFacts:
     side = checkpoint.config.vision.image_size
     if preprocessing.output_size not in (None, (side, side)):
         raise ModelError(
-            f"{folder}: pictures are preprocessed to {preprocessing.output_size}, the tower takes "
-            f"{(side, side)}. Use the processor files that belong to this checkpoint"
+            f"{folder}: images are preprocessed to {preprocessing.output_size}, the vision encoder "
+            f"takes {(side, side)}. Use the processor files that belong to this checkpoint"
         )
     generation = _optional(folder / "generation_config.json") or {}
     if "eos_token_id" not in generation:
@@ -65,23 +74,23 @@ def text_facts(checkpoint: Checkpoint) -> TextFacts:
         eos = config.get("eos_token_id") or (config.get("text_config") or {}).get("eos_token_id")
         if eos is not None:
             generation = {**generation, "eos_token_id": eos}
+    files = {role: name for role, name in TEXT_FILES.items() if (folder / name).is_file()}
+    tokenizer = _rebuilt_tokenizer(folder)
+    if tokenizer is not None:
+        with TemporaryDirectory() as copy:
+            _write(folder, files, tokenizer, Path(copy))
+            encoder = PromptEncoder.from_files(copy)
     return TextFacts(
-        prefix_ids=tuple(prompt_encoder(checkpoint).prefix_ids()),
-        preprocessing=preprocessing.to_dict(),
-        generation=generation,
-        files={role: name for role, name in TEXT_FILES.items() if (folder / name).is_file()},
+        tuple(encoder.prefix_ids()), preprocessing.to_dict(), generation, files, encoder, tokenizer
     )
 
 
 def fits(
-    checkpoint: Checkpoint,
-    texts: TextFacts,
-    progress: Callable[[int], None] = lambda nbytes: None,
+    checkpoint: Checkpoint, texts: TextFacts, progress: Advance = no_advance
 ) -> dict[str, str]:
     """Return ``facts_of`` a checkpoint; ``progress`` is called with bytes of weights read."""
-    paths = {role: checkpoint.path / name for role, name in texts.files.items()}
     template = find_template(
-        paths,
+        {role: checkpoint.path / name for role, name in texts.files.items()},
         checkpoint.json("tokenizer_config.json") or {},
         checkpoint.json("processor_config.json") or {},
     )
@@ -95,31 +104,26 @@ def fits(
     )
 
 
-def write_texts(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    """Copy the text files; returns their names."""
-    names = [name for name in TEXT_FILES.values() if (checkpoint.path / name).is_file()]
-    for name in names:
-        shutil.copyfile(checkpoint.path / name, folder / name)
-    _rebuild_tokenizer(checkpoint, folder)
-    return names
+def write_texts(checkpoint: Checkpoint, texts: TextFacts, folder: Path) -> list[str]:
+    """Copy the text files; return their names."""
+    return _write(checkpoint.path, texts.files, texts.tokenizer, folder)
 
 
-def prompt_encoder(checkpoint: Checkpoint) -> PromptEncoder:
-    """The encoder as the bundle will have it."""
-    import tempfile
+def _write(source: Path, files: dict[str, str], tokenizer: str | None, folder: Path) -> list[str]:
+    for name in files.values():
+        shutil.copyfile(source / name, folder / name)
+    if tokenizer is not None:
+        (folder / TEXT_FILES["tokenizer"]).write_bytes(tokenizer.encode())
+    return list(files.values())
 
-    with tempfile.TemporaryDirectory() as folder:
-        write_texts(checkpoint, Path(folder))
-        return PromptEncoder.from_files(folder)
 
-
-def _rebuild_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the tokenizer that transformers really uses, where it is not the file's."""
-    config = _optional(checkpoint.path / "tokenizer_config.json") or {}
+def _rebuilt_tokenizer(folder: Path) -> str | None:
+    """Return the tokenizer that transformers really uses, where it is not the file's."""
+    config = _optional(folder / "tokenizer_config.json") or {}
     if config.get("tokenizer_class") not in REBUILT:
-        return
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
-    tokenizer.backend_tokenizer.save(str(folder / TEXT_FILES["tokenizer"]))
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer.backend_tokenizer.to_str(pretty=True)
 
 
 def _optional(file: Path) -> dict[str, Any] | None:

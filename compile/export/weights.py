@@ -12,27 +12,26 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ...graphs.bundle import TensorRef
-from ...graphs.errors import CapacityError, TargetError
+from ...graphs.dtypes import BY_SAFETENSORS, DTYPES
+from ...graphs.errors import TargetError
 from ...graphs.precision import HALF_MAX
+from ...graphs.progress import Advance, no_advance
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.names import EMBEDDING
+from ..disk import require_disk_space
 from ..quantize.quantize import QuantisedTensors
 from .export import WeightSpan
-from .stitch import TORCH_DTYPES
 
 CONVERTED = "weights.bin"
 WEIGHT_ALIGNMENT = 4096
 """Converted weights start on a page, so that they can be mapped."""
-
-STORED_AS = {"float32": "F32", "float16": "F16"}
-TENSOR_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def place(
 
     What ``quantised_tensors`` changes is not the checkpoint's any more, and always written anew.
     """
-    itemsize = TORCH_DTYPES[dtype].itemsize
+    itemsize = getattr(torch, dtype).itemsize
     spans: dict[str, WeightSpan] = {}
     linked: dict[Path, None] = {}
     converted: list[str] = []
@@ -77,43 +76,37 @@ def place(
     for name in sorted(set(names)):
         if quantised_tensors is not None and quantised_tensors.changes(name):
             nbytes = quantised_tensors.nbytes(name, itemsize)
-            spans[name] = WeightSpan(CONVERTED, reserve(nbytes), nbytes)
-            converted.append(name)
-            continue
-        info = checkpoint.tensors[name]
-        if info.dtype == STORED_AS[dtype]:
-            linked[info.file] = None
-            spans[name] = WeightSpan(info.file.name, info.offset, info.nbytes)
         else:
+            info = checkpoint.tensors[name]
+            if info.dtype == DTYPES[dtype].safetensors:
+                linked[info.file] = None
+                spans[name] = WeightSpan(info.file.name, info.offset, info.nbytes)
+                continue
             nbytes = math.prod(info.shape) * itemsize
-            spans[name] = WeightSpan(CONVERTED, reserve(nbytes), nbytes)
-            converted.append(name)
+        spans[name] = WeightSpan(CONVERTED, reserve(nbytes), nbytes)
+        converted.append(name)
     nbytes = sum(span.nbytes for span in spans.values())
 
     # The embedding is looked up by the runtime itself, in whatever type it is stored.
     info = checkpoint.tensors[EMBEDDING]
-    if info.file in linked:
-        embedding = TensorRef(
-            info.file.name, info.offset, TENSOR_DTYPES[info.dtype], tuple(info.shape)
-        )
-    else:
-        start = reserve(info.nbytes)
+    file, start = info.file.name, info.offset
+    if info.file not in linked:
+        file, start = CONVERTED, reserve(info.nbytes)
         spans[EMBEDDING] = WeightSpan(CONVERTED, start, info.nbytes)
-        embedding = TensorRef(CONVERTED, start, TENSOR_DTYPES[info.dtype], tuple(info.shape))
+    embedding = TensorRef(file, start, BY_SAFETENSORS[info.dtype].name, tuple(info.shape))
     return Placement(tuple(linked), tuple(converted), spans, embedding, nbytes)
 
 
 def check_disk(placement: Placement, folder: Path) -> None:
-    """Raise ``CapacityError`` before tens of gigabytes are written to a disk that lacks them."""
+    """Check that the weights fit on the disk of ``folder``, before tens of gigabytes are written.
+
+    Raises:
+        CapacityError: they do not.
+    """
     needed = placement.new_bytes
     if placement.linked and os.stat(placement.linked[0]).st_dev != os.stat(folder).st_dev:
         needed += sum(file.stat().st_size for file in placement.linked)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise CapacityError(
-            f"the bundle needs {needed / 2**30:.1f} GiB in {folder}, {free / 2**30:.1f} GiB are "
-            "free. Free some, or choose another disk: --out DIR"
-        )
+    require_disk_space(folder, needed, "the bundle", "choose another disk: --out DIR")
 
 
 def link_files(placement: Placement, folder: Path) -> list[str]:
@@ -136,7 +129,7 @@ def convert(
     placement: Placement,
     dtype: str,
     folder: Path,
-    progress: Callable[[int], None] = lambda nbytes: None,
+    progress: Advance = no_advance,
     quantised_tensors: QuantisedTensors | None = None,
 ) -> list[str]:
     """Write ``weights.bin``; returns its name, or nothing where no tensor changes.
@@ -155,7 +148,7 @@ def convert(
             else:
                 tensor = checkpoint.load(name)
             if name in placement.converted and tensor.is_floating_point():
-                tensor = _to(tensor, TORCH_DTYPES[dtype], name)
+                tensor = _to(tensor, getattr(torch, dtype), name)
             stream.seek(span.offset)
             stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             checkpoint.release()

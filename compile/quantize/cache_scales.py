@@ -22,7 +22,6 @@ from ...graphs.config import TextConfig
 from ...graphs.modules.ops import Eager
 from ...graphs.modules.quantized import cache_scale_names
 from ..export.export import WeightSpan
-from ..export.stitch import TORCH_DTYPES
 from .calibration_file import Calibration
 from .int_arithmetic import INT8_LEVELS, scales_of
 
@@ -45,7 +44,7 @@ def describe_scales(text: TextConfig, dtype: str) -> TensorRef:
 
 def scale_spans(text: TextConfig, dtype: str) -> dict[str, WeightSpan]:
     """The same for the graphs, by the names of their tensors."""
-    nbytes = text.kv_heads * TORCH_DTYPES[dtype].itemsize
+    nbytes = text.kv_heads * getattr(torch, dtype).itemsize
     return {
         name: WeightSpan(CACHE_SCALES_FILE, (number * text.layers + layer) * nbytes, nbytes)
         for layer in range(text.layers)

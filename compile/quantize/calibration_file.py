@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +23,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from ...graphs.bundle import sha256
 from ...graphs.errors import DataError, PlanError
+from ...graphs.files import write_file
 from ...graphs.plan.plan import StagePlan
+from ...graphs.progress import Advance, no_advance
+from ..disk import file_hash
 from .group_ranges import VECTORS, GroupRanges, best_observer
 
 FACTS = "calibration.json"
@@ -155,9 +157,7 @@ class Calibration:
         folder, files = Path(folder), self._files()
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            temporary = folder / f"{name}.new"
-            temporary.write_bytes(content)
-            temporary.replace(folder / name)
+            write_file(folder / name, content)
         return list(files)
 
     @classmethod
@@ -264,7 +264,7 @@ def facts_of(
     template: str,
     prefix_ids: Sequence[int],
     preprocessing: Mapping[str, Any],
-    progress: Callable[[int], None] = lambda nbytes: None,
+    progress: Advance = no_advance,
 ) -> dict[str, str]:
     """What a calibration must fit, as SHA-256 (hex) by ``FITS``.
 
@@ -278,7 +278,7 @@ def facts_of(
     """
     hashes = []
     for file in weight_files:
-        hashes.append(sha256(file))
+        hashes.append(file_hash(file))
         progress(file.stat().st_size)
     return {
         "model": _hash([config, hashes]),

@@ -36,11 +36,13 @@ from ...graphs.modules.ops import Eager
 from ...graphs.modules.vision import Vision
 from ...graphs.precision import HALF_MAX, NO_FALLBACK, SAFE_MAX, Fp32Fallback, Reason
 from ...graphs.presets.presets import preset
+from ...graphs.progress import Advance, no_advance
 from ...runtime.image.image import load_image, preprocess
 from ...runtime.image.preprocessing import Preprocessing
 from ...runtime.text.prompt import PromptEncoder
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.names import EMBEDDING
+from ..export.texts import TextFacts
 from ..layer_stream import Streamed, without_weights
 
 RANGES_FILE = "ranges.json"
@@ -103,9 +105,8 @@ class _Recorder:
 
 def measure_ranges(
     checkpoint: Checkpoint,
-    encoder: PromptEncoder,
-    preprocessing: Preprocessing,
-    progress: Callable[[int], None] = lambda pieces: None,
+    texts: TextFacts,
+    progress: Advance = no_advance,
 ) -> Ranges:
     """The largest absolute value of every tensor, rounded to two digits.
 
@@ -117,9 +118,10 @@ def measure_ranges(
     config, recorder = checkpoint.config, _Recorder()
     vision = without_weights(lambda: Vision(config, recorder.ops))
     vision_encoder = Streamed(checkpoint, vision, progress, OBSERVED, recorder.hook)
-    visual = vision.compose(vision_encoder, _pixels(config, preprocessing))
+    pixels = _pixels(config, Preprocessing.from_dict(texts.preprocessing))
+    visual = vision.compose(vision_encoder, pixels)
 
-    rows, order = _prompts(checkpoint, encoder, visual)
+    rows, order = _prompts(checkpoint, texts.encoder, visual)
     plan = preset("dense", config.text.layers, config.visual_tokens)
     stage = without_weights(
         lambda: DecoderStage(config.text, plan, whole_stages(plan)[0], recorder.ops)

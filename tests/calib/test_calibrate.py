@@ -29,7 +29,7 @@ from visistage.cli.show.calibration_view import calibration_table
 from visistage.cli.show.units import ShareParam
 from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
-from visistage.compile.export.texts import fits, prompt_encoder, text_facts
+from visistage.compile.export.texts import fits, text_facts
 from visistage.compile.planfile import load_plan
 from visistage.compile.quantize.cache_scales import calibrated_cache_scales
 from visistage.compile.quantize.calibration_file import Calibration, SampleFacts
@@ -263,9 +263,7 @@ def test_a_rounded_walk_computes_what_the_rounded_bundle_does(
     rng = np.random.default_rng(2)
     images = [Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)) for _ in range(2)]
     samples = [Sample(str(i), image, "Why?", "") for i, image in enumerate(images)]
-    prompts, _ = prepare(
-        samples, prompt_encoder(checkpoint), Preprocessing.from_dict(texts.preprocessing)
-    )
+    prompts, _ = prepare(samples, texts.encoder, Preprocessing.from_dict(texts.preprocessing))
     found = collect(checkpoint, prompts, dense, texts.prefix_ids)
     calibration = Calibration(
         model="toy",

@@ -12,7 +12,7 @@ from visistage.calib.sample_prompts import SamplePrompt, prepare
 from visistage.calib.samples import Sample
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.prefix import prefix_cache
-from visistage.compile.export.texts import prompt_encoder, text_facts
+from visistage.compile.export.texts import text_facts
 from visistage.demo.heldout import held_out
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.chain.chain import AppendedRows
@@ -130,7 +130,7 @@ def test_answers_are_fed_as_the_demo_model_writes_them():
         for number, one in enumerate(held_out(10))
     ]
     preprocessing = Preprocessing.from_dict(texts.preprocessing)
-    given, _ = prepare(samples, prompt_encoder(checkpoint), preprocessing)
+    given, _ = prepare(samples, texts.encoder, preprocessing)
     config = checkpoint.config
     plan = preset("dense", config.text.layers, config.visual_tokens)
     said = [

@@ -15,9 +15,9 @@ from visistage.cli.main import main
 from visistage.cli.show.answer_view import printable, savings
 from visistage.cli.show.build_progress import BuildProgressBar
 from visistage.compile.build import make_bundle
-from visistage.compile.steps import StepFact
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import BundleError, VisistageError
+from visistage.graphs.progress import StepFact
 from visistage.pages.units import show_bytes, show_seconds
 from visistage.runtime import oneshot as shared
 from visistage.runtime.answer import PlanFacts
@@ -95,8 +95,8 @@ def test_plain_progress_is_one_line_a_step(capsys):
     with BuildProgressBar() as progress:
         progress.start("weights", 10)
         progress.advance(4)
-        progress.done(StepFact("weights", 61.2, files={"a": 2048}))
-        progress.done(StepFact("[bold]", 0.0, files={}, cached=True))
+        progress.done(StepFact("weights", 61.2, nbytes=2048))
+        progress.done(StepFact("[bold]", 0.0, cached=True))
         progress.close()
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].split() == ["weights", "done", "1", "min", "1", "s", "2.0", "KiB"]

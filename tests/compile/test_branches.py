@@ -11,7 +11,7 @@ from visistage.bench.branches import branched
 from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.branched_attention import PIECES
-from visistage.compile.export.node_names import prefix_node_names
+from visistage.compile.export.export import prefix_node_names
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.contract import MANY_ROWS, PADDING_ORDER
 from visistage.graphs.modules.ops import Eager, Gate, View

@@ -20,10 +20,11 @@ from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export import weights
 from visistage.compile.export.prefix import prefix_cache
-from visistage.compile.steps import NoBuildProgress, Staging
+from visistage.compile.steps import Staging
 from visistage.graphs import targets
 from visistage.graphs.bundle import MANIFEST, MANIFEST_FORMAT, Bundle
 from visistage.graphs.errors import BundleError, CapacityError, TargetError
+from visistage.graphs.progress import Progress
 from visistage.runtime.session import load
 from visistage.tests.support import toy
 
@@ -32,7 +33,7 @@ PACKAGES = ("calib", "compile", "demo", "graphs", "pages", "runtime")
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
 
 
-class Notes(NoBuildProgress):
+class Notes(Progress):
     """Remembers every step, and interrupts before one of them."""
 
     def __init__(self, interrupt=None):
@@ -61,25 +62,34 @@ def clone(folder: Path) -> Path:
     return folder
 
 
-def test_two_clones_give_equal_bytes(checkpoint, tmp_path):
+def build_in(home: Path, checkpoint: Path) -> tuple[Path, list[str]]:
+    """Build with the clone in ``home``, in its own process; return the bundle and the steps."""
     script = (
-        "import sys, visistage; from visistage.compile.build import build; "
-        f"print(visistage.__file__); print(build(sys.argv[1], plan={PLAN!r}, out='out').path)"
+        "import sys, visistage\n"
+        "from visistage.compile.build import make_bundle\n"
+        "from visistage.graphs.progress import Progress\n"
+        "class Shown(Progress):\n"
+        "    def done(self, fact): print(fact.name)\n"
+        f"bundle = make_bundle(sys.argv[1], plan={PLAN!r}, out='out', progress=Shown())\n"
+        "print(visistage.__file__)\n"
+        "print(bundle.path)\n"
     )
-    bundles = []
-    for place in ("one", "a/rather/deeper/two"):
-        home = clone(tmp_path / place)
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(checkpoint)],
-            cwd=home,
-            env={**os.environ, "PYTHONPATH": str(home)},
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        source, path = done.stdout.splitlines()[-2:]
-        assert Path(source).is_relative_to(home)
-        bundles.append(home / path)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(checkpoint)],
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": str(home)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    *steps, source, path = done.stdout.splitlines()
+    assert Path(source).is_relative_to(home)
+    return home / path, steps
+
+
+def test_two_clones_give_equal_bytes_and_an_edited_decoder_builds_anew(checkpoint, tmp_path):
+    homes = [clone(tmp_path / place) for place in ("one", "a/rather/deeper/two")]
+    bundles = [build_in(home, checkpoint)[0] for home in homes]
     names = [sorted(p.name for p in bundle.iterdir() if p.name[0] != ".") for bundle in bundles]
     assert names[0] == names[1]
     assert {"vision.onnx", "stage0.onnx", "select0.onnx", MANIFEST} <= set(names[0])
@@ -87,6 +97,13 @@ def test_two_clones_give_equal_bytes(checkpoint, tmp_path):
         one, other = ((bundle / name).read_bytes() for bundle in bundles)
         assert one == other, name
         assert b"visistage/graphs" not in one, f"{name} names a source file"
+
+    assert build_in(homes[0], checkpoint)[1] == []  # up to date
+    decoder = homes[0] / "visistage" / "graphs" / "modules" / "decoder.py"
+    decoder.write_text(decoder.read_text() + "# edited\n")
+    again, steps = build_in(homes[0], checkpoint)
+    assert "export stage0" in steps
+    assert (again / MANIFEST).read_bytes() == (bundles[1] / MANIFEST).read_bytes()
 
 
 def test_an_interrupted_build_goes_on(checkpoint, tmp_path):
@@ -124,9 +141,9 @@ def test_a_changed_checkpoint_is_built_anew(tmp_path):
 
 def test_two_builds_at_once_are_refused(tmp_path):
     with (
-        Staging(tmp_path / "bundle", "key", NoBuildProgress()),
+        Staging(tmp_path / "bundle", "key", Progress()),
         pytest.raises(CapacityError, match="another build"),
-        Staging(tmp_path / "bundle", "key", NoBuildProgress()),
+        Staging(tmp_path / "bundle", "key", Progress()),
     ):
         pass
 

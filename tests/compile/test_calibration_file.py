@@ -12,7 +12,7 @@ from PIL import Image
 from visistage.calib.sample_prompts import order_hash, prepare
 from visistage.calib.samples import Sample
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
-from visistage.compile.export.texts import prompt_encoder, text_facts
+from visistage.compile.export.texts import text_facts
 from visistage.compile.quantize.calibration_file import (
     ARRAYS,
     FACTS,
@@ -298,7 +298,7 @@ def test_the_best_observer_has_the_least_summed_error():
 def texts(tmp_path_factory):
     checkpoint = open_checkpoint(str(toy.make_checkpoint(tmp_path_factory.mktemp("toy"))))
     facts = text_facts(checkpoint)
-    return prompt_encoder(checkpoint), Preprocessing.from_dict(facts.preprocessing), facts
+    return facts.encoder, Preprocessing.from_dict(facts.preprocessing), facts
 
 
 def picture(folder, name, shade):

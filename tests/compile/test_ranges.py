@@ -17,7 +17,7 @@ from visistage.compile import layer_stream as stream
 from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.export import export, graphs_of
-from visistage.compile.export.texts import prompt_encoder, text_facts
+from visistage.compile.export.texts import text_facts
 from visistage.compile.export.weights import place
 from visistage.compile.planfile import resolve_plan
 from visistage.compile.quantize.fp16_ranges import (
@@ -34,7 +34,6 @@ from visistage.graphs.fields import from_json, to_json
 from visistage.graphs.modules.decoder import DecoderLayer, Linear
 from visistage.graphs.modules.ops import Eager, Llm
 from visistage.graphs.precision import HALF_MAX, NO_FALLBACK, SAFE_MAX, Fp32Fallback, Reason
-from visistage.runtime.image.preprocessing import Preprocessing
 from visistage.runtime.session import load
 
 from ..runtime.test_bundle_parity import example_feeds, torch_outputs
@@ -90,8 +89,7 @@ def make(path, change=None):
 
 def measured(path):
     checkpoint = open_checkpoint(str(path))
-    preprocessing = Preprocessing.from_dict(text_facts(checkpoint).preprocessing)
-    return measure_ranges(checkpoint, prompt_encoder(checkpoint), preprocessing)
+    return measure_ranges(checkpoint, text_facts(checkpoint))
 
 
 @pytest.fixture(scope="module")
@@ -213,9 +211,8 @@ def test_values_are_those_of_the_whole_model(planted):
 def test_progress_counts_every_piece(planted):
     path, _ = planted("plain")
     checkpoint = open_checkpoint(str(path))
-    preprocessing = Preprocessing.from_dict(text_facts(checkpoint).preprocessing)
     told = []
-    measure_ranges(checkpoint, prompt_encoder(checkpoint), preprocessing, told.append)
+    measure_ranges(checkpoint, text_facts(checkpoint), told.append)
     assert sum(told) == dense_pieces(checkpoint.config)
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from visistage.compile.build import make_bundle
 from visistage.compile.export import stitch
-from visistage.compile.export import torchlib_cache as translations
 from visistage.tests.support import toy
 from visistage.tests.support.traces import SharedTraces
 
@@ -22,7 +21,7 @@ def refuse(key, *_):
 @pytest.mark.filterwarnings("ignore")  # torch's own
 def test_the_table_is_made_once_for_each_opset_and_for_us_alone(monkeypatch):
     made = []
-    registry = translations.ONNXRegistry
+    registry = stitch.ONNXRegistry
     own = registry.__dict__["from_torchlib"]
 
     def make(opset_version=18):
@@ -30,14 +29,14 @@ def test_the_table_is_made_once_for_each_opset_and_for_us_alone(monkeypatch):
         return own.__get__(None, registry)(opset_version=opset_version)
 
     monkeypatch.setattr(registry, "from_torchlib", staticmethod(make))
-    monkeypatch.setattr(translations, "_TABLES", {})
+    monkeypatch.setattr(stitch, "_REGISTRIES", {})
 
     def export(opset):
         layer, rows = torch.nn.Linear(2, 2), torch.zeros(1, 2)
         torch.onnx.export(layer, (rows,), dynamo=True, verbose=False, opset_version=opset)
 
     for opset in (24, 24, 20):
-        with translations.cached_torchlib_registry():
+        with stitch.cached_torchlib_registry():
             export(opset)
     assert made == [24, 20]
     export(24)
@@ -45,8 +44,8 @@ def test_the_table_is_made_once_for_each_opset_and_for_us_alone(monkeypatch):
 
 
 def test_without_torchs_table_nothing_is_changed(monkeypatch):
-    monkeypatch.setattr(translations, "ONNXRegistry", None)
-    with translations.cached_torchlib_registry():
+    monkeypatch.setattr(stitch, "ONNXRegistry", None)
+    with stitch.cached_torchlib_registry():
         pass
 
 

@@ -7,9 +7,13 @@ from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.known_models import KNOWN_MODELS
 from visistage.compile.checkpoint.names import decoder_shapes
 from visistage.compile.engines.engine_spec import DECODE_ROWS, engine_specs_of
-from visistage.compile.export import split as splitting
-from visistage.compile.export.split import compiler_peak, split
-from visistage.compile.export.static_shapes import resolve_contexts, resolve_parts
+from visistage.compile.export import static_shapes
+from visistage.compile.export.static_shapes import (
+    compiler_peak,
+    resolve_contexts,
+    resolve_parts,
+    split,
+)
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.contract import SLOT_STEP, StagePart, part_names, stage_of, stage_slots
 from visistage.graphs.errors import CapacityError, TargetError
@@ -199,7 +203,7 @@ def test_parts_have_the_contract_of_a_stage(tmp_path, monkeypatch):
     for target in ("rtx", "orin-jp62"):
         for cut in (False, True):
             if cut:
-                monkeypatch.setattr(splitting, "_cut", one_layer_each)
+                monkeypatch.setattr(static_shapes, "_cut", one_layer_each)
             bundle = make_bundle(
                 str(checkpoint),
                 plan="visipruner:shallow=1,t=1,e=2,keep=4",

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from visistage.compile.build import make_bundle
-from visistage.compile.export.split import compiler_peak
+from visistage.compile.export.static_shapes import compiler_peak
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import (
     BundleError,

@@ -8,7 +8,7 @@ from visistage.calib.run.collect_ranges import collect
 from visistage.calib.sample_prompts import order_hash, prepare
 from visistage.calib.samples import Sample
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
-from visistage.compile.export.texts import fits, prompt_encoder, text_facts
+from visistage.compile.export.texts import fits, text_facts
 from visistage.compile.planfile import resolve_plan
 from visistage.compile.quantize.calibration_file import Calibration, SampleFacts
 from visistage.runtime.image.preprocessing import Preprocessing
@@ -27,7 +27,7 @@ def calibrate(model, plan: str, folder: Path) -> Calibration:
         for number, (image, question) in enumerate(zip(images, QUESTIONS, strict=True))
     ]
     preprocessing = Preprocessing.from_dict(texts.preprocessing)
-    prompts, _ = prepare(samples, prompt_encoder(checkpoint), preprocessing)
+    prompts, _ = prepare(samples, texts.encoder, preprocessing)
     staged = resolve_plan(plan, config.text.layers, config.visual_tokens)
     found = collect(checkpoint, prompts, staged, texts.prefix_ids)
     calibration = Calibration(

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 from visistage.cli.main import main
 from visistage.compile.build import make_bundle
-from visistage.compile.export.node_names import prefix_node_names
+from visistage.compile.export.export import prefix_node_names
 from visistage.graphs.bundle import ANY_CONTEXT, Bundle
 from visistage.graphs.errors import BundleError, CapacityError, PromptError
 from visistage.graphs.plan.call_cost import GraphCall, Work, question_calls, token_calls

@@ -16,8 +16,7 @@ from visistage.cli.main import main
 from visistage.cli.show.verify_view import require_passed, verify_table
 from visistage.compile.build import make_bundle
 from visistage.compile.engines.engines import compile_engines
-from visistage.compile.export.split import compiler_peak
-from visistage.compile.export.static_shapes import DECOMPOSABLE
+from visistage.compile.export.static_shapes import DECOMPOSABLE, compiler_peak
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import BundleError, DataError, ImageError, ModelError, ParityError
 from visistage.graphs.plan.probing import Decision
