@@ -344,7 +344,7 @@ class ModelConfig:
         text = dict(mapping("text_config", given.get("text_config", {})))
         if given.get("tie_word_embeddings") is True:  # either place will do, as in transformers
             text["tie_word_embeddings"] = True
-        encoder = given.get("vision_config", _DEFAULT_ENCODER)
+        encoder = given.get("vision_config", DEFAULT_ENCODER)
         layers = given.get("vision_feature_layer", -2)
         config = cls(
             text=TextConfig.from_hf(text),
@@ -382,7 +382,7 @@ class ModelConfig:
 
 
 _DEFAULT_SEQUENCE = 576
-_DEFAULT_ENCODER = {  # what transformers builds where config.json has no vision_config at all
+DEFAULT_ENCODER = {  # what transformers builds where config.json has no vision_config at all
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,

@@ -1,4 +1,4 @@
-"""Which linear layers a model has, and which of them read the same tensor. Pure data.
+"""Linear layers of a model, in groups that read the same tensor. Pure data.
 
 Layers that share an input share its range, and may be smoothed together: what makes the input
 smaller per channel is folded into the module that made it, what undoes it into their weights.
@@ -6,7 +6,9 @@ smaller per channel is folded into the module that made it, what undoes it into 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from .config import ModelConfig
@@ -14,6 +16,11 @@ from .config import ModelConfig
 Place = Literal["vision", "decoder", "head"]
 
 HEAD = "lm_head"
+
+ATTENTION_OUTPUT, MLP_OUTPUT = "self_attn.o_proj", "mlp.down_proj"
+"""Names, in a layer of the decoder, of the projections that write to the residual stream."""
+
+_DECODER_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,7 @@ class Group:
     Attributes:
         linears: the layers, in the order in which they run.
         inputs: width K of what they read.
+        outputs: width N of what each of them returns.
         fold: the module before them that can take a factor per channel: a norm (its weight and
             bias), or a projection (rows of its weight); None where nothing can.
         place: part of the model; ``vision`` holds tower and projector.
@@ -31,6 +39,7 @@ class Group:
 
     linears: tuple[str, ...]
     inputs: int
+    outputs: tuple[int, ...]
     fold: str | None
     place: Place
     layer: int | None = None
@@ -41,8 +50,19 @@ class Group:
         return self.linears[0]
 
 
+def decoder_module(layer: int, name: str) -> str:
+    """Return the checkpoint's name of a module of a decoder layer, such as ``ATTENTION_OUTPUT``."""
+    return f"model.layers.{layer}.{name}"
+
+
+def in_decoder_layer(module: str) -> tuple[int, str] | None:
+    """Return layer and name of ``decoder_module``; None of a module that is elsewhere."""
+    found = _DECODER_LAYER.fullmatch(module)
+    return found and (int(found[1]), found[2])
+
+
 def linear_groups(config: ModelConfig) -> list[Group]:
-    """Every group, in the order in which a prompt meets them."""
+    """Return every group, in the order in which a prompt meets them."""
     return [*_encoder(config), *_projector(config), *_decoder(config)]
 
 
@@ -54,38 +74,39 @@ def _encoder(config: ModelConfig) -> list[Group]:
         at = f"vision_tower.encoder.layers.{layer}"
         attention = tuple(f"{at}.self_attn.{name}_proj" for name in "qkv")
         groups += [
-            Group(attention, width, f"{at}.layer_norm1", "vision", layer),
+            Group(attention, width, (width,) * 3, f"{at}.layer_norm1", "vision", layer),
             # The value projection could take o's factors, but has a bias and heads to mind.
-            Group((f"{at}.self_attn.out_proj",), width, None, "vision", layer),
-            Group((f"{at}.mlp.fc1",), width, f"{at}.layer_norm2", "vision", layer),
-            Group((f"{at}.mlp.fc2",), wide, None, "vision", layer),
+            Group((f"{at}.self_attn.out_proj",), width, (width,), None, "vision", layer),
+            Group((f"{at}.mlp.fc1",), width, (wide,), f"{at}.layer_norm2", "vision", layer),
+            Group((f"{at}.mlp.fc2",), wide, (width,), None, "vision", layer),
         ]
     return groups
 
 
 def _projector(config: ModelConfig) -> list[Group]:
     features = config.vision.hidden * len(config.feature_layers)
-    at = "multi_modal_projector.linear_"
+    at, width = "multi_modal_projector.linear_", config.text.hidden
     return [
-        Group((f"{at}1",), features, None, "vision"),
-        Group((f"{at}2",), config.text.hidden, None, "vision"),
+        Group((f"{at}1",), features, (width,), None, "vision"),
+        Group((f"{at}2",), width, (width,), None, "vision"),
     ]
 
 
 def _decoder(config: ModelConfig) -> list[Group]:
     text = config.text
+    width, wide = text.hidden, text.intermediate
+    queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
     groups = []
     for layer in range(text.layers):
-        at = f"model.layers.{layer}"
-        attention = tuple(f"{at}.self_attn.{name}_proj" for name in "qkv")
-        mlp = (f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj")
-        output, down = f"{at}.self_attn.o_proj", f"{at}.mlp.down_proj"
+        at = partial(decoder_module, layer)
+        attention = tuple(at(f"self_attn.{name}_proj") for name in "qkv")
+        mlp = (at("mlp.gate_proj"), at("mlp.up_proj"))
         groups += [
-            Group(attention, text.hidden, f"{at}.input_layernorm", "decoder", layer),
+            Group(attention, width, (queries, keys, keys), at("input_layernorm"), "decoder", layer),
             # Factors in the value projection would change |c_j|, by which selections choose.
-            Group((output,), text.heads * text.head_dim, None, "decoder", layer),
-            Group(mlp, text.hidden, f"{at}.post_attention_layernorm", "decoder", layer),
+            Group((at(ATTENTION_OUTPUT),), queries, (width,), None, "decoder", layer),
+            Group(mlp, width, (wide, wide), at("post_attention_layernorm"), "decoder", layer),
             # Its input is silu(gate) * up: linear in up, whose rows take the factors exactly.
-            Group((down,), text.intermediate, f"{at}.mlp.up_proj", "decoder", layer),
+            Group((at(MLP_OUTPUT),), wide, (width,), at("mlp.up_proj"), "decoder", layer),
         ]
-    return [*groups, Group((HEAD,), text.hidden, "model.norm", "head")]
+    return [*groups, Group((HEAD,), width, (text.vocab,), "model.norm", "head")]

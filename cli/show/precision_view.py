@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from typing import Any
 
-from ...compile.checkpoint.names import tensor_shapes
 from ...graphs.bundle import Manifest
 from ...graphs.fields import to_json
 from ...graphs.linears import Group, linear_groups
@@ -30,16 +29,15 @@ def quantisation_facts(manifest: Manifest) -> dict[str, Any] | None:
     quantization = manifest.quantization
     if not quantization.quantises:
         return None
-    shapes = tensor_shapes(manifest.config)
     places: dict[str, Counter[str]] = {}
     nbytes: Counter[str] = Counter()
     kept: dict[str, list[str]] = {}
     for group in linear_groups(manifest.config):
         place = _place(group, manifest)
-        for name in group.linears:
+        for name, outputs in zip(group.linears, group.outputs, strict=True):
             scheme = quantization.schemes.get(name, "float")
             places.setdefault(place, Counter())[scheme] += 1
-            nbytes[scheme] += _bytes(scheme, shapes[f"{name}.weight"], manifest)
+            nbytes[scheme] += _bytes(scheme, (outputs, group.inputs), manifest)
             if scheme == "float":
                 kept.setdefault(place, []).append(name)
     mixed = [name for place, names in kept.items() if len(places[place]) > 1 for name in names]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from ...graphs.config import DEFAULT_ENCODER
+
 ALIASES: Mapping[str, str] = MappingProxyType(
     {
         "llava-7b": "llava-hf/llava-1.5-7b-hf",
@@ -32,17 +34,7 @@ class KnownModel:
     about: str
 
 
-_CLIP_L_336: dict[str, Any] = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-    "vocab_size": 32000,
-}
+_CLIP_L_336: dict[str, Any] = {**DEFAULT_ENCODER, "projection_dim": 768, "vocab_size": 32000}
 _VICUNA_7B: dict[str, Any] = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],

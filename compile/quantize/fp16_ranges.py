@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ...graphs.config import ModelConfig
 from ...graphs.contract import whole_stages
 from ...graphs.errors import ModelError, TargetError
+from ...graphs.linears import ATTENTION_OUTPUT, MLP_OUTPUT, in_decoder_layer
 from ...graphs.modules.decoder import DecoderStage, Linear, Norm
 from ...graphs.modules.ops import Eager
 from ...graphs.modules.vision import Vision
@@ -153,17 +154,17 @@ def decide(ranges: Mapping[str, float]) -> Fp32Fallback:
         if largest <= SAFE_MAX:
             continue
         module, side = tensor.rsplit(" ", 1)
-        layer = int(module.split(".")[2]) if module.startswith("model.layers.") else None
+        layer, own = in_decoder_layer(module) or (None, "")
         shift = math.ceil(math.log2(largest / SAFE_MAX))
         if module.startswith("model.") and "norm" in module and side == "input":
             reason = Reason(tensor, largest, "so rows travel in FP32")
             if not out.rows:  # the first layer that needs it says it for all
                 out = replace(out, rows=True, reasons=(*out.reasons, reason))
-        elif layer is not None and module.endswith("mlp.down_proj"):
+        elif layer is not None and own == MLP_OUTPUT:
             shifts = {**out.mlp_shift, layer: max(shift, out.mlp_shift.get(layer, 0))}
             reason = Reason(tensor, largest, f"so it is scaled by 2**-{shift}")
             out = replace(out, mlp_shift=shifts, reasons=(*out.reasons, reason))
-        elif layer is not None and module.endswith("self_attn.o_proj"):
+        elif layer is not None and own == ATTENTION_OUTPUT:
             shifts = {**out.attention_shift, layer: shift}
             reason = Reason(tensor, largest, f"so it is scaled by 2**-{shift}")
             out = replace(out, attention_shift=shifts, reasons=(*out.reasons, reason))

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from ...graphs.config import ModelConfig
 from ...graphs.errors import DataError, TargetError, nearest
-from ...graphs.linears import Group, linear_groups
+from ...graphs.linears import (
+    ATTENTION_OUTPUT,
+    MLP_OUTPUT,
+    Group,
+    decoder_module,
+    linear_groups,
+)
 from ...graphs.modules.quantized import INPUT_SCALE, SCALE, WEIGHT, ZERO, scale_shape
 from ...graphs.plan.plan import StagePlan
 from ...graphs.precision import SAFE_MAX, Fp32Fallback
@@ -106,12 +112,9 @@ def resolve(
 
 def input_shifts(fallback: Fp32Fallback) -> dict[str, int]:
     """Exponents by which inputs come scaled, by the name of the layer that reads them."""
-    blocks = (
-        ("mlp.down_proj", fallback.mlp_shift),
-        ("self_attn.o_proj", fallback.attention_shift),
-    )
+    blocks = ((MLP_OUTPUT, fallback.mlp_shift), (ATTENTION_OUTPUT, fallback.attention_shift))
     return {
-        f"model.layers.{layer}.{name}": shift
+        decoder_module(layer, name): shift
         for name, by_layer in blocks
         for layer, shift in by_layer.items()
     }

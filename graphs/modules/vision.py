@@ -98,7 +98,9 @@ class Embeddings(nn.Module):
             vision.channels, vision.hidden, vision.patch_size, vision.patch_size, bias=not clip
         )
         self.class_embedding = nn.Parameter(torch.empty(vision.hidden)) if clip else None
-        self.position_embedding = nn.Embedding(vision.tokens, vision.hidden)
+        # Uninitialised, as ``Linear`` is: random numbers on a meta device load half of torch.
+        positions = torch.empty(vision.tokens, vision.hidden)
+        self.position_embedding = nn.Embedding(*positions.shape, _weight=positions)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: (B, C, H, W) -> (B, T, D)."""

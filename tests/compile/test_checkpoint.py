@@ -18,6 +18,7 @@ from visistage.compile.checkpoint.checkpoint import open_checkpoint, open_folder
 from visistage.compile.checkpoint.names import canonical, published_name, tensor_shapes
 from visistage.compile.checkpoint.safetensors_file import read_header
 from visistage.graphs.errors import CapacityError, ModelError
+from visistage.graphs.linears import linear_groups
 from visistage.tests.support.toy import make_checkpoint, make_config, make_weights
 
 REMEDY = ("Download", "Save", "Use", "Correct", "Remove", "Name", "Try", "Check", "save_pretrained")
@@ -114,6 +115,14 @@ def test_names_are_those_of_transformers_and_its_files(tmp_path, options):
 )
 def test_all_spellings_in_circulation_are_known(name, ours):
     assert canonical(name) == ours
+
+
+def test_groups_of_linear_layers_have_the_shapes_of_the_modules(toy):
+    config = open_checkpoint(str(toy)).config
+    shapes = tensor_shapes(config)
+    for group in linear_groups(config):
+        for name, outputs in zip(group.linears, group.outputs, strict=True):
+            assert shapes[f"{name}.weight"] == (outputs, group.inputs)
 
 
 def test_published_names_are_undone(toy):
