@@ -207,7 +207,7 @@ def _variants(graph: Graph, spec: BuildSpec) -> dict[int, tuple[str, int | None]
 
 
 def _inputs(spec: BuildSpec) -> Any:
-    """Return what tells one build from another here: the source, and every file's size and time."""
+    """Return what a build depends on here: the source, and every file's size and time."""
     files = sorted(path for path in spec.checkpoint.path.iterdir() if path.is_file())
     stats = [(file.name, file.stat()) for file in files]
     return [spec.source, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]

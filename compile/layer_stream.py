@@ -1,12 +1,12 @@
-"""Runs a model in FP32 with the weights of one piece in memory at a time.
+"""Models run in FP32 with the weights of one piece in memory at a time.
 
-What ``stitch.Stitcher`` is to export, ``Streamed`` is to computing: a ``call`` for ``compose``. The
-module's own parameters stay on torch's meta device, which takes no memory.
+``Streamed`` is a ``call`` for ``compose``, as ``stitch.Stitcher`` is one for export. The module's
+own parameters stay on torch's meta device, which takes no memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -20,11 +20,11 @@ from .quantize.fake_quantized import FakeQuantised
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Hook = Callable[[str, Tensor, Tensor], None]
-"""Told a module's name, what went in and what came out."""
+"""Called with a module's name, its input and its output."""
 
 
 def without_weights(make: Callable[[], AnyModule]) -> AnyModule:
-    """The module that ``make`` returns, its parameters without storage."""
+    """Return the module that ``make`` returns, its parameters without storage."""
     with torch.device("meta"):
         return make()
 
@@ -32,8 +32,8 @@ def without_weights(make: Callable[[], AnyModule]) -> AnyModule:
 class Streamed:
     """Calls pieces of ``module``, a ``without_weights``, with the checkpoint's weights in FP32.
 
-    ``observed`` are the kinds of modules that ``hook`` is told of; ``progress`` counts pieces that
-    have weights. With ``fake_quantised``, weights and what linear layers are given come rounded.
+    ``hook`` is called for modules of the kinds ``observed``; ``progress`` counts pieces that have
+    weights. With ``fake_quantised``, weights and inputs of linear layers come rounded.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Streamed:
 
     @contextmanager
     def loaded(self, piece: nn.Module) -> Iterator[Callable[..., Any]]:
-        """What runs one piece, any number of times while its weights are in memory."""
+        """Yield what runs one piece, any number of times while its weights are in memory."""
         self._fill(piece)
         handles = [*self._fake_quantise(piece), *self._observe(piece)]
 
@@ -74,13 +74,13 @@ class Streamed:
             self.progress(1)
 
     def loaded_weights(self, piece: nn.Module) -> dict[str, Tensor]:
-        """The weights of a piece that is ``loaded``, by the checkpoint's names."""
+        """Return the weights of a piece that is ``loaded``, by the checkpoint's names."""
         return {
             self.names[id(weight)]: self.weights[name] for name, weight in piece.named_parameters()
         }
 
     def _fill(self, piece: nn.Module) -> None:
-        """Read the piece's weights, into the storage of the piece before where it was alike."""
+        """Read the piece's weights, into the storage of the piece before where shapes match."""
         old, self.weights = self.weights, {}
         shapes = {name: weight.shape for name, weight in piece.named_parameters()}
         old = {name: weight for name, weight in old.items() if weight.shape == shapes.get(name)}
@@ -91,7 +91,7 @@ class Streamed:
             self.checkpoint.release()
 
     def _fake_quantise(self, piece: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        """Hooks that round what linear layers are given."""
+        """Yield hooks that round the inputs of linear layers."""
         fake_quantised = self.fake_quantised
         if fake_quantised is None:
             return
@@ -101,22 +101,20 @@ class Streamed:
 
         for module in piece.modules():
             if isinstance(module, Linear):
-                name = self.names[id(module.weight)].removesuffix(".weight")
-                yield module.register_forward_pre_hook(given(name))
+                yield module.register_forward_pre_hook(given(self._name(module)))
 
-    def _observe(self, piece: nn.Module) -> Iterable[torch.utils.hooks.RemovableHandle]:
-        if self.hook is None:
+    def _observe(self, piece: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        """Yield hooks that call ``hook`` with a module's name, input and output."""
+        hook = self.hook
+        if hook is None:
             return
+
+        def notify(name: str) -> Callable[..., None]:
+            return lambda module, args, output: hook(name, args[0], output)
+
         for module in piece.modules():
             if isinstance(module, self.observed):
-                name = self.names[id(module.weight)].removesuffix(".weight")
-                yield module.register_forward_hook(self._notify(name))
+                yield module.register_forward_hook(notify(self._name(module)))
 
-    def _notify(self, name: str) -> Callable[..., None]:
-        """A torch hook that passes on the name with input and output."""
-
-        def notify(module: nn.Module, args: tuple, output: Tensor) -> None:
-            assert self.hook is not None
-            self.hook(name, args[0], output)
-
-        return notify
+    def _name(self, module: nn.Module) -> str:
+        return self.names[id(module.weight)].removesuffix(".weight")

@@ -1,4 +1,4 @@
-"""A model by any name becomes a folder of safetensors with a checked table of tensors.
+"""Models by any name: each becomes a folder of safetensors with a checked table of tensors.
 
     llava-7b, llava-13b         aliases of published checkpoints
     demo                        the model inside the package
@@ -29,8 +29,7 @@ from ...graphs.progress import Advance, no_advance
 from ..disk import require_disk_space
 from .dummy import make_dummy
 from .known_models import ALIASES, DEMO, KNOWN_MODELS
-from .safetensors_file import TensorInfo
-from .safetensors_index import FLOAT_DTYPES, read_checkpoint_json, read_tensors
+from .safetensors_file import FLOAT_DTYPES, TensorInfo, read_checkpoint_json, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ class Checkpoint:
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        """The safetensors files that the model's tensors lie in."""
+        """The safetensors files that hold the model's tensors."""
         return tuple(dict.fromkeys(info.file for info in self.tensors.values()))
 
     @property
@@ -73,11 +72,11 @@ class Checkpoint:
         return sum(file.stat().st_size for file in self.weight_files)
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """The parsed JSON object in ``files[name]``, or None where there is no such file."""
+        """Return the JSON object in ``files[name]``, or None where there is no such file."""
         return read_checkpoint_json(self.files[name]) if name in self.files else None
 
     def load(self, name: str) -> Tensor:
-        """The tensor called ``name``, mapped from its file: pages are read when they are used.
+        """Return the tensor ``name``, mapped from its file: pages are read when they are used.
 
         Writing to it changes this process's view only; clone it first all the same.
 
@@ -98,17 +97,17 @@ class Checkpoint:
         return flat.view(info.shape)
 
     def release(self) -> None:
-        """Let go of the pages read so far; tensors handed out stay valid and are read again.
+        """Let go of the pages read so far; tensors returned stay valid and are read again.
 
-        A mapped file counts as memory of this process as far as it was touched: whoever streams
-        through gigabytes calls this in between.
+        A mapped file counts as memory of this process as far as it was touched: call this in
+        between when streaming through gigabytes.
         """
         for mapped in self._maps.values():
             if hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
     def state_dict(self, prefix: str | Iterable[str] = "") -> dict[str, Tensor]:
-        """``load`` of all tensors whose name starts with ``prefix``, or with one of several."""
+        """Load all tensors whose name starts with ``prefix``, or with one of several."""
         wanted = prefix if isinstance(prefix, str) else tuple(prefix)
         return {name: self.load(name) for name in self.tensors if name.startswith(wanted)}
 
@@ -130,11 +129,11 @@ def open_checkpoint(
         offline: use what the hub's cache already holds; no connection is made.
         dummy_weights: random weights of that model's shape instead, made below ``cache``.
         cache: folder for dummy checkpoints.
-        progress: told about bytes of dummy weights as they are written.
+        progress: called with bytes of dummy weights as they are written.
 
     Raises:
         ModelError: unknown, unreachable, incomplete, corrupt or unsupported.
-        CapacityError: the disk has no room for the download or the dummy weights.
+        CapacityError: the disk has no space for the download or the dummy weights.
     """
     if revision is not None and (dummy_weights or model == DEMO or Path(model).is_dir()):
         raise ModelError(
@@ -222,13 +221,13 @@ def _unknown(model: str) -> NoReturn:
 
 
 def _download(repository: str, revision: str | None, offline: bool) -> Path:
-    """The snapshot of a hub checkpoint, complete in the hub's cache."""
+    """Return the snapshot of a hub checkpoint, complete in the hub's cache."""
     try:
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError as error:
         raise MissingDependencyError(
-            f"{repository} lies on the Hugging Face hub and huggingface_hub is not installed. "
+            f"{repository} is on the Hugging Face hub and huggingface_hub is not installed. "
             "pip install 'visistage[compile]', or name a folder: MODEL=./my-llava"
         ) from error
 
@@ -274,7 +273,7 @@ def _download(repository: str, revision: str | None, offline: bool) -> Path:
             "build without its weights: --dummy-weights (DUMMY=1)"
         ) from error
     except (errors.HTTPError, OSError, ValueError) as error:
-        # HTTPError is the base of whichever client library this version of the hub uses.
+        # HTTPError is the base of the client library that this version of the hub uses.
         reason = str(error).strip().split("\n")[0][:200]
         raise ModelError(
             f"cannot download {at}: {type(error).__name__}: {reason}. Try again, use the cached "

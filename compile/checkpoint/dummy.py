@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,28 +25,24 @@ import numpy as np
 import torch
 
 from ...graphs.config import ModelConfig
+from ...graphs.dtypes import DTYPES
 from ...graphs.errors import CapacityError, ModelError
+from ...graphs.progress import Advance, no_advance
 from ..disk import locked, require_disk_space
 from .dummy_tokenizer import SYSTEM, write_text_files
 from .known_models import KNOWN_MODELS, KnownModel
 from .names import HEAD_WEIGHT, Shapes, published_name, tensor_shapes
-from .safetensors_index import SHARD_INDEX, SINGLE
+from .safetensors_file import SHARD_INDEX, SINGLE
 
 DUMMY_VERSION = 1
 """Raised when equal arguments give other bytes than before."""
 
 DUMMY_NOTE = "dummy.json"
 LOCK = ".lock"
-DUMMY_DTYPES = {
-    "float32": (torch.float32, "F32"),
-    "float16": (torch.float16, "F16"),
-    "bfloat16": (torch.bfloat16, "BF16"),
-}
+DUMMY_DTYPES = ("float32", "float16", "bfloat16")
 RANDOM_BLOCK = 16_777_213  # values; the largest prime below 2**24
 SHARD_BYTES = 4_500_000_000
 OTHER_BYTES = 4 << 20  # tokenizer and configs, generously
-
-Progress = Callable[[int], None]
 
 
 def make_dummy(
@@ -57,20 +53,20 @@ def make_dummy(
     seed: int = 0,
     known_model: KnownModel | None = None,
     image_size: int | None = None,
-    progress: Progress = lambda nbytes: None,
+    progress: Advance = no_advance,
 ) -> Path:
     """Make the checkpoint folder ``path``, or find it complete.
 
     The folder appears under its name when it is whole; an interrupted run leaves nothing.
 
     Args:
-        geometry: a key of ``recipes.GEOMETRIES``, or the name of ``known_model``.
+        geometry: a key of ``KNOWN_MODELS``, or the name of ``known_model``.
         path: the folder to make.
         dtype: ``float16``, ``float32`` or ``bfloat16``.
         seed: of the random numbers.
         known_model: shapes that are not listed there.
-        image_size: side of the pictures in pixels, and so the visual tokens; None: as published.
-        progress: told about bytes as they are written.
+        image_size: side of the images in pixels, and so the visual tokens; None: as published.
+        progress: called with bytes as they are written.
 
     Raises:
         ModelError: an unknown geometry or type, or ``path`` holds something else.
@@ -83,8 +79,7 @@ def make_dummy(
         )
     if dtype not in DUMMY_DTYPES:
         raise ModelError(
-            f"dummy weights cannot be {dtype!r}, only {', '.join(DUMMY_DTYPES)}. Choose one of "
-            f"those."
+            f"dummy weights cannot be {dtype!r}, only {', '.join(DUMMY_DTYPES)}. Choose one."
         )
     path = Path(path)
     known_model = known_model or KNOWN_MODELS[geometry]
@@ -102,8 +97,7 @@ def make_dummy(
             f"{path} is there, but is not the dummy checkpoint {geometry} ({dtype}, seed {seed}). "
             "Remove it, or choose another folder."
         )
-    itemsize = DUMMY_DTYPES[dtype][0].itemsize
-    nbytes = sum(map(math.prod, shapes.values())) * itemsize + OTHER_BYTES
+    nbytes = _nbytes(shapes, dtype) + OTHER_BYTES
     require_disk_space(
         path.parent, nbytes, f"the dummy checkpoint {geometry}", "take MODEL=llava-45m DUMMY=1"
     )
@@ -117,7 +111,7 @@ def make_dummy(
 
 
 def _resized(known_model: KnownModel, side: int) -> KnownModel:
-    """``known_model`` for pictures of another size."""
+    """Return ``known_model`` for images of another size."""
     vision = {**known_model.config["vision_config"], "image_size": side}
     tokens = (side // vision["patch_size"]) ** 2
     config = {**known_model.config, "vision_config": vision, "image_seq_length": tokens}
@@ -125,16 +119,16 @@ def _resized(known_model: KnownModel, side: int) -> KnownModel:
 
 
 class _Blocks:
-    """The block of random numbers in every spread that was asked for, as bytes."""
+    """Block of random numbers in every spread that was asked for, as bytes."""
 
     def __init__(self, dtype: str, seed: int, depth: int):
         generator = np.random.Generator(np.random.PCG64(seed))
         self.values = torch.from_numpy(generator.standard_normal(RANDOM_BLOCK, dtype=np.float32))
-        self.dtype, self.seed, self.depth = DUMMY_DTYPES[dtype][0], seed, depth
+        self.dtype, self.seed, self.depth = getattr(torch, dtype), seed, depth
         self.scaled: dict[float, memoryview] = {}
 
     def pieces(self, name: str, shape: tuple[int, ...]) -> Iterator[memoryview]:
-        """The bytes of one tensor, in stretches of the block."""
+        """Yield the bytes of one tensor, in stretches of the block."""
         constant = _constant(name, shape)
         if constant is not None:
             yield _bytes(torch.full(shape, constant, dtype=self.dtype))
@@ -156,14 +150,14 @@ class _Blocks:
 
 
 def _constant(name: str, shape: tuple[int, ...]) -> float | None:
-    """Norms start as the identity, biases at zero."""
+    """Return what a tensor is full of: norms start as the identity, biases at zero."""
     if len(shape) > 1 or name.endswith("class_embedding"):
         return None
     return 1.0 if name.endswith("weight") else 0.0
 
 
 def _spread(name: str, shape: tuple[int, ...], depth: int) -> float:
-    """Standard deviation. Unit-variance rows in give about unit-variance rows out.
+    """Return the standard deviation by which unit-variance rows give about unit-variance rows.
 
     Updates shrink with the decoder's depth, so the residual stays far from FP16's end however deep
     it is. Queries and keys are larger, else attention would be flat, whatever the question.
@@ -185,45 +179,50 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _write_weights(
-    folder: Path, shapes: Shapes, dtype: str, blocks: _Blocks, progress: Progress
+    folder: Path, shapes: Shapes, dtype: str, blocks: _Blocks, progress: Advance
 ) -> None:
-    shards = _shards(shapes, DUMMY_DTYPES[dtype][0].itemsize)
+    shards = _shards(shapes, dtype)
     where = {}
     for index, names in enumerate(shards):
         file = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
         file = SINGLE if len(shards) == 1 else file
-        with (folder / file).open("wb", buffering=0) as stream:
-            _write_all(stream, _header({name: shapes[name] for name in names}, dtype))
+        with _full_disk_named(folder / file), (folder / file).open("wb") as stream:
+            stream.write(_header({name: shapes[name] for name in names}, dtype))
             for name in names:
                 for piece in blocks.pieces(name, shapes[name]):
-                    _write_all(stream, piece)
+                    stream.write(piece)
                     progress(len(piece))
                 where[published_name(name)] = file
     if len(shards) > 1:
-        total = sum(map(math.prod, shapes.values())) * DUMMY_DTYPES[dtype][0].itemsize
-        index_data = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        index_data = {
+            "metadata": {"total_size": _nbytes(shapes, dtype)},
+            "weight_map": dict(sorted(where.items())),
+        }
         (folder / SHARD_INDEX).write_text(json.dumps(index_data, indent=2) + "\n")
 
 
-def _write_all(stream, data: bytes | memoryview) -> None:
-    """A raw file takes 2 GB at most in one write, and may take less than it is given."""
-    view = memoryview(data)
+@contextmanager
+def _full_disk_named(file: Path) -> Iterator[None]:
+    """Raise CapacityError where the disk fills up while ``file`` is written."""
     try:
-        while view:
-            view = view[stream.write(view) :]
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise CapacityError(
-            f"the disk filled up while {stream.name} was written. Free some, and start again."
+            f"the disk filled up while {file} was written. Free some, and start again."
         ) from error
 
 
-def _shards(shapes: Shapes, itemsize: int) -> list[list[str]]:
+def _nbytes(shapes: Shapes, dtype: str) -> int:
+    return sum(map(math.prod, shapes.values())) * getattr(torch, dtype).itemsize
+
+
+def _shards(shapes: Shapes, dtype: str) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
     for name, shape in shapes.items():
-        nbytes = math.prod(shape) * itemsize
+        nbytes = _nbytes({name: shape}, dtype)
         if shards[-1] and filled + nbytes > SHARD_BYTES:
             shards.append([])
             filled = 0
@@ -233,13 +232,12 @@ def _shards(shapes: Shapes, itemsize: int) -> list[list[str]]:
 
 
 def _header(shapes: Shapes, dtype: str) -> bytes:
-    torch_dtype, name_in_file = DUMMY_DTYPES[dtype]
     entries: dict = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * torch_dtype.itemsize
+        start, end = end, end + _nbytes({name: shape}, dtype)
         entries[published_name(name)] = {
-            "dtype": name_in_file,
+            "dtype": DTYPES[dtype].safetensors,
             "shape": list(shape),
             "data_offsets": [start, end],
         }
@@ -264,7 +262,7 @@ def _complete(path: Path, facts: dict) -> bool:
 
 @contextmanager
 def _folder(path: Path) -> Iterator[Path]:
-    """A locked ``.partial`` folder that becomes ``path`` at the end, or vanishes."""
+    """Yield a locked ``.partial`` folder that becomes ``path`` at the end, or vanishes."""
     folder = path.with_name(path.name + ".partial")
     folder.mkdir(parents=True, exist_ok=True)
     busy = f"another run is making {path}. Wait for it, or stop it."
@@ -276,6 +274,6 @@ def _folder(path: Path) -> Iterator[Path]:
             yield folder
             (folder / LOCK).unlink()
             folder.rename(path)
-        except BaseException:  # Ctrl-C too: half a checkpoint helps nobody
+        except BaseException:  # Ctrl-C too: half a checkpoint is of no use
             shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -3,7 +3,7 @@
 The tokenizer is a byte-level BPE over a few sentences, so any text has tokens and the Vicuna
 system prompt has about as many as with the real one. Ids that no word claims get filler words
 (``w4711``): a random model's answers are visibly nonsense instead of empty. Equal arguments give
-equal bytes. It knows nothing about weights.
+equal bytes.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 
 
 def chat_template(system: str = "") -> str:
-    r"""LLaVA-1.5's template, ``USER: <image>\n... ASSISTANT:``, after ``system`` if given."""
+    r"""Return LLaVA-1.5's template, ``USER: <image>\n... ASSISTANT:``, after ``system`` if any."""
     return f"{{{{ {json.dumps(system + ' ')} }}}}{_TURNS}" if system else _TURNS
 
 
 def write_text_files(
     folder: Path, config: ModelConfig, specials: Mapping[str, int], *, system: str = ""
 ) -> None:
-    """Write all that a checkpoint has besides ``config.json`` and weights.
+    """Write all files of a checkpoint but ``config.json`` and weights.
 
     Args:
         folder: an existing directory.

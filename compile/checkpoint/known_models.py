@@ -1,4 +1,4 @@
-"""Models known by name, and the shapes that dummy weights can take. Frozen data, no logic.
+"""Models known by name, and the shapes that dummy weights can take: data, no logic.
 
 The dictionaries of published models say what their ``config.json`` says; what those files leave
 to transformers' defaults is spelled out where it differs from Llama-7B's.
@@ -108,4 +108,4 @@ KNOWN_MODELS: Mapping[str, KnownModel] = MappingProxyType(
         ),
     }
 )
-"""What ``--dummy-weights`` can make."""
+"""Models that ``--dummy-weights`` can make."""

@@ -1,28 +1,40 @@
-"""The header of one safetensors file: where each tensor lies. Nothing else is read.
+"""Tensors of a checkpoint folder: where each one is, in one safetensors file or in many shards.
 
     8 bytes            n, little endian
     n bytes            JSON: {"name": {"dtype", "shape", "data_offsets": [begin, end]}, ...}
     the rest           the tensors' bytes, without gaps
 
-Files come from strangers and downloads break off, so everything a header claims is checked
-against the file: a ``TensorInfo`` never points outside it. Format: the README of safetensors.
+Headers only are read. Files come from strangers and downloads break off, so everything a header
+claims is checked against the file: a ``TensorInfo`` never points outside it. Refused are pickles,
+quantised weights, shards that are missing or outside the folder, and tensors that do not fit the
+config. Format: the README of safetensors.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ...graphs.config import ModelConfig
 from ...graphs.errors import ModelError
+from ...graphs.fields import is_int, parse_json, read_json, show
+from .names import EMBEDDING, HEAD_WEIGHT, canonical, tensor_shapes
 
+logger = logging.getLogger(__name__)
+
+SINGLE = "model.safetensors"
+SHARD_INDEX = "model.safetensors.index.json"
+MAX_JSON_BYTES = 64 << 20
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
+FLOAT_DTYPES = ("F32", "F16", "BF16")
 ITEM_BITS = {
     "F32": 32,
     "F16": 16,
@@ -36,11 +48,16 @@ ITEM_BITS = {
     "F6_E3M2": 6,
     "F4": 4,
 }
+_QUANTISED = ("I8", "U8", "I32", "I16", "F8_E4M3", "F8_E5M2", "F4")
+_FILE = re.compile(r"[^/\\\0]+\.safetensors")  # in the folder itself
+# Buffers that older transformers saved, and parts of vision encoders that LLaVA never reads.
+_UNREAD = (".position_ids", ".rotary_emb.inv_freq", ".masked_bias")
+_AGAIN = "Download it again, or save the model again with save_pretrained."
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where the bytes of one tensor lie."""
+    """Place of the bytes of one tensor."""
 
     file: Path
     offset: int  # bytes from the start of the file
@@ -49,8 +66,50 @@ class TensorInfo:
     shape: tuple[int, ...]
 
 
+def read_tensors(folder: Path, config: ModelConfig) -> dict[str, TensorInfo]:
+    """Return every tensor that ``config`` asks for, by canonical name, checked for shape and type.
+
+    A tied model without a head of its own gets the embedding as ``lm_head.weight``.
+
+    Raises:
+        ModelError: no usable weights in the folder, a damaged file, or tensors that are missing,
+            quantised or of another shape; names the file and the first few tensors.
+    """
+    found: dict[str, TensorInfo] = {}
+    spelled: dict[str, str] = {}
+    for name, info in _stored(folder).items():
+        ours = canonical(name)
+        if ours in found:
+            raise ModelError(
+                f"{info.file} holds {ours} twice, as {spelled[ours]} and as {name}. Remove one, or "
+                "save the model again with save_pretrained."
+            )
+        found[ours], spelled[ours] = info, name
+    if config.text.tied and HEAD_WEIGHT not in found and EMBEDDING in found:
+        found[HEAD_WEIGHT] = found[EMBEDDING]
+    wanted = tensor_shapes(config)
+    _check(folder, wanted, found)
+    unread = tensor_shapes(config, whole_encoder=True)
+    for name in found:
+        if name not in unread and not name.endswith(_UNREAD) and ".head." not in name:
+            logger.warning("%s: %s is no part of the model and is not used", folder, name)
+    return {name: found[name] for name in wanted}
+
+
+def read_checkpoint_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        ModelError: unreadable, too large, not UTF-8 JSON, or not an object; names the file.
+    """
+    data = read_json(file, ModelError, "Download it again.", MAX_JSON_BYTES)
+    if not isinstance(data, dict):
+        raise ModelError(f"{file} holds no JSON object. Download it again.")
+    return data
+
+
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """All tensors of ``file``, by their name in the file, in the order of their bytes.
+    """Return all tensors of ``file``, by their name in the file, in the order of their bytes.
 
     Raises:
         ModelError: the file cannot be read, is cut short, or its header contradicts itself.
@@ -68,12 +127,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             f"cannot read {file}: {error.strerror or error}. Check the file, or download the "
             "checkpoint again."
         ) from error
-    try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        _broken(file, f"has a header that is no JSON ({str(error)[:100]})")
-    if not isinstance(entries, dict):
+    if not text.startswith(b"{"):
         _broken(file, "has a header that is no JSON object")
+    entries = parse_json(text, ModelError, _AGAIN, f"the header of {file}")
     entries.pop("__metadata__", None)
     start = 8 + length
     found = {name: _tensor(file, start, name, entry) for name, entry in entries.items()}
@@ -81,7 +137,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     end = start
     for name, info in ordered.items():
         if info.offset != end:
-            _broken(file, f"has overlapping tensors or a gap before {_short(name)}")
+            _broken(file, f"has overlapping tensors or a gap before {show(name)}")
         end += info.nbytes
     if end != size:
         _broken(file, f"has {size} bytes, but its header speaks of {end}")
@@ -90,38 +146,118 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 def _tensor(file: Path, start: int, name: str, entry: Any) -> TensorInfo:
     if not isinstance(entry, Mapping) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        _broken(file, f"describes {_short(name)} without exactly dtype, shape and data_offsets")
+        _broken(file, f"describes {show(name)} without exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
-        _broken(file, f"gives {_short(name)} the unknown type {_short(dtype)}")
-    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+        _broken(file, f"gives {show(name)} the unknown type {show(dtype)}")
+    for field, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or len(numbers) > 8 or not all(map(_is_size, numbers)):
-            _broken(file, f"gives {_short(name)} the {what} {_short(numbers)}")
+            _broken(file, f"gives {show(name)} the {field} {show(numbers)}")
     if len(offsets) != 2 or math.prod(shape) * ITEM_BITS[dtype] != 8 * (offsets[1] - offsets[0]):
-        _broken(
-            file, f"gives {_short(name)} the bytes {_short(offsets)} for {dtype} {_short(shape)}"
-        )
+        _broken(file, f"gives {show(name)} the bytes {show(offsets)} for {dtype} {show(shape)}")
     return TensorInfo(file, start + offsets[0], offsets[1] - offsets[0], dtype, tuple(shape))
 
 
-def _broken(file: Path, what: str) -> NoReturn:
-    raise ModelError(
-        f"{file} {what}: the file is corrupt or incomplete. Download it again, or save the model "
-        "again with save_pretrained."
-    )
+def _broken(file: Path, finding: str) -> NoReturn:
+    raise ModelError(f"{file} {finding}: the file is corrupt or incomplete. {_AGAIN}")
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return is_int(value) and value >= 0
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _stored(folder: Path) -> dict[str, TensorInfo]:
+    """Return all tensors under the names in the files; transformers' own order of preference."""
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    if (folder / SHARD_INDEX).is_file():
+        return _shards(folder, read_checkpoint_json(folder / SHARD_INDEX).get("weight_map"))
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return read_header(files[0])
+    if files:
+        raise ModelError(
+            f"{folder} holds {len(files)} safetensors files but no {SHARD_INDEX}, which says where "
+            "each tensor is. Download it as well."
+        )
+    pickles = sorted(
+        file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(kind)
+    )
+    if pickles:
+        raise ModelError(
+            f"{folder} holds pickled weights only ({pickles[0]}), which can run code when they are "
+            "opened; expected model.safetensors. If you trust them, convert them once: python -c "
+            "\"from transformers import LlavaForConditionalGeneration as M; M.from_pretrained('.')"
+            ".save_pretrained('safe')\" in that folder"
+        )
+    raise ModelError(
+        f"{folder} holds no weights: expected {SINGLE}, or {SHARD_INDEX} and its shards. Download "
+        "them, or try without weights: --dummy-weights (DUMMY=1)"
+    )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return entries
+def _shards(folder: Path, weight_map: Any) -> dict[str, TensorInfo]:
+    index = folder / SHARD_INDEX
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index} has no weight_map. Download it again.")
+    headers: dict[str, dict[str, TensorInfo]] = {}
+    tensors = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _FILE.fullmatch(shard):
+            raise ModelError(
+                f"{index} says that {name} is in {shard!r}, expected the name of a file beside "
+                "it. Download the index again."
+            )
+        if shard not in headers:
+            if not (folder / shard).is_file():
+                raise ModelError(
+                    f"{index} names {shard}, which is not there. Download the missing shard."
+                )
+            headers[shard] = read_header(folder / shard)
+        if name not in headers[shard]:
+            raise ModelError(
+                f"{index} says that {name} is in {shard}, which does not hold it. Download both "
+                "again: they belong to different checkpoints."
+            )
+        tensors[name] = headers[shard][name]
+    return tensors
+
+
+def _check(folder: Path, wanted: dict[str, tuple[int, ...]], found: dict[str, TensorInfo]) -> None:
+    missing = [name for name in wanted if name not in found]
+    for marker in ("qweight", "weight_scale", "absmax", "SCB", "scales"):
+        if missing and any(name.endswith("." + marker) for name in found):
+            _quantised(folder, f"tensors named *.{marker}")
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {_few(missing)}, which its config.json asks for. Download the "
+            "checkpoint again, or check that config.json belongs to it."
+        )
+    for name in wanted:
+        if found[name].dtype in _QUANTISED:
+            _quantised(folder, f"{name} as {found[name].dtype}")
+        if found[name].dtype not in FLOAT_DTYPES:
+            raise ModelError(
+                f"{found[name].file} holds {name} as {found[name].dtype}, expected one of "
+                f"{', '.join(FLOAT_DTYPES)}. Save the model again in one of those."
+            )
+    wrong = [name for name, shape in wanted.items() if found[name].shape != shape]
+    if wrong:
+        first = wrong[0]
+        raise ModelError(
+            f"{found[first].file} holds {first} with shape {list(found[first].shape)}, config.json "
+            f"makes it {list(wanted[first])} (and {len(wrong) - 1} more such tensors). Check that "
+            "config.json belongs to these weights."
+        )
+
+
+def _quantised(folder: Path, finding: str) -> NoReturn:
+    raise ModelError(
+        f"{folder} holds quantised weights ({finding}), expected {', '.join(FLOAT_DTYPES)}. Use "
+        "the original checkpoint that they were made from."
+    )
+
+
+def _few(names: list[str], count: int = 3) -> str:
+    rest = f" and {len(names) - count} more tensors" if len(names) > count else ""
+    return ", ".join(names[:count]) + rest

@@ -1,4 +1,4 @@
-"""Which engines a bundle needs, and the shapes each is compiled for: read off the contract.
+"""Engines that a bundle needs, and the shapes each is compiled for: read off the contract.
 
 Pure data. Two profiles per stage: decoding in 1 to 8 rows, prefill in 9 and more. (A profile of
 exactly one row beside a wide one makes the compiler store every weight twice.) Where slots are
@@ -30,7 +30,7 @@ class EngineSpec:
     Attributes:
         name: of the engine's files.
         graph: of the bundle.
-        context: rows of an unpruned prompt and answer that it has room for; None: any.
+        context: rows of an unpruned prompt and answer that it has space for; None: any.
         source: file in the bundle that the parser reads.
         spec: the graph's contract.
         slots: largest S; 0 where the graph has none.
@@ -47,7 +47,7 @@ class EngineSpec:
 
 
 def engine_specs_of(manifest: Manifest) -> list[EngineSpec]:
-    """Every engine of a bundle, in the order in which a prompt meets them."""
+    """Return every engine of a bundle, in the order in which a prompt meets them."""
     out = []
     for name, fact in manifest.graphs.items():
         if fact.variants:
@@ -70,7 +70,7 @@ def _engine_spec(
     spec, most = manifest.graphs[graph].spec, slots[2]
     stage = manifest.plan.stages[stage_of(graph)] if most else None
     visual = stage.visual_tokens if stage else 0
-    # A probe reads all visual rows first, and later whatever few were kept.
+    # A probe reads all visual rows first, and later the few that were kept.
     offered = (1 if graph == PROBE else visual, visual, most)
     sizes: SymbolSizes = {"B": (1, 1, 1), "S": slots, "N": offered}
     if spec.has("Q"):

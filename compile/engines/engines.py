@@ -1,11 +1,12 @@
-"""The engines of a bundle: an index beside the portable files, and how they get there.
+"""``compile_engines``, the command ``build``: engines of a bundle, and an index of them.
 
     BUNDLE/manifest.json ...          portable: the same on every machine
     BUNDLE/engines/engines.json       what was compiled from it, by what, for which GPU
     BUNDLE/engines/NAME.engine, .log
 
-``compile_engines`` may be interrupted and goes on; ``Engines.check`` refuses engines that were
-compiled by another version, for another GPU or from another bundle, or that changed on disk.
+It may be interrupted and goes on. ``Engines.check`` refuses engines that were compiled by another
+version, for another GPU or from another bundle, or that changed on disk. What makes the bundle, the
+command ``engines``, is ``compile/build.py``.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from .worker_process import run_worker
 
 
 def can_compile(target: Target, device: GpuInfo | None) -> str | None:
-    """Why this machine cannot compile for ``target``; None where it can."""
+    """Return why this machine cannot compile for ``target``; None where it can."""
     trt_variant = find_trt_variant(target.backend)
     if trt_variant is None:
         return f"{target.backend} is not installed"
@@ -53,7 +54,7 @@ def can_compile(target: Target, device: GpuInfo | None) -> str | None:
     if device is None:
         return f"{target.backend} compiles on the GPU that shall run the engines; there is none"
     if target.capabilities and device.capability not in target.capabilities:
-        wanted = ", ".join(show_capability(one) for one in target.capabilities)
+        wanted = ", ".join(map(show_capability, target.capabilities))
         return f"this GPU is {show_capability(device.capability)}, the target's {wanted}"
     return None
 
@@ -70,7 +71,7 @@ def compile_engines(
         bundle: for a target with engines, complete and unchanged.
         capabilities: GPUs to compile for, where the compiler can name them; by default the
             target's.
-        progress: told of every engine.
+        progress: called for every engine.
 
     Raises:
         TargetError, MissingDependencyError: not with this machine's compiler or GPU.
@@ -179,7 +180,7 @@ def job_of(
     output: Path,
     timing_cache: Path | None = None,
 ) -> dict[str, Any]:
-    """What the worker is told (``worker.compile_engine``)."""
+    """Return the worker's job (``worker.compile_engine``)."""
     return {
         "backend": trt_variant.backend,
         "source": str(bundle.file(engine_spec.source)),
@@ -195,7 +196,7 @@ def job_of(
 def _capabilities(
     target: Target, trt_variant: TensorRtVariant, given: Sequence[Capability]
 ) -> list[Capability]:
-    """GPUs to compile for; refuses what this machine cannot compile for."""
+    """Return GPUs to compile for; refuse those that this machine cannot compile for."""
     why = can_compile(target, find_gpu())
     if why is not None:
         raise TargetError(
@@ -207,19 +208,19 @@ def _capabilities(
             f"{trt_variant.backend} compiles for the GPU that is there; --sm cannot be honoured"
         )
     named = list(given or target.capabilities) if trt_variant.names_capabilities else []
-    foreign = [one for one in named if target.capabilities and one not in target.capabilities]
+    foreign = [c for c in named if target.capabilities and c not in target.capabilities]
     if foreign:
         raise TargetError(
             f"target '{target.name}' is {show_capability(target.capabilities[0])}, not "
             f"{show_capability(foreign[0])}. For other GPUs: make engines TARGET=rtx"
         )
-    for one in named:
-        trt_variant.capability(one)
+    for capability in named:
+        trt_variant.capability(capability)
     return named
 
 
 def _timing_cache(trt_variant: TensorRtVariant) -> Path | None:
-    """Where the compiler keeps what it learned about kernels, for the next build here."""
+    """Return where the compiler keeps timings of kernels, for the next build here."""
     if not trt_variant.timing_cache:
         return None
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -229,7 +230,7 @@ def _timing_cache(trt_variant: TensorRtVariant) -> Path | None:
 
 
 def _expected_bytes(bundle: Bundle) -> int:
-    """Every engine holds its weights once more."""
+    """Estimate the size of all engines: each holds its weights once more."""
     variants = [len(fact.variants) for fact in bundle.manifest.graphs.values()]
     return math.ceil(bundle.manifest.weight_bytes * max([1, *variants]) * 1.02)
 

@@ -1,9 +1,9 @@
-"""The child process that compiles one engine: a crash of the compiler ends it, and nobody else.
+"""Child process that compiles one engine: a crash of the compiler ends nothing else.
 
     python -m visistage.compile.engines.worker < job.json
 
-It answers on stdout, one JSON object a line: ``{"step": n}`` while it goes on, in the end
-``{"facts": {...}}`` or ``{"error": "..."}``. What the compiler has to say goes to stderr.
+It answers on stdout, one JSON object a line: ``{"step": n}`` while it runs, in the end
+``{"facts": {...}}`` or ``{"error": "..."}``. Messages of the compiler go to stderr.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...graphs.files import write_file
 from ...runtime.device.tensorrt import TensorRtVariant, find_trt_variant
 
 UNUSED = "Unused Input"
-"""What is said of an input that the parser does not know: it builds, and computes wrong numbers."""
+"""Message about an input that the parser does not know: it builds, and computes wrong numbers."""
 
 PR_SET_PDEATHSIG = 1
 
@@ -32,7 +32,7 @@ def main() -> None:
     """Read a job from stdin, compile it, answer on stdout."""
     _die_with_parent()
     answers = sys.stdout
-    sys.stdout = sys.stderr  # whatever prints from here on belongs into the log
+    sys.stdout = sys.stderr  # anything printed from here on belongs in the log
     job = json.load(sys.stdin)
     try:
         trt_variant = find_trt_variant(job["backend"])
@@ -46,7 +46,7 @@ def main() -> None:
 def compile_engine(
     trt_variant: TensorRtVariant, job: dict[str, Any], answers: TextIO
 ) -> dict[str, Any]:
-    """Parse, check, compile and write one engine; returns what ``EngineFact`` holds of it.
+    """Parse, check, compile and write one engine; return what ``EngineFact`` holds of it.
 
     ``job``: backend, source, output, inputs and outputs (name to dtype), profiles, capabilities,
     and timing_cache (a file, or None).
@@ -87,7 +87,7 @@ def compile_engine(
 
 
 def network_facts(trt: Any, network: Any) -> dict[str, Any]:
-    """What was parsed: layers by type and by precision, attention fused or not, caches in place."""
+    """Count what was parsed: layers by type and precision, attention fused or not, caches."""
     kinds: Counter[str] = Counter()
     precisions: Counter[str] = Counter()
     fused = decomposed = 0
@@ -152,7 +152,7 @@ def _build(trt_variant: TensorRtVariant, builder, network, config, output: Path)
 
 
 def _logger(trt_variant: TensorRtVariant) -> Any:
-    """A logger that writes to stderr and remembers warnings and errors."""
+    """Return a logger that writes to stderr and keeps warnings and errors."""
     trt: Any = trt_variant.module
 
     class Logger(trt.ILogger):  # type: ignore[name-defined]
@@ -174,7 +174,7 @@ def _logger(trt_variant: TensorRtVariant) -> Any:
 
 
 def _monitor(trt_variant: TensorRtVariant, answers: TextIO) -> Any:
-    """The compiler's progress as answers: how many of its steps are done."""
+    """Return a progress monitor that answers with the number of steps done."""
     trt: Any = trt_variant.module
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
@@ -183,7 +183,7 @@ def _monitor(trt_variant: TensorRtVariant, answers: TextIO) -> Any:
             self.steps = 0
 
         def phase_start(self, phase, parent, steps) -> None:
-            """A phase begins; phases nest, and nobody knows how many there will be."""
+            """Ignore the start of a phase: phases nest, and their number is unknown."""
 
         def step_complete(self, phase, step) -> bool:
             self.steps += 1
@@ -191,7 +191,7 @@ def _monitor(trt_variant: TensorRtVariant, answers: TextIO) -> Any:
             return True
 
         def phase_finish(self, phase) -> None:
-            """A phase is over."""
+            """Ignore the end of a phase."""
 
     return Monitor()
 
@@ -218,7 +218,7 @@ def _answer(answers: TextIO, what: dict[str, Any]) -> None:
 
 
 def _die_with_parent() -> None:
-    """Killing a build kills its compiler: nobody else would stop it, or read its answers."""
+    """Let the kernel kill this process with its parent: nothing else would stop it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""Compiling one engine in a child process: progress, peak memory, and one clear error if it fails.
+"""Compilation of one engine in a child process: progress, peak memory, one clear error.
 
 A compiler may crash, or be killed because memory is short; the build goes on from there.
 """
@@ -24,10 +24,10 @@ SAMPLE_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class CompileOutcome:
-    """What a compilation took: ``facts`` from the worker, seconds, and bytes of memory at its peak.
+    """Outcome of a compilation: ``facts`` from the worker, seconds, bytes of memory at its peak.
 
     ``peak_bytes`` counts the mapped weights, ``peak_anonymous_bytes`` does not; both are 0 where
-    the system does not tell.
+    the system has no such count.
     """
 
     facts: dict[str, Any]
@@ -41,7 +41,7 @@ def run_worker(
 ) -> CompileOutcome:
     """Compile ``job`` (see ``worker.compile_engine``); ``what`` names it in errors.
 
-    ``log`` receives what the compiler says, ``advance`` the number of new steps it has done.
+    ``log`` receives messages of the compiler, ``advance`` is called for each step done.
 
     Raises:
         EngineError: it failed; the message says how, and where the log is.
@@ -64,28 +64,28 @@ def run_worker(
             process.stdin.write(json.dumps(job).encode())
             process.stdin.close()
         except BrokenPipeError:
-            pass  # it died at once; the exit code tells
+            pass  # it ended at once; the exit code says why
         answer: dict[str, Any] = {}
         for line in process.stdout:
-            heard = json.loads(line)
-            if "step" in heard:
+            message = json.loads(line)
+            if "step" in message:
                 advance(1)
             else:
-                answer = heard
+                answer = message
         code = process.wait()
     finally:
         process.kill()
         process.wait()
         memory.stop()
     if "facts" not in answer:
-        why = answer.get("error") or _how_it_ended(code, memory.peak, log)
+        why = answer.get("error") or _reason(code, memory.peak, log)
         raise EngineError(f"{what} was not compiled: {why}. All the compiler said: {log}")
     seconds = time.perf_counter() - started
     return CompileOutcome(answer["facts"], seconds, memory.peak, memory.peak_anonymous)
 
 
-def _how_it_ended(code: int, peak: int, log: Path) -> str:
-    """Why a worker ended without an answer."""
+def _reason(code: int, peak: int, log: Path) -> str:
+    """Return why a worker ended without an answer."""
     used = f" with {peak / 2**30:.1f} GiB in use" if peak else ""
     if code == -signal.SIGKILL:
         return (
@@ -99,7 +99,7 @@ def _how_it_ended(code: int, peak: int, log: Path) -> str:
 
 
 class _Memory:
-    """Watches how much memory a process has in use."""
+    """Peak memory of a process, sampled while it runs."""
 
     def __init__(self, pid: int):
         self.peak = self.peak_anonymous = 0

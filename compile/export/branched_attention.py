@@ -10,7 +10,7 @@ of the same sum:
                 softmax, and gates on the weights of slots: values are read once, where gates on
                 values read and write them three times over, for each token of an answer.
 
-What that is worth: docs/cpu.md.
+Measurements: docs/cpu.md.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ class Nodes:
         self.made: list[onnx_ir.Node] = []
 
     def add(self, operator: str, inputs: Sequence[Any], **attributes: Any) -> onnx_ir.Value:
-        """Add one with one output."""
+        """Add a node with one output."""
         return self.split(operator, inputs, 1, **attributes)[0]
 
     def split(
         self, operator: str, inputs: Sequence[Any], outputs: int, **attributes: Any
     ) -> Sequence[onnx_ir.Value]:
-        """Add one with several outputs."""
+        """Add a node with several outputs."""
         node = onnx_ir.node(operator, inputs, attributes, num_outputs=outputs)
         node.name = f"{self.name}_{len(self.made)}"
         for place, value in enumerate(node.outputs):
@@ -73,7 +73,7 @@ class Nodes:
         return node.outputs
 
     def constant(self, name: str, numbers: Any) -> onnx_ir.Value:
-        """Integers are INT64, others FP32; one name is one value for all of the graph."""
+        """Return a constant, INT64 or FP32; one name is one value for all of the graph."""
         name = f"attention_{name}"
         if name not in self.graph.initializers:
             array = np.asarray(numbers)
@@ -102,7 +102,7 @@ Cuts = tuple[list[onnx_ir.Value], list[onnx_ir.Value]]
 
 
 def _cuts(nodes: Nodes, rows: onnx_ir.Value, write_index: onnx_ir.Value) -> Cuts:
-    """Pieces of as equal a size as ``rows`` (1,) allows."""
+    """Cut rows into pieces of as equal a size as ``rows`` (1,) allows."""
     shares = nodes.add("Mul", [rows, nodes.constant("shares", list(range(1, PIECES + 1)))])
     stops = nodes.add("Div", [shares, nodes.constant("pieces", [PIECES])])
     start = nodes.add("Gather", [write_index, nodes.constant("first", [0])], axis=0)
@@ -134,7 +134,7 @@ def _write_out(
 def _many(
     nodes: Nodes, inputs: Sequence[Any], sizes: AttentionSizes, cuts: Cuts | None
 ) -> onnx_ir.Value:
-    """Gates on values; in pieces where ``cuts`` say so."""
+    """Write attention with gates on values; in pieces where ``cuts`` say so."""
     q, k, v, visible, _, *gates = inputs
     if gates:
         v = _gated_values(nodes, v, sizes, *gates)
@@ -166,7 +166,7 @@ def _gated_values(
     value: onnx_ir.Value,
     sink: onnx_ir.Value | None = None,
 ) -> onnx_ir.Value:
-    """``ops.Gate.values``."""
+    """Write ``ops.Gate.values``."""
     column = nodes.constant("column", [1, 3])
     gated = nodes.add("Mul", [v, nodes.add("Unsqueeze", [value, column])])
     if sink is None:
@@ -177,7 +177,7 @@ def _gated_values(
 
 
 def _few(nodes: Nodes, inputs: Sequence[Any], sizes: AttentionSizes) -> onnx_ir.Value:
-    """Gates on weights of slots."""
+    """Write attention with gates on the weights of slots."""
     q, k, v, visible, _, *gates = inputs
     if not gates:
         return nodes.add("Attention", [q, k, v, visible])
@@ -208,7 +208,7 @@ def _few(nodes: Nodes, inputs: Sequence[Any], sizes: AttentionSizes) -> onnx_ir.
 def _first(
     nodes: Nodes, v: onnx_ir.Value, sink: onnx_ir.Value, sizes: AttentionSizes
 ) -> onnx_ir.Value:
-    """``ops.Gate.first_visual``: (B, G, 1, d) of v (B, G, S, d)."""
+    """Write ``ops.Gate.first_visual``: (B, G, 1, d) of v (B, G, S, d)."""
     _, groups, width = sizes
     index = nodes.add("ArgMax", [sink], axis=1, keepdims=1)
     index = nodes.add("Unsqueeze", [index, nodes.constant("row", [1, 2])])

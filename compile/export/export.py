@@ -1,4 +1,4 @@
-"""A stage module becomes an ONNX file whose weights stay where they are.
+"""Export of a stage module to an ONNX file whose weights stay where they are.
 
 Initializers point at byte ranges of the bundle's weight files. Names, types and axes come from the
 stage's contract. Two exports of the same plan and model give the same bytes wherever they run.
@@ -47,12 +47,12 @@ FREQUENCIES = "head.inverse_frequencies"
 LAYER_WEIGHT = re.compile(r"(?:^|\.)(layers\.\d+)\.")
 
 Pieces = Vision | DecoderStage | Selector | Prober
-"""What a graph is made from."""
+"""Modules that a graph is made from."""
 
 
 @dataclass(frozen=True)
 class WeightSpan:
-    """Where the bytes of one weight lie: a file beside the graph, an offset, a length."""
+    """Place of the bytes of one weight: a file beside the graph, an offset, a length."""
 
     file: str
     offset: int
@@ -84,13 +84,18 @@ def graphs_of(
     quantization: Quantization = FLOAT,
     engines: bool = False,
 ) -> list[Graph]:
-    """Every graph of a bundle, in the order in which a prompt meets them.
+    """Return every graph of a bundle, in the order in which a prompt meets them.
 
-    ``dtype`` is ``float32`` or ``float16``; ``lowering`` one of ``targets.LOWERINGS``; ``parts``
-    cuts stages into several graphs, by default each is one; ``fallback`` says what of an FP16
-    decoder must be wider; ``quantization`` which linear layers and caches are integers, and
-    ``engines`` whether layers of one input round it once (``quantized.replace_linears``), and INT8
-    caches are handed back row by row (``ops.LlmRows``).
+    Args:
+        config: the model's.
+        plan: its stages and edges.
+        dtype: ``float32`` or ``float16``.
+        lowering: one of ``targets.LOWERINGS``.
+        parts: cuts of stages into several graphs; by default each is one.
+        fallback: what of an FP16 decoder must be wider.
+        quantization: which linear layers and caches are integers.
+        engines: layers of one input round it once (``quantized.replace_linears``), and INT8 caches
+            are returned row by row (``ops.LlmRows``).
     """
     parts = parts or whole_stages(plan)
     cache = quantization.cache
@@ -145,7 +150,7 @@ def export(
     elif isinstance(module, Vision):
         outputs = [module.compose(stitcher.call, *inputs)]
     else:
-        value = [] if any(one.name == "value" for one in inputs) else [None]
+        value = [] if any(value.name == "value" for value in inputs) else [None]
         outputs = list(stitcher.call(module, *inputs[:2], *value, *inputs[2:]))
     model = stitcher.model(graph.name, inputs, graph.spec, outputs)
     if target is not None:

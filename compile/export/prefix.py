@@ -31,7 +31,7 @@ def prefix_cache(
     ids: Sequence[int],
     progress: Advance = no_advance,
 ) -> Tensor:
-    """(2, L, G, P, d) FP32: rotated keys and values of ``ids`` in every layer."""
+    """Return rotated keys and values of ``ids`` in every layer, (2, L, G, P, d) FP32."""
     text = checkpoint.config.text
     rows = checkpoint.load(EMBEDDING)[list(ids)].float()[None]
     positions = torch.arange(len(ids))[None]
@@ -41,13 +41,13 @@ def prefix_cache(
     body = without_weights(lambda: Body(text, Eager(), {i: () for i in range(text.layers)}))
     call = Streamed(checkpoint, nn.ModuleDict({"model": body}), progress)
     for layer, keys, values in zip(body.layers.values(), *out, strict=True):
-        cache = (keys[None], values[None])  # filled where they lie
+        cache = (keys[None], values[None])  # filled in place
         rows, *_ = call(layer, rows, cos, sin, *view, None, None, *cache)
     return out
 
 
 def describe_prefix(text: TextConfig, ids: Sequence[int], dtype: str) -> Prefix:
-    """Where ``write_prefix`` puts things: the keys, then the values, nothing between."""
+    """Say where ``write_prefix`` puts things: the keys, then the values, nothing between."""
     shape = (text.layers, text.kv_heads, len(ids), text.head_dim)
     half = math.prod(shape) * getattr(torch, dtype).itemsize
     keys, values = (TensorRef(PREFIX_FILE, offset, dtype, shape) for offset in (0, half))
@@ -55,7 +55,7 @@ def describe_prefix(text: TextConfig, ids: Sequence[int], dtype: str) -> Prefix:
 
 
 def write_prefix(cache: Tensor, dtype: str, folder: Path) -> list[str]:
-    """Write the cache (2, L, G, P, d) in the type ``dtype``; returns the file's name."""
+    """Write the cache (2, L, G, P, d) in the type ``dtype``; return the file's name."""
     stored = cache.to(getattr(torch, dtype)).contiguous()
     (folder / PREFIX_FILE).write_bytes(stored.view(torch.uint8).numpy().data)
     return [PREFIX_FILE]

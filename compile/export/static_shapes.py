@@ -26,7 +26,7 @@ from ..checkpoint.names import HEAD_WEIGHT, decoder_shapes
 from .export import Graph
 
 DEFAULT_CONTEXT = 1024
-"""Rows that engines have room for unless told otherwise: a picture, a question and an answer."""
+"""Rows that engines have space for by default: an image, a question and an answer."""
 
 BATCH = 1
 """Prompts at a time in engines."""
@@ -42,11 +42,11 @@ COMPILER_BASE = 512 << 20
 
 
 def resolve_contexts(target: Target, config: ModelConfig, given: Sequence[int]) -> tuple[int, ...]:
-    """Context lengths to compile for, ascending; none where nothing is compiled.
+    """Return context lengths to compile for, ascending; none where nothing is compiled.
 
     Raises:
         TargetError: ``given`` for a target without engines.
-        CapacityError: a length that a picture does not fit in, or that the model does not know.
+        CapacityError: a length that an image does not fit in, or that the model does not know.
     """
     if not target.engines:
         if given:
@@ -61,7 +61,7 @@ def resolve_contexts(target: Target, config: ModelConfig, given: Sequence[int]) 
     for context in contexts:
         if not least <= context <= most:
             raise CapacityError(
-                f"a context of {context} rows cannot be: a picture and {SLOT_STEP} rows of text "
+                f"a context of {context} rows cannot be: an image and {SLOT_STEP} rows of text "
                 f"take {least}, the model knows {most}. Choose --context between them"
             )
     return tuple(contexts)
@@ -70,7 +70,7 @@ def resolve_contexts(target: Target, config: ModelConfig, given: Sequence[int]) 
 def resolve_parts(
     target: Target, config: ModelConfig, plan: StagePlan, dtype: str, budget: int | None
 ) -> list[StagePart] | None:
-    """How stages are cut so that compiling each part stays within ``budget`` bytes.
+    """Cut stages so that compiling each part stays within ``budget`` bytes.
 
     Raises:
         TargetError: no compiler of the target's can take this model.
@@ -109,7 +109,7 @@ def split(text: TextConfig, plan: StagePlan, itemsize: int, budget: int) -> list
         text: shape of the decoder.
         plan: its stages.
         itemsize: bytes of one weight.
-        budget: what compiling one part may take.
+        budget: bytes that compiling one part may take.
 
     Raises:
         CapacityError: a single layer takes more.
@@ -133,7 +133,7 @@ def split(text: TextConfig, plan: StagePlan, itemsize: int, budget: int) -> list
 def _cut(
     stage: int, layers: tuple[int, int], of_layer: list[int], tail: int, budget: int
 ) -> list[StagePart]:
-    """The fewest equal cuts of one stage whose every part fits; ``tail`` weighs on the last."""
+    """Return the fewest equal parts of one stage that all fit; ``tail`` weighs on the last."""
     first, stop = layers
     for count in range(1, stop - first + 1):
         bounds = [first + (stop - first) * i // count for i in range(count + 1)]
@@ -141,7 +141,7 @@ def _cut(
         sizes = [sum(of_layer[start:end]) for start, end in ranges]
         sizes[-1] += tail
         if all(compiler_peak(size) <= budget for size in sizes):
-            return [StagePart(stage, one) for one in ranges]
+            return [StagePart(stage, part) for part in ranges]
     needed = compiler_peak(max(max(of_layer[first:stop]), of_layer[stop - 1] + tail))
     raise CapacityError(
         f"compiling one layer of stage {stage} takes about {needed / 2**30:.1f} GiB, the budget is "
@@ -152,7 +152,7 @@ def _cut(
 def variants_of(
     graph: Graph, target: Target, plan: StagePlan, visual_tokens: int, contexts: Sequence[int]
 ) -> dict[int, tuple[str, int | None]]:
-    """File name and slots of a graph's variants, by context; none where sizes may stay open.
+    """Return file name and slots of a graph's variants, by context; none if sizes may stay open.
 
     A graph without a cache has one, under ``ANY_CONTEXT``.
     """

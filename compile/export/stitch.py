@@ -1,4 +1,4 @@
-"""Compose an ONNX graph from pieces, each kind traced once.
+"""Composition of an ONNX graph from pieces, each kind traced once.
 
 A module made of alike layers says how its pieces follow each other (``compose``). Here every call
 of a piece becomes a call of an ONNX function, traced by ``torch.onnx.export`` when its kind is
@@ -66,7 +66,7 @@ class Stitcher:
         self.functions: dict[tuple, Traced] = {}
 
     def input(self, spec: TensorSpec) -> onnx_ir.Value:
-        """A graph input."""
+        """Return a graph input."""
         return onnx_ir.Value(
             name=spec.name,
             shape=onnx_ir.Shape(spec.shape),
@@ -74,7 +74,7 @@ class Stitcher:
         )
 
     def call(self, piece: nn.Module, *args: onnx_ir.Value | None) -> Any:
-        """Note one call; returns a value, or a tuple of them where the piece returns a tuple."""
+        """Note one call; return a value, or a tuple of them where the piece returns a tuple."""
         specs = tuple(None if arg is None else _spec(arg) for arg in args)
         key = _key(piece, specs, self.opset)
         if key not in _TRACED:
@@ -101,7 +101,7 @@ class Stitcher:
         spec: GraphSpec,
         outputs: Sequence[onnx_ir.Value],
     ) -> onnx_ir.Model:
-        """The flat graph with the contract's names on its outputs."""
+        """Return the flat graph with the contract's names on its outputs."""
         graph = onnx_ir.Graph(
             list(inputs),
             list(outputs),
@@ -144,7 +144,7 @@ class Stitcher:
 
 
 def _tensors(piece: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a piece, by the name they have in it."""
+    """Return parameters and buffers of a piece, by the name they have in it."""
     return {**dict(piece.named_parameters()), **dict(piece.named_buffers())}
 
 
@@ -161,7 +161,7 @@ _TRACED: dict[tuple, Traced] = {}
 
 
 def _key(piece: nn.Module, specs: Sequence[TensorSpec | None], opset: int) -> tuple:
-    """What a trace depends on; ``kind`` holds all that is not in a shape."""
+    """Return what a trace depends on; ``kind`` holds all that is not in a shape."""
     tensors = tuple((n, tuple(t.shape), str(t.dtype)) for n, t in _tensors(piece).items())
     return (type(piece).__qualname__, piece.kind, tuple(specs), tensors, opset)
 
@@ -245,7 +245,7 @@ def _inline_constants(graph: onnx_ir.Graph) -> None:
 
 
 def _is_variadic(piece: nn.Module) -> bool:
-    """Whether ``forward`` takes ``*states``: one tuple to ``torch.export``."""
+    """Return whether ``forward`` takes ``*states``: one tuple to ``torch.export``."""
     return bool(piece.forward.__code__.co_flags & 0x04)
 
 
@@ -256,7 +256,7 @@ def _example(spec: TensorSpec) -> Tensor:
 
 
 def _spec(value: onnx_ir.Value) -> TensorSpec:
-    """Type and shape of a value; the name plays no part in what kind of call it is."""
+    """Return type and shape of a value; its name does not matter to a trace."""
     assert value.dtype is not None, value
     assert value.shape is not None, value
     shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)

@@ -1,4 +1,4 @@
-"""What a bundle takes from a checkpoint besides weights: tokenizer, template, preprocessing.
+"""Texts that a bundle takes from a checkpoint: tokenizer, template, preprocessing.
 
 The compiler asks the runtime's own code what the prefix and the preprocessing are, so that both
 always agree; these modules of the runtime need no back end.

@@ -1,4 +1,4 @@
-"""Where each weight of a bundle lies: in the checkpoint's own file, or converted once beside it.
+"""Placement of a bundle's weights: in the checkpoint's own files, or converted once beside them.
 
 A weight whose type is already the graph's is left in its safetensors file, which the bundle hard
 links (or copies, across file systems): ONNX Runtime refuses links that leave the folder. Only what
@@ -36,7 +36,7 @@ WEIGHT_ALIGNMENT = 4096
 
 @dataclass(frozen=True)
 class Placement:
-    """Which checkpoint files to link, which tensors to convert, and where each one ends up."""
+    """Checkpoint files to link, tensors to convert, and the place of each of them."""
 
     linked: tuple[Path, ...]
     converted: tuple[str, ...]
@@ -57,9 +57,9 @@ def place(
     dtype: str,
     quantised_tensors: QuantisedTensors | None = None,
 ) -> Placement:
-    """Decide, without reading a weight, where the graphs' ``names`` will lie in type ``dtype``.
+    """Decide, without reading a weight, where the graphs' ``names`` will be in type ``dtype``.
 
-    What ``quantised_tensors`` changes is not the checkpoint's any more, and always written anew.
+    Tensors that ``quantised_tensors`` changes are always written anew.
     """
     itemsize = getattr(torch, dtype).itemsize
     spans: dict[str, WeightSpan] = {}
@@ -110,7 +110,7 @@ def check_disk(placement: Placement, folder: Path) -> None:
 
 
 def link_files(placement: Placement, folder: Path) -> list[str]:
-    """Bring the checkpoint's files into ``folder``; returns their names."""
+    """Bring the checkpoint's files into ``folder``; return their names."""
     for file in placement.linked:
         destination = folder / file.name
         destination.unlink(missing_ok=True)
@@ -132,7 +132,7 @@ def convert(
     progress: Advance = no_advance,
     quantised_tensors: QuantisedTensors | None = None,
 ) -> list[str]:
-    """Write ``weights.bin``; returns its name, or nothing where no tensor changes.
+    """Write ``weights.bin``; return its name, or nothing where no tensor changes.
 
     Raises:
         TargetError: a value does not fit FP16; the message names the tensor.

@@ -1,4 +1,4 @@
-"""What an INT8 cache of keys and values needs in a bundle: scales, and the prefix rounded by them.
+"""Scales of an INT8 cache of keys and values in a bundle, and the prefix rounded by them.
 
     calibration ──▶ (2, L, G) scales ──▶ cache_scales.bin ◀── every graph, and the runtime
                                     └──▶ prefix.bin, INT8
@@ -29,21 +29,21 @@ CACHE_SCALES_FILE = "cache_scales.bin"
 
 
 def calibrated_cache_scales(calibration: Calibration, *, half: bool) -> np.ndarray:
-    """(2, L, G) FP32: of keys, of values; ``half``: FP16 numbers, as graphs in FP16 need them.
+    """Return scales of keys and of values, (2, L, G) FP32; those of heads of zeros alone are 1.
 
-    A head that was zero wherever it was seen takes 1.
+    ``half``: FP16 numbers, as graphs in FP16 need them.
     """
-    assert calibration.cache is not None  # ``quantize.resolve`` has seen to that
+    assert calibration.cache is not None  # ``quantize.resolve`` checks that
     return scales_of(calibration.cache, INT8_LEVELS, half=half, name="the cache's range")
 
 
 def describe_scales(text: TextConfig, dtype: str) -> TensorRef:
-    """Where ``write_scales`` puts them, in graphs whose floats are of type ``dtype``."""
+    """Say where ``write_scales`` puts them, in graphs whose floats are of type ``dtype``."""
     return TensorRef(CACHE_SCALES_FILE, 0, dtype, (2, text.layers, text.kv_heads))
 
 
 def scale_spans(text: TextConfig, dtype: str) -> dict[str, WeightSpan]:
-    """The same for the graphs, by the names of their tensors."""
+    """Say the same for the graphs, by the names of their tensors."""
     nbytes = text.kv_heads * getattr(torch, dtype).itemsize
     return {
         name: WeightSpan(CACHE_SCALES_FILE, (number * text.layers + layer) * nbytes, nbytes)
@@ -53,15 +53,15 @@ def scale_spans(text: TextConfig, dtype: str) -> dict[str, WeightSpan]:
 
 
 def write_scales(scales: np.ndarray, dtype: str, folder: Path) -> list[str]:
-    """Write them in the graphs' type; returns the file's name."""
+    """Write them in the graphs' type; return the file's name."""
     (folder / CACHE_SCALES_FILE).write_bytes(np.ascontiguousarray(scales, dtype).tobytes())
     return [CACHE_SCALES_FILE]
 
 
 def quantised_rows(cache: Tensor, scales: np.ndarray) -> Tensor:
-    """Keys and values (2, L, G, P, d) FP32 as the graphs would have cached them: INT8.
+    """Round keys and values (2, L, G, P, d) FP32 to INT8, as the graphs cache them.
 
-    The prefix is shipped so, and not rounded when a bundle is loaded: then every runtime copies the
+    The prefix is shipped so, and not rounded when a bundle is loaded: every runtime then copies the
     same bytes, and none has to know how graphs round.
     """
     assert math.prod(cache.shape[:3]) == scales.size

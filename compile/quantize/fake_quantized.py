@@ -1,10 +1,10 @@
-"""A checkpoint as a quantised bundle computes it: the floats that its integers stand for.
+"""Fake quantisation of a checkpoint: the floats that a quantised bundle's integers stand for.
 
-A walk reads weights from here instead of the checkpoint, rounds what linear layers are given, and
-caches integers where the recipe says so; thus it sees what rounding makes of a model without a
-bundle. Integers, scales and folded factors are those of ``quantize.QuantisedTensors`` and
-``caches``; sums are in FP32, where a bundle's are of integers. One thing is not here: ONNX Runtime
-by itself also rounds, as it runs, the inputs of layers whose weights alone are rounded (its
+A layer-wise run reads weights from here instead of the checkpoint, rounds inputs of linear layers,
+and caches integers where the recipe says so: it sees the effect of rounding without a bundle.
+Integers, scales and folded factors are those of ``quantize.QuantisedTensors`` and
+``cache_scales``; sums are in FP32, where a bundle's are of integers. One thing is left out: ONNX
+Runtime also rounds, as it runs, the inputs of layers whose weights alone are rounded (its
 ``session.qdq_matmulnbits_accuracy_level``). Bundles that are measured do.
 """
 
@@ -26,8 +26,7 @@ from .quantize import QuantisedTensors, resolve
 
 
 class FakeQuantised:
-    """The model of ``quant_config`` under the ranges and the plan of ``calibration``, on target
-    ``cpu``.
+    """Model of ``quant_config`` under ranges and plan of ``calibration``, on target ``cpu``.
 
     Attributes:
         cache: type of cached keys and values.
@@ -56,9 +55,9 @@ class FakeQuantised:
                 self._named |= zip(cache_scale_names(layer), pair, strict=True)
 
     def load(self, name: str) -> Tensor:
-        """The tensor that the checkpoint calls ``name``, as it comes out of rounding.
+        """Return the tensor that the checkpoint calls ``name``, as rounding leaves it.
 
-        Scales of INT8 caches, which no checkpoint has, go by the names that graphs have.
+        Scales of INT8 caches, which no checkpoint has, have the names of the graphs.
         """
         if name in self._named:
             return self._named[name]
@@ -70,7 +69,7 @@ class FakeQuantised:
         return self.checkpoint.load(name)
 
     def inputs(self, linear: str, rows: Tensor) -> Tensor:
-        """What a linear layer computes with when it is given ``rows`` (Q, K)."""
+        """Return what a linear layer computes with for the input ``rows`` (Q, K)."""
         if self.schemes.get(linear) != "w8a8":
             return rows
         if linear not in self._scales:
@@ -78,14 +77,14 @@ class FakeQuantised:
         return Eager().fake_quantised(rows, self._scales[linear])
 
     def scales_of(self, layer: int) -> Scales | None:
-        """Of the cache of a layer, (G,) each; None where it is float."""
+        """Return scales of a layer's cache, (G,) each; None where it is float."""
         if self.cache == "float":
             return None
         key, value = cache_scale_names(layer)
         return self._named[key], self._named[value]
 
     def prefix(self, cache: Tensor) -> Tensor:
-        """Keys and values (2, L, G, P, d) FP32 of the prefix as a bundle ships them."""
+        """Return keys and values (2, L, G, P, d) FP32 of the prefix as a bundle ships them."""
         return cache if self._cache_scales is None else quantised_rows(cache, self._cache_scales)
 
     def _weight(self, module: str) -> Tensor:

@@ -1,16 +1,16 @@
-"""How far a checkpoint's numbers reach, and what of it must therefore be wider than FP16.
+"""Range check of FP16 builds: how far numbers reach, and what must therefore be wider.
 
-FP16 ends at 65504. Whether a model stays below cannot be seen where its FP16 graphs are computed in
-FP32, as ONNX Runtime does on a CPU; so the build looks, in FP32, before it exports a graph:
+FP16 ends at 65504. ONNX Runtime computes FP16 graphs in FP32 on a CPU, which hides an overflow; so
+the build looks, in FP32, before it exports a graph:
 
-    pictures ─▶ vision tower ─▶ [prefix | visual rows | question] ─▶ every layer ─▶ logits
+    images ─▶ vision encoder ─▶ [prefix | visual rows | question] ─▶ every layer ─▶ logits
                      └──────────────── largest |x| of every tensor ────────────────┘
 
 Two prompts run through the unpruned model, one layer's weights in memory at a time. The prefix is
-the checkpoint's own: activations that are out of all proportion sit on its first tokens. The tower
-sees two whole pictures; of their visual rows a selection goes on at its true positions (those that
-reach farthest, and an even share of the rest), because 7 billion weights times 1200 rows are
-minutes on a small machine. What other prompts may add is covered by ``precision.RANGE_MARGIN``.
+the checkpoint's own: activations that are out of all proportion sit on its first tokens. The vision
+encoder sees two whole images; of their visual rows a selection goes on at its true positions (those
+that reach farthest, and an even share of the rest), because 7 billion weights times 1200 rows are
+minutes on a small machine. Other prompts may reach further: ``precision.RANGE_MARGIN``.
 
 Largest values are kept to two digits, and the decision is made from those: the same bytes wherever
 the last bits of a sum fall differently.
@@ -52,7 +52,7 @@ RANGE_IMAGE = Path(__file__).parents[2] / "demo" / "pictures" / "scene-3.png"
 RANGE_QUESTION = "Describe the picture in detail: how many objects are there, and where are they?"
 
 VISUAL_ROWS = 32
-"""Visual rows of each picture that go through the decoder, at most: half of them the farthest."""
+"""Visual rows of each image that go through the decoder, at most: half of them the farthest."""
 
 OBSERVED = (Linear, Norm, nn.LayerNorm, nn.Conv2d)
 
@@ -62,28 +62,28 @@ attention) ``scores``."""
 
 
 class ObservedEager(Eager):
-    """Plain torch that tells of attention scores as they are before the mask."""
+    """Plain torch that passes attention scores on as they are before the mask."""
 
     def __init__(self, observe: Callable[[Tensor], None]):
         self.observe = observe
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """As ``Eager.scores``."""
+        """Return ``Eager.scores``, observed."""
         scores = super().scores(q, k)
         self.observe(scores)
         return scores
 
 
 class _Recorder:
-    """Keeps the largest absolute value of every tensor it is told of."""
+    """Largest absolute values of all tensors that it was called with."""
 
     def __init__(self) -> None:
         self.ranges: Ranges = {}
-        self.layer = ""  # that the module told of last belongs to
+        self.layer = ""  # of the module that was called last
         self.ops = ObservedEager(lambda scores: self.note(f"{self.layer}.self_attn scores", scores))
 
     def hook(self, name: str, given: Tensor, out: Tensor) -> None:
-        """A ``stream.Hook``: what norms are given is the residual stream."""
+        """Note what a module puts out, and inputs: those of norms are the residual stream."""
         self.layer = name.split(".self_attn")[0]
         if "norm" in name or name.endswith(("mlp.down_proj", "linear_1")):
             self.note(f"{name} input", given)
@@ -109,9 +109,9 @@ def measure_ranges(
     texts: TextFacts,
     progress: Advance = no_advance,
 ) -> Ranges:
-    """The largest absolute value of every tensor, rounded to two digits.
+    """Return the largest absolute value of every tensor, rounded to two digits.
 
-    ``progress`` is told of ``dense_pieces(config)`` pieces in all.
+    ``progress`` counts ``dense_pieces(config)`` pieces in all.
 
     Raises:
         ModelError: the model is not finite in FP32.
@@ -138,13 +138,13 @@ def measure_ranges(
 
 
 def dense_pieces(config: ModelConfig) -> int:
-    """How many pieces ``measure_ranges`` runs: stem, layers, projector, layers, logits."""
+    """Count the pieces that ``measure_ranges`` runs: stem, layers, projector, layers, logits."""
     states = config.vision.layers + 1
     return max(index % states for index in config.feature_layers) + config.text.layers + 3
 
 
 def decide(ranges: Mapping[str, float]) -> Fp32Fallback:
-    """What must be wider, of a decoder that reaches as far as ``ranges`` say.
+    """Decide what must be wider, of a decoder that reaches as far as ``ranges`` say.
 
     Raises:
         TargetError: a tensor that nothing can help in FP16; the message names it.
@@ -158,7 +158,7 @@ def decide(ranges: Mapping[str, float]) -> Fp32Fallback:
         shift = math.ceil(math.log2(largest / SAFE_MAX))
         if module.startswith("model.") and "norm" in module and side == "input":
             reason = Reason(tensor, largest, "so rows travel in FP32")
-            if not out.rows:  # the first layer that needs it says it for all
+            if not out.rows:  # the first layer that needs it decides for all
                 out = replace(out, rows=True, reasons=(*out.reasons, reason))
         elif layer is not None and own == MLP_OUTPUT:
             shifts = {**out.mlp_shift, layer: max(shift, out.mlp_shift.get(layer, 0))}
@@ -178,32 +178,32 @@ def decide(ranges: Mapping[str, float]) -> Fp32Fallback:
 
 
 def write_ranges(ranges: Ranges, folder: Path) -> list[str]:
-    """Write the table into a bundle; returns the file's name."""
+    """Write the table into a bundle; return the file's name."""
     (folder / RANGES_FILE).write_text(json.dumps(ranges, indent=0) + "\n", encoding="utf-8")
     return [RANGES_FILE]
 
 
 def read_ranges(folder: Path) -> Ranges:
-    """What ``write_ranges`` wrote."""
+    """Read what ``write_ranges`` wrote."""
     return json.loads((folder / RANGES_FILE).read_text(encoding="utf-8"))
 
 
 def _pixels(config: ModelConfig, preprocessing: Preprocessing) -> Tensor:
-    """(2, C, H, W): a drawn scene, and a checkerboard of patches, the strongest contrast there is.
+    """Draw a scene, and a checkerboard of patches, the strongest contrast there is: (2, C, H, W).
 
-    Both in the tower's own size, so that no crop or padding changes them.
+    Both have the vision encoder's own size, so that no crop or padding changes them.
     """
     side, patch = config.vision.image_size, config.vision.patch_size
     scene = load_image(RANGE_IMAGE).resize((side, side))
     down, across = np.indices((side, side)) // patch
     board = load_image(np.uint8(255) * ((down + across) % 2).astype(np.uint8))
-    return torch.from_numpy(np.stack([preprocess(one, preprocessing) for one in (scene, board)]))
+    return torch.from_numpy(np.stack([preprocess(i, preprocessing) for i in (scene, board)]))
 
 
 def _prompts(
     checkpoint: Checkpoint, encoder: PromptEncoder, visual: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rows (B, Q, D) of a question about each picture (B, N, D), and their order (B, Q) int32."""
+    """Return rows (B, Q, D) of a question about each image (B, N, D), and order (B, Q) int32."""
     batch, count, _ = visual.shape
     table = checkpoint.load(EMBEDDING)
     half = min(count, VISUAL_ROWS // 2)

@@ -1,4 +1,4 @@
-"""Ranges of what linear layers are given, and what each way of rounding costs them.
+"""Ranges of the inputs of linear layers, and the error of each way of rounding.
 
 One ``GroupRanges`` for each group of ``graphs.linears``; ``compile.quantize.calibration_file``
 keeps them in files.
@@ -21,7 +21,7 @@ VECTORS = ("absmax", "factors", "aware")
 
 @dataclass(frozen=True, eq=False)
 class GroupRanges:
-    """What the linear layers of one group (``graphs.linears``) are given, and what rounding costs.
+    """Inputs of the linear layers of one group (``graphs.linears``), and the errors of rounding.
 
     Errors are relative and squared: ||Y - Yq||^2 / ||Y||^2 of a layer's output Y, on a subsample of
     rows and output channels (``calib.run.smoothing``); of a group, the mean of its layers'.
@@ -57,12 +57,12 @@ class GroupRanges:
     sensitivity: Mapping[str, Mapping[str, float]]
 
     def facts(self) -> dict[str, Any]:
-        """Plain JSON form of all but the arrays."""
+        """Return all but the arrays as plain JSON."""
         return {key: _plain(value) for key, value in vars(self).items() if key not in VECTORS}
 
     @classmethod
     def from_facts(cls, data: Mapping[str, Any], vectors: Mapping[str, np.ndarray]) -> GroupRanges:
-        """Inverse of ``facts``, with the arrays by field.
+        """Invert ``facts``, with the arrays by field.
 
         Raises:
             TypeError, ValueError: a field is missing, unknown, or not what it should be.
@@ -76,16 +76,16 @@ class GroupRanges:
             group.errors,
             group.smoothed_errors,
         )
-        if any(set(OBSERVERS) != set(one) for one in by_observer):
+        if any(set(OBSERVERS) != set(numbers) for numbers in by_observer):
             raise ValueError("an observer is missing or unknown")
-        if not all(math.isfinite(number) for one in by_observer for number in one.values()):
+        if not all(math.isfinite(number) for numbers in by_observer for number in numbers.values()):
             raise ValueError("a threshold or an error is not finite")
         return group
 
 
 def best_observer(groups: Iterable[GroupRanges]) -> str:
-    """The observer with the least summed W8A8 error, as ``Calibration.best_observer``."""
-    totals = {name: 0.0 for name in OBSERVERS}
+    """Return the observer with the least summed W8A8 error, as ``Calibration.best_observer``."""
+    totals = dict.fromkeys(OBSERVERS, 0.0)
     for group in groups:
         for name in OBSERVERS:
             totals[name] += group.smoothed_errors[name]
@@ -93,7 +93,7 @@ def best_observer(groups: Iterable[GroupRanges]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and mappings of numbers, free of NumPy's types."""
+    """Return numbers and mappings of numbers without NumPy's types."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     return value if value is None or isinstance(value, int) else float(value)

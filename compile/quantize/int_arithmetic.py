@@ -31,10 +31,9 @@ _WEIGHT_CHUNK = 1 << 22
 def scales_of(
     largest: np.ndarray, levels: int, *, half: bool = False, name: str = "a tensor"
 ) -> np.ndarray:
-    """Scales by which ranges fill the integers, with the shape of ``largest`` and FP32.
+    """Return scales by which ranges fill the integers, with the shape of ``largest`` and FP32.
 
-    Never 0 and never subnormal. A range of zeros alone has scale 1: it needs none, and any kernel
-    can compute with 1.
+    Never 0 and never subnormal; a range of zeros alone has scale 1.
 
     Args:
         largest: >= 0, the absolute value that becomes ``levels``.
@@ -59,7 +58,7 @@ def scales_of(
 
 
 def activation_scale(threshold: float, *, half: bool = False) -> np.float32:
-    """The scale of a tensor whose values are clipped at ``threshold``: one 127th of it.
+    """Return the scale of a tensor whose values are clipped at ``threshold``: one 127th of it.
 
     ``half``, the limits and the errors are those of ``scales_of``.
     """
@@ -70,7 +69,7 @@ def activation_scale(threshold: float, *, half: bool = False) -> np.float32:
 def quantise(
     x: np.ndarray, scale: np.ndarray | np.float32, levels: int = INT8_LEVELS
 ) -> np.ndarray:
-    """``x / scale`` in FP32, rounded half to even, clipped to ±levels; INT8 of the same shape.
+    """Round ``x / scale`` in FP32 half to even and clip it to ±levels; INT8 of the same shape.
 
     ONNX QuantizeLinear clips at -128 where this clips at -127. Everything else is equal, so the two
     differ by one step, and only below -127.5 scales: beyond the range that the scale was made for.
@@ -79,7 +78,7 @@ def quantise(
 
 
 def dequantise(values: np.ndarray, scale: np.ndarray | np.float32) -> np.ndarray:
-    """What integers stand for, FP32: ``values * scale``."""
+    """Return what integers stand for, FP32: ``values * scale``."""
     return np.multiply(values, scale, dtype=np.float32)
 
 
@@ -138,7 +137,7 @@ def blocked_weight(
 
 
 def restored(values: np.ndarray, scales: np.ndarray, block: int | None = None) -> np.ndarray:
-    """The weight (N, K) FP32 that rounded values (K, N) stand for.
+    """Return the weight (N, K) FP32 that rounded values (K, N) stand for.
 
     ``scales`` are (N,), or with ``block`` (ceil(K / block), N).
     """
@@ -154,7 +153,7 @@ def restored(values: np.ndarray, scales: np.ndarray, block: int | None = None) -
 
 
 def fake_quantised_weight(weight: np.ndarray, block: int | None = None) -> np.ndarray:
-    """What rounding leaves of a weight (N, K): INT8, or with ``block`` INT4.
+    """Return a weight (N, K) as rounding leaves it: INT8, or with ``block`` INT4.
 
     Bit for bit ``restored(*int8_weight(weight))``, or ``restored(*blocked_weight(weight, block),
     block)``, in a fifth of the time: searches do this often, to matrices of a few MB.
@@ -168,7 +167,7 @@ def fake_quantised_weight(weight: np.ndarray, block: int | None = None) -> np.nd
 
 
 def pack_int4(values: np.ndarray) -> np.ndarray:
-    """INT4 values as ONNX stores them: UINT8 (ceil(size / 2),), row major, low nibble first.
+    """Pack INT4 values as ONNX stores them: UINT8 (ceil(size / 2),), row major, low nibble first.
 
     An odd last value has a zero above it (ONNX, ``TensorProto`` of INT4).
     """
@@ -179,7 +178,7 @@ def pack_int4(values: np.ndarray) -> np.ndarray:
 
 
 def unpack_int4(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Inverse of ``pack_int4``: INT8 of ``shape``."""
+    """Invert ``pack_int4``: INT8 of ``shape``."""
     size = int(np.prod(shape))
     nibbles = np.empty(2 * packed.size, np.int8)
     nibbles[0::2] = (packed << np.uint8(4)).view(np.int8) >> 4  # the shift repeats the sign
@@ -188,12 +187,12 @@ def unpack_int4(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def absmax(x: np.ndarray, axis: int) -> np.ndarray:
-    """Largest absolute value along ``axis``, without a copy of ``x``; NaN where there is one."""
+    """Return the largest |x| along ``axis``, without a copy of ``x``; NaN where there is one."""
     return np.maximum(x.max(axis), -x.min(axis))
 
 
 def _steps(x: np.ndarray, scale: np.ndarray | np.float32, levels: int) -> np.ndarray:
-    """``quantise`` before it becomes INT8."""
+    """Compute ``quantise`` up to its conversion to INT8."""
     with np.errstate(over="ignore"):  # an infinite ratio is clipped like a large one
         ratio = np.asarray(np.divide(x, scale, dtype=np.float32))
     np.rint(ratio, out=ratio)
@@ -201,14 +200,14 @@ def _steps(x: np.ndarray, scale: np.ndarray | np.float32, levels: int) -> np.nda
 
 
 def _blocks(weight: np.ndarray, block: int) -> np.ndarray:
-    """(N, K) as (N, blocks, block); a short last block is filled with zeros."""
+    """Reshape (N, K) to (N, blocks, block); a short last block is filled with zeros."""
     missing = -weight.shape[1] % block
     whole = np.pad(weight, ((0, 0), (0, missing))) if missing else weight
     return whole.reshape(len(weight), -1, block)
 
 
 def _chunks(rows: int, width: int) -> Iterator[slice]:
-    """Cuts rows of ``width`` values into pieces that fit ``_WEIGHT_CHUNK``."""
+    """Cut rows of ``width`` values into pieces that fit ``_WEIGHT_CHUNK``."""
     step = max(1, _WEIGHT_CHUNK // max(1, width))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

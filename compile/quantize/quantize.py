@@ -1,6 +1,6 @@
-"""A recipe and a calibration become integers: which layer takes which scheme, and their bytes.
+"""Integers from a recipe and a calibration: which layer takes which scheme, and their bytes.
 
-    recipe + calibration ──▶ Quantization (a scheme for every linear layer) ──▶ Rounding (weights)
+    recipe + calibration ──▶ Quantization (a scheme for every linear layer) ──▶ QuantisedTensors
 
 Smoothing is exact: what divides a group's inputs per channel is folded into the module before them,
 what multiplies it back into their weights, before anything is rounded (SmoothQuant, arXiv
@@ -44,7 +44,7 @@ from .int_arithmetic import (
 )
 
 CALIBRATIONS = Path("calibrations")
-"""Where ``visistage calibrate`` puts them, and where a build looks first."""
+"""Folder where ``visistage calibrate`` puts them, and where a build looks first."""
 
 
 def resolve(
@@ -54,7 +54,7 @@ def resolve(
     plan: StagePlan,
     target: Target,
 ) -> Quantization:
-    """The scheme of every linear layer, checked against plan, target and calibration.
+    """Choose the scheme of every linear layer, checked against plan, target and calibration.
 
     Raises:
         TargetError: an option that cannot be honoured for this plan or target.
@@ -111,7 +111,7 @@ def resolve(
 
 
 def input_shifts(fallback: Fp32Fallback) -> dict[str, int]:
-    """Exponents by which inputs come scaled, by the name of the layer that reads them."""
+    """Return exponents by which inputs come scaled, by the name of the layer that reads them."""
     blocks = ((MLP_OUTPUT, fallback.mlp_shift), (ATTENTION_OUTPUT, fallback.attention_shift))
     return {
         decoder_module(layer, name): shift
@@ -121,7 +121,7 @@ def input_shifts(fallback: Fp32Fallback) -> dict[str, int]:
 
 
 class QuantisedTensors:
-    """The tensors that quantised graphs read instead of, or otherwise than, the checkpoint's.
+    """Tensors that quantised graphs read instead of, or otherwise than, the checkpoint's.
 
     One linear layer is in memory at a time. ``shifts``: exponents by which a layer's input comes
     scaled (``precision.Fp32Fallback``), by the layer's name. ``half``: the graphs are FP16, so
@@ -142,7 +142,7 @@ class QuantisedTensors:
         self.half, self.engines, self.shifts = half, engines, shifts or {}
         self.group_of: dict[str, Group] = {}
         self.columns: dict[str, np.ndarray] = {}  # factors (K,) of a linear layer's inputs
-        self.outputs: dict[str, np.ndarray] = {}  # divisors of what a module puts out
+        self.outputs: dict[str, np.ndarray] = {}  # divisors of a module's output
         for group in linear_groups(checkpoint.config):
             self.group_of |= dict.fromkeys(group.linears, group)
             factors = self._factors(group)
@@ -153,14 +153,14 @@ class QuantisedTensors:
         self._last: tuple[str, dict[str, np.ndarray]] = ("", {})
 
     def changes(self, name: str) -> bool:
-        """Whether the tensor ``name`` of a graph is made here rather than read as it is."""
+        """Return whether the tensor ``name`` of a graph is made here rather than read as it is."""
         module, _, own = name.rpartition(".")
         if module in self.quantization.schemes and own != "bias":
             return True
         return module in self.outputs or (module in self.columns and own == "weight")
 
     def nbytes(self, name: str, itemsize: int) -> int:
-        """Bytes that the tensor ``name`` takes; floats take ``itemsize``."""
+        """Return the bytes that the tensor ``name`` takes; floats take ``itemsize``."""
         module, _, own = name.rpartition(".")
         weight = self.checkpoint.tensors[f"{module}.weight"].shape
         if own == WEIGHT["w4"]:
@@ -177,7 +177,7 @@ class QuantisedTensors:
         return math.prod(self.checkpoint.tensors[name].shape) * itemsize
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor ``name`` as the graphs read it: INT8, INT4 packed into bytes, or float."""
+        """Return tensor ``name`` as the graphs read it: INT8, INT4 packed into bytes, or float."""
         module, _, own = name.rpartition(".")
         if own in ("weight", "bias"):
             return torch.from_numpy(self._folded(module, own))
@@ -194,7 +194,7 @@ class QuantisedTensors:
         return ranges.factors if scheme == "w8a8" else ranges.aware
 
     def _folded(self, module: str, own: str) -> np.ndarray:
-        """A weight or bias (float32) with the factors of what is before and behind it."""
+        """Return a weight or bias (float32) with the factors of the modules around it."""
         values = self.checkpoint.load(f"{module}.{own}").float().numpy()
         if module in self.outputs:
             divisors = self.outputs[module]
@@ -205,7 +205,7 @@ class QuantisedTensors:
         return values
 
     def _quantised(self, module: str) -> dict[str, np.ndarray]:
-        """Every tensor of a quantised layer but its bias, by its own name."""
+        """Return every tensor of a quantised layer but its bias, by its own name."""
         scheme = self.quantization.schemes[module]
         weight = self._folded(module, "weight")
         block = block_of(scheme, engines=self.engines)
@@ -232,7 +232,7 @@ class QuantisedTensors:
         threshold = (ranges.smoothed_thresholds if smoothed else ranges.thresholds)[observer]
         scale = activation_scale(threshold * 2.0 ** -self.shifts.get(module, 0), half=self.half)
         if not self.engines:
-            # Equal roundings would be merged into one, which ONNX Runtime then does not fuse.
+            # Equal roundings would be merged into one, which ONNX Runtime does not fuse.
             for _ in range(group.linears.index(module)):
                 scale = np.nextafter(scale, np.float32(np.inf))
         return scale
@@ -253,7 +253,7 @@ def _check(quant_config: QuantConfig, plan: StagePlan, target: Target) -> None:
             f"It runs: float, {', '.join(target.schemes)}"
         )
     if quant_config.cache == "int8" and not target.int8_cache:
-        able = ", ".join(name for name, one in TARGETS.items() if one.int8_cache)
+        able = ", ".join(name for name, other in TARGETS.items() if other.int8_cache)
         raise TargetError(
             f"target '{target.name}' does not run cache=int8: its kernels for it are not ones this "
             f"project has seen run. Leave it out, or choose one of {able}"
@@ -263,7 +263,7 @@ def _check(quant_config: QuantConfig, plan: StagePlan, target: Target) -> None:
 def _kept(
     quant_config: QuantConfig, schemes: Mapping[str, Scheme], calibration: Calibration | None
 ) -> Sequence[str]:
-    """Layers that stay float after all: those named, and the most sensitive share."""
+    """Return layers that stay float after all: those named, and the most sensitive share."""
     for name in quant_config.keep_names:
         if name not in schemes:
             hint = nearest(name, tuple(schemes))
@@ -282,14 +282,14 @@ def _kept(
 
 
 def _scheme(group: Group, schemes: Mapping[str, Scheme]) -> Scheme | None:
-    """The scheme of a group's quantised layers: they have one in common."""
+    """Return the scheme that a group's quantised layers have in common."""
     return next((schemes[name] for name in group.linears if name in schemes), None)
 
 
 def _alpha(
     group: Group, schemes: Mapping[str, Scheme], ranges: GroupRanges, half: bool
 ) -> float | None:
-    """By how much the group's inputs are smoothed; None: not at all."""
+    """Return by how much the group's inputs are smoothed; None: not at all."""
     scheme = _scheme(group, schemes)
     if group.fold is None or scheme not in ("w8a8", "w4"):
         return None
