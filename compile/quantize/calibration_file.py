@@ -1,4 +1,4 @@
-"""What a calibration found, and the folder that keeps it.
+"""Calibrations, and the folder that keeps one.
 
     calibrations/demo/
         calibration.json          facts: what was read, for which model, plan, thresholds, errors
@@ -6,7 +6,7 @@
                                   and values, per head
 
 Equal contents give equal bytes, and ``Calibration.hash`` names them. Numbers come back bit for
-bit. It knows no checkpoint: what a calibration fits is said in hashes (``facts_of``).
+bit. The checkpoint that a calibration fits is named by hashes (``facts_of``).
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from ...graphs.errors import DataError, PlanError
+from ...graphs.fields import Words, check_format, from_json, read_json, reject
 from ...graphs.files import write_file
 from ...graphs.plan.plan import StagePlan
 from ...graphs.progress import Advance, no_advance
@@ -34,29 +35,34 @@ FACTS = "calibration.json"
 ARRAYS = "calibration.safetensors"
 CALIBRATION_FORMAT = 2
 UNCACHED = 1
-"""An older format, the same but for ranges of caches, which it has not."""
+"""An older format, the same without ranges of caches."""
 
 CACHE_ARRAY = "cache"
-"""Name of their array."""
+"""Name of the array of ranges of caches."""
 
 MAX_BYTES = 256 << 20
 """Larger files are not read: a 13B's take some 20 MB."""
 
+_REMEDY = (
+    "Name the folder that visistage calibrate wrote (CALIB=calibrations/NAME), copy it again, or "
+    "calibrate again: visistage calibrate MODEL --data DIR"
+)
+
 RowsSeen = Literal["stage", "dense"]
-"""Which rows gave the ranges: those that each stage of the plan sees, or the unpruned model's."""
+"""Rows that gave the ranges: those that each stage of the plan sees, or the unpruned model's."""
 
 FITS = ("model", "template", "preprocessing")
 
 
 @dataclass(frozen=True)
 class SampleFacts:
-    """Which samples were read, in their order.
+    """Samples that were read, in their order.
 
     Attributes:
         files: names of the sample files, without folders.
         names: of the samples that were used, as ``questions.jsonl:3``.
-        sha256: over picture, prompt and answer of each of them (``prompts.order_hash``).
-        unreadable: (sample, reason) of those whose picture could not be opened.
+        sha256: over image, prompt and answer of each (``calib.sample_prompts.order_hash``).
+        unreadable: (sample, reason) of those whose image could not be opened.
     """
 
     files: tuple[str, ...]
@@ -66,11 +72,11 @@ class SampleFacts:
 
     @property
     def count(self) -> int:
-        """How many were used."""
+        """Number of samples that were used."""
         return len(self.names)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form."""
+        """Return plain JSON."""
         return {
             "files": list(self.files),
             "count": self.count,
@@ -81,8 +87,8 @@ class SampleFacts:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SampleFacts:
-        """Inverse of ``to_dict``."""
-        unreadable = tuple((str(one["sample"]), str(one["reason"])) for one in data["unreadable"])
+        """Invert ``to_dict``."""
+        unreadable = tuple((str(d["sample"]), str(d["reason"])) for d in data["unreadable"])
         facts = cls(tuple(data["files"]), tuple(data["names"]), str(data["sha256"]), unreadable)
         if facts.count != data["count"]:
             raise ValueError(f"count is {data['count']}, there are {facts.count} names")
@@ -91,14 +97,14 @@ class SampleFacts:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Everything one run of ``calibrate`` found; compare two by their ``hash``.
+    """Result of one run of ``calibrate``; compare two by their ``hash``.
 
     Attributes:
         model: the checkpoint's name.
         fits: what it was made for, by ``FITS``: see ``facts_of``.
         plan: whose stages it was made for.
         rows: ``stage``, or ``dense`` where the unpruned model's rows were measured instead.
-        include_prefix: whether the rows before the picture count, which bundles compute in float.
+        include_prefix: whether the rows before the image count, which bundles compute in float.
         samples: what was read.
         groups: by name, in the order in which a prompt meets them.
         versions: of what made it.
@@ -122,7 +128,7 @@ class Calibration:
 
     @property
     def best_observer(self) -> str:
-        """Whose smoothed W8A8 error, summed over all groups, is least; the first of equals."""
+        """Observer whose smoothed W8A8 error, summed over all groups, is least; first of equals."""
         return best_observer(self.groups.values())
 
     @cached_property
@@ -131,13 +137,10 @@ class Calibration:
         return hashlib.sha256(self._files()[FACTS]).hexdigest()
 
     def check_fits(self, facts: Mapping[str, str]) -> None:
-        """Refuse another model, template or preprocessing than it was made for.
-
-        Args:
-            facts: ``facts_of`` what it is to be used with.
+        """Check ``facts_of`` what it is to be used with against what it was made for.
 
         Raises:
-            DataError: names what does not fit.
+            DataError: another model, template or preprocessing; names what does not fit.
         """
         wrong = [name for name in FITS if facts[name] != self.fits[name]]
         if wrong:
@@ -149,7 +152,7 @@ class Calibration:
             )
 
     def save(self, folder: str | Path) -> list[str]:
-        """Write both files, complete or not at all; returns their names.
+        """Write both files, each complete or not at all; return their names.
 
         Raises:
             DataError: a number that is not finite.
@@ -168,26 +171,19 @@ class Calibration:
             DataError: missing, damaged, cut short, or from another version; names the file.
         """
         file = Path(folder) / FACTS
-        text = _read(file)
+        data = read_json(file, DataError, _REMEDY, MAX_BYTES)
+        older = isinstance(data, dict) and data.get("format") == UNCACHED
+        version = UNCACHED if older else CALIBRATION_FORMAT
+        given = check_format(data, version, DataError, _REMEDY, str(file))
+        facts = from_json(_Facts, given, DataError, _REMEDY, str(file))
+        arrays = _read_arrays(Path(folder) / ARRAYS, facts.arrays)
         try:
-            data = json.loads(text, parse_constant=_reject)
-            version = data["format"]
-        except (ValueError, RecursionError, KeyError, TypeError) as error:
-            raise _damaged(file, error) from None
-        if version not in (UNCACHED, CALIBRATION_FORMAT):
-            raise DataError(
-                f"{file}: found format {version!r}, expected {CALIBRATION_FORMAT}: it is from "
-                f"another version "
-                "of visistage. Calibrate again: visistage calibrate MODEL --data DIR"
-            )
-        arrays = _read_arrays(Path(folder) / ARRAYS, data.get("arrays"))
-        try:
-            return cls._from_dict(data, arrays)
-        except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
+            return facts.calibration(arrays, cached=not older)
+        except (KeyError, TypeError, ValueError, PlanError) as error:
             raise _damaged(file, error) from None
 
     def _files(self) -> dict[str, bytes]:
-        """Contents of both files; the arrays first, for the facts hold their hash."""
+        """Return the contents of both files; the arrays first: the facts hold their hash."""
         vectors = {
             f"{name}/{key}": np.ascontiguousarray(getattr(group, key), np.float32)
             for name, group in sorted(self.groups.items())
@@ -223,37 +219,53 @@ class Calibration:
             ) from None
         return {ARRAYS: arrays, FACTS: (text + "\n").encode()}
 
-    @classmethod
-    def _from_dict(cls, data: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Calibration:
-        if sorted(data["order"]) != sorted(data["groups"]):
+
+@dataclass(frozen=True)
+class _Facts:
+    """Contents of ``calibration.json`` beside its format."""
+
+    model: str
+    fits: dict[str, str]
+    plan: dict[str, Any]
+    rows: RowsSeen
+    include_prefix: bool
+    samples: dict[str, Any]
+    groups: dict[str, dict[str, Any]]
+    order: list[str]
+    versions: dict[str, str]
+    dynamics: dict[str, Any]
+    choice: dict[str, Any]
+    arrays: str
+
+    def calibration(self, arrays: Mapping[str, np.ndarray], *, cached: bool) -> Calibration:
+        """Return the calibration with its arrays; ``cached``: ranges of caches are among them."""
+        if sorted(self.order) != sorted(self.groups):
             raise ValueError("'order' does not list the groups")
-        if data["rows"] not in get_args(RowsSeen):
-            raise ValueError(f"rows is {data['rows']!r}")
         groups = {
             name: GroupRanges.from_facts(
-                data["groups"][name], {key: arrays[f"{name}/{key}"] for key in VECTORS}
+                self.groups[name], {key: arrays[f"{name}/{key}"] for key in VECTORS}
             )
-            for name in data["order"]
+            for name in self.order
         }
         cache = None
-        if data["format"] == CALIBRATION_FORMAT:
+        if cached:
             cache = arrays[CACHE_ARRAY]
             if cache.ndim != 3 or len(cache) != 2 or cache.dtype != np.float32:
                 raise ValueError(f"ranges of caches are {cache.dtype} of shape {cache.shape}")
             _check_finite(cache)
-        if len(arrays) != len(groups) * len(VECTORS) + (cache is not None):
+        if len(arrays) != len(groups) * len(VECTORS) + cached:
             raise ValueError(f"{ARRAYS} holds tensors of groups that are not listed")
-        return cls(
-            model=str(data["model"]),
-            fits={name: str(data["fits"][name]) for name in FITS},
-            plan=StagePlan.from_dict(data["plan"]),
-            rows=data["rows"],
-            include_prefix=bool(data["include_prefix"]),
-            samples=SampleFacts.from_dict(data["samples"]),
+        return Calibration(
+            model=self.model,
+            fits={name: self.fits[name] for name in FITS},
+            plan=StagePlan.from_dict(self.plan),
+            rows=self.rows,
+            include_prefix=self.include_prefix,
+            samples=SampleFacts.from_dict(self.samples),
             groups=groups,
-            versions=dict(data["versions"]),
-            dynamics=dict(data["dynamics"]),
-            choice=dict(data["choice"]),
+            versions=self.versions,
+            dynamics=self.dynamics,
+            choice=self.choice,
             cache=cache,
         )
 
@@ -266,15 +278,15 @@ def facts_of(
     preprocessing: Mapping[str, Any],
     progress: Advance = no_advance,
 ) -> dict[str, str]:
-    """What a calibration must fit, as SHA-256 (hex) by ``FITS``.
+    """Return what a calibration must fit, as SHA-256 (hex) by ``FITS``.
 
     Args:
         config: the checkpoint's parsed ``config.json``.
         weight_files: all of them; every byte is read.
         template: jinja text of the chat template.
-        prefix_ids: token ids before the first picture.
+        prefix_ids: token ids before the first image.
         preprocessing: ``Preprocessing.to_dict()``.
-        progress: told of bytes of weights as they are read.
+        progress: called with bytes of weights as they are read.
     """
     hashes = []
     for file in weight_files:
@@ -296,31 +308,18 @@ def _check_finite(cache: np.ndarray) -> None:
         raise ValueError("a range of a cache is negative, or not finite")
 
 
-def _reject(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _read(file: Path) -> bytes:
+def _read_arrays(file: Path, expected: str) -> dict[str, np.ndarray]:
     try:
-        if (size := file.stat().st_size) > MAX_BYTES:
-            raise DataError(
-                f"{file} has {size} bytes, expected at most {MAX_BYTES}: that is no calibration. "
-                "Name the folder that visistage calibrate wrote"
-            )
-        return file.read_bytes()
+        size = file.stat().st_size
+        if size > MAX_BYTES:
+            reject(str(file), Words(f"{size} bytes"), f"at most {MAX_BYTES}", DataError, _REMEDY)
+        content = file.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{file} cannot be read: {error.strerror}. Expected the folder that visistage "
-            "calibrate wrote: CALIB=calibrations/NAME"
-        ) from None
-
-
-def _read_arrays(file: Path, expected: Any) -> dict[str, np.ndarray]:
-    content = _read(file)
+        raise DataError(f"{file} cannot be read: {error.strerror}. {_REMEDY}") from None
     if hashlib.sha256(content).hexdigest() != expected:
         raise DataError(
             f"{file} is damaged, or belongs to another {FACTS}: its hash is not the one noted "
-            "there. Copy both files again, or calibrate again: visistage calibrate MODEL --data DIR"
+            f"there. {_REMEDY}"
         )
     try:
         return safetensors.load(content)
@@ -329,7 +328,5 @@ def _read_arrays(file: Path, expected: Any) -> dict[str, np.ndarray]:
 
 
 def _damaged(file: Path, error: Exception) -> DataError:
-    return DataError(
-        f"{file} is damaged or no calibration ({type(error).__name__}: {str(error)[:200]}). Copy "
-        "it again, or calibrate again: visistage calibrate MODEL --data DIR"
-    )
+    reason = f"{type(error).__name__}: {str(error)[:200]}"
+    return DataError(f"{file} is damaged or no calibration ({reason}). {_REMEDY}")

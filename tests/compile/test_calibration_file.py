@@ -152,16 +152,20 @@ def test_facts_are_readable_json_with_sorted_keys(tmp_path):
 @pytest.mark.parametrize(
     ("name", "damage", "words"),
     [
-        (FACTS, lambda old: old[: len(old) // 2], "damaged or no calibration"),
-        (FACTS, lambda old: b"", "damaged or no calibration"),
-        (FACTS, lambda old: b"[1]", "damaged or no calibration"),
-        (FACTS, lambda old: b"\xff\xfe", "damaged or no calibration"),
-        (FACTS, lambda old: b"[" * 200_000, "damaged or no calibration"),
-        (FACTS, lambda old: old.replace(b'"format": 2', b'"format": 3'), "found format 3"),
-        (FACTS, lambda old: old.replace(b'"order"', b'"odder"'), "'order'"),
+        (FACTS, lambda old: old[: len(old) // 2], "is not JSON"),
+        (FACTS, lambda old: b"", "is not JSON"),
+        (FACTS, lambda old: b"[1]", r"has format \[1\]"),
+        (FACTS, lambda old: b"\xff\xfe", "is not JSON"),
+        (FACTS, lambda old: b"[" * 200_000, "is not JSON"),
+        (FACTS, lambda old: old.replace(b'"format": 2', b'"format": 3'), "has format 3"),
+        (FACTS, lambda old: old.replace(b'"order"', b'"z"'), "z: found an unknown key"),
         (FACTS, lambda old: old.replace(b'"rows_used"', b'"used"'), "rows_used|used"),
         (FACTS, lambda old: old.replace(b'"entropy"', b'"antropy"'), "observer"),
-        (FACTS, lambda old: old.replace(b'"rows": "stage"', b'"rows": "all"'), "rows is 'all'"),
+        (
+            FACTS,
+            lambda old: old.replace(b'"rows": "stage"', b'"rows": "all"'),
+            "rows: found 'all', expected one of stage, dense",
+        ),
         (FACTS, lambda old: old.replace(b'"alpha": 0.5', b'"alpha": NaN'), "NaN"),
         (FACTS, lambda old: old.replace(b'"layers": 8', b'"layers": 9'), "stages"),
         (FACTS, lambda old: old.replace(b'"count": 2', b'"count": 3'), "count is 3"),
@@ -202,7 +206,7 @@ def test_a_missing_or_huge_file_is_named(tmp_path):
     calibration().save(tmp_path)
     with (tmp_path / ARRAYS).open("wb") as stream:
         stream.truncate(MAX_BYTES + 1)  # sparse: takes no room
-    with pytest.raises(DataError, match=f"{ARRAYS} has .* expected at most"):
+    with pytest.raises(DataError, match=f"{ARRAYS}: found .* expected at most"):
         Calibration.load(tmp_path)
 
 
