@@ -181,7 +181,7 @@ def test_shards_of_the_published_sizes():
     shapes = tensor_shapes(
         ModelConfig.from_hf(KNOWN_MODELS["llava-13b"].config), whole_encoder=True
     )
-    shards = dummy._shards(shapes, 2)
+    shards = dummy._shards(shapes, "float16")
     assert [name for names in shards for name in names] == list(shapes)
     sizes = [sum(2 * math.prod(shapes[name]) for name in names) for names in shards]
     assert max(sizes) <= dummy.SHARD_BYTES
