@@ -28,7 +28,6 @@ PAGES = (
             "cpu.md",
             "demo.md",
             "size.md",
-            "fp16.md",
             "openvino.md",
             "quantisation.md",
         )
@@ -156,28 +155,6 @@ def size() -> str:
     return "\n\n".join(parts)
 
 
-def fp16() -> str:
-    """What FP16 costs the demo, and how far its numbers reach."""
-    record = _record("fp16-demo")
-    rows = [
-        [
-            row["plan"],
-            f"{row['questions']:,}",
-            f"{row['tokens']:,}",
-            _percent(row["agreement"]),
-            f"{row['error']:.4f}",
-            f"{row['typical_error']:.4f}",
-            "yes" if row["finite"] else "no",
-        ]
-        for row in record["rows"]
-    ]
-    header = ["plan", "questions", "tokens", "equal", "largest error", "RMS error", "all finite"]
-    first = record["rows"][0]
-    farthest = [[f"`{name}`", f"{value:g}"] for name, value in first["farthest"].items()]
-    reach = _table(["reaches farthest", f"of {first['limit']:g}"], farthest)
-    return f"{_table(header, rows)}\n\n{reach}\n\n{_origin(record, 'torch')}"
-
-
 def quantisation() -> str:
     """Every bundle of the demo: how it is rounded, how often it is right, how fast it is."""
     record = _record("quantisation-demo")
@@ -198,66 +175,6 @@ def quantisation() -> str:
     ]
     header = ["plan", "precision", "ranges of", "accuracy", "= dense FP32", "weights", "TTFT"]
     return f"{_table([*header, 'faster', 'a token'], rows)}\n\n{_origin(record)}"
-
-
-def kv_cache() -> str:
-    """What rounding cached keys and values costs the demo, by where scales are from."""
-    record = _record("kv-cache-demo")
-    rows = [
-        [
-            f"`{row['plan']}`",
-            row["scales"] or "FP32",
-            _percent(row["accuracy"]),
-            _percent(row["answer_agreement"]),
-            _percent(row["token_agreement"]),
-            f"{row.get('bytes', row.get('bytes_fp32')) / 1024:.0f} KiB",
-        ]
-        for row in record["rows"]
-    ]
-    header = ["plan", "cache", "accuracy", "answers equal", "tokens equal", "one question"]
-    return f"{_table(header, rows)}\n\n{_origin(record, 'torch')}"
-
-
-def kv_bundles() -> str:
-    """What an INT8 cache costs and saves, bundle by bundle beside its float one."""
-    name = "kv-bundles-demo"
-    if not (RESULTS / f"{name}.json").exists():
-        return "Not recorded: `python -m visistage.bench.kv_bundles`"
-    record = _record(name)
-    rows = [
-        [
-            f"`{row['plan']}`",
-            f"`{row['precision'].replace('+', ':', 1)}`",
-            _percent(row["accuracy"]),
-            _percent(row["agreement"]),
-            f"{row['question_bytes'] / 1024:.0f} KiB",
-            f"{row['picture_bytes'] / 1024:.0f} KiB",
-            f"{row['per_token_p10_ms']:.2f} ms",
-        ]
-        for row in record["rows"]
-    ]
-    header = ["plan", "precision", "accuracy", "= float cache", "one question", "one picture kept"]
-    return f"{_table([*header, 'a token'], rows)}\n\n{_origin(record)}"
-
-
-def kv_forms() -> str:
-    """One layer's attention over an INT8 cache, in every form that was tried."""
-    name = "kv-forms"
-    if not (RESULTS / f"{name}.json").exists():
-        return "Not recorded: `python -m visistage.bench.kv_forms`"
-    record = _record(name)
-    forms = ("float", "restored", "folded", "group")
-    rows = [
-        [
-            row["name"],
-            str(row["slots"]),
-            str(row["rows"]),
-            *(f"{row[f'{form}_p10_ms']:.2f} ms" for form in forms),
-        ]
-        for row in record["rows"]
-    ]
-    header = ["heads of", "slots", "rows", "float", "built", "folded", "grouped attention"]
-    return f"{_table(header, rows)}\n\n{_origin(record)}"
 
 
 def peers(model: str) -> str:
@@ -333,71 +250,16 @@ def _origin(record: dict, library: str = "onnxruntime") -> str:
     )
 
 
-def denormals() -> str:
-    """Attention under a mask, by what is done with denormals."""
-    record = _record("denormals-cpu")
-    rows = [
-        [
-            f"{row['heads']} x {row['rows']} x {row['width']}",
-            *(f"{row[way]:.1f} ms" for way in ("computed", "flushed")),
-        ]
-        for row in record["rows"]
-    ]
-    head = ["heads x rows x width", "denormals computed", "flushed"]
-    return _table(head, rows) + "\n\n" + _origin(record)
-
-
-def branches() -> str:
-    """One layer's attention in one form and as it is built, by what a call brings."""
-    record = _record("branches-cpu")
-    rows = [
-        [
-            row["name"],
-            str(row["rows"]),
-            "hidden" if row["gates"] else "seen",
-            f"{row['one_p10_ms']:.2f} ms",
-            f"{row['branched_p10_ms']:.2f} ms",
-            f"{row['branched_p10_ms'] / row['one_p10_ms']:.2f}x",
-        ]
-        for row in record["rows"]
-    ]
-    head = ["heads of, visual tokens", "rows", "vision is", "one form", "branched", "ratio"]
-    return _table(head, rows) + "\n\n" + _origin(record)
-
-
-def widths() -> str:
-    """First tokens by the width of the model, beside dense FP32."""
-    record = _record("widths-cpu")
-    models: dict[int, list[dict]] = {}
-    for row in record["rows"]:
-        models.setdefault(row["hidden"], []).append(row)
-    rows, bundles = [], []
-    for hidden, found in models.items():
-        times = [row["first_token_median_ms"] for row in found]
-        bundles = [f"`{row['plan']}`, `{row['precision']}`" for row in found]
-        cells = [f"{ms:,.0f} ms, {times[0] / ms:.2f}x" for ms in times[1:]]
-        about = [f"{found[0]['layers']} x {hidden}", f"{found[0]['parameters'] / 1e6:,.0f} M"]
-        rows.append([*about, f"{times[0]:,.0f} ms", *cells])
-    return _table(["layers x width", "parameters", *bundles], rows) + "\n\n" + _origin(record)
-
-
 TABLES = {
     "accuracy": lambda: accuracy(README_PLANS),
     "accuracy-all": accuracy,
     "accuracy-by-type": by_type,
     "accuracy-exactness": exactness,
     "size": size,
-    "fp16": fp16,
     "quantisation": quantisation,
-    "kv-cache": kv_cache,
-    "kv-bundles": kv_bundles,
-    "kv-forms": kv_forms,
     "peers-llava-45m": lambda: peers("llava-45m"),
     "peers-demo": lambda: peers("demo"),
     "scaling": scaling,
-    "denormals": denormals,
-    "branches": branches,
-    "widths": widths,
     "back-ends-llava-45m": lambda: back_ends("llava-45m"),
     "back-ends-demo": lambda: back_ends("demo"),
 }

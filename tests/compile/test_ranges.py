@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from visistage.bench.fp16 import Staged, compared
 from visistage.calib.samples import evaluation_samples
 from visistage.cli.show.bundle_view import bundle_facts
 from visistage.compile import layer_stream as stream
@@ -35,6 +34,7 @@ from visistage.graphs.modules.decoder import DecoderLayer, Linear
 from visistage.graphs.modules.ops import Eager, Llm
 from visistage.graphs.precision import HALF_MAX, NO_FALLBACK, SAFE_MAX, Fp32Fallback, Reason
 from visistage.runtime.session import load
+from visistage.tests.support.staged import Staged, compared
 
 from ..runtime.test_bundle_parity import example_feeds, torch_outputs
 from ..support import toy
