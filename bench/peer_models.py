@@ -24,6 +24,7 @@ from ..compile.checkpoint.known_models import DEMO
 from ..compile.checkpoint.names import canonical, published_name
 from ..compile.checkpoint.safetensors_file import read_header
 from ..demo.heldout import held_out
+from ..graphs.progress import Progress
 from ..graphs.quantization import is_quantised
 from .environments import LLAMA_CPP, OPENVINO, ROOT, run_in
 from .runner import RUNNERS, PeerError
@@ -51,19 +52,6 @@ class PeerCheckpoint:
     def side(self) -> int:
         """Of the pictures that the tower takes, in pixels."""
         return self.checkpoint.config.vision.image_size
-
-
-class Quiet:
-    """Watches a calibration and says nothing."""
-
-    def start(self, step: str, total: int | None) -> None:
-        """A step begins."""
-
-    def advance(self, units: int) -> None:
-        """Some of it is done."""
-
-    def done(self, step: str, seconds: float, outcome: str) -> None:
-        """All of it is."""
 
 
 def hugging_face(subject: PeerCheckpoint) -> Path:
@@ -152,7 +140,7 @@ def bundle(subject: PeerCheckpoint, plan: str, precision: str, target: str) -> P
                 Sample(f"scene {number}", scene.image, scene.question, scene.answer)
                 for number, scene in enumerate(scenes)
             ]
-            calibrate(subject.origin, samples, plan, out=out, progress=Quiet())
+            calibrate(subject.origin, samples, plan, out=out, progress=Progress())
     made = make_bundle(
         subject.origin.model,
         dummy_weights=subject.origin.dummy_weights,

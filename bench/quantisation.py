@@ -22,9 +22,9 @@ from typing import Any
 
 import click
 
-from ..calib.calibrate import SelectionGoal, calibrate
+from ..calib.calibrate import calibrate
 from ..calib.evaluate import EvaluationReport, evaluate
-from ..calib.plan_search.choose import Budget
+from ..calib.plan_search.goal import SelectionGoal
 from ..calib.plan_search.measure_plans import Origin
 from ..calib.run.collect_ranges import collect
 from ..calib.sample_prompts import prepare
@@ -33,6 +33,7 @@ from ..compile.build import make_bundle
 from ..compile.checkpoint.checkpoint import open_checkpoint
 from ..compile.export.texts import text_facts
 from ..compile.quantize.calibration_file import Calibration
+from ..graphs.progress import Progress
 from ..graphs.quantization import OBSERVERS
 from ..runtime import load
 from ..runtime.image.preprocessing import Preprocessing
@@ -57,18 +58,12 @@ class Case:
     folder: Path
 
 
-class Untold:
-    """A watcher that says which step begins."""
+class StepNames(Progress):
+    """A progress callback that prints which step begins."""
 
-    def start(self, step: str, total: int | None) -> None:
-        """Print it."""
+    def start(self, step: str, total: int | None = None) -> None:
+        """Print the step."""
         print(step, flush=True)
-
-    def advance(self, units: int) -> None:
-        """Nothing."""
-
-    def done(self, step: str, seconds: float, outcome: str) -> None:
-        """Nothing."""
 
 
 @click.command()
@@ -101,11 +96,11 @@ def main(samples: int, rounds: int, lose: float, count: int, work: Path, dry: bo
 def _cases(work: Path, count: int, lose: float) -> list[Case]:
     """The dense FP32 bundle first: everything is compared with it."""
     samples, files = calibration_samples("demo", None, count)
-    goal = SelectionGoal(Budget(lose=lose / 100))
+    goal = SelectionGoal(lose=lose / 100)
     cases = []
     for name, wanted in (("dense", "dense"), ("calibrated", goal)):
         folder, made = calibrate(
-            Origin("demo"), samples, wanted, files=files, out=work / name, progress=Untold()
+            Origin("demo"), samples, wanted, files=files, out=work / name, progress=StepNames()
         )
         last = len(made.plan.stages) - 1
         cases += [

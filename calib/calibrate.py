@@ -1,13 +1,12 @@
-"""``calibrate``: samples become a plan with reasons, ranges, and a page about both.
+"""``calibrate``: from samples to a plan with reasons, ranges, and a page about both.
 
     samples ─▶ dense answers ─▶ dynamics ─▶ text-blind ─▶ candidates ─▶ plan ─▶ ranges ─▶ page
-    read once  a bundle         a walk      bundles, one at a time      held out  its stages' rows
+    read once  a bundle         layer-wise  bundles, one at a time      held out  its stages' rows
 
-A plan may be chosen for a quantised precision (``choosing``); what came of it is then asked once
-more, as it ships.
+A plan may be chosen for a quantised precision; the bundle that ships is then measured once more.
 
-With a plan given nothing is chosen and no bundle runs: what remains is one walk of the checkpoint,
-one layer's weights in memory at a time. That is how a 7B goes through a small machine.
+With a plan given nothing is chosen and no bundle runs: all that remains is one layer-wise run of
+the checkpoint, one layer's weights in memory at a time, so a 7B fits a small machine.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from ..graphs.plan.plan import StagePlan
 from ..graphs.progress import Progress
 from ..runtime.image.preprocessing import Preprocessing
 from .page.calibration_page import write_report
-from .plan_search.chooser import Chooser, SelectionGoal, agrees
-from .plan_search.measure_plans import Measuring, Origin
-from .progress import CalibrationProgress, progress_steps
-from .run import layerwise as walk
+from .plan_search.chooser import Chooser
+from .plan_search.goal import SelectionGoal
+from .plan_search.measure_plans import Origin, PlanBundles
 from .run.collect_ranges import collect
+from .run.layerwise import layerwise_pieces
 from .sample_prompts import order_hash, prepare
 from .samples import Sample
 
@@ -49,57 +48,57 @@ def calibrate(
     *,
     files: Sequence[str] = (),
     out: str | Path = "calibrations",
-    progress: CalibrationProgress,
+    progress: Progress,
 ) -> tuple[Path, Calibration]:
     """Calibrate a model in ``OUT/<model>/``; what is there is replaced once all is done.
 
     Args:
         origin: the checkpoint.
         samples: read once, in their order.
-        plan: a static plan, as ``resolve_plan`` takes it, or how to choose one.
+        plan: a static plan, as ``resolve_plan`` takes it, or the goal of a choice.
         files: names of the files that the samples are from, without folders.
         out: folder of all calibrations.
-        progress: told of every step.
+        progress: sees every step.
 
     Raises:
-        VisistageError: whatever the user can mend; nothing is left behind then.
+        VisistageError: everything that the user can correct; nothing is left behind then.
     """
-    step = progress_steps(progress)
-    with step("open checkpoint"):
+    with progress.step("open checkpoint"):
         checkpoint = open_checkpoint(**vars(origin), progress=progress.advance)
-        given = _given(plan, checkpoint) if isinstance(plan, str) else None
+        given = _static_plan(plan, checkpoint) if isinstance(plan, str) else None
         texts = text_facts(checkpoint)
-    with step("read samples", len(samples)) as report:
+    with progress.step("read samples", len(samples)) as outcome:
         prompts, unreadable = prepare(
             samples,
             texts.encoder,
             Preprocessing.from_dict(texts.preprocessing),
-            lambda: progress.advance(1),
+            progress.advance,
         )
-        report(f"{len(prompts)} read, {len(unreadable)} unreadable")
-    with step("hash weights"):
+        outcome.append(f"{len(prompts)} read, {len(unreadable)} unreadable")
+    with progress.step("hash weights"):
         facts = fits(checkpoint, texts)
 
-    # No key of an earlier run: what a calibration that was cut short had measured is not kept.
+    # No key of an earlier run: what an interrupted calibration had measured is not kept.
     staging = Staging(Path(out) / checkpoint.name, uuid.uuid4().hex, Progress())
     with staging, _removed_unless_finished(staging.folder):
         dynamics: dict[str, Any] = {}
         choice: dict[str, Any] = {}
         if isinstance(plan, SelectionGoal):
+            bundles = PlanBundles(origin, staging.folder / "bundles", plan.precision, progress)
+            chooser = Chooser(checkpoint, texts, facts, bundles, plan, progress)
             named = {name for name, _ in unreadable}
-            readable = [one for one in samples if Path(one.name).name not in named]
-            measuring = Measuring(origin, staging.folder / "bundles", plan.precision)
-            chooser = Chooser(checkpoint, texts, facts, measuring, plan, progress)
-            taken, prompts, dynamics = chooser.choose(readable, prompts)
-            choice = {**taken.to_dict(), **chooser.measured()}
-            given = taken.plan
+            readable = [sample for sample in samples if Path(sample.name).name not in named]
+            chosen = chooser.choose(readable, prompts)
+            given, prompts = chosen.plan, chosen.prompts
+            dynamics, choice = chosen.dynamics, chosen.choice
         assert given is not None
-        with step("ranges", walk.layerwise_pieces(checkpoint.config, texts.prefix_ids)) as report:
-            found = collect(checkpoint, prompts, given, texts.prefix_ids, progress=progress.advance)
-            report(
-                f"{len(found.groups)} groups of linear layers, {found.cache[0].size} cached heads"
-            )
-        names = tuple(one.name for one in prompts)
+        with progress.step(
+            "ranges", layerwise_pieces(checkpoint.config, texts.prefix_ids)
+        ) as outcome:
+            found = collect(checkpoint, prompts, given, texts.prefix_ids, advance=progress.advance)
+            groups, heads = len(found.groups), found.cache[0].size
+            outcome.append(f"{groups} groups of linear layers, {heads} cached heads")
+        names = tuple(prompt.name for prompt in prompts)
         calibration = Calibration(
             model=checkpoint.name,
             fits=facts,
@@ -114,12 +113,9 @@ def calibrate(
             cache=found.cache,
         )
         if isinstance(plan, SelectionGoal) and plan.quant_config is not None:
-            with step(f"as it ships, {plan.precision}", measuring.ship_asks) as report:
-                agreed = measuring.ship(calibration, lambda: progress.advance(1))
-                report(agrees(agreed))
-            shipped = {"samples": measuring.shipped_on, **agreed.to_dict()}
+            shipped = bundles.ship(calibration)
             calibration = replace(calibration, choice={**choice, "shipped": shipped})
-        with step("write"):
+        with progress.step("write"):
             calibration.save(staging.folder)
             save_plan(given, staging.folder / PLAN_FILE)
             write_report(calibration, staging.folder)
@@ -128,7 +124,7 @@ def calibrate(
     return staging.final, calibration
 
 
-def _given(plan: str, checkpoint: Checkpoint) -> StagePlan:
+def _static_plan(plan: str, checkpoint: Checkpoint) -> StagePlan:
     config = checkpoint.config
     staged = resolve_plan(plan, config.text.layers, config.visual_tokens)
     if staged.kind != "static":
@@ -141,7 +137,7 @@ def _given(plan: str, checkpoint: Checkpoint) -> StagePlan:
 
 @contextmanager
 def _removed_unless_finished(folder: Path) -> Iterator[None]:
-    """Ctrl-C counts as well."""
+    """Remove ``folder`` if the block fails, or is interrupted."""
     try:
         yield
     except BaseException:

@@ -1,7 +1,7 @@
-"""How often a bundle answers right, and how fast, over samples with known answers.
+"""Accuracy and speed of a bundle over samples with known answers.
 
-Right means equal after ``samples.normalise_answer``: case, punctuation and spacing do not count,
-every word does. It asks through the public runtime API only.
+An answer is right if it is equal after ``samples.normalise_answer``: case, punctuation and spacing
+do not count, every word does. Samples are asked through the public runtime API only.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..graphs.errors import DataError, ImageError
-from .samples import Sample, normalise_answer
+from ..graphs.errors import ImageError
+from ..graphs.progress import Advance, no_advance
+from .samples import Sample, normalise_answer, reject_unreadable
 
 if TYPE_CHECKING:
     from ..runtime import Answer, Session
@@ -22,7 +23,7 @@ EVALUATE_MAX_TOKENS = 32
 
 @dataclass(frozen=True)
 class AccuracyCount:
-    """How many of how many."""
+    """A count of right answers."""
 
     right: int
     total: int
@@ -31,6 +32,10 @@ class AccuracyCount:
     def accuracy(self) -> float:
         """Share, 0 to 1."""
         return self.right / self.total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON form."""
+        return {**vars(self), "accuracy": self.accuracy}
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,10 @@ class Miss:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What came out. ``unreadable``: (sample, reason) of pictures nobody could open; in no count.
+    """The result of an evaluation.
 
-    ``per_token_ms``: mean over the answers that have a second token; None where none has.
+    unreadable: (sample, reason) of images that could not be opened; they are in no count.
+    per_token_ms: mean over the answers that have a second token; None where none has.
     """
 
     overall: AccuracyCount
@@ -59,13 +65,9 @@ class EvaluationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form."""
-
-        def tally(one: AccuracyCount) -> dict[str, Any]:
-            return {"right": one.right, "total": one.total, "accuracy": one.accuracy}
-
         return {
-            **tally(self.overall),
-            "by_type": {name: tally(one) for name, one in self.by_type.items()},
+            **self.overall.to_dict(),
+            "by_type": {name: count.to_dict() for name, count in self.by_type.items()},
             "misses": [vars(miss) for miss in self.misses],
             "unreadable": [{"sample": name, "reason": why} for name, why in self.unreadable],
             "first_token_ms": self.first_token_ms,
@@ -78,7 +80,7 @@ def evaluate(
     samples: Iterable[Sample],
     *,
     max_tokens: int = EVALUATE_MAX_TOKENS,
-    progress: Callable[[], None] = lambda: None,
+    advance: Advance = no_advance,
     heard: Callable[[Answer], None] = lambda answer: None,
 ) -> EvaluationReport:
     """Ask every sample once, greedily, and compare.
@@ -87,11 +89,11 @@ def evaluate(
         session: a loaded bundle.
         samples: asked in their order.
         max_tokens: longest answer; what is longer is cut, and then seldom right.
-        progress: called after each sample.
+        advance: called after each sample.
         heard: called with each answer.
 
     Raises:
-        DataError: no sample had a picture that could be opened.
+        DataError: no sample had an image that could be opened.
         VisistageError: a prompt that the bundle cannot take.
     """
     asked: list[tuple[Sample, Answer]] = []
@@ -107,10 +109,9 @@ def evaluate(
             heard(answer)
         except ImageError as error:
             unreadable.append((sample.name, str(error)))
-        progress()
+        advance(1)
     if not asked:
-        first = f", the first because: {unreadable[0][1]}" if unreadable else ""
-        raise DataError(f"none of {len(unreadable)} samples could be asked{first}")
+        reject_unreadable(unreadable)
     return _report(asked, unreadable)
 
 

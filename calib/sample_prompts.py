@@ -1,27 +1,28 @@
-"""Samples made ready to be run: token ids and pixels, with a hash that says what was seen.
+"""Samples prepared to run: token ids and pixels, with a hash of what they show.
 
     {"image": "photo.jpg", "prompt": "How many?", "answer": "2"}
         ──▶ parts: ids, pixels, ids; answer ids
 
-It uses the runtime's own tokeniser and preprocessing, so that what is measured is what will run.
+The tokeniser and the preprocessing are the runtime's own, so what is measured is what will run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from ..graphs.errors import DataError, ImageError, PromptError
+from ..graphs.progress import Advance, no_advance
 from ..runtime.image.image import load_image, pixel_key, preprocess
 from ..runtime.image.preprocessing import Preprocessing
 from ..runtime.text.prompt import PromptEncoder
+from .samples import Sample, reject_unreadable
 
 SamplePart = Sequence[int] | np.ndarray
 """One stretch of a prompt: token ids, or pixel values (3, H, W) float32."""
@@ -33,10 +34,10 @@ class SamplePrompt:
 
     Attributes:
         name: of the sample, without folders.
-        parts: texts and pictures in their order; the last one is text.
+        parts: texts and images in their order; the last one is text.
         answer_ids: the answer as the model would have written it, without an end token; empty
             where no answer is known.
-        digest: SHA-256 (hex) of picture, prompt and answer.
+        digest: SHA-256 (hex) of image, prompt and answer.
     """
 
     name: str
@@ -46,25 +47,24 @@ class SamplePrompt:
 
 
 def prepare(
-    samples: Iterable[Any],
+    samples: Iterable[Sample],
     encoder: PromptEncoder,
     preprocessing: Preprocessing,
-    progress: Callable[[], None] = lambda: None,
+    advance: Advance = no_advance,
 ) -> tuple[list[SamplePrompt], list[tuple[str, str]]]:
     """Open, preprocess and tokenise samples in their order.
 
     Args:
-        samples: with ``name``, ``image`` (whatever ``load_image`` takes), ``prompt`` and ``answer``
-            (None or empty: not known), as ``samples.Sample``.
+        samples: read once, in their order.
         encoder: of the checkpoint.
         preprocessing: of the checkpoint.
-        progress: called after each sample.
+        advance: called after each sample.
 
     Returns:
-        The prompts, and (name, reason) of each sample whose picture could not be opened.
+        The prompts, and (name, reason) of each sample whose image could not be opened.
 
     Raises:
-        DataError: a prompt or an answer that cannot be used, or no picture at all could be opened.
+        DataError: a prompt or an answer that cannot be used, or no image at all could be opened.
     """
     prompts: list[SamplePrompt] = []
     unreadable: list[tuple[str, str]] = []
@@ -79,16 +79,15 @@ def prepare(
             unreadable.append((name, str(error).replace(shown, Path(shown).name)))
         else:
             key = pixel_key(image, preprocessing)
-            prompts.append(_prompt(name, sample.prompt, sample.answer or "", key, pixels, encoder))
-        progress()
+            prompts.append(_prompt(name, sample.prompt, sample.answer, key, pixels, encoder))
+        advance(1)
     if not prompts:
-        first = f", the first because: {unreadable[0][1]}" if unreadable else ""
-        raise DataError(f"none of {len(unreadable)} pictures could be opened{first}")
+        reject_unreadable(unreadable)
     return prompts, unreadable
 
 
 def order_hash(prompts: Iterable[SamplePrompt]) -> str:
-    """SHA-256 (hex) of what the prompts show, ask and answer, in their order."""
+    """Return the SHA-256 (hex) of what the prompts show, ask and answer, in their order."""
     digests = [prompt.digest for prompt in prompts]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
@@ -107,7 +106,7 @@ def _prompt(
 
 
 def _answer_ids(name: str, text: str, answer: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What comes after the prompt's ids when the answer stands behind its text.
+    """Return the ids after the prompt's when the answer follows its text.
 
     Tokenisers tell a word at the beginning of a text from one behind a space; an answer is the
     latter, unless the template ends its line: ``ASSISTANT: Yes``.
@@ -115,9 +114,8 @@ def _answer_ids(name: str, text: str, answer: str, tokenizer: Tokenizer) -> tupl
     if not answer:
         return ()
     behind = answer if text[-1:].isspace() else f" {answer}"
-    before, whole = (
-        tokenizer.encode(one, add_special_tokens=False).ids for one in (text, text + behind)
-    )
+    before = tokenizer.encode(text, add_special_tokens=False).ids
+    whole = tokenizer.encode(text + behind, add_special_tokens=False).ids
     ids = whole[len(before) :]
     if whole[: len(before)] != before:  # the prompt's last token would have grown
         ids = tokenizer.encode(behind, add_special_tokens=False).ids

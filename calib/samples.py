@@ -1,26 +1,26 @@
-"""Questions about pictures with right answers, from a JSONL file. Nothing is dropped silently.
+"""Questions about images with right answers, from a JSONL file. Nothing is dropped silently.
 
     {"image": "photos/1.jpg", "prompt": "How many dogs?", "answer": "2", "type": "count"}
 
 One object a line; ``image`` is relative to the file, ``type`` may be left out, and ``answer`` where
-nothing is compared with it. Every line is checked before the first one is used. Pictures are opened
-by whoever asks: a damaged one shows then.
+nothing is compared with it. Every line is checked before the first one is used. Images are opened
+later, when they are asked about: a damaged one shows then.
 """
 
 from __future__ import annotations
 
-import json
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..compile.checkpoint.known_models import DEMO
 from ..demo.heldout import held_out
 from ..graphs.errors import DataError
+from ..graphs.fields import Words, from_json, parse_json, reject
 
-REQUIRED = ("image", "prompt", "answer")
-OPTIONAL = ("type",)
+REMEDY = 'Write one object a line: {"image": "photo.jpg", "prompt": "...", "answer": "..."}'
 MAX_LINE_CHARACTERS = 1 << 20
 
 EVALUATION_SCENES = 200
@@ -36,7 +36,7 @@ one is not in the other (tests/calib/test_calibrate.py)."""
 
 @dataclass(frozen=True)
 class Sample:
-    """One question: ``name`` says where it is from, ``image`` is a path or a picture in memory.
+    """One question: ``name`` says where it is from, ``image`` is a path or an image in memory.
 
     ``answer`` is empty where none is known.
     """
@@ -51,7 +51,7 @@ class Sample:
 def read_samples(
     path: str | Path, limit: int | None = None, *, answers: bool = True
 ) -> list[Sample]:
-    """The first ``limit`` samples of a JSONL file, in its order; all of it is checked.
+    """Return the first ``limit`` samples of a JSONL file, in its order; all of it is checked.
 
     Args:
         path: the file, or a folder that holds exactly one.
@@ -67,8 +67,7 @@ def read_samples(
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(
-            f"{path}: cannot read samples: {reason}. Expected UTF-8 text with one JSON object a "
-            'line: {"image": "photo.jpg", "prompt": "...", "answer": "..."}'
+            f"{path}: cannot read samples: {reason}. Expected UTF-8 text. {REMEDY}"
         ) from None
     samples = [
         _sample(line, f"{path}:{number}", path.parent, answers)
@@ -125,7 +124,7 @@ def calibration_samples(
 
 
 def samples_file(path: str | Path) -> Path:
-    """``path``, or the only JSONL file in it where it is a folder.
+    """Return ``path``, or the only JSONL file in it where it is a folder.
 
     Raises:
         DataError: a folder with none, or with several.
@@ -143,8 +142,17 @@ def samples_file(path: str | Path) -> Path:
     return path / found[0]
 
 
+def reject_unreadable(unreadable: Sequence[tuple[str, str]]) -> NoReturn:
+    """Raise the error for samples of which none has an image that can be opened."""
+    first = f", the first because: {unreadable[0][1]}" if unreadable else ""
+    raise DataError(
+        f"none of {len(unreadable)} samples could be read{first}. "
+        "Give samples with images that can be opened."
+    )
+
+
 def normalise_answer(answer: str) -> str:
-    """What two answers are compared by.
+    """Return the form in which two answers are compared.
 
     Case, white space at the ends and its amount do not count, nor does punctuation, except where it
     makes another number: a sign before a digit, a point or colon between two. ``"Bottom-right."``
@@ -171,38 +179,32 @@ def _in_number(text: str, at: int) -> bool:
     return text[at] == "-" and not before.isalnum()
 
 
+@dataclass(frozen=True)
+class _Line:
+    """The keys of a line."""
+
+    image: str
+    prompt: str
+    answer: str = ""
+    type: str = ""
+
+
 def _sample(line: str, where: str, folder: Path, answers: bool) -> Sample:
-    required = REQUIRED if answers else REQUIRED[:2]
     if len(line) > MAX_LINE_CHARACTERS:
         raise DataError(
             f"{where}: found {len(line)} characters, expected at most {MAX_LINE_CHARACTERS}. "
             "Is this a JSONL file of samples?"
         )
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON: {error}. Write one object a line.") from None
-    if not isinstance(data, dict):
-        raise DataError(f"{where}: found {type(data).__name__}, expected an object with {_keys()}.")
-    for key in data:
-        if key not in REQUIRED + OPTIONAL:
-            raise DataError(f"{where}: unknown key {key!r}, expected {_keys()}. Remove it.")
-    for key in required:
-        if key not in data:
-            raise DataError(f"{where}: {key!r} is missing, expected {_keys()}. Add it.")
+    data = parse_json(line, DataError, REMEDY, where)
+    found = from_json(_Line, data, DataError, REMEDY, where, defaults=True)
+    if answers and "answer" not in data:
+        reject(f"{where}: answer", Words("nothing"), "a value", DataError, REMEDY)
     for key, value in data.items():
-        if not isinstance(value, str) or not value.strip():
-            raise DataError(
-                f"{where}: {key} is {json.dumps(value)[:80]}, expected text that is not empty."
-            )
-    if "answer" in data and not normalise_answer(data["answer"]):
+        if not value.strip():
+            reject(f"{where}: {key}", value, "text that is not empty", DataError, REMEDY)
+    if found.answer and not normalise_answer(found.answer):
         raise DataError(
-            f"{where}: answer {data['answer']!r} is punctuation only, which is left out when "
+            f"{where}: answer {found.answer!r} is punctuation only, which is left out when "
             "answers are compared. Ask for a word or a number."
         )
-    image = folder / data["image"]
-    return Sample(where, image, data["prompt"], data.get("answer", ""), data.get("type"))
-
-
-def _keys() -> str:
-    return f"the keys {', '.join(REQUIRED)} and perhaps {', '.join(OPTIONAL)}"
+    return Sample(where, folder / found.image, found.prompt, found.answer, found.type or None)

@@ -45,8 +45,8 @@ def evaluate(bundle, data, samples, max_tokens, backend, as_json) -> None:
 
     with session_of(bundle, backend=backend) as session:
         chosen = evaluation_samples(session.bundle.manifest.model, data, samples)
-        with counting(len(chosen)) as progress:
-            report = evaluate(session, chosen, max_tokens=max_tokens, progress=progress)
+        with counting(len(chosen)) as advance:
+            report = evaluate(session, chosen, max_tokens=max_tokens, advance=advance)
     if as_json:
         show_json({"bundle": str(session.bundle.path), **report.to_dict()})
     else:

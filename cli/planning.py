@@ -114,7 +114,7 @@ def calibrate(
     chosen, files = calibration_samples(model, data, samples)
     with CalibrationProgressBar() as progress:
         from ..calib.calibrate import calibrate
-        from ..calib.plan_search.chooser import goal_or_plan
+        from ..calib.plan_search.goal import goal_or_plan
         from ..calib.plan_search.measure_plans import Origin
 
         goal = goal_or_plan(

@@ -1,12 +1,12 @@
 """A calibration -> ``calibration.html``: what a person reads before trusting it.
 
-In the order in which one decides: what speaks against it, what was read, the plan and why, the
-dynamics it rests on, the ranges. What was not measured is left out, and the page says so.
+In the order of a decision: warnings, samples, the plan and its reasons, the dynamics it rests on,
+the ranges. What was not measured is left out, and the page says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ MOST_LISTED = 200
 
 
 def write_report(calibration: Calibration, folder: str | Path) -> str:
-    """Write the page into ``folder``, whole or not at all; returns its name.
+    """Write the page into ``folder``, whole or not at all; return its name.
 
     Raises:
         CapacityError: it cannot be written there.
@@ -42,7 +42,7 @@ def write_report(calibration: Calibration, folder: str | Path) -> str:
 
 
 def render_calibration(calibration: Calibration) -> str:
-    """The page's HTML."""
+    """Return the page's HTML."""
     return template(TEMPLATE_FOLDER / "page.html").render(
         style=style(PAGES / "chart.css", TEMPLATE_FOLDER / "page.css"),
         calibration=calibration,
@@ -59,19 +59,17 @@ def render_calibration(calibration: Calibration) -> str:
 def _choice(choice: Mapping[str, Any]) -> dict[str, Any] | None:
     if not choice:
         return None
-    chosen = None if choice["chosen"] is None else choice["candidates"][choice["chosen"]]
+    candidates = choice["candidates"]
+    shares = [candidate["measured"][choice["agreement"]]["share"] for candidate in candidates]
     return {
+        "precision": "fp32",
+        "shipped": None,
         **choice,
-        "precision": choice.get("precision", "fp32"),
-        "shipped": choice.get("shipped"),
-        "taken": chosen,
-        "reasons": sorted(choice["reasons"].items(), key=lambda one: ORDER.find(one[0])),
+        "taken": None if choice["chosen"] is None else candidates[choice["chosen"]],
+        "reasons": sorted(choice["reasons"].items(), key=lambda reason: ORDER.find(reason[0])),
         "foot": charts.FOOT,
-        "below": any(
-            one["measured"][choice["agreement"]]["share"] < charts.FOOT
-            for one in choice["candidates"]
-        ),
-        "plot": charts.pareto(choice) if choice["candidates"] else "",
+        "below": any(share < charts.FOOT for share in shares),
+        "plot": charts.pareto(choice) if candidates else "",
     }
 
 
@@ -80,13 +78,16 @@ def _dynamics(dynamics: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[st
         return None
     layers = dynamics["layers"]
     triggers = [(f"cosine {row['cosine']:g}", row["t"]) for row in dynamics["triggers"]]
-    published = [one for one in dynamics["exits"] if one["cosine"] == PUBLISHED.cosine]
-    exits = [(f"{one['exit_cosine']:g}, {one['rule']}", one["e"]) for one in published]
+    exits = [
+        (f"{row['exit_cosine']:g}, {row['rule']}", row["e"])
+        for row in dynamics["exits"]
+        if row["cosine"] == PUBLISHED.cosine
+    ]
     kind = choice.get("agreement", "tokens")
     return {
         **dynamics,
         "published": PUBLISHED,
-        "kept_published": [one for one in dynamics["kept"] if one["cosine"] == PUBLISHED.cosine],
+        "kept_published": [row for row in dynamics["kept"] if row["cosine"] == PUBLISHED.cosine],
         "cosine_plot": charts.cosines(dynamics),
         "trigger_plot": charts.histograms(triggers, layers, "never"),
         "exit_plot": charts.histograms(exits, layers, "never") if exits else "",
@@ -98,44 +99,32 @@ def _dynamics(dynamics: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[st
 
 def _ranges(calibration: Calibration) -> dict[str, Any]:
     groups, plan = calibration.groups, calibration.plan
-    observer = calibration.best_observer
-    every = series_of(groups)
+    every, observer = list(groups.values()), calibration.best_observer
+    series = series_of(groups)
     ranked, kept = by_sensitivity(groups), kept_float(groups)
+    sensitivity = {name: errors for group in every for name, errors in group.sensitivity.items()}
+
+    def mean(errors: Iterable[float]) -> float:
+        return sum(errors) / len(every)
+
     return {
         "observer": observer,
-        "observers": _observers(calibration),
+        "observers": [
+            (
+                name,
+                mean(group.errors[name] for group in every),
+                mean(group.smoothed_errors[name] for group in every),
+            )
+            for name in OBSERVERS
+        ],
         "rows": rows_seen(groups, plan),
-        "smoothed": sum(group.alpha is not None for group in groups.values()),
-        "aware": sum(group.aware_alpha is not None for group in groups.values()),
-        "reach": [(one.title, range_charts.reach(one, plan)) for one in every],
-        "errors": [(one.title, range_charts.errors(one, observer, plan)) for one in every],
-        "alphas": range_charts.alphas(every),
+        "smoothed": sum(group.alpha is not None for group in every),
+        "reach": [(kind.title, range_charts.reach(kind, plan)) for kind in series],
+        "errors": [(kind.title, range_charts.errors(kind, observer, plan)) for kind in series],
+        "alphas": range_charts.alphas(series),
         "ranked": ranked,
         "kept": kept,
         "sensitivity": range_charts.sensitivity_chart(ranked, len(kept)) if ranked else "",
-        "linears": _linears(calibration, [name for name, _ in ranked]),
+        "linears": [(name, sensitivity[name]) for name, _ in ranked],
         "colours": range_charts.OBSERVER_COLOURS,
     }
-
-
-def _observers(calibration: Calibration) -> list[tuple[str, float, float]]:
-    """(observer, error, smoothed error): means over groups, W8A8."""
-    every = list(calibration.groups.values())
-    return [
-        (
-            name,
-            sum(group.errors[name] for group in every) / len(every),
-            sum(group.smoothed_errors[name] for group in every) / len(every),
-        )
-        for name in OBSERVERS
-    ]
-
-
-def _linears(calibration: Calibration, order: Sequence[str]) -> list[tuple[str, Mapping]]:
-    """(linear layer, error by scheme) in ``order``."""
-    found = {
-        name: by_scheme
-        for group in calibration.groups.values()
-        for name, by_scheme in group.sensitivity.items()
-    }
-    return [(name, found[name]) for name in order]

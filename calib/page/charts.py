@@ -17,62 +17,67 @@ COSINE_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999, 0.99
 """Cosines that an axis may name."""
 
 FOOT = 0.8
-"""Plans that agree less stand on the foot of the plot: how bad a bad one is tells little."""
+"""Plans that agree less are drawn at the foot of the plot: they are all too bad to use."""
 
 HALF = 470
-"""Width of a chart that stands beside another."""
+"""Width of a chart beside another."""
 
 WORDY = 170
 """Room for words on the left of a chart."""
 
 
 def pareto(choice: Facts) -> str:
-    """Every candidate by cost and agreement, with the front, the budget and the choice."""
+    """Draw every candidate by cost and agreement, with the front, the budget and the choice."""
     kind, candidates = choice["agreement"], choice["candidates"]
-    lowest = min((one["measured"][kind]["low"] for one in candidates), default=1.0)
-    most = max((one["cost"] for one in candidates), default=1.0)
+    lowest = min((candidate["measured"][kind]["low"] for candidate in candidates), default=1.0)
+    most = max((candidate["cost"] for candidate in candidates), default=1.0)
     title = f"{kind} that agree with dense"
     x = of_shares(0.0, max(1.0, most), choice["cost"])
     y = of_shares(max(lowest, FOOT), 1.0, title)
     chart = Chart(x, y, "Candidate plans by cost and agreement with the dense model", height=380)
     if "lose" in choice["budget"]:
-        floor = 1 - choice["budget"]["lose"]
-        if floor >= y.low:
-            chart.across(floor, "mute dashed", f"budget: {percent(floor, 1)}")
+        least = 1 - choice["budget"]["lose"]
+        if least >= y.low:
+            chart.across(least, "mute dashed", f"budget: {percent(least, 1)}")
     else:
         chart.whisker(choice["budget"]["cost"], y.low, y.high, "mute dashed")
-    front = sorted((one["cost"], one["measured"][kind]["share"]) for one in _on_front(candidates))
+    front = sorted(
+        (candidate["cost"], candidate["measured"][kind]["share"])
+        for candidate in candidates
+        if candidate["front"]
+    )
     if front:
         chart.steps([*front, (max(front[-1][0], 1.0), front[-1][1])], "faint", "the front")
-    for index, one in enumerate(candidates):
-        share, held = one["measured"][kind], one["held_out"]
+    for index, candidate in enumerate(candidates):
+        cost, share, held = candidate["cost"], candidate["measured"][kind], candidate["held_out"]
         chosen = index == choice["chosen"]
-        kinds = "warm" if chosen else "amber" if one["verdict"] else "faint"
-        words = f"{one['text']}: {_agreement(share)} at {percent(one['cost'])} of the cost"
-        if one["verdict"]:
-            words += f"; {one['verdict']}"
-        chart.whisker(one["cost"], share["low"], share["high"], f"{kinds} thin")
+        kinds = "warm" if chosen else "amber" if candidate["verdict"] else "faint"
+        words = f"{candidate['text']}: {_agreement(share)} at {percent(cost)} of the cost"
+        if candidate["verdict"]:
+            words += f"; {candidate['verdict']}"
+        chart.whisker(cost, share["low"], share["high"], f"{kinds} thin")
         if held is not None:
-            chart.dot(one["cost"], held[kind]["share"], "cool open", f"{words}; held out", 6)
-        chart.dot(one["cost"], share["share"], kinds, words, 6 if chosen else 4)
+            chart.dot(cost, held[kind]["share"], "cool open", f"{words}; held out", 6)
+        chart.dot(cost, share["share"], kinds, words, 6 if chosen else 4)
     chart.dot(1.0, 1.0, "ink", "dense: agrees with itself", 4)
     return chart.svg()
 
 
 def cosines(dynamics: Facts) -> str:
-    """Each prompt's least cosine by layer: quantile bands, and thresholds. Close to 1 is high."""
+    """Draw each prompt's least cosine by layer, in quantile bands. Close to 1 is high."""
     shares, rows = dynamics["quantiles"], dynamics["min_cosine"]
     distances = [1 - cosine for row in rows for cosine in row]
-    near = max(min((one for one in distances if one > 0), default=0.0), 1e-6)
+    near = max(min((distance for distance in distances if distance > 0), default=0.0), 1e-6)
     closeness = _Closeness(max(*distances, 2 * near), near)
     chart = Chart(
         of_layers(len(rows)), closeness, "Least cosine without one visual token, by layer"
     )
-    for below, above, kind in _bands(shares):
+    for below in range(len(shares) // 2):  # bands around the middle, the outermost first
+        above = len(shares) - 1 - below
         low_line = [(layer, row[below]) for layer, row in enumerate(rows)]
         high_line = [(layer, row[above]) for layer, row in enumerate(rows)]
         words = f"{percent(shares[below])} to {percent(shares[above])} of the prompts"
-        chart.band(low_line, high_line, kind, words)
+        chart.band(low_line, high_line, "cool", words)
     middle = shares.index(0.5)
     chart.line([(layer, row[middle]) for layer, row in enumerate(rows)], "cool", "median")
     for layer, row in enumerate(rows):
@@ -82,9 +87,9 @@ def cosines(dynamics: Facts) -> str:
 
 
 def histograms(rows: Sequence[tuple[str, Facts]], layers: int, never: str) -> str:
-    """One line of cells for each spread of layers; those that never got there come last.
+    """Draw a line of cells for each spread of layers; those that never got there come last.
 
-    rows: (words, spread). never: what the last column is called.
+    rows: (words, spread). never: name of the last column.
     """
     x = of_layers(layers)
     x = Axis(x.low, layers + 1.5, (*x.ticks, (layers + 0.75, never)), x.title)
@@ -104,7 +109,7 @@ def histograms(rows: Sequence[tuple[str, Facts]], layers: int, never: str) -> st
 
 
 def mass(dynamics: Facts) -> str:
-    """Share of all contributions that the top K tokens hold, by layer: the median prompt's."""
+    """Draw the share of contributions that the top K tokens hold, by layer: the median prompt's."""
     ranks, median, low = (dynamics["mass"][key] for key in ("ranks", "median", "low"))
     y = of_names([f"K = {rank}" for rank in ranks], down=True)
     layers = len(median)
@@ -123,16 +128,16 @@ def mass(dynamics: Facts) -> str:
 
 
 def blind(dynamics: Facts, kind: str) -> str:
-    """Agreement by the number of text-blind layers: measured, with intervals."""
+    """Draw agreement by the number of text-blind layers: measured, with intervals."""
     rows = dynamics["text_blind"]
-    most = max(one["shallow"] for one in rows)
-    ticks = tuple((one["shallow"], str(one["shallow"])) for one in rows)
+    most = max(row["shallow"] for row in rows)
+    ticks = tuple((row["shallow"], str(row["shallow"])) for row in rows)
     x = Axis(-0.5, most + 0.5, ticks, "text-blind layers")
-    y = of_shares(min(one[kind]["low"] for one in rows), 1.0, f"{kind} that agree with dense")
+    y = of_shares(min(row[kind]["low"] for row in rows), 1.0, f"{kind} that agree with dense")
     chart = Chart(x, y, "What text-blind layers cost", height=240)
-    chart.line([(one["shallow"], one[kind]["share"]) for one in rows], "cool")
-    for one in rows:
-        share, at = one[kind], one["shallow"]
+    chart.line([(row["shallow"], row[kind]["share"]) for row in rows], "cool")
+    for row in rows:
+        share, at = row[kind], row["shallow"]
         chart.whisker(at, share["low"], share["high"], "cool thin")
         chart.dot(at, share["share"], "cool", f"{at} text-blind layers: {_agreement(share)}")
     return chart.svg()
@@ -150,19 +155,9 @@ class _Closeness(Axis):
         super().__init__(far, near, named, "least cosine")
 
     def part(self, value: float) -> float:
-        """Where a cosine lies."""
+        """Return the part of the axis below a cosine."""
         distance = min(max(1 - value, self.high), self.low)
         return 1 - Axis(self.high, self.low, log=True).part(distance)
-
-
-def _bands(shares: Sequence[float]) -> list[tuple[int, int, str]]:
-    """Pairs of quantiles as far from the middle as each other, the outermost first."""
-    count = len(shares)
-    return [(i, count - 1 - i, "cool") for i in range(count // 2)]
-
-
-def _on_front(candidates: Sequence[Facts]) -> list[Facts]:
-    return [one for one in candidates if one["front"]]
 
 
 def _agreement(share: Facts) -> str:

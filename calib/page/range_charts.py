@@ -11,36 +11,32 @@ from .charts import HALF, WORDY
 from .series import ELSEWHERE, RangeSeries
 
 OBSERVER_COLOURS = {"minmax": "ink", "percentile": "amber", "entropy": "cool", "mse": "warm"}
-"""Of the observers; min-max is the largest input itself."""
+"""Colours of the observers; min-max is the largest input itself."""
 
 
 def reach(series: RangeSeries, plan: StagePlan) -> str:
-    """Largest input of each layer, and where each observer ends the range; log scale."""
+    """Draw the largest input of each layer, and where each observer ends the range; log scale."""
     every = [value for group in series.groups for value in group.thresholds.values()]
     every += [float(group.absmax.max()) for group in series.groups]
-    chart = Chart(_x(series), of_decades(every), f"Ranges of {series.title}", HALF, 220)
-    _edges(chart, series, plan)
+    chart = _chart(series, of_decades(every), f"Ranges of {series.title}", plan)
     for observer, colour in OBSERVER_COLOURS.items():
-        points = [
-            (x, group.thresholds[observer])
-            for x, group in zip(series.layers, series.groups, strict=True)
-        ]
+        points = [(x, group.thresholds[observer]) for x, _, group in series.entries]
         if series.title != ELSEWHERE:
             chart.line(points, f"{colour} thin")
-        for (x, value), name in zip(points, series.names, strict=True):
+        for x, name, group in series.entries:
+            value = group.thresholds[observer]
             chart.dot(x, value, colour, f"{name}, {observer}: {value:.4g}", 2.5)
     return chart.svg()
 
 
 def errors(series: RangeSeries, observer: str, plan: StagePlan) -> str:
-    """W8A8 error of each group before and after smoothing, with alpha; log scale."""
-    before = [group.errors[observer] for group in series.groups]
-    after = [group.smoothed_errors[observer] for group in series.groups]
+    """Draw the W8A8 error of each group before and after smoothing, with alpha; log scale."""
+    every = [group.errors[observer] for group in series.groups]
+    every += [group.smoothed_errors[observer] for group in series.groups]
     label = f"INT8 error of {series.title}, before and after smoothing"
-    chart = Chart(_x(series), of_decades([*before, *after], shares=True), label, HALF, 220)
-    _edges(chart, series, plan)
-    rows = zip(series.layers, series.names, series.groups, before, after, strict=True)
-    for x, name, group, plain, smooth in rows:
+    chart = _chart(series, of_decades(every, shares=True), label, plan)
+    for x, name, group in series.entries:
+        plain, smooth = group.errors[observer], group.smoothed_errors[observer]
         words = f"{name}: {percent(plain, 3)}"
         if group.alpha is not None:
             words += f", smoothed {percent(smooth, 3)} with alpha {group.alpha:g}"
@@ -52,27 +48,26 @@ def errors(series: RangeSeries, observer: str, plan: StagePlan) -> str:
 
 
 def alphas(every: Sequence[RangeSeries]) -> str:
-    """Alpha of every smoothed group that is in a layer: a line of cells for each kind."""
-    layered = [
+    """Draw alpha of every smoothed group that is in a layer: a line of cells for each kind."""
+    smoothed = [
         series
         for series in every
-        if series.title != ELSEWHERE and any(g.alpha is not None for g in series.groups)
+        if series.title != ELSEWHERE and any(group.alpha is not None for group in series.groups)
     ]
-    layers = 1 + max((max(series.layers) for series in layered), default=0)
-    y = of_names([one.title for one in layered], down=True)
-    x = of_layers(layers)
-    chart = Chart(x, y, "Smoothing by layer", height=54 + 26 * len(layered), left=WORDY)
-    for row, series in enumerate(layered):
-        for layer, name, group in zip(series.layers, series.names, series.groups, strict=True):
-            if group.alpha is None:
-                continue
-            words = f"{group.alpha:g}" if layers < CROWD else ""
-            chart.tile(layer, row, group.alpha, "warm", f"{name}: alpha {group.alpha:g}", words)
+    layers = max((series.layers for series in smoothed), default=1)
+    y = of_names([series.title for series in smoothed], down=True)
+    height = 54 + 26 * len(smoothed)
+    chart = Chart(of_layers(layers), y, "Smoothing by layer", height=height, left=WORDY)
+    for row, series in enumerate(smoothed):
+        for layer, name, group in series.entries:
+            if group.alpha is not None:
+                words = f"{group.alpha:g}" if layers < CROWD else ""
+                chart.tile(layer, row, group.alpha, "warm", f"{name}: alpha {group.alpha:g}", words)
     return chart.svg()
 
 
 def sensitivity_chart(ranked: Sequence[tuple[str, float]], kept: int) -> str:
-    """Error of every linear layer in INT8, the worst first; log scale. kept: how many stand out."""
+    """Draw the error of every linear layer in INT8, the worst first, ``kept`` in colour."""
     y = of_decades([error for _, error in ranked], "relative squared error", shares=True)
     x = Axis(-0.5, len(ranked) - 0.5, title=f"{len(ranked)} linear layers, the worst first")
     chart = Chart(x, y, "Error of each linear layer in INT8", height=260)
@@ -82,14 +77,14 @@ def sensitivity_chart(ranked: Sequence[tuple[str, float]], kept: int) -> str:
     return chart.svg()
 
 
-def _x(series: RangeSeries) -> Axis:
+def _chart(series: RangeSeries, y: Axis, label: str, plan: StagePlan) -> Chart:
+    """Return a chart by layer, with a line where a stage ends."""
     if series.title == ELSEWHERE:
-        return of_names([name.rpartition(".")[2] for name in series.names])
-    return of_layers(max(series.layers) + 1, "")
-
-
-def _edges(chart: Chart, series: RangeSeries, plan: StagePlan) -> None:
-    """A line where a stage ends."""
+        x = of_names([name.rpartition(".")[2] for _, name, _ in series.entries])
+    else:
+        x = of_layers(series.layers, "")
+    chart = Chart(x, y, label, HALF, 220)
     if series.decoder:
         for stage in plan.stages[:-1]:
-            chart.whisker(stage.layers[1] - 0.5, chart.y.low, chart.y.high, "faint dashed thin")
+            chart.whisker(stage.layers[1] - 0.5, y.low, y.high, "faint dashed thin")
+    return chart

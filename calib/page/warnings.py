@@ -1,4 +1,4 @@
-"""What speaks against trusting a calibration, in plain words: one sentence or two each.
+"""Reasons not to trust a calibration, in plain words: one sentence or two each.
 
 Limits here are judgements about when a person should look twice, not about what is right.
 """
@@ -26,7 +26,7 @@ LOUD = 0.01
 
 
 def calibration_warnings(calibration: Calibration) -> list[str]:
-    """Every doubt, the gravest kinds first; empty where there is none."""
+    """Return every warning, the gravest kinds first; empty where there is none."""
     return [
         *_about_choice(calibration.choice),
         *_about_samples(calibration),
@@ -63,14 +63,14 @@ def _about_choice(choice: Mapping[str, Any]) -> Iterator[str]:
     # Of a budget of agreement the choice itself says whether it is proved.
     if "cost" in choice["budget"] and share["high"] - share["low"] > WIDE:
         yield (
-            f"The agreement of the plan lies anywhere between {percent(share['low'], 1)} and "
+            f"The agreement of the plan is anywhere between {percent(share['low'], 1)} and "
             f"{percent(share['high'], 1)}: {share['total']} {choice['agreement']} held out are "
             "too few to tell. Give more samples."
         )
 
 
 def _about_shipped(choice: Mapping[str, Any]) -> Iterator[str]:
-    """What a quantised bundle loses in the end, if it is more than it may."""
+    """Warn of a quantised bundle that loses more than it may."""
     if "shipped" not in choice or "lose" not in choice["budget"]:
         return
     kind, lose = choice["agreement"], choice["budget"]["lose"]
@@ -122,7 +122,7 @@ def _about_ranges(calibration: Calibration) -> Iterator[str]:
         )
     if calibration.include_prefix:
         yield (
-            "Rows before the picture count in these ranges, though bundles compute them in float: "
+            "Rows before the image count in these ranges, though bundles compute them in float: "
             "they are for comparison."
         )
     for part in rows_seen(groups, calibration.plan):
@@ -133,11 +133,11 @@ def _about_ranges(calibration: Calibration) -> Iterator[str]:
                 f"fewer than {FEW_ROWS} miss what is rare. Give more samples."
             )
     observer = calibration.best_observer
-    reach = {name: float((one.absmax / one.factors).max()) for name, one in groups.items()}
+    reach = {name: float((group.absmax / group.factors).max()) for name, group in groups.items()}
     cuts = {
-        name: group.smoothed_thresholds[observer] / reach[name]
-        for name, group in groups.items()
-        if reach[name] > 0
+        name: groups[name].smoothed_thresholds[observer] / most
+        for name, most in reach.items()
+        if most > 0
     }
     deep = {name: part for name, part in cuts.items() if part < CLIPPED}
     if deep:

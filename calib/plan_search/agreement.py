@@ -1,21 +1,21 @@
-"""How far a plan still says what the dense model says, token for token, through the public runtime.
+"""Agreement of a plan with the dense model, token for token, through the public runtime.
 
-``reference`` asks the dense bundle once; ``agreement`` walks another bundle along those answers, so
-that one early difference does not count again in every later token. What the other bundle would
-answer by itself shows as well: greedily, it says the same until the first token that differs.
+``dense_answers`` asks the dense bundle once; ``agreement`` forces another bundle along those
+answers, so that one early difference does not count again in every later token. What the other
+bundle would answer by itself shows as well: greedily, it agrees until the first token that differs.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...graphs.errors import DataError, ImageError
+from ...graphs.progress import Advance, no_advance
 from ..samples import Sample
 
 if TYPE_CHECKING:
@@ -63,21 +63,15 @@ class Share:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form."""
         low, high = self.interval
-        return {
-            "right": self.right,
-            "total": self.total,
-            "share": self.share,
-            "low": low,
-            "high": high,
-        }
+        return {**vars(self), "share": self.share, "low": low, "high": high}
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What came out.
+    """The share of predictions that are those of the dense model.
 
     tokens: of the dense answers, each predicted from the dense answer before it. The end of an
-    answer is left out, unless the answer is empty: after a one-word answer everybody stops, and
+    answer is left out, unless the answer is empty: after a one-word answer every plan stops, and
     counting that would halve every loss. answers: that a greedy run would give whole, end
     included. kl: mean nats per predicted token, end included, from dense to this model.
     divergences: for each prompt the first token that differs, None where none does.
@@ -101,7 +95,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Referred:
+class DenseAnswer:
     """One dense answer.
 
     tokens: (T,) ids, the end included where the model ended it (``ended``).
@@ -117,67 +111,41 @@ class Referred:
 
     @property
     def counted(self) -> int:
-        """How many of the tokens count."""
+        """Number of tokens that count."""
         return max(len(self.text_tokens), 1)
 
     @property
     def text_tokens(self) -> tuple[int, ...]:
-        """Without the end; empty where the model said nothing."""
+        """Tokens without the end; none where the model said nothing."""
         return self.tokens[: -1 if self.ended else None]
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Dense answers to all samples that could be asked; unreadable: (sample, reason) of others."""
-
-    answers: tuple[Referred, ...]
-    unreadable: tuple[tuple[str, str], ...]
-
-
-def reference(
-    session: Session,
-    samples: Iterable[Sample],
-    max_tokens: int,
-    progress: Callable[[], None] = lambda: None,
-) -> Reference:
-    """Answer every sample greedily and keep what the model thought at each token.
+def dense_answers(
+    session: Session, samples: Iterable[Sample], max_tokens: int, advance: Advance = no_advance
+) -> tuple[DenseAnswer, ...]:
+    """Answer every sample greedily and keep the likeliest tokens at each position.
 
     The checkpoint's own sampling settings do not count: repetition penalties would make an answer
     that no teacher-forced prediction equals.
 
     Raises:
-        DataError: no sample had a picture that could be opened.
-        VisistageError: a prompt that the bundle cannot take.
+        VisistageError: an image that cannot be opened, or a prompt that the bundle cannot take.
     """
     greedy = replace(session.sampling, temperature=0.0, repetition_penalty=1.0)
-    answers: list[Referred] = []
-    unreadable: list[tuple[str, str]] = []
+    answers = []
     for sample in samples:
-        try:
-            answer = session.infer(
-                sample.image, sample.prompt, max_tokens=max_tokens, sampling=greedy
-            )
-            logits = session.score(sample.image, sample.prompt, answer.tokens[:-1])
-        except ImageError as error:
-            unreadable.append((sample.name, str(error)))
-        else:
-            ids, log_probs = _top_tokens(log_softmax(logits))
-            ended = answer.finish == "eos"
-            answers.append(Referred(sample, answer.tokens, ended, ids, log_probs))
-        progress()
-    if not answers:
-        first = f", the first because: {unreadable[0][1]}" if unreadable else ""
-        raise DataError(
-            f"none of {len(unreadable)} samples could be asked{first}. "
-            "Give samples with pictures that can be read."
-        )
-    return Reference(tuple(answers), tuple(unreadable))
+        answer = session.infer(sample.image, sample.prompt, max_tokens=max_tokens, sampling=greedy)
+        logits = session.score(sample.image, sample.prompt, answer.tokens[:-1])
+        ids, log_probs = _top_tokens(log_softmax(logits))
+        answers.append(DenseAnswer(sample, answer.tokens, answer.finish == "eos", ids, log_probs))
+        advance(1)
+    return tuple(answers)
 
 
 def agreement(
-    session: Session, answers: Iterable[Referred], progress: Callable[[], None] = lambda: None
+    session: Session, answers: Iterable[DenseAnswer], advance: Advance = no_advance
 ) -> Agreement:
-    """Walk ``session``'s bundle along dense answers, and compare each prediction.
+    """Force ``session``'s bundle along dense answers, and compare each prediction.
 
     Raises:
         VisistageError: a prompt that the bundle cannot take.
@@ -185,27 +153,27 @@ def agreement(
     right = total = positions = 0
     kl = 0.0
     divergences: list[int | None] = []
-    for one in answers:
-        logits = session.score(one.sample.image, one.sample.prompt, one.tokens[:-1])
-        same = logits.argmax(-1) == one.ids[:, 0]
-        right += int(same[: one.counted].sum())
-        total += one.counted
+    for dense in answers:
+        logits = session.score(dense.sample.image, dense.sample.prompt, dense.tokens[:-1])
+        same = logits.argmax(-1) == dense.ids[:, 0]
+        right += int(same[: dense.counted].sum())
+        total += dense.counted
         divergences.append(None if same.all() else int(np.argmin(same)))
-        kl += float(divergence(one, log_softmax(logits)).sum())
-        positions += len(one.tokens)
-        progress()
+        kl += float(divergence(dense, log_softmax(logits)).sum())
+        positions += len(dense.tokens)
+        advance(1)
     assert divergences, "nothing to compare with"
     whole = Share(divergences.count(None), len(divergences))
     return Agreement(Share(right, total), whole, kl / positions, tuple(divergences))
 
 
-def divergence(one: Referred, log_probs: np.ndarray) -> np.ndarray:
-    """KL (T,) in nats from a dense answer's positions to ``log_probs`` (T, V) of another model.
+def divergence(dense: DenseAnswer, log_probs: np.ndarray) -> np.ndarray:
+    """Return KL (T,) in nats from a dense answer to another model's ``log_probs`` (T, V).
 
     The tokens beyond the dense model's likeliest count as one.
     """
-    theirs = np.take_along_axis(log_probs, one.ids, 1)
-    mine = one.log_probs.astype(np.float64)
+    theirs = np.take_along_axis(log_probs, dense.ids, 1)
+    mine = dense.log_probs.astype(np.float64)
     inside = np.exp(mine)
     rest = np.clip(1 - inside.sum(1), 0, 1)
     their_rest = np.clip(1 - np.exp(theirs).sum(1), 1e-12, 1)
@@ -215,13 +183,13 @@ def divergence(one: Referred, log_probs: np.ndarray) -> np.ndarray:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """(T, V) log-probabilities in float64."""
+    """Return (T, V) log-probabilities in float64."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def _top_tokens(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The likeliest tokens of each position and their log-probabilities, descending."""
+    """Return the likeliest tokens of each position and their log-probabilities, descending."""
     # Stable, so that of equal ones the lowest id comes first, as argmax has it.
     ids = np.argsort(-log_probs, axis=1, kind="stable")[:, :TOP_TOKENS]
     found = np.take_along_axis(log_probs, ids, 1)

@@ -1,4 +1,4 @@
-"""Static plans that dynamics suggest, with what each costs and what it is expected to cut off.
+"""Static plans that dynamics suggest, with what each costs and what it is predicted to cut off.
 
     t       quantiles of the trigger layer at several thresholds, and evenly spread layers
     K       quantiles of the tokens kept, and what holds most of the contributions, rounded up
@@ -18,15 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
+from ...compile.planfile import resolve_plan
 from ...graphs.errors import PlanError
 from ...graphs.plan.cost import Geometry, Load, cost_of
 from ...graphs.plan.plan import StagePlan
 from ...graphs.plan.stages import MAX_KEEP, Probe
 from ...graphs.presets.presets import preset
 from .dynamics import COSINES, PUBLISHED, Dynamics, quantile
+
+T = TypeVar("T")
 
 PROMPT_SHARES = (0.5, 0.75, 0.9, 1.0)
 """Quantiles over prompts."""
@@ -46,7 +50,7 @@ class Candidate:
     """A plan that may be measured.
 
     Attributes:
-        text: as one can type it.
+        text: as typed.
         shallow, t, keep, e: s, t, K (None where nothing is selected) and e.
         cost: visual FLOPs as the graphs run them, dense = 1.
         visual_flops: the same, not relative.
@@ -65,16 +69,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Pricing:
-    """What the visual tokens of a layer cost in one model. geometry: its decoder; N: one image's.
+    """The cost of the visual tokens of a layer in one model, as graphs run it: all layers dense.
 
-    As graphs run them, so every layer with tokens is a dense one.
+    geometry: its decoder. visual_tokens: N, of one image.
     """
 
     geometry: Geometry
     visual_tokens: int
 
     def flops(self, t: int, keep: int | None, e: int) -> float:
-        """Visual FLOPs of a plan; text rows are not in it."""
+        """Return the visual FLOPs of a plan; text rows are not in it."""
         counts = [(self.visual_tokens, t + 1), (keep or 0, e - t)]
         loads = [Load("dense", tokens, layers) for tokens, layers in counts]
         return 2 * cost_of(loads, self.geometry).visual_macs
@@ -89,22 +93,19 @@ class Pricing:
         shallow: int = 0,
         predicted: float,
     ) -> Candidate:
-        """A plan with its costs."""
+        """Return a plan with its costs."""
         flops = self.flops(t, keep, e)
         last = self.geometry.layers - 1
         cost = flops / self.flops(last, None, last)
         return Candidate(text, shallow, t, keep, e, cost, flops, predicted)
 
-    def plan(self, one: Candidate) -> StagePlan:
-        """The plan of a candidate."""
-        name, _, tail = one.text.partition(":")
-        pairs = (item.split("=") for item in tail.split(",") if item)
-        options = {key: int(value) for key, value in pairs}
-        return preset(name, self.geometry.layers, self.visual_tokens, **options)
+    def plan(self, candidate: Candidate) -> StagePlan:
+        """Return the plan of a candidate."""
+        return resolve_plan(candidate.text, self.geometry.layers, self.visual_tokens)
 
 
 def published_candidate(dynamics: Dynamics, pricing: Pricing) -> Candidate | None:
-    """The preset whose numbers follow from the depth alone; None where it cannot be.
+    """Return the preset whose numbers follow from the depth alone; None where it cannot be.
 
     Its prediction leaves out what text-blind layers cost.
     """
@@ -127,7 +128,7 @@ def published_candidate(dynamics: Dynamics, pricing: Pricing) -> Candidate | Non
 
 
 def plan_candidates(dynamics: Dynamics, pricing: Pricing) -> dict[int, tuple[Candidate, ...]]:
-    """By t, ascending: those that no other of the same t beats by cost and prediction, by cost."""
+    """Return by t, ascending, those that no other of the same t beats by cost and prediction."""
     assert dynamics.layers == pricing.geometry.layers, (dynamics.layers, pricing.geometry.layers)
     exits = exit_layers(dynamics)
     found = {}
@@ -141,35 +142,35 @@ def plan_candidates(dynamics: Dynamics, pricing: Pricing) -> dict[int, tuple[Can
                     text = f"visipruner:shallow=0,t={t},e={e},keep={keep}"
                     predicted = float(cut[row, e])
                     of_t.append(pricing.candidate(text, t, keep, e, predicted=predicted))
-        found[t] = front(of_t, lambda one: -one.predicted)
+        found[t] = front(of_t, lambda candidate: -candidate.predicted)
     return found
 
 
 def knee(of_t: Sequence[Candidate]) -> Candidate:
-    """The cheapest of one t that cuts off hardly more than the best of it."""
+    """Return the cheapest of one t whose predicted loss is within ``KNEE_SLACK`` of the best."""
     limit = of_t[-1].predicted + KNEE_SLACK
-    return next(one for one in of_t if one.predicted <= limit)
+    return next(candidate for candidate in of_t if candidate.predicted <= limit)
 
 
 def trigger_layers(dynamics: Dynamics) -> list[int]:
-    """Values of t to try, ascending; all but the last layer where there are few.
+    """Return values of t to try, ascending; all but the last layer where there are few.
 
     Besides quantiles some evenly spread layers: where all probes fire at once, the quantiles are
     one layer.
     """
     fired = [
-        [one.trigger for one in dynamics.decide(Probe(dynamics.first, cosine, 0.0))]
+        [decision.trigger for decision in dynamics.decide(Probe(dynamics.first, cosine, 0.0))]
         for cosine in COSINES
     ]
-    layers = _quantiles(fired) | set(_spaced(range(dynamics.layers), MOST_TRIGGERS // 2))
-    return _spaced(sorted(layers - {dynamics.layers - 1}), MOST_TRIGGERS)
+    layers = _quantiles(fired) | set(spaced(range(dynamics.layers), MOST_TRIGGERS // 2))
+    return spaced(sorted(layers - {dynamics.layers - 1}), MOST_TRIGGERS)
 
 
 def keep_counts(dynamics: Dynamics, t: int, visual_tokens: int) -> list[int]:
-    """Values of K to try after layer ``t``, ascending, below N, rounded up by ``friendly``."""
+    """Return values of K to try after layer ``t``, ascending, below N, rounded by ``friendly``."""
     counts = _quantiles(
-        [int((one.norm[t] > level).sum()) for one in dynamics.readings]
-        for level in dynamics.contribution_ladder()
+        [int((reading.norm[t] > level).sum()) for reading in dynamics.readings]
+        for level in dynamics.contribution_thresholds()
     )
     ranks = range(1, dynamics.visual_tokens[1] + 1)
     held = np.median(dynamics.mass(ranks)[:, t], axis=0)
@@ -179,7 +180,7 @@ def keep_counts(dynamics: Dynamics, t: int, visual_tokens: int) -> list[int]:
 
 
 def exit_layers(dynamics: Dynamics) -> list[int]:
-    """Values of e to try, ascending; the last layer, after which nothing leaves, is among them."""
+    """Return values of e to try, ascending; the last layer, where nothing leaves, is among them."""
     last = dynamics.layers - 1
     loud = [
         [int(max(np.flatnonzero(row < cosine), default=0)) for row in dynamics.lowest]
@@ -191,12 +192,12 @@ def exit_layers(dynamics: Dynamics) -> list[int]:
         for quiet in COSINES
         for rule in (False, True)
     ]
-    left = [[one.exit for one in dynamics.decide(probe)] for probe in probes]
+    left = [[decision.exit for decision in dynamics.decide(probe)] for probe in probes]
     return sorted(_quantiles([*loud, *left]) | {last})
 
 
 def cut_off(dynamics: Dynamics, t: int, keeps: Sequence[int]) -> np.ndarray:
-    """(1 + len(keeps), L): share of the visual tokens' influence that a plan cuts off.
+    """Return (1 + len(keeps), L): the share of the visual tokens' influence that a plan cuts off.
 
     Of all tokens in all layers of the dense run, the part of those that a layer would no longer
     have: by K (first none, then ``keeps``) and e; mean over prompts. Only e >= t means something.
@@ -205,8 +206,8 @@ def cut_off(dynamics: Dynamics, t: int, keeps: Sequence[int]) -> np.ndarray:
     """
     weight = np.arange(dynamics.layers, 0, -1.0)[:, None] ** 2
     cuts = []
-    for one, influence in zip(dynamics.readings, dynamics.influence, strict=True):
-        order = np.argsort(-one.norm[t], kind="stable")
+    for reading, influence in zip(dynamics.readings, dynamics.influence, strict=True):
+        order = np.argsort(-reading.norm[t], kind="stable")
         sums = np.cumsum(influence[:, order] * weight, axis=1)
         total = sums[:, -1]
         at = np.minimum(keeps, len(order)).astype(np.int64) - 1
@@ -218,28 +219,32 @@ def cut_off(dynamics: Dynamics, t: int, keeps: Sequence[int]) -> np.ndarray:
 
 
 def friendly(count: int) -> int:
-    """The least number not below ``count`` of the form 2^i or 3 * 2^i."""
+    """Return the least number not below ``count`` of the form 2^i or 3 * 2^i."""
     power = 1 << (count - 1).bit_length()
     return power if count > power * 3 // 4 or power < 4 else power * 3 // 4
 
 
 def front(found: Iterable[Candidate], merit: Callable[[Candidate], float]) -> tuple[Candidate, ...]:
-    """Those that no other beats by cost and merit, by cost ascending."""
+    """Return those that no other beats by cost and merit, by cost ascending."""
     best: list[Candidate] = []
-    for one in sorted(found, key=lambda one: (one.cost, -merit(one), one.text)):
-        if not best or merit(one) > merit(best[-1]):
-            best.append(one)
+    for candidate in sorted(
+        found, key=lambda candidate: (candidate.cost, -merit(candidate), candidate.text)
+    ):
+        if not best or merit(candidate) > merit(best[-1]):
+            best.append(candidate)
     return tuple(best)
 
 
 def _quantiles(many: Iterable[Sequence[int | None]]) -> set[int]:
-    """The quantiles ``PROMPT_SHARES`` of each; those that are censored name nothing."""
+    """Return the quantiles ``PROMPT_SHARES`` of each; those that are censored name nothing."""
     points = (quantile(values, share) for values in many for share in PROMPT_SHARES)
     return {int(point) for point in points if point is not None}
 
 
-def _spaced(values: Sequence[int], most: int) -> list[int]:
-    """``most`` of ``values``, ends included, evenly spread."""
+def spaced(values: Sequence[T], most: int) -> list[T]:
+    """Return ``most`` of ``values``, ends included, evenly spread; of one, the middle."""
     if len(values) <= most:
         return list(values)
-    return sorted({values[round(at)] for at in np.linspace(0, len(values) - 1, most)})
+    if most < 2:
+        return list(values[len(values) // 2 :][:most])
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]

@@ -1,9 +1,9 @@
-"""What a dense model makes of its visual tokens, layer by layer: when, how many, how long.
+"""Dynamics of the visual tokens in a dense model: when, how many and how long they matter.
 
 A reading is the last prompt row's view of each visual token in every layer of a dense run:
 how little its attention output turns without the token, and how large the token's part of it is.
 Readings say when the published rules would fire at any threshold, so one run serves them all. The
-model may be quantised or of any depth; the only thing that counts is who made the readings.
+model may be quantised or of any depth.
 
 Two things differ from a pruned run, and every number here keeps that in mind: text still sees
 vision in shallow layers, and after the trigger the other tokens are still there.
@@ -25,8 +25,8 @@ vision in shallow layers, and after the trigger the other tokens are still there
                                          measured: an ``agreement.Agreement`` for each, or []
 
     spread            {of, reached, p10, p50, p90, max, text, histogram}
-                      of prompts, and how many of them got that far; a quantile that lies among
-                      those that never did is null, and ``text`` says so. histogram: [L] counts by
+                      of prompts, and how many of them got that far; a quantile among those that
+                      never did is null, and ``text`` says so. histogram: [L] counts by
                       layer, where the values are layers.
 
 Source: readings and rules: docs/methods.md, "VisiPruner: decision rules"; fixed numbers from
@@ -55,12 +55,12 @@ PUBLISHED = Probe(first=0, cosine=0.995, contribution=0.2, exit_cosine=0.999)
 
 NORM_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Contribution thresholds in parts of a strong token's norm: norms have another scale in each
-model, so no fixed ladder would do."""
+model, so no fixed thresholds would do."""
 
 
 @dataclass(frozen=True)
 class PromptReading:
-    """One prompt. cosine, norm: (L, N) float32, N the visual tokens of all its pictures."""
+    """One prompt. cosine, norm: (L, N) float32, N the visual tokens of all its images."""
 
     cosine: np.ndarray
     norm: np.ndarray
@@ -81,15 +81,18 @@ class Dynamics:
     first: int
 
     def __post_init__(self) -> None:
-        if not self.readings or not any(one.cosine.shape[1] for one in self.readings):
+        if not self.readings or not any(reading.cosine.shape[1] for reading in self.readings):
             raise DataError(
-                "found no prompt with a picture, expected one or more: nothing is known about "
-                "visual tokens without them. Add samples with readable pictures."
+                "found no prompt with an image, expected one or more: nothing is known about "
+                "visual tokens without them. Add samples with readable images."
             )
-        for index, one in enumerate(self.readings):
-            assert one.cosine.shape == one.norm.shape, (one.cosine.shape, one.norm.shape)
-            assert len(one.cosine) == self.layers, (index, one.cosine.shape)
-            if not (np.isfinite(one.cosine).all() and np.isfinite(one.norm).all()):
+        for index, reading in enumerate(self.readings):
+            assert reading.cosine.shape == reading.norm.shape, (
+                reading.cosine.shape,
+                reading.norm.shape,
+            )
+            assert len(reading.cosine) == self.layers, (index, reading.cosine.shape)
+            if not (np.isfinite(reading.cosine).all() and np.isfinite(reading.norm).all()):
                 raise DataError(
                     f"prompt {index}: its readings are not finite, so the model overflows on it. "
                     "Take it out, or check the checkpoint: visistage verify."
@@ -98,8 +101,8 @@ class Dynamics:
 
     @classmethod
     def of(cls, readings: Sequence[PromptReading], first: int | None = None) -> Dynamics:
-        """Dynamics of prompts that have visual tokens; ``first``: as presets have it by default."""
-        seen = tuple(one for one in readings if one.cosine.shape[1])
+        """Keep the prompts with visual tokens; ``first``: by default that of presets."""
+        seen = tuple(reading for reading in readings if reading.cosine.shape[1])
         layers = len(seen[0].cosine) if seen else 1
         return cls(seen, min(3 * layers // 16 + 1, layers - 1) if first is None else first)
 
@@ -111,13 +114,13 @@ class Dynamics:
     @property
     def visual_tokens(self) -> tuple[int, int]:
         """Fewest and most of one prompt."""
-        counts = [one.cosine.shape[1] for one in self.readings]
+        counts = [reading.cosine.shape[1] for reading in self.readings]
         return min(counts), max(counts)
 
     @cached_property
     def lowest(self) -> np.ndarray:
         """(P, L) float32: each prompt's least cosine in each layer."""
-        return np.stack([one.cosine.min(1) for one in self.readings])
+        return np.stack([reading.cosine.min(1) for reading in self.readings])
 
     @cached_property
     def influence(self) -> list[np.ndarray]:
@@ -127,36 +130,38 @@ class Dynamics:
         it is small. Squares, because contributions of many tokens add up like a random walk: the
         sum of angles would let hundreds of tokens that do nothing outweigh a few that do.
         """
-        return [np.clip(2 * (1 - one.cosine), 0, None) for one in self.readings]
+        return [np.clip(2 * (1 - reading.cosine), 0, None) for reading in self.readings]
 
-    def contribution_ladder(self) -> tuple[float, ...]:
-        """Thresholds for K, ascending: parts of a strong token's norm, and the published one."""
-        strong = float(np.median([one.norm[self.first :].max() for one in self.readings]))
+    def contribution_thresholds(self) -> tuple[float, ...]:
+        """Return thresholds for K, ascending: parts of a strong norm, and the published one."""
+        strong = float(np.median([reading.norm[self.first :].max() for reading in self.readings]))
         rounded = {float(f"{share * strong:.2g}") for share in NORM_SHARES if strong > 0}
         return tuple(sorted(rounded | {PUBLISHED.contribution}))
 
     def decide(self, probe: Probe) -> list[Decision]:
-        """What the published rules make of each prompt, t, K and e, with the numbers of ``probe``.
+        """Apply the published rules, with the numbers of ``probe``, to each prompt: t, K and e.
 
         Kept tokens are followed through the dense run, where the others are still present.
         """
-        return [_decide(one, probe) for one in self.readings]
+        return [_decide(reading, probe) for reading in self.readings]
 
     def mass_of(self, decisions: Sequence[Decision]) -> list[float | None]:
-        """Share of all contributions in its trigger layer that each prompt's kept tokens hold."""
+        """Return each prompt's share of contributions in its trigger layer that is kept."""
         return [
             None
-            if one.norms is None
-            else float(one.norms[one.kept].sum() / max(float(one.norms.sum()), 1e-30))
-            for one in decisions
+            if decision.norms is None
+            else float(
+                decision.norms[decision.kept].sum() / max(float(decision.norms.sum()), 1e-30)
+            )
+            for decision in decisions
         ]
 
     def mass(self, ranks: Sequence[int]) -> np.ndarray:
-        """(P, L, R): share of all contributions in a layer that its top ``ranks`` tokens hold."""
+        """Return (P, L, R): the share of contributions in a layer that its top ``ranks`` hold."""
         out = np.empty((len(self.readings), self.layers, len(ranks)))
-        for index, one in enumerate(self.readings):
-            sums = np.cumsum(-np.sort(-one.norm.astype(np.float64), axis=1), axis=1)
-            at = np.minimum(ranks, one.norm.shape[1]) - 1
+        for index, reading in enumerate(self.readings):
+            sums = np.cumsum(-np.sort(-reading.norm.astype(np.float64), axis=1), axis=1)
+            at = np.minimum(ranks, reading.norm.shape[1]) - 1
             out[index] = sums[:, at] / np.maximum(sums[:, -1:], 1e-30)
         return out
 
@@ -189,15 +194,17 @@ class Dynamics:
     def _tables(self) -> dict[str, list[dict[str, Any]]]:
         """``triggers``, ``kept`` and ``exits``."""
         triggers, kept, exits = [], [], []
-        ladder = self.contribution_ladder()
+        ladder = self.contribution_thresholds()
         for cosine in COSINES:
             for contribution in ladder:
                 probe = Probe(self.first, cosine, contribution)
                 decisions = self.decide(probe)
                 if contribution == ladder[0]:
-                    t = spread([one.trigger for one in decisions], self.layers)
+                    t = spread([decision.trigger for decision in decisions], self.layers)
                     triggers.append({"cosine": cosine, "t": t})
-                counts = [None if one.kept is None else len(one.kept) for one in decisions]
+                counts = [
+                    None if decision.kept is None else len(decision.kept) for decision in decisions
+                ]
                 row = {"cosine": cosine, "contribution": contribution}
                 kept.append(
                     {**row, "kept": spread(counts), "mass": spread(self.mass_of(decisions))}
@@ -206,7 +213,7 @@ class Dynamics:
             for exit_cosine in COSINES[1::2]:
                 for consecutive in (False, True):
                     probe = Probe(self.first, cosine, ladder[0], True, exit_cosine, 2, consecutive)
-                    found = [one.exit for one in self.decide(probe)]
+                    found = [decision.exit for decision in self.decide(probe)]
                     exits.append(
                         {
                             "cosine": cosine,
@@ -221,12 +228,12 @@ class Dynamics:
 
 
 def ranks_up_to(tokens: int) -> tuple[int, ...]:
-    """1, 2, 4, ... and ``tokens``."""
+    """Return 1, 2, 4, ... and ``tokens``."""
     return tuple(sorted({2**i for i in range(max(tokens, 1).bit_length())} | {tokens}))
 
 
 def quantile(values: Sequence[float | None], share: float) -> float | None:
-    """The least value that ``share`` of all have reached; None where fewer ever reached any.
+    """Return the least value that ``share`` of all have reached; None where fewer reached any.
 
     None among ``values`` is censored: larger than everything that was seen.
     """
@@ -236,7 +243,7 @@ def quantile(values: Sequence[float | None], share: float) -> float | None:
 
 
 def spread(values: Sequence[float | None], layers: int | None = None) -> dict[str, Any]:
-    """Quantiles of values of which some are missing, as in the module's table.
+    """Return quantiles of values of which some are missing, as in the module's table.
 
     layers: where the values are layers, of so many.
     """
@@ -260,12 +267,12 @@ def spread(values: Sequence[float | None], layers: int | None = None) -> dict[st
     return out
 
 
-def _decide(one: PromptReading, probe: Probe) -> Decision:
+def _decide(reading: PromptReading, probe: Probe) -> Decision:
     decision = Decision(probe)
-    for layer in range(probe.first, len(one.cosine)):
+    for layer in range(probe.first, len(reading.cosine)):
         if decision.settled:
             break
-        cosine, norm = one.cosine[layer], one.norm[layer]
+        cosine, norm = reading.cosine[layer], reading.norm[layer]
         if decision.kept is not None:
             cosine, norm = cosine[decision.kept], norm[decision.kept]
         decision.read(layer, cosine, norm)
@@ -273,5 +280,5 @@ def _decide(one: PromptReading, probe: Probe) -> Decision:
 
 
 def _rounded(values: np.ndarray) -> list:
-    """Nested lists with six digits, which is more than FP32 readings can tell apart."""
+    """Return nested lists with six digits, which is more than FP32 readings can tell apart."""
     return np.round(values.astype(np.float64), 6).tolist()

@@ -1,11 +1,12 @@
 """Plans run for real: a bundle each, built, asked and removed, one at a time.
 
-What is measured are the graphs that will be shipped, not a model of them.
+The graphs that are measured are those that will be shipped, not a model of them.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,21 +16,20 @@ from ... import runtime
 from ...compile.build import make_bundle
 from ...compile.planfile import save_plan
 from ...compile.quantize.calibration_file import Calibration
-from ...graphs.bundle import Bundle
-from ...graphs.errors import CapacityError
+from ...graphs.errors import CapacityError, DataError
 from ...graphs.plan.plan import StagePlan
 from ...graphs.plan.stages import Mode, Stage
 from ...graphs.presets.presets import preset
+from ...graphs.progress import Progress
 from ..samples import Sample
-from .agreement import Agreement, Referred, agreement, reference
+from .agreement import Agreement, DenseAnswer, agreement, dense_answers
 
-SampleProgress = Callable[[], None]
 Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Which checkpoint, as ``open_checkpoint`` and ``make_bundle`` take it."""
+    """A checkpoint, as ``open_checkpoint`` and ``make_bundle`` take it."""
 
     model: str
     revision: str | None = None
@@ -37,92 +37,99 @@ class Origin:
     dummy_weights: bool = False
 
 
-class Measuring:
-    """Agreement of plans with the dense model, on choosing and on held-out samples.
+class PlanBundles:
+    """Bundles of plans, asked how far they agree with the dense model.
 
-    Both are measured while a bundle exists, and those held out are not looked at before
-    ``confirm``: building twice would take longer than asking.
+    Choosing and held-out samples are both asked while a bundle exists, and those held out are not
+    looked at before ``confirm``: building twice would take longer than asking.
 
-    folder: for plans and bundles; gone between two calls. precision: of the plans' bundles; the
-    dense answers are those of an FP32 bundle always. ``ranges`` must be set before plans are
-    measured in a quantised one: of rows that none of them changes, for each has rows of its own.
+    Args:
+        origin: the checkpoint.
+        folder: for plans and bundles; removed between two calls.
+        precision: of the plans' bundles; the dense answers are always those of an FP32 bundle.
+        progress: sees a step for every bundle.
+
+    Attributes:
+        ranges: must be set before plans are measured in a quantised precision: of rows that none
+            of the plans changes, for each has rows of its own.
     """
 
-    def __init__(self, origin: Origin, folder: Path, precision: str = "fp32"):
+    def __init__(
+        self,
+        origin: Origin,
+        folder: Path,
+        precision: str = "fp32",
+        progress: Progress | None = None,
+    ):
         self.origin, self.folder, self.precision = origin, folder, precision
+        self.progress = progress or Progress()
         self.ranges: Calibration | None = None
-        self._choosing: list[Referred] = []
-        self._held: list[Referred] = []
+        self._choosing: list[DenseAnswer] = []
+        self._held: list[DenseAnswer] = []
         self._confirmed: dict[str, Agreement] = {}
 
-    @property
-    def asked(self) -> int:
-        """Samples that one measurement asks."""
-        return len(self._choosing) + len(self._held)
-
     def refer(
-        self,
-        dense: StagePlan,
-        samples: Sequence[Sample],
-        held: Sequence[int],
-        max_tokens: int,
-        progress: SampleProgress,
-    ) -> list[Referred]:
+        self, dense: StagePlan, samples: Sequence[Sample], held: Sequence[int], max_tokens: int
+    ) -> tuple[DenseAnswer, ...]:
         """Answer all samples with the dense bundle; ``held`` are the indices of those held out.
 
         Raises:
             CapacityError: the machine cannot hold the dense model's bundle; says what to do.
         """
-        try:
-            answers = self._with_bundle(
-                dense, lambda session: reference(session, samples, max_tokens, progress)
-            )
-        except CapacityError as error:
-            raise CapacityError(
-                f"{error}. To calibrate without running bundles, name the plan: --plan visipruner"
-            ) from None
-        assert not answers.unreadable, answers.unreadable  # their pictures were opened before
-        out = set(held)
-        self._choosing = [one for i, one in enumerate(answers.answers) if i not in out]
-        self._held = [one for i, one in enumerate(answers.answers) if i in out]
-        return list(answers.answers)
+        with self.progress.step("dense answers", len(samples)) as outcome:
+            try:
+                answers = self._with_bundle(
+                    dense,
+                    lambda session: dense_answers(
+                        session, samples, max_tokens, self.progress.advance
+                    ),
+                )
+            except CapacityError as error:
+                raise CapacityError(
+                    f"{error}. To calibrate without running bundles, name the plan: "
+                    "--plan visipruner"
+                ) from None
+            outcome.append(f"{len(samples) - len(held)} to choose by, {len(held)} held out")
+        self._choosing = [answer for i, answer in enumerate(answers) if i not in held]
+        self._held = [answer for i, answer in enumerate(answers) if i in held]
+        return answers
 
-    def measure(self, plan: StagePlan, progress: SampleProgress = lambda: None) -> Agreement:
-        """On the choosing samples."""
+    def measure(self, plan: StagePlan) -> Agreement:
+        """Return the agreement of a plan on the choosing samples."""
         # Else a build would look for a calibration of its own.
         assert self.precision == "fp32" or self.ranges is not None
 
         def run(session: runtime.Session) -> Agreement:
-            found = agreement(session, self._choosing, progress)
+            found = agreement(session, self._choosing, self.progress.advance)
             if self._held:
-                self._confirmed[plan.hash] = agreement(session, self._held, progress)
+                self._confirmed[plan.hash] = agreement(session, self._held, self.progress.advance)
             return found
 
-        return self._with_bundle(plan, run, self.precision, self.ranges)
-
-    def ship(self, calibration: Calibration, progress: SampleProgress = lambda: None) -> Agreement:
-        """The plan of a calibration with its own ranges, on samples held out if there are any."""
-        answers = self._held or self._choosing
-        return self._with_bundle(
-            calibration.plan,
-            lambda session: agreement(session, answers, progress),
-            self.precision,
-            calibration,
-        )
-
-    @property
-    def shipped_on(self) -> str:
-        """Which samples ``ship`` asks."""
-        return "held_out" if self._held else "choosing"
-
-    @property
-    def ship_asks(self) -> int:
-        """How many."""
-        return len(self._held or self._choosing)
+        asked = len(self._choosing) + len(self._held)
+        with self.progress.step(plan.name, asked) as outcome:
+            found = self._with_bundle(plan, run, self.precision, self.ranges)
+            outcome.append(_agrees(found))
+        return found
 
     def confirm(self, plan: StagePlan) -> Agreement:
-        """On those held out; of a plan that was measured."""
+        """Return the agreement of a measured plan on the samples held out."""
         return self._confirmed[plan.hash]
+
+    def ship(self, calibration: Calibration) -> dict:
+        """Return the agreement of the plan of a calibration with its own ranges, as JSON.
+
+        On the samples held out if there are any, as ``samples`` says.
+        """
+        answers = self._held or self._choosing
+        with self.progress.step(f"as it ships, {self.precision}", len(answers)) as outcome:
+            found = self._with_bundle(
+                calibration.plan,
+                lambda session: agreement(session, answers, self.progress.advance),
+                self.precision,
+                calibration,
+            )
+            outcome.append(_agrees(found))
+        return {"samples": "held_out" if self._held else "choosing", **found.to_dict()}
 
     def _with_bundle(
         self,
@@ -131,7 +138,7 @@ class Measuring:
         precision: str = "fp32",
         calibration: Calibration | None = None,
     ) -> Found:
-        """What ``run`` makes of a session with the plan's bundle, which is gone afterwards."""
+        """Run a session with the plan's bundle, which is removed afterwards."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file, ranges = self.folder / "plan.json", None
         try:
@@ -139,7 +146,7 @@ class Measuring:
             if calibration is not None:
                 ranges = self.folder / "ranges"
                 replace(calibration, plan=plan).save(ranges)
-            bundle: Bundle = make_bundle(
+            bundle = make_bundle(
                 **vars(self.origin),
                 plan=str(file),
                 target="cpu",
@@ -153,8 +160,45 @@ class Measuring:
             shutil.rmtree(self.folder)
 
 
+def hold_out(images: Sequence[str], share: float) -> tuple[list[int], list[int]]:
+    """Return indices (choosing, held out) of samples, each ascending; ``share`` are held out.
+
+    Questions about one image stay together: a plan that was chosen on an image has seen it. The
+    order of the samples says nothing, as files are often sorted by kind of question; the hash of
+    the image decides, and so every run decides alike.
+
+    Args:
+        images: a hash (hex) of what each sample shows.
+        share: 0 holds out nothing.
+
+    Raises:
+        DataError: ``share`` is no share below 1, or one image is all there is.
+    """
+    if not 0 <= share < 1:
+        raise DataError(f"holdout: found {share:g}, expected 0 to below 1. Type --holdout 0.33.")
+    of_image = Counter(images)
+    known = sorted(of_image)
+    if share and len(known) < 2:
+        raise DataError(
+            f"holdout: found {len(known)} image among {len(images)} samples, expected two or "
+            "more: one must choose and another confirm. Add samples, or type --holdout 0."
+        )
+    wanted = share * len(images)
+    held: set[str] = set()
+    count = 0
+    for key in known[:-1]:
+        if count >= wanted:
+            break
+        held.add(key)
+        count += of_image[key]
+    return (
+        [index for index, image in enumerate(images) if image not in held],
+        [index for index, image in enumerate(images) if image in held],
+    )
+
+
 def text_blind_plans(layers: int, visual_tokens: int) -> dict[int, StagePlan]:
-    """By s: plans in which the first s layers are text-blind, and nothing else happens.
+    """Return, by s, plans in which the first s layers are text-blind, and nothing else happens.
 
     By the rule of the preset ``visipruner`` for 7B. None in a decoder of fewer than four layers.
     """
@@ -166,3 +210,7 @@ def text_blind_plans(layers: int, visual_tokens: int) -> dict[int, StagePlan]:
         stage = Stage((0, layers), visual_tokens, modes + (full,) * (layers - shallow))
         out[shallow] = StagePlan(f"text-blind-{shallow}", layers, visual_tokens, (stage,))
     return out
+
+
+def _agrees(found: Agreement) -> str:
+    return f"agrees on {100 * found.tokens.share:.1f} % of {found.tokens.total} tokens"

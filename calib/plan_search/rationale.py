@@ -1,4 +1,4 @@
-"""Why a plan was chosen, in plain words, and what should be known before it is trusted."""
+"""The reasons for a plan in plain words, and warnings before it is trusted."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .agreement import Z95, Agreement
 from .dynamics import Dynamics
 
 if TYPE_CHECKING:
-    from .search import Tried
+    from .choose import Tried
 
 FIRM = 0.95
 """A cosine that no token reaches by noise; the published trigger, 0.995, is far more easily set
 off in short decoders."""
 
 LEAST_LOSS = 1e-4
-"""What is below it, no number of samples that anybody has could prove."""
+"""A smaller loss takes more samples to prove than there are."""
 
 MOST_HELD_OUT_TRIES = 2
 """Plans that held-out samples may judge before they have become choosing samples themselves."""
@@ -31,24 +31,24 @@ def rationale_for(
     taken: Tried | None,
     text_blind: Sequence[dict[str, Any]],
 ) -> dict[str, str]:
-    """A sentence each for s, t, K and e of what was taken; None: dense was."""
+    """Return a sentence each for s, t, K and e of the plan that was taken; None: the dense one."""
     if taken is None:
-        closest = max(tried, key=lambda one: one.measured.tokens.share, default=None)
+        closest = max(tried, key=lambda found: found.measured.tokens.share, default=None)
         why = "no plan that was measured keeps the budget on all samples"
         if closest is not None:
             why += f"; the closest, {closest.candidate.text}, agrees on {_tokens(closest)}"
         return {"s": _shallow(0, text_blind), "t": why, "K": why, "e": why}
-    one = taken.candidate
+    candidate = taken.candidate
     return {
-        "s": _shallow(one.shallow, text_blind),
+        "s": _shallow(candidate.shallow, text_blind),
         "t": _trigger(dynamics, tried, taken),
-        "K": _keep(dynamics, one.t, one.keep),
-        "e": _exit(dynamics, one.e),
+        "K": _keep(dynamics, candidate.t, candidate.keep),
+        "e": _exit(dynamics, candidate.e),
     }
 
 
 def about_precision(precision: str, quantised_agreement: Agreement) -> str:
-    """In what plans were measured; ``quantised_agreement``: agreement of the dense plan in it."""
+    """Return the precision that plans were measured in, and how far the dense plan agrees in it."""
     tokens = quantised_agreement.tokens
     return (
         f"{precision}: every plan was measured in it, against the dense model in FP32. Rounding "
@@ -59,9 +59,9 @@ def about_precision(precision: str, quantised_agreement: Agreement) -> str:
 def warnings_for(
     lose: float | None, tried: Sequence[Tried], taken: Tried | None, confirmed: int
 ) -> tuple[str, ...]:
-    """What weakens the choice. confirmed: how many plans the held-out samples judged."""
+    """Return what weakens the choice. confirmed: how many plans the held-out samples judged."""
     out = []
-    tokens = min((one.measured.tokens.total for one in tried), default=0)
+    tokens = min((found.measured.tokens.total for found in tried), default=0)
     if tokens and lose is not None and LEAST_LOSS <= lose < 1 / tokens:
         out.append(
             f"One token of {tokens} is more than the budget allows, so one difference rules a plan "
@@ -70,7 +70,7 @@ def warnings_for(
     if confirmed > MOST_HELD_OUT_TRIES:
         out.append(
             f"The held-out samples judged {confirmed} plans in turn, so they had a part in "
-            "choosing. More samples would mend that."
+            "choosing. Give more samples."
         )
     judged = None if taken is None else taken.held_out or taken.measured
     if judged is not None and lose is not None and judged.tokens.interval[0] < 1 - lose:
@@ -102,13 +102,13 @@ def _shallow(shallow: int, text_blind: Sequence[dict[str, Any]]) -> str:
 def _trigger(dynamics: Dynamics, tried: Sequence[Tried], taken: Tried) -> str:
     t = taken.candidate.t
     fired = np.mean((dynamics.lowest[:, dynamics.first : t + 1] < FIRM).any(1))
-    earlier = [one for one in tried if one.candidate.t < t]
+    earlier = [found for found in tried if found.candidate.t < t]
     text = (
         f"t = {t}: up to this layer a single token has turned the last row's output beyond cosine "
         f"{FIRM:g} in {100 * fired:.0f} % of the prompts"
     )
     if earlier:
-        best = max(earlier, key=lambda one: one.measured.tokens.share)
+        best = max(earlier, key=lambda found: found.measured.tokens.share)
         text += (
             f"; the best earlier t that was measured, {best.candidate.t}, agrees on {_tokens(best)}"
         )
@@ -129,15 +129,18 @@ def _keep(dynamics: Dynamics, t: int, keep: int | None) -> str:
 def _exit(dynamics: Dynamics, e: int) -> str:
     if e == dynamics.layers - 1:
         return f"e = {e}, the last layer: vision stays to the end."
-    after = [float(one[e + 1 :].sum() / max(one.sum(), 1e-30)) for one in dynamics.influence]
+    after = [
+        float(influence[e + 1 :].sum() / max(influence.sum(), 1e-30))
+        for influence in dynamics.influence
+    ]
     return (
         f"e = {e}: the layers after it have {100 * float(np.mean(after)):.1f} % of the influence "
         "that visual tokens have on the dense model's last row."
     )
 
 
-def _tokens(one: Tried) -> str:
-    text = f"{100 * one.measured.tokens.share:.1f} % of the tokens"
-    if one.held_out is not None:
-        text += f", but on {100 * one.held_out.tokens.share:.1f} % of those held out"
+def _tokens(found: Tried) -> str:
+    text = f"{100 * found.measured.tokens.share:.1f} % of the tokens"
+    if found.held_out is not None:
+        text += f", but on {100 * found.held_out.tokens.share:.1f} % of those held out"
     return text

@@ -1,14 +1,14 @@
 """Thresholds for this model in place of the published ones, which were chosen for 32 layers.
 
 In a decoder of eight layers each token weighs more: the published thresholds fire at once, before
-text has read the picture, and hardly any two layers are quiet enough to end. Three rules, each the
+text has read the image, and hardly any two layers are quiet enough to end. Three rules, each the
 safest that still does something:
 
     cosine         the least that fires in time in nine of ten prompts: late selection loses little
     contribution   the largest whose tokens hold 95 % of the contributions in nine of ten prompts
     exit_cosine    the largest that lets vision leave before the last layer in half of the prompts
 
-How far answers agree then is not said here: ``visistage evaluate`` measures it. Source: what late
+How far answers agree then is not predicted: ``visistage evaluate`` measures it. Source: what late
 and early selection cost: docs/methods.md, "VisiPruner: static plans".
 """
 
@@ -21,7 +21,7 @@ from ...graphs.plan.probing import Decision
 from ...graphs.plan.stages import Probe
 from .dynamics import PUBLISHED, Dynamics, quantile
 
-LADDER = (0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.997, 0.999)
+THRESHOLDS = (0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.997, 0.999)
 
 FIRES = 0.9
 """Share of prompts whose trigger must fire in time; the others keep all their tokens to the end."""
@@ -38,18 +38,14 @@ LEAVES = 0.5
 
 @dataclass(frozen=True)
 class Suggestion:
-    """An adaptive plan as one can type it, and why."""
+    """An adaptive plan as typed, and why."""
 
     plan: str
     reason: str
 
-    def to_dict(self) -> dict[str, str]:
-        """Plain JSON form."""
-        return {"plan": self.plan, "reason": self.reason}
-
 
 def suggest_thresholds(dynamics: Dynamics) -> Suggestion:
-    """An adaptive plan with thresholds by the rules above; the reason says where one finds none."""
+    """Suggest an adaptive plan by the rules above; the reason says where one finds no threshold."""
     base = replace(PUBLISHED, first=dynamics.first, exit_cosine=None)
     probe, about_cosine = _cosine(dynamics, base)
     probe, about_contribution = _contribution(dynamics, probe)
@@ -70,10 +66,12 @@ def _cosine(dynamics: Dynamics, base: Probe) -> tuple[Probe, str]:
     deadline = max(int(IN_TIME * dynamics.layers) - 1, dynamics.first)
 
     def in_time(probe: Probe) -> float:
-        return _share([_no_later(one.trigger, deadline) for one in dynamics.decide(probe)])
+        return _share(
+            [_no_later(decision.trigger, deadline) for decision in dynamics.decide(probe)]
+        )
 
-    tried = [replace(base, cosine=cosine) for cosine in LADDER]
-    probe = next((one for one in tried if in_time(one) >= FIRES), tried[-1])
+    tried = [replace(base, cosine=cosine) for cosine in THRESHOLDS]
+    probe = next((probe for probe in tried if in_time(probe) >= FIRES), tried[-1])
     found = (
         f"cosine {probe.cosine:g} fires by layer {deadline} in {_percent(in_time(probe))} of the "
         f"prompts{_half(dynamics.decide(probe))}"
@@ -87,11 +85,13 @@ def _cosine(dynamics: Dynamics, base: Probe) -> tuple[Probe, str]:
 
 def _contribution(dynamics: Dynamics, base: Probe) -> tuple[Probe, str]:
     def held(probe: Probe) -> float:
-        shares = [one for one in dynamics.mass_of(dynamics.decide(probe)) if one is not None]
+        shares = [share for share in dynamics.mass_of(dynamics.decide(probe)) if share is not None]
         return quantile(shares, 1 - FIRES) or 0.0 if shares else 0.0
 
-    tried = [replace(base, contribution=one) for one in reversed(dynamics.contribution_ladder())]
-    probe = next((one for one in tried if held(one) >= HOLDS), tried[-1])
+    tried = [
+        replace(base, contribution=least) for least in reversed(dynamics.contribution_thresholds())
+    ]
+    probe = next((probe for probe in tried if held(probe) >= HOLDS), tried[-1])
     return probe, (
         f"tokens above {probe.contribution:g} hold {_percent(held(probe))} of the contributions "
         f"or more in {_percent(FIRES)} of the prompts that fire"
@@ -101,9 +101,9 @@ def _contribution(dynamics: Dynamics, base: Probe) -> tuple[Probe, str]:
 def _exit(dynamics: Dynamics, base: Probe) -> tuple[Probe, str]:
     def leaves(exit_cosine: float) -> float:
         decisions = dynamics.decide(replace(base, exit_cosine=exit_cosine))
-        return _share([_no_later(one.exit, dynamics.layers - 2) for one in decisions])
+        return _share([_no_later(decision.exit, dynamics.layers - 2) for decision in decisions])
 
-    found = next((one for one in reversed(LADDER) if leaves(one) >= LEAVES), None)
+    found = next((cosine for cosine in reversed(THRESHOLDS) if leaves(cosine) >= LEAVES), None)
     if found is None:
         return base, f"no exit: vision would leave early in less than {_percent(LEAVES)} of them"
     text = f"with exit_cosine {found:g} vision leaves early in {_percent(leaves(found))} of them"
@@ -118,7 +118,7 @@ def _no_later(layer: int | None, deadline: int) -> bool:
 
 
 def _half(decisions: Sequence[Decision]) -> str:
-    layer = quantile([one.trigger for one in decisions], 0.5)
+    layer = quantile([decision.trigger for decision in decisions], 0.5)
     return "" if layer is None else f", by layer {layer:.0f} in half of them"
 
 

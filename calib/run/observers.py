@@ -1,4 +1,4 @@
-"""From the values that a tensor takes to the threshold at which it is clipped. NumPy only.
+"""Histograms of the values that a tensor takes, and thresholds to clip them at. NumPy only.
 
 A ``Histogram`` sees the values in batches, ``threshold`` makes one number of it. All is symmetric:
 it is |x| that is counted. The widths of bins are powers of two, which makes placing a value and
@@ -16,7 +16,7 @@ from ...graphs.errors import ModelError
 from ...graphs.quantization import Observer
 
 BINS = 2048
-"""Of a histogram; its largest value always lies in the upper half of them."""
+"""Bins of a histogram; its largest value is always in the upper half of them."""
 
 PERCENTILE = 99.99
 """Share of the values that ``percentile`` leaves unclipped, in percent."""
@@ -25,7 +25,7 @@ _LEVELS = INT8_LEVELS + 1
 """Distinct |x| of symmetric INT8, 0 included: the levels of ``entropy``."""
 
 _EMPTY = 1e-4
-"""What ``entropy`` counts in a bin that only clipped values are in; ONNX Runtime's number."""
+"""The count of ``entropy`` in a bin that only clipped values are in; ONNX Runtime's number."""
 
 _LEAST = -116
 """Exponent of the smallest range; 2**(11 + 116) is the largest power of two in FP32."""
@@ -34,7 +34,7 @@ _HISTOGRAM_CHUNK = 1 << 20
 
 
 class Histogram:
-    """Counts of |x| in ``BINS`` equal bins from 0, for values whose range nobody knows before.
+    """Counts of |x| in ``BINS`` equal bins from 0, for values of unknown range.
 
     When a value comes that is too large, the range doubles until it fits; bins merge in pairs.
 
@@ -51,12 +51,12 @@ class Histogram:
 
     @property
     def total(self) -> int:
-        """How many values were seen."""
+        """Values seen."""
         return int(self.counts.sum())
 
     @property
     def width(self) -> float:
-        """Of a bin: the power of two by which the maximum just fits."""
+        """Width of a bin: the power of two by which the maximum just fits."""
         return math.ldexp(1.0, _exponent(self.maximum)) / BINS
 
     def add(self, x: np.ndarray) -> None:
@@ -81,11 +81,6 @@ class Histogram:
             scaled *= per_bin
             self.counts += np.bincount(scaled.astype(np.int64), minlength=BINS)
 
-    def merge(self, other: Histogram) -> None:
-        """Count all that ``other`` has counted."""
-        self._reach(other.maximum)
-        self.counts += _halved(other.counts, _exponent(self.maximum) - _exponent(other.maximum))
-
     def _reach(self, largest: float) -> None:
         grown = max(self.maximum, largest)
         self.counts = _halved(self.counts, _exponent(grown) - _exponent(self.maximum))
@@ -93,7 +88,7 @@ class Histogram:
 
 
 def threshold(histogram: Histogram, observer: Observer) -> float:
-    """Where an observer clips |x|: from 0 (only where all values are 0) to the maximum.
+    """Return where an observer clips |x|: from 0 (only where all values are 0) to the maximum.
 
         minmax      the maximum
         percentile  ``PERCENTILE`` % of the values are below, to within a bin
@@ -113,15 +108,15 @@ def threshold(histogram: Histogram, observer: Observer) -> float:
 
 
 def _percentile(histogram: Histogram) -> float:
-    """Upper edge of the bin in which the share is reached: never clips more than it says."""
+    """Return the upper edge of the bin that reaches the share: it never clips more than that."""
     reached = np.cumsum(histogram.counts) >= histogram.total * PERCENTILE / 100
     return float(np.argmax(reached) + 1) * histogram.width
 
 
 def _entropy(histogram: Histogram) -> float:
-    """Upper edge of the first i bins, for the i with the least divergence; of equals the largest.
+    """Return the upper edge of the first i bins with the least divergence; of equals the largest.
 
-    For each i from 128: P is the first i bins with all that lies beyond added to the last of them.
+    For each i from 128: P is the first i bins with all that is beyond added to the last of them.
     Q is the first i bins alone, whose counts are shared evenly among the bins of each of 128 equal
     levels that hold any; the last bin counts as ``_EMPTY`` where P has values in it and Q has none.
     """
@@ -145,13 +140,13 @@ def _entropy(histogram: Histogram) -> float:
         of_p = negentropy[ends - 1] + _xlogx(last + clipped) - total * math.log(total)
         of_q = (mass * shared).sum(1) + clipped * at_last - total * np.log(inside)
     divergence = np.where(inside > 0, (of_p - of_q) / total, np.inf)
-    # Equals: a range whose values all lie in its last bin is like itself whatever is clipped.
+    # Equals: a range whose values are all in its last bin is like itself whatever is clipped.
     least = np.flatnonzero(divergence <= divergence.min() + 1e-9)[-1]
     return float(ends[least]) * histogram.width
 
 
 def _mse(histogram: Histogram) -> float:
-    """The best of 100 thresholds at equal ratios, then of 64 between its neighbours."""
+    """Return the best of 100 thresholds at equal ratios, then of 64 between its neighbours."""
     stop = np.flatnonzero(histogram.counts)[-1] + 1
     counts, most = histogram.counts[:stop].astype(np.float64), histogram.maximum / histogram.width
 
@@ -165,7 +160,7 @@ def _mse(histogram: Histogram) -> float:
 
 
 def _squared_error(counts: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Sum of (x - Q(x))² for every threshold, in squares of a bin, values spread over their bins.
+    """Return the sum of (x - Q(x))² for every threshold, in squares of a bin, spread over bins.
 
     With step s and y = x / s, the error integrated from 0 to x is s³ (n / 12 + (y - n)³ / 3) with
     n = min(round(y), 127): every full step adds s³ / 12, and beyond 127 it is all clipping.
@@ -182,12 +177,12 @@ def _xlogx(x: np.ndarray) -> np.ndarray:
 
 
 def _exponent(maximum: float) -> int:
-    """Of the range that ``maximum`` just fits into: maximum < 2**exponent."""
+    """Return the exponent of the range that ``maximum`` just fits into: maximum < 2**exponent."""
     return max(math.frexp(maximum)[1], _LEAST) if maximum else _LEAST
 
 
 def _halved(counts: np.ndarray, times: int) -> np.ndarray:
-    """Counts when the range has doubled ``times`` times."""
+    """Return the counts when the range has doubled ``times`` times."""
     merged = 1 << min(times, BINS.bit_length() - 1)
     sums = counts.reshape(-1, merged).sum(1)
     return np.pad(sums, (0, BINS - len(sums)))

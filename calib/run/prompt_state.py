@@ -1,7 +1,7 @@
 """One prompt on its way through the layers of a plan: its rows, calls and what it selected.
 
-Where ``graphs.chain.chain.Chain`` holds the caches of all stages at once, a traveller holds the
-rows of the stage it is in, and is lent a cache for one layer.
+Where ``graphs.chain.chain.Chain`` holds the caches of all stages at once, a ``PromptState`` holds
+the rows of the stage it is in, and a cache for one layer at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from ...graphs.modules.select import Prober, Selector
 from ...graphs.plan.gates import stage_gates
 from ...graphs.plan.plan import StagePlan
 from ..sample_prompts import SamplePrompt
-from .observe import ANSWER, TEXT, VISUAL
+
+ENCODER, VISUAL, TEXT, ANSWER = range(4)
+"""Kinds of rows: those of the vision encoder, and three in the decoder."""
 
 
 @dataclass
@@ -31,7 +33,7 @@ class _Call:
     """Rows that go through a stage's layers together.
 
     shared: cosines, sines, visibility, then value and sink gate of each gated layer
-    (``decoder.Head``). The rows stand in slots [start, stop).
+    (``decoder.Head``). The rows take slots [start, stop).
     """
 
     segments: list[AppendedRows]
@@ -43,9 +45,9 @@ class _Call:
 
 
 class LastRowView(NamedTuple):
-    """What the last prompt row sees in one layer; shapes as ``contract.probe_spec``, B = 1.
+    """The last prompt row's view of one layer; shapes as ``contract.probe_spec``, B = 1.
 
-    key, value: FP32; of an INT8 cache, what it stands for.
+    key, value: FP32; of an INT8 cache, what it represents.
     """
 
     query: Tensor
@@ -56,7 +58,7 @@ class LastRowView(NamedTuple):
     visual_slots: Tensor
 
     def read(self, prober: Prober) -> tuple[np.ndarray, np.ndarray]:
-        """Cosine without each visual token, and norm of its contribution: (N,) each."""
+        """Return the cosine without each visual token, and the norm of its contribution: (N,)."""
         cosine, norm = prober(*self)
         return cosine[0].numpy(), norm[0].numpy()
 
@@ -65,17 +67,13 @@ class PromptState:
     """A prompt, and its answer where it is known.
 
     Args:
-        begin: rows of the prefix, which stand in the first slots of every stage.
+        begin: rows of the prefix, which take the first slots of every stage.
         segments: the rest of the prompt.
         answer: rows of the answer.
-
-    Attributes:
-        kept: orders (K,) of the tokens that each selection so far kept.
     """
 
     def __init__(self, begin: int, segments: Sequence[AppendedRows], answer: AppendedRows | None):
         self.begin = begin
-        self.kept: list[np.ndarray] = []
         self._parts = [[segment] for segment in segments]  # of the next stage's calls
         self._answer = answer
         self._calls: list[_Call] = []
@@ -83,8 +81,8 @@ class PromptState:
 
     @property
     def sees(self) -> bool:
-        """Whether visual rows run through this stage."""
-        return any(segment.visual for call in self._calls for segment in call.segments)
+        """True if visual rows run through this stage."""
+        return bool(self._slots.visual.any())
 
     @property
     def answer_rows(self) -> int:
@@ -118,11 +116,11 @@ class PromptState:
             )
             bare = [replace(part, rows=None) for part in parts]
             self._calls.append(_Call(bare, rows, shared, start, used, is_answer))
-        self._order = torch.from_numpy(slots.order)
+        self._slots = slots
         self._parts = []  # the calls hold the rows now
 
     def kinds(self) -> list[np.ndarray]:
-        """The kind of each row of each call (``watch``)."""
+        """Return the kind of each row of each call."""
         return [
             np.concatenate(
                 [
@@ -160,61 +158,69 @@ class PromptState:
         for call in self._calls:
             cos, sin, visible, *gates = call.shared
             gate = (None, None) if gated is None else gates[2 * gated : 2 * gated + 2]
-            cache = (key[:, :, : call.stop], value[:, :, : call.stop])  # filled where they lie
+            cache = (key[:, :, : call.stop], value[:, :, : call.stop])  # filled in place
             first = torch.tensor([call.start])
             call.rows, query, *_ = run(call.rows, cos, sin, first, visible, None, *gate, *cache)
             if not call.is_answer:
-                last = query[:, :, -1]
+                last, order = query[:, :, -1], call.segments[-1].order[:, -1]
         assert last is not None
         if scales is not None:
             key, value = Eager().read(key, scales[0]), Eager().read(value, scales[1])
-        query_order = torch.from_numpy(self._prompt_calls[-1].segments[-1].order[:, -1].copy())
-        return LastRowView(last, key, value, self._order, query_order, self._visual_slots())
+        visual = torch.from_numpy(np.flatnonzero(self._slots.visual[0]))[None]
+        return LastRowView(
+            last,
+            key,
+            value,
+            torch.from_numpy(self._slots.order),
+            torch.from_numpy(order.copy()),
+            visual,
+        )
 
-    def select(self, selector: Selector, view: LastRowView) -> None:
-        """Choose the visual rows that go on; ``view`` is of the stage's last layer."""
+    def select(self, selector: Selector, view: LastRowView) -> np.ndarray:
+        """Choose the visual rows that go on, and return their order (K,).
+
+        ``view`` is of the stage's last layer.
+        """
         visual = self._joined(True)
         assert visual is not None
         rows, positions, order, _ = selector(
             *view, visual.rows, torch.from_numpy(visual.positions), torch.from_numpy(visual.order)
         )
         self._selected = AppendedRows(True, rows, positions.numpy(), order.numpy())
-        self.kept.append(order[0].numpy())
+        return order[0].numpy()
 
     def leave(self, drop: bool) -> None:
         """Gather what goes on to the next stage: [visual | text], and the answer.
 
-        ``drop``: the visual rows stay behind.
+        ``drop``: the visual rows do not go on.
         """
-        visual, text = self._joined(True), self._joined(False)
+        visual, text = self._selected or self._joined(True), self._joined(False)
         assert text is not None
-        if self._selected is not None:
-            visual, self._selected = self._selected, None
+        self._selected = None
         self._parts = [[text] if visual is None or drop else [visual, text]]
         if self._answer is not None:
             self._answer = replace(self._answer, rows=self._calls[-1].rows)
 
     def last_rows(self) -> Tensor:
-        """Rows (1 + A, 1, D) that the head sees: the last one of the prompt, and the answer's."""
+        """Return the rows (1 + A, 1, D) that the head sees: the prompt's last, and the answer's."""
         rows = self._parts[-1][-1].rows[0, -1:]
         if self._answer is not None:
             rows = torch.cat((rows, self._answer.rows[0]))
         return rows[:, None]
 
-    @property
-    def _prompt_calls(self) -> list[_Call]:
-        return [call for call in self._calls if not call.is_answer]
-
     def _joined(self, visual: bool) -> AppendedRows | None:
-        """The prompt's rows of one kind as they are now; None where it has none."""
-        found = []
-        for call in self._prompt_calls:
-            cuts = call.rows.split([segment.count for segment in call.segments], 1)
-            found += [
-                (segment, rows)
-                for segment, rows in zip(call.segments, cuts, strict=True)
-                if segment.visual == visual
-            ]
+        """Return the prompt's rows of one kind as they are now; None where it has none."""
+        found = [
+            (segment, rows)
+            for call in self._calls
+            if not call.is_answer
+            for segment, rows in zip(
+                call.segments,
+                call.rows.split([segment.count for segment in call.segments], 1),
+                strict=True,
+            )
+            if segment.visual == visual
+        ]
         if not found:
             return None
         return AppendedRows(
@@ -224,59 +230,34 @@ class PromptState:
             np.concatenate([segment.order for segment, _ in found], 1),
         )
 
-    def _visual_slots(self) -> Tensor:
-        """(1, N) slots of the visual rows."""
-        slots: list[int] = []
-        for call in self._prompt_calls:
-            at = call.start
-            for segment in call.segments:
-                slots += range(at, at + segment.count) if segment.visual else ()
-                at += segment.count
-        return torch.tensor(slots, dtype=torch.int64)[None]
 
-
-def prompt_states(
-    prompts: Sequence[SamplePrompt],
-    visual: Sequence[Sequence[Tensor]],
+def prompt_state(
+    prompt: SamplePrompt,
+    visual: Sequence[Tensor],
     table: Tensor,
     prefix_ids: Sequence[int],
     max_rows: int,
-) -> list[PromptState]:
-    """Every prompt before its first layer.
+) -> PromptState:
+    """Return a prompt before its first layer.
 
     Args:
-        prompts: texts and pictures.
-        visual: rows (1, N, D) of each picture of each prompt.
+        prompt: texts and images.
+        visual: rows (1, N, D) of each of its images.
         table: the embedding, (V, D).
-        prefix_ids: what prompts that begin so need not run.
+        prefix_ids: what a prompt that begins so need not run.
         max_rows: the model's context.
 
     Raises:
-        PromptError: a prompt does not end in text.
-        CapacityError: a prompt and its answer are longer than the context.
+        PromptError: the prompt does not end in text.
+        CapacityError: the prompt and its answer are longer than the context.
     """
-    return [
-        _prompt_state(prompt, list(rows), table, tuple(prefix_ids), max_rows)
-        for prompt, rows in zip(prompts, visual, strict=True)
-    ]
-
-
-def _prompt_state(
-    prompt: SamplePrompt,
-    visual: list[Tensor],
-    table: Tensor,
-    prefix_ids: tuple[int, ...],
-    max_rows: int,
-) -> PromptState:
     parts = list(prompt.parts)
     if not parts or isinstance(parts[-1], np.ndarray):
-        raise PromptError(f"{prompt.name}: the prompt ends in a picture. Ask something about it")
-    begin = 0
-    if prefix_ids and not isinstance(parts[0], np.ndarray):
-        head = tuple(parts[0])
-        if head[: len(prefix_ids)] == prefix_ids:
-            begin = len(prefix_ids)
-            parts[0] = head[begin:]
+        raise PromptError(f"{prompt.name}: the prompt ends in an image. Ask something about it")
+    begin, prefix = 0, tuple(prefix_ids)
+    if not isinstance(parts[0], np.ndarray) and tuple(parts[0][: len(prefix)]) == prefix:
+        begin = len(prefix)
+        parts[0] = parts[0][begin:]
 
     def embedded(ids: Sequence[int]) -> Tensor:
         return table[list(ids)].float()[None]

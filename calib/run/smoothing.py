@@ -1,4 +1,4 @@
-"""Which factor per channel makes a group of linear layers easiest to round. NumPy only.
+"""Factors per channel that make a group of linear layers easiest to round. NumPy only.
 
 X W^T = (X / s)(s W)^T for any s > 0: what is hard to round moves between inputs and weights. The
 factors are folded into what is before the group (``graphs/linears.py``), so the function stays.
@@ -24,8 +24,7 @@ from ...compile.quantize.int_arithmetic import (
     fake_quantised_weight,
     quantise,
 )
-from ...graphs.quantization import SCALE_BLOCK, Observer, Scheme
-from .observers import Histogram, threshold
+from ...graphs.quantization import SCALE_BLOCK
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Tried for smoothing."""
@@ -45,7 +44,7 @@ BOUND = 2.0**15
 
 @dataclass(frozen=True)
 class Smoothing:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         alpha: the strength with the least error; None where none saves ``GAIN``.
@@ -65,11 +64,11 @@ class Smoothing:
 def smoothing_factors(
     input_absmax: np.ndarray, weight_absmax: np.ndarray, alpha: float
 ) -> np.ndarray:
-    """max|X_j|^alpha / max|W_j|^(1 - alpha), SmoothQuant eq. 4, with a geometric mean of 1.
+    """Return max|X_j|^alpha / max|W_j|^(1 - alpha), SmoothQuant eq. 4, scaled.
 
-    A common factor changes nothing, as every scale moves with it; this one keeps what the factors
-    fold into about as large as it was. Dead channels, on either side, take 1 and have no part in
-    the mean. All are within ``BOUND``.
+    Their geometric mean is 1: a common factor changes nothing, as every scale moves with it, and
+    this one keeps what the factors fold into about as large as it was. Dead channels, on either
+    side, take 1 and have no part in the mean. All are within ``BOUND``.
 
     Args:
         input_absmax: (K,) largest |x| of each channel.
@@ -85,7 +84,7 @@ def smoothing_factors(
 
 
 def awq_factors(input_mean: np.ndarray, alpha: float) -> np.ndarray:
-    """mean|X_j|^alpha, divided by the root of the largest times the smallest, as AWQ's code does.
+    """Return mean|X_j|^alpha over the root of the largest times the smallest, as AWQ's code.
 
     Dead channels take 1; all are within ``BOUND``.
 
@@ -107,30 +106,25 @@ def search_smoothing(
     weights: Sequence[np.ndarray],
     *,
     input_absmax: np.ndarray | None = None,
-    alphas: Sequence[float] = ALPHAS,
-    observer: Observer = "minmax",
 ) -> Smoothing:
-    """The alpha with which a group's outputs suffer least from W8A8.
+    """Find the alpha with which a group's outputs suffer least from W8A8, clipped nowhere.
 
     Args:
         rows: (M, K) inputs of the group.
         weights: of its layers, (N_i, K) each.
         input_absmax: (K,) over all rows there were; None: over ``rows``.
-        alphas: strengths to try.
-        observer: how the inputs get their scale; all but ``minmax`` see only the rows multiplied.
     """
     inputs = absmax(rows, 0) if input_absmax is None else input_absmax
     largest = np.max([absmax(weight, 0) for weight in weights], axis=0)
-    sample = _Sample.of(rows, weights)
-
-    def error(factors: np.ndarray) -> float:
-        scaled = sample.rows / factors
-        limit = (
-            float((inputs / factors).max()) if observer == "minmax" else _limit(scaled, observer)
-        )
-        return sample.error_w8a8(factors, activation_scale(limit))
-
-    return _search(error, lambda alpha: smoothing_factors(inputs, largest, alpha), rows, alphas)
+    sample = OutputSample.of(rows, weights)
+    return _search(
+        lambda factors: sample.error_w8a8(
+            activation_scale(float((inputs / factors).max())), factors
+        ),
+        lambda alpha: smoothing_factors(inputs, largest, alpha),
+        rows,
+        ALPHAS,
+    )
 
 
 def search_awq(
@@ -138,78 +132,64 @@ def search_awq(
     weights: Sequence[np.ndarray],
     *,
     input_mean: np.ndarray | None = None,
-    alphas: Sequence[float] = AWQ_ALPHAS,
     block: int = SCALE_BLOCK,
 ) -> Smoothing:
-    """The alpha with which a group's outputs suffer least from W4.
+    """Find the alpha with which a group's outputs suffer least from W4.
 
-    ``input_mean`` (K,) is of |x| over all rows there were; None: over ``rows``. All else is as for
-    ``search_smoothing``.
+    ``input_mean`` (K,) is of |x| over all rows there were; None: over ``rows``. ``block``: inputs
+    that share one scale. All else is as for ``search_smoothing``.
     """
     if input_mean is None:
         input_mean = np.abs(rows).mean(0, dtype=np.float64)
-    sample = _Sample.of(rows, weights)
+    sample = OutputSample.of(rows, weights)
     return _search(
         lambda factors: sample.error_w4(factors, block),
         lambda alpha: awq_factors(input_mean, alpha),
         rows,
-        alphas,
+        AWQ_ALPHAS,
     )
 
 
-def sensitivity(
-    rows: np.ndarray, weight: np.ndarray, scale: np.float32, *, block: int = SCALE_BLOCK
-) -> dict[Scheme, float]:
-    """What each scheme costs one linear layer: ||Y - Yq||² / ||Y||², on rows and outputs as above.
-
-    Args:
-        rows: (M, K) its inputs.
-        weight: (N, K).
-        scale: of the inputs, for ``w8a8``.
-        block: inputs that share one scale, for ``w4``.
-    """
-    sample = _Sample.of(rows, [weight])
-    ones = np.ones(rows.shape[1], np.float32)
-    return {
-        "w8a8": sample.error_w8a8(ones, scale),
-        "w8": sample.error_of(sample.rows, fake_quantised_weight(sample.weight)),
-        "w4": sample.error_w4(ones, block),
-    }
-
-
-def quantisation_error(rows: np.ndarray, weight: np.ndarray, scale: np.float32) -> float:
-    """``sensitivity(rows, weight, scale)["w8a8"]`` alone, for whoever compares many scales."""
-    ones = np.ones(rows.shape[1], np.float32)
-    return _Sample.of(rows, [weight]).error_w8a8(ones, scale)
+def evenly(matrix: np.ndarray, most: int) -> np.ndarray:
+    """Return at most ``most`` rows, evenly spread, with the first and the last; always the same."""
+    if len(matrix) <= most:
+        return matrix
+    return matrix[np.linspace(0, len(matrix) - 1, most).round().astype(int)]
 
 
 @dataclass(frozen=True)
-class _Sample:
-    """Rows (m, K), weights (n, K) of all layers of a group, and their product (m, n)."""
+class OutputSample:
+    """Rows (m, K), weights (n, K) of the layers of a group, and their product (m, n).
+
+    Errors are ||Y - Yq||² / ||Y||² of that product, with inputs divided and weights multiplied by
+    factors (K,).
+    """
 
     rows: np.ndarray
     weight: np.ndarray
     exact: np.ndarray
 
     @classmethod
-    def of(cls, rows: np.ndarray, weights: Sequence[np.ndarray]) -> _Sample:
-        some = _spread(rows, SAMPLE_ROWS)
-        weight = np.concatenate([_spread(one, SAMPLE_OUTPUTS) for one in weights])
+    def of(cls, rows: np.ndarray, weights: Sequence[np.ndarray]) -> OutputSample:
+        """Sample rows, and outputs of each layer."""
+        some = evenly(rows, SAMPLE_ROWS)
+        weight = np.concatenate([evenly(weight, SAMPLE_OUTPUTS) for weight in weights])
         return cls(some, weight, some @ weight.T)
 
-    def error_w8a8(self, factors: np.ndarray, scale: np.float32) -> float:
-        """With inputs divided by ``factors`` and rounded with ``scale``."""
+    def error_w8a8(self, scale: np.float32, factors: np.ndarray | float = 1.0) -> float:
+        """Return the error with INT8 inputs, rounded with ``scale``, and INT8 weights."""
         rows = dequantise(quantise(self.rows / factors, scale), scale)
-        return self.error_of(rows, fake_quantised_weight(self.weight * factors))
+        return self._error(rows, fake_quantised_weight(self.weight * factors))
 
-    def error_w4(self, factors: np.ndarray, block: int) -> float:
-        """With inputs divided by ``factors`` and not rounded."""
-        return self.error_of(
-            self.rows / factors, fake_quantised_weight(self.weight * factors, block)
-        )
+    def error_w8(self) -> float:
+        """Return the error with INT8 weights."""
+        return self._error(self.rows, fake_quantised_weight(self.weight))
 
-    def error_of(self, rows: np.ndarray, weight: np.ndarray) -> float:
-        """Of the product of rounded rows and weights."""
+    def error_w4(self, factors: np.ndarray | float = 1.0, block: int = SCALE_BLOCK) -> float:
+        """Return the error with INT4 weights, of which ``block`` share one scale."""
+        return self._error(self.rows / factors, fake_quantised_weight(self.weight * factors, block))
+
+    def _error(self, rows: np.ndarray, weight: np.ndarray) -> float:
         lost = np.square(rows @ weight.T - self.exact, dtype=np.float64).sum()
         of = np.square(self.exact, dtype=np.float64).sum()
         return float(lost / of) if of else 0.0
@@ -228,19 +208,6 @@ def _search(
     if best is None or errors[best] >= (1 - GAIN) * plain:
         return Smoothing(None, ones, plain, plain, errors)
     return Smoothing(best, factors_of(best), errors[best], plain, errors)
-
-
-def _limit(values: np.ndarray, observer: Observer) -> float:
-    histogram = Histogram("the inputs")
-    histogram.add(values)
-    return threshold(histogram, observer)
-
-
-def _spread(matrix: np.ndarray, most: int) -> np.ndarray:
-    """At most ``most`` rows, evenly spread, the first and the last among them; always the same."""
-    if len(matrix) <= most:
-        return matrix
-    return matrix[np.linspace(0, len(matrix) - 1, most).round().astype(int)]
 
 
 def _log2(values: np.ndarray, live: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ...graphs.progress import Progress, StepFact
 from ...graphs.quantization import is_quantised
 from ...pages.units import show_seconds
 from .bar import StepBar
@@ -20,16 +21,16 @@ MOST_SHOWN = 5
 """Unreadable pictures listed; calibration.json has all of them."""
 
 
-class CalibrationProgressBar(StepBar):
-    """A ``calib.progress.Watcher`` on stderr."""
+class CalibrationProgressBar(StepBar, Progress):
+    """A progress callback on stderr."""
 
-    def start(self, step: str, total: int | None) -> None:
+    def start(self, step: str, total: int | None = None) -> None:
         """Show the step that runs now."""
         self.show(step, total)
 
-    def done(self, step: str, seconds: float, outcome: str) -> None:
+    def done(self, fact: StepFact) -> None:
         """Leave one line behind."""
-        self.leave(f"{step:<40} {show_seconds(seconds):>9}   {outcome}")
+        self.leave(f"{fact.name:<40} {show_seconds(fact.seconds):>9}   {fact.outcome}")
 
 
 def calibration_facts(folder: Path, calibration: Calibration) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,8 @@ from rich.console import Console, Group, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
+
+from ...graphs.progress import Advance
 
 if TYPE_CHECKING:
     from ...calib.evaluate import EvaluationReport
@@ -19,12 +21,12 @@ MOST_SHOWN = 5
 
 
 @contextmanager
-def counting(total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr that moves by one with every call; nothing where there is no terminal."""
+def counting(total: int) -> Iterator[Advance]:
+    """Show a bar on stderr that moves with every call; nothing where there is no terminal."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("asking", total=total)
-        yield lambda: bar.advance(task)
+        yield lambda units: bar.advance(task, units)
 
 
 def evaluation_table(report: EvaluationReport) -> RenderableType:

@@ -10,12 +10,12 @@ from visistage.calib.plan_search.agreement import (
     Agreement,
     Share,
     agreement,
+    dense_answers,
     divergence,
     log_softmax,
-    reference,
 )
 from visistage.calib.samples import Sample
-from visistage.graphs.errors import DataError, ImageError
+from visistage.graphs.errors import ImageError
 from visistage.runtime.answer import Answer, PlanFacts, Timings
 from visistage.runtime.text.sampling import Sampling
 
@@ -53,20 +53,20 @@ class Scripted:
 
 
 def referred(session=None, samples=SAMPLES):
-    return reference(session or Scripted(), samples, LONGEST)
+    return dense_answers(session or Scripted(), samples, LONGEST)
 
 
 def test_the_dense_model_agrees_with_itself():
-    found = agreement(Scripted(), referred().answers)
+    found = agreement(Scripted(), referred())
     assert found.tokens == Share(1 + 4 + 6 + 1, 12)  # ends are left out, but for the silent one
     assert found.answers == Share(4, 4)
     assert found.divergences == (None,) * 4
     assert found.kl == pytest.approx(0, abs=1e-6)
 
 
-def test_a_model_is_walked_along_the_dense_answer():
+def test_a_model_is_forced_along_the_dense_answer():
     other = Scripted({**SAID, "long": [5, 1, 7, 1, EOS]})
-    found = agreement(other, referred().answers)
+    found = agreement(other, referred())
     assert other.seen[1] == ("long", (5, 6, 7, 8))  # not along its own
     assert found.tokens == Share(10, 12)
     assert found.answers == Share(3, 4)
@@ -75,27 +75,25 @@ def test_a_model_is_walked_along_the_dense_answer():
 
 
 def test_an_answer_that_only_ends_elsewhere_is_another_answer():
-    found = agreement(Scripted({**SAID, "one": [7, 8, 9]}), referred().answers)
+    found = agreement(Scripted({**SAID, "one": [7, 8, 9]}), referred())
     assert found.tokens == Share(12, 12)
     assert found.answers == Share(3, 4)
     assert found.divergences[0] == 1
-    speaks = agreement(Scripted({**SAID, "silent": [4]}), referred().answers)
+    speaks = agreement(Scripted({**SAID, "silent": [4]}), referred())
     assert speaks.tokens == Share(11, 12)
 
 
-def test_pictures_that_cannot_be_read_are_named_and_the_rest_is_asked():
-    bad = Sample("data:2", "bad.png", "one", "")
+def test_every_answer_counts_and_an_image_that_cannot_be_read_is_an_error():
     ticks = []
-    found = reference(Scripted(), [SAMPLES[0], bad], LONGEST, lambda: ticks.append(1))
-    assert [one.sample.name for one in found.answers] == ["one"]
-    assert found.unreadable == (("data:2", "bad.png: damaged"),)
-    assert len(ticks) == 2
-    with pytest.raises(DataError, match=r"none of 1 samples .*bad\.png: damaged"):
-        reference(Scripted(), [bad], LONGEST)
+    found = dense_answers(Scripted(), SAMPLES[:2], LONGEST, ticks.append)
+    assert [dense.sample.name for dense in found] == ["one", "long"]
+    assert ticks == [1, 1]
+    with pytest.raises(ImageError, match=r"bad\.png: damaged"):
+        dense_answers(Scripted(), [Sample("data:2", "bad.png", "one", "")], LONGEST)
 
 
 def test_divergence_is_the_textbook_one_where_all_tokens_are_kept():
-    (one,) = reference(Scripted(sure=1.0), SAMPLES[1:2], LONGEST).answers
+    (one,) = dense_answers(Scripted(sure=1.0), SAMPLES[1:2], LONGEST)
     assert one.ids.shape[1] == VOCAB < TOP_TOKENS
     p = np.exp(log_softmax(Scripted(sure=1.0).score("", "long", one.tokens[:-1])))
     q = np.exp(log_softmax(Scripted(sure=3.0).score("", "long", one.tokens[:-1])))
@@ -105,7 +103,7 @@ def test_divergence_is_the_textbook_one_where_all_tokens_are_kept():
 
 def test_divergence_with_few_tokens_kept_is_below_the_true_one(monkeypatch):
     monkeypatch.setattr("visistage.calib.plan_search.agreement.TOP_TOKENS", 3)
-    (one,) = reference(Scripted(sure=1.0), SAMPLES[1:2], LONGEST).answers
+    (one,) = dense_answers(Scripted(sure=1.0), SAMPLES[1:2], LONGEST)
     assert one.ids.shape == (5, 3)
     p = log_softmax(Scripted(sure=1.0).score("", "long", one.tokens[:-1]))
     q = log_softmax(Scripted(sure=3.0).score("", "long", one.tokens[:-1]))

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from io import StringIO
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from visistage.calib.page.warnings import calibration_warnings
 from visistage.calib.plan_search import chooser as choosing
 from visistage.calib.plan_search import measure_plans as bundles
 from visistage.calib.plan_search.dynamics import Dynamics, PromptReading
-from visistage.calib.plan_search.measure_plans import Measuring, Origin, text_blind_plans
+from visistage.calib.plan_search.measure_plans import Origin, PlanBundles, text_blind_plans
 from visistage.calib.plan_search.thresholds import suggest_thresholds
 from visistage.calib.run.collect_ranges import collect
 from visistage.calib.run.layerwise import run_layerwise
@@ -41,6 +41,7 @@ from visistage.runtime.backends import ort
 from visistage.runtime.backends.ort_int8 import int8_session_entries
 from visistage.runtime.image.preprocessing import Preprocessing
 from visistage.tests.support import toy
+from visistage.tests.support.chain_judge import RecordingObserver, layerwise
 
 LAYERS, TOKENS = 4, 16
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
@@ -124,9 +125,9 @@ def test_a_measured_agreement_is_that_of_the_real_bundle(folder, tmp_path):
     rng = np.random.default_rng(1)
     images = [Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)) for _ in range(3)]
     samples = [Sample(str(i), image, "Why?", "") for i, image in enumerate(images)]
-    measuring = Measuring(Origin(str(folder / "toy")), tmp_path / "work")
+    measuring = PlanBundles(Origin(str(folder / "toy")), tmp_path / "work")
     dense = preset("dense", LAYERS, TOKENS)
-    measuring.refer(dense, samples, [2], 5, lambda: None)
+    measuring.refer(dense, samples, [2], 5)
     same = measuring.measure(dense)
     assert same.tokens.share == same.answers.share == 1.0
     assert same.answers.total == 2
@@ -282,7 +283,7 @@ def test_a_rounded_walk_computes_what_the_rounded_bundle_does(
     exact, near = (
         [
             one[0].numpy()
-            for one in run_layerwise(
+            for one in layerwise(
                 checkpoint, asked, dense, texts.prefix_ids, fake_quantised=by
             ).logits
         ]
@@ -311,15 +312,11 @@ def test_dynamics_of_an_int8_cache_are_read_from_one(folder, tmp_path, monkeypat
         return run_layerwise(checkpoint, prompts, plan, prefix, **options)
 
     def dynamics(checkpoint, prompts, plan, prefix, rounded):
-        found = [[] for _ in prompts]
-        run_layerwise(
-            *(checkpoint, prompts, plan, prefix),
-            reading=lambda place, layer, *both: found[place].append(both),
-            fake_quantised=rounded,
-        )
-        return Dynamics.of([PromptReading(*np.stack(both, 1)) for both in found])
+        observer = RecordingObserver(reads=True)
+        run_layerwise(checkpoint, prompts, plan, prefix, observer=observer, fake_quantised=rounded)
+        return Dynamics.of([PromptReading(*both) for both in observer.by_prompt().values()])
 
-    monkeypatch.setattr(choosing.walk, "run_layerwise", spy)
+    monkeypatch.setattr(choosing.layerwise, "run_layerwise", spy)
     done = run(
         *(folder / "toy", "--data", folder / "data", "--out", tmp_path, "--candidates", "1"),
         *("--precision", "fp32:cache=int8", "--cost", "90%", "--json"),
@@ -336,7 +333,7 @@ def test_dynamics_of_an_int8_cache_are_read_from_one(folder, tmp_path, monkeypat
             assert np.array_equal(np.stack(fake_quantised.scales_of(layer)), scales[:, layer])
     exact, near = (dynamics(*whose, by) for by in (None, fake_quantised))
     assert facts["min_cosine"] == near.to_dict()["min_cosine"] != exact.to_dict()["min_cosine"]
-    assert facts["suggested"] == suggest_thresholds(near).to_dict()
+    assert facts["suggested"] == asdict(suggest_thresholds(near))
 
 
 def test_a_named_plan_is_calibrated_without_a_bundle(folder, tmp_path, monkeypatch):
@@ -394,7 +391,7 @@ def test_an_end_in_the_middle_leaves_what_was_there_before(folder, tmp_path, mon
         (("--lose", "half"), "is no share"),
         (("--lose", "5"), "Write one like 1% or 0.01"),
         (("--holdout", "1"), "expected 0 to below 1"),
-        (("--samples", "1"), "found 1 picture"),
+        (("--samples", "1"), "found 1 image"),
     ],
 )
 def test_what_cannot_be_honoured_is_one_error_and_leaves_nothing(

@@ -15,8 +15,9 @@ from visistage.calib.page.series import by_sensitivity, kept_float, rows_seen, s
 from visistage.calib.page.warnings import calibration_warnings
 from visistage.calib.plan_search.agreement import Agreement, Share
 from visistage.calib.plan_search.candidates import Pricing
-from visistage.calib.plan_search.choose import Budget, choose_plan
+from visistage.calib.plan_search.choose import choose_plan
 from visistage.calib.plan_search.dynamics import Dynamics, PromptReading, spread
+from visistage.calib.plan_search.goal import SelectionGoal
 from visistage.compile.checkpoint.known_models import KNOWN_MODELS
 from visistage.compile.quantize.calibration_file import Calibration, SampleFacts
 from visistage.compile.quantize.group_ranges import GroupRanges
@@ -264,7 +265,7 @@ def test_rows_are_told_by_stage(page, calibration):
     assert [row[1] for row in stages] == [str(stage.visual_tokens) for stage in PLAN.stages]
     assert {row[2] for row in rows} == {"4000"}
     assert {row[3] for row in rows} == {"2000"}
-    assert {"head", "tower and projector"} <= {row[0] for row in rows}
+    assert {"head", "vision encoder and projector"} <= {row[0] for row in rows}
 
 
 def test_quantiles_and_censoring_are_told_in_words(page, calibration):
@@ -285,10 +286,12 @@ def test_observers_are_compared_by_their_mean_errors(page, calibration):
 
 def test_every_group_is_in_one_series(calibration):
     every = series_of(calibration.groups)
-    names = [name for one in every for name in one.names]
+    names = [name for one in every for _, name, _ in one.entries]
     assert sorted(names) == sorted(calibration.groups)
     decoder = [one for one in every if one.decoder]
-    assert all(one.layers == tuple(range(LAYERS)) for one in decoder)
+    assert all([layer for layer, *_ in one.entries] == [*range(LAYERS)] for one in decoder)
+    assert decoder[0].title == "self_attn: k, q, v"
+    assert every[4].title == "encoder self_attn: k, q, v"
     assert len(decoder) == 4
     assert sum(one.rows[0] > 0 for one in rows_seen(calibration.groups, PLAN)) == 5
 
@@ -340,7 +343,7 @@ def test_where_nothing_speaks_against_it_the_page_says_so(calibration):
         ),
         (lambda c: {"groups": {}}, "No ranges were measured"),
         (lambda c: {"rows": "dense"}, "Ranges are of the dense model's rows"),
-        (lambda c: {"include_prefix": True}, "Rows before the picture count"),
+        (lambda c: {"include_prefix": True}, "Rows before the image count"),
         (lambda c: {"groups": changed_group(c, rows=120)}, "stage 2, layer 7 rest on 120 rows"),
         (
             lambda c: {
@@ -443,15 +446,17 @@ def test_a_dense_choice_and_a_cost_budget_have_a_page(calibration):
     )
 
 
-@pytest.mark.parametrize("budget", [Budget(lose=0.01), Budget(lose=0.0), Budget(cost=0.6)])
-def test_what_choose_plan_hands_over_can_be_shown(calibration, budget):
+@pytest.mark.parametrize(
+    "goal", [SelectionGoal(lose=0.01), SelectionGoal(lose=0.0), SelectionGoal(cost=0.6)]
+)
+def test_what_choose_plan_returns_can_be_shown(calibration, goal):
     def measure(plan):
         lost = 0 if plan.trigger >= 4 else 40 * (4 - plan.trigger)
         return Agreement(Share(400 - lost, 400), Share(400 - lost, 400), lost / 400, (None, 1))
 
     dynamics = Dynamics.of(readings())
     pricing = Pricing(Geometry(LAYERS, 64, 128, 100), TOKENS)
-    made = choose_plan(dynamics, pricing, budget, measure, measure, most=6)
+    made = choose_plan(dynamics, pricing, replace(goal, most=6), measure, measure)
     shown = replace(
         calibration,
         plan=made.plan,
@@ -462,7 +467,7 @@ def test_what_choose_plan_hands_over_can_be_shown(calibration, budget):
     Tables(text)
     assert len(cells(text, "candidates")) == len(made.tried)
     assert f"<h1>{made.text}</h1>" in text
-    for reason in made.reasons.values():
+    for reason in made.rationale.values():
         assert reason in html.unescape(text)
 
 
@@ -569,8 +574,8 @@ def test_the_plot_marks_the_chosen_plan_and_the_budget():
 def test_a_plan_that_agrees_little_does_not_flatten_the_plot(calibration):
     bad = choice(candidates=[candidate("bad", 0.1, 80), *choice()["candidates"]], chosen=2)
     assert "75 %" not in re.findall(r"<text[^>]*end.>(.*?)</text>", pareto(bad))
-    assert "stand on the foot" in render_calibration(without(calibration, choice=bad))
-    assert "stand on the foot" not in render_calibration(calibration)
+    assert "are drawn at the foot" in render_calibration(without(calibration, choice=bad))
+    assert "are drawn at the foot" not in render_calibration(calibration)
 
 
 def test_reasons_come_in_the_order_of_the_layers(calibration):

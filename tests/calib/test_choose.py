@@ -8,9 +8,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from visistage.calib.plan_search.agreement import Agreement, Share
 from visistage.calib.plan_search.candidates import Pricing, cut_off, friendly, knee, plan_candidates
-from visistage.calib.plan_search.choose import Budget, choose_plan
+from visistage.calib.plan_search.choose import choose_plan
 from visistage.calib.plan_search.dynamics import Dynamics, PromptReading
-from visistage.calib.plan_search.holdout import hold_out
+from visistage.calib.plan_search.goal import SelectionGoal
+from visistage.calib.plan_search.measure_plans import hold_out
 from visistage.graphs.errors import DataError, PlanError
 from visistage.graphs.plan.cost import Geometry, dense_cost, plan_cost
 from visistage.graphs.plan.plan import StagePlan
@@ -73,7 +74,7 @@ class Recorder:
 
 def test_the_planted_trigger_tokens_and_exit_are_found(dynamics):
     measure = Recorder()
-    choice = choose_plan(dynamics, pricing(), Budget(lose=0.0), measure, Recorder())
+    choice = choose_plan(dynamics, pricing(), SelectionGoal(lose=0.0), measure, Recorder())
     assert choice.text == f"visipruner:shallow=0,t={T},e={E},keep={K}"
     assert (choice.plan.trigger, choice.plan.keep, choice.plan.exit) == (T, K, E)
     assert choice.fits
@@ -86,7 +87,7 @@ def test_the_planted_trigger_tokens_and_exit_are_found(dynamics):
 def test_a_dozen_is_the_most_that_is_measured_and_none_is_measured_twice(dynamics):
     for most in (1, 2, 5, 12, 30):
         measure = Recorder()
-        choose_plan(dynamics, pricing(), Budget(lose=0.01), measure, most=most)
+        choose_plan(dynamics, pricing(), SelectionGoal(lose=0.01, most=most), measure)
         assert len(measure.plans) <= most
         assert len({plan.name for plan in measure.plans}) == len(measure.plans)
 
@@ -112,19 +113,19 @@ def test_a_looser_budget_never_gives_a_costlier_plan(budgets, seed):
     measure, confirm = noisy("choosing"), noisy("held out")
     costs = []
     for lose in sorted(budgets):
-        choice = choose_plan(dynamics, pricing(), Budget(lose=lose), measure, confirm)
+        choice = choose_plan(dynamics, pricing(), SelectionGoal(lose=lose), measure, confirm)
         costs.append(1.0 if choice.chosen is None else choice.tried[choice.chosen].candidate.cost)
     assert costs == sorted(costs, reverse=True)
 
 
 def test_what_does_not_hold_on_held_out_samples_is_a_near_miss(dynamics):
-    cheapest = choose_plan(dynamics, pricing(), Budget(lose=0.05), Recorder(), Recorder())
+    cheapest = choose_plan(dynamics, pricing(), SelectionGoal(lose=0.05), Recorder(), Recorder())
     rejected = cheapest.text
 
     def of(plan):
         return 0.5 if plan.name == cheapest.plan.name else truth(plan)
 
-    choice = choose_plan(dynamics, pricing(), Budget(lose=0.05), Recorder(), Recorder(of))
+    choice = choose_plan(dynamics, pricing(), SelectionGoal(lose=0.05), Recorder(), Recorder(of))
     assert choice.text != rejected
     (miss,) = [one for one in choice.tried if one.candidate.text == rejected]
     assert miss.verdict.startswith("near miss")
@@ -136,27 +137,27 @@ def test_what_does_not_hold_on_held_out_samples_is_a_near_miss(dynamics):
 
 
 def test_nothing_fits_is_dense_and_says_so(dynamics):
-    choice = choose_plan(dynamics, pricing(), Budget(lose=0.01), Recorder(lambda plan: 0.8))
+    choice = choose_plan(dynamics, pricing(), SelectionGoal(lose=0.01), Recorder(lambda plan: 0.8))
     assert (choice.text, choice.chosen, choice.fits) == ("dense", None, False)
     assert choice.plan.is_dense
     assert "no plan that was measured keeps the budget" in choice.rationale["t"]
 
 
 def test_a_cost_budget_takes_the_best_within_it(dynamics):
-    choice = choose_plan(dynamics, pricing(), Budget(cost=0.5), Recorder(), Recorder())
+    choice = choose_plan(dynamics, pricing(), SelectionGoal(cost=0.5), Recorder(), Recorder())
     within = [one for one in choice.tried if one.candidate.cost <= 0.5]
     assert within
     taken = choice.tried[choice.chosen]
     assert taken in within
     assert taken.measured.tokens.share == max(one.measured.tokens.share for one in within)
-    tight = choose_plan(dynamics, pricing(), Budget(cost=0.01), Recorder(), Recorder())
+    tight = choose_plan(dynamics, pricing(), SelectionGoal(cost=0.01), Recorder(), Recorder())
     assert tight.text == "dense"
     assert not tight.fits
 
 
 def test_a_cost_is_kept_even_where_luck_had_chosen(dynamics):
     choice = choose_plan(
-        dynamics, pricing(), Budget(cost=0.5), Recorder(), Recorder(lambda plan: 0.1)
+        dynamics, pricing(), SelectionGoal(cost=0.5), Recorder(), Recorder(lambda plan: 0.1)
     )
     assert choice.tried[choice.chosen].candidate.cost <= 0.5
 
@@ -164,7 +165,9 @@ def test_a_cost_is_kept_even_where_luck_had_chosen(dynamics):
 def test_the_measured_front_is_no_worse_than_anything(dynamics):
     data = json.loads(
         json.dumps(
-            choose_plan(dynamics, pricing(), Budget(lose=0.1), Recorder(), Recorder()).to_dict()
+            choose_plan(
+                dynamics, pricing(), SelectionGoal(lose=0.1), Recorder(), Recorder()
+            ).to_dict()
         )
     )
     assert [one["cost"] for one in data["candidates"]] == sorted(
@@ -183,7 +186,7 @@ def test_the_measured_front_is_no_worse_than_anything(dynamics):
 
 
 def test_few_tokens_are_said_to_prove_little(dynamics):
-    choice = choose_plan(dynamics, pricing(), Budget(lose=0.01), Recorder(), Recorder())
+    choice = choose_plan(dynamics, pricing(), SelectionGoal(lose=0.01), Recorder(), Recorder())
     (warning,) = choice.warnings
     assert "200 tokens do not prove the budget" in warning
     assert "381 tokens" in warning
@@ -253,7 +256,7 @@ def test_every_candidate_of_any_model_is_a_valid_plan(layers, tokens, seed):
 )
 def test_a_budget_that_is_none_is_refused(limits, words):
     with pytest.raises(PlanError, match=words):
-        Budget(**limits)
+        SelectionGoal(**limits)
 
 
 def test_friendly_numbers_round_up_and_little():
@@ -271,7 +274,7 @@ def test_friendly_numbers_round_up_and_little():
 )
 def test_a_picture_is_on_one_side_only(images, share):
     if share and len(set(images)) == 1:
-        with pytest.raises(DataError, match="found 1 picture"):
+        with pytest.raises(DataError, match="found 1 image"):
             hold_out(images, share)
         return
     choosing, held = hold_out(images, share)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from visistage.calib.run.collect_ranges import Collector, chosen_rows, collect
 from visistage.calib.run.layerwise import layerwise_pieces, run_layerwise
-from visistage.calib.run.observe import ANSWER, TEXT, VISUAL
 from visistage.calib.run.observers import Histogram, threshold
+from visistage.calib.run.prompt_state import ANSWER, TEXT, VISUAL
 from visistage.calib.sample_prompts import SamplePrompt
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.texts import fits, text_facts
@@ -172,7 +172,7 @@ def test_a_massive_prefix_stays_out_of_the_ranges(tmp_path):
 
 def test_few_rows_are_kept_of_many_and_the_ranges_are_still_of_all(checkpoint, seen):
     collector = Collector(checkpoint.config, rows_kept=40)
-    run_layerwise(checkpoint, prompts(), PLAN, PREFIX, observer=collector, want_logits=False)
+    run_layerwise(checkpoint, prompts(), PLAN, PREFIX, observer=collector)
     ranges = collector.ranges()[OUTLIER]
     assert (ranges.rows, ranges.rows_used) == (len(seen[OUTLIER]), 40)
     np.testing.assert_array_equal(ranges.absmax, np.abs(seen[OUTLIER]).max(0))
@@ -204,10 +204,10 @@ def test_ranges_do_not_depend_on_the_run(checkpoint, found):
 
 def test_progress_counts_every_piece(checkpoint):
     done = []
-    collect(checkpoint, prompts()[:1], PLAN, PREFIX, progress=done.append)
+    collect(checkpoint, prompts()[:1], PLAN, PREFIX, advance=done.append)
     assert sum(done) == layerwise_pieces(checkpoint.config, PREFIX)
     done.clear()
-    collect(checkpoint, prompts()[:1], PLAN, PREFIX, include_prefix=True, progress=done.append)
+    collect(checkpoint, prompts()[:1], PLAN, PREFIX, include_prefix=True, advance=done.append)
     assert sum(done) == layerwise_pieces(checkpoint.config, ())
 
 

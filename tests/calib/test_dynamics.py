@@ -115,10 +115,10 @@ def test_the_json_form_is_bounded_by_layers_and_not_by_prompts():
     assert "NaN" not in many
 
 
-def test_prompts_without_a_picture_say_nothing():
+def test_prompts_without_an_image_say_nothing():
     empty = PromptReading(np.ones((LAYERS, 0), np.float32), np.ones((LAYERS, 0), np.float32))
     assert len(Dynamics.of([empty, planted()]).readings) == 1
-    with pytest.raises(DataError, match="no prompt with a picture"):
+    with pytest.raises(DataError, match="no prompt with an image"):
         Dynamics.of([empty])
 
 

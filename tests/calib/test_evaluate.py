@@ -46,7 +46,7 @@ SAMPLES = [
 
 def test_counts_by_type_and_names_what_was_wrong():
     ticks, heard = [], []
-    report = evaluate(Scripted(), SAMPLES, progress=lambda: ticks.append(1), heard=heard.append)
+    report = evaluate(Scripted(), SAMPLES, advance=ticks.append, heard=heard.append)
     assert [answer.text for answer in heard] == ["One.", "three", "Top-left"]
     assert report.overall == AccuracyCount(2, 3)
     assert report.by_type == {"count": AccuracyCount(1, 2), UNTYPED: AccuracyCount(1, 1)}

@@ -1,13 +1,12 @@
-"""A walk computes what the chain computes, in every plan; strictly, or no range can be believed."""
+"""A layer-wise run computes what the chain computes, in every plan; or no range is right."""
 
 from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
-from visistage.calib.run.layerwise import layerwise_pieces, run_layerwise, see
-from visistage.calib.run.observe import ANSWER, ENCODER, TEXT
-from visistage.calib.run.prompt_state import LastRowView
+from visistage.calib.run.layerwise import layerwise_pieces, run_layerwise
+from visistage.calib.run.prompt_state import ANSWER, ENCODER, TEXT, LastRowView
 from visistage.calib.sample_prompts import SamplePrompt, prepare
 from visistage.calib.samples import Sample
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
@@ -32,6 +31,7 @@ from visistage.tests.support.chain_judge import (
     N,
     RecordingObserver,
     ids,
+    layerwise,
     pixels,
     prompts,
     vision,
@@ -57,7 +57,7 @@ def weights(checkpoint):
 @pytest.mark.parametrize("name", PLANS)
 def test_the_logits_are_those_of_the_chain(checkpoint, weights, name, prefix):
     given = prompts()
-    walked = run_layerwise(checkpoint, given, PLANS[name], prefix)
+    walked = layerwise(checkpoint, given, PLANS[name], prefix)
     answers = set()
     for prompt, logits, kept in zip(given, walked.logits, walked.kept, strict=True):
         expected, chosen = ChainJudge(checkpoint, weights, PLANS[name]).run(prompt)
@@ -71,9 +71,7 @@ def test_the_logits_are_those_of_the_chain(checkpoint, weights, name, prefix):
 def test_plans_differ(checkpoint):
     """Or equality with the chain would say little."""
     given = prompts()[:2]
-    seen = {
-        name: run_layerwise(checkpoint, given, plan, PREFIX).logits for name, plan in PLANS.items()
-    }
+    seen = {name: layerwise(checkpoint, given, plan, PREFIX).logits for name, plan in PLANS.items()}
     for name, logits in seen.items():
         for other, theirs in seen.items():
             if name < other:
@@ -114,9 +112,9 @@ def test_planted_bugs_are_noticed(checkpoint, weights, monkeypatch, bug):
     where, wrong = BUGS[bug]
     plan, given = PLANS["decode-sees"], prompts()[:1]
     expected, _ = ChainJudge(checkpoint, weights, plan).run(given[0])
-    right = run_layerwise(checkpoint, given, plan, PREFIX).logits[0]
+    right = layerwise(checkpoint, given, plan, PREFIX).logits[0]
     monkeypatch.setattr(f"visistage.{where}", wrong)
-    broken = run_layerwise(checkpoint, given, plan, PREFIX).logits[0]
+    broken = layerwise(checkpoint, given, plan, PREFIX).logits[0]
     assert (right - expected).abs().max() < TOLERANCE * expected.std()
     assert (broken - expected).abs().max() > 100 * TOLERANCE * expected.std()
 
@@ -135,7 +133,7 @@ def test_answers_are_fed_as_the_demo_model_writes_them():
     plan = preset("dense", config.text.layers, config.visual_tokens)
     said = [
         one.argmax(-1).tolist()
-        for one in run_layerwise(checkpoint, given, plan, texts.prefix_ids).logits
+        for one in layerwise(checkpoint, given, plan, texts.prefix_ids).logits
     ]
     right = [tuple(mine[:-1]) == one.answer_ids for mine, one in zip(said, given, strict=True)]
     assert sum(right) >= 7
@@ -144,7 +142,7 @@ def test_answers_are_fed_as_the_demo_model_writes_them():
 
 def test_visipruner_is_the_independent_reference(checkpoint, weights):
     prompt = SamplePrompt("one", (PREFIX, pixels(1), ids(9, 1)), ids(4, 2))
-    (logits,) = run_layerwise(checkpoint, [prompt], PLANS["visipruner"], PREFIX).logits
+    (logits,) = layerwise(checkpoint, [prompt], PLANS["visipruner"], PREFIX).logits
     table = weights["model.embed_tokens.weight"]
     head, tail = table[list(prompt.parts[0])], table[list(prompt.parts[2])]
     rows = torch.cat((head, vision(checkpoint, weights, prompt.parts[1])[0], tail))
@@ -162,7 +160,7 @@ def test_visipruner_is_the_independent_reference(checkpoint, weights):
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_watchers_see_what_the_linear_layers_of_the_chain_are_given(checkpoint, weights, name):
+def test_observers_see_what_the_linear_layers_of_the_chain_are_given(checkpoint, weights, name):
     """Row for row, without the prefix; of the head, only the rows that somebody reads."""
     given = prompts()[:4]  # those that begin with the prefix
     seen = RecordingObserver()
@@ -187,7 +185,7 @@ def test_watchers_see_what_the_linear_layers_of_the_chain_are_given(checkpoint, 
         assert (mine - theirs).abs().max() < 1e-4 * theirs.abs().max(), linear
 
 
-def test_watchers_see_the_tower_and_the_kinds_of_rows(checkpoint, weights):
+def test_observers_see_the_vision_encoder_and_the_kinds_of_rows(checkpoint, weights):
     given = prompts()[:2]
     seen, expected = RecordingObserver(), defaultdict(list)
     run_layerwise(checkpoint, given, PLANS["visipruner"], PREFIX, observer=seen)
@@ -211,7 +209,7 @@ def test_watchers_see_the_tower_and_the_kinds_of_rows(checkpoint, weights):
     }
 
 
-def test_watchers_are_lent_the_weights_of_each_piece(checkpoint, weights):
+def test_observers_are_lent_the_weights_of_each_piece(checkpoint, weights):
     seen = RecordingObserver()
     run_layerwise(checkpoint, prompts()[:1], PLANS["dense"], PREFIX, observer=seen)
     read = {name for name in weights if name != "model.embed_tokens.weight"}
@@ -220,14 +218,9 @@ def test_watchers_are_lent_the_weights_of_each_piece(checkpoint, weights):
 
 
 def test_readings_are_those_of_the_chain(checkpoint, weights):
-    given, got = prompts(), {}
-    run_layerwise(
-        checkpoint,
-        given,
-        PLANS["dense"],
-        PREFIX,
-        reading=lambda prompt, layer, cosine, norm: got.update({(prompt, layer): (cosine, norm)}),
-    )
+    given, seen = prompts(), RecordingObserver(reads=True)
+    run_layerwise(checkpoint, given, PLANS["dense"], PREFIX, observer=seen)
+    got = seen.readings
     assert len(got) == LAYERS * sum(prompt.name != "blind" for prompt in given)
     for place, prompt in enumerate(given):
         if prompt.name == "blind":
@@ -247,41 +240,22 @@ def test_readings_are_those_of_the_chain(checkpoint, weights):
 
 
 def test_gated_layers_and_layers_without_vision_are_not_read(checkpoint):
-    layers = set()
-    run_layerwise(
-        checkpoint,
-        prompts(),
-        PLANS["visipruner"],
-        PREFIX,
-        reading=lambda prompt, layer, cosine, norm: layers.add((layer, len(cosine))),
-    )
+    seen = RecordingObserver(reads=True)
+    run_layerwise(checkpoint, prompts(), PLANS["visipruner"], PREFIX, observer=seen)
+    layers = {(layer, len(cosine)) for (_, layer), (cosine, _) in seen.readings.items()}
     assert layers == {(layer, n) for layer in (3, 4) for n in (N, 2 * N)} | {(5, 5), (6, 5)}
 
 
-def test_pictures_may_be_seen_beforehand_and_logits_left_out(checkpoint):
-    given = prompts()
+def test_every_piece_counts(checkpoint):
     done = []
-    visual = see(checkpoint, given, progress=done.append)
-    encoder = len(done)
-    again = run_layerwise(
-        checkpoint, given, PLANS["fastv"], PREFIX, visual=visual, progress=done.append
-    )
-    assert len(done) == layerwise_pieces(checkpoint.config, PREFIX)
-    assert encoder == len(done) - 2 * LAYERS - 1
-    whole = run_layerwise(checkpoint, given, PLANS["fastv"], PREFIX)
-    for mine, theirs in zip(again.logits, whole.logits, strict=True):
-        assert torch.equal(mine, theirs)
-    quiet = run_layerwise(checkpoint, given, PLANS["fastv"], PREFIX, want_logits=False)
-    assert quiet.logits == []
-    assert [[k.tolist() for k in one] for one in quiet.kept] == [
-        [k.tolist() for k in one] for one in whole.kept
-    ]
+    layerwise(checkpoint, prompts(), PLANS["fastv"], PREFIX, advance=done.append)
+    assert done == [1] * layerwise_pieces(checkpoint.config, PREFIX)
 
 
 def test_prompts_do_not_disturb_one_another(checkpoint):
     given = prompts()
-    together = run_layerwise(checkpoint, given, PLANS["visipruner"], PREFIX).logits
-    backwards = run_layerwise(checkpoint, given[::-1], PLANS["visipruner"], PREFIX).logits
+    together = layerwise(checkpoint, given, PLANS["visipruner"], PREFIX).logits
+    backwards = layerwise(checkpoint, given[::-1], PLANS["visipruner"], PREFIX).logits
     for mine, theirs in zip(together, backwards[::-1], strict=True):
         assert torch.equal(mine, theirs)
 
@@ -289,22 +263,20 @@ def test_prompts_do_not_disturb_one_another(checkpoint):
 def test_a_plan_that_decides_per_prompt_is_refused(checkpoint):
     plan = preset("visipruner-code", LAYERS, N)
     with pytest.raises(PlanError, match="Calibrate a static plan"):
-        run_layerwise(checkpoint, prompts(), plan)
+        layerwise(checkpoint, prompts(), plan)
 
 
 def test_another_models_plan_is_refused(checkpoint):
-    with pytest.raises(PlanError, match="is for 6 layers and 16 visual tokens, the model has 8"):
-        run_layerwise(checkpoint, prompts(), preset("dense", 6, N))
+    with pytest.raises(PlanError, match="found layers=6, expected 8: the model has 8"):
+        layerwise(checkpoint, prompts(), preset("dense", 6, N))
 
 
 def test_a_prompt_that_does_not_fit_is_refused_by_name(checkpoint):
     long = SamplePrompt("long one", (PREFIX, pixels(1), ids(200, 1)), ids(60, 2))
     with pytest.raises(CapacityError, match=r"long one: .* take 280 rows, .* context is 256"):
-        run_layerwise(checkpoint, [long], PLANS["dense"])
-    with pytest.raises(PromptError, match="no question: the prompt ends in a picture"):
-        run_layerwise(
-            checkpoint, [SamplePrompt("no question", (PREFIX, pixels(1)))], PLANS["dense"]
-        )
+        layerwise(checkpoint, [long], PLANS["dense"])
+    with pytest.raises(PromptError, match="no question: the prompt ends in an image"):
+        layerwise(checkpoint, [SamplePrompt("no question", (PREFIX, pixels(1)))], PLANS["dense"])
 
 
 class listening:

@@ -16,7 +16,15 @@ from visistage.graphs.chain.torch_reference import TorchExecutor
 from visistage.graphs.modules.quantized import cache_scale_names, round_caches
 from visistage.graphs.quantization import parse_quant_config
 from visistage.tests.support import calibrated, reference, toy
-from visistage.tests.support.chain_judge import LAYERS, PLANS, PREFIX, ChainJudge, prompts
+from visistage.tests.support.chain_judge import (
+    LAYERS,
+    PLANS,
+    PREFIX,
+    ChainJudge,
+    RecordingObserver,
+    layerwise,
+    prompts,
+)
 
 HEADS, GROUPS, WIDTH = 4, 2, 16
 SEEING = [place for place, one in enumerate(prompts()) if one.name != "blind"]
@@ -50,17 +58,13 @@ def truth(model):
 
 def readings(checkpoint, rounded):
     """By place of the prompt: cosines and norms (2, L, N) of a dense walk."""
-    found = {}
+    seen = RecordingObserver(reads=True)
     run_layerwise(
-        checkpoint,
-        prompts(),
-        PLANS["dense"],
-        PREFIX,
-        reading=lambda place, _, *both: found.setdefault(place, []).append(both),
+        *(checkpoint, prompts(), PLANS["dense"], PREFIX),
+        observer=seen,
         fake_quantised=rounded,
-        want_logits=False,
     )
-    return {place: np.stack(both).swapaxes(0, 1) for place, both in found.items()}
+    return seen.by_prompt()
 
 
 def by_hand(weights, rows, visual, begin, scales):
@@ -180,7 +184,7 @@ def test_logits_and_selections_are_those_of_a_chain_over_int8_caches(model, name
     }
     plan, given = PLANS[name], prompts()
     over_integers, over_floats = (
-        run_layerwise(checkpoint, given, plan, fake_quantised=one) for one in (fake_quantised, None)
+        layerwise(checkpoint, given, plan, fake_quantised=one) for one in (fake_quantised, None)
     )
     for place, prompt in enumerate(given):
         judge = ChainJudge(checkpoint, weights, plan)

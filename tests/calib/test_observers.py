@@ -81,10 +81,6 @@ def test_counts_do_not_depend_on_how_the_data_is_cut(batches):
     assert same(observed(*batches), at_once)
     assert same(observed(*reversed(batches)), at_once)
     assert same(observed(*(values[i : i + 1] for i in range(len(values)))), at_once)
-    merged = Histogram()
-    for batch in batches:
-        merged.merge(observed(batch))
-    assert same(merged, at_once)
 
 
 @given(BATCHES)

@@ -11,11 +11,10 @@ from visistage.calib.run.smoothing import (
     BOUND,
     SAMPLE_OUTPUTS,
     SAMPLE_ROWS,
+    OutputSample,
     awq_factors,
-    quantisation_error,
     search_awq,
     search_smoothing,
-    sensitivity,
     smoothing_factors,
 )
 from visistage.compile.quantize.int_arithmetic import (
@@ -26,7 +25,6 @@ from visistage.compile.quantize.int_arithmetic import (
     quantise,
     restored,
 )
-from visistage.graphs.quantization import OBSERVERS
 
 K = 96
 SALIENT = [5, 40, 77]
@@ -134,10 +132,9 @@ def test_folding_into_the_rows_of_up_leaves_the_function_as_it_is():
     np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())
 
 
-@pytest.mark.parametrize("observer", OBSERVERS)
-def test_planted_outlier_channels_are_found(observer):
+def test_planted_outlier_channels_are_found():
     rows, weights = group(outliers=60)
-    found = search_smoothing(rows, weights, observer=observer)
+    found = search_smoothing(rows, weights)
     others = np.setdiff1d(np.arange(K), SALIENT)
     assert found.alpha is not None
     assert found.error < found.error_plain / 5
@@ -256,29 +253,23 @@ def test_only_a_spread_sample_is_multiplied_and_always_the_same():
     assert changed.errors != first.errors
 
 
-def test_sensitivity_is_the_error_of_each_scheme():
+def test_sampled_errors_are_those_of_each_scheme():
     rows, (weight, _) = group(outliers=10)
     scale = activation_scale(np.abs(rows).max())
-    found = sensitivity(rows, weight, scale, block=32)
+    sample = OutputSample.of(rows, [weight])
     exact = rows @ weight.T
     inputs = dequantise(quantise(rows, scale), scale)
     rounded = restored(*int8_weight(weight))
-    assert found == pytest.approx(
-        {
-            "w8a8": relative(exact, inputs @ rounded.T),
-            "w8": relative(exact, rows @ rounded.T),
-            "w4": w4_error(rows, [weight], np.ones(K, np.float32), 32),
-        },
-        rel=1e-3,
-    )
-    assert quantisation_error(rows, weight, scale) == found["w8a8"]
-    assert found["w8"] < found["w8a8"]
-    assert found["w8"] < found["w4"]
+    w8a8, w8, w4 = sample.error_w8a8(scale), sample.error_w8(), sample.error_w4(block=32)
+    assert w8a8 == pytest.approx(relative(exact, inputs @ rounded.T), rel=1e-3)
+    assert w8 == pytest.approx(relative(exact, rows @ rounded.T), rel=1e-3)
+    assert w4 == pytest.approx(w4_error(rows, [weight], np.ones(K, np.float32), 32), rel=1e-3)
+    assert w8 < w8a8
+    assert w8 < w4
 
 
-def test_clipping_counts_in_sensitivity():
+def test_clipping_counts_in_sampled_errors():
     rows, (weight, _) = group(outliers=10)
     scale = activation_scale(np.abs(rows).max())
-    whole, clipped = sensitivity(rows, weight, scale), sensitivity(rows, weight, scale / 8)
-    assert clipped["w8a8"] > 10 * whole["w8a8"]
-    assert clipped["w8"] == whole["w8"]
+    sample = OutputSample.of(rows, [weight])
+    assert sample.error_w8a8(scale / 8) > 10 * sample.error_w8a8(scale)

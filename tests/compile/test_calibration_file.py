@@ -314,10 +314,10 @@ def test_samples_become_ids_and_pixels_in_order(tmp_path, texts):
     encoder, preprocessing, facts = texts
     samples = [
         Sample(f"{tmp_path}/data.jsonl:1", picture(tmp_path, "a.png", 9), "What?", "a dog"),
-        Sample(f"{tmp_path}/data.jsonl:2", picture(tmp_path, "b.png", 99), "Where?", None),
+        Sample(f"{tmp_path}/data.jsonl:2", picture(tmp_path, "b.png", 99), "Where?", ""),
     ]
     ticks = []
-    prompts, unreadable = prepare(samples, encoder, preprocessing, lambda: ticks.append(1))
+    prompts, unreadable = prepare(samples, encoder, preprocessing, ticks.append)
     assert [prompt.name for prompt in prompts] == ["data.jsonl:1", "data.jsonl:2"]
     assert (unreadable, len(ticks)) == ([], 2)
     for prompt, sample in zip(prompts, samples, strict=True):
@@ -349,7 +349,7 @@ def test_broken_pictures_are_named_without_folders_and_counted(tmp_path, texts):
     assert all(str(tmp_path) not in reason for _, reason in unreadable)
     assert "broken.png" in unreadable[0][1]
     assert "absent.png" in unreadable[1][1]
-    with pytest.raises(DataError, match="none of 2 pictures could be opened, the first because"):
+    with pytest.raises(DataError, match="none of 2 samples could be read, the first because"):
         prepare([samples[0], samples[2]], encoder, preprocessing)
 
 

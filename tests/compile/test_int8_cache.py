@@ -298,7 +298,7 @@ def test_onnxruntime_says_what_torch_says_token_for_token(bundles, name):
             want = torch_chain.answer(one, NEW)
             got = session.infer(one.opened, one.sample.prompt, max_tokens=NEW)
             assert got.tokens == want.tokens
-            assert got.plan.kept == want.choice.kept
+            assert got.plan.kept == want.selection.kept
             logits = session.score(one.opened, one.sample.prompt, want.tokens[:-1])
             assert np.abs(logits - want.logits).max() < BOUNDS["cache"].whole * want.logits.std()
         caches = [cache for stage in session.executor.caches for cache in stage.values()]
@@ -326,7 +326,7 @@ def test_an_int8_cache_is_a_float_cache_of_rounded_numbers(bundles, calibrations
     want = judged.answer(one, NEW)
     got = chain.follow(one, want.tokens)
     assert np.abs(got.logits - want.logits).max() < BOUNDS["cache"].whole * want.logits.std()
-    assert got.choice == want.choice
+    assert got.selection == want.selection
 
 
 def test_a_new_picture_a_kept_one_and_a_cold_start_say_the_same(bundles):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
+from visistage.calib.run.layerwise import LayerObserver, run_layerwise
 from visistage.calib.sample_prompts import SamplePrompt
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.chain.chain import AppendedRows, Chain
@@ -106,16 +107,38 @@ class ChainJudge:
         self.chain.decode(self.segment(self.executor.embed(torch.tensor([prefix])), 0))
 
 
-class RecordingObserver:
-    """Keeps everything that an observer is given."""
+class ResultObserver(LayerObserver):
+    """Keeps, by prompt, the logits, and the tokens of every selection."""
 
-    def __init__(self):
+    def __init__(self, prompts):
+        self.logits, self.kept = [], [[] for _ in range(prompts)]
+
+    def selected(self, prompt, order):
+        self.kept[prompt].append(order)
+
+    def predicted(self, prompt, logits):
+        assert prompt == len(self.logits)
+        self.logits.append(logits)
+
+
+def layerwise(checkpoint, prompts, plan, prefix=(), **options):
+    """Run prompts layer by layer; the results have ``logits`` and ``kept``, by prompt."""
+    results = ResultObserver(len(prompts))
+    run_layerwise(checkpoint, prompts, plan, prefix, observer=results, **options)
+    return results
+
+
+class RecordingObserver(LayerObserver):
+    """Keeps everything that an observer is given; readings by (prompt, layer)."""
+
+    def __init__(self, reads=False):
         self.rows, self.kinds, self.weights = defaultdict(list), {}, {}
+        self.reads, self.readings = reads, {}
 
     def enter(self, kinds):
         self.piece = kinds
 
-    def given(self, linear, rows):
+    def given(self, linear, rows, out):
         call = len(self.rows[linear])
         assert len(rows) == len(self.piece[call])
         self.rows[linear].append(rows.clone())
@@ -123,6 +146,16 @@ class RecordingObserver:
 
     def leave(self, weights):
         self.weights |= {name: weight.clone() for name, weight in weights.items()}
+
+    def read(self, prompt, layer, cosine, norm):
+        self.readings[prompt, layer] = cosine, norm
+
+    def by_prompt(self):
+        """By place of the prompt: cosines and norms (2, L, N)."""
+        found = defaultdict(list)
+        for (prompt, _), both in self.readings.items():
+            found[prompt].append(both)
+        return {prompt: np.stack(both, 1) for prompt, both in found.items()}
 
     def of_kind(self, linear, kind):
         return torch.cat(self.rows[linear])[np.concatenate(self.kinds[linear]) == kind]

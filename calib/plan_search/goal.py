@@ -1,0 +1,110 @@
+"""The goal of a choice of plan: a budget, and how plans are measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...graphs.errors import PlanError, TargetError
+from ...graphs.quantization import QUANTISED, QuantConfig, is_quantised, parse_quant_config
+from ..evaluate import EVALUATE_MAX_TOKENS
+from .agreement import Agreement
+
+DEFAULT_LOSE = 0.01
+
+
+@dataclass(frozen=True)
+class SelectionGoal:
+    """The budget, and how plans are measured.
+
+    Attributes:
+        lose: share of tokens that may disagree; or else
+        cost: share of dense visual FLOPs that the plan may take.
+        holdout: share of the samples that confirm what the others chose.
+        most: plans that are measured.
+        max_tokens: longest answer that is compared.
+        quant_config: of the precision that the plan is for; None: FP32.
+
+    Raises:
+        PlanError: both a loss and a cost, neither, or no share; or stages are quantised apart.
+    """
+
+    lose: float | None = None
+    cost: float | None = None
+    holdout: float = 0.33
+    most: int = 12
+    max_tokens: int = EVALUATE_MAX_TOKENS
+    quant_config: QuantConfig | None = None
+
+    def __post_init__(self) -> None:
+        if (self.lose is None) == (self.cost is None):
+            raise PlanError(
+                f"budget: found lose={self.lose} and cost={self.cost}, expected one of the two. "
+                "Type --lose 1% or --cost 50%."
+            )
+        if self.lose is not None and not 0 <= self.lose < 1:
+            raise PlanError(f"lose: found {self.lose:g}, expected 0 % to below 100 %. Type 1%.")
+        if self.cost is not None and not 0 < self.cost <= 1:
+            raise PlanError(f"cost: found {self.cost:g}, expected above 0 % to 100 %. Type 50%.")
+        if self.quant_config is not None and self.quant_config.stages:
+            raise PlanError(
+                f"precision {self.quant_config.name} names stage{min(self.quant_config.stages)}, "
+                "but which stages the plan has is yet to be chosen. Leave stages out, or choose "
+                "without --precision and name stages when you build: visistage engines"
+            )
+
+    @property
+    def budget(self) -> dict[str, float]:
+        """Plain JSON form of the loss or the cost."""
+        limits = {"lose": self.lose, "cost": self.cost}
+        return {name: share for name, share in limits.items() if share is not None}
+
+    @property
+    def precision(self) -> str:
+        """Precision of the bundles that are measured."""
+        return "fp32" if self.quant_config is None else self.quant_config.name
+
+    def keeps(self, cost: float, measured: Agreement) -> bool:
+        """Return whether a plan is within the budget."""
+        if self.lose is None:
+            assert self.cost is not None
+            return cost <= self.cost + 1e-9
+        return measured.tokens.share >= 1 - self.lose - 1e-9
+
+
+def goal_or_plan(plan: str | None, **options: Any) -> str | SelectionGoal:
+    """Return the plan that was named, or how to choose one.
+
+    options: ``lose``, ``cost``, ``holdout``, ``most`` and ``precision``, None where not typed.
+
+    Raises:
+        PlanError: a plan and a goal, or a budget that is not valid.
+        TargetError: a precision that plans are not measured in.
+    """
+    typed = {name: value for name, value in options.items() if value is not None}
+    if plan is not None:
+        if typed:
+            option = {"most": "candidates"}.get(next(iter(typed)), next(iter(typed)))
+            raise PlanError(
+                f"found --{option} beside --plan {plan}, expected one of the two: a plan that is "
+                f"named is not chosen. Leave out --{option} or --plan."
+            )
+        return plan
+    if "precision" in typed:
+        typed["quant_config"] = _quant_config(typed.pop("precision"))
+    if not {"lose", "cost"} & typed.keys():
+        typed["lose"] = DEFAULT_LOSE
+    return SelectionGoal(**typed)
+
+
+def _quant_config(precision: str) -> QuantConfig | None:
+    """Parse a precision; None means FP32."""
+    if precision == "fp32":
+        return None
+    if not is_quantised(precision):
+        raise TargetError(
+            f"--precision {precision}: plans are measured on this machine's CPU, in fp32, "
+            f"{', '.join(QUANTISED)}, or a recipe such as int8:vision=float. For the FP16 graphs "
+            "of a GPU choose in fp32: leave --precision out"
+        )
+    return parse_quant_config(precision)
