@@ -21,8 +21,9 @@ import numpy as np
 from ..graphs.bundle import Bundle
 from ..graphs.chain.chain import AppendedRows, Chain
 from ..runtime import Session, load
-from ..runtime.backends.ort import OrtExecutor, OrtOptions
-from ..runtime.tensors import Embedding
+from ..runtime.backends.backend import BackendOptions
+from ..runtime.backends.feeds import Embedding
+from ..runtime.backends.ort import OrtExecutor
 from ..runtime.text.prompt import PromptEncoder
 from .runners.serving import peak
 
@@ -103,7 +104,7 @@ def _batches(point: ScalingPoint, tokens: int, threads: int) -> Iterator:
     """Equal prompts about different pictures, side by side through every graph."""
     bundle = Bundle.open(point.bundle)
     manifest, batch = bundle.manifest, point.batch
-    executor = OrtExecutor(bundle, OrtOptions(threads), batch)
+    executor = OrtExecutor(bundle, BackendOptions(threads), batch)
     embed = Embedding(bundle, executor.rows_dtype)
     encoder = PromptEncoder.from_files(bundle.path, manifest.text_files)
     prompt = encoder.encode(question(point.words, 0), images=1)

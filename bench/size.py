@@ -18,7 +18,7 @@ import time
 
 import click
 
-from ..runtime.backends.cpu import peak_memory
+from ..runtime.hardware import peak_memory
 from .record import save
 
 

@@ -94,6 +94,13 @@ class Target:
         """Whether a bundle is finished by compiling engines."""
         return self.backend in (TENSORRT, TENSORRT_RTX)
 
+    def serves(self, version: str) -> bool:
+        """Whether a back end's version is in the target's range."""
+        first, stop = self.versions
+        return _numbers(first) <= _numbers(version) and (
+            stop is None or _numbers(version) < _numbers(stop)
+        )
+
     @property
     def schemes(self) -> tuple[str, ...]:
         """Schemes of linear layers (``quantization.Scheme``) that it runs."""
@@ -287,3 +294,7 @@ def _ort_version() -> tuple[int, int]:
         except metadata.PackageNotFoundError:
             continue
     return ORT_LLM_SINCE
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())

@@ -1,4 +1,4 @@
-"""``infer`` in one call: finds the bundle and keeps its session for the next question.
+"""``infer`` in one call, which finds the bundle and keeps its session for the next question.
 
 A session stays loaded until its bundle is built again, or the program ends. Programs that want to
 free memory, or ask from several threads, hold their own: ``runtime.load``.
@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 from ..graphs.bundle import MANIFEST, find_bundle
 from .answer import Answer
-from .session import Session, Source, load
+from .session import Images, Session, load
 
 BUNDLE_VARIABLE = "VISISTAGE_BUNDLE"
 """Environment variable that names the bundle to use where none is given."""
 
 BUNDLES_FOLDER = "engines"
-"""Where a bundle is looked for otherwise: what the compiler writes to."""
+"""Folder of bundles otherwise: the one that the compiler writes to."""
 
 Stamp = tuple[int, int]  # a manifest's modification time and inode
 
-_sessions: dict[Path, tuple[Stamp, Session]] = {}
+sessions: dict[Path, tuple[Stamp, Session]] = {}
+"""Loaded bundles by their folder."""
+
 _lock = threading.Lock()
 
 
 def infer(
-    image: Source | Sequence[Source] | None,
+    image: Images,
     prompt: str,
     *,
     bundle: str | os.PathLike | None = None,
@@ -52,7 +53,7 @@ def infer(
 
 
 def default_bundle() -> Path:
-    """Where to look for a bundle when nobody named one."""
+    """Return where to look for a bundle when none is named."""
     return Path(os.environ.get(BUNDLE_VARIABLE) or BUNDLES_FOLDER)
 
 
@@ -60,9 +61,9 @@ def _session(path: Path) -> Session:
     folder = find_bundle(path).resolve()
     status = (folder / MANIFEST).stat()
     stamp = (status.st_mtime_ns, status.st_ino)
-    known = _sessions.pop(folder, None)
+    known = sessions.pop(folder, None)
     if known is not None and known[0] != stamp:
         known[1].close()
         known = None
-    _sessions[folder] = known or (stamp, load(folder))
-    return _sessions[folder][1]
+    sessions[folder] = known or (stamp, load(folder))
+    return sessions[folder][1]

@@ -1,11 +1,11 @@
-"""A loaded bundle: pictures and prompts in, answers out, one at a time.
+"""A loaded bundle: images and prompts in, answers out, one at a time.
 
     with runtime.load("engines/demo") as session:
-        image = session.open("photo.jpg")            # paid once
+        image = session.open("photo.jpg")            # computed once
         answer = session.infer(image, "How many?")
         for piece in session.stream(image, "Why?"): ...
 
-It knows prompts, pictures and sampling; stages are ``context``'s and the back end's business.
+It knows prompts, images and sampling; stages are the business of ``reuse`` and the back end.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from ..graphs.chain.executor import Rows
 from ..graphs.errors import CapacityError, PromptError, VisistageError
 from ..graphs.plan.cost import Geometry
 from .answer import Answer, Timings, plan_facts
-from .backends.backend import check_backend, open_backend
-from .backends.ort import OrtOptions
-from .byte_cache import ByteCache
+from .autotune import choose_fused_prefill
+from .backends.backend import BackendOptions
+from .backends.registry import find_backend
 from .image.image import Preprocessing, load_image, pixel_key, preprocess
-from .reuse import Context, PromptImage, PromptPart
+from .reuse import ByteCache, Context, PromptImage, PromptPart
 from .text.detokenize import TextStream
-from .text.prompt import PromptEncoder
+from .text.prompt import PromptEncoder, Segment
 from .text.sampling import Sampling, choose, eos_ids, stop_strings
-from .tune_merging import choose_fused_prefill
 
 DEFAULT_CACHE_BYTES = 512 << 20
 DEFAULT_MAX_TOKENS = 128
@@ -42,7 +41,7 @@ DEFAULT_MAX_TOKENS = 128
 
 @dataclass(frozen=True)
 class OpenedImage:
-    """A picture that has been decoded; its key says what it shows."""
+    """A decoded image; its key stands for what it shows."""
 
     key: str
     image: Image.Image
@@ -50,20 +49,23 @@ class OpenedImage:
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """(3, H, W) float32, as the tower takes them; made when first needed."""
+        """(3, H, W) float32, as the vision encoder takes them; made when first needed."""
         return preprocess(self.image, self.preprocessing)
 
 
 Source = Any
 """A path, bytes, file object, PIL image, uint8 array, or an ``OpenedImage``."""
 
+Images = Source | Sequence[Source] | None
+"""One image, several (a list or a tuple), or none."""
+
 
 class Session:
     """See the module. Not for several threads at once; a stream ends when the next one starts.
 
-    ``backend``: who runs the graphs; None: whoever the bundle's target names. ``onnxruntime`` runs
-    the graphs of any bundle on this CPU. ``profile``: a folder where ONNX Runtime shall note every
-    operator's times (``executor.end_profiles``).
+    ``backend``: what runs the graphs; None: as the bundle's target says. ``onnxruntime`` runs the
+    graphs of any bundle on this CPU. ``profile``: a folder for ONNX Runtime's times of every
+    operator (``executor.end_profiles``).
     """
 
     def __init__(
@@ -76,7 +78,8 @@ class Session:
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         profile: Path | None = None,
     ):
-        check_backend(bundle, backend)
+        options = BackendOptions(threads, memory_limit, profile)
+        row = find_backend(bundle, backend, options)
         bundle.check()
         for name in bundle.manifest.text_files.values():
             bundle.file(name)  # refuses names that leave the bundle
@@ -86,17 +89,12 @@ class Session:
         self.encoder = PromptEncoder.from_files(bundle.path, manifest.text_files)
         self.sampling = Sampling.from_generation_config(manifest.generation)
         self.eos = frozenset(eos_ids(manifest.generation))
-        options = OrtOptions(threads, memory_limit, profile)
-        self.executor = open_backend(bundle, backend, options)
+        self.executor = row.open(bundle, options)
         self.fused_prefill = choose_fused_prefill(bundle, self.executor)
-        self.context = Context(
-            bundle,
-            self.executor,
-            cache_bytes // 2,
-            fused=self.fused_prefill is not None and self.fused_prefill.fused,
-        )
+        fused = self.fused_prefill is not None and self.fused_prefill.fused
+        self.context = Context(bundle, self.executor, cache_bytes // 2, fused=fused)
         self.visual_rows: ByteCache[Rows] = ByteCache(cache_bytes // 2)
-        self._turn = 0
+        self.turn = 0  # counts what was asked: a newer question ends a stream
 
     def __enter__(self) -> Session:
         return self
@@ -107,21 +105,20 @@ class Session:
     def close(self) -> None:
         """Free the graphs and caches; the session cannot be used afterwards."""
         self.visual_rows.clear()
-        self.context.cached.clear()
-        self.context.pending.clear()
+        self.context.clear()
         self.executor.close()
 
     def open(self, image: Source) -> OpenedImage:
-        """Decode a picture and run it through the tower and stage 0, so that questions do not."""
-        opened = self._decode(image)
-        parts = self._parts("-", [opened])
-        self._turn += 1  # a stream that is under way would go on in another picture
+        """Run an image through the vision encoder and stage 0, so that questions need not."""
+        opened = self.decode_image(image)
+        parts = self._located(self.encoder.image_segments(), [opened])
+        self.turn += 1  # a stream that is under way would go on in another image
         self.context.ensure_capacity(parts, 0)
         self.context.advance(parts)
         self.context.keep()
         return opened
 
-    def infer(self, image: Source | Sequence[Source] | None, prompt: str, **options) -> Answer:
+    def infer(self, image: Images, prompt: str, **options) -> Answer:
         """Answer ``prompt`` about ``image``; options as in ``stream``."""
         stream = self.stream(image, prompt, **options)
         for _ in stream:
@@ -131,17 +128,17 @@ class Session:
 
     def stream(
         self,
-        image: Source | Sequence[Source] | None,
+        image: Images,
         prompt: str,
         *,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         stop: Sequence[str] | str = (),
         sampling: Sampling | None = None,
     ) -> Stream:
-        """The answer piece by piece; ``stream.answer`` holds the whole once it is over.
+        """Answer piece by piece; ``stream.answer`` holds the whole once it is over.
 
         Args:
-            image: one picture, several, or None for a prompt without any.
+            image: one image, several, or None for a prompt without any.
             prompt: the question; put through the checkpoint's chat template.
             max_tokens: the answer's longest length in tokens.
             stop: strings that end the answer (and are not part of it), besides the checkpoint's.
@@ -154,25 +151,18 @@ class Session:
         if max_tokens < 1:
             raise PromptError(f"max_tokens is {max_tokens}: it must be at least 1")
         started = time.perf_counter()
-        opened = self._decode_all(image)
+        opened = self._decode_images(image)
         preprocess_ms = (time.perf_counter() - started) * 1e3
-        parts = self._parts(prompt, opened)
+        parts = self.prompt_parts(prompt, opened)
         self._check_capacity(parts, max_tokens)
-        self._turn += 1
-        return Stream(
-            self,
-            parts,
-            max_tokens,
-            self._stops(stop),
-            sampling or self.sampling,
-            started,
-            preprocess_ms,
-        )
+        self.turn += 1
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stops += stop_strings(self.bundle.manifest.generation)
+        request = AnswerRequest(parts, max_tokens, stops, sampling or self.sampling)
+        return Stream(self, request, started, preprocess_ms)
 
-    def score(
-        self, image: Source | Sequence[Source] | None, prompt: str, tokens: Sequence[int]
-    ) -> np.ndarray:
-        """What the model would say next, had its answer so far been ``tokens`` (teacher forcing).
+    def score(self, image: Images, prompt: str, tokens: Sequence[int]) -> np.ndarray:
+        """Return what the model would say next after each of ``tokens`` (teacher forcing).
 
         Returns:
             (1 + len(tokens), V) float32 logits: of the prompt's last row, then after each token.
@@ -180,21 +170,14 @@ class Session:
         Raises:
             As ``stream``.
         """
-        parts = self._parts(prompt, self._decode_all(image))
+        parts = self.prompt_parts(prompt, self._decode_images(image))
         self._check_capacity(parts, len(tokens))
-        self._turn += 1
+        self.turn += 1
         first = self.context.prefill(parts).logits[0]
         return np.stack([first, *(self.context.decode(token) for token in tokens)])
 
-    def _decode_all(self, image: Source | Sequence[Source] | None) -> list[OpenedImage]:
-        images = [] if image is None else list(image) if _is_many(image) else [image]
-        return [self._decode(one) for one in images]
-
-    def _stops(self, stop: Sequence[str] | str) -> tuple[str, ...]:
-        given = (stop,) if isinstance(stop, str) else tuple(stop)
-        return given + stop_strings(self.bundle.manifest.generation)
-
-    def _decode(self, image: Source) -> OpenedImage:
+    def decode_image(self, image: Source) -> OpenedImage:
+        """Decode an image, and preprocess it if its visual rows are not known."""
         if isinstance(image, OpenedImage):
             return image
         decoded = load_image(image)
@@ -204,69 +187,80 @@ class Session:
             _ = opened.pixels  # now, while preprocessing is what is timed
         return opened
 
-    def _parts(self, prompt: str, opened: Sequence[OpenedImage]) -> list[PromptPart]:
-        encoded = self.encoder.encode(prompt, images=len(opened))
-        images = iter(opened)
-        parts: list[PromptPart] = []
-        for segment in encoded.segments:
-            if segment.is_image:
-                one = next(images)
-                parts.append(PromptImage(one.key, partial(self._rows, one)))
-            else:
-                parts.append(segment.ids)
-        return parts
-
-    def _rows(self, opened: OpenedImage) -> Rows:
-        """Visual rows (1, N, D) of a picture, from the cache or the tower."""
+    def encode_image(self, opened: OpenedImage) -> Rows:
+        """Return the visual rows (1, N, D) of an image, from the cache or the vision encoder."""
         rows = self.visual_rows.get(opened.key)
         if rows is None:
             rows = self.executor.encode(opened.pixels[None])
             self.visual_rows.put(opened.key, rows, rows.nbytes)
         return rows
 
+    def prompt_parts(self, prompt: str, opened: Sequence[OpenedImage]) -> list[PromptPart]:
+        """Return the token ids and images of a prompt in their order."""
+        return self._located(self.encoder.encode(prompt, images=len(opened)).segments, opened)
+
+    def _located(
+        self, segments: Sequence[Segment], opened: Sequence[OpenedImage]
+    ) -> list[PromptPart]:
+        """Put the images into their places among ``segments``."""
+        images = iter([PromptImage(one.key, partial(self.encode_image, one)) for one in opened])
+        return [next(images) if segment.is_image else segment.ids for segment in segments]
+
+    def _decode_images(self, image: Images) -> list[OpenedImage]:
+        images = [] if image is None else image if isinstance(image, (list, tuple)) else [image]
+        return [self.decode_image(source) for source in images]
+
     def _check_capacity(self, parts: Sequence[PromptPart], max_tokens: int) -> None:
         rows = self.context.rows_of(parts)
         context = self.bundle.manifest.config.text.max_positions
         if rows + max_tokens > context:
-            visual = (
-                sum(isinstance(part, PromptImage) for part in parts) * self.context.visual_tokens
+            advice = (
+                f"Ask for at most {context - rows} tokens"
+                if rows < context
+                else "Shorten the prompt"
             )
             raise CapacityError(
-                f"the prompt takes {rows} rows ({visual} of them visual) and max_tokens "
-                f"{max_tokens}, the model's context is {context}. "
-                + (
-                    f"Ask for at most {context - rows} tokens"
-                    if rows < context
-                    else "Shorten the prompt"
-                )
+                f"the prompt takes {rows} rows ({self.context.visual_rows_of(parts)} of them "
+                f"visual) and max_tokens {max_tokens}, the model's context is {context}. {advice}"
             )
         self.context.ensure_capacity(parts, max_tokens)
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """A prompt, and how it is to be answered."""
+
+    parts: list[PromptPart]
+    max_tokens: int
+    stop: tuple[str, ...]
+    sampling: Sampling
 
 
 class Stream(Iterator[str]):
     """Iterator over the pieces of one answer."""
 
-    def __init__(self, session, parts, max_tokens, stop, sampling, started, preprocess_ms):
+    def __init__(
+        self, session: Session, request: AnswerRequest, started: float, preprocess_ms: float
+    ):
         self.answer: Answer | None = None
-        self._session = session
-        self._turn = session._turn
-        self._pieces = self._run(parts, max_tokens, stop, sampling, started, preprocess_ms)
+        self._session, self._turn = session, session.turn
+        self._pieces = self._run(request, started, preprocess_ms)
 
     def __next__(self) -> str:
-        if self.answer is None and self._turn != self._session._turn:
+        if self.answer is None and self._turn != self._session.turn:
             raise VisistageError(
                 "this stream was interrupted by a newer question on the same session. "
                 "Finish a stream before asking again, or load the bundle twice"
             )
         return next(self._pieces)
 
-    def _run(self, parts, max_tokens, stop, sampling, started, preprocess_ms) -> Iterator[str]:
-        session = self._session
+    def _run(self, request: AnswerRequest, started: float, preprocess_ms: float) -> Iterator[str]:
+        session, parts, sampling = self._session, request.parts, request.sampling
         context, executor = session.context, session.executor
         executor.reset_elapsed()
         done = context.prefill(parts)
         random = sampling.rng()
-        text = TextStream(session.encoder.tokenizer, stop)
+        text = TextStream(session.encoder.tokenizer, request.stop)
         history = [id_ for part in parts if not isinstance(part, PromptImage) for id_ in part]
         tokens: list[int] = []
         pieces: list[str] = []
@@ -290,7 +284,7 @@ class Stream(Iterator[str]):
             if text.stopped:
                 finish = "stop"
                 break
-            if len(tokens) == max_tokens:
+            if len(tokens) == request.max_tokens:
                 break
             logits = context.decode(token)
         rest = text.finish()
@@ -298,17 +292,17 @@ class Stream(Iterator[str]):
             pieces.append(rest)
         total_ms = (time.perf_counter() - started) * 1e3
         per_token = (total_ms - first_ms) / (len(tokens) - 1) if len(tokens) > 1 else None
+        manifest = session.bundle.manifest
         self.answer = Answer(
             text="".join(pieces).strip(),
             tokens=tuple(tokens),
             finish=finish,
             timings=Timings(preprocess_ms, graphs_ms, first_ms, per_token, total_ms),
             plan=plan_facts(
-                session.bundle.manifest.plan,
-                Geometry.of(session.bundle.manifest.config.text),
+                manifest.plan,
+                Geometry.of(manifest.config.text),
                 done,
-                visual_tokens=context.visual_tokens
-                * sum(isinstance(part, PromptImage) for part in parts),
+                visual_tokens=context.visual_rows_of(parts),
                 prompt_rows=context.rows_of(parts),
             ),
         )
@@ -320,7 +314,3 @@ class Stream(Iterator[str]):
 def load(path: str | os.PathLike, **options) -> Session:
     """Open the bundle at ``path`` (or the only one below it); options as in ``Session``."""
     return Session(Bundle.open(path), **options)
-
-
-def _is_many(image: Any) -> bool:
-    return isinstance(image, (list, tuple))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...graphs.progress import Progress, StepFact
 from ...pages.units import show_bytes, show_seconds
-from ...runtime.backends.cpu import peak_memory
+from ...runtime.hardware import peak_memory
 from .bar import StepBar
 
 if TYPE_CHECKING:

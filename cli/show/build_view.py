@@ -10,8 +10,8 @@ from ...compile.engines.engines import can_compile
 from ...graphs.errors import MissingDependencyError, TargetError
 from ...graphs.quantization import QUANTISED, is_quantised
 from ...graphs.targets import Capability, find_target
-from ...runtime.device.probe import find_gpu
 from ...runtime.device.tensorrt import INSTALL, find_trt_variant
+from ...runtime.hardware import find_gpu
 
 
 def with_kept(precision: str | None, kept: Sequence[str]) -> str | None:

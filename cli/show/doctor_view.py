@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
@@ -15,11 +14,11 @@ from rich.table import Table
 
 from ... import __version__
 from ...compile.engines.engines import can_compile
-from ...graphs.targets import OPENVINO, TARGETS, TENSORRT, TENSORRT_RTX, Target, show_capability
+from ...graphs.targets import TARGETS, TENSORRT, TENSORRT_RTX, Target, show_capability
 from ...pages.units import show_bytes
-from ...runtime.backends.cpu import cores
-from ...runtime.device.probe import GpuInfo, find_gpu
-from ...runtime.device.tensorrt import find_trt_variant, serves
+from ...runtime.backends.registry import backend_of
+from ...runtime.device.tensorrt import find_trt_variant
+from ...runtime.hardware import GpuInfo, cores, find_gpu
 
 COMPILE_EXTRA = (
     "torch",
@@ -32,9 +31,6 @@ COMPILE_EXTRA = (
     "pyyaml",
 )
 """What building needs besides the runtime; the extra ``compile``."""
-
-CUDA_CORE = "cuda-core (pip install cuda-core 'cuda-bindings==13.*')"
-"""What drives a GPU."""
 
 
 def doctor_facts() -> dict[str, Any]:
@@ -59,14 +55,7 @@ def doctor_facts() -> dict[str, Any]:
             if (trt_variant := find_trt_variant(name)) is not None
         },
         "compiler": versions,
-        "targets": {
-            target.name: _engines(target, absent, device)
-            if target.engines
-            else _openvino(target, absent)
-            if target.backend == OPENVINO
-            else _graphs(target, absent, ort, providers)
-            for target in TARGETS.values()
-        },
+        "targets": {target.name: _target(target, absent, device) for target in TARGETS.values()},
     }
 
 
@@ -100,66 +89,15 @@ def doctor_table() -> RenderableType:
     return Group(head, table)
 
 
-def _graphs(
-    target: Target, absent: list[str], ort: str | None, providers: list[str]
-) -> dict[str, Any]:
-    """A target that ONNX Runtime runs."""
+def _target(target: Target, absent: list[str], device: GpuInfo | None) -> dict[str, Any]:
+    """Facts of a target: graphs are exported anywhere, engines compiled where they can be."""
     missing = _to_export(absent)
-    provider = "CUDAExecutionProvider" if target.name == "cuda" else "CPUExecutionProvider"
-    runs = provider in providers
-    if ort is None:
-        missing.append("to run: onnxruntime")
-    elif not runs:
-        missing.append(f"to run: an ONNX Runtime with {provider} (pip install onnxruntime-gpu)")
-    elif not serves(target, ort):
-        runs = False
-        missing.append(f"to run: ONNX Runtime {target.versions[0]}, found {ort}")
-    if target.name == "cuda" and not _has_cuda_core():
-        runs = False
-        missing.append(f"to run: {CUDA_CORE}")
-    return {"build": not absent, "run": runs, "missing": missing}
-
-
-def _openvino(target: Target, absent: list[str]) -> dict[str, Any]:
-    """A target that OpenVINO runs."""
-    missing = _to_export(absent)
-    found = _version("openvino")
-    runs = found is not None and serves(target, found)
-    if found is None:
-        missing.append("to run: openvino (pip install 'visistage[openvino]')")
-    elif not runs:
-        missing.append(f"to run: OpenVINO {target.versions[0]}, found {found}")
-    return {"build": not absent, "run": runs, "missing": missing}
-
-
-def _engines(target: Target, absent: list[str], device: GpuInfo | None) -> dict[str, Any]:
-    """A target with engines: graphs are exported anywhere, engines compiled where they can be."""
-    missing = _to_export(absent)
-    why = can_compile(target, device)
+    why = can_compile(target, device) if target.engines else None
     if why is not None:
         missing.append(f"to compile engines: {why}; until then a portable bundle")
-    reasons = [*_to_run(target, device)]
+    reasons = backend_of(target).check(target)
     missing += [f"to run: {reason}" for reason in reasons]
     return {"build": not absent and why is None, "run": not reasons, "missing": missing}
-
-
-def _to_run(target: Target, device: GpuInfo | None) -> Iterator[str]:
-    """What lacks to run the target's engines here."""
-    if device is None:
-        yield "an NVIDIA GPU and its driver; verify runs their graphs on the CPU"
-    elif target.capabilities and device.capability not in target.capabilities:
-        yield f"another GPU than this {show_capability(device.capability)}"
-    trt_variant = find_trt_variant(target.backend)
-    if trt_variant is None:
-        yield f"{target.backend} is not installed"
-    elif not serves(target, trt_variant.version):
-        yield f"{target.backend} {target.versions[0]}, found {trt_variant.version}"
-    if not _has_cuda_core():
-        yield CUDA_CORE
-
-
-def _has_cuda_core() -> bool:
-    return _version("cuda-core") is not None
 
 
 def _to_export(absent: list[str]) -> list[str]:

@@ -34,8 +34,8 @@ from ...graphs.errors import TargetError
 from ...graphs.files import write_file
 from ...graphs.progress import Progress
 from ...graphs.targets import Capability, Target, find_target, show_capability
-from ...runtime.device.probe import GpuInfo, find_gpu
-from ...runtime.device.tensorrt import TensorRtVariant, find_trt_variant, load_trt_variant, serves
+from ...runtime.device.tensorrt import TensorRtVariant, find_trt_variant, load_trt_variant
+from ...runtime.hardware import GpuInfo, find_gpu
 from ..disk import require_disk_space
 from ..steps import Steps
 from .engine_spec import EngineSpec, engine_specs_of
@@ -47,7 +47,7 @@ def can_compile(target: Target, device: GpuInfo | None) -> str | None:
     trt_variant = find_trt_variant(target.backend)
     if trt_variant is None:
         return f"{target.backend} is not installed"
-    if not serves(target, trt_variant.version):
+    if not target.serves(trt_variant.version):
         return f"{target.backend} {target.versions[0]} is needed, found {trt_variant.version}"
     if trt_variant.names_capabilities:
         return None

@@ -23,7 +23,7 @@ to a byte in files."""
 
 SCALE, INPUT_SCALE, ZERO = "weight_scale", "input_scale", "weight_zero"
 """The other parameters. The zero points of INT8 in blocks are all 0, and there for ONNX Runtime:
-where it makes weights unsigned (``runtime.backends.ort_int8.EXACT``) it would otherwise give them
+where it makes weights unsigned (``runtime.backends.ort.EXACT``) it would otherwise give them
 one of a wrong shape, and fail.
 """
 

@@ -1,6 +1,6 @@
-"""What executors on this CPU share: caches that are NumPy arrays, and the time of every graph.
+"""Executors on this CPU: caches that are NumPy arrays, and the time of every graph.
 
-A stage's keys and values lie in one block, so that new rows of all its layers are written in one
+A stage's keys and values are one block, so that new rows of all its layers are written in one
 assignment. A cache is read, rewound and copied back without asking the library that runs graphs.
 """
 
@@ -9,11 +9,13 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from ...graphs.bundle import Manifest
+from ...graphs.bundle import Bundle
 from ...graphs.contract import cache_names
+from .feeds import PromptCalls, stored_cache_scales
 
 BUCKET = 128
 """Slots are added in multiples of this: growth copies, and attention pays for every slot."""
@@ -32,8 +34,8 @@ class Timed:
         self.sums[self.name] += (time.perf_counter() - self.start) * 1e3
 
 
-class HostExecutor:
-    """The part of ``backend.Backend`` that no library has a say in.
+class HostExecutor(PromptCalls):
+    """The part of ``backend.Backend`` that is the same for every library on a CPU.
 
     Attributes:
         caches: by stage, (B, G, S, d) views of its block by input name.
@@ -43,23 +45,24 @@ class HostExecutor:
 
     device_name: str | None = None
 
-    def __init__(self, manifest: Manifest, batch: int = 1):
+    def __init__(self, bundle: Bundle, threads: int, batch: int = 1):
+        manifest = bundle.manifest
         self.plan, self.text, self.batch = manifest.plan, manifest.config.text, batch
-        self.dtype, self.cache_dtype = np.dtype(manifest.dtype), np.dtype(manifest.cache_dtype)
-        self.rows_dtype = np.dtype(manifest.fallback.rows_dtype(self.dtype.name))
+        self.threads: int | None = threads
+        self.graphs = manifest.graphs
+        self.scales = stored_cache_scales(bundle)
+        self.cache_dtype = np.dtype(manifest.cache_dtype)
+        self.rows_dtype = np.dtype(manifest.fallback.rows_dtype(manifest.dtype))
         self.elapsed_ms: dict[str, float] = defaultdict(float)
-        self.blocks: list[np.ndarray] = []
-        self.caches: list[dict[str, np.ndarray]] = []
-        for index in range(len(self.plan.stages)):
-            self.blocks.append(self._empty(index, 0))
-            self.caches.append(self._views(index))
+        self.blocks = [self._empty(index, 0) for index in range(len(self.plan.stages))]
+        self.caches = [self._views(index) for index in range(len(self.plan.stages))]
 
     def prepare(self, needs: Sequence[int]) -> bool:
-        """Nothing to prepare: caches grow as they are needed."""
+        """Prepare nothing: caches grow as they are needed."""
         return False
 
     def padding(self, stage: int, count: int) -> int:
-        """No padding rows, unless a library makes calls of some sizes dearer than others."""
+        """Ask for no padding rows, unless a library makes calls of some sizes dearer."""
         return 0
 
     def ensure_slots(self, stage: int, slots: int) -> int:
@@ -68,24 +71,16 @@ class HostExecutor:
         return held if slots <= held else self._resize(stage, slots, held)
 
     def trim_slots(self, stage: int, used: int, wanted: int) -> int:
-        """Give slots back where less than half of them are wanted; ``used`` of them are kept."""
+        """Give slots up where less than half of them are wanted; ``used`` of them are kept."""
         held = self.blocks[stage].shape[3]
         return held if held <= 2 * _bucket(wanted) else self._resize(stage, wanted, used)
 
-    def _resize(self, stage: int, slots: int, kept: int) -> int:
-        """Move the first ``kept`` slots of a stage's caches to new ones; returns their size."""
-        old = self.blocks[stage]
-        self.blocks[stage] = self._empty(stage, _bucket(slots))
-        self.blocks[stage][:, :, :, :kept] = old[:, :, :, :kept]
-        self.caches[stage] = self._views(stage)
-        self._moved(stage)
-        return _bucket(slots)
-
-    def _moved(self, stage: int) -> None:
-        """The caches of ``stage`` lie elsewhere now: whoever bound them binds them again."""
+    def layer_cache(self, stage: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """See ``PromptCalls``."""
+        return self.caches[stage][f"key.{layer}"], self.caches[stage][f"value.{layer}"]
 
     def take(self, rows: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Rows ``index`` along Q."""
+        """Take rows ``index`` along Q."""
         return rows[:, index]
 
     def concatenate(self, parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -93,7 +88,7 @@ class HostExecutor:
         return parts[0] if len(parts) == 1 else np.concatenate(list(parts), axis=1)
 
     def snapshot(self, stage: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Copies of a stage's cache slots [start, stop)."""
+        """Copy a stage's cache slots [start, stop)."""
         return {name: c[:, :, start:stop].copy() for name, c in self.caches[stage].items()}
 
     def restore(self, stage: int, start: int, saved: dict[str, np.ndarray]) -> None:
@@ -102,15 +97,37 @@ class HostExecutor:
             self.caches[stage][name][:, :, start : start + rows.shape[2]] = rows
 
     def reset_elapsed(self) -> dict[str, float]:
-        """Milliseconds per graph since the last call."""
+        """Return milliseconds per graph since the last call."""
         elapsed, self.elapsed_ms = dict(self.elapsed_ms), defaultdict(float)
         return elapsed
 
-    def _timed(self, name: str) -> Timed:
+    def end_profiles(self) -> dict[str, Path]:
+        """Return no files, unless a library can be asked for them."""
+        return {}
+
+    def close(self) -> None:
+        """Drop the caches; subclasses drop what the library holds, too."""
+        self.caches.clear()
+        self.blocks.clear()
+
+    def timed(self, name: str) -> Timed:
+        """Time a block as a call of graph ``name``."""
         return Timed(self.elapsed_ms, name)
 
+    def rebind(self, stage: int) -> None:
+        """Bind the caches of ``stage`` again, which have been reallocated."""
+
+    def _resize(self, stage: int, slots: int, kept: int) -> int:
+        """Move the first ``kept`` slots of a stage's caches to new ones; returns their number."""
+        old = self.blocks[stage]
+        self.blocks[stage] = self._empty(stage, _bucket(slots))
+        self.blocks[stage][:, :, :, :kept] = old[:, :, :, :kept]
+        self.caches[stage] = self._views(stage)
+        self.rebind(stage)
+        return _bucket(slots)
+
     def _empty(self, stage: int, slots: int) -> np.ndarray:
-        """Zeros, not garbage: a NaN in an invisible slot would poison attention (0 x NaN)."""
+        """Return zeros: a NaN in an invisible slot would poison attention (0 x NaN)."""
         first, stop = self.plan.stages[stage].layers
         shape = (2 * (stop - first), self.batch, self.text.kv_heads, slots, self.text.head_dim)
         return np.zeros(shape, self.cache_dtype)

@@ -1,32 +1,43 @@
 """OpenVINO on this CPU: one compiled model per graph, tensors over NumPy memory bound once.
 
-Graphs are those of the ``portable`` lowering: they read the caches where they lie and hand back new
-rows, which are written here. A call's arrays are bound when its number of rows comes first; a
-decode step then fills a few kilobytes and starts.
+Graphs are those of the ``portable`` lowering: they read the caches in place and return new rows,
+which are written here. A stage's compiled model takes any number of rows; every number has an infer
+request of its own, whose arrays stay bound for as long as the caches keep their place. A decode
+step then fills a few kilobytes and starts.
 
 Every number of rows that comes first has kernels compiled for it (15 ms for the demo model, 50 for
-llava-45m), so questions are padded to multiples of 8, and decode steps are tried at load. Numbers
-of slots cost next to nothing.
+llava-45m), so questions are padded to multiples of 8, and decode steps are run once at load.
+Numbers of slots cost next to nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...graphs.bundle import Bundle
-from ...graphs.chain.executor import Kept, StageResult
-from ...graphs.contract import PROBE, GraphSpec
+from ...graphs.chain.executor import StageResult
+from ...graphs.contract import GraphSpec, appended
 from ...graphs.errors import BundleError, MissingDependencyError
-from ...graphs.targets import OPENVINO, find_target
+from ...graphs.targets import OPENVINO, Target, find_target
+from ..autotune import choose_threads
+from .backend import BackendOptions
 from .cpu_caches import BUCKET, HostExecutor
-from .openvino_calls import OpenVinoStage, row_chunks, shape_of
+from .feeds import stage_feeds
 
 ROW_STEP = 8
 """Numbers of rows that a question is padded to are multiples of this."""
+
+MOST_ROWS = 192
+"""Rows of one call. Attention here writes its scores to memory; those of a whole image leave the
+processor's caches (576 rows of llava-45m: a fifth to a third of the call)."""
+
+MOST_CALLS = 8
+"""Numbers of rows whose arrays stay bound."""
 
 PROPERTIES = {
     "PERFORMANCE_HINT": "LATENCY",
@@ -44,33 +55,26 @@ class OpenVinoExecutor(HostExecutor):
     """
 
     def __init__(self, bundle: Bundle, threads: int):
-        manifest = bundle.manifest
-        super().__init__(manifest)
-        self.threads: int | None = threads
+        super().__init__(bundle, threads)
         self._ov = library()
         self._core = self._ov.Core()
         properties = PROPERTIES | {"INFERENCE_NUM_THREADS": threads}
         self.models = {
             name: self._compile(bundle.file(graph.file), graph.spec, properties)
-            for name, graph in manifest.graphs.items()
+            for name, graph in self.graphs.items()
         }
         self.requests: dict[str, Any] = {}
-        self.stages = [
-            OpenVinoStage(self._ov, self.models[name], manifest.graphs[name].spec)
-            for index in range(len(self.plan.stages))
-            for name in manifest.parts_of(index)
-        ]
-        for index, stage in enumerate(self.stages):
+        self.stages: list[OpenVinoStage] = []
+        for index in range(len(self.plan.stages)):
+            (name,) = bundle.manifest.parts_of(index)  # parts are for compilers of engines
+            stage = OpenVinoStage(self._ov, self.models[name], self.graphs[name].spec)
+            self.stages.append(stage)
             self.ensure_slots(index, BUCKET)
             stage.call(1, self.blocks[index]).run()
 
     def padding(self, stage: int, count: int) -> int:
-        """Rows to put before a question of ``count`` rows so that its call is one of a few."""
+        """Return how many rows before ``count`` rows of a question make its call one of a few."""
         return -count % ROW_STEP
-
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels (1, C, H, W) float32 -> visual rows (1, N, D)."""
-        return self._call("vision", {"pixels": pixels})["visual_rows"]
 
     def append(self, stage, rows, positions, order, slot_order, write_index, gates) -> StageResult:
         """See ``Executor``; more orders than rows: those on the left are padding."""
@@ -79,96 +83,53 @@ class OpenVinoExecutor(HostExecutor):
         if padding:
             rows = np.pad(rows, ((0, 0), (padding, 0), (0, 0)))
         done = []
-        with self._timed(f"stage{stage}"):
+        with self.timed(f"stage{stage}"):
             for start, stop in row_chunks(order):
-                at = slice(start, stop)
-                first = write_index + start
+                at, first = slice(start, stop), write_index + start
                 call = graph.call(stop - start, block)
                 call.fill("rows", rows[:, at])
-                call.fill("positions", positions[:, at])
-                call.fill("order", order[:, at])
-                call.fill("slot_order", slot_order)
-                call.fill("write_index", first)
-                if gates is not None:
-                    call.fill("gates", gates)
+                feeds = stage_feeds(positions[:, at], order[:, at], slot_order, first, gates)
+                for name, values in feeds.items():
+                    call.fill(name, values)
                 call.run()
                 block[:, :, :, first : first + call.count] = call.new_rows
                 done.append(call.copy("rows.out"))
         out = self.concatenate(done)[:, padding:]
         return StageResult(out, call.copy("queries"), call.copy("logits"))
 
-    def select(
-        self, edge, probe_query, slot_order, query_order, visual_slots, rows, positions, order
-    ) -> Kept:
-        """One call of a selection over the last layer's cache of stage ``edge``."""
-        key, value = list(self.caches[edge].values())[-2:]
-        feeds = {
-            "probe_query": probe_query,
-            "key": key,
-            "value": value,
-            "slot_order": slot_order,
-            "query_order": query_order,
-            "visual_slots": visual_slots,
-            "rows": rows,
-            "positions": positions,
-            "order": order,
-        }
-        return Kept(*self._call(f"select{edge}", feeds).values())
-
-    def probe(
-        self, stage, layer, query, slot_order, query_order, visual_slots
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """One probe of a layer of stage ``stage``."""
-        feeds = {
-            "query": query,
-            "key": self.caches[stage][f"key.{layer}"],
-            "value": self.caches[stage][f"value.{layer}"],
-            "slot_order": slot_order,
-            "query_order": query_order,
-            "visual_slots": visual_slots,
-        }
-        out = self._call(PROBE, feeds)
-        return out["cosine"], out["norm"]
-
-    def end_profiles(self) -> dict[str, Path]:
-        """None: nobody can ask for them here (``backend.open_backend``)."""
-        return {}
+    def call_graph(
+        self, graph: str, stage: int, feeds: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """See ``PromptCalls``."""
+        spec = self.graphs[graph].spec
+        with self.timed(graph):
+            if graph not in self.requests:
+                self.requests[graph] = self.models[graph].create_infer_request()
+            request = self.requests[graph]
+            held = []  # OpenVINO looks into these arrays
+            for one in spec.inputs:
+                held.append(np.require(feeds[one.name], requirements=["C", "W"]))
+                request.set_tensor(one.name, self._ov.Tensor(held[-1], shared_memory=True))
+            request.start_async()
+            request.wait()
+            return {one.name: request.get_tensor(one.name).data.copy() for one in spec.outputs}
 
     def close(self) -> None:
         """Drop models and buffers."""
         self.stages.clear()
         self.requests.clear()
         self.models.clear()
-        self.caches.clear()
-        self.blocks.clear()
+        super().close()
 
-    def _moved(self, stage: int) -> None:
+    def rebind(self, stage: int) -> None:
+        """See ``HostExecutor``."""
         self.stages[stage].calls.clear()
-
-    def _call(self, name: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs of a graph that a prompt calls once; ``feeds`` may hold more than it reads."""
-        with self._timed(name):
-            model = self.models[name]
-            if name not in self.requests:
-                self.requests[name] = model.create_infer_request()
-            request = self.requests[name]
-            held = []  # OpenVINO looks into these arrays
-            for port in model.inputs:
-                one = next(key for key in feeds if key in port.names)
-                held.append(np.require(feeds[one], requirements=["C", "W"]))
-                request.set_tensor(port, self._ov.Tensor(held[-1], shared_memory=True))
-            request.start_async()
-            request.wait()
-            outputs = {}
-            for port in model.outputs:
-                outputs[port.any_name] = request.get_tensor(port).data.copy()
-            return outputs
 
     def _compile(self, file: Path, spec: GraphSpec, properties: Mapping[str, Any]) -> Any:
         try:
             model = self._core.read_model(file)
             # One prompt at a time: with the batch known fewer shapes are computed in every call.
-            model.reshape({one.name: shape_of(one.shape, {"B": 1}) for one in spec.inputs})
+            model.reshape({one.name: _shape(one.shape, {"B": 1}) for one in spec.inputs})
             return self._core.compile_model(model, "CPU", dict(properties))
         except RuntimeError as error:
             raise BundleError(
@@ -177,11 +138,102 @@ class OpenVinoExecutor(HostExecutor):
             ) from error
 
 
-def library() -> Any:
-    """OpenVINO.
+class OpenVinoStage:
+    """A stage's compiled model, and calls of it by their number of rows, latest last."""
+
+    def __init__(self, ov: Any, model: Any, spec: GraphSpec):
+        self.ov, self.model, self.spec = ov, model, spec
+        self.calls: dict[int, BoundRequest] = {}
+
+    def call(self, count: int, block: np.ndarray) -> BoundRequest:
+        """Return the call of ``count`` rows, bound to the caches in ``block``."""
+        call = self.calls.pop(count, None)
+        if call is None:
+            if len(self.calls) == MOST_CALLS:
+                del self.calls[next(iter(self.calls))]
+            call = BoundRequest(self.ov, self.model, self.spec, count, block)
+        self.calls[count] = call
+        return call
+
+
+class BoundRequest:
+    """One infer request with every tensor bound.
+
+    Attributes:
+        count: Q.
+        arrays: inputs and outputs other than caches, by name.
+        new_rows: (2 * layers, 1, G, Q, d), to be written into the caches.
+    """
+
+    def __init__(self, ov: Any, model: Any, spec: GraphSpec, count: int, block: np.ndarray):
+        self.count = count
+        self.request = model.create_infer_request()
+        self.new_rows = np.empty((*block.shape[:3], count, block.shape[4]), block.dtype)
+        self.arrays: dict[str, np.ndarray] = {}
+        sizes = {"B": 1, "Q": count, "S": block.shape[3]}
+        caches = [one.name for one in spec.inputs if one.name.startswith(("key.", "value."))]
+        bound = dict(zip(caches, block, strict=True))
+        bound |= dict(zip(map(appended, caches), self.new_rows, strict=True))
+        for one in (*spec.inputs, *spec.outputs):
+            if one.name not in bound:
+                array = np.zeros(_shape(one.shape, sizes), one.dtype)
+                bound[one.name] = self.arrays[one.name] = array
+            self.request.set_tensor(one.name, ov.Tensor(bound[one.name], shared_memory=True))
+
+    def fill(self, name: str, values: np.ndarray) -> None:
+        """Copy an input in."""
+        self.arrays[name][...] = values
+
+    def copy(self, name: str) -> np.ndarray | None:
+        """Copy an output, None where the graph has none of that name."""
+        array = self.arrays.get(name)
+        return None if array is None else array.copy()
+
+    def run(self) -> None:
+        """Compute the outputs in ``arrays`` and ``new_rows``."""
+        # Starting and waiting returns nothing, where infer() would copy every output.
+        self.request.start_async()
+        self.request.wait()
+
+
+def row_chunks(order: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Cut the rows of a call into pieces of one size, (start, stop) each: ``order`` (1, Q).
+
+    Where orders rise, no row sees a later one, and what a row sees is there when its turn comes.
+    """
+    count = order.shape[1]
+    rising = (np.diff(order[0]) > 0).all()
+    step = -(-count // -(-count // MOST_ROWS)) if rising else count
+    for start in range(0, count, step):
+        yield start, min(start + step, count)
+
+
+def open_bundle(bundle: Bundle, options: BackendOptions) -> OpenVinoExecutor:
+    """Load the bundle's graphs; where no number of threads was asked for, it is measured."""
+
+    def load(threads: int) -> OpenVinoExecutor:
+        return OpenVinoExecutor(bundle, threads)
+
+    engine = f"openvino {library().__version__}"
+    return load(options.threads or choose_threads(bundle, engine, load))
+
+
+def missing(target: Target) -> Iterator[str]:
+    """Yield what lacks to run graphs for ``target`` here.
 
     Raises:
-        MissingDependencyError: it is not installed.
+        ImportError: OpenVINO is not installed.
+    """
+    found = metadata.version("openvino")
+    if not target.serves(found):
+        yield f"OpenVINO {target.versions[0]}, found {found}"
+
+
+def library() -> Any:
+    """Return the module of OpenVINO.
+
+    Raises:
+        MissingDependencyError: it is not installed, or too old.
     """
     try:
         import openvino
@@ -190,8 +242,9 @@ def library() -> Any:
             f"this bundle runs on OpenVINO, which is not installed ({error}). Type: pip install "
             "'visistage[openvino]', or run it with ONNX Runtime: --backend onnxruntime"
         ) from error
-    first = find_target(OPENVINO).versions[0]
-    if _numbers(openvino.__version__) < _numbers(first):
+    target = find_target(OPENVINO)
+    if not target.serves(openvino.__version__):
+        first = target.versions[0]
         raise MissingDependencyError(
             f"OpenVINO {first} or newer is needed, found {openvino.__version__}. Type: pip install "
             f"'openvino>={first}', or run the bundle with ONNX Runtime: --backend onnxruntime"
@@ -199,11 +252,6 @@ def library() -> Any:
     return openvino
 
 
-def engine() -> str:
-    """OpenVINO's name and version, as trials note them (``threads.choose_threads``)."""
-    return f"openvino {library().__version__}"
-
-
-def _numbers(version: str) -> list[int]:
-    """Year and release: 2026.4.1-22982 is [2026, 4]."""
-    return [int(part) for part in version.split(".")[:2]]
+def _shape(shape: tuple[int | str, ...], sizes: Mapping[str, int]) -> list[int]:
+    """Return a contract's shape with ``sizes`` for its symbols; -1 for those without."""
+    return [sizes.get(d, -1) if isinstance(d, str) else d for d in shape]

@@ -1,4 +1,4 @@
-"""One graph of a stage in ONNX Runtime, with what stays bound from call to call.
+"""One graph of a stage in ONNX Runtime, and the buffers that stay bound from call to call.
 
 The caches are bound once for as long as they keep their size. A call of one row, which is what an
 answer is made of, goes through buffers that were allocated and bound once as well: it copies a few
@@ -14,6 +14,7 @@ import onnxruntime as ort
 
 from ...graphs.contract import GraphSpec, TensorSpec, appended
 from .denormals import flushed
+from .feeds import gated_depth
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -23,7 +24,7 @@ class OrtStage:
 
     def __init__(self, spec: GraphSpec, session: ort.InferenceSession):
         self.spec, self.session = spec, session
-        self.gated = next((int(s.shape[0]) for s in spec.inputs if s.name == "gates"), 0)
+        self.gated = gated_depth(spec)
         self.caches: dict[str, np.ndarray] = {}
         self.aliased = False
         self.binding = session.io_binding()
@@ -34,17 +35,17 @@ class OrtStage:
         names = [spec.name for spec in self.spec.inputs if spec.name in caches]
         self.caches = {name: caches[name] for name in names}
         self.aliased = aliased
-        self.binding, self.step = self._bound(), None
+        self.binding, self.step = self.bound(), None
 
     def run(self, feeds: Arrays, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """Run once; returns every output that is not written in place, in arrays of their own."""
+        """Run once; return every output that is not written in place, in arrays of their own."""
         if sizes["Q"] == 1:
             if self.step is None:
                 self.step = OrtRowStep(self, sizes)
             return self.step.run(feeds)
         held = {}  # bound arrays must outlive the call
         for spec in self.inputs():
-            held[spec.name] = array = np.ascontiguousarray(self.own(spec, feeds))
+            array = held[spec.name] = np.ascontiguousarray(self.own(spec, feeds), spec.dtype)
             self.binding.bind_cpu_input(spec.name, array)
         outputs = {spec.name: np.empty(_shape(spec, sizes), spec.dtype) for spec in self.outputs()}
         for name, out in outputs.items():
@@ -53,19 +54,20 @@ class OrtStage:
         return outputs
 
     def inputs(self) -> list[TensorSpec]:
-        """Those that come with a call."""
+        """Return the inputs that come with a call."""
         return [spec for spec in self.spec.inputs if spec.name not in self.caches]
 
     def outputs(self) -> list[TensorSpec]:
-        """Those that a call hands back."""
+        """Return the outputs that a call returns."""
         written = {appended(name) for name in self.caches} if self.aliased else set()
         return [spec for spec in self.spec.outputs if spec.name not in written]
 
     def own(self, spec: TensorSpec, feeds: Arrays) -> np.ndarray:
-        """What this part is given of ``feeds``: of the gates, those of its own layers."""
+        """Return an input of this part; of the gates, those of its own layers, which come first."""
         return feeds[spec.name][: self.gated] if spec.name == "gates" else feeds[spec.name]
 
-    def _bound(self) -> ort.IOBinding:
+    def bound(self) -> ort.IOBinding:
+        """Return a binding with the caches bound."""
         binding = self.session.io_binding()
         for name, cache in self.caches.items():
             value = ort.OrtValue.ortvalue_from_numpy(cache)
@@ -84,7 +86,7 @@ class OrtRowStep:
         sizes = {**sizes, "S": slots}
         self.inputs = [(spec, np.zeros(_shape(spec, sizes), spec.dtype)) for spec in part.inputs()]
         self.outputs = {s.name: np.zeros(_shape(s, sizes), s.dtype) for s in part.outputs()}
-        self.binding = part._bound()
+        self.binding = part.bound()
         for spec, array in self.inputs:
             self.binding.bind_cpu_input(spec.name, array)
         for name, out in self.outputs.items():

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,14 @@ class CudaGraph:
     def launch(self) -> None:
         """See ``protocol.CapturedGraph``."""
         self._graph.launch(self._stream)
+
+
+def missing_cuda_core() -> Iterator[str]:
+    """Yield what to install to drive a GPU, where it is not."""
+    try:
+        metadata.version(PACKAGE)
+    except metadata.PackageNotFoundError:
+        yield f"{PACKAGE} (pip install {PACKAGE} 'cuda-bindings==13.*')"
 
 
 def _libraries() -> tuple[Any, Any]:

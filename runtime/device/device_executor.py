@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from ...graphs.bundle import Bundle
-from ...graphs.chain.executor import Kept, StageResult
-from ...graphs.contract import PROBE
-from ..tensors import stored_cache_scales
+from ...graphs.chain.executor import StageResult
+from ..backends.feeds import PromptCalls, stored_cache_scales
 from .calls import BATCH
-from .engine_sets import EngineSet, EngineSets
+from .engine_sets import VISION, EngineSet, EngineSets
 from .memory import DeviceArray, Memory, nbytes_of
 from .protocol import Compiled, Device, EngineApi, Event
 
@@ -33,7 +32,7 @@ MOST_EVENTS = 512
 """Pairs of events that wait to be read."""
 
 
-class DeviceExecutor:
+class DeviceExecutor(PromptCalls):
     """One prompt at a time. ``elapsed_ms`` is the device's own time, by graph."""
 
     def __init__(
@@ -81,11 +80,6 @@ class DeviceExecutor:
         padding = -count % step
         return padding if padding <= self.slack[stage] else 0
 
-    def encode(self, pixels: np.ndarray) -> DeviceArray:
-        """Pixels (1, C, H, W) float32 -> visual rows (1, N, D)."""
-        with self._timed("vision"):
-            return self.engine_sets.vision({"pixels": pixels}, {"B": BATCH})["visual_rows"]
-
     def ensure_slots(self, stage: int, slots: int) -> int:
         """See ``Executor``."""
         return self.engine_set.stages[stage].ensure_slots(slots)
@@ -101,44 +95,24 @@ class DeviceExecutor:
                 rows, positions, order, slot_order, write_index, gates
             )
 
-    def select(
-        self, edge, probe_query, slot_order, query_order, visual_slots, rows, positions, order
-    ) -> Kept:
-        """See ``Executor``; only which rows were kept comes down."""
-        stage = self.engine_set.stages[edge]
-        key, value = list(stage.caches)[-2:]
-        inputs = {
-            **self.scales[self.plan.stages[edge].layers[1] - 1],
-            "probe_query": probe_query,
-            "key": stage.cache(key),
-            "value": stage.cache(value),
-            "slot_order": slot_order,
-            "query_order": query_order,
-            "visual_slots": visual_slots,
-            "rows": rows,
-            "positions": positions,
-            "order": order,
-        }
-        out = self._call(f"select{edge}", inputs, stage.slots, visual_slots.shape[1])
-        kept = [np.asarray(out[name]) for name in ("positions.out", "order.out", "scores")]
-        return Kept(out["rows.out"], *kept)
+    def layer_cache(self, stage: int, layer: int) -> tuple[DeviceArray, DeviceArray]:
+        """See ``PromptCalls``."""
+        held = self.engine_set.stages[stage]
+        return held.cache(f"key.{layer}"), held.cache(f"value.{layer}")
 
-    def probe(
-        self, stage, layer, query, slot_order, query_order, visual_slots
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """See ``Executor``; the decision is the host's, so its readings come down."""
-        one = self.engine_set.stages[stage]
-        inputs = {
-            **self.scales[layer],
-            "query": query,
-            "key": one.cache(f"key.{layer}"),
-            "value": one.cache(f"value.{layer}"),
-            "slot_order": slot_order,
-            "query_order": query_order,
-            "visual_slots": visual_slots,
-        }
-        out = self._call(PROBE, inputs, one.slots, visual_slots.shape[1])
-        return np.asarray(out["cosine"]), np.asarray(out["norm"])
+    def call_graph(
+        self, graph: str, stage: int, feeds: Mapping[str, np.ndarray | DeviceArray]
+    ) -> dict[str, DeviceArray]:
+        """See ``PromptCalls``."""
+        sizes = {"B": BATCH}
+        if graph == VISION:
+            call = self.engine_sets.vision
+        else:
+            call = self.engine_set.calls[graph]
+            slots, visual = self.engine_set.stages[stage].slots, feeds["visual_slots"].shape[1]
+            sizes |= {"S": slots, "N": visual}
+        with self._timed(graph):
+            return call(feeds, sizes)
 
     def take(self, rows: DeviceArray, index: np.ndarray) -> DeviceArray:
         """Rows ``index`` along Q; neighbours are copied together."""
@@ -182,7 +156,7 @@ class DeviceExecutor:
         return elapsed
 
     def end_profiles(self) -> dict[str, Path]:
-        """None: nobody can ask for them here (``backend.open_backend``)."""
+        """None: nobody can ask for them here (``registry.find_backend``)."""
         return {}
 
     def close(self) -> None:
@@ -192,11 +166,6 @@ class DeviceExecutor:
         self.engine_sets.close()
         self.api.close()
         self.device.close()
-
-    def _call(self, graph: str, inputs, slots: int, visual: int) -> dict[str, DeviceArray]:
-        sizes = {"B": BATCH, "S": slots, "N": visual}
-        with self._timed(graph):
-            return self.engine_set.calls[graph](inputs, sizes)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

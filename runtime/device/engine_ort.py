@@ -1,30 +1,62 @@
 """ONNX Runtime as an engine: a graph with inputs and outputs at addresses, on the device's stream.
 
 On CUDA nothing is copied and nothing waits: ONNX Runtime issues its work on our stream. Its own
-allocations make that work unfit for capture. On the CPU provider the same code runs over a
-a device in host memory, which does the work when somebody waits.
+allocations make that work unfit for capture. On the CPU provider the same code runs over a device
+in host memory, which does its work when it is waited for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnxruntime as ort
 
-from ...graphs.errors import BundleError, EngineError
-from .protocol import Buffer, Compiled, Shape
-
-CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
+from ...graphs.bundle import Bundle
+from ...graphs.errors import EngineError
+from ...graphs.targets import Target
+from ..backends.backend import BackendOptions
+from ..backends.ort import CPU_PROVIDER, CUDA_PROVIDER, load_session
+from ..backends.ort import missing as missing_provider
+from ..hardware import find_gpu
+from .cuda import CudaDevice, missing_cuda_core
+from .device_executor import DeviceExecutor
+from .protocol import ON_CPU, Buffer, Compiled, Shape
 
 Submit = Callable[[str, Callable[[], None]], None]
+
+
+def open_bundle(bundle: Bundle, options: BackendOptions) -> DeviceExecutor:
+    """Load the bundle's graphs into ONNX Runtime's CUDA provider, on our stream.
+
+    Raises:
+        EngineError, MissingDependencyError: this machine has no GPU, or lacks a library.
+    """
+    if find_gpu() is None:
+        raise EngineError(
+            f"{bundle.path} is for target 'cuda' and this machine has no NVIDIA GPU or no driver. "
+            f"{ON_CPU}"
+        )
+    device = CudaDevice()
+    api = OrtApi(stream=device.stream, threads=options.threads)
+    graphs = [  # which take any sizes
+        Compiled(name, None, bundle.file(fact.file), fact.spec, 0, (), 0)
+        for name, fact in bundle.manifest.graphs.items()
+    ]
+    return DeviceExecutor(bundle, device, api, graphs)
+
+
+def missing(target: Target) -> Iterator[str]:
+    """Yield what lacks to run graphs for ``target`` here."""
+    yield from missing_provider(target, CUDA_PROVIDER)
+    yield from missing_cuda_core()
 
 
 class OrtApi:
     """``protocol.EngineApi`` over ONNX Runtime.
 
     ``stream``: the handle of the CUDA stream that the device works on; None: the CPU provider.
-    ``submit``: who is asked to run a graph; by default it is run at once.
+    ``submit``: is called to run a graph; by default it runs at once.
     """
 
     def __init__(
@@ -34,7 +66,7 @@ class OrtApi:
         submit: Submit | None = None,
         threads: int | None = None,
     ):
-        self.submit = submit or _now
+        self.submit = submit or (lambda name, work: work())
         self.device = "cpu" if stream is None else "cuda"
         self.capturable = submit is not None  # a run that happens now is not there to be kept
         self.options = ort.SessionOptions()
@@ -50,20 +82,11 @@ class OrtApi:
 
     def load(self, compiled: Compiled) -> OrtEngine:
         """See ``protocol.EngineApi``."""
-        try:
-            session = ort.InferenceSession(
-                str(compiled.file), self.options, providers=self.providers
-            )
-        except Exception as error:  # ONNX Runtime's exceptions share no base but this
-            raise BundleError(
-                f"ONNX Runtime {ort.__version__} cannot load {compiled.file}: {error}. "
-                "Build the bundle again with this version: make engines MODEL=..."
-            ) from error
+        session = load_session(compiled.file, self.options, self.providers)
         if self.device == "cuda" and CUDA_PROVIDER not in session.get_providers():
             raise EngineError(
                 f"ONNX Runtime {ort.__version__} could not start {CUDA_PROVIDER}: its CUDA or "
-                f"cuDNN "
-                "libraries are missing or of another version. Type: pip install "
+                "cuDNN libraries are missing or of another version. Type: pip install "
                 "'visistage[gpu]', or build for the CPU: make engines TARGET=cpu"
             )
         return OrtEngine(self, compiled, session)
@@ -121,7 +144,3 @@ class OrtContext:
             else:
                 binding.bind_output(name, device, 0, self._outputs[name], shape, address)
         return binding
-
-
-def _now(name: str, work: Callable[[], None]) -> None:
-    work()

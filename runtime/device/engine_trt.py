@@ -8,22 +8,125 @@ own: all share one scratch buffer, for one engine runs at a time.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from ...graphs.bundle import Bundle
 from ...graphs.contract import TensorSpec, appended
-from ...graphs.engine_index import AGAIN
-from ...graphs.errors import EngineError
-from .protocol import Buffer, Compiled, Shape
-from .tensorrt import TensorRtVariant
+from ...graphs.engine_index import AGAIN, EngineFact, Engines
+from ...graphs.errors import EngineError, MissingDependencyError
+from ...graphs.targets import Target, show_capability
+from ..backends.backend import BackendOptions
+from ..hardware import GpuInfo, find_gpu
+from .cuda import CudaDevice, missing_cuda_core
+from .device_executor import DeviceExecutor
+from .protocol import ON_CPU, Buffer, Compiled, Shape
+from .tensorrt import INSTALL, TensorRtVariant, find_trt_variant
+
+
+def open_bundle(bundle: Bundle, options: BackendOptions) -> DeviceExecutor:
+    """Load the bundle's engines onto this machine's GPU.
+
+    Nothing is deserialised before its hash, its compiler's version and its GPU are known to be
+    right: an engine is a program.
+
+    Raises:
+        EngineError: there are none yet, or they are not for this machine.
+        BundleError: a file is missing or changed.
+        MissingDependencyError: a library is.
+    """
+    engines = Engines.open(bundle)
+    if engines is None:
+        raise EngineError(
+            f"{bundle.path} is for target '{bundle.manifest.target}' and has no engines yet. "
+            f"Compile them on the machine that runs them: visistage build {bundle.path}. {ON_CPU}"
+        )
+    trt_variant = check_machine(engines, find_trt_variant(engines.backend), find_gpu())
+    engines.check()
+    device = CudaDevice()
+    api = TrtApi(trt_variant, device.stream)
+    return DeviceExecutor(bundle, device, api, compiled_engines(bundle, engines))
+
+
+def missing(target: Target) -> Iterator[str]:
+    """Yield what lacks to run engines for ``target`` here."""
+    gpu = find_gpu()
+    if gpu is None:
+        yield "an NVIDIA GPU and its driver; verify runs their graphs on the CPU"
+    elif target.capabilities and gpu.capability not in target.capabilities:
+        yield f"another GPU than this {show_capability(gpu.capability)}"
+    trt_variant = find_trt_variant(target.backend)
+    if trt_variant is None:
+        yield f"{target.backend} is not installed"
+    elif not target.serves(trt_variant.version):
+        yield f"{target.backend} {target.versions[0]}, found {trt_variant.version}"
+    yield from missing_cuda_core()
+
+
+def check_machine(
+    engines: Engines, trt_variant: TensorRtVariant | None, gpu: GpuInfo | None
+) -> TensorRtVariant:
+    """Make sure that this machine can run ``engines``; call it before deserialising any.
+
+    Raises:
+        EngineError, MissingDependencyError: says what was found and what they were compiled for.
+    """
+    bundle = engines.folder.parent
+    if gpu is None:
+        raise EngineError(
+            f"the engines of {bundle} need a GPU ({engines.gpus()}); this machine has none, or no "
+            f"driver. {ON_CPU}"
+        )
+    if trt_variant is None:
+        raise MissingDependencyError(
+            f"the engines of {bundle} run on {engines.backend} {engines.version}, which is not "
+            f"installed here. {INSTALL[engines.backend]}"
+        )
+    if trt_variant.version != engines.version:
+        raise EngineError(
+            f"the engines were compiled by {engines.backend} {engines.version}, found "
+            f"{trt_variant.version}: they are not portable across versions. {AGAIN} {bundle}"
+        )
+    if engines.capabilities and gpu.capability not in engines.capabilities:
+        raise EngineError(
+            f"the engines were compiled for {engines.gpus()}, found {gpu.name} "
+            f"({show_capability(gpu.capability)}). {AGAIN} {bundle}"
+        )
+    return trt_variant
+
+
+def compiled_engines(bundle: Bundle, engines: Engines) -> list[Compiled]:
+    """Return what the index says of every engine, with the contract that it must keep."""
+    return [_compiled(bundle, engines, fact) for fact in engines.engines]
+
+
+def _compiled(bundle: Bundle, engines: Engines, fact: EngineFact) -> Compiled:
+    if fact.graph not in bundle.manifest.graphs:
+        raise EngineError(
+            f"{engines.folder} has an engine for '{fact.graph}', which the bundle does not. "
+            f"{AGAIN} {bundle.path}"
+        )
+    profiles = tuple(
+        {name: (tuple(shapes[0]), tuple(shapes[2])) for name, shapes in profile.items()}
+        for profile in fact.profiles
+    )
+    return Compiled(
+        fact.graph,
+        fact.context,
+        engines.folder / fact.file,
+        bundle.manifest.graphs[fact.graph].spec,
+        fact.slots,
+        profiles,
+        fact.nbytes,
+    )
 
 
 class TrtApi:
-    """``protocol.EngineApi`` over a flavour of TensorRT; ``stream`` is the device's, as integer.
+    """``protocol.EngineApi`` over a variant of TensorRT; ``stream`` is the device's, as integer.
 
-    Whoever calls this has made sure that the engines are for this version and this GPU
-    (``runtime.device.probe.check_machine``).
+    Call ``check_machine`` before.
     """
 
     def __init__(self, trt_variant: TensorRtVariant, stream: int):

@@ -1,6 +1,6 @@
-"""One face for TensorRT and TensorRT-RTX: which module is there, and what it can do.
+"""One interface to TensorRT and TensorRT-RTX: which module is there, and what it can do.
 
-The two share their Python API almost to the letter. What differs is said here, once: the module's
+The two share their Python API almost to the letter. The differences are kept here: the module's
 name, whether compute capabilities can be named (RTX compiles for GPUs that are not there), and
 whether a timing cache does anything.
 """
@@ -45,7 +45,7 @@ class TensorRtVariant:
         return self.module.__version__
 
     def capability(self, capability: Capability) -> Any:
-        """The compiler's own value for a compute capability.
+        """Return the compiler's own value for a compute capability.
 
         Raises:
             TargetError: it does not compile for that.
@@ -62,7 +62,7 @@ class TensorRtVariant:
 
 
 def find_trt_variant(backend: str) -> TensorRtVariant | None:
-    """The flavour called ``backend``, or None where it is not installed or does not load."""
+    """Return the variant called ``backend``, or None where it is not installed or does not load."""
     for name in MODULES[backend]:
         if importlib.util.find_spec(name) is None:
             continue
@@ -76,7 +76,7 @@ def find_trt_variant(backend: str) -> TensorRtVariant | None:
 
 
 def load_trt_variant(target: Target) -> TensorRtVariant:
-    """The compiler that ``target`` needs, in a version that serves it.
+    """Return the compiler that ``target`` needs, in a version that serves it.
 
     Raises:
         MissingDependencyError: not installed.
@@ -88,25 +88,12 @@ def load_trt_variant(target: Target) -> TensorRtVariant:
             f"target '{target.name}' is compiled by {target.backend}, which is not installed here. "
             f"{INSTALL[target.backend]}"
         )
-    if not serves(target, trt_variant.version):
+    if not target.serves(trt_variant.version):
         first, stop = target.versions
         below = f" and below {stop}" if stop else ""
         raise TargetError(
             f"target '{target.name}' wants {target.backend} {first} or newer{below}, found "
             f"{trt_variant.version}. Choose the target for this machine (visistage doctor lists "
-            f"them), "
-            "or install that version"
+            "them), or install that version"
         )
     return trt_variant
-
-
-def serves(target: Target, version: str) -> bool:
-    """Whether a back end's version is in the target's range."""
-    first, stop = target.versions
-    return _numbers(first) <= _numbers(version) and (
-        stop is None or _numbers(version) < _numbers(stop)
-    )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())

@@ -207,6 +207,17 @@ class PromptEncoder:
             )
         return result
 
+    def image_segments(self) -> tuple[Segment, ...]:
+        """Return the segments up to the image of a question with one, whatever is asked.
+
+        A template that puts the question first has others for every question; they do no harm.
+
+        Raises:
+            PromptError: the model takes no images.
+        """
+        segments = self.encode("-", images=1).segments
+        return segments[: 1 + next(at for at, one in enumerate(segments) if one.is_image)]
+
     def prefix_ids(self) -> tuple[int, ...]:
         """The ids before the picture of a question with one, the same for every question.
 

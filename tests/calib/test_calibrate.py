@@ -38,7 +38,7 @@ from visistage.demo.heldout import _series
 from visistage.graphs.presets.presets import preset
 from visistage.graphs.quantization import parse_quant_config
 from visistage.runtime.backends import ort
-from visistage.runtime.backends.ort_int8 import int8_session_entries
+from visistage.runtime.backends.ort import int8_session_entries
 from visistage.runtime.image.preprocessing import Preprocessing
 from visistage.tests.support import toy
 from visistage.tests.support.chain_judge import RecordingObserver, layerwise

@@ -355,17 +355,17 @@ def no_sessions(monkeypatch):
     """No session left from another test, and none for the next."""
     monkeypatch.setattr(shared, "_sessions", {})
     yield
-    for _, session in shared._sessions.values():
+    for _, session in shared.sessions.values():
         session.close()
 
 
 def test_infer_finds_the_bundle_and_keeps_its_session(at, no_sessions, monkeypatch):
     first = runtime.infer("photo.png", "What?", max_tokens=4)
     assert isinstance(first, runtime.Answer)
-    (entry,) = shared._sessions.values()
+    (entry,) = shared.sessions.values()
     again = runtime.infer("photo.png", "What?", bundle="engines", max_tokens=4)
     assert again.tokens == first.tokens
-    assert [one[1] for one in shared._sessions.values()] == [entry[1]]
+    assert [one[1] for one in shared.sessions.values()] == [entry[1]]
     monkeypatch.setenv(shared.BUNDLE_VARIABLE, str(at / "elsewhere"))
     with pytest.raises(BundleError, match="elsewhere"):
         runtime.infer("photo.png", "What?")
@@ -373,11 +373,11 @@ def test_infer_finds_the_bundle_and_keeps_its_session(at, no_sessions, monkeypat
 
 def test_infer_loads_a_rebuilt_bundle_again(at, no_sessions):
     runtime.infer("photo.png", "What?", max_tokens=1)
-    (old,) = (session for _, session in shared._sessions.values())
+    (old,) = (session for _, session in shared.sessions.values())
     manifest = old.bundle.path / "manifest.json"
     text = manifest.read_bytes()
     manifest.unlink()
     manifest.write_bytes(text)
     runtime.infer("photo.png", "What?", max_tokens=1)
-    (new,) = (session for _, session in shared._sessions.values())
+    (new,) = (session for _, session in shared.sessions.values())
     assert new is not old

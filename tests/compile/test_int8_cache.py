@@ -37,10 +37,10 @@ from visistage.graphs.plan.call_cost import Sizes
 from visistage.graphs.presets.presets import preset
 from visistage.graphs.quantization import parse_quant_config
 from visistage.graphs.targets import TARGETS, TENSORRT_RTX
-from visistage.runtime.backends.ort_int8 import EXACT, NO_GEMM
+from visistage.runtime.backends.feeds import stored_cache_scales as told_scales
+from visistage.runtime.backends.ort import EXACT, NO_GEMM
 from visistage.runtime.device.tensorrt import find_trt_variant
 from visistage.runtime.session import load
-from visistage.runtime.tensors import stored_cache_scales as told_scales
 from visistage.tests.support import calibrated, toy
 from visistage.tests.support.chain_judge import PREFIX, ChainJudge, FakeQuantCache, prompts
 from visistage.tests.support.stand_ins import stand_in, write_engines

@@ -26,7 +26,7 @@ from visistage.graphs.modules.ops import Eager
 from visistage.graphs.modules.quantized import QuantizedLinear, block_of
 from visistage.graphs.quantization import Quantization, parse_quant_config
 from visistage.graphs.targets import TARGETS, TENSORRT_RTX
-from visistage.runtime.backends.ort_int8 import EXACT, NO_GEMM, int8_session_entries, saturates
+from visistage.runtime.backends.ort import EXACT, NO_GEMM, int8_session_entries, saturates
 from visistage.runtime.device.tensorrt import find_trt_variant
 from visistage.runtime.session import load
 from visistage.tests.support import calibrated, toy

@@ -77,7 +77,9 @@ def test_the_static_plan_equals_the_reference(bundles, samples):
         )
         for sample in samples[:12]:
             answer = session.infer(sample.image, sample.prompt, max_tokens=1)
-            visual_rows = torch.from_numpy(session._rows(session._decode(sample.image))[0])
+            visual_rows = torch.from_numpy(
+                session.encode_image(session.decode_image(sample.image))[0]
+            )
             rows, visual = [], []
             for part in session.encoder.encode(sample.prompt, images=1).segments:
                 ids = list(part.ids)

@@ -28,7 +28,6 @@ from visistage.graphs.targets import (
     parse_capability,
     show_capability,
 )
-from visistage.runtime.device.tensorrt import serves
 from visistage.tests.support import toy
 
 LLAVA = ModelConfig.from_hf(KNOWN_MODELS["llava-7b"].config)
@@ -81,13 +80,13 @@ def test_other_capabilities_are_refused(text):
 
 
 def test_versions_of_compilers():
-    assert serves(TARGETS["orin-jp62"], "10.3.0")
-    assert serves(TARGETS["orin-jp62"], "10.3.0.30")
-    assert not serves(TARGETS["orin-jp62"], "10.7.0")
-    assert serves(TARGETS["orin-jp72"], "10.16.2.10")
-    assert serves(TARGETS["h100"], "11.4.0.106")
-    assert not serves(TARGETS["h100"], "10.3.0")
-    assert not serves(TARGETS["h100"], "12.0")
+    assert TARGETS["orin-jp62"].serves("10.3.0")
+    assert TARGETS["orin-jp62"].serves("10.3.0.30")
+    assert not TARGETS["orin-jp62"].serves("10.7.0")
+    assert TARGETS["orin-jp72"].serves("10.16.2.10")
+    assert TARGETS["h100"].serves("11.4.0.106")
+    assert not TARGETS["h100"].serves("10.3.0")
+    assert not TARGETS["h100"].serves("12.0")
 
 
 @given(name=PLANS, gib=st.floats(2.5, 40), size=st.sampled_from([2, 4]))

@@ -17,7 +17,7 @@ from visistage.compile.build import make_bundle
 from visistage.graphs.contract import GraphSpec, TensorSpec
 from visistage.graphs.errors import CapacityError, EngineError, MissingDependencyError
 from visistage.graphs.targets import TENSORRT_RTX
-from visistage.runtime.device import opening
+from visistage.runtime.device import engine_ort
 from visistage.runtime.device.cuda import CudaDevice
 from visistage.runtime.device.engine_ort import OrtApi
 from visistage.runtime.device.engine_trt import TrtApi
@@ -265,7 +265,7 @@ def test_the_runtime_imports_no_device_before_it_needs_one():
     code = (
         "import sys, visistage.runtime.session\n"
         "assert not [m for m in sys.modules if 'runtime.device' in m or m.startswith('cuda')]\n"
-        "import visistage.runtime.device.opening\n"
+        "import visistage.runtime.device.engine_trt\n"
         "assert not [m for m in sys.modules if m.split('.')[0] in ('cuda', 'tensorrt', 'torch')]\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -298,8 +298,8 @@ def test_graphs_run_through_cuda_core_at_the_addresses_they_are_given(
         given.append((stream, threads))
         return OrtApi(threads=threads)
 
-    monkeypatch.setattr(opening, "find_gpu", lambda: GPU)
-    monkeypatch.setattr(opening, "OrtApi", api)
+    monkeypatch.setattr(engine_ort, "find_gpu", lambda: GPU)
+    monkeypatch.setattr(engine_ort, "OrtApi", api)
     answers = []
     for backend in ("onnxruntime", None):
         with load(cuda_bundle.path, backend=backend, threads=1) as session:
@@ -333,7 +333,7 @@ def test_a_provider_that_did_not_start_is_said(cuda_bundle):
 
 
 def test_a_machine_without_a_gpu_says_why_and_what_runs_here(cuda_bundle, monkeypatch):
-    monkeypatch.setattr(opening, "find_gpu", lambda: None)
+    monkeypatch.setattr(engine_ort, "find_gpu", lambda: None)
     with pytest.raises(EngineError, match=r"target 'cuda'.*no driver.*--backend onnxruntime"):
         load(cuda_bundle.path)
 

@@ -15,6 +15,7 @@ import pytest
 from visistage.compile.build import make_bundle
 from visistage.compile.export.static_shapes import compiler_peak
 from visistage.graphs.bundle import Bundle
+from visistage.graphs.engine_index import Engines
 from visistage.graphs.errors import (
     BundleError,
     CapacityError,
@@ -23,8 +24,8 @@ from visistage.graphs.errors import (
     TargetError,
     VisistageError,
 )
-from visistage.runtime import tune_merging as merging
-from visistage.runtime.device import opening
+from visistage.runtime import autotune
+from visistage.runtime.device import engine_trt
 from visistage.runtime.device.calls import Replay
 from visistage.runtime.device.memory import (
     PINNED_BLOCK,
@@ -34,9 +35,9 @@ from visistage.runtime.device.memory import (
     Memory,
     Place,
 )
-from visistage.runtime.device.probe import GpuInfo
 from visistage.runtime.device.protocol import CaptureError, Compiled
 from visistage.runtime.device.stage import DeviceStage
+from visistage.runtime.hardware import GpuInfo
 from visistage.runtime.reuse import visual_rows
 from visistage.runtime.session import load
 from visistage.tests.support import toy
@@ -285,7 +286,7 @@ def test_what_cannot_be_captured_runs_as_it_is_and_is_not_tried_again(refusal):
 
 def test_the_first_profile_that_fits_is_taken(bundles):
     bundle = bundles("pruned")
-    engines = opening.compiled_engines(bundle, opening.Engines.open(bundle))
+    engines = engine_trt.compiled_engines(bundle, Engines.open(bundle))
     stage = next(one for one in engines if one.graph == "stage1" and one.context == 128)
     slots = stage.slots
 
@@ -367,7 +368,7 @@ def test_a_decode_step_copies_no_rows_and_no_caches(machine, bundles):
         session.eos = frozenset()
         stream = session.stream(picture(1), QUESTION, max_tokens=8)
         for _ in range(4):
-            next(stream._pieces)
+            next(stream)
         machine.device.synchronize()
         machine.device.log.clear()
         session.context.decode(5)
@@ -490,9 +491,9 @@ def test_caches_grow_in_the_middle_of_an_answer(machine, bundles):
     bundle, new = bundles("portable"), 60
     with load(bundle.path) as session:
         stage = session.executor.engine_set.stages[0]
-        opened = session._decode(picture(1))
+        opened = session.decode_image(picture(1))
         long = "a word "
-        while session.context.rows_of(session._parts(long + "a word ", [opened])) <= 480:
+        while session.context.rows_of(session.prompt_parts(long + "a word ", [opened])) <= 480:
             long += "a word "
         sizes = []
         session.eos = frozenset()
@@ -515,7 +516,7 @@ def test_merged_calls_give_the_same_answers(machine, bundles, monkeypatch):
     visual = bundle.manifest.config.visual_tokens
 
     def chosen(merged_ms):
-        return lambda bundle, executor: merging.FusedPrefill("GPU", "source", 2.0, merged_ms)
+        return lambda bundle, executor: autotune.FusedPrefillNote("GPU", "source", 2.0, merged_ms)
 
     for merged_ms in (1.0, 3.0):
         monkeypatch.setattr("visistage.runtime.session.choose_fused_prefill", chosen(merged_ms))
@@ -534,7 +535,7 @@ def test_merging_is_measured_once_for_a_machine(machine, bundles, tmp_path):
         noted = session.fused_prefill
         assert noted.separate_ms > 0
         assert noted.merged_ms > 0
-    file = bundle.path / merging.FUSED_PREFILL_FILE
+    file = bundle.path / autotune.FUSED_PREFILL_FILE
     assert json.loads(file.read_text())["device"] == "NumPy"
     file.write_text(json.dumps({**json.loads(file.read_text()), "merged_ms": 0.001}))
     with load(bundle.path) as session:
@@ -640,7 +641,7 @@ def test_engines_for_another_machine_are_refused(monkeypatch, bundles, change, e
 
 def test_a_library_that_is_missing_is_named(monkeypatch, bundles):
     stand_in(monkeypatch)
-    monkeypatch.setattr(opening, "find_trt_variant", lambda backend: None)
+    monkeypatch.setattr(engine_trt, "find_trt_variant", lambda backend: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'visistage\[rtx\]'"):
         load(bundles("pruned").path)
 

@@ -10,7 +10,7 @@ import pytest
 from visistage.compile.build import make_bundle
 from visistage.compile.engines.engines import can_compile, compile_engines
 from visistage.graphs.targets import TARGETS, TENSORRT, TENSORRT_RTX
-from visistage.runtime.device.probe import find_gpu
+from visistage.runtime.hardware import find_gpu
 from visistage.runtime.session import load
 from visistage.tests.support import toy
 
@@ -79,7 +79,7 @@ def answers(bundle, **options):
         session.eos = frozenset()
         scores = session.score(picture(1), "What is it?", [5, 6, 7])
         tokens = [session.infer(*one, max_tokens=24).tokens for one in asked]
-        stages = getattr(session.executor, "room", None)
+        stages = getattr(session.executor, "engine_set", None)
         rejected = [stage.rejected for stage in stages.stages] if stages else []
     return scores, tokens, rejected
 

@@ -11,7 +11,6 @@ from visistage.graphs.errors import MissingDependencyError, TargetError
 from visistage.graphs.quantization import parse_quant_config
 from visistage.graphs.targets import OPENVINO, find_target
 from visistage.runtime.backends import openvino as ours
-from visistage.runtime.backends import openvino_calls as calls
 from visistage.runtime.session import load
 from visistage.tests.support import calibrated, toy
 from visistage.tests.support.verified import run, statuses
@@ -71,14 +70,13 @@ def test_openvino_answers_like_onnxruntime(bundles, plan):
 def test_an_input_that_does_not_arrive_is_noticed(bundles, monkeypatch, wrong):
     with load(bundles().path) as session:
         right = [answer(session, *prompt) for prompt in PROMPTS]
-        fill = calls.BoundRequest.fill
+        fill = ours.BoundRequest.fill
         monkeypatch.setattr(
-            calls.BoundRequest,
+            ours.BoundRequest,
             "fill",
             lambda self, name, v: None if name == wrong else fill(self, name, v),
         )
-        session.context.cached.clear()
-        session.context.current_key = None
+        session.context.clear()
         for stage in session.executor.stages:
             stage.calls.clear()
         assert [answer(session, *prompt) for prompt in PROMPTS] != right
@@ -146,7 +144,7 @@ def test_caches_grow_across_buckets(bundles):
 def test_calls_in_pieces_and_without_padding_are_the_same(bundles, monkeypatch, plan):
     with load(bundles(plan).path) as session:
         logits = [session.score(*prompt, (5, 7)) for prompt in PROMPTS]
-    monkeypatch.setattr(calls, "MOST_ROWS", 5)
+    monkeypatch.setattr(ours, "MOST_ROWS", 5)
     monkeypatch.setattr(ours, "ROW_STEP", 1)
     with load(bundles(plan).path) as session:
         for prompt, whole in zip(PROMPTS, logits, strict=True):
@@ -156,17 +154,17 @@ def test_calls_in_pieces_and_without_padding_are_the_same(bundles, monkeypatch, 
 
 
 def test_only_rows_in_their_order_are_cut(monkeypatch):
-    monkeypatch.setattr(calls, "MOST_ROWS", 4)
+    monkeypatch.setattr(ours, "MOST_ROWS", 4)
     rising = np.arange(10)[None]
-    assert list(calls.row_chunks(rising)) == [(0, 4), (4, 8), (8, 10)]
-    assert list(calls.row_chunks(rising[:, :4])) == [(0, 4)]
-    assert list(calls.row_chunks(np.arange(9)[None])) == [(0, 3), (3, 6), (6, 9)]
+    assert list(ours.row_chunks(rising)) == [(0, 4), (4, 8), (8, 10)]
+    assert list(ours.row_chunks(rising[:, :4])) == [(0, 4)]
+    assert list(ours.row_chunks(np.arange(9)[None])) == [(0, 3), (3, 6), (6, 9)]
     for order in ([5, 6, 0, 1, 2, 3], [0, 1, 1, 2, 3], [PADDING_ORDER, 0, 1, 2, 3]):
-        assert list(calls.row_chunks(np.array([order]))) == [(0, len(order))]
+        assert list(ours.row_chunks(np.array([order]))) == [(0, len(order))]
 
 
 def test_few_calls_stay_bound(bundles, monkeypatch):
-    monkeypatch.setattr(calls, "MOST_CALLS", 2)
+    monkeypatch.setattr(ours, "MOST_CALLS", 2)
     with load(bundles("dense").path) as session:
         first = answer(session, *PROMPTS[0])
         for prompt in PROMPTS:
@@ -184,9 +182,9 @@ def test_verify_climbs_to_openvino(bundles, monkeypatch, precision):
     found = statuses(report)
     assert found["answers"] == found["engine runs"] == PASSED
     # A cache that is not written: the graphs are right, the runtime is not.
-    monkeypatch.setattr(calls.BoundRequest, "run", lambda self: (run_(self), self.new_rows.fill(0)))
+    monkeypatch.setattr(ours.BoundRequest, "run", lambda self: (run_(self), self.new_rows.fill(0)))
     report = run(bundle)
     assert statuses(report)["engine runs"] == FAILED
 
 
-run_ = calls.BoundRequest.run
+run_ = ours.BoundRequest.run

@@ -16,10 +16,10 @@ from visistage.graphs.bundle import MANIFEST, sha256
 from visistage.graphs.contract import appended
 from visistage.graphs.engine_index import ENGINES_FOLDER, ENGINES_INDEX, EngineFact
 from visistage.graphs.targets import find_target
-from visistage.runtime.device import opening
+from visistage.runtime.device import engine_trt
 from visistage.runtime.device.engine_ort import OrtApi
-from visistage.runtime.device.probe import GpuInfo
 from visistage.runtime.device.tensorrt import TensorRtVariant
+from visistage.runtime.hardware import GpuInfo
 from visistage.tests.support.numpy_device import HostDevice
 
 VERSION = "1.7.1"
@@ -86,12 +86,14 @@ def stand_in(monkeypatch, *, memory=1 << 40, capturable=True, version=VERSION, g
     api = StrictApi(device, capturable)
     module = type("TensorRT", (), {"__version__": version})
     device.stream = 7
-    monkeypatch.setattr(opening, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(engine_trt, "find_gpu", lambda: gpu)
     monkeypatch.setattr(
-        opening, "find_trt_variant", lambda backend: TensorRtVariant(backend, module, True, False)
+        engine_trt,
+        "find_trt_variant",
+        lambda backend: TensorRtVariant(backend, module, True, False),
     )
-    monkeypatch.setattr(opening, "CudaDevice", lambda: device)
-    monkeypatch.setattr(opening, "TrtApi", lambda trt_variant, stream: api)
+    monkeypatch.setattr(engine_trt, "CudaDevice", lambda: device)
+    monkeypatch.setattr(engine_trt, "TrtApi", lambda trt_variant, stream: api)
     return Machine(device, api)
 
 

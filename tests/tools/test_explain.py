@@ -174,8 +174,8 @@ def test_a_pruned_run_reads_what_the_stages_computed(folder, bundles, monkeypatc
 
     bundle = Bundle.open(path)
     with Session(bundle, cache_bytes=0) as session:
-        image = session._decode(folder / "1.png")
-        parts = session._parts(QUESTION, [image])
+        image = session.decode_image(folder / "1.png")
+        parts = session.prompt_parts(QUESTION, [image])
         rows = [
             part.rows() if hasattr(part, "rows") else session.context.embed(part) for part in parts
         ]

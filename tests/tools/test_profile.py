@@ -23,7 +23,7 @@ from visistage.compile.export.export import prefix_node_names
 from visistage.graphs.bundle import ANY_CONTEXT, Bundle
 from visistage.graphs.errors import BundleError, CapacityError, PromptError
 from visistage.graphs.plan.call_cost import GraphCall, Work, question_calls, token_calls
-from visistage.runtime.backends.cpu import peak_memory
+from visistage.runtime.hardware import peak_memory
 from visistage.runtime.session import Session
 from visistage.tests.support import toy
 from visistage.tools.profile import commands

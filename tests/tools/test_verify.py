@@ -22,8 +22,8 @@ from visistage.graphs.errors import BundleError, DataError, ImageError, ModelErr
 from visistage.graphs.plan.probing import Decision
 from visistage.graphs.plan.stages import Probe
 from visistage.graphs.targets import TENSORRT_RTX
-from visistage.runtime.device.probe import GpuInfo
 from visistage.runtime.device.tensorrt import find_trt_variant
+from visistage.runtime.hardware import GpuInfo
 from visistage.tests.support import toy
 from visistage.tests.support.verified import PLAN, failing, fix_hashes, rewrite, run, statuses
 from visistage.tools.verify import stored

@@ -18,7 +18,7 @@ import numpy as np
 
 from ...graphs.chain.chain import Chain
 from ...graphs.chain.executor import Executor, StageResult
-from ...runtime.tensors import stored_cache_scales
+from ...runtime.backends.feeds import stored_cache_scales
 from .readings import Gates, LayerReading, read_row
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from ... import __version__
-from ...runtime.backends.cpu import ROOT, cores, processor
+from ...runtime.hardware import ROOT, cores, processor
 
 LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13-bindings", "numpy")
 ASK_SECONDS = 10

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from ...graphs.errors import CapacityError
-from ...runtime.backends.cpu import peak_memory
+from ...runtime.hardware import peak_memory
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from ...graphs.contract import ORT_LLM_SINCE
 from ...graphs.modules.quantized import is_cache_scale
 from ...graphs.targets import PORTABLE
-from ...runtime.backends.ort_int8 import int8_session_entries
+from ...runtime.backends.ort import int8_session_entries
 from .check_steps import ImpossibleError, require_memory
 from .compare import LOOSE, bounds_of, first_wrong, strict, tensor_error
 from .module_checks import run_module

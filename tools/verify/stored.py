@@ -5,10 +5,11 @@ from __future__ import annotations
 from ...compile.engines.engine_spec import engine_specs_of
 from ...graphs.bundle import Bundle
 from ...graphs.engine_index import Engines
-from ...graphs.errors import EngineError
+from ...graphs.errors import EngineError, MissingDependencyError
 from ...graphs.targets import OPENVINO, find_target
-from ...runtime.device.probe import check_machine, find_gpu
+from ...runtime.device.engine_trt import check_machine
 from ...runtime.device.tensorrt import find_trt_variant
+from ...runtime.hardware import find_gpu
 from .check_steps import ImpossibleError, NothingError
 from .verify_report import CheckResult
 
@@ -80,7 +81,7 @@ def check_engines_run(bundle: Bundle) -> None:
     engines = _engines(bundle)
     try:
         check_machine(engines, find_trt_variant(engines.backend), find_gpu())
-    except EngineError as error:
+    except (EngineError, MissingDependencyError) as error:
         raise ImpossibleError(str(error)) from error
 
 

@@ -20,8 +20,8 @@ from ...calib.samples import Sample
 from ...graphs.bundle import MANIFEST, Bundle, sha256
 from ...graphs.errors import DataError
 from ...graphs.targets import TENSORRT, TENSORRT_RTX, show_capability
-from ...runtime.device.probe import find_gpu
 from ...runtime.device.tensorrt import find_trt_variant
+from ...runtime.hardware import find_gpu
 from .check_steps import Check, run_check, skip_check
 from .checks import checks
 from .verify_report import FAILED, CheckRecord, VerifyReport

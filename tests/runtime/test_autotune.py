@@ -1,4 +1,4 @@
-"""How many threads run a bundle: said, remembered, or tried."""
+"""Choices that are measured: how many threads run a bundle; given, noted, or measured."""
 
 import json
 
@@ -6,12 +6,12 @@ import pytest
 from visistage.compile.build import make_bundle
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import VisistageError
-from visistage.runtime import load
-from visistage.runtime.backends import tune_threads as threads
-from visistage.runtime.backends.tune_threads import (
+from visistage.runtime import autotune, load
+from visistage.runtime.autotune import (
     THREADS_FILE,
     THREADS_VARIABLE,
-    Trial,
+    ThreadsNote,
+    TrialPrompt,
     thread_counts,
 )
 
@@ -28,15 +28,24 @@ def built(tmp_path_factory):
 def tried(built, monkeypatch):
     """A bundle on a machine of four cores, whose trial counts how often it takes place."""
     monkeypatch.delenv(THREADS_VARIABLE)
-    monkeypatch.setattr(threads, "cores", lambda: 4)
+    monkeypatch.setattr(autotune, "cores", lambda: 4)
     (built / THREADS_FILE).unlink(missing_ok=True)
     times, calls = {1: 10.0, 2: 6.0, 4: 6.2}, []
 
-    def answer(bundle, executor):
-        calls.append(executor.threads)
-        return lambda: times[executor.threads]
+    class Instant:
+        def __init__(self, bundle, executor, question_rows):
+            self.threads = executor.threads
 
-    monkeypatch.setattr(threads, "_answer", answer)
+        def answer(self):
+            return self.threads
+
+    def fastest(answers):
+        counts = [answer() for answer in answers]
+        calls.extend(counts)
+        return [times[count] for count in counts]
+
+    monkeypatch.setattr(autotune, "TrialPrompt", Instant)
+    monkeypatch.setattr(autotune, "fastest", fastest)
     return built, times, calls
 
 
@@ -45,6 +54,14 @@ def test_candidates_are_powers_of_two_and_all_cores():
     assert thread_counts(2) == [1, 2]
     assert thread_counts(6) == [1, 2, 4, 6]
     assert thread_counts(8) == [1, 2, 4, 8]
+
+
+def test_alternatives_take_turns_and_the_first_round_does_not_count(monkeypatch):
+    seconds = iter([0, 9, 0, 9, 0, 2, 0, 5, 0, 1, 0, 4, 0, 3, 0, 6])
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: next(seconds))
+    ran = []
+    assert autotune.fastest([lambda: ran.append("a"), lambda: ran.append("b")]) == [1000, 4000]
+    assert ran == ["a", "b"] * 4
 
 
 @pytest.mark.parametrize(
@@ -57,7 +74,7 @@ def test_candidates_are_powers_of_two_and_all_cores():
     ],
 )
 def test_fewer_threads_must_be_clearly_faster(times, best):
-    assert Trial("m", "e", "s", times).threads == best
+    assert ThreadsNote("m", "e", "s", times).threads == best
 
 
 def test_the_trial_takes_place_once_on_a_machine(tried):
@@ -92,7 +109,7 @@ def test_who_says_a_number_gets_it_untried(tried, monkeypatch):
     monkeypatch.setenv(THREADS_VARIABLE, "2")
     with load(path) as session:
         assert session.executor.threads == 2
-    monkeypatch.setattr(threads, "LARGEST_BYTES", 1)
+    monkeypatch.setattr(autotune, "LARGEST_BYTES", 1)
     monkeypatch.delenv(THREADS_VARIABLE)
     with load(path) as session:
         assert session.executor.threads == 4  # too large to be loaded three times
@@ -108,10 +125,9 @@ def test_an_unusable_number_in_the_environment_is_named(said, built, monkeypatch
 
 def test_the_trial_answers_with_every_kind_of_call(built, monkeypatch):
     monkeypatch.delenv(THREADS_VARIABLE)
-    monkeypatch.setattr(threads, "cores", lambda: 2)
     bundle = Bundle.open(built)
     with load(built, threads=1) as session:
-        took = threads._answer(bundle, session.executor)()
+        (took,) = autotune.fastest([TrialPrompt(bundle, session.executor, 24).answer])
         ran = session.executor.reset_elapsed()
     assert took > 0
     assert set(ran) == set(bundle.manifest.graphs)

@@ -1,0 +1,143 @@
+"""Arrays that graphs are fed: those stored in the bundle, and those of a call.
+
+They are the same for every executor; one on a device turns them into buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ...graphs.bundle import Bundle, TensorRef
+from ...graphs.chain.executor import Kept, Rows
+from ...graphs.contract import PROBE, GraphSpec
+from ...graphs.errors import BundleError
+
+
+def map_tensor(bundle: Bundle, ref: TensorRef) -> np.ndarray:
+    """Map a stored array read-only; BF16 comes as its raw 16 bits (see ``widen``)."""
+    file = bundle.file(ref.file)
+    dtype = np.dtype("uint16" if ref.dtype == "bfloat16" else ref.dtype).newbyteorder("<")
+    try:
+        return np.memmap(file, dtype, "r", ref.offset, ref.shape)
+    except (ValueError, OSError) as error:
+        raise BundleError(f"{file} is too short for a tensor the manifest places in it") from error
+
+
+def widen(array: np.ndarray, ref: TensorRef, dtype: np.dtype) -> np.ndarray:
+    """Copy stored values into ``dtype``; BF16 is the upper half of an FP32."""
+    if ref.dtype == "bfloat16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(dtype)
+
+
+class Embedding:
+    """Token ids to rows, read from the mapped table: only the rows asked for are touched."""
+
+    def __init__(self, bundle: Bundle, dtype: np.dtype):
+        self.ref, self.dtype = bundle.manifest.embedding, dtype
+        self.table = np.asarray(map_tensor(bundle, self.ref))  # a plain view: faster to index
+
+    def __call__(self, ids) -> np.ndarray:
+        """Return the rows (1, Q, D) of ``ids``."""
+        return widen(self.table[np.asarray(ids, np.int64)], self.ref, self.dtype)[None]
+
+
+def stored_cache_scales(bundle: Bundle) -> list[dict[str, np.ndarray]]:
+    """Return, by layer, the scales (G,) that graphs reading its cache take, by input name.
+
+    They are those of ``contract.scale_specs``; none where caches hold floats.
+    """
+    ref = bundle.manifest.cache_scales
+    if ref is None:
+        return [{}] * bundle.manifest.config.text.layers
+    keys, values = np.array(map_tensor(bundle, ref))
+    return [
+        {"key_scale": key, "value_scale": value} for key, value in zip(keys, values, strict=True)
+    ]
+
+
+def stage_feeds(
+    positions: np.ndarray,
+    order: np.ndarray,
+    slot_order: np.ndarray,
+    write_index: int,
+    gates: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """Return what the host decides of a stage's call, by input name (``contract.stage_spec``)."""
+    feeds = {
+        "positions": positions,
+        "order": order,
+        "slot_order": slot_order,
+        "write_index": np.full(len(order), write_index, np.int64),
+    }
+    return feeds if gates is None else feeds | {"gates": gates}
+
+
+def gated_depth(spec: GraphSpec) -> int:
+    """Return how many layers of a graph read values through gates."""
+    return next((int(one.shape[0]) for one in spec.inputs if one.name == "gates"), 0)
+
+
+class PromptCalls:
+    """Calls that a prompt makes once, of any executor: encoding, selections and probes.
+
+    Attributes:
+        plan: of the bundle.
+        scales: ``stored_cache_scales``.
+    """
+
+    plan: Any
+    scales: list[dict[str, np.ndarray]]
+
+    def layer_cache(self, stage: int, layer: int) -> tuple[Any, Any]:
+        """Return the whole caches of a layer of ``stage``: keys and values."""
+        raise NotImplementedError
+
+    def call_graph(self, graph: str, stage: int, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the outputs of a graph; ``feeds`` may hold more than it reads.
+
+        ``stage`` is the one whose caches are among them.
+        """
+        raise NotImplementedError
+
+    def encode(self, pixels: np.ndarray) -> Rows:
+        """Return the visual rows (B, N, D) of pixels (B, C, H, W) float32."""
+        return self.call_graph("vision", 0, {"pixels": pixels})["visual_rows"]
+
+    def select(
+        self, edge, probe_query, slot_order, query_order, visual_slots, rows, positions, order
+    ) -> Kept:
+        """Call a selection over the last layer's cache of stage ``edge``."""
+        layer = self.plan.stages[edge].layers[1] - 1
+        feeds = self._layer_feeds(edge, layer, slot_order, query_order, visual_slots)
+        feeds |= {
+            "probe_query": probe_query,
+            "rows": rows,
+            "positions": positions,
+            "order": order,
+        }
+        out = self.call_graph(f"select{edge}", edge, feeds)
+        on_host = [np.asarray(out[name]) for name in ("positions.out", "order.out", "scores")]
+        return Kept(out["rows.out"], *on_host)
+
+    def probe(
+        self, stage, layer, query, slot_order, query_order, visual_slots
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Call the probe of a layer of ``stage``; the decision is the host's."""
+        feeds = self._layer_feeds(stage, layer, slot_order, query_order, visual_slots)
+        out = self.call_graph(PROBE, stage, feeds | {"query": query})
+        return np.asarray(out["cosine"]), np.asarray(out["norm"])
+
+    def _layer_feeds(self, stage, layer, slot_order, query_order, visual_slots) -> dict[str, Any]:
+        key, value = self.layer_cache(stage, layer)
+        return {
+            **self.scales[layer],
+            "key": key,
+            "value": value,
+            "slot_order": slot_order,
+            "query_order": query_order,
+            "visual_slots": visual_slots,
+        }
