@@ -58,12 +58,10 @@ class HostExecutor(PromptCalls):
         self.caches = [self._views(index) for index in range(len(self.plan.stages))]
 
     def prepare(self, needs: Sequence[int]) -> bool:
-        """Prepare nothing: caches grow as they are needed."""
-        return False
+        return False  # caches grow as they are needed
 
     def padding(self, stage: int, count: int) -> int:
-        """Ask for no padding rows, unless a library makes calls of some sizes dearer."""
-        return 0
+        return 0  # unless a library makes calls of some sizes dearer
 
     def ensure_slots(self, stage: int, slots: int) -> int:
         """Grow a stage's caches to the next bucket, keeping what they hold; zeros elsewhere."""
@@ -76,34 +74,27 @@ class HostExecutor(PromptCalls):
         return held if held <= 2 * _bucket(wanted) else self._resize(stage, wanted, used)
 
     def layer_cache(self, stage: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """See ``PromptCalls``."""
         return self.caches[stage][f"key.{layer}"], self.caches[stage][f"value.{layer}"]
 
     def take(self, rows: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Take rows ``index`` along Q."""
         return rows[:, index]
 
     def concatenate(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """Join rows along Q."""
         return parts[0] if len(parts) == 1 else np.concatenate(list(parts), axis=1)
 
     def snapshot(self, stage: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Copy a stage's cache slots [start, stop)."""
         return {name: c[:, :, start:stop].copy() for name, c in self.caches[stage].items()}
 
     def restore(self, stage: int, start: int, saved: dict[str, np.ndarray]) -> None:
-        """Write a snapshot back; the slots must exist."""
         for name, rows in saved.items():
             self.caches[stage][name][:, :, start : start + rows.shape[2]] = rows
 
     def reset_elapsed(self) -> dict[str, float]:
-        """Return milliseconds per graph since the last call."""
         elapsed, self.elapsed_ms = dict(self.elapsed_ms), defaultdict(float)
         return elapsed
 
     def end_profiles(self) -> dict[str, Path]:
-        """Return no files, unless a library can be asked for them."""
-        return {}
+        return {}  # unless a library can be asked for them
 
     def close(self) -> None:
         """Drop the caches; subclasses drop what the library holds, too."""

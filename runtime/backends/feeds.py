@@ -12,7 +12,7 @@ import numpy as np
 
 from ...graphs.bundle import Bundle, TensorRef
 from ...graphs.chain.executor import Kept, Rows
-from ...graphs.contract import PROBE, GraphSpec
+from ...graphs.contract import PROBE, GraphSpec, TensorSpec
 from ...graphs.errors import BundleError
 
 
@@ -74,6 +74,11 @@ def stage_feeds(
         "write_index": np.full(len(order), write_index, np.int64),
     }
     return feeds if gates is None else feeds | {"gates": gates}
+
+
+def shape_of(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return a tensor's shape with ``sizes`` for its symbols."""
+    return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape)
 
 
 def gated_depth(spec: GraphSpec) -> int:

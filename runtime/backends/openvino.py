@@ -27,7 +27,7 @@ from ...graphs.targets import OPENVINO, Target, find_target
 from ..autotune import choose_threads
 from .backend import BackendOptions
 from .cpu_caches import BUCKET, HostExecutor
-from .feeds import stage_feeds
+from .feeds import shape_of, stage_feeds
 
 ROW_STEP = 8
 """Numbers of rows that a question is padded to are multiples of this."""
@@ -100,7 +100,6 @@ class OpenVinoExecutor(HostExecutor):
     def call_graph(
         self, graph: str, stage: int, feeds: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """See ``PromptCalls``."""
         spec = self.graphs[graph].spec
         with self.timed(graph):
             if graph not in self.requests:
@@ -122,14 +121,13 @@ class OpenVinoExecutor(HostExecutor):
         super().close()
 
     def rebind(self, stage: int) -> None:
-        """See ``HostExecutor``."""
         self.stages[stage].calls.clear()
 
     def _compile(self, file: Path, spec: GraphSpec, properties: Mapping[str, Any]) -> Any:
         try:
             model = self._core.read_model(file)
             # One prompt at a time: with the batch known fewer shapes are computed in every call.
-            model.reshape({one.name: _shape(one.shape, {"B": 1}) for one in spec.inputs})
+            model.reshape({one.name: shape_of(one, {"B": 1, "Q": -1, "S": -1, "N": -1}) for one in spec.inputs})
             return self._core.compile_model(model, "CPU", dict(properties))
         except RuntimeError as error:
             raise BundleError(
@@ -176,7 +174,7 @@ class BoundRequest:
         bound |= dict(zip(map(appended, caches), self.new_rows, strict=True))
         for one in (*spec.inputs, *spec.outputs):
             if one.name not in bound:
-                array = np.zeros(_shape(one.shape, sizes), one.dtype)
+                array = np.zeros(shape_of(one, sizes), one.dtype)
                 bound[one.name] = self.arrays[one.name] = array
             self.request.set_tensor(one.name, ov.Tensor(bound[one.name], shared_memory=True))
 
@@ -250,8 +248,3 @@ def library() -> Any:
             f"'openvino>={first}', or run the bundle with ONNX Runtime: --backend onnxruntime"
         )
     return openvino
-
-
-def _shape(shape: tuple[int | str, ...], sizes: Mapping[str, int]) -> list[int]:
-    """Return a contract's shape with ``sizes`` for its symbols; -1 for those without."""
-    return [sizes.get(d, -1) if isinstance(d, str) else d for d in shape]

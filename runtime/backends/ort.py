@@ -83,7 +83,6 @@ class OrtExecutor(HostExecutor):
     def call_graph(
         self, graph: str, stage: int, feeds: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """See ``PromptCalls``."""
         spec = self.graphs[graph].spec
         read = {one.name: np.ascontiguousarray(feeds[one.name]) for one in spec.inputs}
         names = [one.name for one in spec.outputs]
@@ -102,7 +101,6 @@ class OrtExecutor(HostExecutor):
         super().close()
 
     def rebind(self, stage: int) -> None:
-        """See ``HostExecutor``."""
         for part in self.parts[stage]:
             part.bind_caches(self.caches[stage], aliased=not self.returns_new_rows)
 

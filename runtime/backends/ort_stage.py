@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from ...graphs.contract import GraphSpec, TensorSpec, appended
 from .denormals import flushed
-from .feeds import gated_depth
+from .feeds import gated_depth, shape_of
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -47,7 +47,7 @@ class OrtStage:
         for spec in self.inputs():
             array = held[spec.name] = np.ascontiguousarray(self.own(spec, feeds), spec.dtype)
             self.binding.bind_cpu_input(spec.name, array)
-        outputs = {spec.name: np.empty(_shape(spec, sizes), spec.dtype) for spec in self.outputs()}
+        outputs = {spec.name: np.empty(shape_of(spec, sizes), spec.dtype) for spec in self.outputs()}
         for name, out in outputs.items():
             self.binding.bind_output(name, "cpu", 0, out.dtype, out.shape, out.ctypes.data)
         flushed(self.session.run_with_iobinding, self.binding)
@@ -84,8 +84,8 @@ class OrtRowStep:
         self.part = part
         slots = next(iter(part.caches.values())).shape[2]
         sizes = {**sizes, "S": slots}
-        self.inputs = [(spec, np.zeros(_shape(spec, sizes), spec.dtype)) for spec in part.inputs()]
-        self.outputs = {s.name: np.zeros(_shape(s, sizes), s.dtype) for s in part.outputs()}
+        self.inputs = [(spec, np.zeros(shape_of(spec, sizes), spec.dtype)) for spec in part.inputs()]
+        self.outputs = {s.name: np.zeros(shape_of(s, sizes), s.dtype) for s in part.outputs()}
         self.binding = part.bound()
         for spec, array in self.inputs:
             self.binding.bind_cpu_input(spec.name, array)
@@ -98,7 +98,3 @@ class OrtRowStep:
             np.copyto(array, self.part.own(spec, feeds))
         flushed(self.part.session.run_with_iobinding, self.binding)
         return {name: out.copy() for name, out in self.outputs.items()}
-
-
-def _shape(spec: TensorSpec, sizes: Mapping[str, int]) -> list[int]:
-    return [sizes[d] if isinstance(d, str) else d for d in spec.shape]

@@ -1,5 +1,5 @@
 """Bundles on a device: rows, caches and selections stay there from pixels to logits.
 
-``protocol`` says what is asked of a device and of an engine; ``cuda`` is such a device,
+``protocol`` describes a device and an engine; ``cuda`` is such a device,
 ``engine_trt`` and ``engine_ort`` are two kinds of engines; the rest knows none of them.
 """

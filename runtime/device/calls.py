@@ -1,7 +1,7 @@
-"""Calls of loaded engines: which profile, where everything lies, captured or not.
+"""Calls of loaded engines: profile, shapes and addresses; captured, or not.
 
 ``Replay`` is for calls that come again and again with the same shapes at the same addresses;
-``LooseCall`` for those that come once in a prompt, on arrays wherever they are.
+``LooseCall`` for those that come once in a prompt, on arrays at any address.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import numpy as np
 
 from ...graphs.contract import GraphSpec
 from ...graphs.errors import EngineError
-from .memory import DeviceArray, Memory, offsets_of
+from ..backends.feeds import shape_of
+from .memory import DeviceArray, Memory
 from .protocol import (
     DEVICE_ALIGNMENT,
     Buffer,
@@ -42,7 +43,7 @@ class Loaded:
         return self.compiled.spec
 
     def context(self, sizes: Mapping[str, int], addresses: Mapping[str, int]) -> ExecutionContext:
-        """A context with these sizes of the contract's symbols, everything bound.
+        """Return a context with these sizes of the contract's symbols, everything bound.
 
         Raises:
             EngineError: no profile takes these shapes.
@@ -63,7 +64,7 @@ class Loaded:
 
 
 def share_scratch(device: Device, engines: Sequence[Loaded]) -> int:
-    """Give ``engines`` one scratch buffer that suffices for each; returns its bytes."""
+    """Give ``engines`` one scratch buffer that suffices for each; return its bytes."""
     nbytes = max((one.engine.scratch_bytes for one in engines), default=0)
     if nbytes:
         scratch = device.allocate(nbytes)
@@ -75,7 +76,7 @@ def share_scratch(device: Device, engines: Sequence[Loaded]) -> int:
 class Replay:
     """Contexts that run one after another, always the same.
 
-    The first time they run as they are, which lets an engine settle what it left for later; the
+    The first time they run as they are, in which an engine settles what it left for later; the
     second time they are captured, from then on replayed. What comes once is not worth a capture.
     """
 
@@ -86,7 +87,7 @@ class Replay:
         self._settled = False
 
     def run(self) -> None:
-        """Ask the device for it."""
+        """Run them, captured where that pays and can be done."""
         if self.graph is None and self._settled and self.rejected is None:
             self._capture()
         if self.graph is not None:
@@ -119,34 +120,30 @@ class LooseCall:
     def __call__(
         self, inputs: Mapping[str, np.ndarray | DeviceArray], sizes: Mapping[str, int]
     ) -> dict[str, DeviceArray]:
-        """Outputs by name, all in one piece of memory; ``inputs`` may hold more than are read."""
+        """Return outputs by name, in one piece of memory; ``inputs`` may hold more than are read."""
         spec = self.loaded.spec
         shapes = shapes_of(spec, sizes)
         arrays: dict[str, DeviceArray] = {}
-        uploads = []
+        uploads: dict[str, np.ndarray] = {}
         for one in spec.inputs:
             array = inputs[one.name]
             assert tuple(array.shape) == shapes[one.name], (one.name, array.shape)
             if isinstance(array, DeviceArray):
-                arrays[one.name] = self._aligned(array)
+                arrays[one.name] = self.as_aligned(array)
             else:
-                uploads.append((one, np.ascontiguousarray(array, one.dtype)))
+                uploads[one.name] = np.asarray(array, one.dtype)
         if uploads:
-            packed, total = offsets_of([array.nbytes for _, array in uploads])
-            block = np.zeros(total, np.uint8)  # one upload, not one for each
-            for offset, (_, array) in zip(packed, uploads, strict=True):
-                block[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
-            there = self.memory.pack([(a.shape, a.dtype) for _, a in uploads])
-            self.memory.write(there[0].address, block)
-            arrays |= {one.name: array for (one, _), array in zip(uploads, there, strict=True)}
+            there = self.memory.pack([(array.shape, array.dtype) for array in uploads.values()])
+            self.memory.upload(there, list(uploads.values()))
+            arrays |= zip(uploads, there, strict=True)
         outputs = self.memory.pack([(shapes[o.name], np.dtype(o.dtype)) for o in spec.outputs])
         named = {one.name: array for one, array in zip(spec.outputs, outputs, strict=True)}
         addresses = {name: array.address for name, array in (arrays | named).items()}
         self._context(sizes, shapes, addresses).enqueue()
         return named
 
-    def _aligned(self, array: DeviceArray) -> DeviceArray:
-        """Itself, or a copy where a slice starts where engines do not read from."""
+    def as_aligned(self, array: DeviceArray) -> DeviceArray:
+        """Return ``array``, or a copy where a slice starts where engines do not read from."""
         if array.address % DEVICE_ALIGNMENT == 0:
             return array
         copy = self.memory.empty(array.shape, array.dtype)
@@ -156,7 +153,7 @@ class LooseCall:
     def _context(
         self, sizes: Mapping[str, int], shapes: Mapping[str, Shape], addresses: Mapping[str, int]
     ) -> ExecutionContext:
-        """The context for these sizes, bound to these addresses."""
+        """Return the context for these sizes, bound to these addresses."""
         key = tuple(sizes.values())
         if key not in self._contexts:
             self._contexts[key] = self.loaded.context(sizes, addresses)
@@ -167,8 +164,5 @@ class LooseCall:
 
 
 def shapes_of(spec: GraphSpec, sizes: Mapping[str, int]) -> dict[str, Shape]:
-    """Shape of every input and output."""
-    return {
-        one.name: tuple(sizes[dim] if isinstance(dim, str) else dim for dim in one.shape)
-        for one in (*spec.inputs, *spec.outputs)
-    }
+    """Return the shape of every input and output."""
+    return {one.name: shape_of(one, sizes) for one in (*spec.inputs, *spec.outputs)}

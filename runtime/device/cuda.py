@@ -23,7 +23,7 @@ PACKAGE = "cuda-core"
 class CudaDevice:
     """``protocol.Device`` on GPU ``number``.
 
-    ``stream``: the stream's handle as an integer, for whoever issues work of their own.
+    ``stream``: the stream's handle as an integer, for libraries that issue their own work.
 
     Raises:
         MissingDependencyError: cuda-core or the bindings are not installed.
@@ -48,7 +48,6 @@ class CudaDevice:
         self._closed = False
 
     def allocate(self, nbytes: int) -> CudaMemory:
-        """See ``protocol.Device``."""
         try:
             return CudaMemory(self._device.allocate(nbytes, stream=self._stream), nbytes)
         except Exception as error:
@@ -59,18 +58,15 @@ class CudaDevice:
             ) from error
 
     def allocate_host(self, nbytes: int) -> CudaHostMemory:
-        """See ``protocol.Device``."""
         return CudaHostMemory(self._pinned.allocate(nbytes), nbytes)
 
     def copy(self, to: int, source: int, nbytes: int) -> None:
-        """See ``protocol.Device``."""
         driver = self._driver
         self._check("copy", driver.cuMemcpyAsync(to, source, nbytes, self.stream))
 
     def copy_rows(
         self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, rows: int
     ) -> None:
-        """See ``protocol.Device``."""
         driver = self._driver
         plan = driver.CUDA_MEMCPY2D()
         plan.srcMemoryType = plan.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
@@ -80,19 +76,15 @@ class CudaDevice:
         self._check("copy rows", driver.cuMemcpy2DAsync(plan, self.stream))
 
     def zero(self, to: int, nbytes: int) -> None:
-        """See ``protocol.Device``."""
         self._check("zero", self._driver.cuMemsetD8Async(to, 0, nbytes, self.stream))
 
     def record(self) -> CudaEvent:
-        """See ``protocol.Device``."""
         return CudaEvent(self._stream.record(options=self._timed))
 
     def synchronize(self) -> None:
-        """See ``protocol.Device``."""
         self._stream.sync()
 
     def capture(self, work: Callable[[], None]) -> CudaGraph:
-        """See ``protocol.Device``."""
         builder = self._stream.create_graph_builder()
         try:
             # Relaxed: an engine may ask the driver things that a strict capture forbids.
@@ -113,19 +105,17 @@ class CudaDevice:
                 builder.close()
 
     def free_bytes(self) -> int:
-        """See ``protocol.Device``."""
         free, _ = self._check("ask for free memory", self._driver.cuMemGetInfo())
         return int(free)
 
     def close(self) -> None:
-        """See ``protocol.Device``."""
         if not self._closed:
             self._closed = True
             self._stream.sync()
             self._stream.close()
 
     def _check(self, what: str, result: tuple) -> tuple:
-        """The driver's answer without its error code.
+        """Return the driver's answer without its error code.
 
         Raises:
             EngineError: there was an error.
@@ -161,11 +151,9 @@ class CudaEvent:
         self._event = event
 
     def wait(self) -> None:
-        """See ``protocol.Event``."""
         self._event.sync()
 
     def since(self, earlier: CudaEvent) -> float:
-        """See ``protocol.Event``."""
         return float(self._event - earlier._event)
 
 
@@ -176,7 +164,6 @@ class CudaGraph:
         self._graph, self._stream = graph, stream
 
     def launch(self) -> None:
-        """See ``protocol.CapturedGraph``."""
         self._graph.launch(self._stream)
 
 
@@ -189,7 +176,7 @@ def missing_cuda_core() -> Iterator[str]:
 
 
 def _libraries() -> tuple[Any, Any]:
-    """cuda.core, and the driver's bindings that it rests on.
+    """Return cuda.core and the driver's bindings.
 
     Raises:
         MissingDependencyError: they are not installed.

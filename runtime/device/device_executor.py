@@ -1,4 +1,4 @@
-"""``graphs.chain.executor.Executor`` on a device: engines over memory that never leaves it.
+"""An executor on a device: engines over memory that never leaves it.
 
 What goes up in a call is a few kilobytes of positions, orders and gates, and the rows of text;
 what comes down is the logits of the last row, and of a selection which rows it kept. Sampling,
@@ -57,23 +57,14 @@ class DeviceExecutor(PromptCalls):
         return self.engine_sets.current
 
     def prepare(self, needs: Sequence[int]) -> bool:
-        """Choose engines with room for ``needs`` slots in each stage.
-
-        Returns whether they are others than before: then the caches hold nothing.
-
-        Raises:
-            CapacityError: none have that much room.
-        """
         changed = self.engine_sets.choose(needs)
-        most = [stage.most for stage in self.engine_set.stages]
         self.slack = [
-            PREFILL_STEP if not slots else slots - need
-            for slots, need in zip(most, needs, strict=True)
+            stage.most - need if stage.most else PREFILL_STEP
+            for stage, need in zip(self.engine_set.stages, needs, strict=True)
         ]
         return changed
 
     def padding(self, stage: int, count: int) -> int:
-        """Rows to put before a question of ``count`` rows so that its call is one of a few."""
         if not self.engine_set.stages[stage].captures:
             return 0
         step = DECODE_ROWS if count <= DECODE_ROWS else PREFILL_STEP
@@ -81,29 +72,24 @@ class DeviceExecutor(PromptCalls):
         return padding if padding <= self.slack[stage] else 0
 
     def ensure_slots(self, stage: int, slots: int) -> int:
-        """See ``Executor``."""
         return self.engine_set.stages[stage].ensure_slots(slots)
 
     def trim_slots(self, stage: int, used: int, wanted: int) -> int:
-        """None: engines are compiled for a number of slots."""
-        return self.engine_set.stages[stage].slots
+        return self.engine_set.stages[stage].slots  # engines are compiled for so many
 
     def append(self, stage, rows, positions, order, slot_order, write_index, gates) -> StageResult:
-        """See ``Executor``; more orders than rows: those on the left are padding."""
         with self._timed(f"stage{stage}"):
             return self.engine_set.stages[stage].append(
                 rows, positions, order, slot_order, write_index, gates
             )
 
     def layer_cache(self, stage: int, layer: int) -> tuple[DeviceArray, DeviceArray]:
-        """See ``PromptCalls``."""
         held = self.engine_set.stages[stage]
         return held.cache(f"key.{layer}"), held.cache(f"value.{layer}")
 
     def call_graph(
         self, graph: str, stage: int, feeds: Mapping[str, np.ndarray | DeviceArray]
     ) -> dict[str, DeviceArray]:
-        """See ``PromptCalls``."""
         sizes = {"B": BATCH}
         if graph == VISION:
             call = self.engine_sets.vision
@@ -115,7 +101,7 @@ class DeviceExecutor(PromptCalls):
             return call(feeds, sizes)
 
     def take(self, rows: DeviceArray, index: np.ndarray) -> DeviceArray:
-        """Rows ``index`` along Q; neighbours are copied together."""
+        """Take rows ``index`` along Q; neighbours are copied together."""
         out = self.memory.empty((1, len(index), *rows.shape[2:]), rows.dtype)
         row = nbytes_of(rows.shape[2:], rows.dtype)
         breaks = np.flatnonzero(np.diff(index) != 1) + 1
@@ -140,27 +126,23 @@ class DeviceExecutor(PromptCalls):
         return out
 
     def snapshot(self, stage: int, start: int, stop: int) -> dict[str, DeviceArray]:
-        """Copies of a stage's cache slots [start, stop)."""
         return self.engine_set.stages[stage].snapshot(start, stop)
 
     def restore(
         self, stage: int, start: int, saved: Mapping[str, np.ndarray | DeviceArray]
     ) -> None:
-        """Write a snapshot back, or arrays of the host; the slots must exist."""
         self.engine_set.stages[stage].restore(start, saved)
 
     def reset_elapsed(self) -> dict[str, float]:
-        """Milliseconds of the device per graph since the last call."""
         self._read_events()
         elapsed, self._elapsed = dict(self._elapsed), defaultdict(float)
         return elapsed
 
     def end_profiles(self) -> dict[str, Path]:
-        """None: nobody can ask for them here (``registry.find_backend``)."""
-        return {}
+        return {}  # nothing here can be asked for them (``registry.find_backend``)
 
     def close(self) -> None:
-        """Let go of engines, memory and device."""
+        """Free engines, memory and device."""
         self._events.clear()
         self.device.synchronize()
         self.engine_sets.close()

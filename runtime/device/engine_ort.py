@@ -81,7 +81,6 @@ class OrtApi:
             self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def load(self, compiled: Compiled) -> OrtEngine:
-        """See ``protocol.EngineApi``."""
         session = load_session(compiled.file, self.options, self.providers)
         if self.device == "cuda" and CUDA_PROVIDER not in session.get_providers():
             raise EngineError(
@@ -104,7 +103,6 @@ class OrtEngine:
         self.api, self.compiled, self.session = api, compiled, session
 
     def context(self, profile: int, scratch: Buffer | None) -> OrtContext:
-        """See ``protocol.Engine``."""
         return OrtContext(self)
 
 
@@ -120,7 +118,6 @@ class OrtContext:
         self._outputs = {tensor.name: np.dtype(tensor.dtype) for tensor in spec.outputs}
 
     def bind(self, name: str, shape: Shape, address: int) -> None:
-        """See ``protocol.ExecutionContext``."""
         if name not in self._inputs and name not in self._outputs:
             raise EngineError(f"graph '{self.engine.compiled.graph}' has no tensor '{name}'")
         if self._bound.get(name) != (shape, address):
@@ -128,7 +125,6 @@ class OrtContext:
             self._binding = None  # what was asked for before keeps its own
 
     def enqueue(self) -> None:
-        """See ``protocol.ExecutionContext``."""
         binding = self._binding = self._binding or self._bind_all()
         api, session = self.engine.api, self.engine.session
         api.submit(

@@ -1,7 +1,7 @@
 """Engines in sets, one for each context length that the bundle was compiled for.
 
-A set is loaded when a prompt first needs its room, and the smallest that fits is used: attention
-costs time for every slot there is. Engines share no weights, so sets stay together on the device
+A set is loaded when a prompt first needs it, and the smallest that fits is used: attention costs
+time for every slot there is. Engines share no weights, so sets stay together on the device
 only while its memory suffices.
 """
 
@@ -51,7 +51,7 @@ class EngineSet:
 
 
 class EngineSets:
-    """All sets of a bundle: which are loaded, and which is in use."""
+    """All sets of a bundle, the loaded ones, and the one in use."""
 
     def __init__(
         self, manifest: Manifest, memory: Memory, api: EngineApi, compiled: Sequence[Compiled]
@@ -70,7 +70,7 @@ class EngineSets:
 
     @property
     def current(self) -> EngineSet:
-        """The set in use; the smallest before anybody chose."""
+        """The set in use; the smallest before a prompt chose."""
         if self._current is None:
             self._current = self._load(next(iter(self.sets)))
         return self._current
@@ -94,7 +94,7 @@ class EngineSets:
         raise self._too_small(needs)
 
     def close(self) -> None:
-        """Let go of every engine."""
+        """Free every engine."""
         self._current = None
         self.loaded.clear()
         del self.vision
@@ -111,7 +111,7 @@ class EngineSets:
         return self.loaded[context]
 
     def _most(self, context: int | None) -> list[int]:
-        """Slots that each stage of a set has; 0: any number."""
+        """Return the slots that each stage of a set has; 0: any number."""
         slots = {one.graph: one.slots for one in self.sets[context]}
         stages = range(len(self.manifest.plan.stages))
         return [slots[self.manifest.parts_of(stage)[0]] for stage in stages]

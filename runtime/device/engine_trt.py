@@ -151,18 +151,17 @@ class TrtApi:
         return TrtEngine(self, compiled, engine)
 
     def said(self) -> str:
-        """What it complained about first since it was last asked: the others follow from it."""
+        """Return its first complaint since it was last asked: the others follow from it."""
         said = self.messages[0] if self.messages else "it gives no reason"
         self.messages.clear()
         return said
 
     def close(self) -> None:
-        """See ``protocol.EngineApi``."""
         self._runtime = None
 
 
 class TrtEngine:
-    """``protocol.Engine``; refuses an engine whose tensors are not the contract's."""
+    """``protocol.Engine``; an engine whose tensors are not the contract's is an error."""
 
     def __init__(self, api: TrtApi, compiled: Compiled, engine: Any):
         self.api, self.compiled, self.engine = api, compiled, engine
@@ -171,7 +170,6 @@ class TrtEngine:
         self.scratch_bytes = int(engine.device_memory_size_v2)
 
     def context(self, profile: int, scratch: Buffer | None) -> TrtContext:
-        """See ``protocol.Engine``."""
         return TrtContext(self, profile, scratch)
 
     def _check_tensors(self) -> None:
@@ -195,7 +193,7 @@ class TrtEngine:
                 )
 
     def _check_aliases(self) -> None:
-        """Caches that the engine updates in place are those that we bind in place."""
+        """Check that caches updated in place by the engine are those that we bind in place."""
         if not hasattr(self.engine, "get_aliased_input_tensor"):
             return
         inputs = {spec.name for spec in self.compiled.spec.inputs}
@@ -233,7 +231,6 @@ class TrtContext:
         return True if ask is None else bool(ask(self._engine.api.stream))
 
     def bind(self, name: str, shape: Shape, address: int) -> None:
-        """See ``protocol.ExecutionContext``."""
         if name not in self._inputs:
             self._outputs[name] = tuple(shape)
         elif not self.context.set_input_shape(name, shape):
@@ -242,14 +239,13 @@ class TrtContext:
             raise self._rejected(f"has no tensor '{name}'")
 
     def enqueue(self) -> None:
-        """See ``protocol.ExecutionContext``."""
         if not self._inferred:
             self._check_shapes()
         if not self.context.execute_async_v3(self._engine.api.stream):
             raise self._rejected("did not run")
 
     def _check_shapes(self) -> None:
-        """The engine writes what we made room for, no more and no less."""
+        """Check that the engine writes exactly what we made room for."""
         missing = self.context.infer_shapes()
         if missing:
             raise self._rejected(f"lacks {', '.join(missing)}")
@@ -268,7 +264,7 @@ class TrtContext:
 
 
 def _logger(trt: Any, messages: list[str]) -> Any:
-    """A logger that keeps errors for our own messages, and is silent otherwise."""
+    """Return a logger that keeps errors for our own messages, and is silent otherwise."""
 
     class Logger(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self):

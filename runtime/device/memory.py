@@ -1,8 +1,8 @@
 """Arrays on the device, and the pinned way to them and back.
 
 An array that a graph wrote to its fixed output is lent, not given: when the graph runs again while
-somebody still holds the array, its bytes are moved out of the way first. A decode step holds
-nothing for that long, so it copies nothing.
+the array is still held, its bytes are moved out of the way first. A decode step holds nothing for
+that long, so it copies nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PINNED_BLOCKS = 4
 
 
 class Storage:
-    """Bytes of the device that arrays look into. ``buffer`` is theirs, or lent by a ``Place``."""
+    """Bytes of the device that arrays view. ``buffer`` is theirs, or lent by a ``Place``."""
 
     def __init__(self, memory: Memory, buffer: Buffer, nbytes: int):
         self.memory, self.buffer, self.nbytes = memory, buffer, nbytes
@@ -38,7 +38,7 @@ class DeviceArray:
 
     @property
     def address(self) -> int:
-        """Where it lies now; good until the next call of the graph that wrote it."""
+        """Its address now; good until the next call of the graph that wrote it."""
         return self.storage.buffer.address + self.offset
 
     @property
@@ -47,7 +47,7 @@ class DeviceArray:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __getitem__(self, index: Any) -> DeviceArray:
-        """``a[i]``, or ``a[:, i:j]`` where the first axis is 1: what stays in one piece."""
+        """Return ``a[i]``, or ``a[:, i:j]`` where the first axis is 1: what stays in one piece."""
         if isinstance(index, (int, np.integer)):
             at = int(index) + (self.shape[0] if index < 0 else 0)
             if not 0 <= at < self.shape[0]:
@@ -105,22 +105,34 @@ class Memory:
         self._back = device.allocate_host(PINNED_BLOCK)
 
     def view(self, buffer: Buffer, shape: Sequence[int], dtype: np.dtype) -> DeviceArray:
-        """An array over a buffer that somebody else fills and keeps."""
+        """Return an array over a buffer that is filled and kept elsewhere."""
         return DeviceArray(Storage(self, buffer, nbytes_of(shape, dtype)), 0, shape, dtype)
 
     def empty(self, shape: Sequence[int], dtype: np.dtype) -> DeviceArray:
-        """A new array with whatever is there."""
+        """Return a new array with whatever its memory holds."""
         (array,) = self.pack([(shape, dtype)])
         return array
 
     def pack(self, wanted: Sequence[tuple[Sequence[int], np.dtype]]) -> list[DeviceArray]:
-        """New arrays in one allocation."""
-        offsets, total = offsets_of([nbytes_of(shape, dtype) for shape, dtype in wanted])
+        """Return new arrays in one allocation."""
+        offsets, total = [], 0
+        for shape, dtype in wanted:
+            offsets.append(total)
+            total += aligned(nbytes_of(shape, dtype))
         storage = Storage(self, self.device.allocate(max(total, 1)), total)
         return [
             DeviceArray(storage, offset, shape, dtype)
             for offset, (shape, dtype) in zip(offsets, wanted, strict=True)
         ]
+
+    def upload(self, to: Sequence[DeviceArray], values: Sequence[np.ndarray]) -> None:
+        """Write ``values`` to the beginnings of arrays made by one ``pack``, in one upload."""
+        storage = to[0].storage
+        block = np.zeros(storage.nbytes, np.uint8)
+        for array, value in zip(to, values, strict=True):
+            data = np.ascontiguousarray(value, array.dtype).reshape(-1).view(np.uint8)
+            block[array.offset : array.offset + data.nbytes] = data
+        self.write(storage.buffer.address, block)
 
     def write(self, to: int, array: np.ndarray) -> None:
         """Upload ``array`` to an address; it may be changed as soon as this returns."""
@@ -143,7 +155,7 @@ class Memory:
             self.write(to, array)
 
     def download(self, array: DeviceArray) -> np.ndarray:
-        """A copy on the host; waits for the device."""
+        """Return a copy on the host; waits for the device."""
         nbytes = array.nbytes
         if nbytes > self._back.nbytes:
             self._back = self.device.allocate_host(aligned(nbytes))
@@ -162,17 +174,17 @@ class Place:
 
     @property
     def address(self) -> int:
-        """Where it lies, for good."""
+        """Its address, which does not change."""
         return self.buffer.address
 
     def lend(self, shape: Sequence[int], dtype: np.dtype) -> DeviceArray:
-        """What the graph wrote last."""
+        """Return what the graph wrote last."""
         storage = Storage(self.memory, self.buffer, nbytes_of(shape, dtype))
         self._lent = weakref.ref(storage)
         return DeviceArray(storage, 0, shape, dtype)
 
     def reclaim(self) -> None:
-        """Before the graph runs again: move what somebody still holds."""
+        """Move what is still held, before the graph runs again."""
         storage = None if self._lent is None else self._lent()
         self._lent = None
         if storage is not None and storage.nbytes:
@@ -183,14 +195,5 @@ class Place:
 
 
 def nbytes_of(shape: Sequence[int], dtype: np.dtype) -> int:
-    """Bytes of an array."""
+    """Return the bytes of an array."""
     return math.prod(shape) * np.dtype(dtype).itemsize
-
-
-def offsets_of(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Aligned offsets of pieces laid one after another, and where the last ends."""
-    offsets, at = [], 0
-    for size in sizes:
-        offsets.append(at)
-        at += aligned(size)
-    return offsets, at

@@ -1,7 +1,7 @@
-"""What the device runtime asks of a device and of the engines on it.
+"""Protocols of a device and of the engines on it, as the device runtime uses them.
 
 Work is asynchronous and in order: there is one stream. Addresses are integers, as the engines'
-own interfaces take them; whoever passes one keeps its buffer alive until the work is done, and a
+own interfaces take them; the caller keeps the buffer of one alive until the work is done, and a
 buffer that is dropped is freed after the work that was asked for before.
 """
 
@@ -27,14 +27,14 @@ Shape = tuple[int, ...]
 
 
 class Buffer(Protocol):
-    """Memory of the device; freed, in the order of the stream, when nobody holds it any more."""
+    """Memory of the device; freed in the order of the stream, when it is held no more."""
 
     address: int
     nbytes: int
 
 
 class HostBuffer(Protocol):
-    """Memory of the host that the device copies from and to without a detour (pinned)."""
+    """Pinned memory of the host, which the device copies from and to directly."""
 
     address: int
     nbytes: int
@@ -48,11 +48,11 @@ class Event(Protocol):
         """Return when the device has come to it."""
 
     def since(self, earlier: Any) -> float:
-        """Milliseconds that the device took from ``earlier`` to here; both must have come."""
+        """Return the milliseconds from ``earlier`` to here; both must have come."""
 
 
 class CapturedGraph(Protocol):
-    """Captured work."""
+    """Captured work of a stream."""
 
     def launch(self) -> None:
         """Ask for all of it again, with the same addresses."""
@@ -68,14 +68,14 @@ class Device(Protocol):
     name: str
 
     def allocate(self, nbytes: int) -> Buffer:
-        """Memory with whatever it holds.
+        """Return memory with whatever it holds.
 
         Raises:
             CapacityError: there is not enough.
         """
 
     def allocate_host(self, nbytes: int) -> HostBuffer:
-        """Pinned memory."""
+        """Return pinned memory."""
 
     def copy(self, to: int, source: int, nbytes: int) -> None:
         """Copy bytes between any two addresses of device and pinned memory."""
@@ -83,29 +83,29 @@ class Device(Protocol):
     def copy_rows(
         self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, rows: int
     ) -> None:
-        """Copy ``rows`` runs of ``width`` bytes that lie ``pitch`` bytes apart, on the device."""
+        """Copy ``rows`` runs of ``width`` bytes that are ``pitch`` bytes apart, on the device."""
 
     def zero(self, to: int, nbytes: int) -> None:
         """Set bytes to zero."""
 
     def record(self) -> Event:
-        """A point after everything asked for so far."""
+        """Return a point after everything asked for so far."""
 
     def synchronize(self) -> None:
         """Return when everything asked for so far is done."""
 
     def capture(self, work: Callable[[], None]) -> CapturedGraph:
-        """What ``work`` asks for, kept instead of done.
+        """Keep what ``work`` asks for instead of doing it.
 
         Raises:
             CaptureError: something in it cannot be captured.
         """
 
     def free_bytes(self) -> int:
-        """Memory that nothing takes."""
+        """Return the bytes of free memory."""
 
     def close(self) -> None:
-        """Finish what was asked for, and let go of the device."""
+        """Finish what was asked for, and free the device."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Compiled:
         context: rows of an unpruned prompt and answer that it has room for; None: see ``slots``.
         file: what is loaded.
         spec: the graph's contract.
-        slots: cache slots that it has (with a context) or may have; 0: as many as one likes.
+        slots: cache slots that it has (with a context) or may have; 0: any number.
         profiles: smallest and largest shape of every input, for each profile; none: any shapes.
         nbytes: of the file.
     """
@@ -131,7 +131,7 @@ class Compiled:
     nbytes: int
 
     def profile_for(self, shapes: dict[str, Shape]) -> int | None:
-        """The first profile that takes inputs of these shapes; None: none does."""
+        """Return the first profile that takes inputs of these shapes; None: none does."""
         if not self.profiles:
             return 0
         for number, profile in enumerate(self.profiles):
@@ -148,7 +148,7 @@ class ExecutionContext(Protocol):
         """Whether its work may be captured, as far as it can tell."""
 
     def bind(self, name: str, shape: Shape, address: int) -> None:
-        """Where an input lies, or an output goes.
+        """Set the address of an input or an output.
 
         Raises:
             EngineError: the engine has no such tensor, or not in that shape.
@@ -158,7 +158,7 @@ class ExecutionContext(Protocol):
         """Ask the device to run it.
 
         Raises:
-            EngineError: the engine refuses.
+            EngineError: the engine does not run.
         """
 
 
@@ -170,11 +170,11 @@ class Engine(Protocol):
         """Memory that a run needs beside inputs and outputs."""
 
     def context(self, profile: int, scratch: Buffer | None) -> ExecutionContext:
-        """A new execution context. ``scratch`` is shared: one engine runs at a time."""
+        """Return a new execution context. ``scratch`` is shared: one engine runs at a time."""
 
 
 class EngineApi(Protocol):
-    """Loads engines for one device."""
+    """Loader of engines for one device."""
 
     def load(self, compiled: Compiled) -> Engine:
         """Load one.
@@ -184,11 +184,11 @@ class EngineApi(Protocol):
         """
 
     def close(self) -> None:
-        """Let go of whatever the engines shared."""
+        """Free what the engines shared."""
 
 
 def aligned(nbytes: int) -> int:
-    """``nbytes`` rounded up to the alignment."""
+    """Round ``nbytes`` up to the alignment."""
     return -(-nbytes // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT
 
 

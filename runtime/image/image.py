@@ -1,11 +1,11 @@
-"""A picture from anywhere -> RGB -> pixel values, as Hugging Face's PIL image processors make them.
+"""An image from any source to RGB to pixel values, like those of Hugging Face's PIL processors.
 
-    source ──load_image──▶ RGB picture ──preprocess──▶ (3, H, W) float32
+    source ──load_image──▶ RGB image ──preprocess──▶ (3, H, W) float32
                                │
-                               └──pixel_key──▶ the name under which caches know it
+                               └──pixel_key──▶ its key in caches
 
-Sizes are checked from the header, before anything is decoded. What becomes of each kind of picture
-is said once, at ``load_image``. This module knows neither models nor prompts.
+Sizes are checked from the header, before anything is decoded. ``load_image`` says how each kind of
+image is converted. This module knows neither models nor prompts.
 """
 
 import contextlib
@@ -33,18 +33,18 @@ ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarr
 
 
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a picture, upright and in RGB, with nothing else attached to it.
+    """Read an image, upright and in RGB, with nothing else attached to it.
 
     EXIF orientation is applied first (unreadable EXIF counts as none). Then, as Hugging Face's
     processors do (transformers 5.23): palettes are looked up; transparency (alpha, or a transparent
-    palette entry or colour) is composited over white; CMYK, YCbCr, LAB, grey and 1-bit pictures go
+    palette entry or colour) is composited over white; CMYK, YCbCr, LAB, grey and 1-bit images go
     through Pillow's ``convert("RGB")``. 16-bit grey is scaled to 8 bits, where Pillow would turn
     everything above 255 white; 32-bit integers count as 16-bit values. Of an animation or a
-    document the first frame is taken (of a PIL picture, the current one).
+    document the first frame is taken (of a PIL image, the current one).
 
     Args:
         source: a path; the bytes of a file; a binary file object (read from its beginning); a PIL
-            picture; or an array (H, W), (H, W, 3) or (H, W, 4) of uint8.
+            image; or an array (H, W), (H, W, 3) or (H, W, 4) of uint8.
         max_pixels: largest width x height that is decoded.
 
     Raises:
@@ -53,8 +53,8 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     if isinstance(source, np.ndarray):
         source = _from_array(source)
     if isinstance(source, Image.Image):
-        _check_size(source.size, max_pixels, "the picture")
-        return _decode(source, "the picture")
+        _check_size(source.size, max_pixels, "the image")
+        return _decode(source, "the image")
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _read_file(io.BytesIO(source), "the bytes given", max_pixels)
     if isinstance(source, (str, os.PathLike)):
@@ -62,27 +62,27 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     if hasattr(source, "read"):
         return _read_file(_seekable(source, max_pixels), "the file object", max_pixels)
     raise ImageError(
-        f"a picture cannot be made from {type(source).__name__}; expected a path, bytes, a binary "
-        "file object, a PIL picture or a uint8 array (H, W[, 3 or 4])."
+        f"an image cannot be made from {type(source).__name__}; expected a path, bytes, a binary "
+        "file object, a PIL image or a uint8 array (H, W[, 3 or 4])."
     )
 
 
 def preprocess(
     image: Image.Image, preprocessing: Preprocessing, *, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-    """Pixel values (3, H, W) float32 of an RGB picture from ``load_image``.
+    """Return pixel values (3, H, W) float32 of an RGB image from ``load_image``.
 
     Args:
         image: RGB.
         preprocessing: of the checkpoint.
-        max_pixels: largest picture made on the way; a very long one grows before it is cropped.
+        max_pixels: of the largest image made on the way; a very long one grows before the crop.
 
     Raises:
-        ImageError: a step would make a picture larger than ``max_pixels``.
+        ImageError: a step would make an image larger than ``max_pixels``.
     """
     if image.mode != "RGB":
         raise TypeError(
-            f"preprocess() takes the RGB picture that load_image() returns, not mode {image.mode}"
+            f"preprocess() takes the RGB image that load_image() returns, not mode {image.mode}"
         )
     if preprocessing.pad_color is not None:
         image = _pad_to_square(image, preprocessing.pad_color, max_pixels)
@@ -100,7 +100,7 @@ def preprocess(
 
 
 def _values(preprocessing: Preprocessing) -> np.ndarray:
-    """What each of 256 brightnesses becomes in each channel: (3, 256) float32.
+    """Return the value of each of 256 brightnesses in each channel: (3, 256) float32.
 
     Looked up rather than computed for every pixel: the same numbers in a fraction of the time.
     """
@@ -116,9 +116,9 @@ def _values(preprocessing: Preprocessing) -> np.ndarray:
 
 
 def pixel_key(image: Image.Image, preprocessing: Preprocessing) -> str:
-    """SHA-256 (hex) of an RGB picture's size and pixels and of how they are prepared.
+    """Return the SHA-256 (hex) of an RGB image's size and pixels and of their preprocessing.
 
-    Two files with the same decoded pixels have one key; so the key says nothing about file names.
+    Two files with the same decoded pixels have one key.
     """
     recipe = json.dumps(preprocessing.to_dict(), sort_keys=True)
     digest = hashlib.sha256(f"{image.mode} {image.size} {recipe}\n".encode())
@@ -155,7 +155,7 @@ def _read_path(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise ImageError(
-            f"the picture {path} cannot be opened: {reason}. Check the path."
+            f"the image {path} cannot be opened: {reason}. Check the path."
         ) from error
 
 
@@ -166,10 +166,10 @@ def _seekable(file: Any, max_pixels: int) -> Any:
     most = 8 * max_pixels + 2**20  # no supported format needs more, header included
     data = file.read(most + 1)
     if not isinstance(data, bytes):
-        raise ImageError("the file object yields text; open the picture in binary mode ('rb').")
+        raise ImageError("the file object yields text; open the image in binary mode ('rb').")
     if len(data) > most:
         raise ImageError(
-            f"the file object holds more than {most} bytes; that is no picture of "
+            f"the file object holds more than {most} bytes; that is no image of "
             f"{max_pixels} pixels or less. Pass a larger max_pixels."
         )
     return io.BytesIO(data)
@@ -192,7 +192,7 @@ def _read_file(file: Any, name: str, max_pixels: int) -> Image.Image:
     except Exception as error:  # a decoder may raise anything at all over a damaged header
         why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
         raise ImageError(
-            f"{name} is not a picture that can be read{why}. Supported: {', '.join(_formats())}. "
+            f"{name} is not an image that can be read{why}. Supported: {', '.join(_formats())}. "
             "Convert it to PNG or JPEG."
         ) from error
     with image:
@@ -231,7 +231,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ImageError(
-            "the picture holds floating point values, whose range is not known. Scale it to 0..255 "
+            "the image holds floating point values, whose range is not known. Scale it to 0..255 "
             "and save it with 8 bits per channel."
         )
     if image.mode.startswith("I"):
@@ -249,7 +249,7 @@ def _sixteen_to_eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ImageError(
-            f"the picture holds integers from {values.min()} to {values.max()}; expected 0..65535. "
+            f"the image holds integers from {values.min()} to {values.max()}; expected 0..65535. "
             "Save it with 8 or 16 bits per channel."
         )
     grey = ((values + 128) // 257).astype(np.uint8)
@@ -273,11 +273,11 @@ def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
 
 
 def _grown(size: tuple[int, int], step: str) -> str:
-    return f"a picture of {size[0]} x {size[1]} pixels, after {step},"
+    return f"an image of {size[0]} x {size[1]} pixels, after {step},"
 
 
 def _resized(size: tuple[int, int], target: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) after the resize of a picture of (width, height)."""
+    """Return (height, width) after the resize of an image of (width, height)."""
     if isinstance(target, tuple):
         return target
     width, height = size
@@ -294,7 +294,7 @@ def _pad_to_square(image: Image.Image, color: tuple[int, ...], max_pixels: int) 
 
 
 def _center_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The middle (height, width) of (3, H, W), with zeros where the picture does not reach."""
+    """Return the middle (height, width) of (3, H, W), with zeros beyond the image."""
     out = np.zeros((3, *size), pixels.dtype)
     source, target = [slice(None)], [slice(None)]
     for have, want in zip(pixels.shape[1:], size, strict=True):

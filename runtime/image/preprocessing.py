@@ -1,16 +1,16 @@
-"""How a checkpoint wants its pictures prepared: read from its files, kept in the manifest.
+"""A checkpoint's image preprocessing: read from its files, kept in the manifest.
 
 Hugging Face describes the same steps in two files and with many switches; here they become one
-short list of steps in their order. This module reads and checks; ``image.py`` carries out.
+short list of steps in their order. This module reads and checks; ``image.py`` applies them.
 """
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ...graphs.errors import BundleError, ModelError
+from ...graphs.fields import from_json, to_json
 
 _MAX_EDGE = 16_384  # of a configured size; a typing error there must not ask for gigabytes
 _BICUBIC = 3  # as configs and Pillow number it
@@ -26,14 +26,14 @@ _HAS_CROP = {"CLIPImageProcessor": True, "LlavaImageProcessor": True, "SiglipIma
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The steps from an RGB picture to pixel values, in their order; None leaves a step out.
+    """The steps from an RGB image to pixel values, in their order; None leaves a step out.
 
     Attributes:
         processor: the Hugging Face class whose steps these are.
-        pad_color: R, G, B in 0..255 of the bars that make the picture square, before the resize.
+        pad_color: R, G, B in 0..255 of the bars that make the image square, before the resize.
         size: (height, width) in pixels, or the length of the shorter edge alone.
         resample: Pillow's number of the filter (2 bilinear, 3 bicubic).
-        crop_size: (height, width) cut from the centre; black where the picture is smaller.
+        crop_size: (height, width) cut from the centre; black where the image is smaller.
         rescale_factor: multiplies the values 0..255.
         mean, std: per channel, subtracted and divided by after that.
     """
@@ -59,7 +59,7 @@ class Preprocessing:
         """Read a checkpoint's ``processor_config.json`` and ``preprocessor_config.json``.
 
         Switches that are absent take the class defaults of Hugging Face; sizes, mean and std that
-        a step needs must be there. ``do_convert_rgb`` is not read: pictures are always RGB here.
+        a step needs must be there. ``do_convert_rgb`` is not read: images are always RGB here.
 
         Args:
             processor_config: the parsed file or None; counts where it has an "image_processor".
@@ -74,7 +74,7 @@ class Preprocessing:
         read = {name: _read(raw, name) for name, raw in found.items() if raw is not None}
         if not read:
             raise ModelError(
-                "the checkpoint does not say how pictures are prepared: expected "
+                "the checkpoint does not say how images are prepared: expected "
                 "preprocessor_config.json, or processor_config.json with an 'image_processor'. "
                 "Download the file from where the checkpoint came from."
             )
@@ -90,38 +90,30 @@ class Preprocessing:
         return cls(**first)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data for the manifest."""
-        return json.loads(json.dumps(asdict(self)))
+        """Return plain JSON data for the manifest."""
+        return to_json(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Preprocessing":
-        """The inverse of ``to_dict``.
+        """Return the inverse of ``to_dict``.
 
         Raises:
             BundleError: a missing or unknown key, or a value of the wrong kind.
         """
-        names = {field.name for field in fields(cls)}
-        wrong = sorted(names.symmetric_difference(data))
-        if wrong:
-            kind = "unknown" if wrong[0] in data else "missing"
-            raise BundleError(
-                f"manifest.json: {kind} key {wrong[0]!r} in 'preprocessing'; expected "
-                f"{', '.join(sorted(names))}. Rebuild the bundle with this version of visistage."
-            )
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        again = "Rebuild the bundle with this version of visistage."
         try:
-            return cls(**plain)
+            return from_json(cls, data, BundleError, again, "manifest.json: preprocessing")
         except ModelError as error:
-            raise BundleError(f"manifest.json: preprocessing: {error}") from None
+            raise BundleError(f"manifest.json: preprocessing: {error} {again}") from None
 
     @property
     def output_size(self) -> tuple[int, int] | None:
-        """(height, width) of every result, or None when it depends on the picture."""
+        """(height, width) of every result, or None when it depends on the image."""
         return self.crop_size or (self.size if isinstance(self.size, tuple) else None)
 
 
 def _read(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """One file's fields of Preprocessing, checked."""
+    """Return one file's fields of ``Preprocessing``, checked."""
     if not isinstance(raw, Mapping):
         raise ModelError(f"{file}: expected an object that describes an image processor.")
     kind = raw.get("image_processor_type") or raw.get("feature_extractor_type")
@@ -191,7 +183,11 @@ def _edges(value: Any, name: str, file: str) -> Any:
 
 
 def _checked(values: dict[str, Any]) -> dict[str, Any]:
-    """The same values, or ModelError naming the first that no step could work with."""
+    """Return the same values.
+
+    Raises:
+        ModelError: naming the first that no step could work with.
+    """
 
     def whole(value: Any, low: int, high: int) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

@@ -1,6 +1,6 @@
-"""Token ids -> text, piece by piece, as an answer grows.
+"""Token ids to text, piece by piece, as an answer grows.
 
-A piece is handed out only when no later token can change it, so the pieces joined are exactly what
+A piece is returned only when no later token can change it, so the pieces joined are exactly what
 decoding all ids at once would give:
 
     ids      31  | 240 159 | 152 130 |  13      (the bytes of one emoji, spread over two tokens)
@@ -26,7 +26,7 @@ _REPLACEMENT = "\ufffd"
 class TextStream:
     """Incremental detokeniser for one answer; special tokens are left out of the text.
 
-    Only a short window of ids is decoded at each step: the last tokens already handed out, for
+    Only a short window of ids is decoded at each step: the last tokens already returned, for
     context (a leading space belongs to the text only when something precedes it), and those held
     back since. A run of byte-fallback tokens (``<0xF0>``) is held until it ends, because one bad
     byte turns the whole run into U+FFFD.
@@ -34,11 +34,11 @@ class TextStream:
     Args:
         tokenizer: of the model.
         stops: up to 16 strings, or one, that end the answer. The first to be *completed* wins, and
-            the text is cut before it; where pieces happen to be cut plays no part.
+            the text is cut before it, wherever pieces are cut.
 
     Attributes:
         stopped: a stop string was completed; every later piece is "".
-        stop: which one, or None.
+        stop: that string, or None.
 
     Raises:
         PromptError: an empty, too long or non-text stop string, or too many.
@@ -85,7 +85,7 @@ class TextStream:
         return self._release(piece)
 
     def finish(self) -> str:
-        """No more ids: return everything held back. A second call returns ""."""
+        """End the answer: return everything held back. A second call returns ""."""
         if self._finished or self.stopped:
             self._finished = True
             return ""
@@ -113,7 +113,7 @@ class TextStream:
 
 
 def _possible_beginning(text: str, stops: Sequence[str]) -> int:
-    """How many last characters of ``text`` could be the first ones of a stop string."""
+    """Return how many last characters of ``text`` could be the first ones of a stop string."""
     longest = min(max(map(len, stops)) - 1, len(text))
     for count in range(longest, 0, -1):
         if any(stop.startswith(text[-count:]) for stop in stops):

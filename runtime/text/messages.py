@@ -1,8 +1,8 @@
-"""Conversations as callers give them -> plain, checked data.
+"""Conversations as callers give them, turned into plain, checked data.
 
     [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
 
-Only what is named here gets through to a chat template. This module knows no templates or tokens.
+Nothing else gets through to a chat template. This module knows no templates or tokens.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ Message = Mapping[str, Any]
 
 
 def checked_messages(messages: Any) -> list[Message]:
-    """The same messages as plain data, image blocks reduced to their type.
+    """Return the same messages as plain data, image blocks reduced to their type.
 
     Raises:
         PromptError: not a list, or empty; a key, role or kind of block that is not known.
@@ -31,18 +31,18 @@ def checked_messages(messages: Any) -> list[Message]:
 
 
 def blocks_of(message: Message) -> list[dict[str, str]]:
-    """The content as a list of blocks, however it was given."""
+    """Return the content as a list of blocks."""
     content = message["content"]
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def is_image(block: Mapping[str, str]) -> bool:
-    """Whether a block stands for a picture."""
+    """Return whether a block stands for an image."""
     return block["type"] == "image"
 
 
 def texts_of(message: Message) -> list[str]:
-    """The texts of a message's text blocks."""
+    """Return the texts of a message's text blocks."""
     return [block["text"] for block in blocks_of(message) if not is_image(block)]
 
 

@@ -1,11 +1,11 @@
-"""A question or a conversation -> token ids, with a gap for every picture.
+"""A question or a conversation as token ids, with a gap for every image.
 
     messages ──template──▶ "USER: <image> Why? ASSISTANT:" ──tokenizer, once──▶ ids
                                                                              │ cut at image ids
                                                 (1, 3148, 29901) · IMAGE · (3750, 29973, ...)
 
 The ids are those of ``LlavaProcessor.apply_chat_template(..., tokenize=True)``, each run of
-repeated image ids taken as one gap. This module does not know how many rows a picture takes.
+repeated image ids taken as one gap. This module does not know how many rows an image takes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,7 +37,7 @@ _PROBE = "Qx7 probe"
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of token ids, or the place of one picture (then ``ids`` is empty)."""
+    """A stretch of token ids, or the place of one image (then ``ids`` is empty)."""
 
     ids: tuple[int, ...]
     is_image: bool = False
@@ -48,8 +48,8 @@ class Prompt:
     """A tokenised prompt.
 
     Attributes:
-        segments: texts and pictures in their order; no text is empty, no two texts adjoin.
-        text: what the template wrote.
+        segments: texts and images in their order; no text is empty, no two texts adjoin.
+        text: the template's output.
     """
 
     segments: tuple[Segment, ...]
@@ -57,12 +57,12 @@ class Prompt:
 
     @property
     def images(self) -> int:
-        """How many pictures."""
+        """Number of images."""
         return sum(segment.is_image for segment in self.segments)
 
     @property
     def text_tokens(self) -> int:
-        """How many ids, pictures not counted."""
+        """Number of ids, images not counted."""
         return sum(len(segment.ids) for segment in self.segments)
 
 
@@ -73,12 +73,12 @@ class PromptEncoder:
         tokenizer: its truncation and padding are switched off.
         template: jinja source of the chat template.
         special_tokens: ``bos_token``, ``eos_token``, ... by name, as the template may use them.
-        image_token: what stands for a picture in the template's output.
+        image_token: stands for an image in the template's output.
         max_chars: longest prompt, in characters of all its texts.
 
     Attributes:
         tokenizer: as given.
-        image_token_id: None when the tokenizer has no such token (a model without pictures).
+        image_token_id: None when the tokenizer has no such token (a model without images).
 
     Raises:
         PromptError: a template that cannot be used.
@@ -112,7 +112,7 @@ class PromptEncoder:
         if not (self._takes_text or self._takes_blocks):
             raise PromptError(
                 "the chat template does not show what the user says, given as text or as "
-                "[{'type': 'text', 'text': ...}]. Mend chat_template.jinja."
+                "[{'type': 'text', 'text': ...}]. Correct chat_template.jinja."
             )
 
     @classmethod
@@ -122,7 +122,7 @@ class PromptEncoder:
         """Read a checkpoint's or a bundle's tokenizer files.
 
         Args:
-            folder: where they are.
+            folder: their place.
             names: role -> file name, roles as in ``TEXT_FILES`` (others are ignored); None takes
                 the usual names, where they exist.
 
@@ -158,14 +158,14 @@ class PromptEncoder:
 
         No text, whatever its role, may contain a control token: the image token, a special token
         (``</s>``), or an added token that the template itself writes (``<|im_start|>``); it would
-        end a turn or stand for a picture. Hugging Face encodes them as such by default.
+        end a turn or stand for an image. Hugging Face encodes them as such by default.
 
         Args:
             prompt: a question, or messages ``{"role": ..., "content": ...}`` with roles system,
                 user and assistant, the last one user. Content is text, or a list of
                 ``{"type": "text", "text": ...}`` and ``{"type": "image"}`` (other keys of an image
                 block are not read).
-            images: how many pictures there are. They precede a question; in messages it must equal
+            images: number of images. They precede a question; in messages it must equal
                 the number of image blocks (None does not check).
 
         Raises:
@@ -184,26 +184,26 @@ class PromptEncoder:
         expected = sum(is_image(block) for message in messages for block in blocks_of(message))
         if expected > MAX_IMAGES or (images is not None and images != expected):
             raise PromptError(
-                f"the messages have {expected} image blocks and {images} pictures were given; "
+                f"the messages have {expected} image blocks and {images} images were given; "
                 f"expected as many, up to {MAX_IMAGES}. Add or remove {{'type': 'image'}} blocks."
             )
         if expected and self.image_token_id is None:
             raise PromptError(
                 f"the tokenizer has no image token {self.image_token!r}: this model takes no "
-                "pictures. Ask without one."
+                "images. Ask without one."
             )
         text = self._render(messages)
         question = texts_of(messages[-1])[-1].strip()
         if question not in text:
             raise PromptError(
-                "the chat template dropped or changed the question. Mend chat_template.jinja."
+                "the chat template dropped or changed the question. Correct chat_template.jinja."
             )
         segments = self._split(self._ids(text))
         result = Prompt(segments, text)
         if result.images != expected:
             raise PromptError(
-                f"the chat template places {result.images} of {expected} pictures. Put image "
-                "blocks in user messages only, or mend chat_template.jinja."
+                f"the chat template places {result.images} of {expected} images. Put image "
+                "blocks in user messages only, or correct chat_template.jinja."
             )
         return result
 
@@ -219,12 +219,12 @@ class PromptEncoder:
         return segments[: 1 + next(at for at, one in enumerate(segments) if one.is_image)]
 
     def prefix_ids(self) -> tuple[int, ...]:
-        """The ids before the picture of a question with one, the same for every question.
+        """Return the ids before the image of a question with one, the same for every question.
 
         Compare them with the actual prompt before use: a template may write the date.
 
         Raises:
-            PromptError: the model takes no pictures.
+            PromptError: the model takes no images.
         """
         # Beginnings of many kinds: where a template puts the text first, nothing of it is constant.
         heads = [
@@ -249,7 +249,7 @@ class PromptEncoder:
         return control
 
     def _shows(self, content: Any, images: int) -> bool:
-        """Whether the template renders a user's content of this form as it should."""
+        """Return whether the template renders a user's content of this form as it should."""
         try:
             text = self._template.render([{"role": "user", "content": content}])
         except PromptError:
@@ -291,7 +291,7 @@ class PromptEncoder:
             what = "the image token" if found[0] == self.image_token else "the control token"
             raise PromptError(
                 f"the prompt contains {what} {found[0]!r} as text, which would be taken as a "
-                "command. Remove it, or write it differently; pictures are passed as images."
+                "command. Remove it, or write it differently; images are passed beside the prompt."
             )
 
     def _render(self, messages: Sequence[Message]) -> str:

@@ -8,8 +8,9 @@ of visistage, not a run of torch. This module knows neither tokenizers nor stage
 import difflib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,37 +20,30 @@ from ...graphs.errors import ModelError, PromptError
 logger = logging.getLogger(__name__)
 
 # Fields of generation_config.json that change which token comes next and that we do not implement,
-# each with the values that switch it off. Anything else in them is refused.
-_MUST_BE_OFF: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "penalty_alpha": (0, 0.0),
-    "dola_layers": (),
-    "top_h": (),
-    "typical_p": (1, 1.0),
-    "epsilon_cutoff": (0, 0.0),
-    "eta_cutoff": (0, 0.0),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1, 1.0),
-    "exponential_decay_length_penalty": (),
-    "bad_words_ids": ([],),
-    "force_words_ids": ([],),
-    "constraints": ([],),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
-    "sequence_bias": ([], {}),
-    "guidance_scale": (1, 1.0),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "watermarking_config": (),
-    "token_healing": (False,),
-    "num_return_sequences": (1,),
+# with the value that switches them off. Anything else in them is refused, but null.
+_MUST_BE_OFF: dict[str, Any] = {
+    **dict.fromkeys(
+        "num_beams num_beam_groups num_return_sequences typical_p guidance_scale "
+        "encoder_repetition_penalty".split(),
+        1,
+    ),
+    **dict.fromkeys(
+        "penalty_alpha epsilon_cutoff eta_cutoff no_repeat_ngram_size encoder_no_repeat_ngram_size "
+        "min_length min_new_tokens token_healing".split(),
+        0,
+    ),
+    **dict.fromkeys(
+        "bad_words_ids force_words_ids constraints suppress_tokens begin_suppress_tokens "
+        "sequence_bias".split(),
+        [],
+    ),
+    **dict.fromkeys(
+        "dola_layers top_h exponential_decay_length_penalty forced_bos_token_id "
+        "forced_eos_token_id watermarking_config".split(),
+    ),
 }
 # Fields that are read here, or that do not change the choice of a token. Lengths (max_*) and stop
-# strings are the caller's business.
+# strings are up to the caller.
 _HARMLESS_TEXT = """
 do_sample temperature top_k top_p min_p repetition_penalty renormalize_logits remove_invalid_values
 bos_token_id eos_token_id pad_token_id decoder_start_token_id max_length max_new_tokens max_time
@@ -65,7 +59,7 @@ _HARMLESS = frozenset(_HARMLESS_TEXT.split())
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; immutable and validated.
+    """A rule for choosing the next token; immutable and validated.
 
     Attributes:
         temperature: 0 is greedy (the most likely token; ties go to the lowest id). Above 0, logits
@@ -90,25 +84,20 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, float, "0 (greedy) or above", lambda v: v >= 0)
-        _check("top_k", self.top_k, int, "a whole number, 0 (off) or above", lambda v: v >= 0)
-        _check("top_p", self.top_p, float, "in (0, 1]; 1 switches it off", lambda v: 0 < v <= 1)
-        _check("min_p", self.min_p, float, "in [0, 1]; 0 switches it off", lambda v: 0 <= v <= 1)
-        _check(
-            "repetition_penalty",
-            self.repetition_penalty,
-            float,
-            "above 0; 1 switches it off",
-            lambda v: v > 0,
-        )
+        check = partial(_check, self)
+        check("temperature", float, "0 (greedy) or above", lambda v: v >= 0)
+        check("top_k", int, "a whole number, 0 (off) or above", lambda v: v >= 0)
+        check("top_p", float, "in (0, 1]; 1 switches it off", lambda v: 0 < v <= 1)
+        check("min_p", float, "in [0, 1]; 0 switches it off", lambda v: 0 <= v <= 1)
+        check("repetition_penalty", float, "above 0; 1 switches it off", lambda v: v > 0)
         if self.seed is not None:
-            _check("seed", self.seed, int, "a whole number, 0 or above", lambda v: v >= 0)
+            check("seed", int, "a whole number, 0 or above", lambda v: v >= 0)
 
     @classmethod
     def from_generation_config(
         cls, config: Mapping[str, Any] | None, **overrides: Any
     ) -> "Sampling":
-        """The defaults of a checkpoint's ``generation_config.json``, read as transformers does.
+        """Read the defaults of a checkpoint's ``generation_config.json`` as transformers does.
 
         ``do_sample`` false or absent is greedy, and then its temperature, top_k, top_p and min_p
         are not used. With ``do_sample``, what is absent takes transformers' defaults (temperature
@@ -126,7 +115,7 @@ class Sampling:
         config = dict(config or {})
         for name, off in _MUST_BE_OFF.items():
             value = config.get(name)
-            if value is not None and value not in off:
+            if value is not None and value != off and not (off == [] and value == {}):
                 raise PromptError(
                     f"generation_config.json sets {name}={value!r}, which visistage does not "
                     "implement and will not ignore. Remove that field from the file, or set it "
@@ -151,26 +140,19 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """True when no random number is drawn."""
+        """Whether no random number is drawn."""
         return self.temperature == 0
 
     def rng(self) -> np.random.Generator:
-        """A fresh generator for one answer; the same seed gives the same draws."""
+        """Return a fresh generator for one answer; the same seed gives the same draws."""
         return np.random.default_rng(self.seed)
 
     def probabilities(self, logits: np.ndarray, history: Sequence[int] = ()) -> np.ndarray:
-        """The distribution the next token is drawn from: (V,) float64, sums to 1.
+        """Return the distribution that the next token is drawn from: (V,) float64, sums to 1.
 
-        For a greedy choice it is 1 at the chosen id.
-
-        Args:
-            logits: (V,) float, as the last stage returns them for one sequence.
-            history: every id before this one, prompt included (for the repetition penalty).
-
-        Raises:
-            ModelError: NaN or +inf among the logits, or nothing but -inf.
+        For a greedy choice it is 1 at the chosen id. Arguments and errors as in ``choose``.
         """
-        scores = self._penalised(logits, history)
+        scores = self.penalised(logits, history)
         if self.greedy:
             one_hot = np.zeros(scores.size)
             one_hot[int(np.argmax(scores))] = 1.0
@@ -192,8 +174,8 @@ class Sampling:
             scores[likely < self.min_p * likely.max()] = -np.inf
         return _softmax(scores)
 
-    def _penalised(self, logits: np.ndarray, history: Sequence[int]) -> np.ndarray:
-        """The logits themselves; in FP64, and a copy, where the penalty changes any."""
+    def penalised(self, logits: np.ndarray, history: Sequence[int]) -> np.ndarray:
+        """Return the logits themselves; in FP64, and a copy, where the penalty changes any."""
         scores = np.asarray(logits)
         if scores.ndim != 1 or scores.size == 0:
             raise TypeError(f"logits must have shape (V,), got {np.shape(logits)}")
@@ -222,7 +204,7 @@ def choose(
     history: Sequence[int] = (),
     rng: np.random.Generator | None = None,
 ) -> int:
-    """The next token id.
+    """Choose the next token id.
 
     Args:
         logits: (V,) float, as the last stage returns them for one sequence.
@@ -234,7 +216,7 @@ def choose(
         ModelError: NaN or +inf among the logits, or nothing but -inf.
     """
     if sampling.greedy:
-        return int(np.argmax(sampling._penalised(logits, history)))
+        return int(np.argmax(sampling.penalised(logits, history)))
     if rng is None:
         raise TypeError("choose() needs rng= when temperature is above 0: sampling.rng()")
     total = np.cumsum(sampling.probabilities(logits, history))
@@ -243,7 +225,7 @@ def choose(
 
 
 def eos_ids(*configs: Mapping[str, Any] | None) -> tuple[int, ...]:
-    """The ids that end an answer, ascending, from the first file that names any.
+    """Return the ids that end an answer, ascending, from the first file that names any.
 
     Args:
         *configs: parsed files in order of precedence: ``generation_config.json``, then
@@ -271,12 +253,15 @@ def eos_ids(*configs: Mapping[str, Any] | None) -> tuple[int, ...]:
 
 
 def stop_strings(config: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """``stop_strings`` of a ``generation_config.json`` (a string or a list), for ``TextStream``."""
+    """Return the ``stop_strings`` of a ``generation_config.json``, a string or a list there."""
     found = (config or {}).get("stop_strings") or ()
     return (found,) if isinstance(found, str) else tuple(found)
 
 
-def _check(name: str, value: Any, kind: type, expected: str, fits: Any) -> None:
+def _check(
+    sampling: Sampling, name: str, kind: type, expected: str, fits: Callable[[Any], bool]
+) -> None:
+    value = getattr(sampling, name)
     kinds = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
     if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
         raise PromptError(f"{name} is {value!r}; it must be {expected}.")

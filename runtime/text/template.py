@@ -2,7 +2,7 @@
 
 Templates come with downloaded checkpoints, so they are not trusted: jinja's immutable sandbox,
 plain JSON data only, no underscore names in namespaces, bounded repetition and bounded output.
-Whatever goes wrong inside is a PromptError. This module knows neither tokens nor pictures.
+Any error inside is a PromptError. This module knows neither tokens nor images.
 """
 
 import datetime
@@ -53,14 +53,14 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise PromptError(
                 f"the chat template is not valid jinja, line {error.lineno}: {error.message}. "
-                "Mend chat_template.jinja."
+                "Correct chat_template.jinja."
             ) from error
         except Exception as error:  # constants are computed at once and can raise anything
             raise PromptError(f"the chat template cannot be compiled: {error}.") from error
 
     @property
     def literals(self) -> str:
-        """All text the template writes by itself, joined with NULs."""
+        """The text that the template writes by itself, joined with NULs."""
         written = {node.data for node in self._tree.find_all(nodes.TemplateData)}
         constants = {node.value for node in self._tree.find_all(nodes.Const)}
         return "\0".join(written | {value for value in constants if isinstance(value, str)})
@@ -68,11 +68,11 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
     ) -> str:
-        """The text of a conversation, ready for the tokenizer.
+        """Render a conversation as text for the tokenizer.
 
         Args:
             messages: plain data, [{"role": str, "content": str or list of blocks}, ...].
-            add_generation_prompt: end with what begins the assistant's turn.
+            add_generation_prompt: end with the beginning of the assistant's turn.
 
         Raises:
             PromptError: the template refuses the messages, fails, or writes too much.
@@ -97,7 +97,7 @@ class ChatTemplate:
         except Exception as error:  # a template can raise anything its expressions can
             raise PromptError(
                 f"the chat template failed on these messages: {type(error).__name__}: {error}. "
-                "Check the roles and contents, or mend chat_template.jinja."
+                "Check the roles and contents, or correct chat_template.jinja."
             ) from error
         return "".join(pieces)
 
@@ -105,7 +105,7 @@ class ChatTemplate:
 def find_template(
     paths: Mapping[str, Path], tokenizer_config: Mapping[str, Any], processor: Mapping[str, Any]
 ) -> str:
-    """The template that Hugging Face would take, where several files have one.
+    """Return the template that Hugging Face would take, where several files have one.
 
     Args:
         paths: of the files with the roles "chat_template" and "chat_template_json", if any.
@@ -143,7 +143,7 @@ def find_template(
 
 
 def read_tokenizer_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a checkpoint's file.
+    """Read a JSON object from a checkpoint's file.
 
     Raises:
         ModelError: no such file, or something else in it.
@@ -158,11 +158,11 @@ def read_tokenizer_json(path: Path) -> dict[str, Any]:
 
 
 class _Rejected(Exception):
-    """The template called raise_exception()."""
+    """Raised by a template's ``raise_exception()``."""
 
 
 class _Generation(Extension):
-    """``{% generation %}`` marks what the assistant said, for training; here it changes nothing."""
+    """``{% generation %}`` marks the assistant's words for training; here it changes nothing."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja declares it so
 
@@ -208,7 +208,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             namespace=_PlainNamespace,
             dict=lambda *args, **kwargs: dict(*args, **kwargs),
         )
-        del self.globals["lipsum"]  # writes at random, and as much as it is told
+        del self.globals["lipsum"]  # writes random text of any length
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and isinstance(right, (int, float)) and abs(right) > _MAX_POWER:

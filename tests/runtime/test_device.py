@@ -694,7 +694,7 @@ def test_select_reads_slices_that_lie_askew(machine, bundles):
         memory.write(array.address, np.arange(32, dtype=np.float32))
         askew = array[:, 1:]
         assert askew.address % 256
-        moved = call._aligned(askew)
+        moved = call.as_aligned(askew)
         assert isinstance(moved, DeviceArray)
         assert moved.address % 256 == 0
         assert np.asarray(moved)[0, 0, 0] == 8

@@ -284,14 +284,14 @@ def test_sources_that_are_no_picture(tmp_path):
     cases = {
         tmp_path / "none.png": "cannot be opened: No such file",
         tmp_path: "cannot be opened",
-        text: "not a picture",
-        b"": "the bytes given is not a picture",
+        text: "not an image",
+        b"": "the bytes given is not an image",
         "https://example.com/cat.jpg": "Download it first",
         "nul\0.png": "cannot be opened",
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n": "not a picture",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n": "not an image",
         None: "NoneType",
         3: "int",
-        io.StringIO("x"): "not a picture",
+        io.StringIO("x"): "not an image",
     }
     for source, message in cases.items():
         with pytest.raises(ImageError, match=message):
@@ -489,12 +489,14 @@ def test_manifest_round_trip(config):
 
 def test_manifest_is_read_strictly():
     data = Preprocessing.from_files(None, CLIP).to_dict()
-    with pytest.raises(BundleError, match="unknown key 'colour'"):
+    with pytest.raises(BundleError, match="colour: found an unknown key"):
         Preprocessing.from_dict({**data, "colour": 1})
-    with pytest.raises(BundleError, match="missing key 'mean'"):
+    with pytest.raises(BundleError, match="mean: found nothing"):
         Preprocessing.from_dict({k: v for k, v in data.items() if k != "mean"})
-    with pytest.raises(BundleError, match="resample cannot be"):
+    with pytest.raises(BundleError, match="resample: found 'bicubic', expected an integer"):
         Preprocessing.from_dict({**data, "resample": "bicubic"})
+    with pytest.raises(BundleError, match="resample cannot be 9"):
+        Preprocessing.from_dict({**data, "resample": 9})
     with pytest.raises(BundleError, match="together"):
         Preprocessing.from_dict({**data, "std": None})
 

@@ -381,9 +381,9 @@ def test_malformed_messages(messages, message):
 def test_pictures_must_match():
     one = [{"role": "user", "content": [IMAGE, text("what?")]}]
     assert encoder().encode(one, images=1).images == 1
-    with pytest.raises(PromptError, match="1 image blocks and 2 pictures"):
+    with pytest.raises(PromptError, match="1 image blocks and 2 images"):
         encoder().encode(one, images=2)
-    with pytest.raises(PromptError, match="0 image blocks and 1 pictures"):
+    with pytest.raises(PromptError, match="0 image blocks and 1 images"):
         encoder().encode([{"role": "user", "content": "what?"}], images=1)
     url = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
     url[0]["content"].append(text("what?"))
@@ -399,7 +399,7 @@ def test_a_picture_the_template_does_not_show_is_an_error():
         {"role": "assistant", "content": [IMAGE, text("hello")]},
         {"role": "user", "content": "what?"},
     ]
-    with pytest.raises(PromptError, match="places 0 of 1 pictures"):
+    with pytest.raises(PromptError, match="places 0 of 1 images"):
         encoder(first_only).encode(messages)
 
 
@@ -407,7 +407,7 @@ def test_a_model_without_pictures():
     one = PromptEncoder(byte_level(), CHATML, SPECIAL, image_token="<picture>")
     assert one.image_token_id is None
     assert one.encode("hello").images == 0
-    with pytest.raises(PromptError, match="takes no pictures"):
+    with pytest.raises(PromptError, match="takes no images"):
         one.encode("hello", images=1)
 
 
