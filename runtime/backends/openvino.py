@@ -127,7 +127,8 @@ class OpenVinoExecutor(HostExecutor):
         try:
             model = self._core.read_model(file)
             # One prompt at a time: with the batch known fewer shapes are computed in every call.
-            model.reshape({one.name: shape_of(one, {"B": 1, "Q": -1, "S": -1, "N": -1}) for one in spec.inputs})
+            sizes = {"B": 1, "Q": -1, "S": -1, "N": -1}
+            model.reshape({one.name: list(shape_of(one, sizes)) for one in spec.inputs})
             return self._core.compile_model(model, "CPU", dict(properties))
         except RuntimeError as error:
             raise BundleError(

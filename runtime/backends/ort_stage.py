@@ -47,7 +47,7 @@ class OrtStage:
         for spec in self.inputs():
             array = held[spec.name] = np.ascontiguousarray(self.own(spec, feeds), spec.dtype)
             self.binding.bind_cpu_input(spec.name, array)
-        outputs = {spec.name: np.empty(shape_of(spec, sizes), spec.dtype) for spec in self.outputs()}
+        outputs = {s.name: np.empty(shape_of(s, sizes), s.dtype) for s in self.outputs()}
         for name, out in outputs.items():
             self.binding.bind_output(name, "cpu", 0, out.dtype, out.shape, out.ctypes.data)
         flushed(self.session.run_with_iobinding, self.binding)
@@ -84,7 +84,7 @@ class OrtRowStep:
         self.part = part
         slots = next(iter(part.caches.values())).shape[2]
         sizes = {**sizes, "S": slots}
-        self.inputs = [(spec, np.zeros(shape_of(spec, sizes), spec.dtype)) for spec in part.inputs()]
+        self.inputs = [(s, np.zeros(shape_of(s, sizes), s.dtype)) for s in part.inputs()]
         self.outputs = {s.name: np.zeros(shape_of(s, sizes), s.dtype) for s in part.outputs()}
         self.binding = part.bound()
         for spec, array in self.inputs:

@@ -120,7 +120,7 @@ class LooseCall:
     def __call__(
         self, inputs: Mapping[str, np.ndarray | DeviceArray], sizes: Mapping[str, int]
     ) -> dict[str, DeviceArray]:
-        """Return outputs by name, in one piece of memory; ``inputs`` may hold more than are read."""
+        """Return outputs by name; ``inputs`` may hold more than the engine reads."""
         spec = self.loaded.spec
         shapes = shapes_of(spec, sizes)
         arrays: dict[str, DeviceArray] = {}

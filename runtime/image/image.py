@@ -154,9 +154,7 @@ def _read_path(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
             return _read_file(file, str(path), max_pixels)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or str(error)
-        raise ImageError(
-            f"the image {path} cannot be opened: {reason}. Check the path."
-        ) from error
+        raise ImageError(f"the image {path} cannot be opened: {reason}. Check the path.") from error
 
 
 def _seekable(file: Any, max_pixels: int) -> Any:

@@ -20,28 +20,18 @@ from ...graphs.errors import ModelError, PromptError
 logger = logging.getLogger(__name__)
 
 # Fields of generation_config.json that change which token comes next and that we do not implement,
-# with the value that switches them off. Anything else in them is refused, but null.
-_MUST_BE_OFF: dict[str, Any] = {
-    **dict.fromkeys(
-        "num_beams num_beam_groups num_return_sequences typical_p guidance_scale "
-        "encoder_repetition_penalty".split(),
-        1,
-    ),
-    **dict.fromkeys(
-        "penalty_alpha epsilon_cutoff eta_cutoff no_repeat_ngram_size encoder_no_repeat_ngram_size "
-        "min_length min_new_tokens token_healing".split(),
-        0,
-    ),
-    **dict.fromkeys(
-        "bad_words_ids force_words_ids constraints suppress_tokens begin_suppress_tokens "
-        "sequence_bias".split(),
-        [],
-    ),
-    **dict.fromkeys(
-        "dola_layers top_h exponential_decay_length_penalty forced_bos_token_id "
-        "forced_eos_token_id watermarking_config".split(),
-    ),
+# by the value that switches them off, () for any empty one. Null does, too; the rest is refused.
+_OFF_TEXT: dict[Any, str] = {
+    1: "num_beams num_beam_groups num_return_sequences typical_p guidance_scale "
+    "encoder_repetition_penalty",
+    0: "penalty_alpha epsilon_cutoff eta_cutoff no_repeat_ngram_size encoder_no_repeat_ngram_size "
+    "min_length min_new_tokens token_healing",
+    (): "bad_words_ids force_words_ids constraints suppress_tokens begin_suppress_tokens "
+    "sequence_bias",
+    None: "dola_layers top_h exponential_decay_length_penalty forced_bos_token_id "
+    "forced_eos_token_id watermarking_config",
 }
+_MUST_BE_OFF = {name: off for off, names in _OFF_TEXT.items() for name in names.split()}
 # Fields that are read here, or that do not change the choice of a token. Lengths (max_*) and stop
 # strings are up to the caller.
 _HARMLESS_TEXT = """
@@ -115,7 +105,8 @@ class Sampling:
         config = dict(config or {})
         for name, off in _MUST_BE_OFF.items():
             value = config.get(name)
-            if value is not None and value != off and not (off == [] and value == {}):
+            empty = off == () and value in ([], {})
+            if value is not None and value != off and not empty:
                 raise PromptError(
                     f"generation_config.json sets {name}={value!r}, which visistage does not "
                     "implement and will not ignore. Remove that field from the file, or set it "

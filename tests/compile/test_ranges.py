@@ -36,8 +36,8 @@ from visistage.graphs.precision import HALF_MAX, NO_FALLBACK, SAFE_MAX, Fp32Fall
 from visistage.runtime.session import load
 from visistage.tests.support.staged import Staged, compared
 
-from ..runtime.test_bundle_parity import example_feeds, torch_outputs
 from ..support import toy
+from ..support.asking import example_feeds, torch_outputs
 
 ort = pytest.importorskip("onnxruntime")
 

@@ -25,6 +25,7 @@ from visistage.runtime.device.protocol import CaptureError, Compiled
 from visistage.runtime.device.tensorrt import TensorRtVariant, find_trt_variant
 from visistage.runtime.session import load
 from visistage.tests.support import toy
+from visistage.tests.support.asking import picture
 from visistage.tests.support.stand_ins import GPU
 
 STREAM = 0x51
@@ -282,10 +283,6 @@ def cuda_bundle(tmp_path_factory):
     return make_bundle(
         str(checkpoint), plan="visipruner:shallow=1,t=1,e=2,keep=4", target="cuda", out=folder
     )
-
-
-def picture(seed):
-    return np.random.default_rng(seed).integers(0, 256, (40, 52, 3), dtype=np.uint8)
 
 
 def test_graphs_run_through_cuda_core_at_the_addresses_they_are_given(

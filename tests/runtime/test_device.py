@@ -41,6 +41,7 @@ from visistage.runtime.hardware import GpuInfo
 from visistage.runtime.reuse import visual_rows
 from visistage.runtime.session import load
 from visistage.tests.support import toy
+from visistage.tests.support.asking import picture
 from visistage.tests.support.numpy_device import HostDevice
 from visistage.tests.support.stand_ins import stand_in, write_engines
 from visistage.tools.verify.engine_runs import compare_engines
@@ -58,10 +59,6 @@ PLANS = {
     "parts": ("fastv:k=2,r=0.75", {"contexts": (128,), "build_memory": compiler_peak(120_000)}),
     "portable": ("visipruner:shallow=1,t=1,e=2,keep=4", {"target": "orin-jp62"}),
 }
-
-
-def picture(seed):
-    return np.random.default_rng(seed).integers(0, 256, (40, 52, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")

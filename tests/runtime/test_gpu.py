@@ -13,6 +13,7 @@ from visistage.graphs.targets import TARGETS, TENSORRT, TENSORRT_RTX
 from visistage.runtime.hardware import find_gpu
 from visistage.runtime.session import load
 from visistage.tests.support import toy
+from visistage.tests.support.asking import picture
 
 GPU = find_gpu()
 CUDA_CORE = importlib.util.find_spec("cuda") is not None
@@ -20,10 +21,6 @@ WHY = "no GPU, or no driver" if GPU is None else "pip install cuda-core 'cuda-bi
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPU is None or not CUDA_CORE, reason=WHY)]
 
 PLANS = ["dense", "visipruner:shallow=1,t=1,e=2,keep=4"]
-
-
-def picture(seed):
-    return np.random.default_rng(seed).integers(0, 256, (40, 52, 3), dtype=np.uint8)
 
 
 @pytest.fixture

@@ -13,10 +13,9 @@ from visistage.graphs.targets import OPENVINO, find_target
 from visistage.runtime.backends import openvino as ours
 from visistage.runtime.session import load
 from visistage.tests.support import calibrated, toy
+from visistage.tests.support.asking import PLANS, answer, picture
 from visistage.tests.support.verified import run, statuses
 from visistage.tools.verify.verify_report import FAILED, PASSED
-
-from .test_bundle_parity import PLANS, answer, picture
 
 pytest.importorskip("openvino")
 
