@@ -20,7 +20,7 @@ import psutil
 
 from ...graphs.bundle import Bundle
 from ...graphs.chain.executor import StageResult
-from ...graphs.contract import ORT_LLM_SINCE, appended, returns_new_rows
+from ...graphs.contract import ORT_LLM_SINCE, GraphSpec, appended, returns_new_rows
 from ...graphs.errors import BundleError, CapacityError
 from ...graphs.targets import PORTABLE, Target
 from ..autotune import choose_threads
@@ -28,8 +28,7 @@ from ..hardware import cores
 from .backend import BackendOptions
 from .cpu_caches import HostExecutor
 from .denormals import AVAILABLE, flushed
-from .feeds import stage_feeds
-from .ort_stage import OrtStage
+from .feeds import gated_depth, shape_of, stage_feeds
 
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -70,7 +69,7 @@ class OrtExecutor(HostExecutor):
         with self.timed(f"stage{stage}"):
             for part in self.parts[stage]:
                 feeds["rows"] = outputs["rows.out"]
-                outputs |= part.run(feeds, {"B": self.batch, "Q": count})
+                outputs |= part.run(feeds, count)
                 queries.append(outputs["queries"])
                 if gates is not None:  # each part takes those of its own layers
                     feeds["gates"] = feeds["gates"][part.gated :]
@@ -121,6 +120,73 @@ class OrtExecutor(HostExecutor):
             session.enable_profiling = True
             session.profile_file_prefix = str(options.profile / name)
         return load_session(bundle.file(self.graphs[name].file), session, [CPU_PROVIDER])
+
+
+class OrtStage:
+    """A graph of a stage, or one of several that are run one after another.
+
+    Its caches stay bound for as long as they keep their size. A call of one row, of which an answer
+    is made, goes through arrays that stay bound as well: it copies a few kilobytes and binds
+    nothing. Other calls bind what they are given.
+    """
+
+    def __init__(self, spec: GraphSpec, session: ort.InferenceSession):
+        self.spec, self.session = spec, session
+        self.gated = gated_depth(spec)
+        self.bind_caches({}, aliased=False)
+
+    def bind_caches(self, caches: Mapping[str, np.ndarray], *, aliased: bool) -> None:
+        """Bind the caches of its layers as inputs, and as outputs where aliased."""
+        self.caches = {one.name: caches[one.name] for one in self.spec.inputs if one.name in caches}
+        self.aliased = aliased
+        self.step: OrtCall | None = None
+
+    def run(self, feeds: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+        """Run once; return every output that is not written in place, in arrays of their own."""
+        inputs = {}
+        for one in self.spec.inputs:
+            if one.name not in self.caches:
+                given = feeds[one.name]
+                given = given[: self.gated] if one.name == "gates" else given
+                inputs[one.name] = np.ascontiguousarray(given, one.dtype)
+        if rows > 1:
+            return OrtCall(self, inputs).run()
+        if self.step is None:
+            self.step = OrtCall(self, {name: array.copy() for name, array in inputs.items()})
+        for name, array in inputs.items():
+            np.copyto(self.step.inputs[name], array)
+        return {name: out.copy() for name, out in self.step.run().items()}
+
+
+class OrtCall:
+    """A call of a stage with every array bound, which must outlive it."""
+
+    def __init__(self, stage: OrtStage, inputs: dict[str, np.ndarray]):
+        self.inputs, self.session = inputs, stage.session
+        self.binding = stage.session.io_binding()
+        written = set()
+        for name, cache in stage.caches.items():
+            value = ort.OrtValue.ortvalue_from_numpy(cache)
+            self.binding.bind_ortvalue_input(name, value)
+            if stage.aliased:
+                self.binding.bind_ortvalue_output(appended(name), value)
+                written.add(appended(name))
+        for name, array in inputs.items():
+            self.binding.bind_cpu_input(name, array)
+        (batch, count), (_, slots) = inputs["order"].shape, inputs["slot_order"].shape
+        sizes = {"B": batch, "Q": count, "S": slots}
+        self.outputs = {
+            one.name: np.empty(shape_of(one, sizes), one.dtype)
+            for one in stage.spec.outputs
+            if one.name not in written
+        }
+        for name, out in self.outputs.items():
+            self.binding.bind_output(name, "cpu", 0, out.dtype, out.shape, out.ctypes.data)
+
+    def run(self) -> dict[str, np.ndarray]:
+        """Run, and return the outputs that are not caches."""
+        flushed(self.session.run_with_iobinding, self.binding)
+        return self.outputs
 
 
 def load_session(
