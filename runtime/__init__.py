@@ -1,9 +1,9 @@
-"""A staged bundle answers questions about pictures; imports neither torch, onnx nor transformers.
+"""Answers to questions about images from a bundle, without torch, onnx or transformers.
 
     from visistage import runtime
     runtime.infer("photo.jpg", "What is this?")             # VISISTAGE_BUNDLE, or ./engines
     with runtime.load("engines/llava-7b") as session:
-        image = session.open("photo.jpg")                   # paid once
+        image = session.open("photo.jpg")                   # computed once
         answer = session.infer(image, "How many people?")
 
 These four names are the public API. Each is looked up on first use: importing this package loads

@@ -1,4 +1,4 @@
-"""What a question returns: the text, and what it cost."""
+"""The answer to a question: the text, and its cost."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..graphs.plan.plan import StagePlan
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds. ``first_token_ms`` counts from the call to the first token, pictures included.
+    """Milliseconds. ``first_token_ms`` counts from the call to the first token, images included.
 
-    ``graphs_ms`` is the time inside each graph until the first token; a picture that was opened
+    ``graphs_ms`` is the time inside each graph until the first token; an image that was opened
     before costs nothing here.
     """
 
@@ -29,7 +29,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Called:
-    """What this prompt's probes called for, had every layer been followed by an edge.
+    """The decisions of this prompt's probes, had every layer been followed by an edge.
 
     trigger: layer that selects; kept: tokens it keeps; exit: layer that lets vision leave. None:
     it did not happen.
@@ -42,7 +42,7 @@ class Called:
 
 @dataclass(frozen=True)
 class PlanFacts:
-    """How the plan treated this prompt.
+    """The plan's treatment of this prompt.
 
     trigger, exit: last layer with all visual tokens, last layer with any. ``visual_tokens``: of all
     images, as they entered; ``kept``: their positions after the last selection (None where none
@@ -67,7 +67,7 @@ class PlanFacts:
 def plan_facts(
     plan: StagePlan, geometry: Geometry, done: Prefilled, visual_tokens: int, prompt_rows: int
 ) -> PlanFacts:
-    """The facts of one prompt, from what its prefill says."""
+    """Return the facts of one prompt, from its prefill."""
     trigger, exit_ = last_layers(plan, done)
     kept = None
     if done.kept:
@@ -98,14 +98,14 @@ def plan_facts(
 
 
 def _visual_flops(layers: Sequence[int], geometry: Geometry) -> int:
-    """Gates skip no work, so every layer counts as a dense one with its visual rows."""
+    """Count every layer as a dense one with its visual rows: gates skip no work."""
     return round(2 * cost_of([Load("dense", n) for n in layers], geometry).visual_macs)
 
 
 def _deviations(
     called: Called | None, trigger: int, exit_: int, layers: Sequence[int]
 ) -> tuple[str, ...]:
-    """One phrase for each thing that was not done as the probes called for."""
+    """Return a phrase for each thing that was not done as the probes called for."""
     if called is None or called.trigger is None or called.kept is None:
         return ()
     out = []
@@ -137,5 +137,5 @@ class Answer:
         return self.text
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form."""
+        """Return the plain JSON form."""
         return asdict(self)

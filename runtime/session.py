@@ -203,7 +203,7 @@ class Session:
         self, segments: Sequence[Segment], opened: Sequence[OpenedImage]
     ) -> list[PromptPart]:
         """Put the images into their places among ``segments``."""
-        images = iter([PromptImage(one.key, partial(self.encode_image, one)) for one in opened])
+        images = (PromptImage(image.key, partial(self.encode_image, image)) for image in opened)
         return [next(images) if segment.is_image else segment.ids for segment in segments]
 
     def _decode_images(self, image: Images) -> list[OpenedImage]:
@@ -228,7 +228,7 @@ class Session:
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """A prompt, and how it is to be answered."""
+    """A prompt, and the options of its answer."""
 
     parts: list[PromptPart]
     max_tokens: int

@@ -14,7 +14,7 @@ from ...graphs.chain.executor import Executor, Rows
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """How graphs are loaded; None: as the back end chooses.
+    """Options for loading graphs; None: as the back end chooses.
 
     Attributes:
         threads: of the CPU; None: as many as ``autotune.choose_threads`` finds best.

@@ -1,9 +1,9 @@
-"""Calls whose denormals are flushed to zero, in a thread that is left as it was.
+"""Calls that flush denormals to zero, in a thread that is left as it was.
 
 A processor multiplies denormal numbers many times slower than others, and attention under a mask is
 full of them (docs/cpu.md). Flushing is a mode of a thread; what else a program computes there,
-NumPy's arithmetic included, must not change because it answers questions about pictures too. ONNX
-Runtime's own switch sets the mode of whoever makes a process's first session, and leaves it set.
+NumPy's arithmetic included, must not change because it answers questions about images too. ONNX
+Runtime's own switch sets the mode of the thread that makes a process's first session, for good.
 
 The mode is a bit of the floating-point environment (C11 7.6, ``fenv.h``), here in Linux's layout.
 """
@@ -30,7 +30,7 @@ Environment = ctypes.c_uint32 * 16  # twice what either fenv_t takes
 
 
 def flushed(call: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
-    """``call(...)``, flushing in this thread for as long as it runs, where that can be done."""
+    """Return ``call(...)``, flushing in this thread as long as it runs, where that can be done."""
     if not AVAILABLE:
         return call(*args, **kwargs)
     before = Environment()
@@ -49,7 +49,7 @@ def _flush(before: ctypes.Array[ctypes.c_uint32]) -> None:
 
 
 def _available() -> bool:
-    """Whether the bits do what they should here: tried once, as the module is imported."""
+    """Return whether the bits work here: tried once, as the module is imported."""
     if platform.machine() not in BITS or not hasattr(_c, "fesetenv"):
         return False
     before = Environment()

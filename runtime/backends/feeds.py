@@ -83,7 +83,7 @@ def shape_of(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 def gated_depth(spec: GraphSpec) -> int:
     """Return how many layers of a graph read values through gates."""
-    return next((int(one.shape[0]) for one in spec.inputs if one.name == "gates"), 0)
+    return next((int(tensor.shape[0]) for tensor in spec.inputs if tensor.name == "gates"), 0)
 
 
 class PromptCalls:

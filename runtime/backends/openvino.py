@@ -106,12 +106,14 @@ class OpenVinoExecutor(HostExecutor):
                 self.requests[graph] = self.models[graph].create_infer_request()
             request = self.requests[graph]
             held = []  # OpenVINO looks into these arrays
-            for one in spec.inputs:
-                held.append(np.require(feeds[one.name], requirements=["C", "W"]))
-                request.set_tensor(one.name, self._ov.Tensor(held[-1], shared_memory=True))
+            for tensor in spec.inputs:
+                held.append(np.require(feeds[tensor.name], requirements=["C", "W"]))
+                request.set_tensor(tensor.name, self._ov.Tensor(held[-1], shared_memory=True))
             request.start_async()
             request.wait()
-            return {one.name: request.get_tensor(one.name).data.copy() for one in spec.outputs}
+            return {
+                tensor.name: request.get_tensor(tensor.name).data.copy() for tensor in spec.outputs
+            }
 
     def close(self) -> None:
         """Drop models and buffers."""
@@ -128,7 +130,7 @@ class OpenVinoExecutor(HostExecutor):
             model = self._core.read_model(file)
             # One prompt at a time: with the batch known fewer shapes are computed in every call.
             sizes = {"B": 1, "Q": -1, "S": -1, "N": -1}
-            model.reshape({one.name: list(shape_of(one, sizes)) for one in spec.inputs})
+            model.reshape({tensor.name: list(shape_of(tensor, sizes)) for tensor in spec.inputs})
             return self._core.compile_model(model, "CPU", dict(properties))
         except RuntimeError as error:
             raise BundleError(
@@ -170,14 +172,16 @@ class BoundRequest:
         self.new_rows = np.empty((*block.shape[:3], count, block.shape[4]), block.dtype)
         self.arrays: dict[str, np.ndarray] = {}
         sizes = {"B": 1, "Q": count, "S": block.shape[3]}
-        caches = [one.name for one in spec.inputs if one.name.startswith(("key.", "value."))]
+        caches = [
+            tensor.name for tensor in spec.inputs if tensor.name.startswith(("key.", "value."))
+        ]
         bound = dict(zip(caches, block, strict=True))
         bound |= dict(zip(map(appended, caches), self.new_rows, strict=True))
-        for one in (*spec.inputs, *spec.outputs):
-            if one.name not in bound:
-                array = np.zeros(shape_of(one, sizes), one.dtype)
-                bound[one.name] = self.arrays[one.name] = array
-            self.request.set_tensor(one.name, ov.Tensor(bound[one.name], shared_memory=True))
+        for tensor in (*spec.inputs, *spec.outputs):
+            if tensor.name not in bound:
+                array = np.zeros(shape_of(tensor, sizes), tensor.dtype)
+                bound[tensor.name] = self.arrays[tensor.name] = array
+            self.request.set_tensor(tensor.name, ov.Tensor(bound[tensor.name], shared_memory=True))
 
     def fill(self, name: str, values: np.ndarray) -> None:
         """Copy an input in."""

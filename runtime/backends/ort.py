@@ -83,8 +83,8 @@ class OrtExecutor(HostExecutor):
         self, graph: str, stage: int, feeds: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         spec = self.graphs[graph].spec
-        read = {one.name: np.ascontiguousarray(feeds[one.name]) for one in spec.inputs}
-        names = [one.name for one in spec.outputs]
+        read = {tensor.name: np.ascontiguousarray(feeds[tensor.name]) for tensor in spec.inputs}
+        names = [tensor.name for tensor in spec.outputs]
         with self.timed(graph):
             outputs = flushed(self.sessions[graph].run, names, read)
         return dict(zip(names, outputs, strict=True))
@@ -137,18 +137,20 @@ class OrtStage:
 
     def bind_caches(self, caches: Mapping[str, np.ndarray], *, aliased: bool) -> None:
         """Bind the caches of its layers as inputs, and as outputs where aliased."""
-        self.caches = {one.name: caches[one.name] for one in self.spec.inputs if one.name in caches}
+        self.caches = {
+            tensor.name: caches[tensor.name] for tensor in self.spec.inputs if tensor.name in caches
+        }
         self.aliased = aliased
         self.step: OrtCall | None = None
 
     def run(self, feeds: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
         """Run once; return every output that is not written in place, in arrays of their own."""
         inputs = {}
-        for one in self.spec.inputs:
-            if one.name not in self.caches:
-                given = feeds[one.name]
-                given = given[: self.gated] if one.name == "gates" else given
-                inputs[one.name] = np.ascontiguousarray(given, one.dtype)
+        for tensor in self.spec.inputs:
+            if tensor.name not in self.caches:
+                given = feeds[tensor.name]
+                given = given[: self.gated] if tensor.name == "gates" else given
+                inputs[tensor.name] = np.ascontiguousarray(given, tensor.dtype)
         if rows > 1:
             return OrtCall(self, inputs).run()
         if self.step is None:
@@ -176,9 +178,9 @@ class OrtCall:
         (batch, count), (_, slots) = inputs["order"].shape, inputs["slot_order"].shape
         sizes = {"B": batch, "Q": count, "S": slots}
         self.outputs = {
-            one.name: np.empty(shape_of(one, sizes), one.dtype)
-            for one in stage.spec.outputs
-            if one.name not in written
+            tensor.name: np.empty(shape_of(tensor, sizes), tensor.dtype)
+            for tensor in stage.spec.outputs
+            if tensor.name not in written
         }
         for name, out in self.outputs.items():
             self.binding.bind_output(name, "cpu", 0, out.dtype, out.shape, out.ctypes.data)
@@ -213,7 +215,7 @@ def int8_session_entries() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def saturates(machine: str, cpuinfo: Path) -> bool:
-    """Whether the processor's byte products may saturate; yes where nothing says."""
+    """Return whether the processor's byte products may saturate; yes where nothing says."""
     if machine.lower() not in ("x86_64", "amd64"):
         return False
     try:
@@ -252,7 +254,7 @@ def _check_version(bundle: Bundle) -> None:
 
 
 def _prepack(weight_bytes: int, widened: bool, memory_limit: int | None) -> bool:
-    """Whether the weights fit twice (mapped file and rearranged copy).
+    """Return whether the weights fit twice (mapped file and rearranged copy).
 
     Raises:
         CapacityError: they do not even fit once.

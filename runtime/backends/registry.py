@@ -54,7 +54,7 @@ class BackendRow:
     reads: Callable[[Target], bool] = _no_graphs
 
     def runs(self, target: Target) -> bool:
-        """Whether it runs bundles for ``target``."""
+        """Return whether it runs bundles for ``target``."""
         return self.name in (target.name, target.backend) or self.reads(target)
 
     def check(self, target: Target) -> list[str]:
@@ -134,4 +134,4 @@ def find_backend(bundle: Bundle, name: str | None, options: BackendOptions) -> B
 
 
 def _given(options: BackendOptions) -> Iterator[str]:
-    return (one.name for one in fields(options) if getattr(options, one.name) is not None)
+    return (field.name for field in fields(options) if getattr(options, field.name) is not None)

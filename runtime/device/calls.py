@@ -65,11 +65,11 @@ class Loaded:
 
 def share_scratch(device: Device, engines: Sequence[Loaded]) -> int:
     """Give ``engines`` one scratch buffer that suffices for each; return its bytes."""
-    nbytes = max((one.engine.scratch_bytes for one in engines), default=0)
+    nbytes = max((engine.engine.scratch_bytes for engine in engines), default=0)
     if nbytes:
         scratch = device.allocate(nbytes)
-        for one in engines:
-            one.scratch = scratch
+        for engine in engines:
+            engine.scratch = scratch
     return nbytes
 
 
@@ -125,19 +125,19 @@ class LooseCall:
         shapes = shapes_of(spec, sizes)
         arrays: dict[str, DeviceArray] = {}
         uploads: dict[str, np.ndarray] = {}
-        for one in spec.inputs:
-            array = inputs[one.name]
-            assert tuple(array.shape) == shapes[one.name], (one.name, array.shape)
+        for tensor in spec.inputs:
+            array = inputs[tensor.name]
+            assert tuple(array.shape) == shapes[tensor.name], (tensor.name, array.shape)
             if isinstance(array, DeviceArray):
-                arrays[one.name] = self.as_aligned(array)
+                arrays[tensor.name] = self.as_aligned(array)
             else:
-                uploads[one.name] = np.asarray(array, one.dtype)
+                uploads[tensor.name] = np.asarray(array, tensor.dtype)
         if uploads:
             there = self.memory.pack([(array.shape, array.dtype) for array in uploads.values()])
             self.memory.upload(there, list(uploads.values()))
             arrays |= zip(uploads, there, strict=True)
         outputs = self.memory.pack([(shapes[o.name], np.dtype(o.dtype)) for o in spec.outputs])
-        named = {one.name: array for one, array in zip(spec.outputs, outputs, strict=True)}
+        named = {tensor.name: array for tensor, array in zip(spec.outputs, outputs, strict=True)}
         addresses = {name: array.address for name, array in (arrays | named).items()}
         self._context(sizes, shapes, addresses).enqueue()
         return named
@@ -165,4 +165,4 @@ class LooseCall:
 
 def shapes_of(spec: GraphSpec, sizes: Mapping[str, int]) -> dict[str, Shape]:
     """Return the shape of every input and output."""
-    return {one.name: shape_of(one, sizes) for one in (*spec.inputs, *spec.outputs)}
+    return {tensor.name: shape_of(tensor, sizes) for tensor in (*spec.inputs, *spec.outputs)}

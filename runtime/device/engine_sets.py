@@ -29,7 +29,7 @@ class EngineSet:
         self, manifest: Manifest, memory: Memory, api: EngineApi, engines: Sequence[Compiled]
     ):
         self.context = engines[0].context
-        loaded = {one.graph: Loaded(one, api.load(one)) for one in engines}
+        loaded = {engine.graph: Loaded(engine, api.load(engine)) for engine in engines}
         self.scratch_bytes = share_scratch(memory.device, list(loaded.values()))
         workspace = Workspace(memory)
         self.stages: list[DeviceStage] = []
@@ -46,8 +46,8 @@ class EngineSet:
                     rows_back=returns_new_rows(parts[0].spec),
                 )
             )
-        for graph, one in loaded.items():
-            self.calls[graph] = LooseCall(memory, one)
+        for graph, engine in loaded.items():
+            self.calls[graph] = LooseCall(memory, engine)
 
 
 class EngineSets:
@@ -57,11 +57,11 @@ class EngineSets:
         self, manifest: Manifest, memory: Memory, api: EngineApi, compiled: Sequence[Compiled]
     ):
         self.manifest, self.memory, self.api = manifest, memory, api
-        (vision_encoder,) = [one for one in compiled if one.graph == VISION]
-        rest = [one for one in compiled if one is not vision_encoder]
+        (vision_encoder,) = [engine for engine in compiled if engine.graph == VISION]
+        rest = [engine for engine in compiled if engine is not vision_encoder]
         self.sets: dict[int | None, list[Compiled]] = {}
-        for context in sorted({one.context for one in rest}, key=lambda c: c or 0):
-            self.sets[context] = [one for one in rest if one.context == context]
+        for context in sorted({engine.context for engine in rest}, key=lambda c: c or 0):
+            self.sets[context] = [engine for engine in rest if engine.context == context]
         loaded = Loaded(vision_encoder, api.load(vision_encoder))
         share_scratch(memory.device, [loaded])
         self.vision = LooseCall(memory, loaded)
@@ -101,7 +101,7 @@ class EngineSets:
 
     def _load(self, context: int | None) -> EngineSet:
         if context not in self.loaded:
-            wanted = LOAD_MARGIN * sum(one.nbytes for one in self.sets[context])
+            wanted = LOAD_MARGIN * sum(engine.nbytes for engine in self.sets[context])
             if self.memory.device.free_bytes() < wanted:
                 self._current = None
                 self.memory.device.synchronize()
@@ -112,7 +112,7 @@ class EngineSets:
 
     def _most(self, context: int | None) -> list[int]:
         """Return the slots that each stage of a set has; 0: any number."""
-        slots = {one.graph: one.slots for one in self.sets[context]}
+        slots = {engine.graph: engine.slots for engine in self.sets[context]}
         stages = range(len(self.manifest.plan.stages))
         return [slots[self.manifest.parts_of(stage)[0]] for stage in stages]
 

@@ -78,10 +78,12 @@ class DeviceStage:
         self.caches: dict[str, Buffer] = {}
         self.replays: OrderedDict[int, Replay] = OrderedDict()
         self.rejected: str | None = None  # why nothing is captured here
-        inputs = {one.name: one for part in parts for one in part.spec.inputs}
-        outputs = {one.name: one for part in parts for one in part.spec.outputs}
+        inputs = {tensor.name: tensor for part in parts for tensor in part.spec.inputs}
+        outputs = {tensor.name: tensor for part in parts for tensor in part.spec.outputs}
         self.rows_spec, self.logits_spec = inputs[ROWS_IN], outputs.get("logits")
-        queries = [one for part in parts for one in part.spec.outputs if one.name == "queries"]
+        queries = [
+            tensor for part in parts for tensor in part.spec.outputs if tensor.name == "queries"
+        ]
         self._outputs = [self.rows_spec, *queries]
         self._outputs += [self.logits_spec] if self.logits_spec is not None else []
         self.cache_names = [n for n in inputs if n != ROWS_IN and appended(n) in outputs]
@@ -224,13 +226,13 @@ class DeviceStage:
         if self.rows_back:
             self.workspace.require("fresh", aligned(nbytes) * len(self.caches))
         self._places = [Place(self.memory, self._nbytes(spec, slots)) for spec in self._outputs]
-        plain = {one.name: one for one in self.parts[0].spec.inputs}
+        plain = {tensor.name: tensor for tensor in self.parts[0].spec.inputs}
         control = {n: s for n, s in plain.items() if n not in (*self.caches, ROWS_IN, "gates")}
         for number, part in enumerate(self.parts):
-            gates = [one for one in part.spec.inputs if one.name == "gates"]
-            control |= {_gates(number): one for one in gates}
+            gates = [tensor for tensor in part.spec.inputs if tensor.name == "gates"]
+            control |= {_gates(number): tensor for tensor in gates}
         sizes = {"B": BATCH, "Q": slots, "S": slots}
-        arrays = [(shape_of(one, sizes), np.dtype(one.dtype)) for one in control.values()]
+        arrays = [(shape_of(tensor, sizes), np.dtype(tensor.dtype)) for tensor in control.values()]
         self._control = dict(zip(control, self.memory.pack(arrays), strict=True))
 
     def _forget_replays(self) -> None:

@@ -17,7 +17,7 @@ from ...graphs.errors import MissingDependencyError, TargetError
 from ...graphs.targets import TENSORRT, TENSORRT_RTX, Capability, Target, show_capability
 
 MODULES = {TENSORRT: ("tensorrt",), TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings")}
-"""Where each is found; the RTX wheels bring the second name alone."""
+"""Modules of each; the RTX wheels bring the second name alone."""
 
 INSTALL = {
     TENSORRT: "On a Jetson it comes with JetPack (apt install python3-libnvinfer, and a venv made "

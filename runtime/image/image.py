@@ -158,7 +158,7 @@ def _read_path(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
 
 
 def _seekable(file: Any, max_pixels: int) -> Any:
-    """The file object itself, or its content when it is a pipe (never more than needed)."""
+    """Return the file object itself, or its content when it is a pipe (never more than needed)."""
     if hasattr(file, "seekable") and file.seekable():
         return file
     most = 8 * max_pixels + 2**20  # no supported format needs more, header included

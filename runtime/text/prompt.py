@@ -216,7 +216,7 @@ class PromptEncoder:
             PromptError: the model takes no images.
         """
         segments = self.encode("-", images=1).segments
-        return segments[: 1 + next(at for at, one in enumerate(segments) if one.is_image)]
+        return segments[: 1 + next(at for at, part in enumerate(segments) if part.is_image)]
 
     def prefix_ids(self) -> tuple[int, ...]:
         """Return the ids before the image of a question with one, the same for every question.
@@ -346,7 +346,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 
 
 def _content(token: Any) -> str | None:
-    """A token as configs write it: text, or {"content": text, ...}."""
+    """Return a token as configs write it: text, or {"content": text, ...}."""
     if isinstance(token, Mapping):
         token = token.get("content")
     return token if isinstance(token, str) and token else None
