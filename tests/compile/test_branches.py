@@ -7,10 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from visistage.bench.branches import branched
 from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
-from visistage.compile.export.branched_attention import PIECES
+from visistage.compile.export.branched_attention import (
+    DOMAIN,
+    OPERATOR,
+    PIECES,
+    write_conditional_attention,
+)
 from visistage.compile.export.export import prefix_node_names
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.contract import MANY_ROWS, PADDING_ORDER
@@ -22,6 +26,45 @@ from visistage.tests.support import toy
 LAYERS = 6
 WIDTH = 8
 PLANS = ["dense", "visipruner", "fastv", "pyramiddrop", "visipruner-adaptive"]
+
+
+FLOAT = onnx_ir.DataType.FLOAT
+TYPES = {
+    "q": (FLOAT, 4),
+    "k": (FLOAT, 4),
+    "v": (FLOAT, 4),
+    "visible": (onnx_ir.DataType.BOOL, 4),
+    "write_index": (onnx_ir.DataType.INT64, 1),
+    "value_gate": (FLOAT, 2),
+    "sink_gate": (FLOAT, 2),
+}
+"""Type and rank of what ``ops.CONDITIONAL_ATTENTION`` takes, gates last."""
+
+
+def branched(
+    heads: int, groups: int, width: int, gates: int, in_order: bool, layers: int = 1
+) -> onnx_ir.Model:
+    """Return ``layers`` calls of the operator, written out; each reads the output before it."""
+    inputs = [
+        onnx_ir.Value(
+            name=name,
+            type=onnx_ir.TensorType(kind),
+            shape=onnx_ir.Shape([f"{name}.{axis}" for axis in range(rank)]),
+        )
+        for name, (kind, rank) in list(TYPES.items())[: 5 + gates]
+    ]
+    facts = {"in_order": int(in_order), "heads": heads, "groups": groups, "width": width}
+    nodes, (rows, *others) = [], inputs
+    for layer in range(layers):
+        node = onnx_ir.node(OPERATOR, [rows, *others], facts, domain=DOMAIN, name=f"call{layer}")
+        rows = node.outputs[0]
+        rows.name, rows.type = f"out{layer}", onnx_ir.TensorType(FLOAT)
+        rows.shape = onnx_ir.Shape(["B", heads, "Q", width])
+        nodes.append(node)
+    graph = onnx_ir.Graph(inputs, [rows], nodes=nodes, opset_imports={"": 24}, name="attention")
+    model = onnx_ir.Model(graph, ir_version=10)
+    write_conditional_attention(model)
+    return model
 
 
 def session_of(model):

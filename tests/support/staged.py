@@ -1,10 +1,4 @@
-"""What FP16 costs the demo model: torch half against torch FP32, stage by stage as in a bundle.
-
-    python -m visistage.bench.fp16 --samples 200
-
-Teacher-forced: both are given FP32's answer token by token, so that each token is compared once. A
-CPU computes ONNX graphs of FP16 in FP32; torch's half type really rounds every result.
-"""
+"""A checkpoint's stages in torch, in one type: the judge of FP16 ranges and of the chain."""
 
 from __future__ import annotations
 
@@ -13,26 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from torch import Tensor
-
-from ..calib.samples import evaluation_samples
-from ..compile.checkpoint.checkpoint import open_checkpoint
-from ..compile.export.texts import text_facts
-from ..compile.planfile import resolve_plan
-from ..compile.quantize.fp16_ranges import decide, measure_ranges
-from ..graphs.chain.chain import AppendedRows, Chain
-from ..graphs.chain.torch_reference import TorchExecutor, load_weights
-from ..graphs.fields import to_json
-from ..graphs.modules.ops import Eager
-from ..graphs.modules.vision import Vision
-from ..graphs.plan.plan import StagePlan
-from ..graphs.precision import NO_FALLBACK, SAFE_MAX, Fp32Fallback
-from ..runtime.image.image import load_image, preprocess
-from ..runtime.image.preprocessing import Preprocessing
-from .record import save
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.export.texts import text_facts
+from visistage.graphs.chain.chain import AppendedRows, Chain
+from visistage.graphs.chain.torch_reference import TorchExecutor, load_weights
+from visistage.graphs.modules.ops import Eager
+from visistage.graphs.modules.vision import Vision
+from visistage.graphs.plan.plan import StagePlan
+from visistage.graphs.precision import NO_FALLBACK, Fp32Fallback
+from visistage.runtime.image.image import load_image, preprocess
+from visistage.runtime.image.preprocessing import Preprocessing
 
 Question = tuple[Any, str, int]
 """A picture, what is asked, and how many tokens of answer."""
@@ -130,28 +117,3 @@ def compared(
         squares.append(float(error.pow(2).mean()))
     typical = (sum(squares) / len(squares)) ** 0.5
     return Compared(len(equal), sum(equal) / len(equal), max(worst), typical, finite)
-
-
-@click.command()
-@click.option("--samples", default=200, show_default=True)
-@click.option("--tokens", default=3, show_default=True, help="Tokens of every answer.")
-def main(samples: int, tokens: int) -> None:
-    """Measure the demo model under two plans, and record how far its numbers reach."""
-    torch.set_num_threads(1)  # a model this small gains nothing from more
-    checkpoint = open_checkpoint("demo")
-    config = checkpoint.config
-    ranges = measure_ranges(checkpoint, text_facts(checkpoint))
-    fallback = decide(ranges)
-    asked = [(one.image, one.prompt, tokens) for one in evaluation_samples("demo", None, samples)]
-    rows = []
-    for name in ("dense", "visipruner"):
-        plan = resolve_plan(name, config.text.layers, config.visual_tokens)
-        found = compared("demo", plan, fallback, asked)
-        rows.append({"plan": name, "questions": samples, **vars(found)})
-    farthest = sorted(ranges.items(), key=lambda item: -item[1])[:8]
-    rows[0] |= {"limit": SAFE_MAX, "widening": to_json(fallback), "farthest": dict(farthest)}
-    save("fp16-demo", f"python -m visistage.bench.fp16 --samples {samples} --tokens {tokens}", rows)
-
-
-if __name__ == "__main__":
-    main()
