@@ -26,7 +26,7 @@ from ..runtime.session import Session
 from ..tools.estimate.fit_peaks import Observation, fit, validate
 from ..tools.estimate.measured import MEASURED_FILE
 from ..tools.profile.machine import cores
-from ..tools.profile.peaks import MOST_BYTES, Peaks, measure_peaks
+from ..tools.profile.roofline import MOST_BYTES, Peaks, measure_peaks
 from ..tools.profile.sweep import sweep
 from ..tools.profile.timing import Settings, measure_bundles
 from .record import RESULTS, save

@@ -99,11 +99,11 @@ def explain(bundle, images, question, out, as_json, **options) -> None:
     visistage explain engines/demo photo.jpg "Which shape is red?"
     visistage explain engines/llava-7b/mine before.png after.png "What changed?" --out changes.html
     """
-    from ..tools.explain.explain_page import write_explanation
+    from ..pages.page import write_page
     from ..tools.explain.explanation import explain
 
     explained = explain(bundle, _read_images(images), question, **options)
-    write_explanation(explained.html, out)
+    write_page(explained.html, out, "--out explain.html")
     if as_json:
         show_json({"page": str(out), **explained.facts})
     else:

@@ -61,15 +61,6 @@ def of_shares(low: float = 0.0, high: float = 1.0, title: str = "") -> Axis:
     return Axis(first * step, max(last, first + 1) * step, ticks, title)
 
 
-def of_counts(most: int, title: str = "") -> Axis:
-    """0 to ``most``, at whole steps."""
-    most = max(most, 1)
-    power = 10 ** max(math.floor(math.log10(most / 4)), 0)
-    step = next(s * power for s in (1, 2, 5, 10) if most / (s * power) <= 5)
-    last = math.ceil(most / step)
-    return Axis(0, last * step, tuple((i * step, str(i * step)) for i in range(last + 1)), title)
-
-
 def of_decades(values: Iterable[float], title: str = "", *, shares: bool = False) -> Axis:
     """Round steps around the positive ones among ``values``: decades, or 1, 2, 5 within few.
 

@@ -1,21 +1,21 @@
 """A template and its styles -> one HTML file that needs nothing else: no server, no network.
 
+Every page fills the blocks of ``base.html``, whose content security policy forbids all requests.
 Templates escape every string. Charts and styles are put in as they are: ``chart`` escapes what it
 is given, styles are files of the package.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from ..graphs.errors import CapacityError
-from .units import show_bytes
-from .words import flops, ms, percent, ranges
+from ..graphs.files import write_file
+from .units import flops, ms, percent, ranges, show_bytes
 
 PAGES_FOLDER = Path(__file__).parent
 
@@ -29,23 +29,25 @@ FILTERS: dict[str, Callable[..., str]] = {
 """What templates may write behind a number."""
 
 
-def template(file: Path, **filters: Callable[..., Any]) -> jinja2.Template:
-    """The template in ``file``, which escapes and refuses what it does not know."""
+def render_page(
+    folder: Path, facts: Mapping[str, Any], *, charts: bool = False, **filters: Callable[..., str]
+) -> str:
+    """Return what ``page.html`` and ``page.css`` in ``folder`` make of ``facts``.
+
+    A template refuses what it does not know. ``charts``: whether the page has any (``chart``).
+    """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(file.parent),
+        loader=jinja2.FileSystemLoader([folder, PAGES_FOLDER]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= FILTERS | filters
-    return environment.get_template(file.name)
-
-
-def style(*files: Path) -> str:
-    """The common style, then that of ``files``."""
-    every = [PAGES_FOLDER / "base.css", *files]
-    return "\n".join(file.read_text(encoding="utf-8") for file in every)
+    shared = ("base.css", "chart.css") if charts else ("base.css",)
+    styles = [*(PAGES_FOLDER / name for name in shared), folder / "page.css"]
+    style = "\n".join(file.read_text(encoding="utf-8") for file in styles)
+    return environment.get_template("page.html").render(facts, style=style)
 
 
 def write_page(html: str, path: Path, hint: str) -> None:
@@ -54,12 +56,9 @@ def write_page(html: str, path: Path, hint: str) -> None:
     Raises:
         CapacityError: it cannot be written there; ``hint`` is what to type instead.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(html, encoding="utf-8")
-        os.replace(partial, path)
+        write_file(path, html)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise CapacityError(
             f"the page cannot be written to {path}: {error.strerror}. "
             f"Name a place in a folder that exists: {hint}"

@@ -12,8 +12,7 @@ from typing import Any
 
 from ...compile.quantize.calibration_file import Calibration
 from ...graphs.quantization import OBSERVERS
-from ...pages.page import PAGES_FOLDER as PAGES
-from ...pages.page import style, template, write_page
+from ...pages.page import render_page, write_page
 from ..plan_search.dynamics import PUBLISHED
 from . import charts, range_charts
 from .series import by_sensitivity, kept_float, rows_seen, series_of
@@ -43,17 +42,17 @@ def write_report(calibration: Calibration, folder: str | Path) -> str:
 
 def render_calibration(calibration: Calibration) -> str:
     """Return the page's HTML."""
-    return template(TEMPLATE_FOLDER / "page.html").render(
-        style=style(PAGES / "chart.css", TEMPLATE_FOLDER / "page.css"),
-        calibration=calibration,
-        plan=calibration.plan,
-        doubts=calibration_warnings(calibration),
-        samples=calibration.samples,
-        most_listed=MOST_LISTED,
-        choice=_choice(calibration.choice),
-        dynamics=_dynamics(calibration.dynamics, calibration.choice),
-        ranges=_ranges(calibration) if calibration.groups else None,
-    )
+    facts = {
+        "calibration": calibration,
+        "plan": calibration.plan,
+        "doubts": calibration_warnings(calibration),
+        "samples": calibration.samples,
+        "most_listed": MOST_LISTED,
+        "choice": _choice(calibration.choice),
+        "dynamics": _dynamics(calibration.dynamics, calibration.choice),
+        "ranges": _ranges(calibration) if calibration.groups else None,
+    }
+    return render_page(TEMPLATE_FOLDER, facts, charts=True)
 
 
 def _choice(choice: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...pages.chart import Axis, Chart, of_layers, of_names, of_shares
-from ...pages.words import percent
+from ...pages.units import percent
 
 Facts = Mapping[str, Any]
 

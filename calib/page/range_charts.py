@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ...graphs.plan.plan import StagePlan
 from ...pages.chart import CROWD, Axis, Chart, of_decades, of_layers, of_names
-from ...pages.words import percent
+from ...pages.units import percent
 from .charts import HALF, WORDY
 from .series import ELSEWHERE, RangeSeries
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...compile.quantize.calibration_file import Calibration
-from ...pages.words import percent
+from ...pages.units import percent
 from ..plan_search.dynamics import PUBLISHED
 from .series import by_sensitivity, rows_seen
 

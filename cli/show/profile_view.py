@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,25 +12,33 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from ...pages.units import show_bytes
-from ...tools.profile.labels import label, machine_line, row_names
+from ...graphs.progress import Progress as StepProgress
+from ...pages.units import flops, show_bytes
+from ...tools.profile.machine import machine_line
+from ...tools.profile.profile_facts import label, row_names
 
 COLUMNS = ("median", "p90", "p99")
 TOP_LAYERS = 5
 
 
 @contextmanager
-def profiling_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr that names what is measured; nothing where there is no terminal."""
+def profiling_bar() -> Iterator[StepProgress]:
+    """Show a bar on stderr that names what is measured; nothing where there is no terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn())
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
         task = bar.add_task("load", total=None)
-        yield lambda what, done, total: bar.update(
-            task, description=what, completed=done, total=total
-        )
+
+        class Shown(StepProgress):
+            def start(self, step: str, total: int | None = None) -> None:
+                bar.update(task, description=step, completed=0, total=total)
+
+            def advance(self, units: int = 1) -> None:
+                bar.advance(task, units)
+
+        yield Shown()
 
 
 def profile_table(facts: dict[str, Any]) -> RenderableType:
@@ -40,6 +48,7 @@ def profile_table(facts: dict[str, Any]) -> RenderableType:
         _times(facts),
         *([_roofline(facts)] if facts["peaks"] else []),
         *_operators(facts),
+        *_polygraphy(facts["polygraphy"]),
         *(Text(line) for line in closing_lines(facts)),
     )
 
@@ -83,6 +92,8 @@ def closing_lines(facts: dict[str, Any]) -> list[str]:
         )
     if facts["no_peaks"]:
         lines.append(f"no roofline: {facts['no_peaks']}")
+    if facts["polygraphy"]["reason"]:
+        lines.append(f"nothing by Polygraphy: {facts['polygraphy']['reason']}")
     lines.append(_power_line(facts))
     return lines
 
@@ -126,7 +137,7 @@ def _head(facts: dict[str, Any]) -> Table:
 def _times(facts: dict[str, Any]) -> Table:
     """Milliseconds of both bundles, cold and again."""
     runs = facts["runs"]
-    table = Table("ms", *(f"{column}" for column in COLUMNS), "same picture again")
+    table = Table("ms", *(f"{column}" for column in COLUMNS), "same image again")
     if "against" in runs:
         table.add_column(f"{runs['against']['name']}")
         table.add_column("again")
@@ -145,9 +156,11 @@ def _times(facts: dict[str, Any]) -> Table:
 
 def _roofline(facts: dict[str, Any]) -> Table:
     peaks = facts["peaks"]
-    table = Table("graph", "FLOPs", "bytes", "floor", "measured", "of the roofline", "bound by")
+    table = Table(
+        "graph", "FLOPs", "bytes", "lower bound", "measured", "of the roofline", "limited by"
+    )
     table.caption = (
-        f"floor: {peaks['flops'] / 1e9:.0f} GFLOP/s and {peaks['bandwidth'] / 1e9:.1f} GB/s "
+        f"lower bound: {peaks['flops'] / 1e9:.0f} GFLOP/s and {peaks['bandwidth'] / 1e9:.1f} GB/s "
         f"(over {show_bytes(peaks['nbytes'])}), measured in this run"
     )
     for column in table.columns[1:]:
@@ -157,7 +170,7 @@ def _roofline(facts: dict[str, Any]) -> Table:
         for part in facts["runs"]["plan"]["roofline"][phase]:
             table.add_row(
                 f"{part['graph']}, {title}",
-                show_flops(part["flops"]),
+                flops(part["flops"]),
                 show_bytes(part["nbytes"]),
                 _ms(part["floor_ms"]),
                 _ms(part["measured_ms"]),
@@ -184,12 +197,19 @@ def _operators(facts: dict[str, Any]) -> list[RenderableType]:
     return [table]
 
 
-def show_flops(value: float) -> str:
-    """``1.2 GFLOP``."""
-    power = 0
-    while value >= 1000 and power < 5:
-        value, power = value / 1000, power + 1
-    return f"{value:.3g} {('', 'K', 'M', 'G', 'T', 'P')[power]}FLOP"
+def _polygraphy(facts: dict[str, Any]) -> list[RenderableType]:
+    """Show the times of Polygraphy's runner beside those of the runtime."""
+    if not facts["runs"]:
+        return []
+    table = Table("graph", "rows", "slots", "median", "least", "in the runtime")
+    table.title = f"by {facts['runner']} of Polygraphy {facts['version']}, ms"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for run in facts["runs"]:
+        sizes = (str(run[name] or "") for name in ("rows", "slots"))
+        times = (_number(run[name]) for name in ("median", "least", "own_ms"))
+        table.add_row(run["graph"], *sizes, *times)
+    return [table]
 
 
 def _number(value: float | None) -> str:

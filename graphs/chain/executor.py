@@ -6,7 +6,9 @@ like an array. The chain (``rows.py``) owns positions, orders, slots and gates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -83,3 +85,38 @@ class Executor(Protocol):
 
     def take(self, rows: Rows, index: np.ndarray) -> Rows:
         """Rows ``index`` (K,) of (B, Q, D) -> (B, K, D)."""
+
+
+GRAPH_CALLS = ("encode", "append", "select", "probe")
+"""Methods of an executor that run a graph; ``encode`` is the runtime's, for the vision encoder."""
+
+NoteCall = Callable[[str, tuple, Any, float, float], None]
+"""(method, arguments, result, start and stop in seconds of ``time.perf_counter``)."""
+
+
+@contextmanager
+def observed(executor: Any, note: NoteCall) -> Iterator[None]:
+    """Report every call of ``executor`` that runs a graph, until the block ends.
+
+    The methods are wrapped in place, so that calls are seen whatever object makes them.
+    """
+
+    def wrap(name: str) -> Callable[..., Any]:
+        method = getattr(executor, name)
+
+        def run(*given: Any) -> Any:
+            start = time.perf_counter()
+            result = method(*given)
+            note(name, given, result, start, time.perf_counter())
+            return result
+
+        return run
+
+    wrapped = [name for name in GRAPH_CALLS if hasattr(executor, name)]
+    for name in wrapped:
+        setattr(executor, name, wrap(name))
+    try:
+        yield
+    finally:
+        for name in wrapped:
+            delattr(executor, name)

@@ -27,7 +27,7 @@ from visistage.graphs.linears import linear_groups
 from visistage.graphs.plan.cost import Geometry
 from visistage.graphs.presets.presets import preset
 from visistage.graphs.quantization import OBSERVERS
-from visistage.pages.chart import Axis, Chart, of_counts, of_decades, of_layers, of_shares
+from visistage.pages.chart import Axis, Chart, of_decades, of_layers, of_shares
 from visistage.tests.support import toy
 from visistage.tests.support.browser import check_picture
 
@@ -535,8 +535,6 @@ def test_only_smoothed_layers_have_an_alpha(calibration):
         (of_shares(0, 1), ["0 %", "25 %", "50 %", "75 %", "100 %"]),
         (of_shares(0.9991, 1.0), ["99.9 %", "100.0 %"]),
         (of_shares(1, 1), ["99.0 %", "99.2 %", "99.4 %", "99.6 %", "99.8 %", "100.0 %"]),
-        (of_counts(17), ["0", "5", "10", "15", "20"]),
-        (of_counts(0), ["0", "1"]),
         (of_layers(3), ["0", "1", "2"]),
         (of_layers(32), ["0", "4", "8", "12", "16", "20", "24", "28"]),
     ],

@@ -17,11 +17,14 @@ from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.graphs.bundle import Bundle, FileFact
 from visistage.graphs.chain import torch_reference as chain
+from visistage.graphs.chain.executor import GRAPH_CALLS
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.errors import BundleError, CapacityError, PromptError
 from visistage.graphs.modules.ops import Eager
+from visistage.graphs.modules.select import Prober
 from visistage.graphs.quantization import Quantization
-from visistage.pages.words import percent, ranges
+from visistage.pages.page import write_page
+from visistage.pages.units import percent, ranges
 from visistage.runtime.image.preprocessing import Preprocessing
 from visistage.runtime.session import Session
 from visistage.tests.support import toy
@@ -32,7 +35,7 @@ from visistage.tools.explain.explain_page import masks_of, outlines
 from visistage.tools.explain.explanation import explain
 from visistage.tools.explain.overlay import Grid, cropped_share, heat_uri, seen
 from visistage.tools.explain.readings import Gates, read_row
-from visistage.tools.explain.trace import ObservedExecutor, trace
+from visistage.tools.explain.trace import trace
 
 QUESTION = "What is this?"
 NASTY = '</script><script>document.title="owned"</script> "a" & <b>\'x\'</b>'
@@ -118,6 +121,20 @@ def test_a_reading_is_what_full_contributions_say(mode):
     assert got.output == pytest.approx(np.linalg.norm(out), rel=1e-5)
     assert got.part == pytest.approx(of_vision / (of_vision + of_text), rel=1e-4)
     assert (got.part == 0) == (mode == "blind")
+
+
+def test_a_reading_is_what_the_graph_that_probes_a_layer_computes():
+    """The two closed forms: in NumPy for the page, in torch for the graphs."""
+    random = np.random.default_rng(1)
+    query = random.normal(size=(6, 8)).astype(np.float32)
+    key, value = random.normal(size=(2, 2, 11, 8)).astype(np.float32)
+    slot_order, visual = np.arange(11), np.array([2, 3, 4, 7])
+    got = read_row(query, key, value, slot_order <= 8, visual)
+    given = [torch.from_numpy(array)[None] for array in (query, key, value, slot_order)]
+    with torch.no_grad():
+        cosines, norms = Prober()(*given, torch.tensor([8]), torch.from_numpy(visual)[None])
+    np.testing.assert_allclose(got.cosines, cosines[0], rtol=1e-5)
+    np.testing.assert_allclose(got.norms, norms[0], rtol=1e-4)
 
 
 def test_a_dense_run_reads_what_transformers_computes(folder, bundles):
@@ -211,7 +228,7 @@ def test_watching_leaves_the_session_as_it_was(folder, bundles):
     with Session(Bundle.open(bundles["pruned"]), cache_bytes=0) as session:
         plain = session.infer(folder / "1.png", QUESTION, max_tokens=4)
         observed = trace(session, [folder / "1.png"], QUESTION, 4)
-        assert not isinstance(session.context.chain.executor, ObservedExecutor)
+        assert not set(GRAPH_CALLS) & set(vars(session.executor))
     assert observed.answer.tokens == plain.tokens
     assert observed.timing.runs >= 1
     assert observed.timing.first_token_ms <= observed.timing.total_ms
@@ -323,7 +340,7 @@ def test_an_early_exit_without_a_selection(folder, tmp_path):
     page = explain(built.path, [folder / "1.png"], QUESTION, max_tokens=2)
     assert page.facts["kept"] is None
     assert [layer["phase"] for layer in page.facts["layers"]] == ["all"] * 5 + ["none"] * 3
-    assert "After layer 4 of 0–7 it went on <b>without the picture</b>" in page.html
+    assert "After layer 4 of 0–7 it went on <b>without the image</b>" in page.html
     assert "kept tokens</span>" not in page.html
 
 
@@ -442,7 +459,7 @@ def test_the_page_says_it_all(explained):
     facts, text = explained.facts, explained.html
     for said in (QUESTION, facts["answer"]["text"], facts["dense"]["text"], facts["bundle"]):
         assert html.escape(said, quote=False) in html.unescape(text) or said in html.unescape(text)
-    for title in ("Where picture and text fuse", "With and without pruning", "The stages"):
+    for title in ("Where image and text fuse", "With and without pruning", "The stages"):
         assert title in text
     assert text.count('class="heat"') == 1
     assert len(re.findall(r'<li data-layer="\d+" data-phase="\w+" data-mask', text)) == 8
@@ -521,12 +538,10 @@ def test_wrong_input_is_one_clear_message(folder, bundles, tmp_path):
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path):
-    from visistage.tools.explain.explain_page import write_explanation
-
     target = tmp_path / "page.html"
     target.mkdir()
-    with pytest.raises(CapacityError, match="--out"):
-        write_explanation("<!doctype html>", target)
+    with pytest.raises(CapacityError, match=r"--out explain\.html"):
+        write_page("<!doctype html>", target, "--out explain.html")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 

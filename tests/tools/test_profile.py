@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper
 from PIL import Image
 from visistage.cli.main import main
+from visistage.cli.show.profile_view import closing_lines
 from visistage.compile.build import make_bundle
 from visistage.compile.export.export import prefix_node_names
 from visistage.graphs.bundle import ANY_CONTEXT, Bundle
@@ -26,32 +27,35 @@ from visistage.graphs.plan.call_cost import GraphCall, Work, question_calls, tok
 from visistage.runtime.hardware import peak_memory
 from visistage.runtime.session import Session
 from visistage.tests.support import toy
-from visistage.tools.profile import commands
 from visistage.tools.profile import peak_memory as memory
-from visistage.tools.profile.baseline import baseline_bundle
-from visistage.tools.profile.call_timer import observe_calls
-from visistage.tools.profile.engine_layers import layer_times
-from visistage.tools.profile.fresh_prompts import prompts
-from visistage.tools.profile.labels import clock_words
-from visistage.tools.profile.machine import clocks, machine_facts, parse_power_mode
+from visistage.tools.profile import polygraphy_runs as stock
+from visistage.tools.profile import roofline
+from visistage.tools.profile.machine import clock_words, clocks, machine_facts, parse_power_mode
 from visistage.tools.profile.operators import OTHER, operator_times
-from visistage.tools.profile.peaks import FILES, Peaks, measure_peaks
-from visistage.tools.profile.power import Meter, Tegrastats, energy
-from visistage.tools.profile.profile import profile
-from visistage.tools.profile.profile_facts import above_roofline, speed_up
-from visistage.tools.profile.profile_page import render_profile, round_step, ticks
-from visistage.tools.profile.rails import (
+from visistage.tools.profile.power import (
     Ina3221,
     JetsonStats,
+    Meter,
     Nvml,
     PowerSample,
+    Tegrastats,
+    energy,
     parse_jtop,
     parse_tegrastats,
 )
-from visistage.tools.profile.roofline import parts_of
-from visistage.tools.profile.spread import Spread
+from visistage.tools.profile.profile import baseline_bundle, profile
+from visistage.tools.profile.profile_facts import above_roofline, speed_up
+from visistage.tools.profile.profile_page import render_profile, round_step, ticks
+from visistage.tools.profile.roofline import FILES, Peaks, measure_peaks, parts_of
 from visistage.tools.profile.sweep import counts_of
-from visistage.tools.profile.timing import Settings, measure_bundles, until_first_token
+from visistage.tools.profile.timing import (
+    Settings,
+    Spread,
+    measure_bundles,
+    prompts,
+    repeated,
+    timed_calls,
+)
 
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
 TARGETS = ("rtx", "orin-jp62", "orin-jp72")
@@ -100,7 +104,13 @@ def test_percentiles_are_the_nearest_ranks(n):
     assert (found.least, found.n) == (0.0, n)
 
 
-def test_no_picture_and_no_question_comes_twice():
+def test_a_run_is_repeated_until_its_time_is_over():
+    assert repeated(lambda: 1, 3) == [1, 1, 1]
+    assert repeated(lambda: 1, 3, seconds=0) == [1]
+    assert repeated(lambda: time.sleep(0.03), 100, seconds=0.05) == [None, None]
+
+
+def test_no_image_and_no_question_comes_twice():
     source = prompts()
     seen = [next(source) for _ in range(30)]
     assert len({one.image for one in seen}) == 30
@@ -145,7 +155,7 @@ def test_the_watched_calls_are_those_that_the_work_model_expects(bundles, series
     assert sorted(map(str, cold)) == sorted(map(str, known))
     assert step == token_calls(manifest.plan, text=first + QUICK.tokens - 2, **shape)
     for question in series["plan"].cold:
-        assert len(until_first_token(question)) == len(cold)
+        assert len(question.prefill) == len(cold)
 
 
 def test_bundles_take_turns_in_alternating_order(bundles, monkeypatch):
@@ -163,7 +173,7 @@ def test_bundles_take_turns_in_alternating_order(bundles, monkeypatch):
 
 def test_a_watched_executor_is_left_as_it_was(bundles):
     with Session(bundles["pruned"]) as session:
-        with observe_calls(session.executor) as events:
+        with timed_calls(session.executor) as events:
             session.executor.encode(np.zeros((1, 3, 32, 32), np.float32))
         assert [event.call for event in events] == [GraphCall("vision", 0, 0)]
         assert events[0].stop > events[0].start
@@ -223,7 +233,7 @@ def test_the_products_are_what_their_source_makes(precision):
     graph = helper.make_graph([node], "product", [values["a"], values["b"]], [values["c"]])
     opset = [helper.make_opsetid("", 20)]
     made = helper.make_model(graph, opset_imports=opset, ir_version=9, producer_name="visistage")
-    file = Path(commands.__file__).with_name(FILES[precision])
+    file = Path(roofline.__file__).with_name(FILES[precision])
     assert onnx.load(file) == made
 
 
@@ -234,7 +244,7 @@ def test_peaks_are_measured_within_reason():
     assert 1e8 < peaks.bandwidth < 1e13
 
 
-def test_a_floor_is_the_slower_of_computing_and_reading():
+def test_a_lower_bound_is_the_slower_of_computing_and_reading():
     peaks = Peaks(flops=1e9, bandwidth=1e8, precision="fp32", threads=1, nbytes=1)
     assert peaks.lower_bound_ms(Work(2e6, 1e4)) == pytest.approx(2.0)
     assert peaks.bound(Work(2e6, 1e4)) == "compute"
@@ -242,7 +252,7 @@ def test_a_floor_is_the_slower_of_computing_and_reading():
     assert peaks.bound(Work(2e6, 4e5, 1e5)) == "memory"
 
 
-def test_parts_sum_the_floors_of_their_calls(bundles):
+def test_parts_sum_the_lower_bounds_of_their_calls(bundles):
     manifest = bundles["pruned"].manifest
     peaks = Peaks(1e9, 1e9, "fp32", 1, 1)
     calls = [GraphCall("stage0", 8, 128), GraphCall("stage0", 1, 128), GraphCall("stage1", 1, 128)]
@@ -635,10 +645,10 @@ def generated(bundle: Bundle, command) -> str:
 @pytest.mark.parametrize("target", TARGETS)
 def test_polygraphy_takes_the_command_of_every_engine(portable, target):
     bundle = portable[target]
-    made = commands.commands_of(bundle)
+    made = stock.polygraphy_runs(bundle)
     stages = [one for one in made if one.about.startswith("stage")]
     assert len(stages) == 2 * 3  # decoding and prefill
-    assert len(made) == len(stages) + 2  # and the tower and the selection
+    assert len(made) == len(stages) + 2  # and the vision encoder and the selection
     for command in made:
         script = generated(bundle, command)
         assert "TrtRunner" in script
@@ -654,48 +664,138 @@ def test_polygraphy_takes_the_command_of_every_engine(portable, target):
 def test_polygraphy_takes_the_command_of_every_graph(bundles, series):
     bundle = bundles["pruned"]
     cold, _, step = series["plan"].calls()
-    made = commands.commands_of(bundle, [*cold, *step])
+    made = stock.polygraphy_runs(bundle, [*cold, *step])
     assert len(made) == len(set([*cold, *step]))
     for command in made:
         assert "OnnxrtRunner" in generated(bundle, command)
 
 
+def test_polygraphy_runs_every_graph_of_this_cpu(facts, bundles, series):
+    """In its own runner, on the right graphs: feeds fit them, and outputs have their shapes."""
+    found = facts["polygraphy"]
+    assert found["reason"] is None
+    assert found["runner"] == "OnnxrtRunner"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", found["version"])
+    cold, _, step = series["plan"].calls()
+    shapes = [(call.graph, call.rows, call.slots) for call in dict.fromkeys([*cold, *step])]
+    assert [(run["graph"], run["rows"], run["slots"]) for run in found["runs"]] == shapes
+    for run in found["runs"]:
+        assert run["n"] == QUICK.repetitions
+        assert 0 < run["least"] <= run["median"] <= run["p99"]
+        assert run["own_ms"] > 0
+
+
+def test_polygraphys_runner_gets_each_graph_and_what_it_takes(bundles):
+    from polygraphy.backend.onnxrt import OnnxrtRunner
+
+    bundle, asked = bundles["pruned"], []
+
+    class Noting:
+        def __init__(self, session):
+            self.session = session
+
+        def __getattr__(self, name):
+            return getattr(self.session, name)
+
+        def run(self, names, feeds):
+            outputs = self.session.run(names, feeds)
+            asked.append((self.session, feeds, outputs))
+            return outputs
+
+    call_ms = {GraphCall("stage1", 9, 128): 1.0, GraphCall("select0", 0, 128): 2.0}
+    with Session(bundle, threads=1) as session:
+        sessions = dict(session.executor.sessions)
+        noting = {name: Noting(one) for name, one in sessions.items()}
+        facts = stock.polygraphy_facts(bundle, "onnxruntime", call_ms, noting, 2)
+    assert facts["runner"] == OnnxrtRunner.__name__
+    assert [(run["graph"], run["n"], run["own_ms"]) for run in facts["runs"]] == [
+        ("stage1", 2, 1.0),
+        ("select0", 2, 2.0),
+    ]
+    assert [used for used, *_ in asked] == [sessions["stage1"]] * 3 + [sessions["select0"]] * 3
+    for name, (_, feeds, outputs) in zip(("stage1", "select0"), asked[::3], strict=True):
+        spec = bundle.manifest.graphs[name].spec
+        sizes = {"B": 1, "Q": 9, "S": 128, "N": 16}
+        for tensor, array in zip(
+            (*spec.inputs, *spec.outputs), (*feeds.values(), *outputs), strict=True
+        ):
+            assert array.dtype == tensor.dtype
+            assert array.shape == tuple(sizes.get(d, d) for d in tensor.shape), tensor.name
+        assert all(np.isfinite(array).all() for array in outputs)
+
+
+def test_without_polygraphy_or_its_runner_one_line_says_so(bundles, facts, monkeypatch):
+    def times(backend):
+        return stock.polygraphy_facts(bundles["pruned"], backend, {}, {}, 1)
+
+    assert times("openvino")["reason"] == "Polygraphy has no runner for openvino"
+    with monkeypatch.context() as patched:
+        patched.setattr(stock.util, "find_spec", lambda name: None)
+        missing = times("onnxruntime")
+    assert missing["runs"] == []
+    assert "pip install 'visistage[compile]'" in missing["reason"]
+    assert any(
+        missing["reason"] in line for line in closing_lines({**facts, "polygraphy": missing})
+    )
+    assert "polygraphy is not installed" in render_profile({**facts, "polygraphy": missing})
+
+
+def test_engines_run_in_polygraphys_tensorrt_runner(portable, monkeypatch):
+    """Through a stand-in of the runner, for want of a GPU: each engine, in each profile."""
+    from polygraphy.backend import trt
+
+    loaded = []
+
+    class Runner:
+        def __init__(self, engine, optimization_profile):
+            self.engine, self.profile = engine, optimization_profile
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def infer(self, feeds):
+            loaded.append((self.engine.args[0].args[0], self.profile, feeds))
+
+        def last_inference_time(self):
+            return 0.002
+
+    class Load:
+        def __init__(self, *args):
+            self.args = args
+
+    monkeypatch.setattr(trt, "TrtRunner", Runner)
+    monkeypatch.setattr(trt, "EngineFromBytes", Load)
+    monkeypatch.setattr("polygraphy.backend.common.BytesFromPath", Load)
+    bundle = portable["rtx"]
+    facts = stock.polygraphy_facts(bundle, "tensorrt_rtx", {}, {}, 2)
+    assert (facts["reason"], facts["runner"]) == (None, "TrtRunner")
+    runs = stock.polygraphy_runs(bundle)
+    assert [run["graph"] for run in facts["runs"]] == [run.call.graph for run in runs]
+    assert all(run["median"] == 2.0 for run in facts["runs"])
+    assert [(Path(file).name, profile) for file, profile, _ in loaded[::3]] == [
+        (run.file, run.profile) for run in runs
+    ]
+    for run, (_, _, feeds) in zip(runs, loaded[::3], strict=True):
+        assert {name: feed.shape for name, feed in feeds.items()} == run.shapes
+
+
+def test_an_engine_that_polygraphy_cannot_run_is_no_end_of_the_profile(portable):
+    facts = stock.polygraphy_facts(portable["rtx"], "tensorrt_rtx", {}, {}, 2)
+    assert facts["runs"] == []
+    assert facts["reason"].startswith("TrtRunner failed with vision")
+
+
 def test_integers_of_a_command_stay_inside_the_cache(bundles):
-    (command,) = commands.commands_of(bundles["pruned"], [GraphCall("select0", 0, 128)])
+    (command,) = stock.polygraphy_runs(bundles["pruned"], [GraphCall("select0", 0, 128)])
     assert "visual_slots:[0,127]" in command.arguments
     assert "slot_order:[0,0]" in command.arguments
     assert "query_order:[128,128]" in command.arguments
 
 
-# --- engines' own profiler ------------------------------------------------------------------------
-
-
-def test_an_engines_profiler_adds_layers_up():
-    class Module:
-        class IProfiler:
-            def __init__(self):
-                self.ready = True
-
-    class Context:
-        profiler = "the one before"
-
-        def execute(self):
-            for name, ms in (("layers.0/attn + layers.0/mlp", 2.0), ("layers.11/mlp", 1.0)):
-                self.profiler.report_layer_time(name, ms)
-            self.profiler.report_layer_time("head", 0.5)
-
-    context = Context()
-    with layer_times(Module, context) as times:
-        context.execute()
-        context.execute()
-    assert context.profiler == "the one before"
-    found = times.operators("stage0")
-    assert times.executions == 2
-    assert found.layers == {"stage0": {"0": 2.0, "11": 1.0, "other": 0.5}}
-    assert next(iter(found.kinds["stage0"])) == "layers.0/attn + layers.0/mlp"
-
-
-def test_pictures_of_prompts_are_real_pictures():
+def test_images_of_prompts_are_real_images():
     import io
 
     with Image.open(io.BytesIO(next(prompts()).image)) as image:

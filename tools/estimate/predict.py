@@ -27,7 +27,7 @@ from ...graphs.plan.call_cost import (
 )
 from ...graphs.plan.cost import Geometry
 from ..profile.machine import cores, machine_facts
-from ..profile.peaks import measure_peaks
+from ..profile.roofline import measure_peaks
 from .devices import CPU_DEVICE, DeviceSpec, compute_type, find_device_spec
 from .estimate_target import EstimateTarget
 from .fit_peaks import Efficiency

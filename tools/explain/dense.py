@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...graphs.bundle import MANIFEST, Bundle, Manifest
+from ...graphs.dtypes import DTYPES
 from ...graphs.errors import BundleError
 from ...graphs.quantization import is_quantised, parse_quant_config
 from ...graphs.targets import find_target
 
 
 def dense_bundle(bundle: Bundle, given: Path | None) -> Bundle | None:
-    """The bundle at ``given``, or one of the same model, target and precision beside ``bundle``.
+    """Open the bundle at ``given``, or one of the same model, target and precision nearby.
 
     None where ``bundle`` is dense itself, or no such bundle is found.
 
@@ -31,7 +32,7 @@ def dense_bundle(bundle: Bundle, given: Path | None) -> Bundle | None:
         try:
             other = Bundle.open(manifest.parent)
         except BundleError:
-            continue  # of another version, or half written: not what is looked for
+            continue  # of another version, or half written
         alike = other.manifest.target == bundle.manifest.target and other.manifest.plan.is_dense
         if alike and _precision(other) == _precision(bundle) and same_model(bundle, other):
             return other
@@ -39,7 +40,7 @@ def dense_bundle(bundle: Bundle, given: Path | None) -> Bundle | None:
 
 
 def same_model(one: Bundle, other: Bundle) -> bool:
-    """Whether both were built from one checkpoint, as far as the files tell."""
+    """Return whether both were built from one checkpoint, as far as the files show."""
 
     def facts(manifest: Manifest):
         return manifest.config, manifest.generation, manifest.preprocessing, _texts(manifest)
@@ -51,7 +52,7 @@ def same_model(one: Bundle, other: Bundle) -> bool:
 
 
 def how_to_build(manifest: Manifest) -> str:
-    """The command that builds the unpruned bundle."""
+    """Return the command that builds the unpruned bundle."""
     command = f"make engines MODEL={manifest.model} PLAN=dense TARGET={manifest.target}"
     precision = unstaged(manifest.precision)
     if precision != find_target(manifest.target).precisions[0]:
@@ -66,7 +67,7 @@ def how_to_build(manifest: Manifest) -> str:
 
 
 def unstaged(precision: str) -> str:
-    """A precision without its schemes of single stages, which the dense plan has not."""
+    """Return a precision without schemes of single stages, which the dense plan has not."""
     if not is_quantised(precision):
         return precision
     return replace(parse_quant_config(precision), stages={}).name
@@ -85,16 +86,16 @@ def _texts(manifest: Manifest) -> dict[str, str]:
 
 
 def _place(manifest: Manifest) -> tuple:
-    """The file, by its hash, and the place in it of the embedding table."""
+    """Return the file, by its hash, and the place in it of the embedding table."""
     ref = manifest.embedding
     fact = manifest.files.get(ref.file)
     return (fact and fact.sha256, ref.offset, ref.dtype, ref.shape)
 
 
 def _table(bundle: Bundle) -> str:
-    """Hash of the embedding table's own bytes."""
+    """Hash the embedding table's own bytes."""
     ref = bundle.manifest.embedding
-    left = math.prod(ref.shape) * (4 if ref.dtype == "float32" else 2)
+    left = math.prod(ref.shape) * int(DTYPES[ref.dtype].nbytes)
     digest = hashlib.sha256(f"{ref.dtype} {ref.shape}".encode())
     with bundle.file(ref.file).open("rb") as stream:
         stream.seek(ref.offset)

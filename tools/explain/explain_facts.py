@@ -29,7 +29,7 @@ class Run:
 
 
 def explain_facts(question: str, run: Run, dense: Run | None, hint: str | None) -> dict[str, Any]:
-    """Everything that a page says.
+    """Return everything that a page says.
 
     Args:
         question: as asked.
@@ -87,7 +87,7 @@ def _answer(run: Run) -> dict[str, Any]:
 
 
 def _phases(run: Run) -> list[str]:
-    """What each layer does with vision.
+    """Name what each layer does with vision.
 
     ``blind``: text rows ignore it; ``all``: every token is there; ``kept``: some; ``none``.
     """
@@ -125,7 +125,7 @@ def _layer(index: int, phase: str, run: Run, dense: Run | None) -> dict[str, Any
 
 
 def _kept_of_top(layer: LayerTrace, kept: tuple[int, ...] | None) -> int | None:
-    """How many of the layer's strongest K tokens are among the K kept; None where pruned."""
+    """Count the layer's strongest K tokens among the K kept; None where it is pruned."""
     if not kept or not layer.present.all():
         return None
     strongest = np.argsort(-layer.norms, kind="stable")[: len(kept)]
@@ -133,7 +133,7 @@ def _kept_of_top(layer: LayerTrace, kept: tuple[int, ...] | None) -> int | None:
 
 
 def _kept_mass(layer: LayerTrace, kept: tuple[int, ...] | None) -> float | None:
-    """The kept tokens' share of the layer's contributions."""
+    """Return the kept tokens' share of the layer's contributions."""
     if kept is None or not layer.norms.sum():
         return None
     return float(layer.norms[list(kept)].sum() / layer.norms.sum())
@@ -151,7 +151,7 @@ def _stage(index: int, stage: Stage, layers: list[dict[str, Any]]) -> dict[str, 
 
 
 def _fusion(run: Run, dense: Run | None) -> dict[str, Any]:
-    """Where vision weighs most, in the unpruned run where there is one.
+    """Find where vision weighs most, in the unpruned run where there is one.
 
     peak: the layer where its part is largest; near: others that come near it (``NEAR_PEAK``).
     """
@@ -162,7 +162,7 @@ def _fusion(run: Run, dense: Run | None) -> dict[str, Any]:
 
 
 def _given_up(dense: Trace, pruned: Trace, phases: list[str]) -> dict[str, float]:
-    """How the unpruned model's visual contributions, summed over layers, fare under the plan.
+    """Sort the unpruned model's visual contributions by what becomes of them under the plan.
 
     A layer's are counted relative to its output, so that layers compare. Shares that sum to 1:
     ``all`` and ``kept``: the plan has them too; ``discarded``: of tokens that the selection left
@@ -182,7 +182,7 @@ def _given_up(dense: Trace, pruned: Trace, phases: list[str]) -> dict[str, float
 
 
 def _savings(run: Run) -> dict[str, Any]:
-    """FLOPs of visual rows and cache bytes of the prompt, as the graphs run, beside dense."""
+    """Return FLOPs of visual rows and cache bytes of the prompt, as graphs run, beside dense."""
     manifest, facts = run.manifest, run.trace.answer.plan
     prefix = len(manifest.prefix.ids) if manifest.prefix else 0
     text = facts.prompt_rows - facts.visual_tokens - prefix

@@ -1,8 +1,4 @@
-"""Facts and pictures -> one HTML file that needs nothing else: no server, no network, no script.
-
-The template escapes every string. Behind it stands a content security policy that forbids all
-requests and every script but the page's own, known by its hash.
-"""
+"""Facts and images -> one HTML file; the only script that may run is its own, known by its hash."""
 
 from __future__ import annotations
 
@@ -15,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ...pages.page import style, template
-from ...pages.page import write_page as write_page
-from ...pages.words import percent
+from ...pages.page import render_page
+from ...pages.units import percent
 from .overlay import Grid
 
 TEMPLATE_FOLDER = Path(__file__).parent
@@ -25,9 +20,9 @@ TEMPLATE_FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class ShownImage:
-    """One picture of the prompt.
+    """One image of the prompt.
 
-    uri, ghost: the picture and its small grey copy. size: (width, height) in pixels. present: for
+    uri, ghost: the image and its small grey copy. size: (width, height) in pixels. present: for
     each layer its tokens (N,) that are there. heat: data URIs by run ("plan", "dense") and layer.
     cropped: share of the original that the model does not see.
     """
@@ -42,61 +37,39 @@ class ShownImage:
 
 
 def render_explanation(facts: dict[str, Any], images: Sequence[ShownImage]) -> str:
-    """The page's HTML."""
+    """Return the page's HTML."""
     script = (TEMPLATE_FOLDER / "page.js").read_text(encoding="utf-8").strip()
     digest = base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode()
     masks = masks_of([layer["phase"] for layer in facts["layers"]], images)
-    return template(TEMPLATE_FOLDER / "page.html").render(
-        facts=facts,
-        pictures=[
-            {
-                "uri": one.uri,
-                "ghost": one.ghost,
-                "width": one.size[0],
-                "height": one.size[1],
-                "columns": one.grid.columns,
-                "rows": one.grid.rows,
-                "extent": 100 * one.grid.extent,
-                "heat": one.heat,
-                "cropped": one.cropped,
-                "masks": [
-                    {"number": number, **outlines(one.grid.cells(tokens[index]))}
-                    for number, tokens in enumerate(masks.distinct)
-                ],
-            }
-            for index, one in enumerate(images)
+    shown = {
+        "facts": facts,
+        "images": images,
+        "outlined": [
+            [outlines(image.grid.cells(tokens[index])) for tokens in masks.distinct]
+            for index, image in enumerate(images)
         ],
-        masks=masks.of_layer,
-        captions=[_captions(layer, facts) for layer in facts["layers"]],
-        kept_words=_kept_words(facts),
-        runs=_runs(facts),
-        start=_start(facts),
-        top=max(max(layer["part"], layer["dense_part"] or 0.0) for layer in facts["layers"]),
-        style=style(TEMPLATE_FOLDER / "page.css"),
-        script=script,
-        script_hash=f"sha256-{digest}",
-    )
-
-
-def write_explanation(html: str, path: Path) -> None:
-    """Put the page at ``path``, whole or not at all.
-
-    Raises:
-        CapacityError: it cannot be written there.
-    """
-    write_page(html, path, "--out explain.html")
+        "masks": masks.of_layer,
+        "captions": [_captions(layer, facts) for layer in facts["layers"]],
+        "kept_words": _kept_words(facts),
+        "runs": _runs(facts),
+        "start": _start(facts),
+        "top": max(max(layer["part"], layer["dense_part"] or 0.0) for layer in facts["layers"]),
+        "script": script,
+        "script_hash": f"sha256-{digest}",
+    }
+    return render_page(TEMPLATE_FOLDER, shown)
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Sets of kept tokens to outline. distinct: each by picture; of_layer: its number or None."""
+    """Sets of kept tokens to outline. distinct: each by image; of_layer: its number or None."""
 
     distinct: list[list[np.ndarray]]
     of_layer: list[int | None]
 
 
 def masks_of(phases: Sequence[str], images: Sequence[ShownImage]) -> Masks:
-    """What to outline in each layer: its tokens, or before a selection those that will survive."""
+    """Choose what to outline in each layer: its tokens, or those that a selection will keep."""
     distinct: list[list[np.ndarray]] = []
     of_layer: list[int | None] = []
     coming: int | None = None
@@ -112,7 +85,7 @@ def masks_of(phases: Sequence[str], images: Sequence[ShownImage]) -> Masks:
 
 
 def outlines(cells: np.ndarray) -> dict[str, str]:
-    """SVG paths over kept cells (rows, columns): their common border, and everything else."""
+    """Return SVG paths over kept cells (rows, columns): their border, and everything else."""
     rows, columns = cells.shape
     framed = np.pad(cells.astype(bool), 1)
     border, holes = [], [f"M0 0h{columns}v{rows}h-{columns}z"]
@@ -126,14 +99,14 @@ def outlines(cells: np.ndarray) -> dict[str, str]:
 
 
 def _kept_words(facts: dict[str, Any]) -> str:
-    """``16 of 144``, or ``72, then 36, then 18 of 144``."""
+    """Say ``16 of 144``, or ``72, then 36, then 18 of 144``."""
     counts = [layer["visual_tokens"] for layer in facts["layers"] if layer["phase"] == "kept"]
     distinct = dict.fromkeys(counts) or [facts["visual_tokens"]]
     return f"{', then '.join(map(str, distinct))} of {facts['visual_tokens']}"
 
 
 def _runs(facts: dict[str, Any]) -> str:
-    """``5 runs``, ``5 runs each`` or ``5 and 3 runs``."""
+    """Say ``5 runs``, ``5 runs each`` or ``5 and 3 runs``."""
     own = facts["answer"]["timing"]["runs"]
     other = facts["dense"]["timing"]["runs"] if facts["dense"] else None
     if other is not None and other != own:
@@ -142,22 +115,22 @@ def _runs(facts: dict[str, Any]) -> str:
 
 
 def _start(facts: dict[str, Any]) -> int:
-    """The layer that a page opens with: where tokens are selected, else where vision peaks."""
+    """Return the layer to open with: where tokens are selected, else where vision peaks."""
     if facts["kept"] and facts["plan"]["trigger"] < facts["plan"]["exit"]:
         return facts["plan"]["trigger"]
     return facts["fusion"]["peak"]
 
 
 def _captions(layer: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
-    """One or two sentences on a layer, under the plan and in the unpruned model."""
+    """Write one or two sentences on a layer, under the plan and in the unpruned model."""
     count, part = layer["visual_tokens"], percent(layer["part"])
     phase, mode = layer["phase"], layer["mode"]
     if phase == "blind" and mode == "sink":
-        own = "Text ignores the picture here: what attention it gets falls on one stand-in token."
+        own = "Text ignores the image here: what attention it gets falls on one stand-in token."
     elif phase == "blind":
-        own = "Text ignores the picture here: the plan gates it away."
+        own = "Text ignores the image here: the plan gates it away."
     elif phase == "none":
-        own = "The picture has left. What the answer needs is in the text by now."
+        own = "The image has left. What the answer needs is in the text by now."
     else:
         who = f"All {count} visual tokens are" if phase == "all" else f"{count} visual tokens are"
         own = f"{who} here and make up {part} of what the last word takes in."
@@ -167,7 +140,7 @@ def _captions(layer: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
     if following and phase not in ("none", "kept") and following[0]["phase"] == "kept":
         own += f" After this layer {following[0]['visual_tokens']} are kept."
     if following and phase != "none" and following[0]["phase"] == "none":
-        own += " After this layer the picture leaves."
+        own += " After this layer the image leaves."
     dense = f"All {facts['visual_tokens']} visual tokens make up {percent(layer['dense_part'])}."
     if layer["kept_mass"] is not None and phase in ("all", "kept"):
         dense += f" The kept ones carry {percent(layer['kept_mass'])} of their contributions."

@@ -1,4 +1,4 @@
-"""From a bundle, pictures and a question to a page: the whole path as one function."""
+"""From a bundle, images and a question to a page: the whole path as one function."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .dense import dense_bundle, how_to_build
 from .explain_facts import Run, explain_facts
 from .explain_page import ShownImage, render_explanation
 from .overlay import Grid, cropped_share, ghost_uri, heat_uri, image_uri, seen
-from .trace import LayerTrace, trace
+from .trace import Trace, trace
 
 
 @dataclass(frozen=True)
@@ -42,61 +42,60 @@ def explain(
 
     Args:
         path: a bundle, or a folder holding exactly one.
-        images: one picture or more, as ``Session.stream`` takes them.
+        images: one image or more, as ``Session.stream`` takes them.
         question: the prompt; answered greedily.
-        dense: a bundle of the unpruned model; by default one that lies beside ``path``.
+        dense: a bundle of the unpruned model; by default one beside ``path``.
         max_tokens: the answers' longest length.
         backend: as ``Session`` takes it.
         threads: likewise.
 
     Raises:
-        VisistageError: no picture, or anything that opening, comparing or answering refuses.
+        VisistageError: no image, or anything that opening, comparing or answering refuses.
     """
     if not images:
-        raise PromptError("explain shows what becomes of a picture: name at least one")
+        raise PromptError("explain shows what becomes of an image: name at least one")
     loaded = [load_image(image) for image in images]
     bundle = Bundle.open(path)
-    other = dense_bundle(bundle, dense)
-
-    def run(one: Bundle) -> Run:
-        # Without a cache every repetition pays for its pictures, as a first question does.
+    bundles = {"plan": bundle, "dense": dense_bundle(bundle, dense)}
+    runs: dict[str, Run] = {}
+    for name, one in bundles.items():
+        if one is None:
+            continue
+        # Without a cache every repetition pays for its images, as a first question does.
         with Session(one, backend=backend, threads=threads, cache_bytes=0) as session:
             result = trace(session, images, question, max_tokens)
-            preparations.append(session.preprocessing)
-        return Run(one.path.resolve().name, one.manifest, result)
+            if one is bundle:
+                preprocessing = session.preprocessing
+        runs[name] = Run(one.path.resolve().name, one.manifest, result)
+    missing = "dense" not in runs and not bundle.manifest.plan.is_dense
+    hint = how_to_build(bundle.manifest) if missing else None
+    facts = explain_facts(question, runs["plan"], runs.get("dense"), hint)
 
-    preparations: list[Any] = []
-    own = run(bundle)
-    full = None if other is None else run(other)
-    missing = full is None and not bundle.manifest.plan.is_dense
-    facts = explain_facts(question, own, full, how_to_build(bundle.manifest) if missing else None)
-    heat = {"plan": _relative(own.trace.layers)}
-    if full is not None:
-        heat["dense"] = _relative(full.trace.layers)
-    strongest = max(float(values.max()) for run_ in heat.values() for values in run_) or 1.0
+    heat = {name: _relative(run.trace) for name, run in runs.items()}
+    strongest = max(float(values.max()) for layers in heat.values() for values in layers) or 1.0
     tokens = bundle.manifest.config.visual_tokens
     grid = Grid.of(bundle.manifest.config)
     shown = []
     for index, image in enumerate(loaded):
         part = slice(index * tokens, (index + 1) * tokens)
-        visible = seen(image, preparations[0])
+        visible = seen(image, preprocessing)
         shown.append(
             ShownImage(
                 uri=image_uri(visible),
                 ghost=ghost_uri(visible),
                 size=visible.size,
                 grid=grid,
-                present=[layer.present[part] for layer in own.trace.layers],
+                present=[layer.present[part] for layer in runs["plan"].trace.layers],
                 heat={
                     name: [heat_uri(grid.cells(values[part]) / strongest) for values in layers]
                     for name, layers in heat.items()
                 },
-                cropped=cropped_share(image.size, preparations[0]),
+                cropped=cropped_share(image.size, preprocessing),
             )
         )
     return Explanation(render_explanation(facts, shown), facts)
 
 
-def _relative(layers: Sequence[LayerTrace]) -> list[np.ndarray]:
-    """Each layer's contributions (N,) relative to its output, so that layers compare."""
-    return [layer.norms / max(layer.reading.output, 1e-12) for layer in layers]
+def _relative(trace: Trace) -> list[np.ndarray]:
+    """Return each layer's contributions (N,) relative to its output, so that layers compare."""
+    return [layer.norms / max(layer.reading.output, 1e-12) for layer in trace.layers]

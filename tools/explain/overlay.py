@@ -1,6 +1,6 @@
-"""What the model sees, for people: the prepared picture, its grid of tokens, heat maps over it.
+"""What the model sees, for people: the prepared image, its grid of tokens, heat maps over it.
 
-Tokens are patches of the *prepared* picture (padded, resized, cropped), so that is what a page
+Tokens are patches of the *prepared* image (padded, resized, cropped), so that is what a page
 shows. It is made by the runtime's own preprocessing, only finer: with the sizes multiplied and the
 normalising left out.
 """
@@ -20,7 +20,7 @@ from ...runtime.image.image import preprocess
 from ...runtime.image.preprocessing import Preprocessing
 
 SHOWN_SIDE = 672
-"""Pixels that the shorter edge of a shown picture should have, where the original has them."""
+"""Pixels that the shorter edge of a shown image should have, where the original has them."""
 
 GHOST = 96
 """Pixels of the small grey copy behind the heat map of each layer."""
@@ -41,9 +41,9 @@ RAMP = np.array(  # R, G, B, alpha from no contribution to the strongest
 
 @dataclass(frozen=True)
 class Grid:
-    """Where tokens lie: ``columns`` x ``rows`` patches that cover ``extent`` of the picture's side.
+    """Places of tokens: ``columns`` x ``rows`` patches that cover ``extent`` of the image's side.
 
-    ``first``: the patch of token 0; -1 where that is a class token, which lies nowhere.
+    ``first``: the patch of token 0; -1 where that is a class token, which has no place.
     """
 
     columns: int
@@ -53,14 +53,14 @@ class Grid:
 
     @classmethod
     def of(cls, config: ModelConfig) -> Grid:
-        """The grid of a model's tower; what does not fill a patch at the border is cut."""
+        """Return a vision encoder's grid; what does not fill a patch at the border is cut."""
         vision = config.vision
         side = vision.image_size // vision.patch_size
         first = (config.select == "default") - (vision.kind == "clip")
         return cls(side, side, side * vision.patch_size / vision.image_size, first)
 
     def cells(self, values: np.ndarray) -> np.ndarray:
-        """Values (N, ...) of one picture's tokens as (rows, columns, ...); 0 where none lies."""
+        """Arrange values (N, ...) of one image's tokens as (rows, columns, ...); 0 without one."""
         tail = values.shape[1:]
         out = np.zeros((self.rows * self.columns, *tail), values.dtype)
         lead = max(0, -self.first)
@@ -71,7 +71,7 @@ class Grid:
 
 
 def seen(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """The picture that reaches the tower, at several times its size where ``image`` allows.
+    """Return the image that the model sees, at several times its size where ``image`` allows.
 
     Args:
         image: RGB, from ``load_image``.
@@ -85,13 +85,13 @@ def seen(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     while factor > 1:
         try:
             return _to_image(preprocess(image, _scaled(plain, factor)))
-        except ImageError:  # a very long picture outgrows the limit on the way to its crop
+        except ImageError:  # a very long image outgrows the limit on the way to its crop
             factor -= 1
     return _to_image(preprocess(image, plain))
 
 
 def cropped_share(size: tuple[int, int], preprocessing: Preprocessing) -> float:
-    """Share of a (width, height) picture that the model does not see, in 0..1."""
+    """Return the share of a (width, height) image that the model does not see, in 0..1."""
     crop, resize = preprocessing.crop_size, preprocessing.size
     if crop is None or preprocessing.pad_color is not None:
         return 0.0
@@ -104,38 +104,30 @@ def cropped_share(size: tuple[int, int], preprocessing: Preprocessing) -> float:
 
 
 def image_uri(image: Image.Image) -> str:
-    """The picture as a data URI: PNG or JPEG, whichever is smaller."""
-    flat, photo = io.BytesIO(), io.BytesIO()
-    image.save(flat, "PNG", optimize=True)
-    image.save(photo, "JPEG", quality=88, optimize=True)
-    if flat.tell() <= photo.tell():
-        return _uri("png", flat)
-    return _uri("jpeg", photo)
+    """Return the image as a data URI: PNG or JPEG, whichever is smaller."""
+    flat = _uri(image, "PNG")
+    photo = _uri(image, "JPEG", quality=88)
+    return min(flat, photo, key=len)
 
 
 def ghost_uri(image: Image.Image) -> str:
-    """A small grey copy."""
-    grey, file = image.convert("L"), io.BytesIO()
+    """Return a small grey copy as a data URI."""
+    grey = image.convert("L")
     grey.thumbnail((GHOST, GHOST))
-    grey.save(file, "JPEG", quality=70, optimize=True)
-    return _uri("jpeg", file)
+    return _uri(grey, "JPEG", quality=70)
 
 
 def heat_uri(values: np.ndarray) -> str:
-    """Values (rows, columns) in 0..1 as a transparent picture, one pixel a token."""
+    """Draw values (rows, columns) in 0..1 as a transparent image, one pixel a token."""
     at = np.clip(values, 0, 1) ** GAMMA * (len(RAMP) - 1)
     low = np.minimum(at.astype(int), len(RAMP) - 2)
     part = (at - low)[..., None]
     pixels = (RAMP[low] * (1 - part) + RAMP[low + 1] * part).round().astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels, "RGBA").save(file, "PNG", optimize=True)
-    return _uri("png", file)
+    return _uri(Image.fromarray(pixels, "RGBA"), "PNG")
 
 
 def _factor(image: Image.Image, preprocessing: Preprocessing) -> int:
-    """How much finer than the tower's input: up to ``SHOWN_SIDE``, and no finer than the
-    original.
-    """
+    """Return how much finer than the model's input to draw: not finer than the original."""
     size = preprocessing.size
     if size is None:
         return 1
@@ -145,20 +137,21 @@ def _factor(image: Image.Image, preprocessing: Preprocessing) -> int:
 
 
 def _scaled(preprocessing: Preprocessing, factor: int) -> Preprocessing:
-    size, crop = preprocessing.size, preprocessing.crop_size
-    if isinstance(size, tuple):
-        size = (size[0] * factor, size[1] * factor)
-    elif size is not None:
-        size *= factor
-    if crop is not None:
-        crop = (crop[0] * factor, crop[1] * factor)
+    def scaled(edges):
+        if isinstance(edges, tuple):
+            return tuple(edge * factor for edge in edges)
+        return None if edges is None else edges * factor
+
+    size, crop = scaled(preprocessing.size), scaled(preprocessing.crop_size)
     return replace(preprocessing, size=size, crop_size=crop)
 
 
 def _to_image(pixels: np.ndarray) -> Image.Image:
-    """(3, H, W) values 0..255 as a picture."""
+    """Return (3, H, W) values 0..255 as an image."""
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
-def _uri(kind: str, file: io.BytesIO) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+def _uri(image: Image.Image, kind: str, **options) -> str:
+    file = io.BytesIO()
+    image.save(file, kind, optimize=True, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

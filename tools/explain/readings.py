@@ -7,9 +7,9 @@ and ``o`` its attention output over all heads, token j contributes c_j = concat_
     cosine_j = cos(o - c_j, o) = (O - s_j) / sqrt( O (O - 2 s_j + norm_j^2) )
     s_j      = sum_h w_hj <v_hj, o_h>,   O = |o|^2
 
-``graphs/modules/select.py`` says the same in torch for layers without gates; here gates count,
-because a page about the answer must show what the graphs did. Source: docs/methods.md, "The
-contribution of a visual token".
+The one form without torch, which explaining must do without, and with gates: a page about the
+answer must show what the graphs did. The graphs' own is ``graphs/modules/select.py``; the tests
+hold both against each other. Source: docs/methods.md, "The contribution of a visual token".
 """
 
 from __future__ import annotations
@@ -52,11 +52,6 @@ class LayerReading:
         """Vision's part of the output, in 0..1: |sum of visual c_j| against both sums."""
         both = self.vision + self.text
         return self.vision / both if both else 0.0
-
-    @property
-    def mass(self) -> float:
-        """Sum of |c_j| over the visual tokens."""
-        return float(self.norms.sum())
 
 
 def read_row(
@@ -108,9 +103,9 @@ def read_row(
 
 
 def _gated(weights: np.ndarray, gates: Gates) -> np.ndarray:
-    """Softmax weights (..., S) as the gates leave them on each slot's own value."""
+    """Return softmax weights (..., S) as the gates leave them on each slot's own value."""
     left = weights * gates.value.astype(np.float32)
-    open_ = np.flatnonzero(gates.sink)
-    if open_.size:
-        left[..., open_[0]] += (weights * gates.sink.astype(np.float32)).sum(-1)
+    moved = np.flatnonzero(gates.sink)
+    if moved.size:
+        left[..., moved[0]] += (weights * gates.sink.astype(np.float32)).sum(-1)
     return left

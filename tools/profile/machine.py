@@ -10,7 +10,6 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,17 @@ from ...runtime.hardware import ROOT, cores, processor
 
 LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13-bindings", "numpy")
 ASK_SECONDS = 10
+CLOCK_DOMAINS = (  # name, folders, prefix of their files, units in a MHz
+    ("cpu", "sys/devices/system/cpu/cpufreq/policy*", "scaling_", 1e3),
+    ("devfreq", "sys/class/devfreq/*", "", 1e6),
+)
 
 
 def machine_facts(root: Path = ROOT) -> dict[str, Any]:
-    """Processor, memory, load, clocks, power mode and versions; ``root`` is for tests."""
+    """Return processor, memory, load, clocks, power mode and versions; ``root`` is for tests."""
     facts = {
         "processor": processor(root),
-        "board": _board(root),
+        "board": _word(root / "proc" / "device-tree" / "model"),
         "cores": cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -42,24 +45,15 @@ def machine_facts(root: Path = ROOT) -> dict[str, Any]:
 
 
 def clocks(root: Path = ROOT) -> dict[str, Any]:
-    """Governor and MHz of every clock domain that the kernel shows: cores, and a Jetson's GPU."""
+    """Return governor and MHz of every clock domain of the kernel: cores, and a Jetson's GPU."""
     out: dict[str, Any] = {}
-    for name, pattern, unit in (
-        ("cpu", "sys/devices/system/cpu/cpufreq/policy*", 1e3),  # kHz
-        ("devfreq", "sys/class/devfreq/*", 1e6),  # Hz
-    ):
+    for name, pattern, prefix, unit in CLOCK_DOMAINS:
         for folder in sorted(root.glob(pattern)):
-            facts = {
-                "governor": _word(folder / f"{'scaling_' * (name == 'cpu')}governor"),
-                **{
-                    f"{which}_mhz": _scaled(folder / f"{'scaling_' * (name == 'cpu')}{file}", unit)
-                    for which, file in (
-                        ("now", "cur_freq"),
-                        ("min", "min_freq"),
-                        ("max", "max_freq"),
-                    )
-                },
-            }
+            facts: dict[str, Any] = {"governor": _word(folder / f"{prefix}governor")}
+            for which in ("cur", "min", "max"):
+                number = _word(folder / f"{prefix}{which}_freq") or ""
+                mhz = float(number) / unit if number.isdecimal() else None
+                facts[f"{which.replace('cur', 'now')}_mhz"] = mhz
             facts = {key: value for key, value in facts.items() if value is not None}
             if facts:
                 out[f"{name}.{folder.name}"] = facts
@@ -67,7 +61,7 @@ def clocks(root: Path = ROOT) -> dict[str, Any]:
 
 
 def power_mode() -> str | None:
-    """A Jetson's, as ``nvpmodel -q`` names it; None elsewhere."""
+    """Return a Jetson's power mode, as ``nvpmodel -q`` names it; None elsewhere."""
     command = shutil.which("nvpmodel") or shutil.which("nvpmodel", path="/usr/sbin")
     if command is None:
         return None
@@ -81,14 +75,33 @@ def power_mode() -> str | None:
 
 
 def parse_power_mode(text: str) -> str | None:
-    """``MAXN`` from ``NV Power Mode: MAXN`` and the mode's number on the next line."""
+    """Return ``MAXN`` of ``NV Power Mode: MAXN`` and the mode's number on the next line."""
     found = re.search(r"NV Power Mode:\s*(\S+)", text)
     return found[1] if found else None
 
 
-def _board(root: Path) -> str | None:
-    text = _text(root / "proc" / "device-tree" / "model")
-    return text.strip("\0 \n") if text else None
+def machine_line(machine: dict[str, Any]) -> str:
+    """Say processor or board, threads, clocks, power mode, and how busy it was."""
+    parts = [machine.get("board") or machine["processor"], f"{machine['threads']} threads"]
+    if "power_mode" in machine:
+        parts.append(f"power mode {machine['power_mode']}")
+    parts += clock_words(machine.get("clocks", {}))
+    if "load_average" in machine:
+        parts.append(f"load {machine['load_average']}")
+    return ", ".join(parts)
+
+
+def clock_words(clocks: dict[str, dict[str, Any]]) -> list[str]:
+    """Say the clock domains of a kind together: ``cpu 1190 to 2265 MHz (schedutil)``."""
+    words = []
+    for kind in dict.fromkeys(name.partition(".")[0] for name in clocks):
+        own = [facts for name, facts in clocks.items() if name.partition(".")[0] == kind]
+        mhz = sorted({round(facts["now_mhz"]) for facts in own if "now_mhz" in facts})
+        governors = sorted({facts["governor"] for facts in own if "governor" in facts})
+        ends = dict.fromkeys((mhz[0], mhz[-1])) if mhz else ()
+        text = f"{kind} {' to '.join(map(str, ends))} MHz" if mhz else kind
+        words.append(f"{text} ({', '.join(governors)})" if governors else text)
+    return words
 
 
 def _versions() -> dict[str, str]:
@@ -101,22 +114,8 @@ def _versions() -> dict[str, str]:
     return out
 
 
-def _scaled(file: Path, unit: float) -> float | None:
-    word = _word(file)
-    return float(word) / unit if word and word.isdecimal() else None
-
-
 def _word(file: Path) -> str | None:
-    text = _text(file)
-    return text.strip() if text else None
-
-
-def _lines(file: Path) -> Iterable[str]:
-    return (_text(file) or "").splitlines()
-
-
-def _text(file: Path) -> str | None:
     try:
-        return file.read_text(encoding="utf-8", errors="replace")
+        return file.read_text(encoding="utf-8", errors="replace").strip("\0 \n") or None
     except OSError:
         return None

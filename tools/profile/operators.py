@@ -1,7 +1,7 @@
 """Times of every operator, as ONNX Runtime notes them, by kind and by decoder layer.
 
 Noting takes time itself, so these come from a session of their own; their shares are what matters.
-Layers are read off node names (``layers.3/node_add``); what stands outside every layer (masks,
+Layers are read off node names (``layers.3/node_add``); what is outside every layer (masks,
 positions, the last norm, the head) is ``other``.
 """
 
@@ -11,29 +11,29 @@ import json
 import math
 import re
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from ...graphs.bundle import Bundle
 from ...graphs.errors import BundleError
 from ...runtime.session import Session
-from .fresh_prompts import prompts
-from .timing import TimedAnswer, time_questions, until_first_token
+from .timing import TimedAnswer, prompts, time_questions
 
 OTHER = "other"
-ROUNDS = 5
+QUESTIONS = 5
 CONTAINER = "If"
 """Its time is that of operators in it, which are noted as well."""
 
 LAYER_NODE = re.compile(r"layers\.(\d+)/")
 
-
 Table = dict[str, dict[str, float]]
 """Milliseconds by graph, and in it by kind of operator or by decoder layer."""
+
+NotedOperator = tuple[str, str, float]
+"""(node name, kind, ms)."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,15 @@ def operator_times(bundle: Bundle, *, tokens: int, **options) -> OperatorTimes:
     with tempfile.TemporaryDirectory() as folder:
         with Session(bundle, profile=Path(folder), **options) as session:
             source = prompts(seed=1)
-            for _ in range(1 + ROUNDS):  # the first warms up
+            for _ in range(1 + QUESTIONS):  # the first warms up
                 questions.append(time_questions(session, next(source), tokens))
             files = session.executor.end_profiles()
         runs = {name: list(_runs(file)) for name, file in files.items()}
     return _attributed(questions, runs)
 
 
-Run = Sequence[tuple[str, str, float]]
-"""(node name, kind, ms) of every operator of one run of a graph."""
-
-Noted = tuple[str, str, str, float]
-"""The same with the graph's name in front."""
-
-
-def _runs(file: Path) -> Iterator[Run]:
-    """The runs of one graph, in order."""
+def _runs(file: Path) -> Iterator[list[NotedOperator]]:
+    """Yield the operators of each run of one graph, in order."""
     try:
         events = json.loads(file.read_text(encoding="utf-8"))
         nodes = sorted(
@@ -97,67 +90,57 @@ def _runs(file: Path) -> Iterator[Run]:
             f"{file.name}, which ONNX Runtime's profiler wrote, cannot be read ({error}). "
             "Profile without it: --no-operators"
         ) from error
-    at = 0
+    times = [at for at, *_ in nodes]
     for start, stop in spans:
-        while at < len(nodes) and nodes[at][0] < start:
-            at += 1
-        run = []
-        while at < len(nodes) and nodes[at][0] <= stop:
-            run.append((nodes[at][1], nodes[at][2], nodes[at][3] / 1e3))
-            at += 1
-        yield run
+        inside = nodes[bisect_left(times, start) : bisect_right(times, stop)]
+        yield [(name, kind, duration / 1e3) for _, name, kind, duration in inside]
 
 
 def _attributed(
     questions: Sequence[tuple[TimedAnswer, TimedAnswer]],
-    runs: dict[str, list[Run]],
+    runs: Mapping[str, Sequence[list[NotedOperator]]],
 ) -> OperatorTimes:
     """Give every run of every graph to the call that it belongs to."""
-    phases: tuple[list[list[Noted]], list[list[Noted]]] = ([], [])
-    seen: dict[str, int] = defaultdict(int)
-    for pair in questions:
-        for question in pair:
-            first = len(until_first_token(question))
-            noted: tuple[list[Noted], list[Noted]] = ([], [])
-            for index, event in enumerate(question.events):
-                for graph in _graphs(event.call.graph, runs):
-                    if seen[graph] == len(runs[graph]):
+    left = {graph: iter(own) for graph, own in runs.items()}
+    phases: tuple[list, list] = ([], [])  # (graph, node, kind, ms) of every cold question
+    for cold, again in questions:
+        for answer in (cold, again):
+            noted: tuple[list, list] = ([], [])
+            for index, event in enumerate(answer.events):
+                for graph in left:
+                    if graph.split(".")[0] != event.call.graph:
+                        continue  # a stage in parts has several graphs
+                    run = next(left[graph], None)
+                    if run is None:
                         raise BundleError(
                             f"ONNX Runtime's profiler noted {len(runs[graph])} runs of graph "
                             f"'{graph}', fewer than took place. Ask for fewer tokens: --tokens 8"
                         )
-                    run = runs[graph][seen[graph]]
-                    seen[graph] += 1
-                    noted[index >= first].extend((graph, *operator) for operator in run)
-            if question is pair[0]:
+                    noted[index >= len(answer.prefill)].extend((graph, *one) for one in run)
+            if answer is cold:
                 phases[0].append(noted[0])
-                phases[1].append([(g, n, k, ms / question.later) for g, n, k, ms in noted[1]])
-    return OperatorTimes(*(_summed(quantises[1:]) for quantises in phases))
+                phases[1].append([(g, n, k, ms / answer.later) for g, n, k, ms in noted[1]])
+    return OperatorTimes(*(_summed(each[1:]) for each in phases))
 
 
-def _graphs(name: str, runs: dict[str, Any]) -> list[str]:
-    """The graphs that one call runs: a stage in parts has several."""
-    return [graph for graph in runs if graph.split(".")[0] == name]
-
-
-def _summed(quantises: Sequence[Sequence[Noted]]) -> Operators:
-    """Medians over the rounds of what each kind and each layer took."""
+def _summed(questions: Sequence[Sequence[tuple[str, str, str, float]]]) -> Operators:
+    """Return the medians over the questions of what each kind and each layer took."""
     tables: tuple[dict, dict] = ({}, {})
-    for number, round_ in enumerate(quantises):
-        for graph, node, kind, ms in round_:
+    for number, noted in enumerate(questions):
+        for graph, node, kind, ms in noted:
             layer = LAYER_NODE.search(node)
             for table, key in zip(tables, (kind, layer[1] if layer else OTHER), strict=True):
-                row = table.setdefault(graph, {}).setdefault(key, [0.0] * len(quantises))
+                row = table.setdefault(graph, {}).setdefault(key, [0.0] * len(questions))
                 row[number] += ms
     kinds, layers = (
-        {graph: {key: median(times) for key, times in row.items()} for graph, row in one.items()}
-        for one in tables
+        {graph: {key: median(times) for key, times in row.items()} for graph, row in table.items()}
+        for table in tables
     )
     return Operators(
         {g: dict(sorted(row.items(), key=lambda item: -item[1])) for g, row in kinds.items()},
-        {g: dict(sorted(row.items(), key=_in_order)) for g, row in layers.items()},
+        {g: dict(sorted(row.items(), key=_layer_order)) for g, row in layers.items()},
     )
 
 
-def _in_order(item: tuple[str, float]) -> float:
+def _layer_order(item: tuple[str, float]) -> float:
     return math.inf if item[0] == OTHER else int(item[0])

@@ -2,7 +2,7 @@
 
     python -m visistage.tools.profile.peak_memory < options.json
 
-A peak belongs to a process: beside a second bundle, or after one, nobody could tell whose it is.
+A peak belongs to a process: beside a second bundle, or after one, it could be the other's.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ def footprint(bundle: Path, *, tokens: int, **options) -> Footprint:
         text=True,
     )
     if done.returncode:
-        said = done.stderr.strip().splitlines()
+        last = done.stderr.strip().splitlines()[-1:]
         raise CapacityError(
             f"the process that measures the memory of {bundle} ended with {done.returncode}"
-            f"{': ' + said[-1] if said else ''}. Free memory, or take a smaller bundle"
+            f"{''.join(f': {line}' for line in last)}. Free memory, or take a smaller bundle"
         )
     return Footprint(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
-    """Do the job on stdin; answers on stdout."""
+    """Read a job from stdin, do it, and write the footprint to stdout."""
     job = json.load(sys.stdin)
     start = time.perf_counter()
     from ...runtime.session import load
@@ -63,8 +63,7 @@ def main() -> None:
     session = load(job["bundle"], **job["options"])
     load_ms = (time.perf_counter() - start) * 1e3
     loaded = psutil.Process().memory_info().rss
-    from .fresh_prompts import prompts
-    from .timing import time_questions
+    from .timing import prompts, time_questions
 
     with session:
         time_questions(session, next(prompts()), job["tokens"])

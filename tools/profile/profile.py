@@ -5,32 +5,47 @@ bundle ─▶ memory (own process) ─▶ peaks ─▶ questions in turns ─▶
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...graphs.bundle import Bundle
-from ...graphs.errors import PromptError
-from ...graphs.plan.call_cost import GraphCall, Sizes, work_of
+from ...graphs.errors import BundleError
+from ...graphs.plan.call_cost import GraphCall, total_work
+from ...graphs.progress import Progress
 from ...graphs.targets import ONNXRUNTIME, find_target
 from ...runtime.session import Session
-from .baseline import baseline_bundle, missing
-from .commands import as_facts, commands_of
+from ..explain.dense import dense_bundle, how_to_build
 from .machine import cores, machine_facts
 from .operators import operator_times
-from .peak_memory import Footprint, footprint
-from .peaks import CPU_PROVIDER, CUDA_PROVIDER, FILES, Peaks, measure_peaks, providers
+from .peak_memory import footprint
+from .polygraphy_runs import polygraphy_facts, polygraphy_runs
 from .power import Meter
 from .profile_facts import above_roofline, dominant, power_facts, run_facts, speed_up
-from .sweep import sweep
+from .roofline import CPU_PROVIDER, CUDA_PROVIDER, FILES, Peaks, measure_peaks, providers, works_of
+from .sweep import SweepPoint, sweep
 from .timing import Settings, TimedSeries, measure_bundles
 
+Measured = TypeVar("Measured")
+
 PLAN, AGAINST = "plan", "against"
-SWEEP_ROUNDS = 3
-ProfileProgress = Callable[[str, int, int], None]
-"""(what runs now, steps done of it, steps in all)."""
+SWEEP_REPETITIONS = 3
+MOST_TOKENS = 8
+"""Tokens of an answer where something else than its time is measured."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What sessions of all bundles gave: by bundle their series and sweeps, and the rest."""
+
+    device: str | None
+    peaks: Peaks | None
+    series: dict[str, TimedSeries]
+    sweeps: dict[str, list[SweepPoint]]
+    meter: Meter
+    polygraphy: dict[str, Any]
 
 
 def profile(
@@ -41,109 +56,145 @@ def profile(
     operators: bool = True,
     backend: str | None = None,
     threads: int | None = None,
-    progress: ProfileProgress = lambda what, done, total: None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Everything that is known about the bundle's times, as plain data.
+    """Measure everything about the bundle's times; return plain data.
 
     Args:
         path: a bundle, or a folder holding exactly one.
-        against: another bundle of the same model; by default a dense one that lies beside.
+        against: another bundle of the same model; by default a dense one beside it.
         settings: how much is measured.
         operators: whether to run ONNX Runtime's profiler, too.
         backend: as ``Session`` takes it.
         threads: likewise.
-        progress: told what goes on.
+        progress: the progress callback.
 
     Raises:
         VisistageError: a bundle that cannot be run here or compared, or a setting without sense.
     """
-    settings = settings or Settings()
-    _check(settings)
+    settings, progress = settings or Settings(), progress or Progress()
+    settings.check()
     bundle = Bundle.open(path)
     other = baseline_bundle(bundle, against)
     bundles = {PLAN: bundle} | ({AGAINST: other} if other else {})
     with Session(bundle, backend=backend, threads=threads) as session:
         threads = threads or session.executor.threads  # as many for both bundles
     options: dict[str, Any] = {"backend": backend, "threads": threads}
+    few = {"tokens": min(settings.tokens, MOST_TOKENS), **options}
 
-    memory: dict[str, Footprint] = {}
-    for number, (name, one) in enumerate(bundles.items()):
-        progress("memory", number, len(bundles))
-        memory[name] = footprint(one.path, tokens=min(settings.tokens, 8), **options)
-    with ExitStack() as stack:
-        sessions = {n: stack.enter_context(Session(b, **options)) for n, b in bundles.items()}
-        device = sessions[PLAN].executor.device_name
-        peaks = _peaks(bundle, device, threads)
-        quantises = settings.warm_up + settings.repetitions
-        done = 0
-
-        def one_round(count: int) -> None:
-            nonlocal done
-            done += count
-            progress("questions", done, quantises)
-
-        meter = stack.enter_context(Meter.find())
-        series = measure_bundles(sessions, settings, one_round)
-        progress("visual tokens", 0, 1)
-        points = sweep(sessions, SWEEP_ROUNDS, parts=_cuts(bundle, backend))
-        if peaks is not None:  # once more: the better one is nearer to what the machine can do
-            peaks = _better(peaks, _peaks(bundle, device, threads))
-    noted: dict[str, Any] = {}
-    if operators and device is None:
-        noting = {n: b for n, b in bundles.items() if _on(b, backend) == ONNXRUNTIME}
-        for number, (name, one) in enumerate(noting.items()):
-            progress("operators", number, len(noting))
-            noted[name] = asdict(operator_times(one, tokens=min(settings.tokens, 8), **options))
-    runs = {
-        name: run_facts(
-            one,
-            series[name],
-            memory[name],
-            points[name],
-            peaks if one.manifest.precision == bundle.manifest.precision else None,
-            meter,
-        )
-        | {"operators": noted.get(name)}
-        for name, one in bundles.items()
-    }
+    memory = _each(bundles, "memory", progress, lambda one: footprint(one.path, **few))
+    timed = _time(bundles, settings, options, progress)
+    noted = {}
+    if operators and timed.device is None:
+        onnx = {n: b for n, b in bundles.items() if _backend_of(b, backend) == ONNXRUNTIME}
+        noted = _each(onnx, "operators", progress, lambda one: asdict(operator_times(one, **few)))
+    runs = {}
+    for name, one in bundles.items():
+        alike = one.manifest.precision == bundle.manifest.precision
+        peaks = timed.peaks if alike else None
+        measured = (timed.series[name], memory[name], timed.sweeps[name], peaks, timed.meter)
+        runs[name] = run_facts(one, *measured) | {"operators": noted.get(name)}
     return {
         "bundle": str(bundle.path),
         "settings": asdict(settings),
         "machine": {**machine_facts(), "threads": threads or cores()},
-        "device": device,
-        "peaks": peaks and asdict(peaks),
+        "device": timed.device,
+        "peaks": timed.peaks and asdict(timed.peaks),
         "beaten": above_roofline(runs),
-        "no_peaks": None if peaks else _why_no_peaks(bundle),
+        "no_peaks": None if timed.peaks else _why_no_peaks(bundle),
         "runs": runs,
         "speed_up": speed_up(runs[PLAN], runs[AGAINST]) if other else None,
-        "how_to_compare": None if other else missing(bundle),
-        "power": power_facts(meter),
+        "how_to_compare": None if other else _how_to_compare(bundle),
+        "power": power_facts(timed.meter),
         "dominant": dominant(runs[PLAN]),
-        "commands": as_facts(commands_of(bundle, _all_calls(series[PLAN]))),
+        "polygraphy": timed.polygraphy,
+        "commands": [
+            {"about": run.about, "command": run.text}
+            for run in polygraphy_runs(bundle, timed.series[PLAN].call_ms())
+        ],
     }
 
 
-def _check(settings: Settings) -> None:
-    for name, least in (("repetitions", 1), ("warm_up", 0), ("tokens", 2)):
-        value = getattr(settings, name)
-        if value < least:
-            raise PromptError(
-                f"--{name.replace('_', '-')} is {value}: it must be at least {least}"
-                + (", for a later token's time" if name == "tokens" else "")
-            )
+def baseline_bundle(bundle: Bundle, given: Path | None) -> Bundle | None:
+    """Open the bundle at ``given``, or one with the plan ``dense`` beside ``bundle``, if any.
+
+    Raises:
+        BundleError: ``given`` is no bundle, is ``bundle`` itself, or is of another model.
+    """
+    if given is None:
+        return dense_bundle(bundle, None)
+    other = Bundle.open(given)
+    if other.path.resolve() == bundle.path.resolve():
+        raise BundleError(
+            f"--against {given} is the bundle that is profiled. Name another one: "
+            f"{how_to_build(bundle.manifest)}"
+        )
+    if other.manifest.config != bundle.manifest.config:
+        raise BundleError(
+            f"{other.path} is of another model ({other.manifest.model}) than {bundle.path} "
+            f"({bundle.manifest.model}): their times would say nothing about plans. "
+            f"Build one of the same: {how_to_build(bundle.manifest)}"
+        )
+    return other
+
+
+def _how_to_compare(bundle: Bundle) -> str | None:
+    """Return what to type for a comparison; None for the unpruned model itself."""
+    return None if bundle.manifest.plan.is_dense else how_to_build(bundle.manifest)
+
+
+def _each(
+    bundles: Mapping[str, Bundle],
+    step: str,
+    progress: Progress,
+    measure: Callable[[Bundle], Measured],
+) -> dict[str, Measured]:
+    """Measure every bundle, as one step."""
+    progress.start(step, len(bundles))
+    measured = {}
+    for name, bundle in bundles.items():
+        measured[name] = measure(bundle)
+        progress.advance()
+    return measured
+
+
+def _time(
+    bundles: Mapping[str, Bundle], settings: Settings, options: dict[str, Any], progress: Progress
+) -> Timed:
+    """Time sessions of all bundles beside one another."""
+    bundle, backend = bundles[PLAN], _backend_of(bundles[PLAN], options["backend"])
+    with ExitStack() as stack:
+        sessions = {n: stack.enter_context(Session(b, **options)) for n, b in bundles.items()}
+        executor = sessions[PLAN].executor
+        graphs = dict(getattr(executor, "sessions", {}))
+        device, threads = executor.device_name, options["threads"]
+        peaks = _peaks(bundle, device, threads)
+        meter = stack.enter_context(Meter.find())
+        progress.start("questions", settings.warm_up + settings.repetitions)
+        series = measure_bundles(sessions, settings, progress.advance)
+        progress.start("visual tokens")
+        whole_images = backend != ONNXRUNTIME and find_target(bundle.manifest.target).engines
+        sweeps = sweep(sessions, SWEEP_REPETITIONS, parts=not whole_images)
+        again = _peaks(bundle, device, threads)  # the better one is nearer to what is possible
+        if peaks is not None and again is not None:
+            peaks = peaks.better(again)
+    progress.start("polygraphy")  # now: a device has no room for its engines twice
+    stock = polygraphy_facts(bundle, backend, series[PLAN].call_ms(), graphs, settings.repetitions)
+    return Timed(device, peaks, series, sweeps, meter, stock)
 
 
 def _peaks(bundle: Bundle, device: str | None, threads: int | None) -> Peaks | None:
-    """The machine's, where the bundle runs and in the type of its products; None: not known."""
+    """Measure the machine where the bundle runs, in the type of its products, if it can be."""
     manifest = bundle.manifest
     if manifest.precision not in FILES or (device is not None and CUDA_PROVIDER not in providers()):
         return None
+    step = [GraphCall(f"stage{index}", 1, 1) for index in range(len(manifest.plan.stages))]
     return measure_peaks(
         # A CPU computes FP16 graphs in FP32, from a widened copy.
         precision="fp32" if device is None else manifest.precision,
         threads=threads or cores(),
         provider=CPU_PROVIDER if device is None else CUDA_PROVIDER,
-        read_bytes=_step_bytes(bundle),
+        read_bytes=total_work(works_of(manifest, step)).weight_bytes,
     )
 
 
@@ -154,34 +205,6 @@ def _why_no_peaks(bundle: Bundle) -> str:
     return "a GPU's products are measured by ONNX Runtime; type: pip install onnxruntime-gpu"
 
 
-def _step_bytes(bundle: Bundle) -> float:
-    """What one later token reads of the weights."""
-    manifest = bundle.manifest
-    sizes = Sizes.of(manifest.precision)
-    stages = range(len(manifest.plan.stages))
-    calls = [GraphCall(f"stage{index}", 1, 1) for index in stages]
-    return sum(work_of(c, manifest.config, manifest.plan, sizes).weight_bytes for c in calls)
-
-
-def _better(one: Peaks, other: Peaks | None) -> Peaks:
-    assert other is not None
-    return replace(
-        one,
-        flops=max(one.flops, other.flops),
-        bandwidth=max(one.bandwidth, other.bandwidth),
-    )
-
-
-def _cuts(bundle: Bundle, backend: str | None) -> bool:
-    """Whether stages take parts of a picture: graphs do, engines were compiled for whole ones."""
-    return backend == ONNXRUNTIME or not find_target(bundle.manifest.target).engines
-
-
-def _on(bundle: Bundle, backend: str | None) -> str:
-    """The back end that runs it. Of operators only ONNX Runtime's own times are read."""
+def _backend_of(bundle: Bundle, backend: str | None) -> str:
+    """Return the back end that runs a bundle, where ``backend`` was asked for."""
     return backend or find_target(bundle.manifest.target).backend
-
-
-def _all_calls(series: TimedSeries) -> list[GraphCall]:
-    cold, _, step = series.calls()
-    return [*cold, *step]

@@ -1,4 +1,4 @@
-"""Measurements as plain data: what ``--json`` prints, and tables and page are made from."""
+"""Measurements as plain data: what ``--json`` prints, and tables and page are made from; labels."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from dataclasses import asdict
 from typing import Any
 
 from ...graphs.bundle import Bundle
-from .call_timer import TimedCall
 from .peak_memory import Footprint
-from .peaks import Peaks
 from .power import Meter
-from .roofline import GraphRoofline, lower_bound_of, parts_of
-from .spread import Spread
+from .roofline import GraphRoofline, Peaks, parts_of, works_of
 from .sweep import SweepPoint
-from .timing import TimedAnswer, TimedSeries
+from .timing import FIRST_TOKEN, Spread, TimedAnswer, TimedSeries
 
 IMPOSSIBLE_SHARE = 1.1
 """Share of the roofline above which it cannot be right: a busy machine looked slower than it is."""
@@ -27,7 +24,7 @@ def run_facts(
     peaks: Peaks | None,
     meter: Meter,
 ) -> dict[str, Any]:
-    """What is known of one bundle, but for its operators."""
+    """Return what is known of one bundle, but for its operators."""
     manifest = bundle.manifest
     spreads = series.spreads()
     cold, _, step = series.calls()
@@ -48,7 +45,7 @@ def run_facts(
             {
                 "visual_tokens": p.visual_tokens,
                 **asdict(p.ms),
-                "floor_ms": peaks and lower_bound_of(manifest, p.calls, peaks),
+                "floor_ms": peaks and sum(map(peaks.lower_bound_ms, works_of(manifest, p.calls))),
             }
             for p in points
         ],
@@ -62,12 +59,11 @@ def run_facts(
 
 
 def _part(part: GraphRoofline) -> dict[str, Any]:
-    work = part.work
     return {
         "graph": part.graph,
         "calls": part.calls,
-        "flops": work.flops,
-        "nbytes": work.nbytes,
+        "flops": part.work.flops,
+        "nbytes": part.work.nbytes,
         "floor_ms": part.lower_bound_ms,
         "measured_ms": part.measured_ms,
         "share": part.share,
@@ -76,33 +72,30 @@ def _part(part: GraphRoofline) -> dict[str, Any]:
 
 
 def _typical(questions: list[TimedAnswer]) -> TimedAnswer:
-    """The one whose time to the first token is nearest to the median."""
+    """Return the answer whose time to the first token is nearest to the median."""
     middle = Spread.of([one.first_token for one in questions]).median
     return min(questions, key=lambda one: abs(one.first_token - middle))
 
 
-def _timeline(question: TimedAnswer) -> dict[str, Any]:
-    """One answer's calls, in ms since it was asked."""
-
-    def fact(event: TimedCall) -> dict[str, Any]:
-        return {
-            "graph": event.call.graph,
-            "rows": event.call.rows,
-            "slots": event.call.slots,
-            "start_ms": (event.start - question.start) * 1e3,
-            "ms": event.ms,
-        }
-
+def _timeline(answer: TimedAnswer) -> dict[str, Any]:
+    """Return one answer's calls, in ms since it was asked."""
     return {
-        "events": [fact(event) for event in question.events],
-        "preprocess_ms": question.preprocess,
-        "first_token_ms": question.first_token,
-        "total_ms": question.total,
+        "events": [
+            {
+                **asdict(event.call),
+                "start_ms": (event.start - answer.start) * 1e3,
+                "ms": event.ms,
+            }
+            for event in answer.events
+        ],
+        "preprocess_ms": answer.preprocess,
+        "first_token_ms": answer.first_token,
+        "total_ms": answer.total,
     }
 
 
 def _energy(questions: list[TimedAnswer], meter: Meter) -> dict[str, Any] | None:
-    """Joules per answer and per token; None where they cannot be told."""
+    """Return the joules of an answer and of a token; None where they are not known."""
     joules = [meter.joules(one.start, one.stop) for one in questions]
     known = [one for one in joules if one is not None]
     if not known:
@@ -115,7 +108,7 @@ def _energy(questions: list[TimedAnswer], meter: Meter) -> dict[str, Any] | None
 
 
 def power_facts(meter: Meter) -> dict[str, Any]:
-    """Where power was read, and its rails; or why nothing was."""
+    """Return where power was read, and its rails; or why nothing was."""
     if meter.source is None or not meter.samples:
         return {"source": None, "reason": meter.reason}
     reason = meter.reason
@@ -133,9 +126,9 @@ def power_facts(meter: Meter) -> dict[str, Any]:
 
 
 def speed_up(plan: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
-    """How much faster the plan is than what stands beside it, and what the roofline promises.
+    """Return how much faster the plan is than the baseline, and what the roofline promises.
 
-    ``prefill`` counts the decoder alone: neither plan saves anything on preprocessing or tower.
+    ``prefill`` counts the decoder alone: no plan saves anything before it.
     """
 
     def ratio(kind: str, name: str) -> float:
@@ -162,7 +155,7 @@ def speed_up(plan: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
 
 
 def dominant(run: dict[str, Any]) -> dict[str, Any]:
-    """The part of a cold question's way to its first token that takes most, and its share."""
+    """Return the part of a cold question's first token that takes most, and its share."""
     cold = run["cold"]
     end = list(cold).index("first_token")
     parts = {name: one["median"] for name, one in list(cold.items())[:end]}
@@ -171,7 +164,7 @@ def dominant(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def above_roofline(runs: dict[str, Any]) -> list[str]:
-    """Graphs that were faster than the roofline says is possible: then it was measured too low."""
+    """Return graphs that were faster than the roofline allows: then it was measured too low."""
     names = {
         part["graph"]: None
         for run in runs.values()
@@ -180,3 +173,29 @@ def above_roofline(runs: dict[str, Any]) -> list[str]:
         if part["share"] > IMPOSSIBLE_SHARE
     }
     return list(names)
+
+
+ROW_LABELS = {
+    "preprocess": "decode and preprocess",
+    "vision": "vision encoder and projector",
+    "host": "between the graphs",
+    FIRST_TOKEN: "first token",
+    "per_token": "each later token",
+    "step.host": "  of it between the graphs",
+    "total": "whole answer",
+}
+
+
+def row_names(runs: dict[str, Any]) -> list[str]:
+    """Return every quantity of any bundle, in the order of an answer."""
+    names = list(dict.fromkeys(name for run in runs.values() for name in run["cold"]))
+    order = {"host": 1, FIRST_TOKEN: 2, "per_token": 3, "step.host": 5, "total": 9}
+    rank = {name: order.get(name, 4 if name.startswith("step.") else 0) for name in names}
+    return sorted(names, key=lambda name: rank[name])
+
+
+def label(name: str) -> str:
+    """Return a quantity in words."""
+    if name in ROW_LABELS:
+        return ROW_LABELS[name]
+    return f"  of it {name.removeprefix('step.')}" if name.startswith("step.") else name

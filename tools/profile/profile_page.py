@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ...pages.chart import Axis, Chart, of_decades
-from ...pages.page import PAGES_FOLDER as PAGES
-from ...pages.page import style, template
-from .labels import label, machine_line, row_names
+from ...pages.page import render_page
+from .machine import machine_line
+from .profile_facts import label, row_names
 
 TEMPLATE_FOLDER = Path(__file__).parent
 RUN_COLOURS = {"plan": "warm", "against": "cool"}
@@ -19,24 +19,24 @@ SLOWEST = 6
 
 
 def render_profile(facts: dict[str, Any]) -> str:
-    """The page's HTML; ``facts`` as ``profile`` returns them."""
+    """Return the page's HTML; ``facts`` as ``profile`` returns them."""
     runs = facts["runs"]
     longest = max(run["timeline"]["total_ms"] for run in runs.values())
-    return template(TEMPLATE_FOLDER / "page.html", number=show_ms).render(
-        facts=facts,
-        plan=runs["plan"],
-        against=runs.get("against"),
-        machine=machine_line(facts["machine"]),
-        rows=[(name, label(name)) for name in row_names(runs)],
-        lanes={name: lane(run["timeline"], longest) for name, run in runs.items()},
-        ticks=ticks(longest),
-        longest=longest,
-        sweep=sweep_chart(runs),
-        roof=roof_chart(facts) if facts["peaks"] else "",
-        layers=layer_chart(runs["plan"]) if runs["plan"]["operators"] else "",
-        kinds=kind_rows(runs["plan"]) if runs["plan"]["operators"] else [],
-        style=style(PAGES / "chart.css", TEMPLATE_FOLDER / "page.css"),
-    )
+    shown = {
+        "facts": facts,
+        "plan": runs["plan"],
+        "against": runs.get("against"),
+        "machine": machine_line(facts["machine"]),
+        "rows": [(name, label(name)) for name in row_names(runs)],
+        "lanes": {name: lane(run["timeline"], longest) for name, run in runs.items()},
+        "ticks": ticks(longest),
+        "longest": longest,
+        "sweep": sweep_chart(runs),
+        "roof": roof_chart(facts) if facts["peaks"] else "",
+        "layers": layer_chart(runs["plan"]) if runs["plan"]["operators"] else "",
+        "kinds": kind_rows(runs["plan"]) if runs["plan"]["operators"] else [],
+    }
+    return render_page(TEMPLATE_FOLDER, shown, charts=True, number=show_ms)
 
 
 def lane(timeline: dict[str, Any], longest: float) -> list[dict[str, Any]]:
@@ -70,7 +70,7 @@ def round_step(most: float) -> float:
 
 
 def sweep_chart(runs: dict[str, Any]) -> str:
-    """Milliseconds of the decoder's prefill against visual tokens; dashed: the floor."""
+    """Milliseconds of the decoder's prefill against visual tokens; dashed: the lower bound."""
     points = [point for run in runs.values() for point in run["sweep"]]
     if not points:
         return ""
@@ -85,7 +85,9 @@ def sweep_chart(runs: dict[str, Any]) -> str:
         chart.line([(p["visual_tokens"], p["median"]) for p in own], RUN_COLOURS[name])
         if own[0]["floor_ms"] is not None:
             lower_bound = [(p["visual_tokens"], p["floor_ms"]) for p in own]
-            chart.line(lower_bound, f"{RUN_COLOURS[name]} dashed thin", f"{run['plan']}: floor")
+            chart.line(
+                lower_bound, f"{RUN_COLOURS[name]} dashed thin", f"{run['plan']}: lower bound"
+            )
         for p in own:
             chart.whisker(p["visual_tokens"], p["least"], p["p90"], f"{RUN_COLOURS[name]} thin")
             title = f"{run['plan']}: {p['visual_tokens']} visual tokens, {p['median']:.1f} ms"

@@ -1,12 +1,11 @@
-"""How the prefill grows with visual tokens: parts of a picture, the whole of it, several.
+"""How the prefill grows with visual tokens: parts of an image, the whole of it, several.
 
-The rows of one picture are computed once and cut, so that only the decoder is timed: its stages and
-selections, with the question. Engines are compiled for whole pictures, so they get no parts.
+The rows of one image are computed once and cut, so that only the decoder is timed: its stages and
+selections, with the question. Engines are compiled for whole images, so they get no parts.
 """
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,15 +17,14 @@ import numpy as np
 from ...graphs.plan.call_cost import GraphCall
 from ...graphs.plan.plan import StagePlan
 from ...runtime.reuse import PromptImage, PromptPart
-from .call_timer import observe_calls
-from .fresh_prompts import FIRST
-from .spread import Spread
+from .timing import FIRST_QUESTION, Spread, timed_calls, timed_ms
 
 if TYPE_CHECKING:
     from ...runtime.session import Session
 
 PARTS = (0.25, 0.5, 0.75)
 IMAGES = (1, 2, 4)
+QUESTION = FIRST_QUESTION.format(number=100)
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class SweepPoint:
 
 
 def counts_of(plan: StagePlan, context: int, text: int, *, parts: bool) -> list[int]:
-    """Visual tokens to try: not fewer than a selection keeps, none beyond the context."""
+    """Return visual tokens to try: not fewer than a selection keeps, none beyond the context."""
     whole = plan.visual_tokens
     fewest = max((edge.keep or 0 for edge in plan.edges), default=0)
     counts = [round(share * whole) for share in PARTS] if parts else []
@@ -51,37 +49,31 @@ def sweep(
     sessions: Mapping[str, Session], repetitions: int, *, parts: bool
 ) -> dict[str, list[SweepPoint]]:
     """Time the prefill of every session for every number of tokens, the sessions in turns."""
-    times: dict[tuple[str, int], list[float]] = defaultdict(list)
+    times: dict[str, dict[int, list[float]]] = {name: defaultdict(list) for name in sessions}
     calls: dict[tuple[str, int], tuple[GraphCall, ...]] = {}
-    rows = {name: _rows(session) for name, session in sessions.items()}
-    for round_ in range(repetitions + 1):
+    rows = {name: _visual_rows(session) for name, session in sessions.items()}
+    for repetition in range(repetitions + 1):
         for name, session in sessions.items():
             manifest = session.bundle.manifest
-            text = session.encoder.encode(FIRST.format(number=100), images=1)
-            length = sum(len(one.ids) for one in text.segments if not one.is_image)
+            encoded = session.encoder.encode(QUESTION, images=1)
+            length = sum(len(segment.ids) for segment in encoded.segments if not segment.is_image)
             limit = manifest.config.text.max_positions
             for count in counts_of(manifest.plan, limit, length, parts=parts):
-                prompt = _prompt(session, rows[name], count, f"{round_}.{count}")
+                prompt = _prompt(session, rows[name], count, f"{repetition}.{count}")
                 session.context.ensure_capacity(prompt, 0)
-                with observe_calls(session.executor) as events:
-                    start = time.perf_counter()
-                    session.context.prefill(prompt)
-                    stop = time.perf_counter()
-                if round_:  # the first one grows buffers
-                    times[name, count].append((stop - start) * 1e3)
+                with timed_calls(session.executor) as events:
+                    ms = timed_ms(partial(session.context.prefill, prompt))
+                if repetition:  # the first one grows buffers
+                    times[name][count].append(ms)
                     calls[name, count] = tuple(event.call for event in events)
     return {
-        name: [
-            SweepPoint(count, Spread.of(ms), calls[owner, count])
-            for (owner, count), ms in times.items()
-            if owner == name
-        ]
-        for name in sessions
+        name: [SweepPoint(count, Spread.of(ms), calls[name, count]) for count, ms in own.items()]
+        for name, own in times.items()
     }
 
 
-def _rows(session: Session) -> Any:
-    """Visual rows (1, N, D) of a picture of noise."""
+def _visual_rows(session: Session) -> Any:
+    """Return the visual rows (1, N, D) of an image of noise."""
     spec = session.bundle.manifest.graphs["vision"].spec.inputs[0]
     shape = [1 if isinstance(d, str) else d for d in spec.shape]
     noise = np.random.default_rng(0).normal(size=shape).astype(np.float32)
@@ -89,16 +81,16 @@ def _rows(session: Session) -> Any:
 
 
 def _prompt(session: Session, rows: Any, count: int, key: str) -> list[PromptPart]:
-    """A question about ``count`` visual tokens: pictures, or the beginning of one."""
+    """Return a question about ``count`` visual tokens: images, or the beginning of one."""
     whole = rows.shape[1]
     sizes = [whole] * (count // whole) or [count]
-    encoded = session.encoder.encode(FIRST.format(number=100), images=len(sizes))
+
+    def cut(size: int) -> Any:
+        return rows if size == whole else session.executor.take(rows, np.arange(size))
+
+    encoded = session.encoder.encode(QUESTION, images=len(sizes))
     images = iter(
-        PromptImage(f"sweep {key}.{number}", partial(_cut, session.executor, rows, size))
+        PromptImage(f"sweep {key}.{number}", partial(cut, size))
         for number, size in enumerate(sizes)
     )
-    return [next(images) if one.is_image else one.ids for one in encoded.segments]
-
-
-def _cut(executor: Any, rows: Any, count: int) -> Any:
-    return rows if count == rows.shape[1] else executor.take(rows, np.arange(count))
+    return [next(images) if segment.is_image else segment.ids for segment in encoded.segments]

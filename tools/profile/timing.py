@@ -1,8 +1,9 @@
 """Questions to one bundle or several, in turns: what each took, and in which of its parts.
 
 Every repetition brings new pixels and a new question (cold), then a second question on the same
-picture (again). Bundles take turns within a repetition, in alternating order, so that whatever else
-the machine does falls on all of them alike. The first repetitions warm up and count nowhere.
+image (again): a repetition on pixels or words of an earlier one would measure a cache. Bundles take
+turns within a repetition, in alternating order, so that whatever else the machine does falls on all
+of them alike. The first repetitions warm up and count nowhere.
 
 Answers do not end by themselves here: all have the same number of tokens, else a model that says
 less would look faster.
@@ -10,22 +11,33 @@ less would look faster.
 
 from __future__ import annotations
 
+import io
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+from PIL import Image
+
+from ...graphs.chain.executor import observed
+from ...graphs.contract import PROBE
 from ...graphs.errors import PromptError
-from ...graphs.plan.call_cost import GraphCall
-from .call_timer import TimedCall, observe_calls
-from .fresh_prompts import ProfilePrompt, prompts
-from .spread import Spread
+from ...graphs.plan.call_cost import VISION, GraphCall
+from ...graphs.progress import Advance, no_advance
 
 if TYPE_CHECKING:
     from ...runtime.session import Session
 
+Result = TypeVar("Result")
+
 FIRST_TOKEN = "first_token"
-Progress = Callable[[int], None]
+IMAGE_SIZE = (640, 480)
+NOISE_GRID = (20, 15)
+FIRST_QUESTION = "What can be seen in part {number} of this picture?"
+SECOND_QUESTION = "And what colour is the thing in part {number}?"
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,122 @@ class Settings:
     repetitions: int = 20
     warm_up: int = 3
     tokens: int = 32
+
+    def check(self) -> None:
+        """Raise PromptError for a number that measures nothing."""
+        for name, least in (("repetitions", 1), ("warm_up", 0), ("tokens", 2)):
+            value = getattr(self, name)
+            if value < least:
+                raise PromptError(
+                    f"--{name.replace('_', '-')} is {value}: it must be at least {least}"
+                    + (", for a later token's time" if name == "tokens" else "")
+                )
+
+
+def timed_ms(run: Callable[[], Any]) -> float:
+    """Call ``run``; return the milliseconds that it took."""
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
+
+
+def repeated(run: Callable[[], Result], times: int, seconds: float = math.inf) -> list[Result]:
+    """Call ``run`` up to ``times`` times, at least once, and not again after ``seconds``."""
+    stop = time.perf_counter() + seconds
+    results = [run()]
+    while len(results) < times and time.perf_counter() < stop:
+        results.append(run())
+    return results
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and two percentiles of ``n`` measurements.
+
+    Percentiles are measurements that took place (nearest rank): the 99th of 20 is the largest.
+    """
+
+    n: int
+    median: float
+    p90: float
+    p99: float
+    least: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Sum up at least one value."""
+        ranked = sorted(values)
+        n = len(ranked)
+        middle = (ranked[(n - 1) // 2] + ranked[n // 2]) / 2
+        p90, p99 = (ranked[math.ceil(share * n) - 1] for share in (0.90, 0.99))
+        return cls(n, middle, p90, p99, ranked[0])
+
+
+@dataclass(frozen=True)
+class ProfilePrompt:
+    """An image as JPEG, a question about it, and a second one."""
+
+    image: bytes
+    first: str
+    second: str
+
+
+def prompts(seed: int = 0) -> Iterator[ProfilePrompt]:
+    """Yield prompts without end, the same for the same seed; no image or question comes twice.
+
+    Images are soft noise, compressed as a camera would: decoding them is part of the time.
+    """
+    random = np.random.default_rng(seed)
+    number = 100  # three digits each: as many tokens
+    while True:
+        noise = random.integers(0, 256, (NOISE_GRID[1], NOISE_GRID[0], 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize(IMAGE_SIZE, Image.Resampling.BICUBIC)
+        data = io.BytesIO()
+        image.save(data, "JPEG", quality=90)
+        yield ProfilePrompt(
+            data.getvalue(),
+            FIRST_QUESTION.format(number=number),
+            SECOND_QUESTION.format(number=number),
+        )
+        number = 100 + (number - 99) % 900
+
+
+@dataclass(frozen=True)
+class TimedCall:
+    """One call and when it took place, in seconds of ``time.perf_counter``."""
+
+    call: GraphCall
+    start: float
+    stop: float
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds that it took, the host's part included."""
+        return (self.stop - self.start) * 1e3
+
+
+@contextmanager
+def timed_calls(executor: Any) -> Iterator[list[TimedCall]]:
+    """Note every call of ``executor`` with its rows, slots and times until the block ends."""
+    events: list[TimedCall] = []
+
+    def note(method: str, given: tuple, result: Any, start: float, stop: float) -> None:
+        events.append(TimedCall(_graph_call(method, given), start, stop))
+
+    with observed(executor, note):
+        yield events
+
+
+def _graph_call(method: str, given: tuple) -> GraphCall:
+    """Return what a method of ``graphs.chain.executor.Executor`` runs with these arguments."""
+    if method == "append":
+        stage, _, _, order, slot_order = given[:5]
+        return GraphCall(f"stage{stage}", order.shape[1], slot_order.shape[1])
+    if method == "select":
+        return GraphCall(f"select{given[0]}", 0, given[2].shape[1])
+    if method == "probe":
+        return GraphCall(PROBE, 0, given[3].shape[1])
+    return GraphCall(VISION, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -69,33 +197,46 @@ class TimedAnswer:
         """The same of one later token."""
         return self.per_token - sum(self.steps.values())
 
+    @property
+    def prefill(self) -> tuple[TimedCall, ...]:
+        """Calls until the first token: all but those of later tokens, one of every stage each."""
+        return self.events[: len(self.events) - self.later * len(self.steps)]
+
 
 @dataclass
 class TimedSeries:
-    """The questions that one bundle answered: on new pictures, and again on the same ones."""
+    """The questions that one bundle answered: on new images, and again on the same ones."""
 
     cold: list[TimedAnswer] = field(default_factory=list)
     again: list[TimedAnswer] = field(default_factory=list)
 
     def spreads(self) -> dict[str, dict[str, Spread]]:
-        """Every quantity of both kinds of question, in the order in which a prompt meets them."""
+        """Return every quantity of both kinds of question, as a prompt meets them."""
         return {"cold": _spreads(self.cold), "again": _spreads(self.again)}
 
     def calls(self) -> tuple[list[GraphCall], list[GraphCall], list[GraphCall]]:
-        """Calls of a cold question until its first token, of a second one, and of one later token.
+        """Return the calls of a cold prefill, of a second one, and of one later token.
 
         Of the last repetition; a plan that decides per prompt may have made others before.
         """
         cold, again = self.cold[-1], self.again[-1]
-        first = until_first_token(cold)
-        last = [event.call for event in cold.events[-_step_length(cold) :]]
-        return [e.call for e in first], [e.call for e in until_first_token(again)], last
+        cold_calls, again_calls = ([e.call for e in one.prefill] for one in (cold, again))
+        return cold_calls, again_calls, [e.call for e in cold.events[-len(cold.steps) :]]
+
+    def call_ms(self) -> dict[GraphCall, float]:
+        """Return the calls of a cold prefill and of a later token with their median times."""
+        cold, _, step = self.calls()
+        every = [event for answer in self.cold for event in answer.events]
+        return {
+            call: Spread.of([event.ms for event in every if event.call == call]).median
+            for call in dict.fromkeys([*cold, *step])
+        }
 
 
 def measure_bundles(
-    sessions: Mapping[str, Session], settings: Settings, progress: Progress = lambda n: None
+    sessions: Mapping[str, Session], settings: Settings, advance: Advance = no_advance
 ) -> dict[str, TimedSeries]:
-    """Ask every session the same; returns their series by name.
+    """Ask every session the same; return their series by name.
 
     Raises:
         VisistageError: whatever a session refuses, such as more tokens than its context has.
@@ -104,28 +245,27 @@ def measure_bundles(
     source = prompts()
     order = list(sessions)
     with _endless(sessions.values()):
-        for round_ in range(settings.warm_up + settings.repetitions):
+        for repetition in range(settings.warm_up + settings.repetitions):
             prompt = next(source)
-            for name in order if round_ % 2 else reversed(order):
+            for name in order if repetition % 2 else reversed(order):
                 cold, again = time_questions(sessions[name], prompt, settings.tokens)
-                if round_ >= settings.warm_up:
+                if repetition >= settings.warm_up:
                     series[name].cold.append(cold)
                     series[name].again.append(again)
-            progress(1)
+            advance(1)
     return series
 
 
 def time_questions(
     session: Session, prompt: ProfilePrompt, tokens: int
 ) -> tuple[TimedAnswer, TimedAnswer]:
-    """Both questions of one prompt."""
-    cold = _question(session, prompt.image, prompt.first, tokens)
-    image = prompt.image
-    return cold, _question(session, image, prompt.second, tokens)
+    """Ask both questions of one prompt."""
+    cold = _ask(session, prompt.image, prompt.first, tokens)
+    return cold, _ask(session, prompt.image, prompt.second, tokens)
 
 
-def _question(session: Session, image: bytes, text: str, tokens: int) -> TimedAnswer:
-    with observe_calls(session.executor) as events:
+def _ask(session: Session, image: bytes, text: str, tokens: int) -> TimedAnswer:
+    with timed_calls(session.executor) as events:
         start = time.perf_counter()
         answer = session.infer(image, text, max_tokens=tokens)
         stop = time.perf_counter()
@@ -151,34 +291,21 @@ def _question(session: Session, image: bytes, text: str, tokens: int) -> TimedAn
     )
 
 
-class _endless:
-    """Sessions whose answers end by their length alone, for the time of a block."""
-
-    def __init__(self, sessions: Any):
-        self.sessions = list(sessions)
-
-    def __enter__(self) -> None:
-        self.ends = [session.eos for session in self.sessions]
-        for session in self.sessions:
-            session.eos = frozenset()
-
-    def __exit__(self, *_) -> None:
-        for session, eos in zip(self.sessions, self.ends, strict=True):
+@contextmanager
+def _endless(sessions: Collection[Session]) -> Iterator[None]:
+    """Let answers end by their length alone until the block ends."""
+    ends = [session.eos for session in sessions]
+    for session in sessions:
+        session.eos = frozenset()
+    try:
+        yield
+    finally:
+        for session, eos in zip(sessions, ends, strict=True):
             session.eos = eos
 
 
-def until_first_token(question: TimedAnswer) -> list[TimedCall]:
-    """The events of a question's prefill: all but those of its later tokens."""
-    return list(question.events[: len(question.events) - question.later * _step_length(question)])
-
-
-def _step_length(question: TimedAnswer) -> int:
-    """Calls of one later token: one of every stage."""
-    return len(question.steps)
-
-
 def _spreads(questions: Sequence[TimedAnswer]) -> dict[str, Spread]:
-    """Of every quantity; a graph that a prompt did not need took no time."""
+    """Sum up every quantity; a graph that a prompt did not need took no time."""
     graphs = list(dict.fromkeys(name for one in questions for name in one.graphs))
     steps = list(dict.fromkeys(name for one in questions for name in one.steps))
     columns: dict[str, list[float]] = {"preprocess": [q.preprocess for q in questions]}
