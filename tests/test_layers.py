@@ -33,6 +33,7 @@ LIBRARIES = {  # of a room, a folder or a module; the longest name that fits cou
     "compile.steps": set(),
     "calib": TORCH | {"PIL", "safetensors", "tokenizers"},
     "tools": {"PIL", "jinja2", "numpy", "onnxruntime", "psutil"},
+    "tools.profile.polygraphy_runs": {"numpy", "polygraphy"},
     "tools.verify": TORCH | ONNX | {"PIL", "psutil"},
     "cli": {"click", "numpy", "onnxruntime", "psutil", "rich"},
     "__main__": set(),
