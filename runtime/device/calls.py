@@ -63,14 +63,13 @@ class Loaded:
         return context
 
 
-def share_scratch(device: Device, engines: Sequence[Loaded]) -> int:
-    """Give ``engines`` one scratch buffer that suffices for each; return its bytes."""
+def share_scratch(device: Device, engines: Sequence[Loaded]) -> None:
+    """Give ``engines`` one scratch buffer that suffices for each."""
     nbytes = max((engine.engine.scratch_bytes for engine in engines), default=0)
     if nbytes:
         scratch = device.allocate(nbytes)
         for engine in engines:
             engine.scratch = scratch
-    return nbytes
 
 
 class Replay:

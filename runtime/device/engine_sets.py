@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...graphs.bundle import Manifest
-from ...graphs.contract import SLOT_STEP, returns_new_rows
+from ...graphs.contract import SLOT_STEP
 from ...graphs.errors import CapacityError
 from .calls import Loaded, LooseCall, share_scratch
 from .memory import Memory
@@ -30,24 +30,13 @@ class EngineSet:
     ):
         self.context = engines[0].context
         loaded = {engine.graph: Loaded(engine, api.load(engine)) for engine in engines}
-        self.scratch_bytes = share_scratch(memory.device, list(loaded.values()))
+        share_scratch(memory.device, list(loaded.values()))
         workspace = Workspace(memory)
-        self.stages: list[DeviceStage] = []
-        self.calls: dict[str, LooseCall] = {}
-        for index in range(len(manifest.plan.stages)):
-            parts = [loaded.pop(name) for name in manifest.parts_of(index)]
-            self.stages.append(
-                DeviceStage(
-                    memory,
-                    workspace,
-                    parts,
-                    most=parts[0].compiled.slots,
-                    fixed=self.context is not None,
-                    rows_back=returns_new_rows(parts[0].spec),
-                )
-            )
-        for graph, engine in loaded.items():
-            self.calls[graph] = LooseCall(memory, engine)
+        self.stages = [
+            DeviceStage(memory, workspace, [loaded.pop(name) for name in manifest.parts_of(index)])
+            for index in range(len(manifest.plan.stages))
+        ]
+        self.calls = {graph: LooseCall(memory, engine) for graph, engine in loaded.items()}
 
 
 class EngineSets:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ...graphs.chain.executor import StageResult
-from ...graphs.contract import TensorSpec, appended
+from ...graphs.contract import TensorSpec, appended, returns_new_rows
 from ...graphs.errors import CapacityError
 from ..backends.feeds import gated_depth, shape_of, stage_feeds
 from .calls import BATCH, Loaded, Replay
@@ -58,22 +58,17 @@ class Workspace:
 class DeviceStage:
     """A stage made of ``parts`` (engines of consecutive layers).
 
-    ``most``: slots it may have; 0: any number. ``fixed``: it has exactly those. ``rows_back``: new
-    cache rows are returned (``contract.returns_new_rows``).
+    Attributes:
+        most: slots it may have; 0: any number.
+        fixed: whether it has exactly those.
+        rows_back: whether new cache rows are returned (``contract.returns_new_rows``).
     """
 
-    def __init__(
-        self,
-        memory: Memory,
-        workspace: Workspace,
-        parts: Sequence[Loaded],
-        *,
-        most: int,
-        fixed: bool,
-        rows_back: bool,
-    ):
+    def __init__(self, memory: Memory, workspace: Workspace, parts: Sequence[Loaded]):
         self.memory, self.workspace, self.parts = memory, workspace, list(parts)
-        self.most, self.fixed, self.rows_back = most, fixed, rows_back
+        self.most = parts[0].compiled.slots
+        self.fixed = parts[0].compiled.context is not None
+        self.rows_back = returns_new_rows(parts[0].spec)
         self.slots = 0
         self.caches: dict[str, Buffer] = {}
         self.replays: OrderedDict[int, Replay] = OrderedDict()
