@@ -27,6 +27,7 @@ import numpy as np
 from ..graphs.bundle import Bundle
 from ..graphs.chain.chain import AppendedRows, Chain
 from ..graphs.errors import VisistageError
+from ..graphs.fields import from_json, read_json
 from ..graphs.files import write_file
 from .backends.backend import Backend
 from .hardware import cores, processor
@@ -205,8 +206,8 @@ def _noted(
     file: Path, kind: type[Note], where: Mapping[str, Any], measure: Callable[[], dict[str, Any]]
 ) -> Note:
     """Return the note in ``file`` if it was taken where we are; otherwise measure, and note it."""
-    with contextlib.suppress(OSError, ValueError, TypeError):  # then it is measured again
-        note = kind(**json.loads(file.read_text(encoding="utf-8")))
+    with contextlib.suppress(VisistageError):  # no note, or a spoilt one: it is measured again
+        note = from_json(kind, read_json(file, VisistageError, ""), VisistageError, "")
         if all(getattr(note, name) == value for name, value in where.items()):
             return note
     note = kind(**where, **measure())

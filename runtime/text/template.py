@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
 from ...graphs.errors import ModelError, PromptError
+from ...graphs.fields import read_json
 
 MAX_TEMPLATE_CHARS = 1_000_000
 _MAX_POWER = 64
@@ -148,10 +149,7 @@ def read_tokenizer_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: no such file, or something else in it.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read ({error}). Fetch it again.") from error
+    data = read_json(path, ModelError, "Fetch it again.")
     if not isinstance(data, dict):
         raise ModelError(f"{path} holds no JSON object. Fetch it again.")
     return data

@@ -102,6 +102,17 @@ def test_a_broken_note_is_measured_again(spoilt, tried):
     assert len(calls) == 3
 
 
+def test_a_note_of_other_types_is_measured_again(tried):
+    path, _, calls = tried
+    for changed in ({}, {"answer_ms": "fast"}, {"answer_ms": {"4": "fast"}}):
+        if changed:
+            noted = json.loads((path / THREADS_FILE).read_text())
+            (path / THREADS_FILE).write_text(json.dumps(noted | changed))
+        with load(path) as session:
+            assert session.executor.threads == 4
+    assert calls == [1, 2, 4] * 3
+
+
 def test_who_says_a_number_gets_it_untried(tried, monkeypatch):
     path, _, calls = tried
     with load(path, threads=3) as session:

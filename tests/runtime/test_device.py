@@ -246,7 +246,7 @@ class Work:
         self.ran = 0
 
     def enqueue(self):
-        if self.fails and self.device._captured is not None:
+        if self.fails and self.device.captured is not None:
             raise EngineError("no capture with me")
         self.device.submit("work", self._run)
 

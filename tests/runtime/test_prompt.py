@@ -479,7 +479,7 @@ def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(PromptError, match=r"Add a chat_template\.jinja"):
         PromptEncoder.from_files(tmp_path)
     write(tmp_path, tokenizer_config__json="{")
-    with pytest.raises(ModelError, match=r"tokenizer_config\.json cannot be read"):
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json is not JSON"):
         PromptEncoder.from_files(tmp_path)
     write(tmp_path, tokenizer_config__json="[]")
     with pytest.raises(ModelError, match="no JSON object"):

@@ -1,8 +1,8 @@
-"""NumPy in the place of a device, for machines that have none: late, forgetful and strict.
+"""NumPy in place of a device, for machines that have none: late, forgetful and strict.
 
-What is asked for is done when somebody waits, not before; memory holds rubbish (NaN in every float
-type) until something is written, and again once it is freed; an address outside of living memory
-is an ``AssertionError``. Whatever depends on luck on a real device fails here.
+What is asked for is done when it is waited for, not before; memory holds rubbish (NaN in every
+float type) until something is written, and again once it is freed; an address outside of living
+memory is an ``AssertionError``. Whatever depends on luck on a real device fails here.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class HostDevice:
         self.taken = 0
         self.log: list[str] = []
         self._queue: list[tuple[str, Callable[[], None]]] = []
-        self._captured: list[tuple[str, Callable[[], None]]] | None = None
-        self._living: dict[int, np.ndarray] = {}
+        self.captured: list[tuple[str, Callable[[], None]]] | None = None
+        self.living: dict[int, np.ndarray] = {}
 
     def allocate(self, nbytes: int) -> HostMemory:
         """Memory full of rubbish."""
@@ -75,12 +75,12 @@ class HostDevice:
     def capture(self, work: Callable[[], None]) -> HostGraph:
         """See ``protocol.Device``."""
         self._not_capturing("capture")
-        self._captured = []
+        self.captured = []
         try:
             work()
-            return HostGraph(self, self._captured)
+            return HostGraph(self, self.captured)
         finally:
-            self._captured = None
+            self.captured = None
 
     def free_bytes(self) -> int:
         """What is left of ``memory``."""
@@ -92,30 +92,30 @@ class HostDevice:
 
     def submit(self, name: str, work: Callable[[], None]) -> None:
         """Ask for ``work``: an engine's run, for example."""
-        (self._queue if self._captured is None else self._captured).append((name, work))
+        (self._queue if self.captured is None else self.captured).append((name, work))
 
     def bytes(self, address: int, nbytes: int) -> np.ndarray:
         """(nbytes,) uint8 at ``address``, which must lie in one living buffer."""
-        starts = sorted(self._living)
+        starts = sorted(self.living)
         at = bisect_right(starts, address) - 1
         if at >= 0:
-            start, array = starts[at], self._living[starts[at]]
+            start, array = starts[at], self.living[starts[at]]
             if address - start + nbytes <= len(array):
                 return array[address - start : address - start + nbytes]
         raise AssertionError(f"{nbytes} bytes at {address:#x} are not in one living buffer")
 
     def freed(self, start: int) -> None:
-        """A buffer is held by nobody: it goes once the work asked for before is done."""
+        """Free a buffer that is held no more, once the work asked for before is done."""
 
         def work() -> None:
-            array = self._living.pop(start)
+            array = self.living.pop(start)
             self.taken -= len(array)
             array.fill(RUBBISH)
 
         self._queue.append(("free", work))
 
     def _not_capturing(self, what: str) -> None:
-        if self._captured is not None:
+        if self.captured is not None:
             raise CaptureError(f"{what} while capturing")
 
 
@@ -127,7 +127,7 @@ class HostMemory:
         skip = -room.ctypes.data % DEVICE_ALIGNMENT
         self.array = room[skip : skip + nbytes]
         self.address, self.nbytes = int(room.ctypes.data) + skip, nbytes
-        device._living[self.address] = self.array
+        device.living[self.address] = self.array
         weakref.finalize(self, device.freed, self.address).atexit = False
 
 
@@ -136,22 +136,22 @@ class HostEvent:
 
     def __init__(self, device: HostDevice):
         self._device = device
-        self._came: float | None = None
+        self.came: float | None = None
 
     def come(self) -> None:
         """The device is here."""
-        self._came = time.perf_counter()
+        self.came = time.perf_counter()
 
     def wait(self) -> None:
         """See ``protocol.Event``."""
-        if self._came is None:
+        if self.came is None:
             self._device.synchronize()
 
     def since(self, earlier: HostEvent) -> float:
         """See ``protocol.Event``."""
-        assert self._came is not None
-        assert earlier._came is not None
-        return (self._came - earlier._came) * 1e3
+        assert self.came is not None
+        assert earlier.came is not None
+        return (self.came - earlier.came) * 1e3
 
 
 class HostGraph:

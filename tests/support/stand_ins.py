@@ -165,7 +165,7 @@ class StrictContext:
                     same = self.bound[one.name][1] == self.bound[source.name][1]
                     assert same == source.name.startswith(("key.", "value."))
         bound = dict(self.bound)
-        if api.device._captured is not None:
+        if api.device.captured is not None:
             assert self.enqueued, "an engine settles what it left for later in its first run"
             self.captured = True
         self.enqueued += 1
