@@ -7,7 +7,7 @@ on this CPU, ``openvino`` for those it can read. A row's module is imported when
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -29,10 +29,6 @@ CUDA = "cuda"
 """Target and back end: ONNX Runtime's CUDA provider, on our stream."""
 
 
-def _no_graphs(target: Target) -> bool:
-    return False
-
-
 @dataclass(frozen=True)
 class BackendRow:
     """One back end.
@@ -51,7 +47,7 @@ class BackendRow:
     extra: str | None = None
     options: tuple[str, ...] = ()
     place: str = "a GPU (target '{target}')"
-    reads: Callable[[Target], bool] = _no_graphs
+    reads: Callable[[Target], bool] = lambda target: False
 
     def runs(self, target: Target) -> bool:
         """Return whether it runs bundles for ``target``."""
@@ -123,15 +119,11 @@ def find_backend(bundle: Bundle, name: str | None, options: BackendOptions) -> B
             f"runs bundles for {', '.join(makers)}. Leave --backend out, or build one: make "
             f"engines TARGET={makers[0]}"
         )
-    for option in _given(options):
-        if option not in row.options:
+    for option in (field.name for field in fields(options)):
+        if option not in row.options and getattr(options, option) is not None:
             raise TargetError(
                 f"--{option.replace('_', '-')} is for ONNX Runtime on a CPU, and {bundle.path} "
                 f"runs on {row.place.format(target=target.name)}. Leave it out, or run the graphs "
                 f"in ONNX Runtime: --backend {ONNXRUNTIME}"
             )
     return row
-
-
-def _given(options: BackendOptions) -> Iterator[str]:
-    return (field.name for field in fields(options) if getattr(options, field.name) is not None)

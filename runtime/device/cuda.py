@@ -135,12 +135,11 @@ class CudaMemory:
         self.address = int(buffer.handle)
 
 
-class CudaHostMemory:
+class CudaHostMemory(CudaMemory):
     """``protocol.HostBuffer``."""
 
     def __init__(self, buffer: Any, nbytes: int):
-        self._buffer, self.nbytes = buffer, nbytes
-        self.address = int(buffer.handle)
+        super().__init__(buffer, nbytes)
         self.array = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(self.address))
 
 
