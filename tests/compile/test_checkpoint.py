@@ -80,7 +80,7 @@ def test_layouts_and_shards_hold_the_same_model(tmp_path, options, encoder):
     "options",
     [
         {},
-        {"tower": "siglip", "layout": "new"},
+        {"encoder": "siglip", "layout": "new"},
         {"attention_bias": True, "mlp_bias": True},
         {"model_type": "qwen2", "kv_heads": 2},
         {"model_type": "mistral", "sliding_window": None, "head_dim": 8},
@@ -246,7 +246,7 @@ def answers(folder, lengths):
         {},
         {"tied": True},
         {"kv_heads": 2, "layers": 8, "seed": 1, "layout": "new"},
-        {"tower": "siglip", "feature_layer": [-2, -1], "sharded": True, "dtype": "bfloat16"},
+        {"encoder": "siglip", "feature_layer": [-2, -1], "sharded": True, "dtype": "bfloat16"},
     ],
 )
 def test_toys_are_lively_and_look_at_the_picture(tmp_path, options):

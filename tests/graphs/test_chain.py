@@ -91,7 +91,7 @@ VARIANTS = {
     "plain": {},
     "gqa-tied": {"kv_heads": 2, "tied": True, "scale": 1.6},
     "new-layout": {"layout": "new"},
-    "siglip": {"tower": "siglip"},
+    "siglip": {"encoder": "siglip"},
     "two-features": {"feature_layer": [-3, -1]},
     "full-select": {"select": "full"},
     "linear-rope": {"rope": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},

@@ -339,7 +339,7 @@ def test_junk_is_a_model_error_or_a_config(path, value):
     "options",
     [
         {},
-        {"tower": "siglip", "tied": True, "kv_heads": 2, "feature_layer": [-3, -2]},
+        {"encoder": "siglip", "tied": True, "kv_heads": 2, "feature_layer": [-3, -2]},
         {"rope": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
         {"model_type": "qwen2"},
     ],

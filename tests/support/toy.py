@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from visistage.compile.checkpoint.dummy_tokenizer import write_text_files
-from visistage.compile.checkpoint.names import tensor_shapes
 from visistage.graphs.config import ModelConfig
 
 SPECIALS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "<image>": 4}
@@ -104,7 +103,7 @@ def make_weights(config: dict, *, scale=1.0, seed=0) -> dict[str, torch.Tensor]:
     parsed = ModelConfig.from_hf(config)
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, shape in tensor_shapes(parsed, whole_encoder=True).items():
+    for name, shape in tensor_shapes(parsed).items():
         if name == "lm_head.weight" and parsed.text.tied:
             continue
         noise = torch.randn(shape, generator=generator)
@@ -120,6 +119,62 @@ def make_weights(config: dict, *, scale=1.0, seed=0) -> dict[str, torch.Tensor]:
             spread = math.prod(shape[1:])
             weights[name] = noise * spread**-0.5 * _gain(name, scale)
     return weights
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of published files by canonical name, written out: ours must equal them."""
+    vision, text = config.vision, config.text
+    wide, clip = vision.hidden, vision.kind == "clip"
+    shapes = {"patch_embedding.weight": (wide, 3, vision.patch_size, vision.patch_size)}
+    if clip:
+        shapes = {"class_embedding": (wide,), **shapes}
+    else:
+        shapes["patch_embedding.bias"] = (wide,)
+    shapes["position_embedding.weight"] = (vision.tokens, wide)
+    found = {f"vision_tower.embeddings.{name}": shape for name, shape in shapes.items()}
+
+    def with_bias(name, out, *inputs):
+        found.update({f"{name}.weight": (out, *inputs), f"{name}.bias": (out,)})
+
+    if clip:
+        with_bias("vision_tower.pre_layrnorm", wide)
+    for layer in range(vision.layers):
+        at = f"vision_tower.encoder.layers.{layer}"
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            with_bias(f"{at}.self_attn.{projection}", wide, wide)
+        with_bias(f"{at}.layer_norm1", wide)
+        with_bias(f"{at}.mlp.fc1", vision.intermediate, wide)
+        with_bias(f"{at}.mlp.fc2", wide, vision.intermediate)
+        with_bias(f"{at}.layer_norm2", wide)
+    with_bias("vision_tower.post_layernorm", wide)
+    features = wide * len(config.feature_layers)
+    with_bias("multi_modal_projector.linear_1", text.hidden, features)
+    with_bias("multi_modal_projector.linear_2", text.hidden, text.hidden)
+    if not config.projector_bias:
+        del found["multi_modal_projector.linear_1.bias"]
+        del found["multi_modal_projector.linear_2.bias"]
+
+    heads, kv = text.heads * text.head_dim, text.kv_heads * text.head_dim
+    found["model.embed_tokens.weight"] = (text.vocab, text.hidden)
+    for layer in range(text.layers):
+        for name, out, inputs, bias in (
+            ("self_attn.q_proj", heads, text.hidden, text.attention_bias),
+            ("self_attn.k_proj", kv, text.hidden, text.attention_bias),
+            ("self_attn.v_proj", kv, text.hidden, text.attention_bias),
+            ("self_attn.o_proj", text.hidden, heads, text.output_bias),
+            ("mlp.gate_proj", text.intermediate, text.hidden, text.mlp_bias),
+            ("mlp.up_proj", text.intermediate, text.hidden, text.mlp_bias),
+            ("mlp.down_proj", text.hidden, text.intermediate, text.mlp_bias),
+        ):
+            found[f"model.layers.{layer}.{name}.weight"] = (out, inputs)
+            if bias:
+                found[f"model.layers.{layer}.{name}.bias"] = (out,)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            found[f"model.layers.{layer}.{name}.weight"] = (text.hidden,)
+    return found | {
+        "model.norm.weight": (text.hidden,),
+        "lm_head.weight": (text.vocab, text.hidden),
+    }
 
 
 def make_checkpoint(
