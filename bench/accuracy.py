@@ -91,7 +91,7 @@ def _ask(path: Path, samples: int) -> tuple[EvaluationReport, list[Answer]]:
     answers: list[Answer] = []
     with load(path, threads=1) as session:
         report = evaluate(session, evaluation_samples("demo", None, samples), heard=answers.append)
-    print(path.name, report.overall.accuracy, flush=True)
+    print(path.name, report.overall.share, flush=True)
     return report, answers
 
 
@@ -110,7 +110,7 @@ def _row(bundle: Bundle, report: EvaluationReport, answers: list[Answer]) -> dic
         "trigger": _mean(fact.trigger for fact in facts),
         "exit": _mean(fact.exit for fact in facts),
         "keep": _mean(kept) if kept else None,
-        "accuracy": report.overall.accuracy,
+        "accuracy": report.overall.share,
         "by_type": {name: asdict(tally) for name, tally in report.by_type.items()},
         "visual_flops": flops,
         "visual_macs_saved_percent": reduction_percent(

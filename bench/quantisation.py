@@ -143,7 +143,7 @@ def _ask(path: Path, samples: int) -> tuple[EvaluationReport, list[str]]:
     with load(path, threads=1) as session:
         questions = evaluation_samples("demo", None, samples)
         report = evaluate(session, questions, heard=lambda answer: answers.append(answer.text))
-    print(path.parent.parent.name, path.name, report.overall.accuracy, flush=True)
+    print(path.parent.parent.name, path.name, report.overall.share, flush=True)
     return report, answers
 
 
@@ -177,7 +177,7 @@ def _row(
         "plan": case.plan,
         "precision": case.precision,
         "ranges": case.ranges,
-        "accuracy": report.overall.accuracy,
+        "accuracy": report.overall.share,
         "by_type": {name: asdict(tally) for name, tally in report.by_type.items()},
         "agreement": equal / len(answers),
         "weight_bytes": _weight_bytes(path),

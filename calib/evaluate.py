@@ -6,6 +6,7 @@ do not count, every word does. Samples are asked through the public runtime API 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,22 +21,45 @@ if TYPE_CHECKING:
 UNTYPED = "untyped"
 EVALUATE_MAX_TOKENS = 32
 
+Z95 = 1.959963984540054
+"""Standard normal quantile of a two-sided 95 % interval."""
+
 
 @dataclass(frozen=True)
-class AccuracyCount:
-    """A count of right answers."""
+class Share:
+    """``right`` of ``total``, with a 95 % interval."""
 
     right: int
     total: int
 
     @property
-    def accuracy(self) -> float:
-        """Share, 0 to 1."""
-        return self.right / self.total
+    def share(self) -> float:
+        """0 to 1; 1 where there was nothing to count."""
+        return self.right / self.total if self.total else 1.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's score interval at 95 %; [0, 1] where there was nothing to count.
+
+        Tokens of one answer are not independent of each other, so theirs is somewhat too narrow.
+
+        Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
+        """
+        if not self.total:
+            return 0.0, 1.0
+        square = Z95**2 / self.total
+        centre = (self.share + square / 2) / (1 + square)
+        spread = self.share * (1 - self.share) / self.total + square / (4 * self.total)
+        half = Z95 * math.sqrt(spread) / (1 + square)
+        # Nothing wrong means an upper end of 1, rounding or not.
+        low = 0.0 if self.right == 0 else centre - half
+        high = 1.0 if self.right == self.total else centre + half
+        return low, high
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form."""
-        return {**vars(self), "accuracy": self.accuracy}
+        low, high = self.interval
+        return {**vars(self), "share": self.share, "low": low, "high": high}
 
 
 @dataclass(frozen=True)
@@ -56,8 +80,8 @@ class EvaluationReport:
     per_token_ms: mean over the answers that have a second token; None where none has.
     """
 
-    overall: AccuracyCount
-    by_type: dict[str, AccuracyCount]
+    overall: Share
+    by_type: dict[str, Share]
     misses: tuple[Miss, ...]
     unreadable: tuple[tuple[str, str], ...]
     first_token_ms: float
@@ -65,9 +89,13 @@ class EvaluationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form."""
+
+        def count(share: Share) -> dict[str, Any]:
+            return {**vars(share), "accuracy": share.share}
+
         return {
-            **self.overall.to_dict(),
-            "by_type": {name: count.to_dict() for name, count in self.by_type.items()},
+            **count(self.overall),
+            "by_type": {name: count(share) for name, share in self.by_type.items()},
             "misses": [vars(miss) for miss in self.misses],
             "unreadable": [{"sample": name, "reason": why} for name, why in self.unreadable],
             "first_token_ms": self.first_token_ms,
@@ -127,11 +155,11 @@ def _report(
         count[1] += 1
         if not right:
             misses.append(Miss(sample.name, sample.prompt, sample.answer, answer.text))
-    by_type = {name: AccuracyCount(*counts[name]) for name in sorted(counts)}
+    by_type = {name: Share(*counts[name]) for name in sorted(counts)}
     steps = [answer.timings.per_token_ms for _, answer in asked]
     later = [ms for ms in steps if ms is not None]
     return EvaluationReport(
-        overall=AccuracyCount(len(asked) - len(misses), len(asked)),
+        overall=Share(len(asked) - len(misses), len(asked)),
         by_type=by_type,
         misses=tuple(misses),
         unreadable=tuple(unreadable),

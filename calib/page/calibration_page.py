@@ -45,7 +45,7 @@ def render_calibration(calibration: Calibration) -> str:
     facts = {
         "calibration": calibration,
         "plan": calibration.plan,
-        "doubts": calibration_warnings(calibration),
+        "warnings": calibration_warnings(calibration),
         "samples": calibration.samples,
         "most_listed": MOST_LISTED,
         "choice": _choice(calibration.choice),

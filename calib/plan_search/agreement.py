@@ -7,7 +7,6 @@ bundle would answer by itself shows as well: greedily, it agrees until the first
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...graphs.progress import Advance, no_advance
+from ..evaluate import Share
 from ..samples import Sample
 
 if TYPE_CHECKING:
@@ -24,46 +24,6 @@ if TYPE_CHECKING:
 TOP_TOKENS = 256
 """Tokens whose probabilities are kept of each position. All others count as one, so that the
 divergence is at most the true one; a reference of long answers stays small."""
-
-Z95 = 1.959963984540054
-"""Standard normal quantile of a two-sided 95 % interval."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """``right`` of ``total``, with a 95 % interval."""
-
-    right: int
-    total: int
-
-    @property
-    def share(self) -> float:
-        """0 to 1; 1 where there was nothing to count."""
-        return self.right / self.total if self.total else 1.0
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's score interval at 95 %; [0, 1] where there was nothing to count.
-
-        Tokens of one answer are not independent of each other, so theirs is somewhat too narrow.
-
-        Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
-        """
-        if not self.total:
-            return 0.0, 1.0
-        square = Z95**2 / self.total
-        centre = (self.share + square / 2) / (1 + square)
-        spread = self.share * (1 - self.share) / self.total + square / (4 * self.total)
-        half = Z95 * math.sqrt(spread) / (1 + square)
-        # Nothing wrong means an upper end of 1, rounding or not.
-        low = 0.0 if self.right == 0 else centre - half
-        high = 1.0 if self.right == self.total else centre + half
-        return low, high
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form."""
-        low, high = self.interval
-        return {**vars(self), "share": self.share, "low": low, "high": high}
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ PROMPT_SHARES = (0.5, 0.75, 0.9, 1.0)
 """Quantiles over prompts."""
 
 MASSES = (0.5, 0.8, 0.9, 0.95, 0.99)
-"""Shares of a layer's contributions that K tokens shall hold, in the median prompt."""
+"""Shares of a layer's contributions that K tokens should hold, in the median prompt."""
 
 MOST_TRIGGERS = 16
 """Layers tried as t."""

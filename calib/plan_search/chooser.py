@@ -104,8 +104,8 @@ class Chooser:
                 "rounding": rounding.to_dict(),
             }
         suggested = asdict(suggest_thresholds(dynamics))
-        told = dynamics.to_dict(suggested=suggested, text_blind=blind)
-        return Chosen(choice.plan, prompts, told, facts)
+        found = dynamics.to_dict(suggested=suggested, text_blind=blind)
+        return Chosen(choice.plan, prompts, found, facts)
 
     def _dense_ranges(self, prompts: Sequence[SamplePrompt]) -> Calibration:
         """Return ranges of the dense model's rows."""

@@ -194,12 +194,12 @@ class Dynamics:
     def _tables(self) -> dict[str, list[dict[str, Any]]]:
         """``triggers``, ``kept`` and ``exits``."""
         triggers, kept, exits = [], [], []
-        ladder = self.contribution_thresholds()
+        thresholds = self.contribution_thresholds()
         for cosine in COSINES:
-            for contribution in ladder:
+            for contribution in thresholds:
                 probe = Probe(self.first, cosine, contribution)
                 decisions = self.decide(probe)
-                if contribution == ladder[0]:
+                if contribution == thresholds[0]:
                     t = spread([decision.trigger for decision in decisions], self.layers)
                     triggers.append({"cosine": cosine, "t": t})
                 counts = [
@@ -212,12 +212,14 @@ class Dynamics:
         for cosine in COSINES[1::2]:
             for exit_cosine in COSINES[1::2]:
                 for consecutive in (False, True):
-                    probe = Probe(self.first, cosine, ladder[0], True, exit_cosine, 2, consecutive)
+                    probe = Probe(
+                        self.first, cosine, thresholds[0], True, exit_cosine, 2, consecutive
+                    )
                     found = [decision.exit for decision in self.decide(probe)]
                     exits.append(
                         {
                             "cosine": cosine,
-                            "contribution": ladder[0],
+                            "contribution": thresholds[0],
                             "exit_cosine": exit_cosine,
                             "exit_layers": probe.exit_layers,
                             "rule": "consecutive" if consecutive else "cumulative",

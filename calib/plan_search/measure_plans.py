@@ -90,8 +90,9 @@ class PlanBundles:
                     "--plan visipruner"
                 ) from None
             outcome.append(f"{len(samples) - len(held)} to choose by, {len(held)} held out")
-        self._choosing = [answer for i, answer in enumerate(answers) if i not in held]
-        self._held = [answer for i, answer in enumerate(answers) if i in held]
+        out = set(held)
+        self._choosing = [answer for i, answer in enumerate(answers) if i not in out]
+        self._held = [answer for i, answer in enumerate(answers) if i in out]
         return answers
 
     def measure(self, plan: StagePlan) -> Agreement:

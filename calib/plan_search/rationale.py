@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .agreement import Z95, Agreement
+from ..evaluate import Z95
+from .agreement import Agreement
 from .dynamics import Dynamics
 
 if TYPE_CHECKING:

@@ -35,10 +35,10 @@ def evaluation_table(report: EvaluationReport) -> RenderableType:
     for column in table.columns[1:]:
         column.justify = "right"
     for name, tally in report.by_type.items():
-        table.add_row(name, str(tally.right), str(tally.total), f"{100 * tally.accuracy:.1f} %")
+        table.add_row(name, str(tally.right), str(tally.total), f"{100 * tally.share:.1f} %")
     total = report.overall
     table.add_section()
-    table.add_row("all", str(total.right), str(total.total), f"{100 * total.accuracy:.1f} %")
+    table.add_row("all", str(total.right), str(total.total), f"{100 * total.share:.1f} %")
     speed = f"first token {report.first_token_ms:.1f} ms"
     if report.per_token_ms is not None:
         speed += f", each later one {report.per_token_ms:.1f} ms (means)"

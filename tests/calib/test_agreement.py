@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 import pytest
+from visistage.calib.evaluate import Share
 from visistage.calib.plan_search.agreement import (
     TOP_TOKENS,
     Agreement,
-    Share,
     agreement,
     dense_answers,
     divergence,

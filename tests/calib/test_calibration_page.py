@@ -8,12 +8,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from visistage.calib.evaluate import Share
 from visistage.calib.page.calibration_page import CALIBRATION_PAGE, render_calibration, write_report
 from visistage.calib.page.charts import cosines, histograms, pareto
 from visistage.calib.page.range_charts import alphas
 from visistage.calib.page.series import by_sensitivity, kept_float, rows_seen, series_of
 from visistage.calib.page.warnings import calibration_warnings
-from visistage.calib.plan_search.agreement import Agreement, Share
+from visistage.calib.plan_search.agreement import Agreement
 from visistage.calib.plan_search.candidates import Pricing
 from visistage.calib.plan_search.choose import choose_plan
 from visistage.calib.plan_search.dynamics import Dynamics, PromptReading, spread

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from visistage.calib.plan_search.agreement import Agreement, Share
+from visistage.calib.evaluate import Share
+from visistage.calib.plan_search.agreement import Agreement
 from visistage.calib.plan_search.candidates import Pricing, cut_off, friendly, knee, plan_candidates
 from visistage.calib.plan_search.choose import choose_plan
 from visistage.calib.plan_search.dynamics import Dynamics, PromptReading

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from visistage.calib.evaluate import UNTYPED, AccuracyCount, evaluate
+from visistage.calib.evaluate import UNTYPED, Share, evaluate
 from visistage.calib.samples import Sample
 from visistage.graphs.errors import DataError, ImageError, PromptError
 from visistage.runtime.answer import Answer, PlanFacts, Timings
@@ -48,8 +48,8 @@ def test_counts_by_type_and_names_what_was_wrong():
     ticks, heard = [], []
     report = evaluate(Scripted(), SAMPLES, advance=ticks.append, heard=heard.append)
     assert [answer.text for answer in heard] == ["One.", "three", "Top-left"]
-    assert report.overall == AccuracyCount(2, 3)
-    assert report.by_type == {"count": AccuracyCount(1, 2), UNTYPED: AccuracyCount(1, 1)}
+    assert report.overall == Share(2, 3)
+    assert report.by_type == {"count": Share(1, 2), UNTYPED: Share(1, 1)}
     (miss,) = report.misses
     assert (miss.prompt, miss.expected, miss.given) == ("two?", "two", "three")
     assert report.unreadable == (("data:one?", "bad.png: damaged"),)
