@@ -104,7 +104,7 @@ def _quant_config(precision: str) -> QuantConfig | None:
     if not is_quantised(precision):
         raise TargetError(
             f"--precision {precision}: plans are measured on this machine's CPU, in fp32, "
-            f"{', '.join(QUANTISED)}, or a precision with options such as int8:vision=float. For the FP16 graphs "
-            "of a GPU choose in fp32: leave --precision out"
+            f"{', '.join(QUANTISED)}, or one of them with options, such as int8:vision=float. For "
+            "the FP16 graphs of a GPU choose in fp32: leave --precision out"
         )
     return parse_quant_config(precision)

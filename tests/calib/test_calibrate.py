@@ -53,7 +53,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A toy checkpoint and six questions about five pictures, one of them broken."""
+    """A toy checkpoint and six questions about five images, one of them broken."""
     folder = tmp_path_factory.mktemp("calibrate")
     toy.make_checkpoint(folder / "toy")
     rng = np.random.default_rng(0)
@@ -226,7 +226,7 @@ def test_a_choice_for_int8_says_so_and_what_ships(rounded):
     ]
 
 
-def test_what_ships_and_loses_more_than_it_may_is_doubted(rounded):
+def test_what_ships_and_loses_more_than_it_may_is_a_warning(rounded):
     facts, _ = rounded
     calibration = Calibration.load(facts["path"])
 
@@ -253,7 +253,7 @@ def test_what_ships_and_loses_more_than_it_may_is_doubted(rounded):
     "precision",
     ["int8", "w8", "w4:vision=w8", "fp32:cache=int8", "int8:cache=int8", "w8:cache=int8"],
 )
-def test_a_rounded_walk_computes_what_the_rounded_bundle_does(
+def test_a_quantised_layerwise_run_computes_what_the_rounded_bundle_does(
     folder, tmp_path, precision, monkeypatch
 ):
     # By itself ONNX Runtime also rounds inputs where weights alone are rounded, as it runs.

@@ -260,7 +260,7 @@ def test_the_kept_layers_are_those_that_a_build_keeps(calibration):
     assert list(built) == [name for name, _ in kept_float(calibration.groups)]
 
 
-def test_rows_are_told_by_stage(page, calibration):
+def test_rows_are_shown_by_stage(page, calibration):
     rows = cells(page, "rows")
     stages = [one for one in rows if one[0].startswith("stage")]
     assert [row[1] for row in stages] == [str(stage.visual_tokens) for stage in PLAN.stages]
@@ -269,7 +269,7 @@ def test_rows_are_told_by_stage(page, calibration):
     assert {"head", "vision encoder and projector"} <= {row[0] for row in rows}
 
 
-def test_quantiles_and_censoring_are_told_in_words(page, calibration):
+def test_quantiles_and_censoring_are_shown_in_words(page, calibration):
     triggers = cells(page, "triggers")
     for row, one in zip(triggers, calibration.dynamics["triggers"], strict=True):
         assert row == [str(one["cosine"]), " ".join(one["t"]["text"].split())]
@@ -297,7 +297,7 @@ def test_every_group_is_in_one_series(calibration):
     assert sum(one.rows[0] > 0 for one in rows_seen(calibration.groups, PLAN)) == 5
 
 
-# --- doubts ---------------------------------------------------------------------------------------
+# --- warnings -------------------------------------------------------------------------------------
 
 
 def clean(calibration):
@@ -360,14 +360,14 @@ def test_where_nothing_speaks_against_it_the_page_says_so(calibration):
         ),
     ],
 )
-def test_each_doubt_is_raised_by_its_cause_alone(calibration, changes, said):
+def test_each_warning_is_raised_by_its_cause_alone(calibration, changes, said):
     spotless = clean(calibration)
     doubted = calibration_warnings(without(spotless, **changes(spotless)))
     assert len(doubted) == 1, doubted
     assert said in doubted[0]
 
 
-def test_few_rows_of_the_head_are_no_doubt(calibration):
+def test_few_rows_of_the_head_are_no_warning(calibration):
     """INT8 bundles round only its weights."""
     spotless = clean(calibration)
     head = {**spotless.groups, "lm_head": replace(spotless.groups["lm_head"], rows=7)}
@@ -379,7 +379,7 @@ def wide():
     return choice(budget={"cost": 0.5}, chosen=0, candidates=[{**few, "held_out": agreed(19, 20)}])
 
 
-def test_prompts_that_never_trigger_are_a_doubt(calibration):
+def test_prompts_that_never_trigger_are_a_warning(calibration):
     assert any(
         "8 of 40 prompts never triggered" in warning
         for warning in calibration_warnings(calibration)
@@ -473,7 +473,7 @@ def test_what_choose_plan_returns_can_be_shown(calibration, goal):
 
 
 def test_a_large_model_makes_a_page_of_bounded_size(calibration):
-    """A 7B has 227 groups here: 32 decoder layers and 23 of the tower, four each, and the rest."""
+    """A 7B has 227 groups here: 32 decoder layers and 23 encoder layers of four, and the rest."""
     random = np.random.default_rng(2)
     config = ModelConfig.from_hf(KNOWN_MODELS["llava-7b"].config)
     groups = {one.name: ranges_of(one, random, 4000) for one in linear_groups(config)}

@@ -273,7 +273,7 @@ def test_friendly_numbers_round_up_and_little():
 @given(
     st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=60), st.sampled_from([0, 0.2, 0.5])
 )
-def test_a_picture_is_on_one_side_only(images, share):
+def test_an_image_is_on_one_side_only(images, share):
     if share and len(set(images)) == 1:
         with pytest.raises(DataError, match="found 1 image"):
             hold_out(images, share)

@@ -223,7 +223,7 @@ def test_damaged_weights_are_named(tmp_path):
         collect(open_checkpoint(str(tmp_path)), prompts()[:1], PLAN, PREFIX)
 
 
-def test_a_kept_share_of_pictureless_prompts_is_no_hindrance(checkpoint):
+def test_prompts_without_images_have_ranges(checkpoint):
     ranges = collect(checkpoint, [SamplePrompt("text", (PREFIX + ids(5, 1),))], PLAN, PREFIX).groups
     assert "multi_modal_projector.linear_1" not in ranges
     assert ranges["lm_head"].rows == 1

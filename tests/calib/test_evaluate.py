@@ -70,7 +70,7 @@ def test_asks_greedily_with_the_checkpoints_other_settings():
     assert options == {"max_tokens": 7, "sampling": Sampling(repetition_penalty=1.5)}
 
 
-def test_only_pictures_may_fail():
+def test_only_images_may_fail():
     with pytest.raises(PromptError):
         evaluate(Scripted(), [*SAMPLES, sample("unknown?", "x")])
 
