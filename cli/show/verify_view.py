@@ -1,4 +1,4 @@
-"""How a ladder goes, on stderr, and its table."""
+"""Progress of a verification on stderr, and its table."""
 
 from __future__ import annotations
 
@@ -8,40 +8,36 @@ from rich.table import Table
 from rich.text import Text
 
 from ...graphs.errors import ParityError
+from ...graphs.progress import Progress, StepFact
 from ...pages.units import show_seconds
-from ...tools.verify.check_steps import Check
-from ...tools.verify.verify_report import (
-    FAILED,
-    IMPOSSIBLE,
-    NOTHING,
-    PASSED,
-    CheckRecord,
-    VerifyReport,
-)
+from ...tools.verify.verify_report import FAILED, IMPOSSIBLE, NOTHING, PASSED, VerifyReport
 from .bar import StepBar
 
 STYLES = {PASSED: "green", FAILED: "bold red", IMPOSSIBLE: "yellow", NOTHING: "dim"}
 
 
-class VerifyProgressBar(StepBar):
-    """A watcher (``tools/verify/verify.py``)."""
+class VerifyProgressBar(StepBar, Progress):
+    """A bar for the check that runs now, and a line with the status of each."""
 
     def __init__(self) -> None:
         super().__init__(measured=False)
 
-    def start(self, check: Check) -> None:
-        """Show the rung that is tried now."""
-        self.show(f"{check.name}: {check.compares}")
+    def start(self, step: str, total: int | None = None) -> None:
+        """Show the check that runs now."""
+        self.show(step, total)
 
-    def done(self, record: CheckRecord) -> None:
-        """Leave one line behind."""
-        self.leave(f"{record.name:<22} {record.status:<17}{show_seconds(record.seconds):>9}")
+    def done(self, fact: StepFact) -> None:
+        """Print its status."""
+        self.leave(f"{fact.name:<22} {fact.outcome:<17}{show_seconds(fact.seconds):>9}")
 
 
 def verify_table(report: VerifyReport, where: str) -> RenderableType:
-    """Every rung with its largest error, or why there is none; ``where`` the report lies."""
-    table = Table("rung", "compares", "result", "largest error", "why")
-    for record in report.rungs:
+    """Tabulate every check with its largest error, or why there is none.
+
+    ``where``: the report's file.
+    """
+    table = Table("check", "compares", "result", "largest error", "why")
+    for record in report.checks:
         worst = record.worst
         error = ""
         if worst is not None:
@@ -53,15 +49,15 @@ def verify_table(report: VerifyReport, where: str) -> RenderableType:
 
 
 def require_passed(report: VerifyReport, where: str) -> None:
-    """Raise for the first rung that failed.
+    """Raise for the first check that failed.
 
     Raises:
-        ParityError: names the rung, what was found and expected, and the report.
+        ParityError: names the check, what was found and expected, and the report.
     """
     failed = report.failed
     if failed is not None:
         raise ParityError(
-            f"rung '{failed.name}' failed ({failed.compares}): {failed.reason}. Expected: "
+            f"check '{failed.name}' failed ({failed.compares}): {failed.reason}. Expected: "
             f"{failed.rule}. Build the bundle again and verify it: make engines MODEL=...; the "
             f"whole report: {where}"
         )

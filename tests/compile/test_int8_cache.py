@@ -7,7 +7,6 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from click.testing import CliRunner
@@ -44,14 +43,15 @@ from visistage.runtime.session import load
 from visistage.tests.support import calibrated, toy
 from visistage.tests.support.chain_judge import PREFIX, ChainJudge, FakeQuantCache, prompts
 from visistage.tests.support.stand_ins import stand_in, write_engines
-from visistage.tests.support.verified import fix_hashes, run, statuses
+from visistage.tests.support.verified import change_graph, fix_hashes, run, statuses
 from visistage.tools.explain.trace import trace
 from visistage.tools.verify.chains import TorchChain, prepare_prompts
 from visistage.tools.verify.compare import BOUNDS
-from visistage.tools.verify.graph_checks import GraphChecks
-from visistage.tools.verify.origin import weights as check_weights
-from visistage.tools.verify.stored_graph import StoredGraph, all_weights
+from visistage.tools.verify.graph_checks import compare_onnxruntime
+from visistage.tools.verify.origin import check_prefix, check_weights
+from visistage.tools.verify.stored_graph import all_weights
 from visistage.tools.verify.verify_report import PASSED
+from visistage.tools.verify.verify_target import VerifyTarget
 
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
 STAGED = preset("visipruner", 6, 16, shallow=1, t=2, e=3, keep=4)
@@ -389,21 +389,25 @@ def swapped(bundle):
     return fix_hashes(bundle)
 
 
-def test_a_good_bundle_passes_every_rung(bundles, model, calibrations):
+def test_a_good_bundle_passes_every_check(bundles, model, calibrations):
     report = run(bundles("pruned"), 1, model=str(model), calibration=calibrations(PLAN)[0])
     found = statuses(report)
     assert report.failed is None
     records = ("weights", "prefix", "hugging face", "quantisation", "graph stage0", "graph select0")
     assert {found[name] for name in (*records, "runtime", "answers")} == {PASSED}
-    facts = {record.name: record.facts for record in report.rungs}
+    facts = {record.name: record.facts for record in report.checks}
     assert facts["weights"]["scales of caches"] == 8
     assert "tokens agree" in facts["quantisation"]["teacher-forced"]
 
 
 def test_scales_of_keys_and_values_swapped_in_the_file(copy, model, calibrations):
     known, checkpoint = calibrations(PLAN)[1], open_checkpoint(str(model))
-    assert not check_weights(copy, checkpoint, known).failure
-    failure = check_weights(swapped(copy), checkpoint, known).failure
+
+    def failure_of(bundle):
+        return check_weights(VerifyTarget(bundle, (), checkpoint, known)).failure
+
+    assert not failure_of(copy)
+    failure = failure_of(swapped(copy))
     assert "key_scale is not what the calibration makes of it" in failure
 
 
@@ -416,25 +420,20 @@ def test_scales_of_keys_and_values_swapped_in_a_graph(copy):
                     old, new = pair if name.endswith(pair[0]) else pair[::-1]
                     node.input[at] = name.replace(old, new)
 
-    assert not GraphChecks(StoredGraph(copy, "stage1"), 1 << 30).onnxruntime().failure
-    file = copy.file("stage1.onnx")
-    spoilt = onnx.load(file, load_external_data=False)
-    change(spoilt.graph)
-    onnx.save(spoilt, file)
-    result = GraphChecks(StoredGraph(copy, "stage1"), 1 << 30).onnxruntime()
-    assert "is off by" in result.failure
+    assert not compare_onnxruntime(VerifyTarget(copy), "stage1").failure
+    spoilt = change_graph(copy, "stage1.onnx", change)
+    assert "is off by" in compare_onnxruntime(VerifyTarget(spoilt), "stage1").failure
 
 
 def test_a_prefix_rounded_by_other_scales_is_noticed(copy, model):
-    from visistage.tools.verify.origin import prefix
-
     checkpoint = open_checkpoint(str(model))
-    assert not prefix(copy, checkpoint).failure
+    assert not check_prefix(VerifyTarget(copy, (), checkpoint)).failure
     file = copy.file("prefix.bin")
     shifted = np.fromfile(file, np.int8) // 2
     file.unlink()
     shifted.tofile(file)
-    assert "prefix keys of layer 0 is off by" in prefix(fix_hashes(copy), checkpoint).failure
+    failure = check_prefix(VerifyTarget(fix_hashes(copy), (), checkpoint)).failure
+    assert "prefix keys of layer 0 is off by" in failure
 
 
 def test_a_prefix_is_rounded_layer_by_layer_and_head_by_head():

@@ -42,49 +42,24 @@ from ..support.asking import example_feeds, torch_outputs
 ort = pytest.importorskip("onnxruntime")
 
 PLAN = "visipruner:shallow=1,t=2,e=4,keep=6"
-LAYERS = 6
+LAYERS = toy.HALF_LAYERS
 NEW = 12
 
 
-def scaled(factors):
-    """A change of a checkpoint: tensors whose name holds the key, times the factor."""
-
-    def change(weights):
-        for part, factor in factors.items():
-            hit = [name for name in weights if part in name]
-            assert hit, part
-            for name in hit:
-                weights[name] = (weights[name].float() * factor).half()
-
-    return change
-
-
 # In each of these FP16 alone gives infinities; what the check must find is said beside it.
-PRODUCT = scaled(  # gate and up are harmless, their product is not, its projection is again
+PRODUCT = toy.scaled(  # gate and up are harmless, their product is not, its projection is again
     {
         "layers.3.mlp.gate_proj": 16.0,
         "layers.3.mlp.up_proj": 2.0**10,
         "layers.3.mlp.down_proj": 2.0**-10,
     }
 )
-RESIDUAL = scaled(  # every update fits, their sum does not
+RESIDUAL = toy.scaled(  # every update fits, their sum does not
     {"o_proj": 2.0**12, "layers.0.mlp.down_proj": 2.0**12, "linear_2": 2.0**12}
     | {f"layers.{n}.mlp.down_proj": 2.0**15 for n in (1, 2)}
 )
-ATTENTION = scaled({"layers.2.self_attn.v_proj": 2.0**8, "layers.2.self_attn.o_proj": 2.0**9})
+ATTENTION = toy.scaled({"layers.2.self_attn.v_proj": 2.0**8, "layers.2.self_attn.o_proj": 2.0**9})
 PLANTS = {"product": PRODUCT, "residual": RESIDUAL, "attention": ATTENTION}
-
-
-def make(path, change=None):
-    """An FP16 toy, so that FP16 and FP32 differ in arithmetic alone."""
-    toy.make_checkpoint(path, layers=LAYERS, kv_heads=2, dtype="float16", mlp_bias=True)
-    if change is not None:
-        file = path / "model.safetensors"
-        weights = load_file(file)
-        change(weights)
-        assert all(weight.isfinite().all() for weight in weights.values())
-        save_file(weights, file, metadata={"format": "pt"})
-    return path
 
 
 def measured(path):
@@ -99,7 +74,7 @@ def planted(tmp_path_factory):
 
     def get(name):
         if name not in made:
-            path = make(tmp_path_factory.mktemp("models") / name, PLANTS.get(name))
+            path = toy.make_half(tmp_path_factory.mktemp("models") / name, PLANTS.get(name))
             made[name] = path, measured(path)
         return made[name]
 
@@ -329,7 +304,7 @@ def test_the_decided_model_is_the_same_function(planted, name):
     ],
 )
 def test_a_planted_overflow_without_remedy_is_refused(tmp_path, part, factor, tensor):
-    path = make(tmp_path / "toy", scaled({part: factor}))
+    path = toy.make_half(tmp_path / "toy", toy.scaled({part: factor}))
     with pytest.raises(TargetError) as refusal:
         make_bundle(str(path), plan=PLAN, target="rtx", out=tmp_path / "out")
     assert tensor in str(refusal.value)

@@ -44,7 +44,8 @@ from visistage.tests.support import toy
 from visistage.tests.support.asking import picture
 from visistage.tests.support.numpy_device import HostDevice
 from visistage.tests.support.stand_ins import stand_in, write_engines
-from visistage.tools.verify.engine_runs import compare_engines
+from visistage.tools.verify.session_checks import compare_engines
+from visistage.tools.verify.verify_target import VerifyTarget
 
 pytest.importorskip("onnxruntime")
 
@@ -594,8 +595,8 @@ def compared(bundle):
         SimpleNamespace(name=f"sample {seed}", image=picture(seed), prompt=QUESTION)
         for seed in (1, 2)
     ]
-    with load(bundle.path, backend="onnxruntime") as graphs:
-        return compare_engines(graphs, lambda: load(bundle.path), samples, 6)
+    with VerifyTarget(bundle, samples, max_tokens=6) as target:
+        return compare_engines(target)
 
 
 def test_verify_compares_engines_with_graphs(machine, bundles):

@@ -173,7 +173,7 @@ def test_few_calls_stay_bound(bundles, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_verify_climbs_to_openvino(bundles, monkeypatch, precision):
+def test_verify_reaches_openvino(bundles, monkeypatch, precision):
     bundle = bundles(precision=precision)
     assert precision == "fp32" or parse_quant_config(bundle.manifest.precision).name == "int8"
     report = run(bundle)

@@ -10,12 +10,13 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from visistage.compile.checkpoint.dummy_tokenizer import write_text_files
 from visistage.graphs.config import ModelConfig
 
 SPECIALS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "<image>": 4}
 VOCAB = 300
+HALF_LAYERS = 6
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = {  # canonical prefix -> prefix in the file; the first one that fits counts
     "old": {  # the published llava-hf files
@@ -201,6 +202,31 @@ def make_checkpoint(
     total = sum(tensor.nbytes for tensor in stored.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path
+
+
+def scaled(factors):
+    """A change of a checkpoint: tensors whose name holds the key, times the factor."""
+
+    def change(weights):
+        for part, factor in factors.items():
+            hit = [name for name in weights if part in name]
+            assert hit, part
+            for name in hit:
+                weights[name] = (weights[name].float() * factor).half()
+
+    return change
+
+
+def make_half(path, change=None):
+    """An FP16 toy, so that FP16 and FP32 differ in arithmetic alone."""
+    make_checkpoint(path, layers=HALF_LAYERS, kv_heads=2, dtype="float16", mlp_bias=True)
+    if change is not None:
+        file = path / "model.safetensors"
+        weights = load_file(file)
+        change(weights)
+        assert all(weight.isfinite().all() for weight in weights.values())
+        save_file(weights, file, metadata={"format": "pt"})
     return path
 
 

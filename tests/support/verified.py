@@ -1,7 +1,8 @@
-"""Bundles verified, and forged so that their hashes fit."""
+"""Verify toy bundles, and spoil them."""
 
 from dataclasses import replace
 
+import onnx
 from visistage.graphs.bundle import MANIFEST, Bundle, FileFact, sha256
 from visistage.tools.verify.verify import verify
 from visistage.tools.verify.verify_prompts import chosen
@@ -15,11 +16,11 @@ def run(bundle, count=2, **options):
 
 
 def statuses(report):
-    return {record.name: record.status for record in report.rungs}
+    return {record.name: record.status for record in report.checks}
 
 
 def failing(report):
-    """Name and reason of the first rung that failed."""
+    """Name and reason of the first check that failed."""
     assert report.failed is not None, statuses(report)
     return report.failed.name, report.failed.reason
 
@@ -34,6 +35,29 @@ def fix_hashes(bundle):
 
 
 def rewrite(bundle, **changes):
+    """Change fields of the manifest."""
     text = replace(bundle.manifest, **changes).to_json()
     (bundle.path / MANIFEST).write_text(text, encoding="utf-8")
     return Bundle.open(bundle.path)
+
+
+def change_graph(bundle, file, change):
+    """Change a graph's file, and its hash."""
+    path = bundle.file(file)
+    model = onnx.load(path, load_external_data=False)
+    change(model.graph)
+    onnx.save(model, path)
+    return fix_hashes(bundle)
+
+
+def swap(*names):
+    """Return a change of a graph that lets two initializers read each other's bytes."""
+
+    def change(graph):
+        pair = [tensor for tensor in graph.initializer if tensor.name in names]
+        data = [list(tensor.external_data) for tensor in pair]
+        for tensor, entries in zip(pair, reversed(data), strict=True):
+            del tensor.external_data[:]
+            tensor.external_data.extend(entries)
+
+    return change

@@ -1,4 +1,4 @@
-"""The parity ladder: good bundles pass on every target, every planted fault is caught and named."""
+"""Verification: good bundles pass on every target, every planted fault is caught and named."""
 
 import json
 import re
@@ -25,11 +25,21 @@ from visistage.graphs.targets import TENSORRT_RTX
 from visistage.runtime.device.tensorrt import find_trt_variant
 from visistage.runtime.hardware import GpuInfo
 from visistage.tests.support import toy
-from visistage.tests.support.verified import PLAN, failing, fix_hashes, rewrite, run, statuses
-from visistage.tools.verify import stored
-from visistage.tools.verify.check_steps import Check, ImpossibleError, run_check
+from visistage.tests.support.verified import (
+    PLAN,
+    change_graph,
+    failing,
+    fix_hashes,
+    rewrite,
+    run,
+    statuses,
+    swap,
+)
+from visistage.tools.verify import file_checks
+from visistage.tools.verify.answer_checks import Tally
+from visistage.tools.verify.chains import Trajectory
+from visistage.tools.verify.checks import Check
 from visistage.tools.verify.compare import BOUNDS, tensor_error
-from visistage.tools.verify.tally import Tally, Trajectory
 from visistage.tools.verify.token_choices import (
     APART,
     ProbeReading,
@@ -39,7 +49,7 @@ from visistage.tools.verify.token_choices import (
     selection_margin,
 )
 from visistage.tools.verify.variants import difference
-from visistage.tools.verify.verify import verify
+from visistage.tools.verify.verify import run_check, verify
 from visistage.tools.verify.verify_prompts import DEFAULT_SAMPLES, chosen
 from visistage.tools.verify.verify_report import (
     FAILED,
@@ -53,9 +63,13 @@ from visistage.tools.verify.verify_report import (
     VerifyReport,
     page,
 )
+from visistage.tools.verify.verify_target import ImpossibleError
 
-from ..compile.test_ranges import PRODUCT, make
-
+PRODUCT = {  # gate and up are harmless, their product leaves FP16, its projection comes back
+    "layers.3.mlp.gate_proj": 16.0,
+    "layers.3.mlp.up_proj": 2.0**10,
+    "layers.3.mlp.down_proj": 2.0**-10,
+}
 needs_rtx = pytest.mark.skipif(
     find_trt_variant(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]'"
 )
@@ -70,7 +84,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(folder):
-    """Bundles by target, each built once and verified once, with every rung that there is."""
+    """Bundles by target, each built once and verified once, with every check that there is."""
     made = {}
 
     def get(target):
@@ -120,15 +134,15 @@ def test_fp16_with_engines(built):
     assert report.failed is None
     others = {name: status for name, status in found.items() if status != PASSED}
     assert others == {"quantisation": NOTHING, "engine runs": IMPOSSIBLE}
-    runs = next(record for record in report.rungs if record.name == "engine runs")
+    runs = next(record for record in report.checks if record.name == "engine runs")
     assert runs.status == IMPOSSIBLE
     assert "engines need a GPU" in runs.reason
-    variants = next(record for record in report.rungs if record.name == "variants")
+    variants = next(record for record in report.checks if record.name == "variants")
     assert set(variants.facts) == {
         file for fact in bundle.manifest.graphs.values() for file in fact.variants.values()
     }
     assert variants.facts["stage0.context128.onnx"].startswith("stage0.onnx with B = 1, S = 128")
-    engines = next(record for record in report.rungs if record.name == "engines")
+    engines = next(record for record in report.checks if record.name == "engines")
     source = engines.facts["compiled from"]
     assert source["engines/stage0.context128.engine"] == "stage0.context128.onnx"
 
@@ -189,7 +203,7 @@ def test_a_second_run_finds_the_same(built):
     errors = [
         {
             e.tensor: e.relative
-            for e in next(r for r in one.rungs if r.name == "graph vision").errors
+            for e in next(r for r in one.checks if r.name == "graph vision").errors
         }
         for one in (report, again)
     ]
@@ -203,7 +217,7 @@ def test_a_second_run_finds_the_same(built):
 def overflowing(tmp_path_factory):
     """A bundle of a model whose MLP products leave FP16, with the remedy that its build found."""
     folder = tmp_path_factory.mktemp("overflow")
-    make(folder / "toy", PRODUCT)
+    toy.make_half(folder / "toy", toy.scaled(PRODUCT))
     return make_bundle(str(folder / "toy"), plan=PLAN, target="rtx", contexts=(128,), out=folder)
 
 
@@ -246,7 +260,7 @@ def test_a_flipped_byte(copy):
     name, reason = failing(report)
     assert name == "files"
     assert "BUNDLE/stage1.onnx" in reason
-    others = [record for record in report.rungs if record.name != "files"]
+    others = [record for record in report.checks if record.name != "files"]
     assert {record.status for record in others} == {IMPOSSIBLE}
     assert str(bundle.path) not in page(report)
 
@@ -276,13 +290,12 @@ def test_two_graphs_swapped_with_their_hashes(copy):
 @pytest.mark.parametrize("target", ["cpu", "orin-jp62"])
 def test_a_graph_that_computes_something_else(copy, target):
     """One Add became a Sub: names, types and shapes are as they were."""
-    bundle = copy(target)
-    file = bundle.file("stage1.onnx")
-    model = onnx.load(file, load_external_data=False)
-    adds = [node for node in model.graph.node if node.op_type == "Add"]
-    adds[-1].op_type = "Sub"
-    onnx.save(model, file)
-    report = run(fix_hashes(bundle))
+
+    def change(graph):
+        adds = [node for node in graph.node if node.op_type == "Add"]
+        adds[-1].op_type = "Sub"
+
+    report = run(change_graph(copy(target), "stage1.onnx", change))
     name, reason = failing(report)
     assert name == "graph stage1"
     assert re.search(r"is off by \S+ of its spread", reason)
@@ -293,17 +306,9 @@ def test_a_graph_that_computes_something_else(copy, target):
 def test_weights_swapped_inside_a_graph(copy, folder):
     """Keys and queries read each other's bytes. Torch reads them where the file says, too: only the
     checkpoint can tell."""
-    bundle = copy("cpu")
-    file = bundle.file("stage0.onnx")
-    model = onnx.load(file, load_external_data=False)
-    found = {one.name: one for one in model.graph.initializer}
-    pair = [found[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qk"]
-    data = [list(one.external_data) for one in pair]
-    for one, entries in zip(pair, reversed(data), strict=True):
-        del one.external_data[:]
-        one.external_data.extend(entries)
-    onnx.save(model, file)
-    report = run(fix_hashes(bundle), model=str(folder / "toy"))
+    names = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qk")
+    bundle = change_graph(copy("cpu"), "stage0.onnx", swap(*names))
+    report = run(bundle, model=str(folder / "toy"))
     name, reason = failing(report)
     assert name == "weights"
     assert "model.layers.1.self_attn.q_proj.weight of stage0.onnx" in reason
@@ -350,16 +355,18 @@ def test_another_tokenizer_template(copy, folder):
 
 
 def test_a_changed_attribute_in_a_variant(copy):
-    bundle = copy("rtx")
-    file = bundle.file("stage0.context128.onnx")
-    model = onnx.load(file, load_external_data=False)
-    node = next(node for node in model.graph.node if node.op_type == "RMSNormalization")
-    next(one for one in node.attribute if one.name == "epsilon").f *= 10
-    onnx.save(model, file)
-    name, reason = failing(run(fix_hashes(bundle)))
+    changed = []
+
+    def change(graph):
+        node = next(node for node in graph.node if node.op_type == "RMSNormalization")
+        next(one for one in node.attribute if one.name == "epsilon").f *= 10
+        changed.append(node.name)
+
+    bundle = change_graph(copy("rtx"), "stage0.context128.onnx", change)
+    name, reason = failing(run(bundle))
     assert name == "variants"
     assert "stage0.context128.onnx" in reason
-    assert node.name in reason
+    assert changed[0] in reason
 
 
 @pytest.mark.parametrize(
@@ -434,11 +441,11 @@ def test_an_index_that_lacks_an_engine(copy):
 @needs_rtx
 def test_engines_run_on_a_gpu_that_fits_alone(built, monkeypatch):
     bundle, _ = built("rtx")
-    monkeypatch.setattr(stored, "find_gpu", lambda: GpuInfo("it", (8, 6), 1 << 30))
-    stored.check_engines_run(bundle)
-    monkeypatch.setattr(stored, "find_gpu", lambda: GpuInfo("it", (9, 0), 1 << 30))
+    monkeypatch.setattr(file_checks, "find_gpu", lambda: GpuInfo("it", (8, 6), 1 << 30))
+    file_checks.require_engines_run(bundle)
+    monkeypatch.setattr(file_checks, "find_gpu", lambda: GpuInfo("it", (9, 0), 1 << 30))
     with pytest.raises(ImpossibleError, match=re.escape("found it (sm_90)")):
-        stored.check_engines_run(bundle)
+        file_checks.require_engines_run(bundle)
 
 
 # --- what a machine cannot do ---------------------------------------------------------------------
@@ -446,7 +453,7 @@ def test_engines_run_on_a_gpu_that_fits_alone(built, monkeypatch):
 
 def test_too_little_memory_is_said_with_figures(built):
     bundle, _ = built("rtx")
-    found = {record.name: record for record in run(bundle, memory=300_000).rungs}
+    found = {record.name: record for record in run(bundle, memory=300_000).checks}
     assert {record.status for record in found.values()} <= {PASSED, IMPOSSIBLE, NOTHING}
     assert [name for name in found if found[name].status == NOTHING] == ["quantisation"]
     for name in ("graph stage0", "runtime", "answers", "half answers"):
@@ -457,7 +464,7 @@ def test_too_little_memory_is_said_with_figures(built):
 
 
 def test_without_torch_the_runtime_alone_is_verified(built, tmp_path):
-    """As on a board: neither torch nor onnx can be imported, the other rungs run all the same."""
+    """As on a board: neither torch nor onnx can be imported, the other checks run all the same."""
     bundle = Bundle.open(shutil.copytree(built("orin-jp62")[0].path, tmp_path / "board"))
     code = f"""
 import sys
@@ -486,7 +493,7 @@ main(["verify", {str(bundle.path)!r}, "--samples", "1", "--max-tokens", "3", "--
 
 def test_a_checkpoint_that_was_not_named(built):
     bundle, _ = built("cpu")
-    found = {record.name: record for record in run(bundle).rungs}
+    found = {record.name: record for record in run(bundle).checks}
     for name in ("weights", "prefix", "hugging face"):
         assert found[name].status == IMPOSSIBLE
         assert "--model" in found[name].reason
@@ -619,9 +626,9 @@ def test_plans_that_decide_per_prompt_in_fp16(tmp_path, plan):
     """Their thresholds are read in FP16: what lies on one may fall on either side."""
     bundle = make_bundle("demo", plan=plan, target="orin-jp72", out=tmp_path)
     report = run(bundle, 6, model="demo")
-    wrong = {record.name: record.reason for record in report.rungs if record.status == FAILED}
+    wrong = {record.name: record.reason for record in report.checks if record.status == FAILED}
     assert not wrong
-    assert {"half answers", "answers"} <= {r.name for r in report.rungs if r.status == PASSED}
+    assert {"half answers", "answers"} <= {r.name for r in report.checks if r.status == PASSED}
 
 
 def test_errors_are_relative_to_the_spread():
@@ -647,7 +654,7 @@ def test_another_picture_is_beyond_every_tolerance(built, folder):
     assert error.relative > 2 * BOUNDS["float16"].whole
 
 
-def test_whatever_a_library_raises_fails_its_rung_only():
+def test_whatever_a_library_raises_fails_its_check_only():
     def broken():
         raise RuntimeError("[ONNXRuntimeError] : 7 : INVALID_PROTOBUF")
 
@@ -687,15 +694,15 @@ def test_the_page_and_the_json_hold_everything(built, tmp_path):
     text = (tmp_path / PAGE_FILE).read_text()
     data = json.loads((tmp_path / JSON_FILE).read_text())
     assert data["passed"] is True
-    assert len(data["rungs"]) == len(report.rungs)
-    for record in report.rungs:
+    assert len(data["rungs"]) == len(report.checks)
+    for record in report.checks:
         assert f"| {record.name} | {record.compares} | {record.status} |" in text
         if record.status in (PASSED, FAILED):
             assert f"- {record.name}: {record.rule}" in text
         else:
             assert f"- {record.name}: {record.reason}" in text
     assert "stage0.onnx" in text
-    worst = max((e for record in report.rungs for e in record.errors), key=lambda e: e.relative)
+    worst = max((e for record in report.checks for e in record.errors), key=lambda e: e.relative)
     listed = text.split("## Largest errors by tensor")[1]
     assert f"| {worst.tensor} |" in listed.splitlines()[6]
     assert "| cores |" in text
@@ -713,7 +720,7 @@ def test_a_failed_report_says_so_first():
     assert "**Failed: it.**" in text.splitlines()[2]
     assert "this \\| that" in text
     assert "not finite (gone)" in text
-    with pytest.raises(ParityError, match=r"rung 'it' failed .*Expected: equal.*/x/verify\.md"):
+    with pytest.raises(ParityError, match=r"check 'it' failed .*Expected: equal.*/x/verify\.md"):
         require_passed(report, "/x/verify.md")
     assert verify_table(report, "/x/verify.md")
 
@@ -745,6 +752,6 @@ def test_the_command_ends_with_one_error_and_its_report(copy):
     assert done.exit_code == 2
     assert json.loads(done.stdout)["passed"] is False
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    for word in ("rung 'files' failed", "stage1.onnx", "Expected", "make engines", PAGE_FILE):
+    for word in ("check 'files' failed", "stage1.onnx", "Expected", "make engines", PAGE_FILE):
         assert word in line
     assert "**Failed: files.**" in (bundle.path / PAGE_FILE).read_text()

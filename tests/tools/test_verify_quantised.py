@@ -1,11 +1,10 @@
-"""The parity ladder over integer weights: good bundles pass, every planted fault is named."""
+"""Verification over integer weights: good bundles pass, every planted fault is named."""
 
 import json
 import shutil
 from dataclasses import replace
 
 import numpy as np
-import onnx
 import pytest
 from click.testing import CliRunner
 from visistage.cli.main import main
@@ -17,7 +16,15 @@ from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import DataError
 from visistage.graphs.quantization import FLOAT, SCALE_BLOCK, Quantization
 from visistage.tests.support import calibrated, toy
-from visistage.tests.support.verified import PLAN, failing, fix_hashes, run, statuses
+from visistage.tests.support.verified import (
+    PLAN,
+    change_graph,
+    failing,
+    fix_hashes,
+    run,
+    statuses,
+    swap,
+)
 from visistage.tools.verify.compare import BOUNDS, bounds_of, strict
 from visistage.tools.verify.origin import open_calibration
 from visistage.tools.verify.quantised_checks import QuantisedWeights, WrongError
@@ -68,35 +75,13 @@ def write(bundle, changes):
     return fix_hashes(bundle)
 
 
-def change_graph(bundle, graph, change):
-    """Change a graph's file, and its hash."""
-    file = bundle.file(f"{graph}.onnx")
-    model = onnx.load(file, load_external_data=False)
-    change(model.graph)
-    onnx.save(model, file)
-    return fix_hashes(bundle)
-
-
-def swap(*names):
-    """What makes two initializers read each other's bytes."""
-
-    def change(graph):
-        pair = [one for one in graph.initializer if one.name in names]
-        data = [list(one.external_data) for one in pair]
-        for one, entries in zip(pair, reversed(data), strict=True):
-            del one.external_data[:]
-            one.external_data.extend(entries)
-
-    return change
-
-
 # --- good bundles ---------------------------------------------------------------------------------
 
 
-def test_every_scheme_passes_every_rung(int8, folder):
+def test_every_scheme_passes_every_check(int8, folder):
     report = run(int8, model=str(folder / "toy"), calibration=folder / "calibration")
     assert report.failed is None
-    found = {record.name: record for record in report.rungs}
+    found = {record.name: record for record in report.checks}
     for name in ("weights", "prefix", "hugging face", "quantisation", "runtime", "answers"):
         assert found[name].status == PASSED, name
     facts = found["weights"].facts
@@ -133,7 +118,7 @@ def test_a_calibration_that_a_bundle_does_not_rest_on_is_refused(int8, folder):
 
 def test_without_its_calibration_a_bundle_says_what_was_not_checked(int8, folder):
     report = run(int8, model=str(folder / "toy"))
-    facts = next(record.facts for record in report.rungs if record.name == "weights")
+    facts = next(record.facts for record in report.checks if record.name == "weights")
     assert "input scales" in facts["not checked"]
     assert int8.manifest.quantization.calibration[:12] in facts["not checked"]
     with pytest.raises(DataError, match="--model CHECKPOINT"):
@@ -208,7 +193,7 @@ def test_a_planted_fault_in_rounded_weights(copy, folder, fault):
 def test_integers_of_two_layers_swapped(copy, folder):
     """Torch reads the bytes where the file says, too: only the checkpoint can tell."""
     names = (f"model.layers.1.self_attn.{one}_proj.weight_int8" for one in "qk")
-    spoilt = change_graph(copy, "stage0", swap(*names))
+    spoilt = change_graph(copy, "stage0.onnx", swap(*names))
     report = run(spoilt, model=str(folder / "toy"))
     name, reason = failing(report)
     assert name == "weights"
@@ -235,12 +220,12 @@ def test_a_graph_that_restores_by_the_scales_of_another_layer(copy):
                 if name == "model.layers.0.self_attn.q_proj.weight_scale":
                     node.input[at] = "model.layers.0.self_attn.k_proj.weight_scale"
 
-    report = run(change_graph(copy, "stage0", change))
+    report = run(change_graph(copy, "stage0.onnx", change))
     assert failing(report)[0] == "graph stage0"
 
 
 def test_rounding_that_leaves_nothing_of_the_model(copy, folder):
-    """Ranges that clip everything: every rung below agrees, the model is gone."""
+    """Ranges that clip everything: every check before agrees, the model is gone."""
     scales = [name for name in all_weights(copy) if name.endswith("o_proj.input_scale")]
     scales += [name for name in all_weights(copy) if name.endswith("down_proj.input_scale")]
     report = run(write(copy, dict.fromkeys(scales, lambda x: x / 1000)), model=str(folder / "toy"))

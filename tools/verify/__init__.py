@@ -1,5 +1,5 @@
-"""The parity ladder: is what a bundle's files compute what the checkpoint computes, rung by rung?
+"""Verification: does a bundle compute what its checkpoint computes?
 
-A rung is compared with the one below it, on the bundle's own files. Each is run, or it is said why
-this machine cannot; ``visistage verify`` writes the result beside the files.
+Each check compares two neighbours on the bundle's own files (``checks.py`` lists them). Each is
+run, or the report says why this machine cannot; ``visistage verify`` writes it beside the files.
 """

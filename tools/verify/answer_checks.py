@@ -1,56 +1,218 @@
-"""The rung that needs the runtime alone: a bundle loads, and answers the same however it is asked.
+"""Checks of whole answers: real prompts through the torch chain and through the public runtime.
 
-A picture that is new, one whose rows are kept, one that another picture pushed aside, and a session
-of its own must make no difference; logits must be finite.
+Teacher-forced: both go along the reference's tokens, so that one early difference hides no later
+one. Free-running: each goes on with its own tokens, as for a user.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...calib.samples import Sample
-from .verify_report import CheckResult
+from ... import runtime
+from ...graphs.targets import ONNXRUNTIME
+from .chains import TorchChain, Trajectory
+from .compare import Bounds, bounds_of, first_wrong, strict, tensor_error
+from .session_checks import ask
+from .token_choices import Selection, selection_margin
+from .verify_report import CheckResult, TensorError
+from .verify_target import NothingError, VerifyTarget
 
 if TYPE_CHECKING:
     from ...runtime import Session
 
+LOGITS_LIMIT = 1.0
+"""Largest error of quantised logits that passes: root mean square, in the spread of the float ones.
+Logits that have nothing to do with each other are 1.4 apart."""
 
-def compare_repeats(
-    load: Callable[[], Session], samples: Sequence[Sample], steps: int
-) -> CheckResult:
-    """Ask every sample twice in one session, and once in another in reverse order.
 
-    Args:
-        load: opens the bundle; called twice, one after the other.
-        samples: at least one.
-        steps: longest answer in tokens.
+class Tally:
+    """Agreement of whole answers over prompts, and the first unexplained difference.
+
+    Where ``bounds`` know no ties, tokens and selections are equal. Otherwise they may differ as
+    near ties do: a token where the logits are within the tolerance, a visual token where another
+    scores as much within the tie, a probe that reads a threshold within it; then the logits are
+    compared with those that the reference has for the same selection.
     """
 
-    def tokens(session: Session, sample: Sample) -> tuple[int, ...]:
-        # A checkpoint's own settings may draw at random.
-        greedy = replace(session.sampling, temperature=0.0)
-        given = (sample.image, sample.prompt)
-        return session.infer(*given, max_tokens=steps, sampling=greedy).tokens
+    def __init__(self, bounds: Bounds):
+        self.bounds, self.exact = bounds, not bounds.tie
+        self.failure = ""
+        self.errors: list[TensorError] = []
+        self.places = self.agreed = self.equal = self.reselected = 0
+        self.divergences: dict[str, int] = {}
 
-    failure = ""
-    with load() as session:
-        first = [tokens(session, sample) for sample in samples]
-        again = [tokens(session, sample) for sample in samples]
-        for sample, said in zip(samples, first, strict=True):
-            if not np.isfinite(session.score(sample.image, sample.prompt, said[:-1])).all():
-                failure = failure or f"{sample.name}: the logits are not finite"
-        files = tuple(fact.file for fact in session.bundle.manifest.graphs.values())
-    with load() as session:
-        alone = [tokens(session, sample) for sample in reversed(samples)][::-1]
-    for sample, *answers in zip(samples, first, again, alone, strict=True):
-        if len(set(answers)) > 1:
+    def add(
+        self,
+        name: str,
+        want: Trajectory,
+        logits: np.ndarray,
+        selection: Selection,
+        free: tuple[int, ...],
+        forced_run: Callable[[Selection], Trajectory],
+    ) -> None:
+        """Note a prompt.
+
+        Args:
+            name: of the prompt.
+            want: the reference's own answer.
+            logits: along its tokens.
+            selection: the plan's.
+            free: tokens without a teacher.
+            forced_run: the reference along the same tokens, its selection given.
+        """
+        top = logits.argmax(-1)
+        apart = [at for at, token in enumerate(want.tokens) if top[at] != token]
+        self.places += len(want.tokens)
+        self.agreed += len(want.tokens) - len(apart)
+        first = next((at for at, token in enumerate(free) if token != want.tokens[at]), None)
+        if first is None:
+            self.equal += 1
+        else:
+            self.divergences[name] = first
+        failure, reference = "", want.logits
+        if selection != want.selection:
+            self.reselected += 1
+            margin = selection_margin(want.margins, want.selection, selection)
+            if self.exact or margin > self.bounds.tie:
+                difference = selection.difference(want.selection)
+                failure = f"{name}: {difference}, {margin:.2g} from a tie"
+            else:
+                reference = forced_run(selection).logits
+        errors = [
+            tensor_error(f"{name}: logits of the {where}", logits[steps], reference[steps])
+            for where, steps in (("prompt", slice(1)), ("answer", slice(1, len(top))))
+            if len(top[steps])
+        ]
+        self.errors += errors
+        failure = failure or first_wrong(errors, self.bounds.whole)
+        if apart and self.exact:
+            failure = failure or f"{name}: token {apart[0]} of the teacher-forced answer differs"
+        if first is not None and first not in apart:
             failure = failure or (
-                f"{sample.name}: the answer is {answers[0]}, asked again {answers[1]}, by a new "
-                f"session {answers[2]}"
+                f"{name}: the free-running answer differs at token {first}, where the "
+                "teacher-forced one does not"
             )
-    facts = {"prompts": len(samples), "tokens": sum(map(len, first))}
-    return CheckResult(failure, files, facts=facts)
+        self.failure = self.failure or failure
+
+    def result(self, files: tuple[str, ...]) -> CheckResult:
+        """Return everything noted."""
+        return CheckResult(
+            self.failure,
+            files,
+            tuple(self.errors),
+            {
+                "teacher-forced": f"{self.agreed} of {self.places} tokens agree",
+                "free-running": f"{self.equal} of {self.equal + len(self.divergences)} answers "
+                "are equal to their end",
+                "first divergence, by prompt": self.divergences,
+                "prompts whose kept visual tokens differ": self.reselected,
+            },
+        )
+
+
+def compare_runtime(target: VerifyTarget) -> CheckResult:
+    """Compare the runtime on ONNX Runtime with the torch chain in FP32.
+
+    Where ONNX Runtime rounds the inputs of rearranged weights, mapped ones are tried as well: there
+    nothing is rounded but what the graphs round.
+    """
+    found = _compare_session(target, target.session, bounds_of(target.kinds))
+    manifest = target.bundle.manifest
+    if found.failure or not target.loose or manifest.dtype == "float16":
+        return found  # FP16 graphs are widened on a CPU, never mapped
+    with runtime.load(
+        target.bundle.path, backend=ONNXRUNTIME, memory_limit=manifest.weight_bytes
+    ) as mapped:
+        exact = _compare_session(target, mapped, bounds_of(strict(target.kinds)))
+    facts = {f"mapped weights, {name}": fact for name, fact in exact.facts.items()}
+    errors = [replace(error, tensor=f"{error.tensor}, mapped weights") for error in exact.errors]
+    return replace(exact, errors=(*found.errors, *errors), facts={**found.facts, **facts})
+
+
+def _compare_session(target: VerifyTarget, session: Session, bounds: Bounds) -> CheckResult:
+    tally = Tally(bounds)
+    for prompt in target.prompts:
+        name, text = prompt.sample.name, prompt.sample.prompt
+        want = target.reference.answer(prompt, target.max_tokens)
+        logits = session.score(prompt.opened, text, want.tokens[:-1])
+        answer = ask(session, prompt.opened, text, target.max_tokens)
+        selection = Selection.of(answer.plan.kept, answer.plan.called)
+        forced_run = partial(target.reference.follow, prompt, want.tokens)
+        tally.add(name, want, logits, selection, answer.tokens, forced_run)
+    return tally.result(target.files)
+
+
+def compare_half(target: VerifyTarget) -> CheckResult:
+    """Compare the torch chain in FP16 arithmetic with the one in FP32, with and without a teacher.
+
+    Raises:
+        NothingError: the bundle computes in FP32.
+    """
+    target.require_half()
+    reference, prompts = target.reference, target.prompts
+    half = TorchChain.stored(target.bundle, half=True, free=target.free)
+    tally = Tally(target.half_bounds)
+    for prompt in prompts:
+        want = reference.answer(prompt, target.max_tokens)
+        got = half.follow(prompt, want.tokens)
+        free = half.answer(prompt, target.max_tokens)
+        forced_run = partial(reference.follow, prompt, want.tokens)
+        tally.add(prompt.sample.name, want, got.logits, got.selection, free.tokens, forced_run)
+    return tally.result(target.files)
+
+
+def compare_quantised(target: VerifyTarget) -> CheckResult:
+    """Compare the quantised torch chain with the one over the checkpoint's own weights.
+
+    How much an answer may change is for its user to judge, so agreement and errors along the float
+    chain's tokens are reported; what fails are logits that have nothing to do with the float ones.
+
+    Raises:
+        ImpossibleError: no checkpoint was named.
+        NothingError: nothing is quantised.
+    """
+    if not target.bundle.manifest.quantization.quantises:
+        raise NothingError("every layer and every cache is a float one")
+    original, quantised = target.original, target.reference
+    failure, errors, worst = "", [], 0.0
+    places = agreed = reselected = 0
+    squares = spreads = 0.0
+    for prompt in target.prompts:
+        want = original.answer(prompt, target.max_tokens)
+        got = quantised.follow(prompt, want.tokens)
+        places += len(want.tokens)
+        agreed += sum(a == b for a, b in zip(got.tokens, want.tokens, strict=True))
+        reselected += got.selection != want.selection
+        name = prompt.sample.name
+        error = tensor_error(f"{name}: logits", got.logits, want.logits)
+        errors.append(error)
+        if error.relative is None:
+            failure = failure or f"{name}: the logits are not finite"
+            continue
+        mean = float(np.square(got.logits.astype(np.float64) - want.logits).mean())
+        variance = float(want.logits.astype(np.float64).var())
+        squares, spreads = squares + mean, spreads + variance
+        apart = (mean / (variance or 1.0)) ** 0.5
+        worst = max(worst, apart)
+        if apart > LOGITS_LIMIT:
+            failure = failure or (
+                f"{name}: the logits are {apart:.2g} of their spread away from those of the "
+                f"checkpoint, in the root mean square, expected at most {LOGITS_LIMIT:g}"
+            )
+    overall = (squares / (spreads or 1.0)) ** 0.5
+    return CheckResult(
+        failure,
+        target.files,
+        tuple(errors),
+        {
+            "teacher-forced": f"{agreed} of {places} tokens agree",
+            "logits": f"off by {overall:.3f} of their spread in the root mean square, "
+            f"{worst:.3f} in the worst prompt",
+            "prompts whose kept visual tokens differ": reselected,
+        },
+    )

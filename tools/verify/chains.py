@@ -1,8 +1,4 @@
-"""The rungs of whole answers: real prompts through the torch chain and through the public runtime.
-
-Teacher-forced: both are given the torch chain's tokens, so one early difference hides no later
-one. Free-running: each goes on with its own tokens, as a user would see it.
-"""
+"""The torch chain: real prompts through torch stages, over a bundle's or a checkpoint's weights."""
 
 from __future__ import annotations
 
@@ -18,34 +14,30 @@ from torch import Tensor, nn
 
 from ...calib.samples import Sample
 from ...compile.checkpoint.checkpoint import Checkpoint
+from ...compile.checkpoint.names import EMBEDDING
 from ...graphs.bundle import Bundle, Manifest
 from ...graphs.chain.chain import AppendedRows, Chain
 from ...graphs.chain.executor import Kept
-from ...graphs.chain.torch_reference import Span, TorchExecutor, load_weights, segments
+from ...graphs.chain.torch_reference import TorchExecutor, load_weights
 from ...graphs.contract import INVISIBLE
 from ...graphs.linears import linear_groups
 from ...graphs.modules.ops import Eager
 from ...graphs.modules.quantized import INPUT_SCALE, WEIGHT
 from ...graphs.modules.vision import Vision
 from ...graphs.plan.plan import StagePlan
+from ...graphs.plan.stages import Probe
 from ...graphs.precision import NO_FALLBACK
-from .check_steps import require_memory
-from .compare import Bounds
-from .module_checks import STORED_TORCH_DTYPES, quantise_module, stored_tensor
-from .stored_graph import all_weights, graph_files
-from .tally import Tally, Trajectory
+from .stored_graph import all_weights, quantise_module, stored_tensor
 from .token_choices import ProbeReading, Selection, SelectionMargins, forced_readings
-from .verify_report import CheckResult
+from .verify_target import require_memory
 
 if TYPE_CHECKING:
     from ...runtime import Session
 
-EMBEDDING = "model.embed_tokens.weight"
-
 
 @dataclass(frozen=True)
-class Asked:
-    """A sample as both sides take it: pixels (1, C, H, W), and ids with None for the picture."""
+class PreparedPrompt:
+    """A sample as both sides take it: pixels (1, C, H, W), and ids with None for the image."""
 
     sample: Sample
     opened: Any
@@ -53,55 +45,66 @@ class Asked:
     parts: tuple[tuple[int, ...] | None, ...]
 
 
-def prepare_prompts(session: Session, samples: Sequence[Sample]) -> list[Asked]:
+def prepare_prompts(session: Session, samples: Sequence[Sample]) -> list[PreparedPrompt]:
     """Preprocess and tokenise with the bundle's own files."""
-    asked = []
+    prompts = []
     for sample in samples:
         opened = session.open(sample.image)
         encoded = session.encoder.encode(sample.prompt, images=1).segments
         parts = tuple(None if part.is_image else part.ids for part in encoded)
-        asked.append(Asked(sample, opened, torch.from_numpy(opened.pixels[None]), parts))
-    return asked
+        prompts.append(PreparedPrompt(sample, opened, torch.from_numpy(opened.pixels[None]), parts))
+    return prompts
 
 
-class ForcedSelectionExecutor(TorchExecutor):
-    """Remembers the grounds of the plan's choice; a ``forced_selection`` is chosen instead."""
+@dataclass(frozen=True)
+class Trajectory:
+    """A greedy answer: logits (T, V) float32 and their top-1 tokens (T,); the selection that the
+    plan made for the prompt, and its margins.
+    """
 
-    def __init__(
-        self, text, plan, weights, batch, fallback, prepare, forced_selection: Selection | None
-    ):
-        super().__init__(text, plan, weights, batch, fallback, prepare)
-        self.rule, self.forced_selection = plan.probe, forced_selection
+    logits: np.ndarray
+    tokens: tuple[int, ...]
+    selection: Selection
+    margins: SelectionMargins
+
+
+class SteeredExecutor:
+    """An ``Executor`` around ``inner`` that notes what a plan's selection rests on.
+
+    ``forced``: a selection that is made instead of the plan's own.
+    """
+
+    def __init__(self, inner: TorchExecutor, rule: Probe | None, forced: Selection | None):
+        self.inner, self.rule, self.forced = inner, rule, forced
         self.scores: Mapping[int, float] = {}
         self.readings: dict[int, ProbeReading] = {}
+        self.ensure_slots, self.append = inner.ensure_slots, inner.append
+        self.concatenate, self.take = inner.concatenate, inner.take
 
-    def select(
-        self, edge, probe_query, slot_order, query_order, visual_slots, rows, positions, order
-    ) -> Kept:
-        """As its base, but for ``forced_selection`` where all of it is on offer."""
-        given = (probe_query, slot_order, query_order, visual_slots, rows, positions, order)
-        kept = super().select(edge, *given)
+    def select(self, edge, *given) -> Kept:
+        """Note the scores; keep what ``forced`` does where all of it is on offer."""
+        kept = self.inner.select(edge, *given)
+        rows, positions, order = given[-3:]
         offered = [int(at) for at in order[0]]
         self.scores = dict(zip(offered, map(float, kept.scores[0]), strict=True))
-        if self.forced_selection is None or not set(self.forced_selection.kept or ()) <= set(
-            offered
-        ):
+        wanted = None if self.forced is None else self.forced.kept or ()
+        if wanted is None or not set(wanted) <= set(offered):
             return kept
-        at = [offered.index(position) for position in self.forced_selection.kept or ()]
+        at = [offered.index(position) for position in wanted]
         return Kept(rows[:, at], positions[:, at], order[:, at], kept.scores)
 
-    def probe(self, stage, layer, query, slot_order, query_order, visual_slots):
-        """As its base, but for readings that lead to ``forced_selection``."""
-        given = (query, slot_order, query_order, visual_slots)
-        cosines, norms = super().probe(stage, layer, *given)
+    def probe(self, stage, layer, *given):
+        """Note the readings; return some that lead to ``forced``."""
+        cosines, norms = self.inner.probe(stage, layer, *given)
+        _, slot_order, _, visual_slots = given
         positions = slot_order[0, visual_slots[0]]
         seen = [(int(at), i) for i, at in enumerate(positions) if at != INVISIBLE]
         self.readings[layer] = ProbeReading(
             {at: float(cosines[0, i]) for at, i in seen}, {at: float(norms[0, i]) for at, i in seen}
         )
-        if self.forced_selection is None:
+        if self.forced is None or self.rule is None:
             return cosines, norms
-        return forced_readings(self.rule, self.forced_selection, layer, positions, cosines, norms)
+        return forced_readings(self.rule, self.forced, layer, positions, cosines, norms)
 
 
 class TorchChain:
@@ -132,7 +135,7 @@ class TorchChain:
 
     @classmethod
     def stored(cls, bundle: Bundle, *, half: bool, free: int) -> TorchChain:
-        """Over the weights that the bundle's graph files hold.
+        """Read the weights of the bundle's graph files.
 
         Raises:
             ImpossibleError: more than ``free`` bytes.
@@ -140,26 +143,27 @@ class TorchChain:
         manifest = bundle.manifest
         stored = all_weights(bundle)
         dtype = torch.float16 if half else torch.float32
+        quantised = tuple(WEIGHT.values())
         needed = sum(
-            stored.size(name) * (1 if is_quantised(name) else dtype.itemsize) for name in stored
+            stored.size(name) * (1 if name.endswith(quantised) else dtype.itemsize)
+            for name in stored
         )
         require_memory(f"the whole model in {'FP16' if half else 'FP32'}", needed, free)
         weights = {}
         for name, array in stored.items():
             tensor = torch.from_numpy(np.ascontiguousarray(array))
-            weights[name] = tensor if is_quantised(name) else tensor.to(dtype)
+            weights[name] = tensor if name.endswith(quantised) else tensor.to(dtype)
         for group in linear_groups(manifest.config):  # engines' layers share the first one's scale
             scales = [f"{linear}.{INPUT_SCALE}" for linear in group.linears]
-            shared = [weights[name] for name in scales if name in weights]
-            for name in scales:
-                if shared and name not in weights:
-                    weights[name] = shared[0]
+            shared = next((weights[name] for name in scales if name in weights), None)
+            for name in scales if shared is not None else ():
+                weights.setdefault(name, shared)
         weights[EMBEDDING] = _rounded(stored_tensor(bundle, manifest.embedding), manifest, dtype)
         prefix = None
         if manifest.quantization.quantises and manifest.prefix:
             # Shipped as computed from float weights: rounded ones would make another.
-            refs = (manifest.prefix.keys, manifest.prefix.values)
-            keys, values = (stored_tensor(bundle, ref) for ref in refs)
+            keys = stored_tensor(bundle, manifest.prefix.keys)
+            values = stored_tensor(bundle, manifest.prefix.values)
             if not manifest.quantization.quantises_cache:
                 keys, values = keys.to(dtype), values.to(dtype)
             prefix = keys, values
@@ -167,80 +171,79 @@ class TorchChain:
 
     @classmethod
     def original(cls, bundle: Bundle, checkpoint: Checkpoint, *, free: int) -> TorchChain:
-        """Over the checkpoint's own weights in FP32, none of them an integer.
-
-        They are rounded to the type of the bundle's floats.
+        """Read the checkpoint's own weights, in FP32 by way of the type of the bundle's floats.
 
         Raises:
             ImpossibleError: more than ``free`` bytes.
         """
-        sizes = {name: math.prod(info.shape) for name, info in checkpoint.tensors.items()}
-        require_memory("the whole checkpoint in FP32", 4 * sum(sizes.values()), free)
+        require_memory("the whole checkpoint in FP32", fp32_bytes(checkpoint), free)
         weights = {}
-        for name in sizes:
+        for name in checkpoint.tensors:
             weights[name] = _rounded(checkpoint.load(name), bundle.manifest, torch.float32)
             checkpoint.release()
         return cls(bundle.manifest, weights, half=False, quantised=False)
 
-    @torch.no_grad()
-    def answer(self, asked: Asked, steps: int, *, plan: StagePlan | None = None) -> Trajectory:
-        """Greedy tokens after a prompt, their end ignored; ``plan`` instead of the bundle's."""
-        return self._run(asked, steps, plan or self.plan, None, None)
-
-    @torch.no_grad()
     def follow(
-        self, asked: Asked, tokens: Sequence[int], selection: Selection | None = None
+        self, prompt: PreparedPrompt, tokens: Sequence[int], selection: Selection | None = None
     ) -> Trajectory:
-        """The same along given tokens: each logits row is what it would have said there.
+        """Answer along given tokens: each row of logits is for the token that comes next there."""
+        return self.answer(prompt, len(tokens), forced=tokens, selection=selection)
 
-        ``selection``: what the plan shall choose, instead of its own.
-        """
-        return self._run(asked, len(tokens), self.plan, tokens, selection)
-
-    def _run(
+    @torch.no_grad()
+    def answer(
         self,
-        asked: Asked,
+        prompt: PreparedPrompt,
         steps: int,
-        plan: StagePlan,
-        forced: Sequence[int] | None,
-        forced_selection: Selection | None,
+        *,
+        plan: StagePlan | None = None,
+        forced: Sequence[int] | None = None,
+        selection: Selection | None = None,
     ) -> Trajectory:
-        executor = ForcedSelectionExecutor(
-            self.config.text, plan, self.weights, 1, self.fallback, self.prepare, forced_selection
+        """Answer a prompt greedily, beyond the end of the answer.
+
+        Args:
+            prompt: the prompt.
+            steps: tokens.
+            plan: instead of the bundle's.
+            forced: tokens to go on with, instead of those that are answered.
+            selection: instead of the plan's own.
+        """
+        plan = plan or self.plan
+        torch_executor = TorchExecutor(
+            self.config.text, plan, self.weights, 1, self.fallback, self.prepare
         )
+        executor = SteeredExecutor(torch_executor, plan.probe, selection)
         chain = Chain(plan, executor, 1)
-        embeds, spans = self._embed(asked, executor)
-        prompt = segments(embeds, [spans])
-        done = chain.prefill(self._behind_prefix(chain, executor, asked, prompt))
-        logits, tokens = [], []
-        last = done.logits
-        for step in range(steps):
-            logits.append(last[0].float().numpy())
-            tokens.append(int(last[0].argmax()))
-            if step + 1 < steps:
-                given = tokens[-1] if forced is None else forced[step]
-                at = np.full((1, 1), embeds.shape[1] + step, np.int32)
-                row = executor.embed(torch.tensor([[given]]))
-                last = chain.decode(AppendedRows(False, row, at, at))
+        segments = self._embed(prompt, torch_executor)
+        count = sum(segment.count for segment in segments)
+        done = chain.prefill(self._after_prefix(chain, torch_executor, prompt, segments))
+        logits = [done.logits[0]]
+        for step in range(steps - 1):
+            token = int(logits[-1].argmax()) if forced is None else forced[step]
+            at = np.full((1, 1), count + step, np.int32)
+            row = torch_executor.embed(torch.tensor([[token]]))
+            logits.append(chain.decode(AppendedRows(False, row, at, at))[0])
         kept = None
         if done.kept:  # a plan that decides per prompt may pad what it keeps
             kept = tuple(int(at) for at in done.kept[-1].order[0] if at != INVISIBLE)
-        decision = done.decision
-        selection = (
-            Selection(kept)
-            if decision is None
-            else Selection(kept, decision.trigger, decision.exit)
+        return Trajectory(
+            torch.stack(logits).float().numpy(),
+            tuple(int(row.argmax()) for row in logits),
+            Selection.of(kept, done.decision),
+            SelectionMargins(executor.scores, plan.probe, executor.readings),
         )
-        margins = SelectionMargins(executor.scores, plan.probe, executor.readings)
-        return Trajectory(np.stack(logits), tuple(tokens), selection, margins)
 
-    def _behind_prefix(
-        self, chain: Chain, executor: TorchExecutor, asked: Asked, prompt: list[AppendedRows]
+    def _after_prefix(
+        self,
+        chain: Chain,
+        executor: TorchExecutor,
+        prompt: PreparedPrompt,
+        segments: list[AppendedRows],
     ) -> list[AppendedRows]:
-        """What of ``prompt`` is left once every stage holds the prefix that it begins with."""
-        count, head = len(self.ids), asked.parts[0]
+        """Put the prefix into every stage where the prompt begins with it; return the rest."""
+        count, head = len(self.ids), prompt.parts[0]
         if self.prefix is None or head is None or head[:count] != self.ids:
-            return prompt
+            return segments
         order = np.arange(count, dtype=np.int32)[None]
         for index, caches in enumerate(executor.caches):
             chain.reserve(index, count)
@@ -250,27 +253,25 @@ class TorchChain:
                 tuple(both[first + at][None].clone() for both in self.prefix)
                 for at in range(len(caches))
             ]
-        head_rows, *rest = prompt
+        first_segment, *rest = segments
         cut = replace(
-            head_rows,
-            rows=head_rows.rows[:, count:],
-            positions=head_rows.positions[:, count:],
-            order=head_rows.order[:, count:],
+            first_segment,
+            rows=first_segment.rows[:, count:],
+            positions=first_segment.positions[:, count:],
+            order=first_segment.order[:, count:],
         )
         return [cut, *rest] if cut.count else rest
 
-    def _embed(self, asked: Asked, executor: TorchExecutor) -> tuple[Tensor, list[Span]]:
-        """Rows (1, S, D) of the whole prompt, and where its visual rows stand."""
-        rows: list[Tensor] = []
-        spans: list[Span] = []
-        for part in asked.parts:
-            start = sum(one.shape[1] for one in rows)
-            if part is None:
-                rows.append(self._vision(asked.pixels))
-                spans.append((start, start + self.config.visual_tokens))
-            else:
-                rows.append(executor.embed(torch.tensor([part])))
-        return torch.cat(rows, 1), spans
+    def _embed(self, prompt: PreparedPrompt, executor: TorchExecutor) -> list[AppendedRows]:
+        """Return the rows of the prompt, part by part."""
+        segments, start = [], 0
+        for part in prompt.parts:
+            visual = part is None
+            rows = self._vision(prompt.pixels) if visual else executor.embed(torch.tensor([part]))
+            order = np.arange(start, start + rows.shape[1], dtype=np.int32)[None]
+            segments.append(AppendedRows(visual, rows, order, order))
+            start += rows.shape[1]
+        return segments
 
     @cached_property
     def _vision(self) -> Vision:
@@ -279,55 +280,11 @@ class TorchChain:
         return load_weights(vision_encoder, self.weights)
 
 
-def is_quantised(name: str) -> bool:
-    """Whether a weight of this name is rounded."""
-    return name.endswith(tuple(WEIGHT.values()))
+def fp32_bytes(checkpoint: Checkpoint) -> int:
+    """Return the size of all weights of a checkpoint in FP32."""
+    return 4 * sum(math.prod(info.shape) for info in checkpoint.tensors.values())
 
 
 def _rounded(tensor: Tensor, manifest: Manifest, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in ``dtype``, by way of the type of the bundle's floats."""
-    return tensor.to(STORED_TORCH_DTYPES[manifest.dtype]).to(dtype)
-
-
-def compare_runtime(
-    bundle: Bundle,
-    reference: TorchChain,
-    session: Session,
-    asked: Sequence[Asked],
-    steps: int,
-    bounds: Bounds,
-) -> CheckResult:
-    """The runtime on ONNX Runtime against the torch chain in FP32."""
-    # A checkpoint's own settings may draw at random, or punish repetition.
-    greedy = replace(session.sampling, temperature=0.0, repetition_penalty=1.0)
-    tally = Tally(bounds)
-    for one in asked:
-        want = reference.answer(one, steps)
-        logits = session.score(one.opened, one.sample.prompt, want.tokens[:-1])
-        answer = session.infer(one.opened, one.sample.prompt, max_tokens=steps, sampling=greedy)
-        forced_run = partial(reference.follow, one, want.tokens)
-        called = answer.plan.called
-        selection = Selection(answer.plan.kept)
-        if called is not None:
-            selection = Selection(answer.plan.kept, called.trigger, called.exit)
-        tally.add(one.sample.name, want, logits, selection, answer.tokens, forced_run)
-    return tally.result(graph_files(bundle))
-
-
-def compare_half(
-    bundle: Bundle,
-    reference: TorchChain,
-    half: TorchChain,
-    asked: Sequence[Asked],
-    steps: int,
-    bounds: Bounds,
-) -> CheckResult:
-    """The torch chain in FP16 arithmetic against the one in FP32, with and without a teacher."""
-    tally = Tally(bounds)
-    for one in asked:
-        want = reference.answer(one, steps)
-        got = half.follow(one, want.tokens)
-        free = half.answer(one, steps)
-        forced_run = partial(reference.follow, one, want.tokens)
-        tally.add(one.sample.name, want, got.logits, got.selection, free.tokens, forced_run)
-    return tally.result(graph_files(bundle))
+    """Convert to ``dtype``, by way of the type of the bundle's floats."""
+    return tensor.to(getattr(torch, manifest.dtype)).to(dtype)

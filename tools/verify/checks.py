@@ -1,231 +1,179 @@
-"""Every rung, in the order in which a ladder climbs them: what it compares, and when it passes.
+"""The checks, cheap and decisive ones first: what each compares, and when it passes.
 
     files ─ weights, prefix ─ Hugging Face ─ torch stages ─ ONNX Runtime ─ variants ─ engines
                                     float ─┴─ quantised
 
-torch and onnx are imported by the rungs that need them: a machine with the runtime alone climbs
-the others.
+Modules that import torch or onnx are imported when their checks run, so that a machine with the
+runtime alone runs the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
+from typing import Any
 
-from ... import runtime
-from ...graphs.errors import MissingDependencyError
-from ...graphs.targets import ONNXRUNTIME
-from . import answer_checks as answers
-from . import stored
-from .check_steps import Check, ImpossibleError, NothingError
-from .compare import bounds_of, strict
+from .compare import BOUNDS, bounds_of, strict
 from .verify_report import CheckResult
 from .verify_target import VerifyTarget
 
+
+@dataclass(frozen=True)
+class Check:
+    """A comparison of two neighbours.
+
+    Attributes:
+        name: as reports have it; one with ``{graph}`` is a check of every graph.
+        compares: the two.
+        rule: when it passes; may have the fields of ``rule_words``.
+        run: takes a ``VerifyTarget`` and, where it is one of every graph, the graph's name.
+        needs: modules that must be installed.
+    """
+
+    name: str
+    compares: str
+    rule: str
+    run: Callable[..., CheckResult]
+    needs: tuple[str, ...] = ()
+
+    @property
+    def of_graphs(self) -> bool:
+        """Whether there is one for every graph."""
+        return "{graph}" in self.name
+
+
+def lazy(function: str) -> Callable[..., CheckResult]:
+    """Return a call of ``module:function`` of this package, imported when it is called."""
+    return lambda *given: pkgutil.resolve_name(f"{__package__}.{function}")(*given)
+
+
 TORCH = ("torch", "onnx_ir")
-"""What the torch rungs import; the next, all that the compiler brings."""
-
 COMPILER = (*TORCH, "onnx", "transformers")
+SPREAD = "of the reference's spread"
 
-
-def checks(target: VerifyTarget) -> Iterator[Check]:
-    """Every rung, the cheap and decisive ones first."""
-    bundle, near = target.bundle, "of the reference's spread"
-    kinds = target.kinds
-    same = "tokens and selections equal"
-    tied = f"{same} but for near ties"
-    floats = bounds_of([bundle.manifest.dtype])
-    strictly, loosely = bounds_of(strict(kinds)), bounds_of(kinds)
-    halved = bounds_of({"float16", *strict(kinds)})
-    graph, answer = (
-        f"errors up to {strictly.graph:g} {near}",
-        f"{tied if strictly.tie else same}, logits within {strictly.whole:g} of their spread",
-    )
-    if target.loose:
-        graph += f"; {loosely.graph:g} where ONNX Runtime rounds the inputs"
-        answer += f"; {loosely.whole:g} where ONNX Runtime rounds the inputs"
-    yield Check(
+CHECKS = (
+    Check(
         "files",
         "the bundle's files and the manifest's hashes",
         "every byte as it was built",
-        partial(stored.rehash, bundle),
-    )
-    yield Check(
+        lazy("file_checks:check_files"),
+    ),
+    Check(
         "weights",
         "the checkpoint and the graphs' weights",
         "every bit equal in the bundle's type; integers within half a step",
-        partial(_weights, target),
+        lazy("origin:check_weights"),
         TORCH,
-    )
-    yield Check(
+    ),
+    Check(
         "prefix",
         "the checkpoint and the shipped prefix cache",
-        f"errors up to {floats.graph:g} {near}",
-        partial(_prefix, target),
+        f"errors up to {{floats.graph:g}} {SPREAD}",
+        lazy("origin:check_prefix"),
         TORCH,
-    )
-    yield Check(
+    ),
+    Check(
         "hugging face",
         "Hugging Face and the torch stages, both unpruned, in FP32",
-        f"tokens equal, logits within {bounds_of(['float32']).whole:g} of their spread",
-        partial(_hugging_face, target),
+        "tokens equal, logits within {fp32.whole:g} of their spread",
+        lazy("hugging_face:compare_dense"),
         COMPILER,
-    )
-    yield Check(
+    ),
+    Check(
         "quantisation",
         "the checkpoint's own weights and the rounded ones, both in torch, same plan",
         "logits finite, within their spread in the root mean square",
-        partial(_quantisation, target),
+        lazy("answer_checks:compare_quantised"),
         TORCH,
-    )
-    for name in bundle.manifest.graphs:
-        yield Check(
-            f"graph {name}",
-            "the torch stage in FP32 and the file in ONNX Runtime",
-            graph,
-            partial(_run_graph, target, name, half=False),
-            TORCH,
-        )
-        yield Check(
-            f"half {name}",
-            "the torch stage in FP32 and in FP16 arithmetic",
-            f"errors up to {halved.graph:g} {near}, all finite",
-            partial(_run_graph, target, name, half=True),
-            TORCH,
-        )
-    yield Check(
+    ),
+    Check(
+        "graph {graph}",
+        "the torch stage in FP32 and the file in ONNX Runtime",
+        f"errors up to {{strict.graph:g}} {SPREAD}{{loose_graph}}",
+        lazy("graph_checks:compare_onnxruntime"),
+        TORCH,
+    ),
+    Check(
+        "half {graph}",
+        "the torch stage in FP32 and in FP16 arithmetic",
+        f"errors up to {{half.graph:g}} {SPREAD}, all finite",
+        lazy("graph_checks:compare_half"),
+        TORCH,
+    ),
+    Check(
         "runtime",
         "answers of the runtime: new, from its caches, by a new session",
         "all equal, logits finite",
-        partial(answers.compare_repeats, target.load, target.samples, target.max_tokens),
-    )
-    yield Check(
+        lazy("session_checks:compare_repeats"),
+    ),
+    Check(
         "answers",
         "the torch chain in FP32 and the runtime on ONNX Runtime",
-        answer,
-        partial(_answers, target),
+        "{equal}, logits within {strict.whole:g} of their spread{loose_whole}",
+        lazy("answer_checks:compare_runtime"),
         TORCH,
-    )
-    yield Check(
+    ),
+    Check(
         "half answers",
         "the torch chain in FP32 and in FP16 arithmetic",
-        f"{tied}, logits within {halved.whole:g} of their spread, all finite",
-        partial(_half_answers, target),
+        "{tied}, logits within {half.whole:g} of their spread, all finite",
+        lazy("answer_checks:compare_half"),
         TORCH,
-    )
-    yield Check(
+    ),
+    Check(
         "variants",
         "the graphs for engine compilers and those that ONNX Runtime ran",
-        "equal but for fixed sizes and leave to take attention apart",
-        partial(_variants, target),
+        "equal but for fixed sizes and permission to decompose attention",
+        lazy("variants:compare_variants"),
         ("onnx", *TORCH),
-    )
-    yield Check(
+    ),
+    Check(
         "engines",
         "the engines, their index and the manifest",
         "compiled from this bundle, complete, every byte as it was compiled",
-        partial(stored.engine_files, bundle),
-    )
-    yield Check(
+        lazy("file_checks:check_engines"),
+    ),
+    Check(
         "engine runs",
         "ONNX Runtime, and the engines or OpenVINO",
         "errors within the precision's tolerance",
-        partial(_engine_run, target),
-    )
+        lazy("session_checks:compare_engines"),
+    ),
+)
 
 
-def _weights(target: VerifyTarget) -> CheckResult:
-    from .origin import weights
-
-    return weights(target.bundle, target.required_origin(), target.calibration)
-
-
-def _prefix(target: VerifyTarget) -> CheckResult:
-    from .origin import prefix
-
-    return prefix(target.bundle, target.required_origin())
-
-
-def _hugging_face(target: VerifyTarget) -> CheckResult:
-    from .hugging_face import compare_dense
-
-    # Only the checkpoint's own weights are Hugging Face's, too.
-    origin = target.required_origin()
-    quantised = target.bundle.manifest.quantization.quantises
-    stages = target.original if quantised else target.reference
-    return compare_dense(
-        target.bundle, origin, stages, target.asked, target.max_tokens, target.free
-    )
+def checks_of(target: VerifyTarget) -> Iterator[Check]:
+    """Yield every check of ``target``, ready to be run without arguments."""
+    words = rule_words(target)
+    for of_graphs, group in groupby(CHECKS, lambda check: check.of_graphs):
+        checks = list(group)
+        for given in [(graph,) for graph in target.bundle.manifest.graphs] if of_graphs else [()]:
+            for check in checks:
+                yield replace(
+                    check,
+                    name=check.name.format(graph=given[0]) if given else check.name,
+                    rule=check.rule.format(**words),
+                    run=partial(check.run, target, *given),
+                )
 
 
-def _quantisation(target: VerifyTarget) -> CheckResult:
-    from .rounding_cost import compare_quantised
-
-    if not target.bundle.manifest.quantization.quantises:
-        raise NothingError("every layer and every cache is a float one")
-    target.required_origin()
-    return compare_quantised(
-        target.bundle, target.original, target.reference, target.asked, target.max_tokens
-    )
-
-
-def _run_graph(target: VerifyTarget, name: str, *, half: bool) -> CheckResult:
-    if half:
-        target.require_half()
-    graph_checks = target.graph(name)
-    return graph_checks.half() if half else graph_checks.onnxruntime()
-
-
-def _answers(target: VerifyTarget) -> CheckResult:
-    from .chains import compare_runtime
-
-    def compare(session: runtime.Session, kinds: set[str]) -> CheckResult:
-        bounds = bounds_of(kinds)
-        steps = target.max_tokens
-        return compare_runtime(
-            target.bundle, target.reference, session, target.asked, steps, bounds
-        )
-
-    found = compare(target.session, target.kinds)
-    manifest = target.bundle.manifest
-    if found.failure or not target.loose or manifest.dtype == "float16":
-        return found  # FP16 graphs are widened on a CPU, never mapped
-    # With weights that are mapped nothing is rounded but what the graphs round.
-    with runtime.load(
-        target.bundle.path, backend=ONNXRUNTIME, memory_limit=manifest.weight_bytes
-    ) as mapped:
-        exact = compare(mapped, strict(target.kinds))
-    facts = {f"mapped weights, {name}": fact for name, fact in exact.facts.items()}
-    errors = [replace(one, tensor=f"{one.tensor}, mapped weights") for one in exact.errors]
-    return replace(exact, errors=(*found.errors, *errors), facts={**found.facts, **facts})
-
-
-def _half_answers(target: VerifyTarget) -> CheckResult:
-    from .chains import TorchChain, compare_half
-
-    target.require_half()
-    reference, asked = target.reference, target.asked
-    half = TorchChain.stored(target.bundle, half=True, free=target.free)
-    bounds = bounds_of({"float16", *strict(target.kinds)})
-    return compare_half(target.bundle, reference, half, asked, target.max_tokens, bounds)
-
-
-def _variants(target: VerifyTarget) -> CheckResult:
-    from .variants import compare_variants
-
-    return compare_variants(target.bundle)
-
-
-def _engine_run(target: VerifyTarget) -> CheckResult:
-    from .engine_runs import compare_engines
-
-    stored.check_engines_run(target.bundle)
-
-    def load() -> runtime.Session:
-        try:
-            return runtime.load(target.bundle.path)
-        except MissingDependencyError as error:
-            raise ImpossibleError(str(error)) from error
-
-    return compare_engines(target.session, load, target.samples, target.max_tokens)
+def rule_words(target: VerifyTarget) -> dict[str, Any]:
+    """Return what rules say of ``target``: bounds, and phrases that depend on them."""
+    kinds = target.kinds
+    exact, loose = bounds_of(strict(kinds)), bounds_of(kinds)
+    equal = "tokens and selections equal"
+    tied = f"{equal} but for near ties"
+    looser = "; {:g} where ONNX Runtime rounds the inputs" if target.loose else ""
+    return {
+        "fp32": BOUNDS["float32"],
+        "floats": BOUNDS[target.bundle.manifest.dtype],
+        "half": target.half_bounds,
+        "strict": exact,
+        "tied": tied,
+        "equal": tied if exact.tie else equal,
+        "loose_graph": looser.format(loose.graph),
+        "loose_whole": looser.format(loose.whole),
+    }

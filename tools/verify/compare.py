@@ -1,14 +1,14 @@
-"""When two tensors are the same: the largest error, seen against the spread of the reference.
+"""Errors of tensors and their bounds: the largest error against the spread of the reference.
 
-A tensor's error is the largest of its elements' over the standard deviation of the reference, so a
-rung that computes in FP32 and one that computes in FP16 are held to one bound each, whatever the
-layer's scale. Tokens and positions must be equal.
+A tensor's error is the largest of its elements' over the standard deviation of the reference, so
+that there is one bound for FP32 and one for FP16, whatever the layer's scale. Tokens and positions
+must be equal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
@@ -40,7 +40,7 @@ BOUNDS = {
     "w4": Bounds(1.0, 1.0, 0.2),
     "cache": Bounds(2e-2, 0.3, 5e-2),
 }
-"""By what a rung computes or rounds in: the type of the graphs' floats, and schemes of layers.
+"""By what a check computes or rounds in: the type of the graphs' floats, and schemes of layers.
 
     float32  one graph up to 1e-5, whole answers up to 1e-5
     float16  up to 0.02 over eight layers and 0.034 over thirty-two; 0.004 on the demo model, 0.13
@@ -52,7 +52,7 @@ BOUNDS = {
     w8, w4   where ONNX Runtime rounds the inputs, too: up to 0.5; 0.06 on the demo model, 0.62 on
              random ones
 
-These are what was measured. A wrong layer is off by more than the spread; another picture, plan or
+These are what was measured. A wrong layer is off by more than the spread; another image, plan or
 layer changes the logits of whole answers by about the spread and more.
 """
 
@@ -62,32 +62,28 @@ arithmetic; with weights that are not rearranged in memory (``disable_prepacking
 
 
 def bounds_of(kinds: Iterable[str]) -> Bounds:
-    """The loosest bounds of several kinds, each for itself."""
-    known = [BOUNDS[kind] for kind in kinds]
-    return Bounds(
-        max(one.graph for one in known),
-        max(one.whole for one in known),
-        max(one.tie for one in known),
-    )
+    """Return the loosest bounds of several kinds, each for itself."""
+    known = [astuple(BOUNDS[kind]) for kind in kinds]
+    return Bounds(*map(max, zip(*known, strict=True)))
 
 
 def bundle_kinds(manifest: Manifest) -> set[str]:
-    """What a bundle's graphs compute and round in, by the names of ``BOUNDS``."""
+    """Return what a bundle's graphs compute and round in, by the names of ``BOUNDS``."""
     quantization = manifest.quantization
     cache = {"cache"} if quantization.quantises_cache else set()
     return {manifest.dtype, *quantization.schemes.values(), *cache}
 
 
 def strict(kinds: Iterable[str]) -> set[str]:
-    """``kinds`` where inputs that a graph does not round are not rounded."""
+    """Return ``kinds`` for a run that rounds no inputs but those that the graph rounds."""
     return set(kinds) - set(LOOSE)
 
 
 def tensor_error(name: str, got: np.ndarray, want: np.ndarray) -> TensorError:
-    """Error of ``got`` against ``want``, of equal shapes. Of integers any error counts whole.
+    """Return the error of ``got`` against ``want``, of equal shapes.
 
-    But not of INT8, which is what caches hold: there a number that lay on the boundary between two
-    steps may have become either, so only what is beyond one step counts.
+    Integers count whole. INT8 is what caches hold: a number on the boundary between two steps may
+    be rounded to either, so only what is beyond one step counts.
     """
     assert got.shape == want.shape, (name, got.shape, want.shape)
     if not (np.isfinite(got).all() and np.isfinite(want).all()):
@@ -105,7 +101,7 @@ def tensor_error(name: str, got: np.ndarray, want: np.ndarray) -> TensorError:
 
 
 def first_wrong(errors: Iterable[TensorError], tolerance: float) -> str:
-    """What is wrong with the first tensor beyond ``tolerance``; empty where none is."""
+    """Describe the first tensor beyond ``tolerance``; empty where none is."""
     for error in errors:
         if error.relative is None:
             return f"{error.tensor} is not finite"

@@ -1,122 +1,81 @@
-"""The rungs of one graph: torch against ONNX Runtime, and torch in FP16 arithmetic against FP32."""
+"""Checks of one graph: its file in ONNX Runtime, and FP16 arithmetic, against torch in FP32.
+
+The graph's torch module runs one piece at a time with the graph's own weights. Only one layer is in
+memory in the type that it computes in, so a 7B stage needs a fraction of a gigabyte. In FP32 that
+is the reference; in FP16 it is the arithmetic that a GPU does and ONNX Runtime on x86 does not (it
+computes FP16 graphs in FP32 and never overflows).
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import torch
+from torch import Tensor, nn
 
-from ...graphs.contract import ORT_LLM_SINCE
+from ...compile.layer_stream import without_weights
+from ...graphs.contract import ORT_LLM_SINCE, PROBE, StagePart
+from ...graphs.errors import BundleError
+from ...graphs.modules.decoder import DecoderStage
+from ...graphs.modules.ops import Eager
 from ...graphs.modules.quantized import is_cache_scale
+from ...graphs.modules.select import Prober, Selector
+from ...graphs.modules.vision import Vision
+from ...graphs.precision import NO_FALLBACK, Fp32Fallback
 from ...graphs.targets import PORTABLE
 from ...runtime.backends.ort import int8_session_entries
-from .check_steps import ImpossibleError, require_memory
 from .compare import LOOSE, bounds_of, first_wrong, strict, tensor_error
-from .module_checks import run_module
-from .stored_graph import StoredGraph
+from .stored_graph import BUILD_AGAIN, StoredGraph, new_rows, quantise_module
 from .verify_report import CheckResult, TensorError
+from .verify_target import ImpossibleError, VerifyTarget, require_memory
 
 PROVIDER = "CPUExecutionProvider"
 
 
 @dataclass(frozen=True)
 class ComparedCall:
-    """One call of a graph; what it should give is computed once."""
+    """One call of a graph; its reference is computed once."""
 
     graph: StoredGraph
     rows: int
 
     @cached_property
     def feeds(self) -> dict[str, np.ndarray]:
-        """What every rung is given."""
+        """Inputs, the same for every check."""
         return self.graph.feeds(self.rows)
 
     @cached_property
     def wanted(self) -> dict[str, np.ndarray]:
-        """The reference: torch in FP32."""
+        """Outputs of torch in FP32."""
         return run_module(self.graph, self.feeds, half=False)
 
 
-class GraphChecks:
-    """Both rungs of one graph; the reference is computed once.
+class ComparedGraph:
+    """A graph, and the calls that reach all of it.
 
-    ``free``: bytes of memory that may be used.
+    ``kinds``: type of its floats, schemes of its layers, ``cache`` where it rounds what it caches
+    (``compare.BOUNDS``).
     """
 
-    def __init__(self, graph: StoredGraph, free: int):
-        self.graph, self.free = graph, free
-        self.kinds = kinds_of(graph)
+    def __init__(self, graph: StoredGraph):
+        self.graph = graph
         self.calls = [ComparedCall(graph, rows) for rows in graph.row_counts]
+        schemes = graph.manifest.quantization.schemes
+        modules = {name.rpartition(".")[0] for name in graph.weights}
+        self.kinds = {graph.manifest.dtype, *(schemes[m] for m in modules if m in schemes)}
+        if any(map(is_cache_scale, graph.weights)):
+            self.kinds.add("cache")
 
-    def onnxruntime(self) -> CheckResult:
-        """The graph's file in ONNX Runtime against its torch module in FP32.
-
-        With weights as the file has them, and where ONNX Runtime makes more of them than a faster
-        order (``compare.LOOSE``) once more as the runtime loads them.
-
-        Raises:
-            ImpossibleError: too little memory, or an ONNX Runtime that is too old.
-        """
-        graph = self.graph
-        found = tuple(int(part) for part in ort.__version__.split(".")[:2])
-        if graph.manifest.lowering != PORTABLE and found < ORT_LLM_SINCE:
-            wanted = ".".join(map(str, ORT_LLM_SINCE))
-            raise ImpossibleError(f"needs ONNX Runtime {wanted}, found {ort.__version__}")
-        copies = 2 if graph.manifest.dtype == "float16" else 1
-        rearranged = bool(self.kinds & set(LOOSE))
-        require_memory(
-            f"{graph.fact.file} in ONNX Runtime, which computes in FP32 on a CPU,",
-            (copies + rearranged) * graph.weights.nbytes,
-            self.free,
-        )
-        result = self._run(rearranged=False)
-        if result.failure or not rearranged:
-            return result
-        again = self._run(rearranged=True)
-        return replace(again, errors=(*result.errors, *again.errors))
-
-    def _run(self, *, rearranged: bool) -> CheckResult:
-        """Load and run the file; ``rearranged``: with weights in the order that kernels like."""
-        graph = self.graph
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if graph.manifest.quantization.schemes:
-            for entry, value in int8_session_entries().items():
-                options.add_session_config_entry(entry, value)
-        if not rearranged:
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        session = ort.InferenceSession(str(graph.path), options, providers=[PROVIDER])
-        failure = _contract(graph, session)
-        if failure:
-            return CheckResult(failure=failure, files=(graph.fact.file,))
-        outputs = [spec.name for spec in graph.spec.outputs]
-        kinds = self.kinds if rearranged else strict(self.kinds)
-        how = ", inputs rounded by ONNX Runtime" if rearranged else ""
-        results = [session.run(outputs, call.feeds) for call in self.calls]
-        del session  # the reference wants its memory
-        checked = [
-            self._result(call, dict(zip(outputs, found, strict=True)), kinds, how)
-            for call, found in zip(self.calls, results, strict=True)
-        ]
-        worst = next((one for one in checked if one.failure), checked[0])
-        return replace(worst, errors=tuple(error for one in checked for error in one.errors))
-
-    def half(self) -> CheckResult:
-        """The torch module in FP16 arithmetic: finite, and near FP32."""
-        call = self.calls[0]
-        got = run_module(self.graph, call.feeds, half=True)
-        return self._result(call, got, {"float16", *strict(self.kinds)})
-
-    def _result(
-        self,
-        call: ComparedCall,
-        got: Mapping[str, np.ndarray],
-        kinds: Collection[str],
-        how: str = "",
+    def compare(
+        self, call: ComparedCall, got: Mapping[str, np.ndarray], kinds: Collection[str], how: str
     ) -> CheckResult:
+        """Compare outputs of a call with its reference; ``how`` they came about, for reports."""
         errors: list[TensorError] = []
         if call is not self.calls[0]:
             how = f", {call.rows} rows{how}"
@@ -129,26 +88,167 @@ class GraphChecks:
         return CheckResult(wrong, (self.graph.fact.file,), tuple(errors))
 
 
-def kinds_of(graph: StoredGraph) -> set[str]:
-    """Type of the graph's floats, schemes of its layers, ``cache`` where it rounds what it caches
-    (``compare.BOUNDS``).
+def compare_onnxruntime(target: VerifyTarget, name: str) -> CheckResult:
+    """Compare a graph's file in ONNX Runtime with its torch module in FP32.
+
+    With weights as the file has them, and where ONNX Runtime makes more of them than a faster
+    order (``compare.LOOSE``) once more as the runtime loads them.
+
+    Raises:
+        ImpossibleError: too little memory, or an ONNX Runtime that is too old.
     """
-    schemes = graph.manifest.quantization.schemes
-    modules = {name.rpartition(".")[0] for name in graph.weights}
-    found = {graph.manifest.dtype, *(schemes[one] for one in modules if one in schemes)}
-    return found | {"cache"} if any(map(is_cache_scale, graph.weights)) else found
+    compared = target.graph(name)
+    graph = compared.graph
+    found = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    if graph.manifest.lowering != PORTABLE and found < ORT_LLM_SINCE:
+        wanted = ".".join(map(str, ORT_LLM_SINCE))
+        raise ImpossibleError(f"needs ONNX Runtime {wanted}, found {ort.__version__}")
+    copies = 2 if graph.manifest.dtype == "float16" else 1
+    rearranged = bool(compared.kinds & set(LOOSE))
+    require_memory(
+        f"{graph.fact.file} in ONNX Runtime, which computes in FP32 on a CPU,",
+        (copies + rearranged) * graph.weights.nbytes,
+        target.free,
+    )
+    result = _run_file(compared, rearranged=False)
+    if result.failure or not rearranged:
+        return result
+    again = _run_file(compared, rearranged=True)
+    return replace(again, errors=(*result.errors, *again.errors))
 
 
-def _contract(graph: StoredGraph, session: ort.InferenceSession) -> str:
-    """What the file's inputs or outputs have that the contract has not, or the other way round."""
+def compare_half(target: VerifyTarget, name: str) -> CheckResult:
+    """Compare a graph's torch module in FP16 arithmetic with FP32.
+
+    Raises:
+        NothingError: the bundle computes in FP32.
+    """
+    target.require_half()
+    compared = target.graph(name)
+    call = compared.calls[0]
+    got = run_module(compared.graph, call.feeds, half=True)
+    return compared.compare(call, got, {"float16", *strict(compared.kinds)}, "")
+
+
+def _run_file(compared: ComparedGraph, *, rearranged: bool) -> CheckResult:
+    """Load and run the file; ``rearranged``: with weights in the order that kernels prefer."""
+    graph = compared.graph
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if graph.manifest.quantization.schemes:
+        for entry, value in int8_session_entries().items():
+            options.add_session_config_entry(entry, value)
+    if not rearranged:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    session = ort.InferenceSession(str(graph.path), options, providers=[PROVIDER])
+    outputs = [spec.name for spec in graph.spec.outputs]
     for side, have, want in (
-        ("inputs", session.get_inputs(), graph.spec.inputs),
-        ("outputs", session.get_outputs(), graph.spec.outputs),
+        ("inputs", session.get_inputs(), [spec.name for spec in graph.spec.inputs]),
+        ("outputs", session.get_outputs(), outputs),
     ):
         names = [value.name for value in have]
-        if names != [spec.name for spec in want]:
-            return (
+        if names != want:
+            failure = (
                 f"{graph.fact.file} has the {side} {', '.join(names)}, the manifest says "
-                f"{', '.join(spec.name for spec in want)}"
+                f"{', '.join(want)}"
             )
-    return ""
+            return CheckResult(failure, (graph.fact.file,))
+    kinds = compared.kinds if rearranged else strict(compared.kinds)
+    how = ", inputs rounded by ONNX Runtime" if rearranged else ""
+    results = [session.run(outputs, call.feeds) for call in compared.calls]
+    del session  # the reference needs its memory
+    checked = [
+        compared.compare(call, dict(zip(outputs, found, strict=True)), kinds, how)
+        for call, found in zip(compared.calls, results, strict=True)
+    ]
+    worst = next((result for result in checked if result.failure), checked[0])
+    return replace(worst, errors=tuple(error for result in checked for error in result.errors))
+
+
+@torch.no_grad()
+def run_module(
+    graph: StoredGraph, feeds: Mapping[str, np.ndarray], *, half: bool
+) -> dict[str, np.ndarray]:
+    """Return outputs of the module that ``graph`` was exported from, by their contract's names.
+
+    ``half``: in FP16 and what the manifest widens, inputs as they are given; otherwise all in FP32.
+
+    Raises:
+        BundleError: the file holds other weights than the module has.
+    """
+    fallback = graph.manifest.fallback if half else NO_FALLBACK
+    module = without_weights(partial(_module, graph, fallback))
+    dtype = torch.float16 if half else torch.float32
+    inputs = {name: _tensor(value, None if half else dtype) for name, value in feeds.items()}
+    if isinstance(module, (Selector, Prober)):
+        # By name: a score that reads no values has no input for them.
+        wanted = inspect.signature(module.forward).parameters
+        outputs = list(module(**{name: inputs.get(name) for name in wanted}))
+    else:
+        call = _streamed(module, graph, dtype)
+        if isinstance(module, Vision):
+            outputs = [module.compose(call, *inputs.values())]
+        else:
+            outputs = _compose_stage(module, call, inputs)
+    names = [spec.name for spec in graph.spec.outputs]
+    return new_rows(
+        {name: value.numpy() for name, value in zip(names, outputs, strict=True)}, graph.spec
+    )
+
+
+def _module(graph: StoredGraph, fallback: Fp32Fallback) -> nn.Module:
+    config, plan = graph.manifest.config, graph.manifest.plan
+    if graph.kind == PROBE:
+        return Prober()
+    if graph.kind == "select":
+        return Selector(plan.edges[graph.stage])
+    module: nn.Module
+    if graph.kind == "vision":
+        module = Vision(config, Eager(), fallback)
+    else:
+        part = StagePart(graph.stage, graph.layers)
+        module = DecoderStage(config.text, plan, part, Eager(), fallback)
+    quantise_module(module, graph.manifest)
+    return module
+
+
+def _compose_stage(stage: DecoderStage, call: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Run a stage; return its outputs in the order of the contract."""
+    caches = [value for name, value in inputs.items() if name.startswith(("key.", "value."))]
+    names = ("rows", "positions", "order", "slot_order", "write_index", "gates")
+    pairs = list(zip(caches[::2], caches[1::2], strict=True))
+    out = stage.compose(call, caches=pairs, **{name: inputs.get(name) for name in names})
+    # Every tensor that the contract has an output for, in its order; then the caches.
+    single = [value for value in out[:-1] if value is not None]
+    return [*single, *(cache for pair in out.caches for cache in pair)]
+
+
+def _streamed(module: nn.Module, graph: StoredGraph, dtype: torch.dtype) -> Any:
+    """Return a ``call`` that reads a piece's weights for as long as the piece runs."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    lacking = sorted(set(names.values()) ^ set(graph.weights))
+    if lacking:
+        raise BundleError(
+            f"{graph.path} is not the graph '{graph.name}': weight {lacking[0]} is in one of the "
+            f"file and the plan only. {BUILD_AGAIN}"
+        )
+
+    def call(piece: nn.Module, *args: Any) -> Any:
+        weights = {}
+        for own, parameter in piece.named_parameters():
+            name = names[id(parameter)]
+            weights[own] = _tensor(graph.weights[name], dtype)
+            if weights[own].shape != parameter.shape:
+                raise BundleError(
+                    f"{graph.path}: {name} has the shape {tuple(weights[own].shape)}, expected "
+                    f"{tuple(parameter.shape)}. {BUILD_AGAIN}"
+                )
+        return torch.func.functional_call(piece, weights, args)
+
+    return call
+
+
+def _tensor(array: np.ndarray, dtype: torch.dtype | None) -> Tensor:
+    """Copy an array (caches are written in place), floats in ``dtype``; None: as they are."""
+    tensor = torch.from_numpy(array.copy())
+    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor

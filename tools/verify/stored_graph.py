@@ -1,7 +1,7 @@
-"""One graph file of a bundle: its weights as arrays, and inputs to try it with.
+"""The files of a bundle as arrays and tensors: weights of its graphs, and inputs to try them with.
 
-Weights are read where the file says they are, not where the checkpoint had them: a graph that
-points to the wrong bytes must show.
+Weights are read where the file says they are, not where the checkpoint had them, so that a graph
+that points to the wrong bytes is found out.
 """
 
 from __future__ import annotations
@@ -13,41 +13,46 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir
+import torch
 
 from ...compile.quantize.int_arithmetic import unpack_int4
-from ...graphs.bundle import Bundle
+from ...graphs.bundle import Bundle, Manifest, TensorRef
 from ...graphs.contract import INVISIBLE, MANY_ROWS, GraphSpec, stage_of
 from ...graphs.errors import BundleError
-from ...graphs.modules.quantized import CACHE_SCALES
-from ...graphs.targets import LLM_CONDITIONAL
+from ...graphs.linears import linear_groups
+from ...graphs.modules.quantized import CACHE_SCALES, replace_linears, round_caches
+from ...graphs.targets import LLM_CONDITIONAL, find_target
+
+BUILD_AGAIN = "Build the bundle again: make engines MODEL=..."
 
 FILLED = 9
 """Slots of a cache that hold earlier rows."""
 
 CALL_ROWS = 5
-"""New rows of a call, unless told otherwise."""
+"""New rows of a call by default."""
 
 SPARE_SLOTS = 6
-"""Slots beyond them that hold nothing yet, and rows that a selection is offered beyond K."""
+"""Slots beyond them that are still empty, and rows that a selection is offered beyond K."""
 
 
 class StoredWeights(Mapping[str, np.ndarray]):
-    """Arrays by the checkpoint's names, mapped when asked for; INT4 comes as INT8, one to a byte.
+    """Arrays by the checkpoint's names, mapped when read; INT4 becomes INT8, one to a byte.
 
-    ``nbytes``: that they take in the files.
+    ``nbytes``: their size in the files.
     """
 
     def __init__(self, bundle: Bundle, tensors: Mapping[str, onnx_ir.ExternalTensor]):
         self.bundle, self.tensors = bundle, tensors
-        self.nbytes = sum(_stored_bytes(tensor) for tensor in tensors.values())
+        self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The stored array. onnx_ir itself refuses hard links, which a bundle's weights are."""
+        """Map an array. onnx_ir itself refuses hard links, which a bundle's weights are."""
         tensor = self.tensors[name]
-        raw = map_raw(self.bundle, str(tensor.location), tensor.offset or 0, _stored_bytes(tensor))
+        shape = tensor.shape.numpy()
+        raw = map_raw(self.bundle, str(tensor.location), tensor.offset or 0, tensor.nbytes)
         if tensor.dtype == onnx_ir.DataType.INT4:
-            return unpack_int4(raw, _shape(tensor))
-        return raw.view(tensor.dtype.numpy()).reshape(_shape(tensor))
+            return unpack_int4(raw, shape)
+        return raw.view(tensor.dtype.numpy()).reshape(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -56,8 +61,8 @@ class StoredWeights(Mapping[str, np.ndarray]):
         return len(self.tensors)
 
     def size(self, name: str) -> int:
-        """How many numbers an array holds."""
-        return math.prod(_shape(self.tensors[name]))
+        """Return the number of an array's elements."""
+        return self.tensors[name].size
 
 
 class StoredGraph:
@@ -73,7 +78,7 @@ class StoredGraph:
         self.path: Path = bundle.file(self.fact.file)
         try:
             model = onnx_ir.load(self.path)
-        except Exception as error:  # protobuf's and onnx_ir's exceptions share no base but this
+        except Exception as error:  # protobuf's and onnx_ir's exceptions share no other base
             raise BundleError(f"{self.path} is no ONNX file ({error})") from error
         tensors: dict[str, onnx_ir.ExternalTensor] = {}
         for initializer in model.graph.initializers.values():
@@ -82,7 +87,7 @@ class StoredGraph:
                 if tensor.location not in bundle.manifest.files:
                     raise BundleError(
                         f"{self.path} reads {tensor.location}, which the manifest does not name. "
-                        "Build the bundle again: make engines MODEL=..."
+                        f"{BUILD_AGAIN}"
                     )
                 tensors[str(initializer.name)] = tensor
         self.weights = StoredWeights(bundle, tensors)
@@ -116,7 +121,7 @@ class StoredGraph:
         return [CALL_ROWS]
 
     def feeds(self, rows: int = CALL_ROWS) -> dict[str, np.ndarray]:
-        """Inputs by name: batch 1, a filled cache, one padded slot, half of the gates open."""
+        """Return inputs: batch 1, a filled cache, one padded slot, half of the gates open."""
         generator = np.random.default_rng(zlib.crc32(self.name.encode()))
         keep = next((spec.shape[1] for spec in self.spec.outputs if spec.name == "rows.out"), 0)
         offered = (int(keep) if self.kind == "select" else 0) + SPARE_SLOTS
@@ -152,7 +157,7 @@ class StoredGraph:
 
 
 def all_weights(bundle: Bundle) -> StoredWeights:
-    """The weights of every graph of ``bundle``.
+    """Return the weights of every graph of ``bundle``.
 
     Raises:
         BundleError: as ``StoredGraph``.
@@ -163,21 +168,23 @@ def all_weights(bundle: Bundle) -> StoredWeights:
     return StoredWeights(bundle, tensors)
 
 
-def graph_files(bundle: Bundle) -> tuple[str, ...]:
-    """Names of the files of every graph."""
-    return tuple(fact.file for fact in bundle.manifest.graphs.values())
+def stored_tensor(bundle: Bundle, ref: TensorRef) -> torch.Tensor:
+    """Map a tensor that the manifest places in a file, in the type it is stored in."""
+    dtype: torch.dtype = getattr(torch, ref.dtype)
+    raw = map_raw(bundle, ref.file, ref.offset, math.prod(ref.shape) * dtype.itemsize)
+    return torch.from_numpy(raw).view(dtype).view(ref.shape)
 
 
-def _shape(tensor: onnx_ir.ExternalTensor) -> tuple[int, ...]:
-    return tuple(size for size in tensor.shape if isinstance(size, int))
-
-
-def _stored_bytes(tensor: onnx_ir.ExternalTensor) -> int:
-    return math.ceil(math.prod(_shape(tensor)) * tensor.dtype.itemsize)
+def quantise_module(module: torch.nn.Module, manifest: Manifest) -> None:
+    """Replace the layers and caches of ``module`` that are integers in the bundle's graphs."""
+    engines = find_target(manifest.target).engines
+    groups = linear_groups(manifest.config)
+    replace_linears(module, manifest.quantization.schemes, groups, engines=engines)
+    round_caches(module, manifest.quantization.cache)
 
 
 def map_raw(bundle: Bundle, name: str, offset: int, nbytes: int) -> np.ndarray:
-    """Bytes (nbytes,) uint8 of a file of the bundle, mapped; writing to them changes no file.
+    """Map bytes (nbytes,) uint8 of a file of the bundle; writing to them changes no file.
 
     Raises:
         BundleError: the file ends before.
@@ -187,13 +194,12 @@ def map_raw(bundle: Bundle, name: str, offset: int, nbytes: int) -> np.ndarray:
         return np.memmap(file, np.uint8, "c", offset, (nbytes,))
     except (ValueError, OSError) as error:
         raise BundleError(
-            f"{file} is too short for a tensor that is placed in it. Build the bundle again: "
-            "make engines MODEL=..."
+            f"{file} is too short for a tensor that is placed in it. {BUILD_AGAIN}"
         ) from error
 
 
 def new_rows(outputs: Mapping[str, np.ndarray], spec: GraphSpec) -> dict[str, np.ndarray]:
-    """Whole caches cut to what the contract wants: the new rows only where they are handed back."""
+    """Cut whole caches to the new rows where those alone are the contract's outputs."""
     cut = {}
     for tensor in spec.outputs:
         value = outputs[tensor.name]

@@ -1,14 +1,15 @@
-"""What a plan chose for one prompt, and how far two choices are apart.
+"""The selection that a plan makes for one prompt, and the distance between two selections.
 
-FP16 rounds scores and probes, so where two tokens score alike, or a reading lies on a threshold, it
-may choose otherwise than FP32. That is no fault; what comes of it can be compared only with a
-reference that is led to the same choice.
+FP16 rounds scores and probes, so where two tokens score alike, or a reading is at a threshold, it
+may select otherwise than FP32. That is no fault; the answer can then be compared only with a
+reference that is forced to the same selection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -20,17 +21,30 @@ APART = float("inf")
 @dataclass(frozen=True)
 class Selection:
     """Positions that the last selection kept (None without one), and, of a plan that decides per
-    prompt, the layer that called for a selection and the one that let vision leave.
+    prompt, the layer that triggered a selection and the one that let vision leave.
     """
 
     kept: tuple[int, ...] | None = None
     trigger: int | None = None
     exit: int | None = None
 
+    @classmethod
+    def of(cls, kept: tuple[int, ...] | None, decision: Any) -> Selection:
+        """Take trigger and exit from a ``decision``; None: the plan does not decide per prompt."""
+        return cls(kept) if decision is None else cls(kept, decision.trigger, decision.exit)
+
+    def difference(self, want: Selection) -> str:
+        """Describe the first difference from ``want``."""
+        if want.trigger != self.trigger:
+            return f"layer {self.trigger} called for a selection, expected {want.trigger}"
+        if want.kept != self.kept:
+            return "other visual tokens were kept"
+        return f"vision left after layer {self.exit}, expected {want.exit}"
+
 
 @dataclass(frozen=True)
 class ProbeReading:
-    """What a probe read in one layer, by position of the visual tokens that still counted."""
+    """A probe's reading of one layer, by position of the visual tokens that still counted."""
 
     cosines: Mapping[int, float]
     norms: Mapping[int, float]
@@ -43,7 +57,7 @@ class ProbeReading:
 
 @dataclass(frozen=True)
 class SelectionMargins:
-    """Why the reference chose as it did: ``scores`` of what the last selection was offered, by
+    """The numbers that a selection rests on: ``scores`` of what the last one was offered, by
     position; ``readings`` by layer, where probes decide by the numbers of ``probe``.
     """
 
@@ -53,16 +67,17 @@ class SelectionMargins:
 
 
 def selection_margin(margins: SelectionMargins, ours: Selection, theirs: Selection) -> float:
-    """How far ``theirs`` lies from what ``margins`` would allow as well; 0 where they are equal.
+    """Return how far ``theirs`` is from a selection that ``margins`` would allow as well.
 
-    Scores and norms count in their spread, cosines in their threshold's distance from 1.
+    0 where they are equal. Scores and norms count in their spread, cosines in their threshold's
+    distance from 1.
     """
     if ours == theirs:
         return 0.0
     if margins.probe is None:
         return _ranking_gap(margins.scores, ours.kept, theirs.kept)
     if ours.trigger != theirs.trigger:
-        layer = min(one for one in (ours.trigger, theirs.trigger) if one is not None)
+        layer = min(t for t in (ours.trigger, theirs.trigger) if t is not None)
         return _cosine_gap(margins, [layer], margins.probe.cosine)
     assert ours.trigger is not None
     changed = set(ours.kept or ()) ^ set(theirs.kept or ())
@@ -70,10 +85,9 @@ def selection_margin(margins: SelectionMargins, ours: Selection, theirs: Selecti
         norms = margins.readings[ours.trigger].norms
         if not changed <= set(norms):
             return APART
-        spread = float(np.std(list(norms.values()))) or 1.0
-        return max(abs(norms[at] - margins.probe.contribution) for at in changed) / spread
+        return max(abs(norms[at] - margins.probe.contribution) for at in changed) / _spread(norms)
     assert margins.probe.exit_cosine is not None
-    last = min(one for one in (ours.exit, theirs.exit) if one is not None)
+    last = min(layer for layer in (ours.exit, theirs.exit) if layer is not None)
     layers = [layer for layer in margins.readings if ours.trigger < layer <= last]
     return _cosine_gap(margins, layers, margins.probe.exit_cosine)
 
@@ -86,7 +100,10 @@ def forced_readings(
     cosines: np.ndarray,
     norms: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Readings of ``layer`` that make a plan choose ``selection``, in place of (1, N) real ones."""
+    """Return readings of ``layer`` that make a plan choose ``selection``, shaped as the real ones.
+
+    ``positions``: (N,); ``cosines``, ``norms``: (1, N), the real ones.
+    """
     if selection.trigger is None or layer < selection.trigger:
         return np.ones_like(cosines), norms
     if layer == selection.trigger:
@@ -102,17 +119,21 @@ def forced_readings(
 def _ranking_gap(
     scores: Mapping[int, float], ours: tuple[int, ...] | None, theirs: tuple[int, ...] | None
 ) -> float:
-    """How far the tokens kept score below those dropped for them."""
+    """Return how far the tokens kept score below those dropped for them."""
     mine, other = set(ours or ()), set(theirs or ())
     if len(mine) != len(other) or not mine ^ other <= set(scores):
         return APART
     best = max(scores[at] for at in mine - other)
     worst = min(scores[at] for at in other - mine)
-    return (best - worst) / (float(np.std(list(scores.values()))) or 1.0)
+    return (best - worst) / _spread(scores)
 
 
-def _cosine_gap(margins: SelectionMargins, layers: list[int], threshold: float) -> float:
-    """How far the nearest of some layers' cosines lies from a threshold."""
+def _cosine_gap(margins: SelectionMargins, layers: Iterable[int], threshold: float) -> float:
+    """Return how far the nearest of some layers' cosines is from a threshold."""
     lowest = [margins.readings[layer].lowest for layer in layers if layer in margins.readings]
-    near = min((abs(one - threshold) for one in lowest), default=APART)
+    near = min((abs(cosine - threshold) for cosine in lowest), default=APART)
     return near / max(1.0 - threshold, 1e-6)
+
+
+def _spread(values: Mapping[int, float]) -> float:
+    return float(np.std(list(values.values()))) or 1.0

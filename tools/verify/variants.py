@@ -1,7 +1,7 @@
-"""The rung of the engine compilers' files: they are the files that ONNX Runtime ran.
+"""The check of the engine compilers' files: they are the files that ONNX Runtime ran.
 
-A variant may have sizes where its source has the symbols B and S, and attention may carry leave to
-be taken apart. Everything else (nodes, attributes, weights, constants, types) is equal, so what
+A variant may have sizes where its source has the symbols B and S, and attention may be marked as
+decomposable. Everything else (nodes, attributes, weights, constants, types) is equal, so what
 holds of the one holds of the other.
 """
 
@@ -10,52 +10,50 @@ from __future__ import annotations
 import onnx
 
 from ...compile.export.static_shapes import BATCH, DECOMPOSABLE
-from ...graphs.bundle import ANY_CONTEXT, Bundle
+from ...graphs.bundle import ANY_CONTEXT
 from ...graphs.contract import stage_of, stage_slots
-from .check_steps import NothingError
 from .verify_report import CheckResult
+from .verify_target import NothingError, VerifyTarget
 
 
-def compare_variants(bundle: Bundle) -> CheckResult:
-    """Every variant against its source.
+def compare_variants(target: VerifyTarget) -> CheckResult:
+    """Compare every variant with its source.
 
     Raises:
         NothingError: the bundle has no variants.
     """
-    manifest = bundle.manifest
-    failure, files, facts = "", [], {}
+    bundle, manifest = target.bundle, target.bundle.manifest
+    failure, facts = "", {}
     for name, fact in manifest.graphs.items():
         for context, file in fact.variants.items():
             sizes = {"B": BATCH}
             if context != ANY_CONTEXT:
                 slots = stage_slots(manifest.plan, manifest.config.visual_tokens, context)
                 sizes["S"] = slots[stage_of(name)]
-            source, variant = (
-                onnx.load(bundle.file(one), load_external_data=False) for one in (fact.file, file)
-            )
+            source = onnx.load(bundle.file(fact.file), load_external_data=False)
+            variant = onnx.load(bundle.file(file), load_external_data=False)
             wrong, marked = difference(source, variant, sizes)
             failure = failure or (wrong and f"{file} differs from {fact.file}: {wrong}")
-            files.append(file)
             fixed = ", ".join(f"{symbol} = {size}" for symbol, size in sizes.items())
             facts[file] = f"{fact.file} with {fixed}" + (
                 f" and {DECOMPOSABLE} on {marked} nodes" if marked else ""
             )
-    if not files:
-        raise NothingError("whoever runs this bundle reads the files that ONNX Runtime ran")
-    return CheckResult(failure, tuple(files), facts=facts)
+    if not facts:
+        raise NothingError("the bundle's back end reads the files that ONNX Runtime ran")
+    return CheckResult(failure, tuple(facts), facts=facts)
 
 
 def difference(
     source: onnx.ModelProto, variant: onnx.ModelProto, sizes: dict[str, int]
 ) -> tuple[str, int]:
-    """The first thing that may not differ (empty: none), and how many nodes carry the attribute.
+    """Return the first thing that may not differ (empty: none), and the number of marked nodes.
 
     Changes both models.
     """
     wrong = _shapes(source, variant, sizes)
     marked = 0
     for node in variant.graph.node:
-        kept = [one for one in node.attribute if one.name != DECOMPOSABLE]
+        kept = [attribute for attribute in node.attribute if attribute.name != DECOMPOSABLE]
         if node.op_type == "Attention" and len(kept) < len(node.attribute):
             marked += 1
             del node.attribute[:]
@@ -76,7 +74,7 @@ def difference(
 
 
 def _shapes(source: onnx.ModelProto, variant: onnx.ModelProto, sizes: dict[str, int]) -> str:
-    """What is wrong with the variant's shapes; those of both are cleared."""
+    """Return what is wrong with the variant's shapes; those of both are cleared."""
     wrong = ""
     for kind in ("input", "output", "value_info"):
         values = [
@@ -87,8 +85,8 @@ def _shapes(source: onnx.ModelProto, variant: onnx.ModelProto, sizes: dict[str, 
             return wrong or f"it has other {kind}s"
         for name, theirs in values[0].items():
             ours = values[1][name]
-            wanted = [_dim(one, sizes) for one in theirs.type.tensor_type.shape.dim]
-            found = [_dim(one, {}) for one in ours.type.tensor_type.shape.dim]
+            wanted = [_dim(dim, sizes) for dim in theirs.type.tensor_type.shape.dim]
+            found = [_dim(dim, {}) for dim in ours.type.tensor_type.shape.dim]
             if wanted != found:
                 wrong = wrong or f"{kind} '{name}' has the shape {found}, expected {wanted}"
             for value in (theirs, ours):

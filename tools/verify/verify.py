@@ -1,36 +1,47 @@
-"""The whole ladder over one bundle: what it opens, every rung in its order, and the report of them.
-
-A machine with the runtime alone climbs what it can, and the report says what it could not.
-"""
+"""The verification of one bundle: what it opens, every check in order, and their report."""
 
 from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from ... import __version__
 from ...calib.samples import Sample
 from ...graphs.bundle import MANIFEST, Bundle, sha256
-from ...graphs.errors import DataError
+from ...graphs.errors import (
+    CapacityError,
+    DataError,
+    ImageError,
+    MissingDependencyError,
+    PromptError,
+    TargetError,
+    VisistageError,
+)
+from ...graphs.progress import Progress, StepFact
 from ...graphs.targets import TENSORRT, TENSORRT_RTX, show_capability
 from ...runtime.device.tensorrt import find_trt_variant
 from ...runtime.hardware import find_gpu
-from .check_steps import Check, run_check, skip_check
-from .checks import checks
-from .verify_report import FAILED, CheckRecord, VerifyReport
-from .verify_target import VerifyTarget
+from .checks import Check, checks_of
+from .verify_report import (
+    FAILED,
+    IMPOSSIBLE,
+    NOTHING,
+    PASSED,
+    CheckRecord,
+    CheckResult,
+    VerifyReport,
+)
+from .verify_target import VERIFY_MAX_TOKENS, ImpossibleError, NothingError, VerifyTarget
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-VERIFY_MAX_TOKENS = 16
 
 SMALL_BYTES = 256 << 20
 """Weights of a model that one thread is enough for."""
@@ -38,26 +49,6 @@ SMALL_BYTES = 256 << 20
 PACKAGES: tuple[str, ...] = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino")
 PACKAGES += ("torch", "transformers", "onnx", "onnx-ir")
 """Whose versions a report names."""
-
-
-class VerifyProgress(Protocol):
-    """Who is told how a ladder goes."""
-
-    def start(self, check: Check) -> None:
-        """A rung is tried."""
-
-    def done(self, record: CheckRecord) -> None:
-        """It is over."""
-
-
-class NoVerifyProgress:
-    """A watcher that tells nobody."""
-
-    def start(self, check: Check) -> None:
-        """Nothing."""
-
-    def done(self, record: CheckRecord) -> None:
-        """Nothing."""
 
 
 def verify(
@@ -68,25 +59,25 @@ def verify(
     calibration: Path | None = None,
     max_tokens: int = VERIFY_MAX_TOKENS,
     memory: int | None = None,
-    progress: VerifyProgress | None = None,
+    progress: Progress | None = None,
 ) -> VerifyReport:
-    """Run every rung that this machine can run over the files of ``bundle``.
+    """Run every check that this machine can run over the files of ``bundle``.
 
     Args:
-        bundle: nothing of it is believed but that it has a manifest.
-        samples: prompts for the rungs of whole answers; at least one.
-        model: the checkpoint it was built from, on this machine; None leaves its rungs out.
+        bundle: nothing of it is trusted but that it has a manifest.
+        samples: prompts for the checks of whole answers; at least one.
+        model: the checkpoint it was built from, on this machine; None leaves its checks out.
         calibration: folder of the calibration it rests on; None: the usual one if it is there.
         max_tokens: length of the answers.
-        memory: bytes that a rung may take; None: what is free when it begins.
-        progress: told of every rung.
+        memory: bytes that a check may take; None: what is free when it begins.
+        progress: has a step for every check; its outcome is the status.
 
     Raises:
         ModelError: ``model`` cannot be opened, or is not the bundle's.
         DataError: ``calibration`` cannot be read, or is not the bundle's.
         ModuleNotFoundError: ``model`` was given and torch is not there to read it.
     """
-    progress = progress or NoVerifyProgress()
+    progress = progress or Progress()
     origin, known = None, None
     if model is not None:
         from .origin import open_calibration, open_origin
@@ -98,18 +89,20 @@ def verify(
             "a calibration is checked together with the checkpoint: --model CHECKPOINT, or leave "
             "--calib out"
         )
+    folders = {str(bundle.path): "BUNDLE"} | ({str(origin.path): "CHECKPOINT"} if origin else {})
     records: list[CheckRecord] = []
     with (
         VerifyTarget(bundle, samples, origin, known, max_tokens, memory) as target,
         _few_threads(bundle.manifest.weight_bytes),
     ):
-        for check in checks(target):
-            progress.start(check)
+        for check in checks_of(target):
+            progress.start(check.name)
             if records and records[0].status == FAILED:
-                records.append(skip_check(check, "the files are not those that were built"))
+                record = _record(check, IMPOSSIBLE, "the files are not those that were built")
             else:
-                records.append(_anonymous(run_check(check), target))
-            progress.done(records[-1])
+                record = run_check(check, folders)
+            records.append(record)
+            progress.done(StepFact(record.name, record.seconds, record.status))
     manifest = bundle.manifest
     return VerifyReport(
         bundle={
@@ -120,38 +113,86 @@ def verify(
             "lowering": manifest.lowering,
             "manifest": f"sha256 {sha256(bundle.path / MANIFEST)[:12]}",
         },
-        rungs=tuple(records),
+        checks=tuple(records),
         versions=_versions(bundle),
         machine=_machine(),
     )
 
 
-def _few_threads(weight_bytes: int) -> AbstractContextManager[None]:
-    """One thread of torch's while a small model is verified.
+def run_check(check: Check, folders: dict[str, str] | None = None) -> CheckRecord:
+    """Run a check; a record is made of whatever happens.
+
+    ``folders``: names that stand for folders of this machine in the reason, because reports travel.
+
+    Raises:
+        DataError, ImageError, PromptError: the prompts are what cannot be used.
+    """
+    missing = [name for name in check.needs if importlib.util.find_spec(name) is None]
+    if missing:
+        reason = f"{', '.join(missing)} not installed (pip install 'visistage[compile]')"
+        return _record(check, IMPOSSIBLE, reason)
+    started, result = time.perf_counter(), None
+    try:
+        result = check.run()
+        status, reason = (FAILED, result.failure) if result.failure else (PASSED, "")
+    except (ImpossibleError, CapacityError, MissingDependencyError, TargetError) as error:
+        status, reason = IMPOSSIBLE, str(error)
+    except NothingError as error:
+        status, reason = NOTHING, str(error)
+    except (DataError, ImageError, PromptError):
+        raise
+    except VisistageError as error:
+        status, reason = FAILED, str(error)
+    except Exception as error:  # libraries raise anything over a file that is not what it claims
+        status, reason = FAILED, f"{type(error).__name__}: {error}"
+    for folder, name in (folders or {}).items():
+        reason = reason.replace(folder, name)
+    return _record(check, status, reason, time.perf_counter() - started, result)
+
+
+def _record(
+    check: Check,
+    status: str,
+    reason: str,
+    seconds: float = 0.0,
+    result: CheckResult | None = None,
+) -> CheckRecord:
+    result = result or CheckResult()
+    return CheckRecord(
+        name=check.name,
+        compares=check.compares,
+        rule=check.rule,
+        status=status,
+        reason=" ".join(reason.split()),  # those of libraries have several lines
+        seconds=round(seconds, 3),
+        files=result.files,
+        errors=result.errors,
+        facts=result.facts,
+    )
+
+
+@contextmanager
+def _few_threads(weight_bytes: int) -> Iterator[None]:
+    """Give torch one thread while a small model is verified.
 
     Sharing out its small matrices takes longer than multiplying them, most of all where ONNX
     Runtime, which takes turns with torch, has threads of its own.
     """
     if weight_bytes >= SMALL_BYTES or importlib.util.find_spec("torch") is None:
-        return nullcontext()
-    from .module_checks import one_thread
+        yield
+        return
+    import torch
 
-    return one_thread()
-
-
-def _anonymous(record: CheckRecord, target: VerifyTarget) -> CheckRecord:
-    """The rung without this machine's folders in its reason: reports travel."""
-    folders = [(target.bundle.path, "BUNDLE")]
-    if target.origin is not None:
-        folders.append((target.origin.path, "CHECKPOINT"))
-    reason = record.reason
-    for folder, name in folders:
-        reason = reason.replace(str(folder), name)
-    return replace(record, reason=reason)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _versions(bundle: Bundle) -> dict[str, str]:
-    """What ran, and what had built the bundle."""
+    """Return versions of what ran, and of what had built the bundle."""
     found = {"visistage": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -166,7 +207,7 @@ def _versions(bundle: Bundle) -> dict[str, str]:
 
 
 def _machine() -> dict[str, Any]:
-    """Facts of the machine that say what it can do, and not whose it is."""
+    """Return what this machine can do, and nothing that names it."""
     device = find_gpu()
     return {
         "system": f"{platform.system()} {platform.machine()}",

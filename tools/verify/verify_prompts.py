@@ -1,4 +1,4 @@
-"""Which questions a ladder asks: given ones, the demo model's held-out scenes, or general ones."""
+"""Prompts of a verification: given ones, the demo model's held-out scenes, or general ones."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ...compile.checkpoint.known_models import DEMO
 from ...demo.gallery import bundled
 
 DEFAULT_SAMPLES = 6
-"""Prompts asked unless told otherwise."""
+"""Prompts asked by default."""
 
 GENERAL = ("What is shown in this picture?", "Which colours do you see, and where?")
-"""Asked about the pictures in the package when a model has no questions of its own."""
+"""Asked about the package's images where a model has no questions of its own."""
 
 
 def chosen(model: str, data: Path | None, count: int | None) -> list[Sample]:
-    """``count`` samples of ``data``, or else of what the package has for ``model``.
+    """Return ``count`` samples of ``data``, or else of what the package has for ``model``.
 
     Raises:
         DataError: the data cannot be used.
@@ -27,7 +27,7 @@ def chosen(model: str, data: Path | None, count: int | None) -> list[Sample]:
     count = count or DEFAULT_SAMPLES
     if data is not None:
         # By file and line alone: a report must not name this machine's folders.
-        return [replace(one, name=Path(one.name).name) for one in read_samples(data, count)]
+        return [replace(s, name=Path(s.name).name) for s in read_samples(data, count)]
     if model == DEMO:
         return demo_samples(count)
     return [
@@ -37,5 +37,5 @@ def chosen(model: str, data: Path | None, count: int | None) -> list[Sample]:
 
 
 def checkpoint_at_hand(model: str) -> str | None:
-    """Name of the checkpoint of ``model`` where the package brings it and torch can read it."""
+    """Return the name of the package's own checkpoint of ``model``, where torch can read it."""
     return DEMO if model == DEMO and importlib.util.find_spec("torch") else None

@@ -1,4 +1,4 @@
-"""What a ladder found: rungs, errors by tensor, machine; as JSON and as a page. Standard library.
+"""The report of a verification: checks, errors by tensor, machine; as JSON and as a page.
 
 Nothing in it names the machine or its user, so that a report may travel with the bundle.
 """
@@ -6,13 +6,13 @@ Nothing in it names the machine or its user, so that a report may travel with th
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...graphs.errors import BundleError
+from ...graphs.files import write_file
 
 VERIFY_FORMAT = 1
 JSON_FILE, PAGE_FILE = "verify.json", "verify.md"
@@ -27,7 +27,7 @@ MOST_ERRORS = 20
 
 @dataclass(frozen=True)
 class TensorError:
-    """How far a tensor is from the same tensor one rung below.
+    """The distance of a tensor from the same tensor of the check's other side, the reference.
 
     ``largest``: of all elements; ``spread``: standard deviation of the reference; ``relative``:
     largest / spread; all None where a value is not finite.
@@ -41,13 +41,13 @@ class TensorError:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What running a rung showed.
+    """The findings of a check that ran.
 
     Attributes:
-        failure: the first thing that is wrong; empty where the rung passed.
-        files: which files of the bundle ran or were read.
+        failure: the first thing that is wrong; empty where the check passed.
+        files: the bundle's files that ran or were read.
         errors: by tensor, where tensors were compared.
-        facts: whatever else was counted, plain JSON.
+        facts: everything else that was counted, plain JSON.
     """
 
     failure: str = ""
@@ -58,10 +58,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class CheckRecord:
-    """One rung of a report.
-
-    ``reason`` says why it failed or was not run; ``rule`` is when it passes.
-    """
+    """A check in a report: its status, and the reason where it failed or did not run."""
 
     name: str
     compares: str
@@ -81,34 +78,39 @@ class CheckRecord:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """A whole ladder; see the module."""
+    """All checks of a bundle, and what they ran on."""
 
     bundle: dict[str, Any]
-    rungs: tuple[CheckRecord, ...]
+    checks: tuple[CheckRecord, ...]
     versions: dict[str, str]
     machine: dict[str, Any]
 
     @property
     def failed(self) -> CheckRecord | None:
-        """The first rung that failed."""
-        return next((record for record in self.rungs if record.status == FAILED), None)
+        """The first check that failed."""
+        return next((record for record in self.checks if record.status == FAILED), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form."""
-        return {"format": VERIFY_FORMAT, "passed": self.failed is None, **asdict(self)}
+        """Return the plain JSON form."""
+        return {
+            "format": VERIFY_FORMAT,
+            "passed": self.failed is None,
+            "bundle": self.bundle,
+            "rungs": [asdict(record) for record in self.checks],
+            "versions": self.versions,
+            "machine": self.machine,
+        }
 
     def write(self, folder: Path) -> None:
-        """Leave both forms in ``folder``, each complete or not there at all.
+        """Write both forms into ``folder``.
 
         Raises:
             BundleError: the folder cannot be written.
         """
         data = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
         for name, text in ((JSON_FILE, data + "\n"), (PAGE_FILE, page(self))):
-            temporary = folder / f"{name}.partial"
             try:
-                temporary.write_text(text, encoding="utf-8")
-                os.replace(temporary, folder / name)
+                write_file(folder / name, text)
             except OSError as error:
                 raise BundleError(
                     f"the report {folder / name} cannot be written ({error.strerror}). Verify a "
@@ -117,53 +119,37 @@ class VerifyReport:
 
 
 def page(report: VerifyReport) -> str:
-    """The report in Markdown."""
-    failed = report.failed
-    head = "Every rung that ran passed."
+    """Return the report in Markdown."""
+    records, failed = report.checks, report.failed
+    head = "Every check that ran passed."
     if failed is not None:
         head = f"**Failed: {failed.name}.** {failed.reason}"
     bundle = ", ".join(f"{name} {value}" for name, value in report.bundle.items())
-    out = ["# Verification", "", head, "", f"Bundle: {bundle}.", "", "## Rungs", ""]
+    out = ["# Verification", "", head, "", f"Bundle: {bundle}.", "", "## Checks", ""]
     out += _table(
-        ("rung", "compares", "result", "largest error", "seconds"),
-        [
-            (
-                record.name,
-                record.compares,
-                record.status,
-                _brief(record.worst),
-                f"{record.seconds:.1f}",
-            )
-            for record in report.rungs
-        ],
+        ("check", "compares", "result", "largest error", "seconds"),
+        [(r.name, r.compares, r.status, _brief(r.worst), f"{r.seconds:.1f}") for r in records],
     )
-    for title, status in (
-        ("Failed", FAILED),
-        ("Impossible here", IMPOSSIBLE),
-        ("Nothing to check", NOTHING),
-    ):
-        chosen = [record for record in report.rungs if record.status == status]
+    for status in (FAILED, IMPOSSIBLE, NOTHING):
+        chosen = [record for record in records if record.status == status]
         if chosen:
-            out += ["", f"## {title}", ""]
+            out += ["", f"## {status.capitalize()}", ""]
             out += [f"- {record.name}: {record.reason}" for record in chosen]
     out += ["", "## What ran, and when it passes", ""]
-    for record in report.rungs:
+    for record in records:
         if record.status in (PASSED, FAILED):
             out += [f"- {record.name}: {record.rule}"]
             out += [f"  - files: {', '.join(record.files)}"] if record.files else []
             out += [f"  - {name}: {_plain(value)}" for name, value in record.facts.items()]
-    errors = sorted(
-        ((record, error) for record in report.rungs for error in record.errors),
-        key=lambda pair: _badness(pair[1]),
-        reverse=True,
-    )
+    errors = [(record.name, error) for record in records for error in record.errors]
+    errors.sort(key=lambda named: _badness(named[1]), reverse=True)
     out += ["", "## Largest errors by tensor", ""]
     out += [f"The first {MOST_ERRORS} of {len(errors)}; relative to the reference's spread.", ""]
     out += _table(
-        ("rung", "tensor", "largest error", "spread", "relative"),
+        ("check", "tensor", "largest error", "spread", "relative"),
         [
-            (record.name, e.tensor, _number(e.largest), _number(e.spread), _number(e.relative))
-            for record, e in errors[:MOST_ERRORS]
+            (name, e.tensor, _number(e.largest), _number(e.spread), _number(e.relative))
+            for name, e in errors[:MOST_ERRORS]
         ],
     )
     out += ["", "## Versions and machine", ""]

@@ -1,7 +1,7 @@
-"""The bundle that is verified, and what several rungs use of it: sessions, chains, prompts.
+"""The bundle that is verified, and what several checks use of it: sessions, chains, prompts.
 
-Each is made when a rung first asks for it, and kept until the ladder is climbed. torch is imported
-where it is needed: a machine with the runtime alone has no torch.
+Each is made when a check first asks for it, and kept until the last has run. torch is imported
+where it is needed: a machine with the runtime alone has none.
 """
 
 from __future__ import annotations
@@ -16,36 +16,57 @@ from ... import runtime
 from ...calib.samples import Sample
 from ...graphs.bundle import Bundle
 from ...graphs.targets import ONNXRUNTIME
-from .check_steps import ImpossibleError, NothingError
-from .compare import LOOSE, bundle_kinds
+from .compare import LOOSE, Bounds, bounds_of, bundle_kinds, strict
 
 if TYPE_CHECKING:
     from ...compile.checkpoint.checkpoint import Checkpoint
     from ...compile.quantize.calibration_file import Calibration
-    from .chains import Asked, TorchChain
-    from .graph_checks import GraphChecks
+    from .chains import PreparedPrompt, TorchChain
+    from .graph_checks import ComparedGraph
+
+VERIFY_MAX_TOKENS = 16
+
+
+class ImpossibleError(Exception):
+    """A check that cannot run on this machine; says why."""
+
+
+class NothingError(Exception):
+    """A bundle that holds nothing for a check; says why."""
+
+
+def require_memory(what: str, needed: int, free: int) -> None:
+    """Raise where ``what`` needs more bytes than are free.
+
+    Raises:
+        ImpossibleError: has both figures.
+    """
+    if needed > free:
+        raise ImpossibleError(
+            f"{what} needs {needed / 2**20:.0f} MiB of memory, {free / 2**20:.0f} MiB are free"
+        )
 
 
 class VerifyTarget:
     """A bundle, and the checkpoint and calibration that it was built from where they are named.
 
     Args:
-        bundle: nothing of it is believed but that it has a manifest.
-        samples: prompts for the rungs of whole answers; at least one.
+        bundle: nothing of it is trusted but that it has a manifest.
+        samples: prompts for the checks of whole answers.
         origin: the checkpoint.
         calibration: the calibration.
         max_tokens: length of the answers.
-        memory: bytes that a rung may take; None: what is free when it begins.
+        memory: bytes that a check may take; None: what is free when it begins.
     """
 
     def __init__(
         self,
         bundle: Bundle,
-        samples: Sequence[Sample],
-        origin: Checkpoint | None,
-        calibration: Calibration | None,
-        max_tokens: int,
-        memory: int | None,
+        samples: Sequence[Sample] = (),
+        origin: Checkpoint | None = None,
+        calibration: Calibration | None = None,
+        max_tokens: int = VERIFY_MAX_TOKENS,
+        memory: int | None = None,
     ):
         self.bundle, self.samples = bundle, samples
         self.origin, self.calibration = origin, calibration
@@ -61,16 +82,49 @@ class VerifyTarget:
 
     @property
     def free(self) -> int:
-        """Bytes that a rung may take now."""
+        """Bytes that a check may take now."""
         return self.memory or psutil.virtual_memory().available
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files of every graph."""
+        return tuple(fact.file for fact in self.bundle.manifest.graphs.values())
+
+    @property
+    def kinds(self) -> set[str]:
+        """What the bundle's graphs compute and round in (``compare.BOUNDS``)."""
+        return bundle_kinds(self.bundle.manifest)
+
+    @property
+    def loose(self) -> bool:
+        """Whether ONNX Runtime rounds more than the graphs do."""
+        return bool(self.kinds & set(LOOSE))
+
+    @property
+    def half_bounds(self) -> Bounds:
+        """Bounds of FP16 arithmetic against FP32."""
+        return bounds_of({"float16", *strict(self.kinds)})
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint.
+
+        Raises:
+            ImpossibleError: none was named.
+        """
+        if self.origin is None:
+            raise ImpossibleError(
+                f"no checkpoint of '{self.bundle.manifest.model}' was named: --model CHECKPOINT"
+            )
+        return self.origin
 
     @cached_property
     def session(self) -> runtime.Session:
-        """The bundle in the public runtime."""
+        """The bundle in the public runtime, on ONNX Runtime."""
         return self.load()
 
     @cached_property
-    def asked(self) -> list[Asked]:
+    def prompts(self) -> list[PreparedPrompt]:
         """The samples, preprocessed and tokenised."""
         from .chains import prepare_prompts
 
@@ -83,47 +137,25 @@ class VerifyTarget:
 
         return TorchChain.stored(self.bundle, half=False, free=self.free)
 
-    @property
-    def kinds(self) -> set[str]:
-        """What the bundle's graphs compute in (``compare.BOUNDS``)."""
-        return bundle_kinds(self.bundle.manifest)
-
-    @property
-    def loose(self) -> bool:
-        """Whether ONNX Runtime rounds more than the graphs do."""
-        return bool(self.kinds & set(LOOSE))
-
     @cached_property
     def original(self) -> TorchChain:
         """The torch chain over the checkpoint's own weights."""
         from .chains import TorchChain
 
-        return TorchChain.original(self.bundle, self.required_origin(), free=self.free)
+        return TorchChain.original(self.bundle, self.checkpoint, free=self.free)
 
     def load(self) -> runtime.Session:
-        """The bundle in a session of its own."""
+        """Open the bundle in a new session."""
         return runtime.load(self.bundle.path, backend=ONNXRUNTIME, memory_limit=self.memory)
 
-    def required_origin(self) -> Checkpoint:
-        """The checkpoint.
-
-        Raises:
-            ImpossibleError: none was named.
-        """
-        if self.origin is None:
-            raise ImpossibleError(
-                f"no checkpoint of '{self.bundle.manifest.model}' was named: --model CHECKPOINT"
-            )
-        return self.origin
-
     def require_half(self) -> None:
-        """Leave a rung of FP16 out where the graphs compute in something else."""
+        """Raise ``NothingError`` where the graphs compute in another type than FP16."""
         dtype = self.bundle.manifest.dtype
         if dtype != "float16":
             raise NothingError(f"the graphs compute in {dtype}")
 
-    def _graph(self, name: str) -> GraphChecks:
-        from .graph_checks import GraphChecks
+    def _graph(self, name: str) -> ComparedGraph:
+        from .graph_checks import ComparedGraph
         from .stored_graph import StoredGraph
 
-        return GraphChecks(StoredGraph(self.bundle, name), self.free)
+        return ComparedGraph(StoredGraph(self.bundle, name))

@@ -1,27 +1,27 @@
-"""The rungs that only read: files and engines are what was built. Neither torch nor onnx needed."""
+"""Checks that only read: files and engines are those that were built. Neither torch nor onnx."""
 
 from __future__ import annotations
 
 from ...compile.engines.engine_spec import engine_specs_of
 from ...graphs.bundle import Bundle
 from ...graphs.engine_index import Engines
-from ...graphs.errors import EngineError, MissingDependencyError
+from ...graphs.errors import EngineError
 from ...graphs.targets import OPENVINO, find_target
 from ...runtime.device.engine_trt import check_machine
 from ...runtime.device.tensorrt import find_trt_variant
 from ...runtime.hardware import find_gpu
-from .check_steps import ImpossibleError, NothingError
 from .verify_report import CheckResult
+from .verify_target import ImpossibleError, NothingError, VerifyTarget
 
 
-def rehash(bundle: Bundle) -> CheckResult:
-    """Every file has the hash that the manifest notes, and the manifest notes every file it uses.
+def check_files(target: VerifyTarget) -> CheckResult:
+    """Hash every file, and make sure that the manifest has a hash of every file that it uses.
 
     Raises:
         BundleError: a file is missing or changed.
     """
-    manifest = bundle.manifest
-    bundle.check(rehash=True)
+    manifest = target.bundle.manifest
+    target.bundle.check(rehash=True)
     used = [*manifest.text_files.values(), manifest.embedding.file]
     for fact in manifest.graphs.values():
         used += [fact.file, *fact.variants.values()]
@@ -38,42 +38,40 @@ def rehash(bundle: Bundle) -> CheckResult:
     )
 
 
-def engine_files(bundle: Bundle) -> CheckResult:
-    """The engines were compiled from this very bundle, are all there, and are unchanged.
+def check_engines(target: VerifyTarget) -> CheckResult:
+    """Make sure that all engines of this very bundle are there and unchanged.
 
     Raises:
         EngineError, BundleError: they are not.
         NothingError: the bundle has no engines.
     """
-    engines = _engines(bundle)
+    engines = _engines(target.bundle)
     engines.check(rehash=True)
-    wanted = {engine_spec.name for engine_spec in engine_specs_of(bundle.manifest)}
-    found = {one.name for one in engines.engines}
+    sources = {spec.name: spec.source for spec in engine_specs_of(target.bundle.manifest)}
+    found = {engine.name for engine in engines.engines}
     failure = ""
-    if wanted != found:
-        lacking = ", ".join(sorted(wanted - found)) or "none"
-        foreign = ", ".join(sorted(found - wanted)) or "none"
+    if found != set(sources):
+        lacking = ", ".join(sorted(set(sources) - found)) or "none"
+        foreign = ", ".join(sorted(found - set(sources))) or "none"
         failure = f"the index lacks engines ({lacking}) or names foreign ones ({foreign})"
+    folder = engines.folder.name
     return CheckResult(
         failure=failure,
-        files=tuple(_name(engines, one.file) for one in engines.engines),
+        files=tuple(f"{folder}/{engine.file}" for engine in engines.engines),
         facts={
             "compiled by": f"{engines.backend} {engines.version}",
             "compiled for": engines.gpus(),
-            "compiled from": {
-                _name(engines, f"{engine_spec.name}.engine"): engine_spec.source
-                for engine_spec in engine_specs_of(bundle.manifest)
-            },
-            "bytes": sum(one.nbytes for one in engines.engines),
+            "compiled from": {f"{folder}/{name}.engine": file for name, file in sources.items()},
+            "bytes": sum(engine.nbytes for engine in engines.engines),
         },
     )
 
 
-def check_engines_run(bundle: Bundle) -> None:
+def require_engines_run(bundle: Bundle) -> None:
     """Make sure that this machine can run the bundle's engines; OpenVINO compiles none.
 
     Raises:
-        ImpossibleError: it cannot; the reason is the machine's.
+        ImpossibleError: it cannot; says why.
         NothingError: the bundle has no engines.
     """
     if find_target(bundle.manifest.target).backend == OPENVINO:
@@ -81,7 +79,7 @@ def check_engines_run(bundle: Bundle) -> None:
     engines = _engines(bundle)
     try:
         check_machine(engines, find_trt_variant(engines.backend), find_gpu())
-    except (EngineError, MissingDependencyError) as error:
+    except EngineError as error:
         raise ImpossibleError(str(error)) from error
 
 
@@ -92,11 +90,7 @@ def _engines(bundle: Bundle) -> Engines:
     engines = Engines.open(bundle)
     if engines is None:
         raise NothingError(
-            f"no engines were compiled yet. On the machine that shall run them: visistage build "
+            "no engines were compiled yet. On the machine that is to run them: visistage build "
             f"(target '{target.name}')"
         )
     return engines
-
-
-def _name(engines: Engines, file: str) -> str:
-    return f"{engines.folder.name}/{file}"
