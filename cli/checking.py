@@ -1,4 +1,4 @@
-"""Commands that say what there is and whether it is right: bundles and this machine."""
+"""Commands that inspect and check: bundles and this machine."""
 
 from __future__ import annotations
 
@@ -48,18 +48,19 @@ def inspect(bundle, as_json) -> None:
 @click.option("--data", type=click.Path(path_type=Path), help="JSONL file of samples.")
 @click.option("--samples", type=click.IntRange(1), help="Ask so many only (default 6).")
 @click.option("--max-tokens", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--memory-limit", type=ByteSize(), help="For each rung; by default what is free.")
+@click.option("--memory-limit", type=ByteSize(), help="For each check; by default what is free.")
 @as_json
 def verify(bundle, model, calibration, data, samples, max_tokens, memory_limit, as_json) -> None:
     """Check a bundle's files, and that they compute what the checkpoint computes.
 
-    Hashes every file, then climbs from Hugging Face over torch and ONNX Runtime to the engines:
-    each graph alone and whole answers, with and without a teacher. Rungs that this machine cannot
-    run are named with the reason. The report is left in the bundle: verify.md and verify.json.
+    Hashes every file, then compares neighbours from Hugging Face over torch and ONNX Runtime to the
+    engines: each graph alone and whole answers, teacher-forced and free-running. Checks that this
+    machine cannot run are named with the reason. The report is written into the bundle: verify.md
+    and verify.json.
 
-    With --data or without, pictures are asked as in evaluate; models other than demo are asked
-    about the package's own pictures. Without --model, rungs that need the checkpoint are left out;
-    demo's is in the package.
+    Questions are those of evaluate; other models than demo are asked about the package's own images
+    where --data is not given. Without --model, checks that need the checkpoint are left out; demo's
+    is in the package.
 
     \b
     visistage verify engines/demo

@@ -44,6 +44,7 @@ from visistage.tests.support import toy
 from visistage.tests.support.asking import picture
 from visistage.tests.support.numpy_device import HostDevice
 from visistage.tests.support.stand_ins import stand_in, write_engines
+from visistage.tools.verify import file_checks
 from visistage.tools.verify.session_checks import compare_engines
 from visistage.tools.verify.verify_target import VerifyTarget
 
@@ -590,7 +591,9 @@ def test_times_are_the_devices_own(machine, bundles):
 # --- engines against graphs -----------------------------------------------------------------------
 
 
-def compared(bundle):
+def compared(bundle, monkeypatch):
+    for name in ("find_gpu", "find_trt_variant"):  # the machine's, as the runtime sees them
+        monkeypatch.setattr(file_checks, name, getattr(opening, name))
     samples = [
         SimpleNamespace(name=f"sample {seed}", image=picture(seed), prompt=QUESTION)
         for seed in (1, 2)
@@ -599,8 +602,8 @@ def compared(bundle):
         return compare_engines(target)
 
 
-def test_verify_compares_engines_with_graphs(machine, bundles):
-    found = compared(bundles("pruned"))
+def test_verify_compares_engines_with_graphs(machine, bundles, monkeypatch):
+    found = compared(bundles("pruned"), monkeypatch)
     assert not found.failure
     assert [error.tensor for error in found.errors] == ["sample 1", "sample 2"]
     assert machine.api.runs
@@ -608,7 +611,7 @@ def test_verify_compares_engines_with_graphs(machine, bundles):
 
 def test_verify_finds_engines_that_compute_something_else(machine, bundles, monkeypatch):
     monkeypatch.setattr(DeviceStage, "restore", lambda self, start, saved: None)  # no prefix
-    assert "sample 1 is off by" in compared(bundles("pruned")).failure
+    assert "sample 1 is off by" in compared(bundles("pruned"), monkeypatch).failure
 
 
 # --- what is refused ------------------------------------------------------------------------------
