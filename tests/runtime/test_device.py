@@ -593,7 +593,7 @@ def test_times_are_the_devices_own(machine, bundles):
 
 def compared(bundle, monkeypatch):
     for name in ("find_gpu", "find_trt_variant"):  # the machine's, as the runtime sees them
-        monkeypatch.setattr(file_checks, name, getattr(opening, name))
+        monkeypatch.setattr(file_checks, name, getattr(engine_trt, name))
     samples = [
         SimpleNamespace(name=f"sample {seed}", image=picture(seed), prompt=QUESTION)
         for seed in (1, 2)

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ... import runtime
-from ...graphs.errors import MissingDependencyError
 from .compare import bounds_of, first_wrong, tensor_error
 from .file_checks import require_engines_run
 from .verify_report import CheckResult
-from .verify_target import ImpossibleError, VerifyTarget
+from .verify_target import VerifyTarget
 
 if TYPE_CHECKING:
     from ...runtime import Answer, Session
@@ -60,12 +59,8 @@ def compare_engines(target: VerifyTarget) -> CheckResult:
         NothingError: the bundle has no engines.
     """
     require_engines_run(target.bundle)
-    try:
-        engines = runtime.load(target.bundle.path)
-    except MissingDependencyError as error:
-        raise ImpossibleError(str(error)) from error
     graphs, errors = target.session, []
-    with engines:
+    with runtime.load(target.bundle.path) as engines:
         for sample in target.samples:
             given = (sample.image, sample.prompt)
             tokens = ask(graphs, *given, target.max_tokens).tokens
