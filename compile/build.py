@@ -16,22 +16,22 @@ from ..graphs.bundle import MANIFEST, Bundle, FileFact, GraphFact, Manifest
 from ..graphs.precision import NO_FALLBACK, Fp32Fallback
 from ..graphs.progress import Progress
 from ..graphs.targets import resolve_target
-from .build_spec import BuildSpec, check_geometry, resolve_build, versions
+from .build_spec import BuildSpec, check_geometry, check_memory, resolve_build, versions
 from .checkpoint.checkpoint import open_checkpoint
 from .disk import file_hash
 from .export.export import Graph, export
 from .export.prefix import describe_prefix, prefix_cache, write_prefix
 from .export.static_shapes import variants_of, write_variant
-from .export.texts import write_texts
+from .export.texts import fits, write_texts
 from .export.weights import Placement, check_disk, convert, link_files, place
-from .quantize.cache_scales import (
+from .quantize.fp16_ranges import decide, dense_pieces, measure_ranges, read_ranges, write_ranges
+from .quantize.quantize import (
     calibrated_cache_scales,
     describe_scales,
     quantised_rows,
     scale_spans,
     write_scales,
 )
-from .quantize.fp16_ranges import decide, dense_pieces, measure_ranges, read_ranges, write_ranges
 from .steps import Staging
 
 
@@ -65,7 +65,7 @@ def make_bundle(
         revision: of a hub model.
         offline: use only what was downloaded before.
         dummy_weights: random weights of a published geometry.
-        contexts: rows of an unpruned prompt and answer that engines shall have space for; several
+        contexts: rows of an unpruned prompt and answer that engines have space for; several
             give several sets of engines. For targets with engines only.
         build_memory: bytes that compiling one engine may take; stages are cut into parts that
             do. For targets with engines only.
@@ -110,7 +110,8 @@ def _write(spec: BuildSpec, work: Staging) -> None:
     """Run every step of a build, in the folder that becomes the bundle."""
     checkpoint, config, texts, dtype = spec.checkpoint, spec.config, spec.texts, spec.dtype
     folder, advance = work.folder, work.progress.advance
-    spec.check_calibration()
+    if spec.calibration is not None:
+        spec.calibration.check_fits(fits(checkpoint, texts))  # reads every weight
 
     def ranges() -> list[str]:
         return write_ranges(measure_ranges(checkpoint, texts, advance), folder)
@@ -122,7 +123,7 @@ def _write(spec: BuildSpec, work: Staging) -> None:
     graphs, quantised_tensors = spec.graphs(fallback), spec.quantised_tensors(fallback)
     names = [name for graph in graphs for name in graph.weights]
     placement = place(checkpoint, names, dtype, quantised_tensors)
-    spec.check_memory(placement.nbytes)
+    check_memory(spec.target, spec.precision, placement.nbytes)
     check_disk(placement, folder)
     spans, scales = dict(placement.spans), None
     if spec.calibration is not None and spec.quantization.quantises_cache:

@@ -39,7 +39,7 @@ from .checkpoint.known_models import KNOWN_MODELS
 from .checkpoint.names import tensor_shapes
 from .export.export import Graph, graphs_of
 from .export.static_shapes import resolve_contexts, resolve_parts
-from .export.texts import TextFacts, fits, text_facts
+from .export.texts import TextFacts, text_facts
 from .planfile import resolve_plan
 from .quantize.calibration_file import Calibration
 from .quantize.quantize import CALIBRATIONS, QuantisedTensors, input_shifts, resolve
@@ -85,7 +85,7 @@ class BuildSpec:
 
     @property
     def half(self) -> bool:
-        """Whether graphs compute in FP16, whose range must be checked."""
+        """True if graphs compute in FP16, whose range must be checked."""
         return self.dtype == "float16"
 
     @property
@@ -130,19 +130,6 @@ class BuildSpec:
             engines=self.target.engines,
             shifts=input_shifts(fallback),
         )
-
-    def check_calibration(self) -> None:
-        """Refuse a calibration of another model, template or preprocessing; reads every weight.
-
-        Raises:
-            DataError: naming what does not fit.
-        """
-        if self.calibration is not None:
-            self.calibration.check_fits(fits(self.checkpoint, self.texts))
-
-    def check_memory(self, nbytes: int) -> None:
-        """Refuse ``nbytes`` of weights that the machine cannot hold, if it is to run them."""
-        _check_memory(self.target, self.precision, nbytes)
 
 
 def resolve_build(
@@ -204,7 +191,7 @@ def check_geometry(model: str, target: Target, precision: str) -> None:
         shapes = tensor_shapes(ModelConfig.from_hf(KNOWN_MODELS[model].config))
         bits = _bits(target, precision)
         values = sum(math.prod(shape) for shape in shapes.values())
-        _check_memory(target, precision, values * bits // 8)
+        check_memory(target, precision, values * bits // 8)
 
 
 def _serves(calibrated: StagePlan, staged: StagePlan, quant_config: QuantConfig) -> bool:
@@ -250,7 +237,8 @@ def _bits(target: Target, precision: str) -> int:
     return quantised.get(base_of(precision), 8 * getattr(torch, target.dtype(precision)).itemsize)
 
 
-def _check_memory(target: Target, precision: str, nbytes: int) -> None:
+def check_memory(target: Target, precision: str, nbytes: int) -> None:
+    """Refuse ``nbytes`` of weights that the machine cannot hold, if it is to run them."""
     memory = psutil.virtual_memory().total
     if target.local and nbytes > memory:
         smaller = "" if is_quantised(precision) else ", quantise (PRECISION=int8, or w4)"

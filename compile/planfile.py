@@ -13,8 +13,8 @@
     - {op: drop}
 
 ``modes`` may be a list with one word per layer, or runs as above; a single word holds for the
-whole stage. A plan file may come from anybody, so it is data and no more: bounded in size, without
-YAML tags and aliases, and a repeated key is an error, not a silent choice.
+whole stage. A plan file may come from a stranger, so it is data and no more: bounded in size,
+without YAML tags and aliases, and a repeated key is an error, not a silent choice.
 
 Source: docs/design.md, "The plan".
 """
@@ -30,12 +30,13 @@ from pathlib import Path
 from typing import Any
 
 from ..graphs.errors import MissingDependencyError, PlanError
-from ..graphs.fields import parse_json
+from ..graphs.fields import parse_json, read_bytes
+from ..graphs.files import write_file
 from ..graphs.plan.plan import StagePlan
 from ..graphs.presets.presets import PRESETS, options_from_strings, preset
 
 MAX_FILE_BYTES = 64 * 1024
-"""A plan of a hundred layers takes 2 KiB; anything near this bound is no plan."""
+"""A plan of a hundred layers takes 2 KiB."""
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -45,7 +46,7 @@ _MAX_RUN = 4096  # keeps 'dense x999999999' from filling the memory
 
 
 def resolve_plan(text: str, layers: int, visual_tokens: int) -> StagePlan:
-    """The plan that ``text`` names, for a decoder of ``layers`` and N ``visual_tokens``.
+    """Return the plan that ``text`` names, for a decoder of ``layers`` and N ``visual_tokens``.
 
     ``text`` is a preset's name, ``preset:key=value,key=value``, or a path that ends in .yaml,
     .yml or .json.
@@ -68,7 +69,7 @@ def resolve_plan(text: str, layers: int, visual_tokens: int) -> StagePlan:
 
 
 def check_fit(plan: StagePlan, layers: int, visual_tokens: int, source: str = "plan") -> None:
-    """Raise PlanError unless ``plan`` is for this depth and this many tokens per image."""
+    """Check that ``plan`` is for this depth and this many tokens per image, or raise PlanError."""
     for field, unit, wanted in (
         ("layers", "decoder layers", layers),
         ("visual_tokens", "visual tokens per image", visual_tokens),
@@ -82,38 +83,25 @@ def check_fit(plan: StagePlan, layers: int, visual_tokens: int, source: str = "p
 
 
 def load_plan(path: str | Path) -> StagePlan:
-    """The plan in a .yaml, .yml or .json file.
+    """Read the plan in a .yaml, .yml or .json file.
 
     Raises:
         PlanError: no such file, too large, not text, not a plan; names the file and the field.
         MissingDependencyError: a YAML file, and PyYAML is not installed.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise PlanError(f"{path}: expected a name in {', '.join(SUFFIXES)}. Rename the file.")
+    _check_suffix(path)
+    text = read_bytes(
+        path, PlanError, f"Name a plan file, or a preset ({', '.join(PRESETS)}).", MAX_FILE_BYTES
+    )
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or str(error)
-        known = ", ".join(PRESETS)
-        raise PlanError(
-            f"{path}: cannot read the plan: {reason}. Give an existing file, or a preset ({known})."
-        ) from None
-    if len(data) > MAX_FILE_BYTES:
-        raise PlanError(
-            f"{path}: found more than {MAX_FILE_BYTES} bytes, expected a plan of a few KiB. "
-            "Is this the right file?"
-        )
-    try:
-        text = data.decode("utf-8-sig")
+        if path.suffix.lower() == ".json":
+            return plan_from_json(text)
+        return plan_from_yaml(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise PlanError(
             f"{path}: byte {error.start} is not UTF-8, expected text. Save the plan as UTF-8."
         ) from None
-    parse = plan_from_json if path.suffix.lower() == ".json" else plan_from_yaml
-    try:
-        return parse(text)
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from None
 
@@ -125,20 +113,24 @@ def save_plan(plan: StagePlan, path: str | Path) -> None:
         PlanError: a name with another suffix, or a place that cannot be written.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise PlanError(f"{path}: expected a name in {', '.join(SUFFIXES)}. Choose one.")
+    _check_suffix(path)
     if path.suffix.lower() == ".json":
         text = json.dumps(plan.to_dict(), indent=2) + "\n"
     else:
         text = plan_to_yaml(plan)
     try:
-        path.write_text(text, encoding="utf-8")
+        write_file(path, text)
     except OSError as error:
         raise PlanError(f"{path}: cannot write the plan: {error.strerror}.") from None
 
 
+def _check_suffix(path: Path) -> None:
+    if path.suffix.lower() not in SUFFIXES:
+        raise PlanError(f"{path}: expected a name in {', '.join(SUFFIXES)}. Rename the file.")
+
+
 def plan_to_yaml(plan: StagePlan) -> str:
-    """``plan`` as YAML that ``plan_from_yaml`` reads back, modes as runs."""
+    """Return ``plan`` as YAML that ``plan_from_yaml`` reads back, modes as runs."""
     data = plan.to_dict()
     for stage in data["stages"]:
         stage["modes"] = modes_text(stage["modes"])
@@ -146,7 +138,7 @@ def plan_to_yaml(plan: StagePlan) -> str:
 
 
 def plan_from_yaml(text: str) -> StagePlan:
-    """The plan in a YAML text. Raises PlanError."""
+    """Return the plan in a YAML text. Raises PlanError."""
     yaml = _yaml()
     try:
         _reject_beyond_plain_data(yaml, text)
@@ -156,27 +148,28 @@ def plan_from_yaml(text: str) -> StagePlan:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""
         reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise PlanError(f"{place}not YAML: {reason}. Mend the line, or quote the value.") from None
+        raise PlanError(
+            f"{place}not YAML: {reason}. Correct the line, or quote the value."
+        ) from None
     return _plan(data)
 
 
-def plan_from_json(text: str) -> StagePlan:
-    """The plan in a JSON text. Raises PlanError."""
+def plan_from_json(text: str | bytes) -> StagePlan:
+    """Return the plan in a JSON text. Raises PlanError."""
     return _plan(parse_json(text, PlanError, "Correct that place.", "the plan"))
 
 
 def modes_text(modes: Iterable[str]) -> str:
-    """Modes as runs: ``sink, text_blind x5, dense x13``."""
+    """Return modes as runs: ``sink, text_blind x5, dense x13``."""
     runs = [(mode, len(list(group))) for mode, group in groupby(modes)]
     return ", ".join(f"{mode} x{count}" if count > 1 else mode for mode, count in runs)
 
 
 def modes_from_text(text: str, depth: int, field: str = "modes") -> list[str]:
-    """Inverse of ``modes_text``; a single word without a count stands for ``depth`` layers.
+    """Invert ``modes_text``; a single word without a count means ``depth`` layers.
 
     Raises:
-        PlanError: an item that is not ``mode`` or ``mode xCOUNT``; whether the modes exist is
-            the plan's to say.
+        PlanError: an item that is not ``mode`` or ``mode xCOUNT``; the plan checks the modes.
     """
     modes: list[str] = []
     items = [item.strip() for item in text.split(",")]
@@ -193,7 +186,7 @@ def modes_from_text(text: str, depth: int, field: str = "modes") -> list[str]:
 
 
 def _plan(data: Any) -> StagePlan:
-    """The strict reader, after runs of modes were spelled out."""
+    """Spell out runs of modes, and read the plan strictly."""
     stages = data.get("stages") if isinstance(data, dict) else None
     for index, stage in enumerate(stages if isinstance(stages, list) else []):
         if isinstance(stage, dict) and isinstance(stage.get("modes"), str):
@@ -203,14 +196,14 @@ def _plan(data: Any) -> StagePlan:
 
 
 def _depth(layers: Any) -> int:
-    """Depth of a stage whose ``layers`` nobody has checked yet; 1 where they make no sense."""
+    """Return the depth of a stage with unchecked ``layers``; 1 where they make no sense."""
     if isinstance(layers, list) and len(layers) == 2 and all(type(item) is int for item in layers):
         return min(max(layers[1] - layers[0], 1), _MAX_RUN)
     return 1
 
 
 def _reject_beyond_plain_data(yaml: Any, text: str) -> None:
-    """PlanError for tags, anchors and aliases, and for nesting that costs PyYAML minutes."""
+    """Refuse tags, anchors and aliases, and nesting that costs PyYAML minutes."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
@@ -229,7 +222,7 @@ def _reject_beyond_plain_data(yaml: Any, text: str) -> None:
 
 
 def _reject_repeated_keys(node: Any, at: str) -> None:
-    """PlanError for a mapping of the YAML tree that says a key twice (YAML keeps the last)."""
+    """Refuse a mapping of the YAML tree with a repeated key (YAML keeps the last)."""
     if node is None or node.id == "scalar":
         return
     if node.id == "sequence":
@@ -251,12 +244,12 @@ def _reject_repeated_keys(node: Any, at: str) -> None:
 
 
 def _printable(key: str) -> str:
-    """A key of a foreign file, safe to print on a terminal."""
+    """Return a key of a foreign file, safe to print on a terminal."""
     return key[:80] if key.isprintable() else repr(key[:80])
 
 
 def _yaml() -> Any:
-    """PyYAML, which only YAML files need: presets and JSON files do without."""
+    """Import PyYAML, which only YAML files need: presets and JSON files do without."""
     try:
         import yaml
     except ImportError:

@@ -31,8 +31,8 @@ AnySteps = TypeVar("AnySteps", bound="Steps")
 def sources_hash() -> str:
     """Return a hash of our own code that makes graphs: another code, another build."""
     package, digest = Path(__file__).parents[1], hashlib.sha256()
-    for room in ("graphs", "compile"):
-        for file in sorted((package / room).rglob("*.py")):
+    for folder in ("graphs", "compile"):
+        for file in sorted((package / folder).rglob("*.py")):
             digest.update(f"{file.relative_to(package).as_posix()}\0".encode())
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

@@ -1,5 +1,6 @@
 """The one strict reader of JSON: a dataclass says what is read, an exact error what is wrong.
 
+    read_bytes(file, error, remedy, most)     contents of a file, bounded in size
     read_json(file, error, remedy)            plain data of a file, bounded in size and depth
     parse_json(text, error, remedy)           the same of a text that is in memory
     from_json(cls, data, error, remedy)       a ``cls``, its fields checked against its annotations
@@ -99,22 +100,32 @@ def is_number(value: Any) -> bool:
     return is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
+def read_bytes(file: Path, error: type[VisistageError], remedy: str, most_bytes: int) -> bytes:
+    """Return the contents of a file of a bounded size.
+
+    Raises:
+        error: it cannot be read, or is larger than ``most_bytes``; names the file.
+    """
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(most_bytes + 1)
+    except (OSError, ValueError) as failure:  # ValueError: a NUL in the name
+        reason = getattr(failure, "strerror", None) or failure
+        raise error(f"{file} cannot be read: {reason}. {remedy}") from None
+    if len(content) > most_bytes:
+        reject(str(file), Words("a larger file"), f"at most {most_bytes} bytes", error, remedy)
+    return content
+
+
 def read_json(
     file: Path, error: type[VisistageError], remedy: str, most_bytes: int = MAX_BYTES
 ) -> Any:
     """Return the plain data of a JSON file; errors name the file.
 
     Raises:
-        error: it cannot be read, is larger than ``most_bytes``, or ``parse_json`` refuses it.
+        error: ``read_bytes`` or ``parse_json`` refuses it.
     """
-    try:
-        with file.open("rb") as stream:
-            text = stream.read(most_bytes + 1)
-    except OSError as failure:
-        raise error(f"{file} cannot be read: {failure.strerror}. {remedy}") from None
-    if len(text) > most_bytes:
-        reject(str(file), Words("a larger file"), f"at most {most_bytes} bytes", error, remedy)
-    return parse_json(text, error, remedy, str(file))
+    return parse_json(read_bytes(file, error, remedy, most_bytes), error, remedy, str(file))
 
 
 def parse_json(

@@ -34,7 +34,7 @@ from .safetensors_file import FLOAT_DTYPES, TensorInfo, read_checkpoint_json, re
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_CACHE = Path(".cache")
-"""Where dummy checkpoints are kept; downloads go to the hub's own cache."""
+"""Folder of dummy checkpoints; downloads go to the hub's own cache."""
 
 ALLOWED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
 IGNORED_FILES = ["*/*", "consolidated*"]  # other formats and second copies of the weights

@@ -70,7 +70,7 @@ def make_dummy(
 
     Raises:
         ModelError: an unknown geometry or type, or ``path`` holds something else.
-        CapacityError: the disk has no room for it, or another run is making it.
+        CapacityError: the disk has no space for it, or another run is making it.
     """
     if known_model is None and geometry not in KNOWN_MODELS:
         raise ModelError(

@@ -52,7 +52,7 @@ def can_compile(target: Target, device: GpuInfo | None) -> str | None:
     if trt_variant.names_capabilities:
         return None
     if device is None:
-        return f"{target.backend} compiles on the GPU that shall run the engines; there is none"
+        return f"{target.backend} compiles on the GPU that is to run the engines; there is none"
     if target.capabilities and device.capability not in target.capabilities:
         wanted = ", ".join(map(show_capability, target.capabilities))
         return f"this GPU is {show_capability(device.capability)}, the target's {wanted}"
@@ -201,7 +201,7 @@ def _capabilities(
     if why is not None:
         raise TargetError(
             f"engines for target '{target.name}' cannot be compiled here: {why}. Copy the bundle "
-            "to the machine that shall run it, and type there: visistage build BUNDLE"
+            "to the machine that is to run it, and type there: visistage build BUNDLE"
         )
     if given and not trt_variant.names_capabilities:
         raise TargetError(

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from ...graphs.errors import DataError, PlanError
-from ...graphs.fields import Words, check_format, from_json, read_json, reject
+from ...graphs.fields import check_format, from_json, read_bytes, read_json
 from ...graphs.files import write_file
 from ...graphs.plan.plan import StagePlan
 from ...graphs.progress import Advance, no_advance
@@ -309,13 +309,7 @@ def _check_finite(cache: np.ndarray) -> None:
 
 
 def _read_arrays(file: Path, expected: str) -> dict[str, np.ndarray]:
-    try:
-        size = file.stat().st_size
-        if size > MAX_BYTES:
-            reject(str(file), Words(f"{size} bytes"), f"at most {MAX_BYTES}", DataError, _REMEDY)
-        content = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}. {_REMEDY}") from None
+    content = read_bytes(file, DataError, _REMEDY, MAX_BYTES)
     if hashlib.sha256(content).hexdigest() != expected:
         raise DataError(
             f"{file} is damaged, or belongs to another {FACTS}: its hash is not the one noted "

@@ -2,9 +2,9 @@
 
 A layer-wise run reads weights from here instead of the checkpoint, rounds inputs of linear layers,
 and caches integers where the recipe says so: it sees the effect of rounding without a bundle.
-Integers, scales and folded factors are those of ``quantize.QuantisedTensors`` and
-``cache_scales``; sums are in FP32, where a bundle's are of integers. One thing is left out: ONNX
-Runtime also rounds, as it runs, the inputs of layers whose weights alone are rounded (its
+Integers, scales and folded factors are those of ``compile/quantize/quantize.py``; sums are in
+FP32, where a bundle's are of integers. One thing is left out: ONNX Runtime also rounds, as it runs,
+the inputs of layers whose weights alone are rounded (its
 ``session.qdq_matmulnbits_accuracy_level``). Bundles that are measured do.
 """
 
@@ -19,10 +19,9 @@ from ...graphs.modules.quantized import INPUT_SCALE, SCALE, WEIGHT, cache_scale_
 from ...graphs.quantization import QuantConfig, block_of
 from ...graphs.targets import TARGETS
 from ..checkpoint.checkpoint import Checkpoint
-from .cache_scales import calibrated_cache_scales, quantised_rows
 from .calibration_file import Calibration
 from .int_arithmetic import restored, unpack_int4
-from .quantize import QuantisedTensors, resolve
+from .quantize import QuantisedTensors, calibrated_cache_scales, quantised_rows, resolve
 
 
 class FakeQuantised:

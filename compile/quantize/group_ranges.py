@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...graphs.quantization import OBSERVERS
+from ...graphs.quantization import OBSERVERS, Scheme
 
 VECTORS = ("absmax", "factors", "aware")
 """The fields that are arrays."""
@@ -55,6 +55,12 @@ class GroupRanges:
     weight_error: float
     aware_error: float
     sensitivity: Mapping[str, Mapping[str, float]]
+
+    def smoothing(self, scheme: Scheme | None) -> tuple[float | None, np.ndarray]:
+        """Return alpha and factors of a scheme: those for W8A8, or for weights alone."""
+        if scheme == "w8a8":
+            return self.alpha, self.factors
+        return self.aware_alpha, self.aware
 
     def facts(self) -> dict[str, Any]:
         """Return all but the arrays as plain JSON."""

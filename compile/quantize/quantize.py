@@ -5,6 +5,13 @@
 Smoothing is exact: what divides a group's inputs per channel is folded into the module before them,
 what multiplies it back into their weights, before anything is rounded (SmoothQuant, arXiv
 2211.10438, section 4; for weights alone AWQ, arXiv 2306.00978, section 3.2).
+
+    calibration ──▶ (2, L, G) scales ──▶ cache_scales.bin ◀── every graph, and the runtime
+                                    └──▶ prefix.bin, INT8
+
+A cache has one scale for each layer and head, keys and values apart, from the largest value that
+calibration saw: clipping a key moves a token's attention wherever it is looked at again, and
+rounding to 255 steps of the whole range was measured to change no answer (docs/quantisation.md).
 """
 
 from __future__ import annotations
@@ -17,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...graphs.config import ModelConfig
+from ...graphs.bundle import TensorRef
+from ...graphs.config import ModelConfig, TextConfig
 from ...graphs.errors import DataError, TargetError, nearest
 from ...graphs.linears import (
     ATTENTION_OUTPUT,
@@ -26,12 +34,21 @@ from ...graphs.linears import (
     decoder_module,
     linear_groups,
 )
-from ...graphs.modules.quantized import INPUT_SCALE, SCALE, WEIGHT, ZERO, scale_shape
+from ...graphs.modules.ops import Eager
+from ...graphs.modules.quantized import (
+    INPUT_SCALE,
+    SCALE,
+    WEIGHT,
+    ZERO,
+    cache_scale_names,
+    scale_shape,
+)
 from ...graphs.plan.plan import StagePlan
 from ...graphs.precision import SAFE_MAX, Fp32Fallback
 from ...graphs.quantization import QuantConfig, Quantization, Scheme, block_of
 from ...graphs.targets import TARGETS, Target
 from ..checkpoint.checkpoint import Checkpoint
+from ..export.export import WeightSpan
 from .calibration_file import Calibration
 from .group_ranges import GroupRanges
 from .int_arithmetic import (
@@ -41,10 +58,13 @@ from .int_arithmetic import (
     blocked_weight,
     int8_weight,
     pack_int4,
+    scales_of,
 )
 
 CALIBRATIONS = Path("calibrations")
 """Folder where ``visistage calibrate`` puts them, and where a build looks first."""
+
+CACHE_SCALES_FILE = "cache_scales.bin"
 
 
 def resolve(
@@ -190,8 +210,7 @@ class QuantisedTensors:
             return None
         assert self.calibration is not None
         ranges = self.calibration.groups[group.name]
-        scheme = _scheme(group, self.quantization.schemes)
-        return ranges.factors if scheme == "w8a8" else ranges.aware
+        return ranges.smoothing(_scheme(group, self.quantization.schemes))[1]
 
     def _folded(self, module: str, own: str) -> np.ndarray:
         """Return a weight or bias (float32) with the factors of the modules around it."""
@@ -236,6 +255,52 @@ class QuantisedTensors:
             for _ in range(group.linears.index(module)):
                 scale = np.nextafter(scale, np.float32(np.inf))
         return scale
+
+
+def calibrated_cache_scales(calibration: Calibration, *, half: bool) -> np.ndarray:
+    """Return scales of keys and of values, (2, L, G) FP32; those of heads of zeros alone are 1.
+
+    ``half``: FP16 numbers, as graphs in FP16 need them.
+    """
+    assert calibration.cache is not None  # ``quantize.resolve`` checks that
+    return scales_of(calibration.cache, INT8_LEVELS, half=half, name="the cache's range")
+
+
+def describe_scales(text: TextConfig, dtype: str) -> TensorRef:
+    """Say where ``write_scales`` puts them, in graphs whose floats are of type ``dtype``."""
+    return TensorRef(CACHE_SCALES_FILE, 0, dtype, (2, text.layers, text.kv_heads))
+
+
+def scale_spans(text: TextConfig, dtype: str) -> dict[str, WeightSpan]:
+    """Say the same for the graphs, by the names of their tensors."""
+    nbytes = text.kv_heads * getattr(torch, dtype).itemsize
+    return {
+        name: WeightSpan(CACHE_SCALES_FILE, (number * text.layers + layer) * nbytes, nbytes)
+        for layer in range(text.layers)
+        for number, name in enumerate(cache_scale_names(layer))
+    }
+
+
+def write_scales(scales: np.ndarray, dtype: str, folder: Path) -> list[str]:
+    """Write them in the graphs' type; return the file's name."""
+    (folder / CACHE_SCALES_FILE).write_bytes(np.ascontiguousarray(scales, dtype).tobytes())
+    return [CACHE_SCALES_FILE]
+
+
+def quantised_rows(cache: Tensor, scales: np.ndarray) -> Tensor:
+    """Round keys and values (2, L, G, P, d) FP32 to INT8, as the graphs cache them.
+
+    The prefix is shipped so, and not rounded when a bundle is loaded: every runtime then copies the
+    same bytes, and none has to know how graphs round.
+    """
+    assert math.prod(cache.shape[:3]) == scales.size
+    ops = Eager()
+    return torch.stack(
+        [
+            torch.stack([ops.stored(rows[None], scale)[0] for rows, scale in zip(*of, strict=True)])
+            for of in zip(cache, torch.from_numpy(scales), strict=True)
+        ]
+    )
 
 
 def _check(quant_config: QuantConfig, plan: StagePlan, target: Target) -> None:
@@ -293,10 +358,7 @@ def _alpha(
     scheme = _scheme(group, schemes)
     if group.fold is None or scheme not in ("w8a8", "w4"):
         return None
-    if half and float((ranges.absmax / _factors_of(ranges, scheme)).max(initial=0)) > SAFE_MAX:
+    alpha, factors = ranges.smoothing(scheme)
+    if half and float((ranges.absmax / factors).max(initial=0)) > SAFE_MAX:
         return None  # the smoothed input would leave FP16
-    return ranges.alpha if scheme == "w8a8" else ranges.aware_alpha
-
-
-def _factors_of(ranges: GroupRanges, scheme: Scheme) -> np.ndarray:
-    return ranges.factors if scheme == "w8a8" else ranges.aware
+    return alpha

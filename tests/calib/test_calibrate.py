@@ -31,9 +31,9 @@ from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.texts import fits, text_facts
 from visistage.compile.planfile import load_plan
-from visistage.compile.quantize.cache_scales import calibrated_cache_scales
 from visistage.compile.quantize.calibration_file import Calibration, SampleFacts
 from visistage.compile.quantize.fake_quantized import FakeQuantised
+from visistage.compile.quantize.quantize import calibrated_cache_scales
 from visistage.demo.heldout import _series
 from visistage.graphs.presets.presets import preset
 from visistage.graphs.quantization import parse_quant_config

@@ -9,8 +9,8 @@ import pytest
 import torch
 from visistage.calib.run.layerwise import run_layerwise
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
-from visistage.compile.quantize.cache_scales import calibrated_cache_scales, quantised_rows
 from visistage.compile.quantize.fake_quantized import FakeQuantised
+from visistage.compile.quantize.quantize import calibrated_cache_scales, quantised_rows
 from visistage.graphs.chain.chain import Chain
 from visistage.graphs.chain.torch_reference import TorchExecutor
 from visistage.graphs.modules.quantized import cache_scale_names, round_caches

@@ -20,13 +20,13 @@ from visistage.compile.engines.engine_spec import engine_specs_of
 from visistage.compile.engines.engines import job_of
 from visistage.compile.engines.worker_process import run_worker
 from visistage.compile.planfile import resolve_plan
-from visistage.compile.quantize.cache_scales import (
+from visistage.compile.quantize.int_arithmetic import INT8_LEVELS
+from visistage.compile.quantize.quantize import (
     CACHE_SCALES_FILE,
     calibrated_cache_scales,
     quantised_rows,
+    resolve,
 )
-from visistage.compile.quantize.int_arithmetic import INT8_LEVELS
-from visistage.compile.quantize.quantize import resolve
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.contract import returns_new_rows
 from visistage.graphs.errors import DataError, EngineError, ModelError, TargetError

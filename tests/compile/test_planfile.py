@@ -179,16 +179,16 @@ def test_unusable_files(tmp_path):
     big.write_text("#" * (MAX_FILE_BYTES + 1))
     binary.write_bytes(b"\xff\xfe\x00")
     for path, message in [
-        (big, "more than 65536 bytes"),
-        (binary, "byte 0 is not UTF-8"),
-        (tmp_path / "none.yaml", "cannot read the plan: No such file"),
+        (big, "at most 65536 bytes"),
+        (binary, "binary.json: the plan is not JSON"),
+        (tmp_path / "none.yaml", "cannot be read: No such file"),
         (tmp_path / "no.txt", "expected a name in .yaml, .yml, .json"),
-        ("a\x00.yaml", "cannot read the plan"),
+        ("a\x00.yaml", "cannot be read"),
     ]:
         with pytest.raises(PlanError, match=message):
             load_plan(path)
     (tmp_path / "folder.yaml").mkdir()
-    with pytest.raises(PlanError, match="cannot read the plan"):
+    with pytest.raises(PlanError, match="cannot be read"):
         load_plan(tmp_path / "folder.yaml")
     with pytest.raises(PlanError, match="expected a name in"):
         save_plan(PLAN, tmp_path / "plan")
@@ -222,7 +222,7 @@ def test_resolve_presets_with_options():
         ("", "preset: found ''"),
         ("x" * 300, "preset: found"),
         ("plans/mine", "expected a name in .yaml"),
-        ("plans/mine.yaml", "cannot read the plan"),
+        ("plans/mine.yaml", "cannot be read"),
     ],
 )
 def test_resolve_refuses(text, message, tmp_path, monkeypatch):

@@ -13,7 +13,6 @@ from torch import Tensor
 from ...compile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ...compile.checkpoint.names import EMBEDDING
 from ...compile.export.prefix import prefix_cache
-from ...compile.quantize.cache_scales import calibrated_cache_scales, quantised_rows
 from ...compile.quantize.calibration_file import Calibration
 from ...compile.quantize.int_arithmetic import unpack_int4
 from ...compile.quantize.quantize import CALIBRATIONS, QuantisedTensors, input_shifts
