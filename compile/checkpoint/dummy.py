@@ -181,13 +181,13 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 def _write_weights(
     folder: Path, shapes: Shapes, dtype: str, blocks: _Blocks, progress: Advance
 ) -> None:
-    shards = _shards(shapes, dtype)
+    shards = split_shards(shapes, dtype)
     where = {}
     for index, names in enumerate(shards):
         file = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
         file = SINGLE if len(shards) == 1 else file
         with _full_disk_named(folder / file), (folder / file).open("wb") as stream:
-            stream.write(_header({name: shapes[name] for name in names}, dtype))
+            stream.write(shard_header({name: shapes[name] for name in names}, dtype))
             for name in names:
                 for piece in blocks.pieces(name, shapes[name]):
                     stream.write(piece)
@@ -218,7 +218,8 @@ def _nbytes(shapes: Shapes, dtype: str) -> int:
     return sum(map(math.prod, shapes.values())) * getattr(torch, dtype).itemsize
 
 
-def _shards(shapes: Shapes, dtype: str) -> list[list[str]]:
+def split_shards(shapes: Shapes, dtype: str) -> list[list[str]]:
+    """Return the names of every shard, as many as fit ``SHARD_BYTES``."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, shape in shapes.items():
@@ -231,7 +232,8 @@ def _shards(shapes: Shapes, dtype: str) -> list[list[str]]:
     return shards
 
 
-def _header(shapes: Shapes, dtype: str) -> bytes:
+def shard_header(shapes: Shapes, dtype: str) -> bytes:
+    """Return the first bytes of a safetensors file that holds tensors of ``shapes``."""
     entries: dict = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():

@@ -101,7 +101,7 @@ def compile_engines(
                 "the set of engines",
                 "copy the bundle to another disk",
             )
-        cache = _timing_cache(trt_variant)
+        cache = timing_cache_file(trt_variant)
         for engine_spec in engine_specs:
             run = partial(
                 _compile, bundle, engine_spec, trt_variant, named, cache, steps.folder, progress
@@ -219,7 +219,7 @@ def _capabilities(
     return named
 
 
-def _timing_cache(trt_variant: TensorRtVariant) -> Path | None:
+def timing_cache_file(trt_variant: TensorRtVariant) -> Path | None:
     """Return where the compiler keeps timings of kernels, for the next build here."""
     if not trt_variant.timing_cache:
         return None

@@ -75,7 +75,7 @@ def compile_engine(
             raise EngineError("the compiler refuses the optimization profile")
     config.progress_monitor = monitor = _monitor(trt_variant, answers)
     cache = _load_timing_cache(config, job["timing_cache"])
-    digest = _build(trt_variant, builder, network, config, Path(job["output"]))
+    digest = build_engine(trt_variant, builder, network, config, Path(job["output"]))
     if digest is None:
         raise EngineError(logger.errors[0] if logger.errors else "the compiler returned no engine")
     dropped = [line for line in logger.warnings if UNUSED in line]
@@ -125,7 +125,9 @@ def _parse(trt: Any, network: Any, logger: Any, job: dict[str, Any]) -> None:
             raise EngineError(f"the parser read other {side} than the contract's: {found}")
 
 
-def _build(trt_variant: TensorRtVariant, builder, network, config, output: Path) -> str | None:
+def build_engine(
+    trt_variant: TensorRtVariant, builder, network, config, output: Path
+) -> str | None:
     """Compile into ``output``, streaming where that is possible (it saves a copy of the weights).
 
     Returns the SHA-256 of what was written, or None where nothing was.

@@ -126,11 +126,11 @@ def split(text: TextConfig, plan: StagePlan, itemsize: int, budget: int) -> list
     parts = []
     for index, stage in enumerate(plan.stages):
         extra = tail if index == len(plan.stages) - 1 else 0
-        parts += _cut(index, stage.layers, of_layer, extra, budget)
+        parts += cut_stage(index, stage.layers, of_layer, extra, budget)
     return parts
 
 
-def _cut(
+def cut_stage(
     stage: int, layers: tuple[int, int], of_layer: list[int], tail: int, budget: int
 ) -> list[StagePart]:
     """Return the fewest equal parts of one stage that all fit; ``tail`` weighs on the last."""

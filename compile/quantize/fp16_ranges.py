@@ -119,7 +119,7 @@ def measure_ranges(
     config, recorder = checkpoint.config, _Recorder()
     vision = without_weights(lambda: Vision(config, recorder.ops))
     vision_encoder = Streamed(checkpoint, vision, progress, OBSERVED, recorder.hook)
-    pixels = _pixels(config, Preprocessing.from_dict(texts.preprocessing))
+    pixels = range_images(config, Preprocessing.from_dict(texts.preprocessing))
     visual = vision.compose(vision_encoder, pixels)
 
     rows, order = _prompts(checkpoint, texts.encoder, visual)
@@ -188,7 +188,7 @@ def read_ranges(folder: Path) -> Ranges:
     return json.loads((folder / RANGES_FILE).read_text(encoding="utf-8"))
 
 
-def _pixels(config: ModelConfig, preprocessing: Preprocessing) -> Tensor:
+def range_images(config: ModelConfig, preprocessing: Preprocessing) -> Tensor:
     """Draw a scene, and a checkerboard of patches, the strongest contrast there is: (2, C, H, W).
 
     Both have the vision encoder's own size, so that no crop or padding changes them.

@@ -108,7 +108,7 @@ def resolve(
             f"visistage calibrate {calibration.model} --plan {calibration.plan.name}; or leave out "
             "cache=int8"
         )
-    for name in _kept(quant_config, schemes, calibration):
+    for name in kept_float(quant_config, schemes, calibration):
         del schemes[name]
     smoothed = {}
     if calibration is not None and quant_config.smooth:
@@ -200,7 +200,7 @@ class QuantisedTensors:
         """Return tensor ``name`` as the graphs read it: INT8, INT4 packed into bytes, or float."""
         module, _, own = name.rpartition(".")
         if own in ("weight", "bias"):
-            return torch.from_numpy(self._folded(module, own))
+            return torch.from_numpy(self.folded(module, own))
         if self._last[0] != module:
             self._last = (module, self._quantised(module))
         return torch.from_numpy(self._last[1][own])
@@ -212,7 +212,7 @@ class QuantisedTensors:
         ranges = self.calibration.groups[group.name]
         return ranges.smoothing(_scheme(group, self.quantization.schemes))[1]
 
-    def _folded(self, module: str, own: str) -> np.ndarray:
+    def folded(self, module: str, own: str) -> np.ndarray:
         """Return a weight or bias (float32) with the factors of the modules around it."""
         values = self.checkpoint.load(f"{module}.{own}").float().numpy()
         if module in self.outputs:
@@ -226,7 +226,7 @@ class QuantisedTensors:
     def _quantised(self, module: str) -> dict[str, np.ndarray]:
         """Return every tensor of a quantised layer but its bias, by its own name."""
         scheme = self.quantization.schemes[module]
-        weight = self._folded(module, "weight")
+        weight = self.folded(module, "weight")
         block = block_of(scheme, engines=self.engines)
         if block is None:
             values, scales = int8_weight(weight, half=self.half, name=module)
@@ -325,7 +325,7 @@ def _check(quant_config: QuantConfig, plan: StagePlan, target: Target) -> None:
         )
 
 
-def _kept(
+def kept_float(
     quant_config: QuantConfig, schemes: Mapping[str, Scheme], calibration: Calibration | None
 ) -> Sequence[str]:
     """Return layers that stay float after all: those named, and the most sensitive share."""

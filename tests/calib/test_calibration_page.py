@@ -231,7 +231,7 @@ def test_every_group_is_in_the_table(page, calibration):
         assert row[10] == f"{100 * group.smoothed_errors['mse']:.4f} %"
 
 
-def test_linear_layers_come_the_worst_first_and_five_per_cent_are_kept(page, calibration):
+def test_linear_layers_come_the_worst_first_and_five_per_cent_arekept_float(page, calibration):
     every = {
         name: by_scheme["w8" if name == "lm_head" else "w8a8"]
         for group in calibration.groups.values()
@@ -248,7 +248,7 @@ def test_linear_layers_come_the_worst_first_and_five_per_cent_are_kept(page, cal
 
 def test_the_kept_layers_are_those_that_a_build_keeps(calibration):
     """Both rank them; they must not come to differ."""
-    from visistage.compile.quantize.quantize import _kept
+    from visistage.compile.quantize.quantize import kept_float
     from visistage.graphs.quantization import parse_quant_config
 
     schemes = {
@@ -256,7 +256,7 @@ def test_the_kept_layers_are_those_that_a_build_keeps(calibration):
         for group in calibration.groups.values()
         for name in group.sensitivity
     }
-    built = _kept(parse_quant_config("int8:keep=5%"), schemes, calibration)
+    built = kept_float(parse_quant_config("int8:keep=5%"), schemes, calibration)
     assert list(built) == [name for name, _ in kept_float(calibration.groups)]
 
 

@@ -181,12 +181,12 @@ def test_shards_of_the_published_sizes():
     shapes = tensor_shapes(
         ModelConfig.from_hf(KNOWN_MODELS["llava-13b"].config), whole_encoder=True
     )
-    shards = dummy._shards(shapes, "float16")
+    shards = dummy.split_shards(shapes, "float16")
     assert [name for names in shards for name in names] == list(shapes)
     sizes = [sum(2 * math.prod(shapes[name]) for name in names) for names in shards]
     assert max(sizes) <= dummy.SHARD_BYTES
     assert len(sizes) == 7
-    header = dummy._header({name: shapes[name] for name in shards[0]}, "float16")
+    header = dummy.shard_header({name: shapes[name] for name in shards[0]}, "float16")
     assert len(header) % 8 == 0
     entries = json.loads(header[8:])
     assert entries[published_name(shards[0][-1])]["data_offsets"][1] == sizes[0]

@@ -593,16 +593,16 @@ def test_old_compilers_hand_back_the_whole_plan(tmp_path):
             return memoryview(b"a plan") if network else None
 
     proper = TensorRtVariant(TENSORRT, type("TensorRT", (), {"__version__": "10.3.0"}), False, True)
-    digest = worker._build(proper, Old(), "network", None, tmp_path / "engine")
+    digest = worker.build_engine(proper, Old(), "network", None, tmp_path / "engine")
     assert (tmp_path / "engine").read_bytes() == b"a plan"
     assert digest == hashlib.sha256(b"a plan").hexdigest()
-    assert worker._build(proper, Old(), None, None, tmp_path / "engine") is None
+    assert worker.build_engine(proper, Old(), None, None, tmp_path / "engine") is None
 
 
 def test_timing_caches_are_kept_per_version(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     proper = TensorRtVariant(TENSORRT, type("TensorRT", (), {"__version__": "10.3.0"}), False, True)
-    kept = trt_engines._timing_cache(proper)
+    kept = trt_engines.timing_cache_file(proper)
     assert kept == tmp_path / "visistage" / "timing-tensorrt-10.3.0.cache"
     assert kept.parent.is_dir()
-    assert trt_engines._timing_cache(RTX) is None  # there it does nothing
+    assert trt_engines.timing_cache_file(RTX) is None  # there it does nothing

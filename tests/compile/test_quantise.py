@@ -159,7 +159,7 @@ def test_folding_leaves_the_function_as_it_was(model, calibration):
     )
     plain = checkpoint.state_dict("")
     folded = {
-        name: torch.from_numpy(quantised_tensors._folded(*name.rsplit(".", 1)))
+        name: torch.from_numpy(quantised_tensors.folded(*name.rsplit(".", 1)))
         if name.rsplit(".", 1)[1] in ("weight", "bias") and "embed" not in name
         else weight
         for name, weight in plain.items()

@@ -25,6 +25,7 @@ from visistage.compile.quantize.fp16_ranges import (
     decide,
     dense_pieces,
     measure_ranges,
+    range_images,
     read_ranges,
 )
 from visistage.graphs.bundle import Bundle
@@ -174,10 +175,8 @@ def test_values_are_those_of_the_whole_model(planted):
                 seen[f"{name} output"] = float(out.abs().max())
 
             module.register_forward_hook(note)
-    from visistage.compile.quantize.fp16_ranges import _pixels
-
     with torch.no_grad():
-        model.vision(_pixels(model.checkpoint.config, model.preprocessing))
+        model.vision(range_images(model.checkpoint.config, model.preprocessing))
     assert len(seen) > 10
     for name, value in seen.items():
         assert ranges[name] == pytest.approx(value, rel=0.06), name
@@ -204,8 +203,8 @@ def test_one_piece_in_memory_at_a_time(planted):
     call = stream.Streamed(checkpoint, body)
     places = []
     for layer in layers:
-        call._fill(layer)
-        places.append({name: weight.data_ptr() for name, weight in call.weights.items()})
+        with call.loaded(layer):
+            places.append({name: weight.data_ptr() for name, weight in call.weights.items()})
     assert places[0] == places[1]
     stored = checkpoint.load("model.layers.1.mlp.up_proj.weight")
     assert torch.equal(call.weights["mlp.up_proj.weight"], stored.float())

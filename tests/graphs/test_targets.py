@@ -202,7 +202,7 @@ def test_parts_have_the_contract_of_a_stage(tmp_path, monkeypatch):
     for target in ("rtx", "orin-jp62"):
         for cut in (False, True):
             if cut:
-                monkeypatch.setattr(static_shapes, "_cut", one_layer_each)
+                monkeypatch.setattr(static_shapes, "cut_stage", one_layer_each)
             bundle = make_bundle(
                 str(checkpoint),
                 plan="visipruner:shallow=1,t=1,e=2,keep=4",

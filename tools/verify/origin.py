@@ -15,7 +15,13 @@ from ...compile.checkpoint.names import EMBEDDING
 from ...compile.export.prefix import prefix_cache
 from ...compile.quantize.calibration_file import Calibration
 from ...compile.quantize.int_arithmetic import unpack_int4
-from ...compile.quantize.quantize import CALIBRATIONS, QuantisedTensors, input_shifts
+from ...compile.quantize.quantize import (
+    CALIBRATIONS,
+    QuantisedTensors,
+    calibrated_cache_scales,
+    input_shifts,
+    quantised_rows,
+)
 from ...graphs.bundle import Bundle
 from ...graphs.errors import DataError, ModelError
 from ...graphs.modules.quantized import WEIGHT, cache_scale_names, is_cache_scale
