@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ from ...graphs.linears import ATTENTION_OUTPUT, MLP_OUTPUT, in_decoder_layer
 from ...graphs.modules.decoder import DecoderStage, Linear, Norm
 from ...graphs.modules.ops import Eager
 from ...graphs.modules.vision import Vision
-from ...graphs.precision import HALF_MAX, NO_FALLBACK, SAFE_MAX, Fp32Fallback, Reason
+from ...graphs.precision import HALF_MAX, SAFE_MAX, Fp32Fallback, Reason
 from ...graphs.presets.presets import preset
 from ...graphs.progress import Advance, no_advance
 from ...runtime.image.image import load_image, preprocess
@@ -85,7 +84,7 @@ class _Recorder:
     def hook(self, name: str, given: Tensor, out: Tensor) -> None:
         """Note what a module puts out, and inputs: those of norms are the residual stream."""
         self.layer = name.split(".self_attn")[0]
-        if "norm" in name or name.endswith(("mlp.down_proj", "linear_1")):
+        if "norm" in name or name.endswith((MLP_OUTPUT, "linear_1")):
             self.note(f"{name} input", given)
         self.note(f"{name} output", out)
 
@@ -149,32 +148,28 @@ def decide(ranges: Mapping[str, float]) -> Fp32Fallback:
     Raises:
         TargetError: a tensor that nothing can help in FP16; the message names it.
     """
-    out = NO_FALLBACK
+    rows, reasons = False, []
+    shifts: dict[str, dict[int, int]] = {ATTENTION_OUTPUT: {}, MLP_OUTPUT: {}}
     for tensor, largest in ranges.items():
         if largest <= SAFE_MAX:
             continue
         module, side = tensor.rsplit(" ", 1)
-        layer, own = in_decoder_layer(module) or (None, "")
-        shift = math.ceil(math.log2(largest / SAFE_MAX))
+        layer, own = in_decoder_layer(module) or (-1, "")
         if module.startswith("model.") and "norm" in module and side == "input":
-            reason = Reason(tensor, largest, "so rows travel in FP32")
-            if not out.rows:  # the first layer that needs it decides for all
-                out = replace(out, rows=True, reasons=(*out.reasons, reason))
-        elif layer is not None and own == MLP_OUTPUT:
-            shifts = {**out.mlp_shift, layer: max(shift, out.mlp_shift.get(layer, 0))}
-            reason = Reason(tensor, largest, f"so it is scaled by 2**-{shift}")
-            out = replace(out, mlp_shift=shifts, reasons=(*out.reasons, reason))
-        elif layer is not None and own == ATTENTION_OUTPUT:
-            shifts = {**out.attention_shift, layer: shift}
-            reason = Reason(tensor, largest, f"so it is scaled by 2**-{shift}")
-            out = replace(out, attention_shift=shifts, reasons=(*out.reasons, reason))
+            if not rows:  # the first layer that needs it decides for all
+                reasons.append(Reason(tensor, largest, "so rows travel in FP32"))
+            rows = True
+        elif own in shifts:
+            shift = math.ceil(math.log2(largest / SAFE_MAX))
+            shifts[own][layer] = max(shift, shifts[own].get(layer, 0))
+            reasons.append(Reason(tensor, largest, f"so it is scaled by 2**-{shift}"))
         else:
             raise TargetError(
                 f"{tensor} reaches {largest:g}, FP16 is safe up to {SAFE_MAX:g} (it ends at "
                 f"{HALF_MAX:g}, other prompts may reach further), and nothing but FP32 helps "
                 "there. Build with PRECISION=fp32"
             )
-    return out
+    return Fp32Fallback(rows, shifts[ATTENTION_OUTPUT], shifts[MLP_OUTPUT], tuple(reasons))
 
 
 def write_ranges(ranges: Ranges, folder: Path) -> list[str]:

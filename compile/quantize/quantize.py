@@ -89,16 +89,15 @@ def resolve(
             schemes |= dict.fromkeys(group.linears, scheme)
     quantised_inputs = "w8a8" in schemes.values()
     quantises_cache = quant_config.cache == "int8"
-    if calibration is None and (quantised_inputs or quantises_cache or quant_config.keep):
-        what = "keep= ranks layers"
-        if quantised_inputs or quantises_cache:
-            what = (
-                f"'{quant_config.base}' rounds inputs"
-                if quantised_inputs
-                else "cache=int8 rounds keys"
-            )
+    needs = {
+        f"'{quant_config.base}' rounds inputs": quantised_inputs,
+        "cache=int8 rounds keys": quantises_cache,
+        "keep= ranks layers": quant_config.keep,
+    }
+    need = next((reason for reason, wanted in needs.items() if wanted), None)
+    if calibration is None and need is not None:
         raise DataError(
-            f"precision {what}, which takes a calibration. Make one: visistage calibrate MODEL; "
+            f"precision {need}, which takes a calibration. Make one: visistage calibrate MODEL; "
             f"or name it: --calib DIR (make: CALIB=DIR). Looked in {CALIBRATIONS}/"
         )
     if quantises_cache and calibration is not None and calibration.cache is None:
