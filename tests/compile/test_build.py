@@ -16,13 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from visistage.compile import build as building
+from visistage.compile import disk
 from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.disk import file_hash
 from visistage.compile.export import weights
 from visistage.compile.export.prefix import prefix_cache
 from visistage.compile.steps import Staging
 from visistage.graphs import targets
-from visistage.graphs.bundle import MANIFEST, MANIFEST_FORMAT, Bundle
+from visistage.graphs.bundle import MANIFEST, MANIFEST_FORMAT, Bundle, sha256
 from visistage.graphs.errors import BundleError, CapacityError, TargetError
 from visistage.graphs.progress import Progress
 from visistage.runtime.session import load
@@ -104,6 +106,19 @@ def test_two_clones_give_equal_bytes_and_an_edited_decoder_builds_anew(checkpoin
     again, steps = build_in(homes[0], checkpoint)
     assert "export stage0" in steps
     assert (again / MANIFEST).read_bytes() == (bundles[1] / MANIFEST).read_bytes()
+
+
+def test_a_linked_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(disk, "sha256", lambda file: read.append(file) or sha256(file))
+    stored, linked = tmp_path / "stored", tmp_path / "linked"
+    stored.write_bytes(b"weights")
+    os.link(stored, linked)
+    assert file_hash(stored) == file_hash(linked) == sha256(stored)
+    assert read == [stored]
+    stored.write_bytes(b"other weights")
+    assert file_hash(linked) == sha256(stored)
+    assert read == [stored, linked]
 
 
 def test_an_interrupted_build_goes_on(checkpoint, tmp_path):
