@@ -23,8 +23,7 @@ from ..compile.checkpoint.dummy import make_dummy
 from ..compile.checkpoint.known_models import KNOWN_MODELS, KnownModel
 from ..graphs.plan.call_cost import GraphCall, Sizes, layers_of, total_work, work_of
 from ..runtime.session import Session
-from ..tools.estimate.fit_peaks import Observation, fit, validate
-from ..tools.estimate.measured import MEASURED_FILE
+from ..tools.estimate.fit_peaks import MEASURED_FILE, Observation, fit, validate
 from ..tools.profile.machine import cores
 from ..tools.profile.roofline import MOST_BYTES, Peaks, measure_peaks
 from ..tools.profile.sweep import sweep
@@ -86,7 +85,7 @@ def fitted() -> dict[str, Any]:
         known[file.stem.removeprefix("estimate-")] = {
             "fp32": {
                 "efficiency": _rounded(asdict(fit(seen))),
-                "validations": [_rounded(one.to_dict()) for one in validate(seen)],
+                "validations": [_rounded(asdict(one)) for one in validate(seen)],
                 "origin": {name: record[name] for name in ("command", "date", "device")},
             }
         }

@@ -141,11 +141,12 @@ def estimate(subject, device, as_json, plan, precision, prefix, threads, **promp
     visistage estimate llava-7b --device orin-nano-8 --precision w4 --plan visipruner:t=14
     visistage estimate engines/demo/visipruner-fp32-cpu --device cpu --json
     """
+    from ..tools.estimate.estimate_target import estimate_target
     from ..tools.estimate.predict import PromptLengths, estimate
-    from .show.estimate_view import estimate_table, estimate_target
+    from .show.estimate_view import estimate_table
 
-    of = estimate_target(subject, plan, precision, prefix)
-    facts = estimate(of, device, PromptLengths(**prompt), threads=threads)
+    target = estimate_target(subject, plan, precision, prefix)
+    facts = estimate(target, device, PromptLengths(**prompt), threads=threads)
     if as_json:
         show_json(facts)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -10,12 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ...compile.planfile import resolve_plan
-from ...graphs.bundle import MANIFEST, Bundle
-from ...graphs.errors import TargetError
 from ...pages.units import show_bytes
-from ...tools.estimate.estimate_target import PREFIX_ROWS, EstimateTarget
-from .plan_view import model_config
 
 PHASES = {
     "tower_ms": "tower and projector",
@@ -27,32 +21,6 @@ PHASES = {
 
 LONG_MS = 10_000
 """From here on times are told in seconds."""
-
-
-def estimate_target(
-    name: str, plan: str | None, precision: str | None, prefix: int | None
-) -> EstimateTarget:
-    """The bundle at ``name``, or a model of that name with a plan.
-
-    Raises:
-        TargetError: an option that a bundle fixes itself.
-        VisistageError: an unknown model, plan or precision.
-    """
-    path = Path(name)
-    if path.is_dir() and any(path.glob("**/" + MANIFEST)):
-        bundle = Bundle.open(path)
-        for option, value in (("plan", plan), ("precision", precision), ("prefix", prefix)):
-            if value is not None:
-                raise TargetError(
-                    f"{bundle.path} has its own {option}; --{option} is for models by name. "
-                    f"Leave it out, or type: visistage estimate {bundle.manifest.model} "
-                    f"--{option} {value}"
-                )
-        return EstimateTarget.of(bundle)
-    config = model_config(name)
-    staged = resolve_plan(plan or "visipruner", config.text.layers, config.visual_tokens)
-    rows = PREFIX_ROWS if prefix is None else prefix
-    return EstimateTarget(name, config, staged, precision or "fp16", rows)
 
 
 def estimate_table(facts: dict[str, Any]) -> RenderableType:

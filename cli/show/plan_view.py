@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from ...compile.checkpoint.known_models import ALIASES, DEMO, KNOWN_MODELS
+from ...compile.checkpoint.known_models import model_config
 from ...compile.planfile import resolve_plan
-from ...graphs.config import ModelConfig
-from ...graphs.errors import ModelError, PlanError
+from ...graphs.errors import PlanError
 from ...graphs.plan.cost import Geometry, Outcome
 from ...graphs.plan.plan import StagePlan
 from ...graphs.presets.presets import LATER, PRESETS
@@ -39,15 +36,6 @@ def plan_cost_facts(
     geometry = replace(geometry, layers=layers or geometry.layers)
     tokens = visual_tokens or config.visual_tokens
     return resolve_plan(plan, geometry.layers, tokens), geometry
-
-
-def model_config(model: str) -> ModelConfig:
-    """The sizes of a known model or of a folder with a ``config.json``.
-
-    Raises:
-        ModelError: an unknown model, or a config that is not supported.
-    """
-    return ModelConfig.from_hf(_config(model))
 
 
 def outcome_of(
@@ -87,19 +75,3 @@ def preset_table() -> Table:
         options = "\n".join(f"{option}: {about}" for option, about in preset.options.items())
         table.add_row(name, preset.summary, escape(options))
     return table
-
-
-def _config(model: str) -> dict[str, Any]:
-    known = next((name for name, hub in ALIASES.items() if hub == model), model)
-    if known in KNOWN_MODELS:
-        return dict(KNOWN_MODELS[known].config)
-    folder = Path(__file__).parents[2] / "demo" / "model" if model == DEMO else Path(model)
-    file = folder / "config.json"
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{file}: cannot read the model's sizes: {error}. Give a folder with a config.json, or "
-            f"one of {', '.join([DEMO, *KNOWN_MODELS])}."
-        ) from None
-    return data

@@ -1,4 +1,4 @@
-"""Models known by name, and the shapes that dummy weights can take: data, no logic.
+"""Models known by name, and the shapes that dummy weights can take: data, and how to read sizes.
 
 The dictionaries of published models say what their ``config.json`` says; what those files leave
 to transformers' defaults is spelled out where it differs from Llama-7B's.
@@ -6,12 +6,15 @@ to transformers' defaults is spelled out where it differs from Llama-7B's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ...graphs.config import DEFAULT_ENCODER
+from ...graphs.config import DEFAULT_ENCODER, ModelConfig
+from ...graphs.errors import ModelError
 
 ALIASES: Mapping[str, str] = MappingProxyType(
     {
@@ -109,3 +112,24 @@ KNOWN_MODELS: Mapping[str, KnownModel] = MappingProxyType(
     }
 )
 """Models that ``--dummy-weights`` can make."""
+
+
+def model_config(model: str) -> ModelConfig:
+    """Return the sizes of a known model or of a folder with a ``config.json``.
+
+    Raises:
+        ModelError: an unknown model, or a config that is not supported.
+    """
+    known = next((name for name, hub in ALIASES.items() if hub == model), model)
+    if known in KNOWN_MODELS:
+        return ModelConfig.from_hf(dict(KNOWN_MODELS[known].config))
+    folder = Path(__file__).parents[2] / "demo" / "model" if model == DEMO else Path(model)
+    file = folder / "config.json"
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{file}: cannot read the model's sizes: {error}. Give a folder with a config.json, or "
+            f"one of {', '.join([DEMO, *KNOWN_MODELS])}."
+        ) from None
+    return ModelConfig.from_hf(data)

@@ -9,23 +9,33 @@ import pytest
 from click.testing import CliRunner
 from visistage.bench import fit as bench_fit
 from visistage.cli.main import main
-from visistage.cli.show.estimate_view import estimate_target, show_times
+from visistage.cli.show.estimate_view import show_times
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.contract import stage_slots
 from visistage.graphs.errors import CapacityError, TargetError
 from visistage.graphs.plan.call_cost import GraphCall, Sizes, question_calls, work_of
-from visistage.tools.estimate import measured as measured_module
+from visistage.tools.estimate import fit_peaks
 from visistage.tools.estimate.devices import (
     CPU_DEVICE,
     DEVICES,
+    FIGURES,
     NAMES,
     compute_type,
+    efficiency_range,
+    figures_of,
     find_device_spec,
 )
-from visistage.tools.estimate.estimate_target import EstimateTarget
-from visistage.tools.estimate.fit_peaks import Efficiency, Observation, fit, leave_one_out, validate
-from visistage.tools.estimate.measured import MEASURED_FILE, measured
-from visistage.tools.estimate.peer_figures import FIGURES, efficiency_range, figures_of
+from visistage.tools.estimate.estimate_target import EstimateTarget, estimate_target
+from visistage.tools.estimate.fit_peaks import (
+    MEASURED_FILE,
+    Efficiency,
+    Measured,
+    Observation,
+    fit,
+    leave_one_out,
+    measured,
+    validate,
+)
 from visistage.tools.estimate.predict import PromptLengths, estimate
 
 TRUE = Efficiency(compute=0.6, bandwidth=0.75, layer_ms=0.05)
@@ -167,13 +177,13 @@ def test_published_figures_reach_a_believable_share_of_the_peaks():
 # --- estimates ------------------------------------------------------------------------------------
 
 
-def subject(precision="fp16", plan="visipruner"):
+def target(precision="fp16", plan="visipruner"):
     return estimate_target("llava-7b", plan, precision, None)
 
 
 def test_a_range_holds_what_others_measured_for_the_same_decoder():
     """Vicuna-7B on an AGX Orin is part of what the range was made from: it must contain it."""
-    facts = estimate(subject(plan="dense"), "orin-agx-64", PromptLengths(tokens=1, context=704))
+    facts = estimate(target(plan="dense"), "orin-agx-64", PromptLengths(tokens=1, context=704))
     slow, fast = max(facts["estimates"]["plan"]["per_token_ms"]), 84.8
     assert min(facts["estimates"]["plan"]["per_token_ms"]) <= slow
     low, high = sorted(facts["estimates"]["plan"]["per_token_ms"])
@@ -184,20 +194,20 @@ def test_a_range_holds_what_others_measured_for_the_same_decoder():
 
 
 def test_a_range_without_a_fit_is_the_slower_of_two_terms_call_by_call():
-    facts = estimate(subject(), "h100", PromptLengths())
-    of = subject()
+    facts = estimate(target(), "h100", PromptLengths())
+    own = target()
     compute, memory = efficiency_range(True), efficiency_range(False)
-    fixed = stage_slots(of.plan, 576, 1024)
+    fixed = stage_slots(own.plan, 576, 1024)
     calls = question_calls(
-        of.plan, prefix=35, visual=576, text=40, slots=lambda stage, held: fixed[stage]
+        own.plan, prefix=35, visual=576, text=40, slots=lambda stage, held: fixed[stage]
     )
-    works = [work_of(call, of.config, of.plan, Sizes.of("fp16")) for call in calls]
+    works = [work_of(call, own.config, own.plan, Sizes.of("fp16")) for call in calls]
     for end in (0, 1):
-        told = sum(
+        expected = sum(
             max(w.flops / (compute[1 - end] * 989.4e12), w.nbytes / (memory[1 - end] * 3350e9))
             for w in works
         )
-        assert facts["estimates"]["plan"]["first_token_ms"][end] == pytest.approx(1e3 * told)
+        assert facts["estimates"]["plan"]["first_token_ms"][end] == pytest.approx(1e3 * expected)
 
 
 def test_a_measured_device_gets_one_figure_and_its_error(tmp_path, monkeypatch):
@@ -213,8 +223,8 @@ def test_a_measured_device_gets_one_figure_and_its_error(tmp_path, monkeypatch):
     }
     file = tmp_path / "measured.json"
     file.write_text(json.dumps({"h100": {"fp16": facts}}))
-    monkeypatch.setattr(measured_module.measured, "__defaults__", (file,))
-    found = estimate(subject(), "h100", PromptLengths())
+    monkeypatch.setattr(fit_peaks.measured, "__defaults__", (file,))
+    found = estimate(target(), "h100", PromptLengths())
     assert found["efficiency"]["fitted"]
     assert len(found["estimates"]["plan"]["per_token_ms"]) == 1
     assert measured("h100", "fp32") is None
@@ -224,27 +234,27 @@ def test_a_measured_device_gets_one_figure_and_its_error(tmp_path, monkeypatch):
 
 
 def test_pruning_shows_where_it_works_and_nowhere_else():
-    facts = estimate(subject(), "orin-agx-64", PromptLengths())["estimates"]
+    facts = estimate(target(), "orin-agx-64", PromptLengths())["estimates"]
     assert facts["plan"]["prefill_ms"][0] < 0.8 * facts["dense"]["prefill_ms"][0]
     assert facts["plan"]["tower_ms"] == facts["dense"]["tower_ms"]
-    assert set(estimate(subject(plan="dense"), "thor", PromptLengths())["estimates"]) == {"plan"}
+    assert set(estimate(target(plan="dense"), "thor", PromptLengths())["estimates"]) == {"plan"}
 
 
 def test_memory_is_weights_and_caches_against_what_there_is():
-    fp16 = estimate(subject(), "orin-nano-8", PromptLengths())["memory"]
-    w4 = estimate(subject("w4"), "orin-nano-8", PromptLengths())["memory"]
+    fp16 = estimate(target(), "orin-nano-8", PromptLengths())["memory"]
+    w4 = estimate(target("w4"), "orin-nano-8", PromptLengths())["memory"]
     assert fp16["weight_bytes"] == pytest.approx(2 * 7.06e9, rel=0.01)
     assert not fp16["fits"]
     assert w4["fits"]
-    assert 4.2e9 < w4["weight_bytes"] < 4.4e9  # of it the tower, in FP16: 0.6e9
-    stages = subject().plan.stages
+    assert 4.2e9 < w4["weight_bytes"] < 4.4e9  # of it the vision encoder, in FP16: 0.6e9
+    stages = target().plan.stages
     slots = [-(-(1024 - 576 + stage.visual_tokens) // 64) * 64 for stage in stages]
     rows = sum(stage.depth * count for stage, count in zip(stages, slots, strict=True))
     assert fp16["cache_bytes"] == 2 * 4096 * 2 * rows
 
 
-def test_what_no_source_tells_is_not_guessed():
-    facts = estimate(subject("int8"), "thor", PromptLengths())
+def test_what_no_source_says_is_not_guessed():
+    facts = estimate(target("int8"), "thor", PromptLengths())
     run = facts["estimates"]["plan"]
     assert run["first_token_ms"] is None
     assert run["prefill_ms"] is None
@@ -258,7 +268,7 @@ def test_what_no_source_tells_is_not_guessed():
 
 def test_a_prompt_that_does_not_fit_is_refused_with_what_to_type():
     with pytest.raises(CapacityError, match=r"683 rows, the context is 512. Type: --context 704"):
-        estimate(subject(), "h100", PromptLengths(context=512))
+        estimate(target(), "h100", PromptLengths(context=512))
 
 
 def test_wrong_options_are_one_message(tmp_path):
@@ -275,12 +285,12 @@ def test_wrong_options_are_one_message(tmp_path):
 
 
 def test_a_bundle_brings_its_own_plan_and_precision(tmp_path, monkeypatch):
-    of = replace(subject("fp32"), name="demo")
+    own = replace(target("fp32"), name="demo")
 
     class Stand:
         """A manifest, as far as an estimate reads it."""
 
-        model, config, plan, precision = "demo", of.config, of.plan, "fp32"
+        model, config, plan, precision = "demo", own.config, own.plan, "fp32"
         prefix, weight_bytes = None, 123
 
     found = EstimateTarget.of(Bundle(tmp_path, Stand()))
@@ -295,16 +305,16 @@ def test_a_bundle_brings_its_own_plan_and_precision(tmp_path, monkeypatch):
 def test_this_cpu_is_measured_and_never_looked_up(monkeypatch):
     facts = {"efficiency": {"compute": 0.5, "bandwidth": 0.5, "layer_ms": 0.0}, "validations": []}
     checks = [{"by": "model", "median_error": 0.1, "largest_error": 0.1, "groups": {}}]
-    known = measured_module.Measured(Efficiency(**facts["efficiency"]), checks, {})
+    known = Measured(Efficiency(**facts["efficiency"]), checks, {})
     monkeypatch.setattr("visistage.tools.estimate.predict.measured", lambda *rest: known)
-    found = estimate(subject(plan="dense"), CPU_DEVICE, PromptLengths(), threads=1)
+    found = estimate(target(plan="dense"), CPU_DEVICE, PromptLengths(), threads=1)
     assert found["device"]["sources"] == ["measured now"]
     run = found["estimates"]["plan"]
     step = [GraphCall("stage0", 1, 768)]
-    work = work_of(step[0], subject().config, subject(plan="dense").plan, Sizes.of("fp32"))
+    work = work_of(step[0], target().config, target(plan="dense").plan, Sizes.of("fp32"))
     flops, bandwidth = found["device"]["flops"], found["device"]["bandwidth"]
-    told = 1e3 * (work.flops / (0.5 * flops) + work.nbytes / (0.5 * bandwidth))
-    assert run["per_token_ms"] == [pytest.approx(told)]
+    expected = 1e3 * (work.flops / (0.5 * flops) + work.nbytes / (0.5 * bandwidth))
+    assert run["per_token_ms"] == [pytest.approx(expected)]
 
 
 def test_ranges_and_figures_read_as_such():

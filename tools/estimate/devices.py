@@ -1,8 +1,14 @@
-"""Machines and what their makers say they can do: data, with the source of every figure.
+"""Machines, what their makers say they can do, and what others measured on them: data and sources.
 
 Rates are of dense products: data sheets that state sparse ones are halved. What a source leaves
 out is None, never guessed; where a figure follows from another one, ``derived`` says how. On Orin's
 tensor cores FP16 runs at half of INT8's rate, on Blackwell's at half of FP8's.
+
+Published figures are shown beside estimates, marked as their authors'. Of those whose model's sizes
+are known, it is computed what they reached of the device's peaks: the range of efficiencies that an
+estimate for a device that was not measured takes. Sources: TinyChat,
+github.com/mit-han-lab/llm-awq, tinychat/README.md; TensorRT-Edge-LLM 0.10.0, performance benchmarks
+(batch 1, JetPack 7.2, TensorRT 10.16), nvidia.github.io/TensorRT-Edge-LLM.
 """
 
 from __future__ import annotations
@@ -10,6 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...graphs.errors import TargetError, nearest
+from ...graphs.plan.call_cost import GraphCall, Sizes, stage_work
+from ...graphs.plan.cost import LLAVA_7B, Geometry
+from ...graphs.quantization import base_of
 
 GB = 10**9
 TERA = 10**12
@@ -126,7 +135,7 @@ NAMES = (*DEVICES, CPU_DEVICE)
 
 
 def find_device_spec(name: str) -> DeviceSpec:
-    """The device called ``name``; ``cpu`` is measured, not looked up.
+    """Return the device called ``name``; ``cpu`` is measured, not looked up.
 
     Raises:
         TargetError: unknown.
@@ -138,6 +147,89 @@ def find_device_spec(name: str) -> DeviceSpec:
 
 
 def compute_type(precision: str) -> str:
-    """What a precision multiplies: INT8 products need INT8 inputs, weights alone do not."""
-    base = precision.partition(":")[0].partition("+")[0]
-    return {"fp32": "fp32", "int8": "int8"}.get(base, "fp16")
+    """Return what a precision multiplies: INT8 products need INT8 inputs, not weights alone."""
+    return {"fp32": "fp32", "int8": "int8"}.get(base_of(precision), "fp16")
+
+
+TINYCHAT = "TinyChat"
+EDGE_LLM = "TensorRT-Edge-LLM 0.10.0"
+
+LLAMA_3_8B = Geometry(
+    layers=32, hidden=4096, intermediate=14336, vocab=128256, kv_width=1024, query_width=4096
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One published measurement.
+
+    tokens: of the prefill, 0 for a decode figure; ms: of that prefill, or of one token.
+    geometry: the decoder's sizes where they are known; weights: their precision.
+    """
+
+    stack: str
+    device: str
+    model: str
+    precision: str
+    tokens: int
+    ms: float
+    weights: str = "fp16"
+    geometry: Geometry | None = None
+
+    @property
+    def efficiency(self) -> float | None:
+        """Share of the device's peak that it reached: of FP16 products in a prefill, of the
+        bandwidth (weights alone counted) in a decode step.
+        """
+        if self.geometry is None:
+            return None
+        device, call = DEVICES[self.device], GraphCall("stage0", self.tokens or 1, 0)
+        layers, sizes = self.geometry.layers, Sizes.of(self.weights)
+        work = stage_work(self.geometry, layers, call, sizes, head=True)
+        if not self.tokens:
+            return work.weight_bytes / (self.ms / 1e3) / device.bandwidth
+        peak = device.flops["fp16"]
+        assert peak is not None
+        return work.flops / (self.ms / 1e3) / peak
+
+
+def _edge(device: str, model: str, tokens: int, ms: float, per_second: float) -> list[Figure]:
+    times = {tokens: ms, 0: 1e3 / per_second}
+    return [Figure(EDGE_LLM, device, model, "INT4 AWQ", n, each) for n, each in times.items()]
+
+
+FIGURES = (
+    Figure(TINYCHAT, "orin-agx-64", "Vicuna-7B", "FP16", 0, 84.8, geometry=LLAVA_7B),
+    Figure(TINYCHAT, "orin-agx-64", "Vicuna-7B", "INT4", 0, 26.3, "w4", LLAVA_7B),
+    Figure(TINYCHAT, "orin-agx-64", "VILA-7B, one image", "FP16", 0, 86.9, geometry=LLAVA_7B),
+    Figure(TINYCHAT, "orin-agx-64", "VILA-7B, one image", "INT4", 0, 28.1, "w4", LLAVA_7B),
+    Figure(
+        "Hugging Face, by TinyChat",
+        *("orin-agx-64", "Llama-3-8B", "FP16", 512, 399, "fp16", LLAMA_3_8B),
+    ),
+    Figure(TINYCHAT, "orin-agx-64", "Llama-3-8B", "INT4", 512, 315, "w4", LLAMA_3_8B),
+    Figure(
+        "Hugging Face, by TinyChat",
+        *("orin-agx-64", "Llama-3-8B", "FP16", 1024, 566, "fp16", LLAMA_3_8B),
+    ),
+    Figure(TINYCHAT, "orin-agx-64", "Llama-3-8B", "INT4", 1024, 623, "w4", LLAMA_3_8B),
+    *_edge("orin-agx-64", "Qwen3-VL-8B", 292, 178.3, 32.1),
+    *_edge("orin-agx-64", "Qwen3-VL-4B", 292, 105.7, 54.7),
+    *_edge("orin-nx-16", "Qwen3-VL-8B", 292, 400.5, 18.4),
+    *_edge("orin-nx-16", "Qwen3-VL-4B", 292, 217.2, 31.7),
+    *_edge("orin-nano-8", "Qwen3-VL-2B", 292, 167.2, 36.1),
+    *_edge("thor", "Qwen3-VL-8B", 292, 115.1, 48.5),
+    *_edge("thor", "Qwen3-VL-4B", 292, 64.5, 82.8),
+)
+
+
+def efficiency_range(prefill: bool) -> tuple[float, float]:
+    """Return the least and most that published figures reached of a device's peak."""
+    seen = [figure.efficiency for figure in FIGURES if bool(figure.tokens) == prefill]
+    known = [share for share in seen if share is not None]
+    return min(known), max(known)
+
+
+def figures_of(device: str) -> list[Figure]:
+    """Return those of one device."""
+    return [figure for figure in FIGURES if figure.device == device]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from ...graphs.bundle import Bundle
+from ...compile.checkpoint.known_models import model_config
+from ...compile.planfile import resolve_plan
+from ...graphs.bundle import MANIFEST, Bundle
 from ...graphs.config import ModelConfig
 from ...graphs.errors import TargetError
 from ...graphs.plan.call_cost import WEIGHT_BYTES, Sizes, vision_work
 from ...graphs.plan.cost import Geometry
 from ...graphs.plan.plan import StagePlan
 from ...graphs.presets.presets import preset
+from ...graphs.quantization import base_of
 
 PREFIX_ROWS = 35
 """LLaVA-1.5's: BOS, system prompt, ``USER: ``. Of a bundle the number is known."""
@@ -20,7 +24,7 @@ PREFIX_ROWS = 35
 class EstimateTarget:
     """A model with a plan in a precision.
 
-    prefix: rows before every picture, held from the start; weight_bytes: None: from the sizes.
+    prefix: rows before every image, held from the start; weight_bytes: None: from the sizes.
 
     Raises:
         TargetError: a precision that nothing is known of.
@@ -34,15 +38,14 @@ class EstimateTarget:
     weight_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        base = self.precision.partition(":")[0].partition("+")[0]
-        if base not in WEIGHT_BYTES:
+        if base_of(self.precision) not in WEIGHT_BYTES:
             raise TargetError(
                 f"unknown precision '{self.precision}'. Known: {', '.join(WEIGHT_BYTES)}"
             )
 
     @classmethod
     def of(cls, bundle: Bundle) -> EstimateTarget:
-        """A bundle's."""
+        """Take everything from a bundle."""
         manifest = bundle.manifest
         return cls(
             manifest.model,
@@ -56,14 +59,39 @@ class EstimateTarget:
     @property
     def dense(self) -> EstimateTarget:
         """The same without pruning."""
-        plan = preset("dense", self.plan.layers, self.plan.visual_tokens)
-        return replace(self, plan=plan)
+        return replace(self, plan=preset("dense", self.plan.layers, self.plan.visual_tokens))
 
     def weights(self) -> float:
-        """Bytes of all weights: of a bundle those it has, else decoder, embedding and tower."""
+        """Return the bytes of all weights: a bundle's own, else what the sizes come to."""
         if self.weight_bytes is not None:
             return self.weight_bytes
         geometry, sizes = Geometry.of(self.config.text), Sizes.of(self.precision)
         embedding = geometry.hidden * geometry.vocab * max(sizes.weight, 2.0)
         decoder = geometry.matmul_weights * sizes.weight
         return decoder + embedding + vision_work(self.config, sizes).weight_bytes
+
+
+def estimate_target(
+    name: str, plan: str | None, precision: str | None, prefix: int | None
+) -> EstimateTarget:
+    """Return the bundle at ``name``, or a model of that name with a plan.
+
+    Raises:
+        TargetError: an option that a bundle fixes itself.
+        VisistageError: an unknown model, plan or precision.
+    """
+    path = Path(name)
+    if path.is_dir() and any(path.glob("**/" + MANIFEST)):
+        bundle = Bundle.open(path)
+        for option, value in (("plan", plan), ("precision", precision), ("prefix", prefix)):
+            if value is not None:
+                raise TargetError(
+                    f"{bundle.path} has its own {option}; --{option} is for models by name. "
+                    f"Leave it out, or type: visistage estimate {bundle.manifest.model} "
+                    f"--{option} {value}"
+                )
+        return EstimateTarget.of(bundle)
+    config = model_config(name)
+    staged = resolve_plan(plan or "visipruner", config.text.layers, config.visual_tokens)
+    rows = PREFIX_ROWS if prefix is None else prefix
+    return EstimateTarget(name, config, staged, precision or "fp16", rows)

@@ -7,18 +7,22 @@ the efficiencies; h is what calling a layer costs whatever it computes, without 
 would be fitted as inefficient. Least squares of relative errors; nothing may be negative.
 
 An estimate is worth what it says of things it has not seen: each model, and each length, is left
-out once, fitted without, and predicted.
+out once, fitted without, and predicted. ``measured.json`` holds what ``bench/fit.py`` found so.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+
+MEASURED_FILE = Path(__file__).with_name("measured.json")
 
 
 @dataclass(frozen=True)
@@ -51,21 +55,21 @@ class Efficiency:
     def predict_ms(
         self, flops: float, nbytes: float, layers: int, peak_flops: float, peak_bandwidth: float
     ) -> float:
-        """How long a phase takes on a device with these peaks."""
+        """Return how long a phase takes on a device with these peaks."""
         operations = flops / (self.compute * peak_flops)
         reading = nbytes / (self.bandwidth * peak_bandwidth)
         return 1e3 * (operations + reading) + layers * self.layer_ms
 
     def error(self, seen: Observation) -> float:
-        """Relative error of the prediction: 0.1 is 10 % too slow."""
-        told = self.predict_ms(
+        """Return the relative error of the prediction: 0.1 is 10 % too slow."""
+        predicted = self.predict_ms(
             seen.flops, seen.nbytes, seen.layers, seen.peak_flops, seen.peak_bandwidth
         )
-        return told / seen.ms - 1
+        return predicted / seen.ms - 1
 
 
 def fit(observations: Sequence[Observation]) -> Efficiency:
-    """The best efficiencies; at least three observations, of compute and of memory.
+    """Fit efficiencies to at least three observations, of compute and of memory.
 
     Raises:
         ValueError: too few, or all alike.
@@ -87,21 +91,16 @@ def fit(observations: Sequence[Observation]) -> Efficiency:
 
 
 def _not_negative(matrix: np.ndarray, wanted: np.ndarray) -> list[float]:
-    """Least squares with no negative factor: the best of all choices of columns."""
-    best, least = [0.0] * matrix.shape[1], np.inf
+    """Solve least squares with no negative factor: the best of all choices of columns."""
+    best, least = np.zeros(matrix.shape[1]), np.inf
     columns = range(matrix.shape[1])
-    for count in range(1, matrix.shape[1] + 1):
-        for chosen in combinations(columns, count):
-            found = np.linalg.lstsq(matrix[:, chosen], wanted, rcond=None)[0]
-            if (found < 0).any():
-                continue
-            error = float(((matrix[:, chosen] @ found - wanted) ** 2).sum())
-            if error < least:
-                least = error
-                best = [0.0] * matrix.shape[1]
-                for column, factor in zip(chosen, found, strict=True):
-                    best[column] = float(factor)
-    return best
+    for chosen in (c for count in columns for c in combinations(columns, count + 1)):
+        found = np.linalg.lstsq(matrix[:, chosen], wanted, rcond=None)[0]
+        error = float(((matrix[:, chosen] @ found - wanted) ** 2).sum())
+        if (found >= 0).all() and error < least:
+            best, least = np.zeros(matrix.shape[1]), error
+            best[list(chosen)] = found
+    return best.tolist()
 
 
 @dataclass(frozen=True)
@@ -112,10 +111,6 @@ class Validation:
     median_error: float
     largest_error: float
     groups: dict[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form."""
-        return asdict(self)
 
 
 def leave_one_out(
@@ -133,15 +128,37 @@ def leave_one_out(
     for name in names:
         known = fit([o for o in observations if group(o) != name])
         errors[name] = [abs(known.error(o)) for o in observations if group(o) == name]
-    every = [error for one in errors.values() for error in one]
-    return Validation(
-        by, median(every), max(every), {name: median(one) for name, one in errors.items()}
-    )
+    every = [error for own in errors.values() for error in own]
+    groups = {name: median(own) for name, own in errors.items()}
+    return Validation(by, median(every), max(every), groups)
 
 
 def validate(observations: Sequence[Observation]) -> list[Validation]:
-    """Across models, and across lengths."""
+    """Leave out models, and lengths."""
     return [
         leave_one_out(observations, "model", lambda o: o.model),
         leave_one_out(observations, "length", lambda o: str(o.length) if o.length else None),
     ]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Efficiencies of one device in one precision, how wrong they are, and where they are from."""
+
+    efficiency: Efficiency
+    validations: list[dict[str, Any]]
+    origin: dict[str, Any]
+
+    @property
+    def error(self) -> float:
+        """The median error of models that the fit had not seen."""
+        return next(one["median_error"] for one in self.validations if one["by"] == "model")
+
+
+def measured(device: str, precision: str, file: Path = MEASURED_FILE) -> Measured | None:
+    """Return what was measured of ``device``, if anything."""
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    facts = known.get(device, {}).get(precision)
+    if facts is None:
+        return None
+    return Measured(Efficiency(**facts["efficiency"]), facts["validations"], facts["origin"])

@@ -1,8 +1,8 @@
-"""A subject on a device: times, memory, and how far to believe them.
+"""A target on a device: times, memory, and how far to believe them.
 
 Times are FLOPs and bytes of every call (``graphs/plan/call_cost.py``) over the device's peaks, at
 the efficiency that was fitted where the device was measured. Elsewhere it is a range: what
-published figures of other stacks reached on a Jetson (``peers.py``). Both ends are computed, and
+published figures of other stacks reached on a Jetson (``devices.py``). Both ends are computed, and
 shown.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 from ...graphs.contract import stage_slots
 from ...graphs.errors import CapacityError, TargetError
 from ...graphs.plan.call_cost import (
+    VISION,
     GraphCall,
     Sizes,
     Slots,
@@ -28,11 +29,9 @@ from ...graphs.plan.call_cost import (
 from ...graphs.plan.cost import Geometry
 from ..profile.machine import cores, machine_facts
 from ..profile.roofline import measure_peaks
-from .devices import CPU_DEVICE, DeviceSpec, compute_type, find_device_spec
+from .devices import CPU_DEVICE, compute_type, efficiency_range, figures_of, find_device_spec
 from .estimate_target import EstimateTarget
-from .fit_peaks import Efficiency
-from .measured import Measured, measured
-from .peer_figures import efficiency_range, figures_of
+from .fit_peaks import Efficiency, Measured, measured
 
 CONTEXT = 1024
 BUCKET = 128
@@ -53,39 +52,75 @@ class PromptLengths:
 
 @dataclass(frozen=True)
 class Machine:
-    """A device's peaks and the efficiencies to compute with: one, or the two ends of a range."""
+    """A device's peaks and the efficiencies to compute with: one, or the two ends of a range.
+
+    about, sources, derived, shared: as in ``devices.DeviceSpec``.
+    """
 
     name: str
     flops: float | None
     bandwidth: float
+    about: str
+    sources: tuple[str, ...]
+    derived: str
     memory_bytes: float
+    shared: bool
     efficiencies: tuple[Efficiency, ...]
     fitted: Measured | None
 
-    def ms(self, works: Sequence[Work], layers: int, efficiency: Efficiency) -> float:
-        """Milliseconds of some calls.
+    @property
+    def is_cpu(self) -> bool:
+        """Whether ONNX Runtime runs the graphs here: in FP32, over caches that grow."""
+        return self.name == CPU_DEVICE
+
+    def precision(self, of: str) -> str:
+        """Return the precision that it computes in: a CPU widens FP16 graphs, not INT8 caches."""
+        return of.replace("fp16", "fp32", 1) if self.is_cpu else of
+
+    def slots(self, target: EstimateTarget, prompt: PromptLengths) -> Slots:
+        """Return the slots of a stage's cache: buckets that grow on a CPU, fixed in engines."""
+        fixed = stage_slots(target.plan, target.plan.visual_tokens, prompt.context)
+
+        def slots(stage: int, held: int) -> int:
+            return -(-held // BUCKET) * BUCKET if self.is_cpu else fixed[stage]
+
+        return slots
+
+    def ms(self, works: Sequence[Work], layers: int) -> list[float] | None:
+        """Return milliseconds of some calls by efficiency; None where the rate is unknown.
 
         A fit adds operations and bytes up. Published figures say what was reached of one of them,
         the other being hidden behind it; so there the slower one counts, call by call.
         """
-        assert self.flops is not None
+        if self.flops is None:
+            return None
+        peaks = (self.flops, self.bandwidth)
         if self.fitted is not None:
             work = total_work(works)
-            peaks = (self.flops, self.bandwidth)
-            return efficiency.predict_ms(work.flops, work.nbytes, layers, *peaks)
-        return 1e3 * sum(
-            max(
-                work.flops / (efficiency.compute * self.flops),
-                work.nbytes / (efficiency.bandwidth * self.bandwidth),
+            given = (work.flops, work.nbytes, layers, *peaks)
+            return [efficiency.predict_ms(*given) for efficiency in self.efficiencies]
+        return [
+            1e3
+            * sum(
+                max(
+                    work.flops / (efficiency.compute * self.flops),
+                    work.nbytes / (efficiency.bandwidth * self.bandwidth),
+                )
+                for work in works
             )
-            for work in works
-        )
+            for efficiency in self.efficiencies
+        ]
+
+    def reading_ms(self, works: Sequence[Work]) -> list[float]:
+        """Return milliseconds of reading all bytes, which decide a later token."""
+        nbytes = total_work(works).nbytes
+        return [1e3 * nbytes / one.bandwidth / self.bandwidth for one in self.efficiencies]
 
 
 def estimate(
     target: EstimateTarget, device: str, prompt: PromptLengths, *, threads: int | None = None
 ) -> dict[str, Any]:
-    """What ``target`` would take on ``device``, beside the unpruned model; plain data.
+    """Return what ``target`` would take on ``device``, beside the unpruned model; plain data.
 
     Raises:
         TargetError: an unknown device, or a precision that it is not known to compute.
@@ -94,43 +129,44 @@ def estimate(
     rows = target.prefix + target.plan.visual_tokens + prompt.text + prompt.tokens
     if device != CPU_DEVICE and rows > prompt.context:
         raise CapacityError(
-            f"a picture, {prompt.text} rows of question and {prompt.tokens} tokens of answer take "
+            f"an image, {prompt.text} rows of question and {prompt.tokens} tokens of answer take "
             f"{rows} rows, the context is {prompt.context}. Type: --context {-(-rows // 64) * 64}"
         )
-    if device == CPU_DEVICE:
-        machine, known = _this_cpu(target, threads), None
-    else:
-        known = find_device_spec(device)
-        machine = _published(known, target)
+    on_cpu = device == CPU_DEVICE
+    machine = _this_cpu(target, threads or cores()) if on_cpu else _published(device, target)
     targets = {"plan": target}
     if not target.plan.is_dense:
         targets["dense"] = target.dense
+    fitted = machine.fitted
     return {
         "model": target.name,
         "plan": target.plan.name,
         "precision": target.precision,
         "prompt": {**asdict(prompt), "prefix": target.prefix, "rows": rows},
         "decides_per_prompt": target.plan.probe is not None,
-        "device": _device_facts(machine, known, threads),
-        "efficiency": _efficiency_facts(machine),
-        "estimates": {
-            name: _times(one, machine, prompt, device == CPU_DEVICE)
-            for name, one in targets.items()
+        "device": {
+            "name": machine.name,
+            "flops": machine.flops,
+            "bandwidth": machine.bandwidth,
+            "about": machine.about,
+            "sources": list(machine.sources),
+            "derived": machine.derived,
         },
-        "memory": _memory(target, machine, known, prompt, device == CPU_DEVICE),
-        "peers": [asdict(f) | {"geometry": None} for f in figures_of(device)],
+        "efficiency": {
+            "fitted": fitted is not None,
+            "ends": [asdict(one) for one in machine.efficiencies],
+            "validations": fitted.validations if fitted else [],
+            "error": fitted.error if fitted else None,
+            "origin": fitted.origin if fitted else None,
+        },
+        "estimates": {name: _times(one, machine, prompt) for name, one in targets.items()},
+        "memory": _memory(target, machine, prompt),
+        "peers": [asdict(figure) | {"geometry": None} for figure in figures_of(device)],
     }
 
 
-def _run_in(machine: Machine, precision: str) -> str:
-    """The precision that a machine computes in: a CPU widens FP16 graphs, and leaves caches as INT8
-    where they are.
-    """
-    return precision.replace("fp16", "fp32", 1) if machine.name == CPU_DEVICE else precision
-
-
-def _this_cpu(target: EstimateTarget, threads: int | None) -> Machine:
-    """The machine that this runs on, its peaks measured now."""
+def _this_cpu(target: EstimateTarget, threads: int) -> Machine:
+    """Return the machine that this runs on, its peaks measured now."""
     if compute_type(target.precision) == "int8" or target.precision.startswith("w"):
         raise TargetError(
             f"no rate of precision '{target.precision}' is known for this CPU. Profile a bundle "
@@ -145,136 +181,93 @@ def _this_cpu(target: EstimateTarget, threads: int | None) -> Machine:
     step = [GraphCall(f"stage{index}", 1, 1) for index in range(len(target.plan.stages))]
     sizes = Sizes.of("fp32")
     works = [work_of(call, target.config, target.plan, sizes) for call in step]
-    read = max(work.weight_bytes for work in works)
-    peaks = measure_peaks(threads=threads or cores(), read_bytes=read)
-    memory = machine_facts()["memory_bytes"]
-    return Machine(CPU_DEVICE, peaks.flops, peaks.bandwidth, memory, (found.efficiency,), found)
+    peaks = measure_peaks(threads=threads, read_bytes=max(work.weight_bytes for work in works))
+    facts = machine_facts()
+    return Machine(
+        name=CPU_DEVICE,
+        flops=peaks.flops,
+        bandwidth=peaks.bandwidth,
+        about=f"this machine: {facts['processor']}, {threads} threads",
+        sources=("measured now",),
+        derived="",
+        memory_bytes=facts["memory_bytes"],
+        shared=True,
+        efficiencies=(found.efficiency,),
+        fitted=found,
+    )
 
 
-def _published(device: DeviceSpec, target: EstimateTarget) -> Machine:
-    """A device as its data sheet has it."""
-    kind = compute_type(target.precision)
-    found = measured(device.name, target.precision)
+def _published(name: str, target: EstimateTarget) -> Machine:
+    """Return a device as its data sheet has it."""
+    device = find_device_spec(name)
+    found = measured(name, target.precision)
     if found is not None:
         ends: tuple[Efficiency, ...] = (found.efficiency,)
     else:
         compute, memory = efficiency_range(True), efficiency_range(False)
         ends = tuple(Efficiency(compute[i], memory[i], 0.0) for i in (1, 0))  # fastest first
     return Machine(
-        device.name, device.flops[kind], device.bandwidth, device.memory_bytes, ends, found
+        name=name,
+        flops=device.flops[compute_type(target.precision)],
+        bandwidth=device.bandwidth,
+        about=device.about,
+        sources=device.sources,
+        derived=device.derived,
+        memory_bytes=device.memory_bytes,
+        shared=device.shared,
+        efficiencies=ends,
+        fitted=found,
     )
 
 
-def _times(
-    target: EstimateTarget, machine: Machine, prompt: PromptLengths, bucketed: bool
-) -> dict[str, Any]:
-    """Milliseconds of every phase: [fastest, slowest]; None where the device's rate is unknown."""
-    slots = _slots(target, prompt, bucketed)
+def _times(target: EstimateTarget, machine: Machine, prompt: PromptLengths) -> dict[str, Any]:
+    """Return milliseconds of every phase: [fastest, slowest]; None where the rate is unknown."""
     shape: dict[str, Any] = {
         "prefix": target.prefix,
         "visual": target.plan.visual_tokens,
-        "slots": slots,
+        "slots": machine.slots(target, prompt),
     }
     cold = question_calls(target.plan, text=prompt.text, **shape)
     again = question_calls(target.plan, text=prompt.text, cached=True, **shape)
-    middle = prompt.text + prompt.tokens // 2
-    step = token_calls(target.plan, text=middle, **shape)
-    precision = _run_in(machine, target.precision)
-    sizes = Sizes.of(precision)
+    step = token_calls(target.plan, text=prompt.text + prompt.tokens // 2, **shape)
+    encoder = [call for call in cold if call.graph == VISION]
+    decoder = [call for call in cold if call.graph != VISION]
+    sizes = Sizes.of(machine.precision(target.precision))
 
     def works(calls: Sequence[GraphCall]) -> list[Work]:
         return [work_of(call, target.config, target.plan, sizes) for call in calls]
 
     def ms(calls: Sequence[GraphCall]) -> list[float] | None:
-        if machine.flops is None:
-            return None
         layers = sum(layers_of(call, target.config, target.plan) for call in calls)
-        return [machine.ms(works(calls), layers, one) for one in machine.efficiencies]
+        return machine.ms(works(calls), layers)
 
-    def reading(calls: Sequence[GraphCall]) -> list[float]:
-        """A later token where the rate of products is unknown: bytes alone, which decide it."""
-        nbytes = total_work(works(calls)).nbytes
-        return [1e3 * nbytes / one.bandwidth / machine.bandwidth for one in machine.efficiencies]
-
-    encoder = [call for call in cold if call.graph == "vision"]
-    decoder = [call for call in cold if call.graph != "vision"]
     return {
         "plan": target.plan.name,
         "tower_ms": ms(encoder),
         "prefill_ms": ms(decoder),
         "first_token_ms": ms(cold),
         "second_question_ms": ms(again),
-        "per_token_ms": ms(step) or reading(step),
+        "per_token_ms": ms(step) or machine.reading_ms(works(step)),
         "prefill_flops": total_work(works(decoder)).flops,
         "token_bytes": total_work(works(step)).nbytes,
     }
 
 
-def _slots(target: EstimateTarget, prompt: PromptLengths, bucketed: bool) -> Slots:
-    """Slots of a stage's cache: buckets that grow on ONNX Runtime, fixed in engines."""
-    fixed = stage_slots(target.plan, target.plan.visual_tokens, prompt.context)
-
-    def slots(stage: int, held: int) -> int:
-        return -(-held // BUCKET) * BUCKET if bucketed else fixed[stage]
-
-    return slots
-
-
-def _memory(
-    target: EstimateTarget,
-    machine: Machine,
-    device: DeviceSpec | None,
-    prompt: PromptLengths,
-    bucketed: bool,
-) -> dict[str, Any]:
-    """Bytes of weights and caches, against what the device has."""
-    geometry = Geometry.of(target.config.text)
-    precision = _run_in(machine, target.precision)
-    slots = _slots(target, prompt, bucketed)
-    row = 2 * geometry.widths[1] * Sizes.of(precision).cache
+def _memory(target: EstimateTarget, machine: Machine, prompt: PromptLengths) -> dict[str, Any]:
+    """Return bytes of weights and caches, against what the device has."""
+    slots = machine.slots(target, prompt)
+    element = Sizes.of(machine.precision(target.precision)).cache
+    row = 2 * Geometry.of(target.config.text).widths[1] * element
     caches = 0.0
     for index, stage in enumerate(target.plan.stages):
         held = target.prefix + stage.visual_tokens + prompt.text + prompt.tokens
         caches += row * stage.depth * slots(index, held)
     weights = target.weights()
-    needed = weights + caches
     return {
         "weight_bytes": weights,
         "cache_bytes": caches,
         "reserve_bytes": RESERVE,
         "device_bytes": machine.memory_bytes,
-        "shared": device is None or device.shared,
-        "fits": needed + RESERVE <= machine.memory_bytes,
-    }
-
-
-def _device_facts(
-    machine: Machine, device: DeviceSpec | None, threads: int | None
-) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "name": machine.name,
-        "flops": machine.flops,
-        "bandwidth": machine.bandwidth,
-    }
-    if device is None:
-        return facts | {
-            "about": f"this machine: {machine_facts()['processor']}, {threads or cores()} threads",
-            "sources": ["measured now"],
-            "derived": "",
-        }
-    return facts | {
-        "about": device.about,
-        "sources": list(device.sources),
-        "derived": device.derived,
-    }
-
-
-def _efficiency_facts(machine: Machine) -> dict[str, Any]:
-    fitted = machine.fitted
-    return {
-        "fitted": fitted is not None,
-        "ends": [asdict(one) for one in machine.efficiencies],
-        "validations": fitted.validations if fitted else [],
-        "error": fitted.error if fitted else None,
-        "origin": fitted.origin if fitted else None,
+        "shared": machine.shared,
+        "fits": weights + caches + RESERVE <= machine.memory_bytes,
     }
