@@ -15,7 +15,7 @@ from html import escape
 Point = tuple[float, float]
 
 TOP, BOTTOM, LEFT, RIGHT = 14, 40, 52, 24
-"""Room around the plot, in units of the drawing; axis labels stand in it."""
+"""Margins around the plot, in units of the drawing; they hold the axis labels."""
 
 CROWD = 17
 """From so many layers on, only every fourth is numbered."""
@@ -23,7 +23,7 @@ CROWD = 17
 
 @dataclass(frozen=True)
 class Axis:
-    """A range and its ticks (value, words); what lies outside is drawn at the nearer end.
+    """A range and its ticks (value, words); what is outside is drawn at the nearer end.
 
     ruled: whether an upright axis draws a line across at each tick.
     """
@@ -36,7 +36,7 @@ class Axis:
     ruled: bool = True
 
     def part(self, value: float) -> float:
-        """Where ``value`` lies, 0 at ``low`` and 1 at ``high``."""
+        """Return the place of ``value``, 0 at ``low`` and 1 at ``high``."""
         low, high = self.low, self.high
         if self.log:
             low, high, value = math.log(low), math.log(high), math.log(max(value, low))
@@ -44,14 +44,14 @@ class Axis:
 
 
 def of_layers(count: int, title: str = "layer") -> Axis:
-    """Layers 0 to ``count`` - 1, each in the middle of its column."""
+    """Return an axis of layers 0 to ``count`` - 1, each in the middle of its column."""
     step = 1 if count < CROWD else 4
     ticks = tuple((layer, str(layer)) for layer in range(0, count, step))
     return Axis(-0.5, count - 0.5, ticks, title)
 
 
 def of_shares(low: float = 0.0, high: float = 1.0, title: str = "") -> Axis:
-    """Shares between two of them, in per cent at round steps."""
+    """Return an axis of shares, in per cent at round steps."""
     low = min(low, high - 0.01) if high - low < 1e-6 else low
     span = high - low
     step = next(s for s in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25) if span / s <= 5.5)
@@ -62,9 +62,9 @@ def of_shares(low: float = 0.0, high: float = 1.0, title: str = "") -> Axis:
 
 
 def of_decades(values: Iterable[float], title: str = "", *, shares: bool = False) -> Axis:
-    """Round steps around the positive ones among ``values``: decades, or 1, 2, 5 within few.
+    """Return an axis around the positive ``values``: decades, or 1, 2, 5 within few.
 
-    shares: whether they are told in per cent.
+    shares: whether ticks are in per cent.
     """
     seen = [value for value in values if value > 0] or [1.0]
     low, high = min(seen), max(seen)
@@ -81,7 +81,7 @@ def of_decades(values: Iterable[float], title: str = "", *, shares: bool = False
 
 
 def of_names(names: Sequence[str], *, down: bool = False) -> Axis:
-    """One place for each name; ``down``: the first on top of an upright axis."""
+    """Return an axis with a place for each name; ``down``: the first on top when upright."""
     ends = (len(names) - 0.5, -0.5) if down else (-0.5, len(names) - 0.5)
     return Axis(*ends, tuple(enumerate(names)), ruled=False)
 
@@ -97,29 +97,29 @@ class Chart:
         self.marks: list[str] = []
 
     def line(self, points: Sequence[Point], kind: str, title: str = "") -> None:
-        """Through ``points``."""
+        """Draw a line through ``points``."""
         path = "L".join(f"{self._x(x)} {self._y(y)}" for x, y in points)
         self._mark(f'<path class="line {kind}" d="M{path}"', title)
 
     def steps(self, points: Sequence[Point], kind: str, title: str = "") -> None:
-        """Through ``points``, along the axes: at first to the right."""
+        """Draw steps through ``points``, along the axes: at first to the right."""
         path = f"M{self._x(points[0][0])} {self._y(points[0][1])}"
         path += "".join(f"H{self._x(x)}V{self._y(y)}" for x, y in points[1:])
         self._mark(f'<path class="line {kind}" d="{path}"', title)
 
     def band(self, low: Sequence[Point], high: Sequence[Point], kind: str, title: str = "") -> None:
-        """Between two lines."""
+        """Fill the band between two lines."""
         path = "L".join(f"{self._x(x)} {self._y(y)}" for x, y in [*low, *reversed(high)])
         self._mark(f'<path class="band {kind}" d="M{path}Z"', title)
 
     def bar(self, left: float, right: float, value: float, kind: str, title: str = "") -> None:
-        """From the foot of the plot to ``value``."""
+        """Draw a bar from the foot of the plot to ``value``."""
         self.cell((left, right), (self.y.low, value), kind, title)
 
     def cell(self, x: Point, y: Point, kind: str, title: str = "", shade: float = 1.0) -> None:
-        """A rectangle. shade: its opacity."""
-        left, right = sorted(self._x(one) for one in x)
-        top, bottom = sorted(self._y(one) for one in y)
+        """Fill a rectangle. shade: its opacity."""
+        left, right = sorted(self._x(end) for end in x)
+        top, bottom = sorted(self._y(end) for end in y)
         size = f'width="{right - left:.5g}" height="{bottom - top:.5g}"'
         faint = "" if shade >= 1 else f' fill-opacity="{shade:.2f}"'
         self._mark(f'<rect class="mark {kind}" x="{left}" y="{top}" {size}{faint}', title)
@@ -127,29 +127,29 @@ class Chart:
     def tile(
         self, x: float, y: float, share: float, kind: str, title: str = "", words: str = ""
     ) -> None:
-        """The place (x, y) of two axes that count in ones, as full of colour as ``share``."""
+        """Fill heat map cell (x, y) with opacity ``share``."""
         around = (x - 0.47, x + 0.47), (y - 0.45, y + 0.45)
         self.cell(*around, kind, title, 0.1 + 0.9 * share)
         self._text(self._x(x), self._y(y) + 4, words, "middle", "over" if share > 0.55 else "on")
 
     def dot(self, x: float, y: float, kind: str, title: str = "", radius: float = 4) -> None:
-        """A circle of ``radius`` units."""
+        """Draw a circle of ``radius`` units."""
         at = f'cx="{self._x(x)}" cy="{self._y(y)}"'
         self._mark(f'<circle class="mark {kind}" {at} r="{radius:g}"', title)
 
     def whisker(self, x: float, low: float, high: float, kind: str) -> None:
-        """An upright line, for an interval."""
+        """Draw an upright line, for an interval."""
         at = self._x(x)
         self._mark(f'<path class="line {kind}" d="M{at} {self._y(low)}V{self._y(high)}"', "")
 
     def across(self, y: float, kind: str, words: str = "") -> None:
-        """A level line from end to end, with words above it."""
+        """Draw a level line from end to end, with words above it."""
         at = self._y(y)
         self._mark(f'<path class="line {kind}" d="M{self.left} {at}H{self.width - RIGHT}"', "")
         self._text(self.width - RIGHT - 4, at - 5, words, "end")
 
     def svg(self) -> str:
-        """The drawing, its axes behind the marks."""
+        """Return the drawing, its axes behind the marks."""
         foot = self.height - BOTTOM
         axes = []
         for value, words in self.y.ticks:

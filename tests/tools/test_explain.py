@@ -173,7 +173,7 @@ def test_a_dense_run_reads_what_transformers_computes(folder, bundles):
         cosines = torch.cosine_similarity(out - own, out[None], dim=1)
         np.testing.assert_allclose(layer.norms, own.norm(dim=1), rtol=2e-3, atol=1e-4)
         np.testing.assert_allclose(layer.cosines, cosines, atol=1e-4)
-        assert layer.reading.vision == pytest.approx(float(own.sum(0).norm()), rel=2e-3)
+        assert layer.vision == pytest.approx(float(own.sum(0).norm()), rel=2e-3)
         assert layer.present.all()
 
 
@@ -209,12 +209,12 @@ def test_a_pruned_run_reads_what_the_stages_computed(folder, bundles, monkeypatc
     first = bundle.manifest.plan.stages[0].depth
     assert len(outputs) == 2 * first + 8  # stage 0 three times: text, picture, text
     expected = outputs[2 * first :]
-    np.testing.assert_allclose([layer.reading.output for layer in got.layers], expected, rtol=1e-3)
+    np.testing.assert_allclose([layer.output for layer in got.layers], expected, rtol=1e-3)
     if name == "pruned":
         assert [int(layer.present.sum()) for layer in got.layers] == [16] * 4 + [4] * 2 + [0] * 2
-        assert got.layers[1].reading.part == 0  # text-blind
+        assert got.layers[1].part == 0  # text-blind
         assert np.count_nonzero(got.layers[0].norms) == 1  # the sink's stand-in
-        assert got.layers[2].reading.part > 0
+        assert got.layers[2].part > 0
         assert set(got.kept) == set(np.flatnonzero(got.layers[4].present))
 
 

@@ -29,7 +29,14 @@ from ...graphs.plan.call_cost import (
 from ...graphs.plan.cost import Geometry
 from ..profile.machine import cores, machine_facts
 from ..profile.roofline import measure_peaks
-from .devices import CPU_DEVICE, compute_type, efficiency_range, figures_of, find_device_spec
+from .devices import (
+    CPU_DEVICE,
+    DeviceSpec,
+    compute_type,
+    efficiency_range,
+    figures_of,
+    find_device_spec,
+)
 from .estimate_target import EstimateTarget
 from .fit_peaks import Efficiency, Measured, measured
 
@@ -52,26 +59,20 @@ class PromptLengths:
 
 @dataclass(frozen=True)
 class Machine:
-    """A device's peaks and the efficiencies to compute with: one, or the two ends of a range.
+    """A device, its rate in a target's type, and the efficiencies to compute with.
 
-    about, sources, derived, shared: as in ``devices.DeviceSpec``.
+    efficiencies: one that was fitted, or the two ends of a range.
     """
 
-    name: str
+    device: DeviceSpec
     flops: float | None
-    bandwidth: float
-    about: str
-    sources: tuple[str, ...]
-    derived: str
-    memory_bytes: float
-    shared: bool
     efficiencies: tuple[Efficiency, ...]
     fitted: Measured | None
 
     @property
     def is_cpu(self) -> bool:
         """Whether ONNX Runtime runs the graphs here: in FP32, over caches that grow."""
-        return self.name == CPU_DEVICE
+        return self.device.name == CPU_DEVICE
 
     def precision(self, of: str) -> str:
         """Return the precision that it computes in: a CPU widens FP16 graphs, not INT8 caches."""
@@ -94,17 +95,17 @@ class Machine:
         """
         if self.flops is None:
             return None
-        peaks = (self.flops, self.bandwidth)
+        bandwidth = self.device.bandwidth
         if self.fitted is not None:
             work = total_work(works)
-            given = (work.flops, work.nbytes, layers, *peaks)
+            given = (work.flops, work.nbytes, layers, self.flops, bandwidth)
             return [efficiency.predict_ms(*given) for efficiency in self.efficiencies]
         return [
             1e3
             * sum(
                 max(
                     work.flops / (efficiency.compute * self.flops),
-                    work.nbytes / (efficiency.bandwidth * self.bandwidth),
+                    work.nbytes / (efficiency.bandwidth * bandwidth),
                 )
                 for work in works
             )
@@ -113,8 +114,8 @@ class Machine:
 
     def reading_ms(self, works: Sequence[Work]) -> list[float]:
         """Return milliseconds of reading all bytes, which decide a later token."""
-        nbytes = total_work(works).nbytes
-        return [1e3 * nbytes / one.bandwidth / self.bandwidth for one in self.efficiencies]
+        nbytes, bandwidth = total_work(works).nbytes, self.device.bandwidth
+        return [1e3 * nbytes / end.bandwidth / bandwidth for end in self.efficiencies]
 
 
 def estimate(
@@ -137,7 +138,7 @@ def estimate(
     targets = {"plan": target}
     if not target.plan.is_dense:
         targets["dense"] = target.dense
-    fitted = machine.fitted
+    known, fitted = machine.device, machine.fitted
     return {
         "model": target.name,
         "plan": target.plan.name,
@@ -145,16 +146,16 @@ def estimate(
         "prompt": {**asdict(prompt), "prefix": target.prefix, "rows": rows},
         "decides_per_prompt": target.plan.probe is not None,
         "device": {
-            "name": machine.name,
+            "name": known.name,
             "flops": machine.flops,
-            "bandwidth": machine.bandwidth,
-            "about": machine.about,
-            "sources": list(machine.sources),
-            "derived": machine.derived,
+            "bandwidth": known.bandwidth,
+            "about": known.about,
+            "sources": list(known.sources),
+            "derived": known.derived,
         },
         "efficiency": {
             "fitted": fitted is not None,
-            "ends": [asdict(one) for one in machine.efficiencies],
+            "ends": [asdict(end) for end in machine.efficiencies],
             "validations": fitted.validations if fitted else [],
             "error": fitted.error if fitted else None,
             "origin": fitted.origin if fitted else None,
@@ -183,18 +184,16 @@ def _this_cpu(target: EstimateTarget, threads: int) -> Machine:
     works = [work_of(call, target.config, target.plan, sizes) for call in step]
     peaks = measure_peaks(threads=threads, read_bytes=max(work.weight_bytes for work in works))
     facts = machine_facts()
-    return Machine(
+    device = DeviceSpec(
         name=CPU_DEVICE,
-        flops=peaks.flops,
-        bandwidth=peaks.bandwidth,
         about=f"this machine: {facts['processor']}, {threads} threads",
-        sources=("measured now",),
-        derived="",
+        flops={"fp32": peaks.flops},
+        bandwidth=peaks.bandwidth,
         memory_bytes=facts["memory_bytes"],
         shared=True,
-        efficiencies=(found.efficiency,),
-        fitted=found,
+        sources=("measured now",),
     )
+    return Machine(device, peaks.flops, (found.efficiency,), found)
 
 
 def _published(name: str, target: EstimateTarget) -> Machine:
@@ -206,18 +205,7 @@ def _published(name: str, target: EstimateTarget) -> Machine:
     else:
         compute, memory = efficiency_range(True), efficiency_range(False)
         ends = tuple(Efficiency(compute[i], memory[i], 0.0) for i in (1, 0))  # fastest first
-    return Machine(
-        name=name,
-        flops=device.flops[compute_type(target.precision)],
-        bandwidth=device.bandwidth,
-        about=device.about,
-        sources=device.sources,
-        derived=device.derived,
-        memory_bytes=device.memory_bytes,
-        shared=device.shared,
-        efficiencies=ends,
-        fitted=found,
-    )
+    return Machine(device, device.flops[compute_type(target.precision)], ends, found)
 
 
 def _times(target: EstimateTarget, machine: Machine, prompt: PromptLengths) -> dict[str, Any]:
@@ -267,7 +255,7 @@ def _memory(target: EstimateTarget, machine: Machine, prompt: PromptLengths) -> 
         "weight_bytes": weights,
         "cache_bytes": caches,
         "reserve_bytes": RESERVE,
-        "device_bytes": machine.memory_bytes,
-        "shared": machine.shared,
-        "fits": weights + caches + RESERVE <= machine.memory_bytes,
+        "device_bytes": machine.device.memory_bytes,
+        "shared": machine.device.shared,
+        "fits": weights + caches + RESERVE <= machine.device.memory_bytes,
     }

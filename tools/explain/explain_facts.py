@@ -114,10 +114,10 @@ def _layer(index: int, phase: str, run: Run, dense: Run | None) -> dict[str, Any
         "mode": stage.modes[index - stage.layers[0]],
         "phase": phase,
         "visual_tokens": int(layer.present.sum()),
-        "part": layer.reading.part,
-        "attention": layer.reading.attention,
+        "part": layer.part,
+        "attention": layer.attention,
         "lowest_cosine": float(layer.cosines.min()),
-        "dense_part": reference.reading.part if dense else None,
+        "dense_part": reference.part if dense else None,
         "dense_lowest_cosine": float(reference.cosines.min()) if dense else None,
         "kept_of_top": _kept_of_top(reference, run.trace.kept),
         "kept_mass": _kept_mass(reference, run.trace.kept) if dense else None,
@@ -155,7 +155,7 @@ def _fusion(run: Run, dense: Run | None) -> dict[str, Any]:
 
     peak: the layer where its part is largest; near: others that come near it (``NEAR_PEAK``).
     """
-    parts = [layer.reading.part for layer in (dense or run).trace.layers]
+    parts = [layer.part for layer in (dense or run).trace.layers]
     peak = int(np.argmax(parts))
     near = [i for i, part in enumerate(parts) if i != peak and part >= NEAR_PEAK * parts[peak]]
     return {"peak": peak, "part": parts[peak], "near": near}
@@ -171,7 +171,7 @@ def _given_up(dense: Trace, pruned: Trace, phases: list[str]) -> dict[str, float
     """
     shares = dict.fromkeys(("all", "kept", "discarded", "blind", "none"), 0.0)
     for phase, full, own in zip(phases, dense.layers, pruned.layers, strict=True):
-        relative = full.norms / max(full.reading.output, 1e-12)
+        relative = full.norms / max(full.output, 1e-12)
         if phase == "kept":
             shares["kept"] += float(relative[own.present].sum())
             shares["discarded"] += float(relative[~own.present].sum())

@@ -98,4 +98,4 @@ def explain(
 
 def _relative(trace: Trace) -> list[np.ndarray]:
     """Return each layer's contributions (N,) relative to its output, so that layers compare."""
-    return [layer.norms / max(layer.reading.output, 1e-12) for layer in trace.layers]
+    return [layer.norms / max(layer.output, 1e-12) for layer in trace.layers]

@@ -29,16 +29,13 @@ SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class LayerTrace:
+class LayerTrace(LayerReading):
     """One layer's reading by visual token of the prompt, all images counted through.
 
     present: (N,) bool, whether the token was there; norms, cosines: (N,), 0 and 1 where it was not.
     """
 
     present: np.ndarray
-    norms: np.ndarray
-    cosines: np.ndarray
-    reading: LayerReading
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ def _by_token(reading: LayerReading, tokens: np.ndarray, count: int) -> LayerTra
     present, norms = np.zeros(count, bool), np.zeros(count, np.float32)
     cosines = np.ones(count, np.float32)
     present[tokens], norms[tokens], cosines[tokens] = True, reading.norms, reading.cosines
-    return LayerTrace(present, norms, cosines, reading)
+    return LayerTrace(**vars(replace(reading, norms=norms, cosines=cosines)), present=present)
 
 
 def _timing(timings: Sequence[Timings]) -> Timing:

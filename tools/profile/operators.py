@@ -12,6 +12,7 @@ import math
 import re
 import tempfile
 from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,9 @@ Table = dict[str, dict[str, float]]
 
 NotedOperator = tuple[str, str, float]
 """(node name, kind, ms)."""
+
+Times = defaultdict[tuple[str, str, str], float]
+"""Milliseconds of one question by ("kind" or "layer", graph, name)."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,12 @@ def _attributed(
 ) -> OperatorTimes:
     """Give every run of every graph to the call that it belongs to."""
     left = {graph: iter(own) for graph, own in runs.items()}
-    phases: tuple[list, list] = ([], [])  # (graph, node, kind, ms) of every cold question
-    for cold, again in questions:
+    prefill: list[Times] = [defaultdict(float) for _ in questions]
+    decode: list[Times] = [defaultdict(float) for _ in questions]
+    for number, (cold, again) in enumerate(questions):
         for answer in (cold, again):
-            noted: tuple[list, list] = ([], [])
             for index, event in enumerate(answer.events):
+                later = index >= len(answer.prefill)
                 for graph in left:
                     if graph.split(".")[0] != event.call.graph:
                         continue  # a stage in parts has several graphs
@@ -116,29 +121,29 @@ def _attributed(
                             f"ONNX Runtime's profiler noted {len(runs[graph])} runs of graph "
                             f"'{graph}', fewer than took place. Ask for fewer tokens: --tokens 8"
                         )
-                    noted[index >= len(answer.prefill)].extend((graph, *one) for one in run)
-            if answer is cold:
-                phases[0].append(noted[0])
-                phases[1].append([(g, n, k, ms / answer.later) for g, n, k, ms in noted[1]])
-    return OperatorTimes(*(_summed(each[1:]) for each in phases))
+                    times = (decode if later else prefill)[number]
+                    for node, kind, ms in run if answer is cold else ():
+                        layer = LAYER_NODE.search(node)
+                        ms /= answer.later if later else 1
+                        times["kind", graph, kind] += ms
+                        times["layer", graph, layer[1] if layer else OTHER] += ms
+    return OperatorTimes(_medians(prefill[1:]), _medians(decode[1:]))
 
 
-def _summed(questions: Sequence[Sequence[tuple[str, str, str, float]]]) -> Operators:
+def _medians(questions: Sequence[Times]) -> Operators:
     """Return the medians over the questions of what each kind and each layer took."""
-    tables: tuple[dict, dict] = ({}, {})
-    for number, noted in enumerate(questions):
-        for graph, node, kind, ms in noted:
-            layer = LAYER_NODE.search(node)
-            for table, key in zip(tables, (kind, layer[1] if layer else OTHER), strict=True):
-                row = table.setdefault(graph, {}).setdefault(key, [0.0] * len(questions))
-                row[number] += ms
-    kinds, layers = (
-        {graph: {key: median(times) for key, times in row.items()} for graph, row in table.items()}
-        for table in tables
-    )
+    tables: dict[str, Table] = {"kind": {}, "layer": {}}
+    for key in dict.fromkeys(key for times in questions for key in times):
+        what, graph, name = key
+        tables[what].setdefault(graph, {})[name] = median(
+            times.get(key, 0.0) for times in questions
+        )
     return Operators(
-        {g: dict(sorted(row.items(), key=lambda item: -item[1])) for g, row in kinds.items()},
-        {g: dict(sorted(row.items(), key=_layer_order)) for g, row in layers.items()},
+        {
+            g: dict(sorted(row.items(), key=lambda item: -item[1]))
+            for g, row in tables["kind"].items()
+        },
+        {g: dict(sorted(row.items(), key=_layer_order)) for g, row in tables["layer"].items()},
     )
 
 
