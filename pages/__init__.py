@@ -1,1 +1,1 @@
-"""What the pages that people read have in common: style, words, charts."""
+"""The common part of the pages that people read: template, style, units, charts."""

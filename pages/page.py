@@ -26,7 +26,7 @@ FILTERS: dict[str, Callable[..., str]] = {
     "bytes": show_bytes,
     "ranges": ranges,
 }
-"""What templates may write behind a number."""
+"""Filters of numbers for templates."""
 
 
 def render_page(

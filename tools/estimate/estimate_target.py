@@ -1,4 +1,4 @@
-"""What is estimated: a bundle, or a model by its sizes alone."""
+"""Targets of an estimate: a bundle, or a model by its sizes alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of its peaks a device reaches: two efficiencies, fitted to measured calls.
+"""Shares of its peaks that a device reaches: two efficiencies, fitted to measured calls.
 
     t = F / (c P) + B / (b W) + n h
 
@@ -152,7 +152,7 @@ class Measured:
     @property
     def error(self) -> float:
         """The median error of models that the fit had not seen."""
-        return next(one["median_error"] for one in self.validations if one["by"] == "model")
+        return next(v["median_error"] for v in self.validations if v["by"] == "model")
 
 
 def measured(device: str, precision: str, file: Path = MEASURED_FILE) -> Measured | None:

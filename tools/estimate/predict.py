@@ -50,7 +50,7 @@ RESERVE = 2 << 30
 
 @dataclass(frozen=True)
 class PromptLengths:
-    """What is asked: rows of the question, tokens of the answer, rows that engines hold."""
+    """Lengths of a prompt: rows of the question, tokens of the answer, rows engines hold."""
 
     text: int = 40
     tokens: int = 32
@@ -71,7 +71,7 @@ class Machine:
 
     @property
     def is_cpu(self) -> bool:
-        """Whether ONNX Runtime runs the graphs here: in FP32, over caches that grow."""
+        """True where ONNX Runtime runs the graphs here: in FP32, over caches that grow."""
         return self.device.name == CPU_DEVICE
 
     def precision(self, of: str) -> str:

@@ -1,4 +1,4 @@
-"""What the model sees, for people: the prepared image, its grid of tokens, heat maps over it.
+"""The image that the model sees, for people: its grid of tokens, heat maps over it.
 
 Tokens are patches of the *prepared* image (padded, resized, cropped), so that is what a page
 shows. It is made by the runtime's own preprocessing, only finer: with the sizes multiplied and the

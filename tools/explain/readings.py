@@ -1,4 +1,4 @@
-"""What one decoder layer's last prompt row takes from each visual token. NumPy, in FP32.
+"""Contributions of visual tokens to the last prompt row in one decoder layer. NumPy, in FP32.
 
 With ``w`` the weights that the row really gives to values (its softmax row after the layer's gates)
 and ``o`` its attention output over all heads, token j contributes c_j = concat_h w_hj v_hj:

@@ -1,1 +1,1 @@
-"""How long a bundle takes, where the time goes, and how far that is from what a machine can do."""
+"""Times of a bundle: where they go, and how far they are from what the machine can do."""

@@ -1,4 +1,4 @@
-"""What this machine is and how it is set: a time means little without its clocks and its mode.
+"""Facts of this machine and its settings: a time means little without clocks and power mode.
 
 Read, never changed. What cannot be read is left out.
 """

@@ -97,19 +97,20 @@ class PolygraphyRun:
         }
         floats, cached = (-1, 1), (-127, 127)
         return {
-            one.name: known.get(one.name, cached if one.dtype == "int8" else floats)
-            for one in self.spec.inputs
+            tensor.name: known.get(tensor.name, cached if tensor.dtype == "int8" else floats)
+            for tensor in self.spec.inputs
         }
 
     def feeds(self) -> dict[str, np.ndarray]:
         """Draw every input from its range."""
         random, feeds = np.random.default_rng(0), {}
-        for one in self.spec.inputs:
-            shape, (low, high) = self.shapes[one.name], self.ranges[one.name]
-            if one.dtype.startswith("float"):
-                feeds[one.name] = random.uniform(low, high, shape).astype(one.dtype)
+        for tensor in self.spec.inputs:
+            name, dtype, shape = tensor.name, tensor.dtype, self.shapes[tensor.name]
+            low, high = self.ranges[name]
+            if dtype.startswith("float"):
+                feeds[name] = random.uniform(low, high, shape).astype(dtype)
             else:
-                feeds[one.name] = random.integers(low, high, shape, one.dtype, endpoint=True)
+                feeds[name] = random.integers(low, high, shape, dtype, endpoint=True)
         return feeds
 
 
@@ -151,7 +152,7 @@ def graph_runs(manifest: Manifest, calls: Iterable[GraphCall]) -> list[Polygraph
 def _engine_runs(bundle: Bundle, environment: str) -> Iterator[PolygraphyRun]:
     """Yield a run for every profile of every engine: decoding and prefill."""
     engines = Engines.open(bundle)
-    compiled = {one.name: one.file for one in engines.engines} if engines else {}
+    compiled = {engine.name: engine.file for engine in engines.engines} if engines else {}
     for engine in engine_specs_of(bundle.manifest):
         file, flags, what = engine.source, ["--trt", "--strongly-typed"], "compiled first"
         for profile in engine.profiles:

@@ -38,7 +38,7 @@ MOST_TOKENS = 8
 
 @dataclass(frozen=True)
 class Timed:
-    """What sessions of all bundles gave: by bundle their series and sweeps, and the rest."""
+    """Times that sessions of all bundles took: series and sweeps by bundle, and the rest."""
 
     device: str | None
     peaks: Peaks | None

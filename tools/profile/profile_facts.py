@@ -73,8 +73,8 @@ def _part(part: GraphRoofline) -> dict[str, Any]:
 
 def _typical(questions: list[TimedAnswer]) -> TimedAnswer:
     """Return the answer whose time to the first token is nearest to the median."""
-    middle = Spread.of([one.first_token for one in questions]).median
-    return min(questions, key=lambda one: abs(one.first_token - middle))
+    middle = Spread.of([answer.first_token for answer in questions]).median
+    return min(questions, key=lambda answer: abs(answer.first_token - middle))
 
 
 def _timeline(answer: TimedAnswer) -> dict[str, Any]:
@@ -96,8 +96,8 @@ def _timeline(answer: TimedAnswer) -> dict[str, Any]:
 
 def _energy(questions: list[TimedAnswer], meter: Meter) -> dict[str, Any] | None:
     """Return the joules of an answer and of a token; None where they are not known."""
-    joules = [meter.joules(one.start, one.stop) for one in questions]
-    known = [one for one in joules if one is not None]
+    joules = [meter.joules(answer.start, answer.stop) for answer in questions]
+    known = [energy for energy in joules if energy is not None]
     if not known:
         return None
     spread = Spread.of(known)

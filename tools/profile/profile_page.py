@@ -40,7 +40,7 @@ def render_profile(facts: dict[str, Any]) -> str:
 
 
 def lane(timeline: dict[str, Any], longest: float) -> list[dict[str, Any]]:
-    """One answer as blocks: left and width in per cent of the longest answer."""
+    """Return one answer as blocks: left and width in per cent of the longest answer."""
     start = timeline["events"][0]["start_ms"] if timeline["events"] else 0.0
     before = {"graph": "preprocess", "rows": 0, "slots": 0, "start_ms": 0.0}
     blocks = [{**before, "ms": min(timeline["preprocess_ms"], start)}, *timeline["events"]]
@@ -57,20 +57,20 @@ def lane(timeline: dict[str, Any], longest: float) -> list[dict[str, Any]]:
 
 
 def ticks(longest: float) -> list[dict[str, float]]:
-    """Round times along an axis from 0 to ``longest``, and where they lie in per cent."""
+    """Return round times along an axis from 0 to ``longest``, and their places in per cent."""
     step = round_step(longest)
     count = math.floor(longest / step) + 1
     return [{"ms": n * step, "left": 100 * n * step / longest} for n in range(count)]
 
 
 def round_step(most: float) -> float:
-    """1, 2 or 5 times a power of ten, so that up to six steps reach ``most``."""
+    """Return 1, 2 or 5 times a power of ten, so that up to six steps reach ``most``."""
     power = 10 ** math.floor(math.log10(most / 6)) if most > 0 else 1.0
     return next(s * power for s in (1, 2, 5, 10, 20) if most / (s * power) <= 6)
 
 
 def sweep_chart(runs: dict[str, Any]) -> str:
-    """Milliseconds of the decoder's prefill against visual tokens; dashed: the lower bound."""
+    """Draw the decoder's prefill in ms against visual tokens; dashed: the lower bound."""
     points = [point for run in runs.values() for point in run["sweep"]]
     if not points:
         return ""
@@ -96,7 +96,7 @@ def sweep_chart(runs: dict[str, Any]) -> str:
 
 
 def roof_chart(facts: dict[str, Any]) -> str:
-    """Every graph under the roof: operations a second against operations a byte."""
+    """Draw every graph under the roof: operations a second against operations a byte."""
     peaks = facts["peaks"]
     parts = [
         (name, phase, part)
@@ -131,7 +131,7 @@ def roof_chart(facts: dict[str, Any]) -> str:
 
 
 def layer_chart(run: dict[str, Any]) -> str:
-    """Milliseconds of every decoder layer on the way to the first token."""
+    """Draw the milliseconds of every decoder layer on the way to the first token."""
     times: dict[int, float] = {}
     for graph, row in run["operators"]["prefill"]["layers"].items():
         if graph.startswith("stage"):
@@ -150,7 +150,7 @@ def layer_chart(run: dict[str, Any]) -> str:
 
 
 def kind_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Graph by graph: its slowest kinds of operators with their shares."""
+    """List the slowest kinds of operators of each graph with their shares."""
     rows = []
     for phase, when in (("prefill", "first token"), ("decode", "later token")):
         for graph, kinds in run["operators"][phase]["kinds"].items():
@@ -166,7 +166,7 @@ def kind_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def show_ms(value: float | None) -> str:
-    """Milliseconds in a table: three digits that count."""
+    """Return milliseconds for a table: three digits that count."""
     if value is None:
         return "–"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
@@ -180,7 +180,7 @@ def _from_zero(most: float, title: str) -> Axis:
 
 
 def _kind(graph: str) -> str:
-    """The colour of a block: by what it is, stages by their number."""
+    """Return the colour of a block: by what it is, stages by their number."""
     if graph in ("preprocess", "vision"):
         return graph
     if graph.startswith("stage"):

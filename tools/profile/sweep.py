@@ -1,4 +1,4 @@
-"""How the prefill grows with visual tokens: parts of an image, the whole of it, several.
+"""Prefills of more and more visual tokens: parts of an image, the whole of it, several.
 
 The rows of one image are computed once and cut, so that only the decoder is timed: its stages and
 selections, with the question. Engines are compiled for whole images, so they get no parts.

@@ -42,7 +42,7 @@ SECOND_QUESTION = "And what colour is the thing in part {number}?"
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured.
+    """Amounts to measure.
 
     repetitions: that count; warm_up: that do not; tokens: of every answer, at least 2.
     """
@@ -220,7 +220,7 @@ class TimedSeries:
         Of the last repetition; a plan that decides per prompt may have made others before.
         """
         cold, again = self.cold[-1], self.again[-1]
-        cold_calls, again_calls = ([e.call for e in one.prefill] for one in (cold, again))
+        cold_calls, again_calls = ([e.call for e in answer.prefill] for answer in (cold, again))
         return cold_calls, again_calls, [e.call for e in cold.events[-len(cold.steps) :]]
 
     def call_ms(self) -> dict[GraphCall, float]:
@@ -306,8 +306,8 @@ def _endless(sessions: Collection[Session]) -> Iterator[None]:
 
 def _spreads(questions: Sequence[TimedAnswer]) -> dict[str, Spread]:
     """Sum up every quantity; a graph that a prompt did not need took no time."""
-    graphs = list(dict.fromkeys(name for one in questions for name in one.graphs))
-    steps = list(dict.fromkeys(name for one in questions for name in one.steps))
+    graphs = list(dict.fromkeys(name for q in questions for name in q.graphs))
+    steps = list(dict.fromkeys(name for q in questions for name in q.steps))
     columns: dict[str, list[float]] = {"preprocess": [q.preprocess for q in questions]}
     columns |= {name: [q.graphs.get(name, 0.0) for q in questions] for name in graphs}
     columns["host"] = [q.host for q in questions]
