@@ -1,4 +1,4 @@
-"""This machine's best rates, measured now, and how near each part of a bundle comes to them.
+"""The machine's best rates, measured now, and how near each part of a bundle comes to them.
 
 Two graphs of one node, run by the same ONNX Runtime with the same threads as a bundle: a large
 square product for operations, a product with one row for bytes. The latter reads a matrix as large
