@@ -1,4 +1,4 @@
-"""The bundled pictures: a few held-out scenes, drawn large, with questions and right answers.
+"""Bundled images: a few held-out scenes, drawn large, with questions and right answers.
 
 `python -m visistage.demo.gallery` writes them again.
 """
@@ -18,14 +18,14 @@ IMAGES_FOLDER = Path(__file__).parent / "pictures"
 
 @dataclass(frozen=True)
 class BundledImage:
-    """One bundled picture and what can be asked about it."""
+    """One bundled image, with its questions and answers."""
 
     path: Path
     questions: tuple[tuple[str, str], ...]
 
 
 def bundled() -> list[BundledImage]:
-    """The bundled pictures, each with its (question, answer) pairs."""
+    """Return the bundled images, each with its (question, answer) pairs."""
     index = json.loads((IMAGES_FOLDER / "pictures.json").read_text(encoding="utf-8"))
     return [
         BundledImage(IMAGES_FOLDER / name, tuple((q["question"], q["answer"]) for q in questions))

@@ -1,6 +1,6 @@
-"""Held-out samples: pictures of scenes that training never drew, each with one question.
+"""Held-out samples: images of scenes that training never drew, each with one question.
 
-`blind_accuracy` says what the same questions give away by their wording alone.
+`blind_accuracy` measures what the wording of the same questions gives away.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PROMPT = "USER: <image>\n{question} ASSISTANT:"
 
 @dataclass(frozen=True)
 class HeldOutSample:
-    """One question of the test: what is shown, what is asked, what is right."""
+    """One question of the test: an image, a prompt and the right answer."""
 
     image: Image.Image
     prompt: str
@@ -36,8 +36,8 @@ def held_out(count: int, seed: int = 0, size: int = 96) -> Iterator[HeldOutSampl
 
     Args:
         count: number of samples.
-        seed: names the series.
-        size: side of the pictures in pixels.
+        seed: selects the series.
+        size: side of the images in pixels.
     """
     for scene, made in _series(count, f"held out {seed}", True):
         image, prompt = render_scene(scene, size), PROMPT.format(question=made.text)
@@ -55,7 +55,7 @@ def _series(count: int, name: str, unseen: bool) -> Iterator[tuple[Scene, Questi
 
 
 def blind_accuracy(count: int = 2000, seed: int = 0, learn: int = 20000) -> dict[str, float]:
-    """Share of `held_out(count, seed)` that is right without the picture, by kind and "all".
+    """Return the accuracy on `held_out(count, seed)` without the image, by kind and "all".
 
     The guess is the commonest answer, over `learn` training questions, to the same text or, where
     that was asked fewer than 20 times, to the same text without its colours, shapes and sizes.

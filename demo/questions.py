@@ -1,7 +1,7 @@
 """Questions about a scene, each with the one answer that the scene allows.
 
-An object is only ever referred to by words that single it out ("the star" where there is one star).
-Answers are balanced where wording alone could give them away: yes against no, left against right.
+A phrase for an object fits no other object ("the star" where there is one star). Answers are
+balanced where wording alone could give them away: yes against no, left against right.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .scenes import COLOURS, LETTERS, SHAPES, SIZES, Scene, Thing, pick
 
-_CLEAR = 0.07  # how far from a dividing line a centre must lie for a question about it
+_CLEAR = 0.07  # least distance of a centre from a dividing line that is asked about
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Question:
 
 
 def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
-    """A question of `kind` about `scene`, or None where the scene allows none."""
+    """Return a question of `kind` about `scene`, or None where the scene allows none."""
     made = _MAKERS[kind](scene, rng)
     return None if made is None else Question(made[0], made[1], kind, tuple(made[2]))
 
 
 def ask_any(scene: Scene, rng: random.Random, kinds: tuple[str, ...] | None = None) -> Question:
-    """A question of a kind drawn from `kinds` (all where None), trying until one fits."""
+    """Return a question of a kind drawn from `kinds` (all where None), trying until one fits."""
     while True:
         question = ask(scene, pick(rng, kinds or KINDS), rng)
         if question is not None:
@@ -40,7 +40,7 @@ def ask_any(scene: Scene, rng: random.Random, kinds: tuple[str, ...] | None = No
 
 
 def referring(scene: Scene, thing: Thing, without: str = "", sized: bool = True) -> list[str]:
-    """The noun phrases (without article) that fit `thing` and nothing else in `scene`.
+    """Return the noun phrases (without article) that fit `thing` and nothing else in `scene`.
 
     Args:
         scene: the scene.
@@ -66,7 +66,7 @@ def referring(scene: Scene, thing: Thing, without: str = "", sized: bool = True)
 
 
 def _target(scene: Scene, rng: random.Random, without: str = "", things=None):
-    """An object that can be singled out, with a phrase for it."""
+    """Draw an object that can be singled out, with a phrase for it."""
     able = [(t, p) for t in things or scene.things if (p := referring(scene, t, without))]
     if not able:
         return None

@@ -1,8 +1,8 @@
 """Scenes of three to six flat shapes, and how they are drawn.
 
-A scene is data: positions and sizes are fractions of the picture, so that one scene can be drawn at
-any size. Which scenes are held out is decided by their inventory (the multiset of size, colour and
-shape), never by a seed: no inventory seen in training occurs among the held-out scenes.
+A scene is data: positions and sizes are fractions of the image, so that one scene can be drawn at
+any size. The inventory of a scene (the multiset of size, colour and shape) decides whether it is
+held out, not a seed: no inventory seen in training occurs among the held-out scenes.
 
     x, y in (0, 1), y downwards            radius: small 0.085, large 0.14 of the side
     +-------------------+
@@ -56,7 +56,7 @@ _HELD_OUT_OF = 8
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what it is and where its centre lies."""
+    """One object: its shape, colour, size and centre."""
 
     shape: str
     colour: str
@@ -67,13 +67,13 @@ class Thing:
 
     @property
     def radius(self) -> float:
-        """Radius as a fraction of the picture's side."""
+        """Return the radius as a fraction of the image's side."""
         return SIZES[self.size]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The objects of one picture, the tint of its background and the seed of its paint."""
+    """The objects of one image, the tint of its background and the seed of its paint."""
 
     things: tuple[Thing, ...]
     background: tuple[int, int, int]
@@ -81,7 +81,7 @@ class Scene:
 
 
 def pick(rng: random.Random, items):
-    """One of `items`, drawn with `rng.random()` alone, whose stream Python promises to keep."""
+    """Return one of `items`, drawn with `rng.random()` alone: Python keeps its stream stable."""
     return items[int(rng.random() * len(items))]
 
 
@@ -91,7 +91,7 @@ def make_scene(rng: random.Random, things: int | None = None, held_out: bool = F
     Args:
         rng: the source of chance; only `random()` is called.
         things: number of objects, three to six where None.
-        held_out: whether the scene is one that training never sees.
+        held_out: draw a scene that training never sees.
     """
     while True:
         count = things if things is not None else 3 + int(rng.random() * 4)
@@ -101,7 +101,7 @@ def make_scene(rng: random.Random, things: int | None = None, held_out: bool = F
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether the inventory of `scene` belongs to the eighth that training leaves out."""
+    """Return whether the inventory of `scene` is in the eighth that training leaves out."""
     inventory = sorted(f"{t.size} {t.colour} {t.shape}" for t in scene.things)
     return zlib.crc32("|".join(inventory).encode()) % _HELD_OUT_OF == 0
 
@@ -136,7 +136,7 @@ def _place(rng: random.Random, radius: float, things: list[Thing]) -> tuple[floa
 
 
 def render_scene(scene: Scene, size: int = 96, oversample: int = 3) -> Image.Image:
-    """Draw `scene` as a square RGB picture of `size` pixels, smoothed by `oversample`."""
+    """Draw `scene` as a square RGB image of `size` pixels, smoothed by `oversample`."""
     side = size * oversample
     image = Image.new("RGB", (side, side), scene.background)
     draw = ImageDraw.Draw(image)
@@ -151,7 +151,7 @@ def render_scene(scene: Scene, size: int = 96, oversample: int = 3) -> Image.Ima
 
 
 def render_owners(scene: Scene, size: int = 96) -> Image.Image:
-    """Draw which object owns each pixel: 0 is the background, i + 1 is `scene.things[i]`."""
+    """Draw each pixel's object as a number: 0 is the background, i + 1 is `scene.things[i]`."""
     owners = Image.new("L", (size, size), 0)
     draw = ImageDraw.Draw(owners)
     for index, thing in enumerate(scene.things):

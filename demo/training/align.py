@@ -1,9 +1,9 @@
-"""Starts the projector from what can be read off the tower by least squares.
+"""A start for the projector from what least squares reads off the vision encoder.
 
-The tower says everything about a patch, but some of it (where the object lies, say) in directions
-of little variance, which a fresh decoder takes very long to find. So the first linear map begins
-with one row for each fact, all of one size, and the tower's whitened principal components in the
-other rows; what follows is trained as usual.
+The vision encoder's features hold every fact about a patch, but some (an object's position, for
+instance) in directions of little variance, which an untrained decoder takes very long to find. So
+the first linear map begins with one row for each fact, all of one size, and the whitened principal
+components of the features in the other rows; both are then trained as usual.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .supervision import CLASSES, NUMBERS, patch_targets
 
 @torch.no_grad()
 def align_projector(model, images: int = 600, ridge: float = 1e-4) -> dict[str, float]:
-    """Set the projector of `model`; returns how well each fact is read (R squared)."""
+    """Set the projector of `model`; return how well each fact is read (R squared)."""
     rng = random.Random("align")
     scenes = [make_scene(rng) for _ in range(images)]
     features = []
@@ -58,7 +58,7 @@ def align_projector(model, images: int = 600, ridge: float = 1e-4) -> dict[str, 
 
 
 def _facts(targets: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Columns of what is true of each patch, from the rows of `patch_targets`."""
+    """Return columns of facts about each patch, with names, from the rows of `patch_targets`."""
     seen, columns, names = targets[:, 0] > 0, [targets[:, 0], targets[:, 1]], ["present", "centre"]
     for place, (name, classes) in enumerate(CLASSES.items()):
         if place < 2:

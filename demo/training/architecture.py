@@ -1,4 +1,4 @@
-"""The demo model's shape, as an untrained Hugging Face model, and the directory it is saved to."""
+"""The demo model's shape as an untrained Hugging Face model, and the layout it is saved in."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def build_config() -> LlavaConfig:
-    """The configuration: a tower of four used layers (and one unused), a decoder of eight."""
+    """Return the configuration: four used vision layers (and one unused), eight decoder layers."""
     begin, end, pad, image = (SPECIALS.index(t) for t in ("<s>", "</s>", "<pad>", "<image>"))
     vision = CLIPVisionConfig(
         hidden_size=128,
@@ -66,7 +66,7 @@ def build_config() -> LlavaConfig:
 
 
 def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
-    """The untrained model, every matrix drawn with a spread of 1 / sqrt(fan in)."""
+    """Return the untrained model, every matrix drawn with a spread of 1 / sqrt(fan in)."""
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(build_config()).float()
     for name, weight in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Training batches, made on the fly one process away: pictures with targets or with questions."""
+"""Training batches, made on the fly in a process of their own: images with targets or questions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .tokenizer import build_tokenizer
 
 @dataclass(frozen=True)
 class BatchMix:
-    """What a batch holds.
+    """The composition of a batch.
 
     Attributes:
-        images: scenes a batch.
-        questions: questions a scene; 0 gives per-patch targets in their place.
+        images: scenes per batch.
+        questions: questions per scene; 0 gives per-patch targets in their place.
         fewest: objects in the simplest scenes.
         most: objects in the richest scenes.
         turns: share of batches in which every row holds two turns.
@@ -67,7 +67,7 @@ class Batches(IterableDataset):
                 yield torch.from_numpy(pixels), torch.from_numpy(targets)
 
     def _questions(self, scenes: list[Scene], rng: random.Random):
-        """Bands of (ids, targets, wanted): `wanted` (B, Q, 6) marks what a question is about."""
+        """Return bands of (ids, targets, wanted): `wanted` (B, Q, 6) marks things asked about."""
         turns = 2 if rng.random() < self.mix.turns else 1
         weighted = zip(KINDS, self.mix.weights, strict=True)
         kinds = [kind for kind, weight in weighted for _ in range(int(weight * 4))]
@@ -95,7 +95,7 @@ class Batches(IterableDataset):
 
 
 def encode_rows(rows: list[list[int]], tokenizer, images: int):
-    """Inputs (B, Q, T) and targets (B, Q, T) of token rows; -100 outside the answers."""
+    """Return inputs (B, Q, T) and targets (B, Q, T) of token rows; -100 outside the answers."""
     longest = max(map(len, rows)) - 1
     ids = np.full((len(rows), longest), tokenizer.token_to_id("<pad>"), np.int64)
     targets = np.full((len(rows), longest), -100, np.int64)
@@ -115,7 +115,7 @@ def encode_rows(rows: list[list[int]], tokenizer, images: int):
 
 
 def _paint(scene: Scene, rng: random.Random) -> np.ndarray:
-    """The picture as (3, H, W) uint8: mostly as held-out pictures are drawn, sometimes rougher."""
+    """Draw the image as (3, H, W) uint8: mostly as held-out images are drawn, sometimes rougher."""
     draw = rng.random()
     if draw < 0.7:
         image = render_scene(scene, IMAGE_SIZE)
@@ -127,11 +127,11 @@ def _paint(scene: Scene, rng: random.Random) -> np.ndarray:
 
 
 def normalise_pixels(pixels: torch.Tensor) -> torch.Tensor:
-    """What the image processor makes of (B, 3, H, W) uint8 pixels."""
+    """Return (B, 3, H, W) uint8 pixels normalised as the image processor does it."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     return (pixels.float() / 255 - mean) / std
 
 
 def stream(mix: BatchMix, seed: str):
-    """An iterator over batches, made one process away."""
+    """Return an iterator over batches, made in a process of their own."""
     return iter(DataLoader(Batches(mix, seed), batch_size=None, num_workers=1, prefetch_factor=4))

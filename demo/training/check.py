@@ -1,7 +1,7 @@
-"""Asks the saved model as anyone would: Hugging Face classes, chat template, greedy `generate`.
+"""Accuracy of the saved model by Hugging Face's classes, chat template and greedy `generate`.
 
 `python -m visistage.demo.training.check --model demo/model --count 2000` prints the table of the
-README's first column; nothing of the training code takes part in it.
+README's first column and uses nothing of the training code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..heldout import held_out
 
 @torch.inference_mode()
 def check(folder: Path, count: int = 2000, seed: int = 0, chunk: int = 50) -> dict[str, float]:
-    """Share of exactly right greedy answers on `held_out(count, seed)`, by kind and "all"."""
+    """Return the share of exactly right answers on `held_out(count, seed)`, by kind and "all"."""
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
     hits = defaultdict(list)
@@ -35,9 +35,9 @@ def check(folder: Path, count: int = 2000, seed: int = 0, chunk: int = 50) -> di
             texts.append(text)
         images = [[sample.image] for sample in part]
         inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
-        told = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        told = told[:, inputs["input_ids"].shape[1] :]
-        for sample, words in zip(part, processor.batch_decode(told, True), strict=True):
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        for sample, words in zip(part, processor.batch_decode(tokens, True), strict=True):
             hit = words.strip() == sample.answer
             hits[sample.kind].append(hit)
             hits["all"].append(hit)

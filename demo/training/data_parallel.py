@@ -1,6 +1,7 @@
 """Two or more single-threaded processes that train one model together.
 
-On a busy machine this beats threads inside one process: they meet once a step, not once a matrix.
+On a busy machine this is faster than threads inside one process: processes synchronise once a step,
+threads once a matrix.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _member(rank: int, task, size: int, meeting: str, args) -> None:
 
 
 def average(weights: list[torch.nn.Parameter], number: float) -> float:
-    """Replace every gradient by the crew's mean; returns the crew's mean of `number`."""
+    """Replace every gradient by its mean over the processes; return the mean of `number`."""
     if not dist.is_initialized():
         return number
     flat = torch.cat([w.grad.flatten() for w in weights] + [torch.tensor([number])])
@@ -54,14 +55,14 @@ def broadcast(model: torch.nn.Module) -> None:
 
 
 def rank_slice() -> slice:
-    """Which items of a list are this process's part of a job that the crew divides."""
+    """Return the slice of a list that is this process's share of the work."""
     if not dist.is_initialized():
         return slice(None)
     return slice(dist.get_rank(), None, dist.get_world_size())
 
 
 def all_reduce(tensors: list[torch.Tensor]) -> None:
-    """Replace every tensor by its sum over the crew."""
+    """Replace every tensor by its sum over the processes."""
     if not dist.is_initialized():
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])

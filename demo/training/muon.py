@@ -1,14 +1,14 @@
 """Muon for the matrices between layers, AdamW for everything else, behind one `step`.
 
 Muon (Jordan et al., 2024) replaces a matrix's momentum by its nearest semi-orthogonal matrix, found
-with five Newton-Schulz steps, a work that the processes of a crew divide.
+with five Newton-Schulz steps, which the training processes divide among themselves.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import data_parallel as crew
+from . import data_parallel
 
 
 class Optimizer:
@@ -28,14 +28,14 @@ class Optimizer:
     @torch.no_grad()
     def step(self, scale: float) -> None:
         """Update every weight from its gradient, then clear the gradients."""
-        updates, mine = [], crew.rank_slice()
+        updates, mine = [], data_parallel.rank_slice()
         for shape, group in self.groups.items():
             gradient = torch.stack([weight.grad for weight in group])
             momentum = self.momentum[shape].lerp_(gradient, 0.05)
             update = torch.zeros_like(gradient)
             update[mine] = orthogonalise(gradient.lerp(momentum, 0.95)[mine])
             updates.append(update)
-        crew.all_reduce(updates)
+        data_parallel.all_reduce(updates)
         rate = self.muon_lr * scale
         for (shape, group), update in zip(self.groups.items(), updates, strict=True):
             for weight, change in zip(group, update, strict=True):
@@ -50,17 +50,17 @@ class Optimizer:
             weight.grad = None
 
     def state_dict(self) -> dict:
-        """Everything needed to go on later."""
+        """Return the state needed to resume."""
         return {"momentum": self.momentum, "adam": self.adam.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up where `state_dict` left off."""
+        """Restore what `state_dict` returned."""
         self.momentum = state["momentum"]
         self.adam.load_state_dict(state["adam"])
 
 
 def orthogonalise(batch: torch.Tensor) -> torch.Tensor:
-    """The nearest semi-orthogonal matrices to `batch` (G, M, N), roughly."""
+    """Return approximately the nearest semi-orthogonal matrices to `batch` (G, M, N)."""
     tall = batch.shape[1] > batch.shape[2]
     x = batch.transpose(1, 2) if tall else batch
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

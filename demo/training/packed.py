@@ -1,14 +1,14 @@
-"""The training forward: many questions behind one picture, each blind to the others.
+"""The forward pass of training: many questions behind one image, each blind to the others.
 
-The picture's rows are computed once; each question continues from them as if it were alone, with
-the positions it would have alone. So one picture's cost is shared by all its questions.
+The image's rows are computed once; each question continues from them as if it were alone, with
+the positions it would have alone. So all questions share the cost of their image.
 
-    prefix + picture  ---+--- question 1 + answer
+    prefix + image    ---+--- question 1 + answer
       (B, P + N, D)      +--- question 2 + answer       suffixes: (B, Q, T, D)
                          +--- ...
 
-`Staging` says which layers see the picture, so that training can practise what the compiler will
-do: text that ignores the picture at first, and no picture at all in the deep layers.
+`TrainStages` says which layers see the image, so that training practises what the compiler does:
+text that ignores the image at first, and no image at all in the deep layers.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class TrainStages:
-    """Which layers read the picture.
+    """The layers that read the image.
 
     Attributes:
-        blind: text rows ignore the picture in layers 0 .. blind - 1 (gated, not renormalised); in
+        blind: text rows ignore the image in layers 0 .. blind - 1 (gated, not renormalised); in
             layer 0 the mass lost goes to the first visual token's value, and visual rows see the
             prefix only.
         select_after: after this layer only `keep` visual rows go on.
-        keep: how many; at random in training, the strongest contributions where `top` is set.
+        keep: number of visual rows kept: random ones in training, the strongest contributions
+            where `top` is set.
         last: the last layer with visual rows in it.
-        top: choose by the norm of the contribution to the last prompt row (one question a picture).
+        top: choose by the norm of the contribution to the last prompt row (one question per image).
     """
 
     blind: int = 0
@@ -45,7 +46,7 @@ PLAN_STAGES = TrainStages(blind=2, select_after=4, keep=16, last=6, top=True)
 
 
 def rope_tables(length: int, head: int, theta: float = 10000.0):
-    """Cosines and sines, each (length, head), in the half-split layout of Llama."""
+    """Return cosines and sines, each (length, head), in the half-split layout of Llama."""
     angles = torch.arange(length)[:, None] * theta ** (-torch.arange(0, head, 2) / head)[None]
     angles = torch.cat((angles, angles), -1)
     return angles.cos(), angles.sin()
@@ -57,12 +58,12 @@ def _rotate(x, cos, sin):
 
 
 def visual_features(model, pixels):
-    """Projected features of `pixels` (B, 3, H, W): (B, N, D); the unused layer is not run."""
+    """Return projected features of `pixels` (B, 3, H, W): (B, N, D); no unused layer runs."""
     return model.model.multi_modal_projector(encoder_features(model, pixels)[:, 1:])
 
 
 def encoder_features(model, pixels):
-    """Hidden states of the tower's last used layer, class token included: (B, 1 + N, C)."""
+    """Return hidden states of the last used vision layer, class token included: (B, 1 + N, C)."""
     vision_encoder = model.model.vision_tower
     hidden = vision_encoder.pre_layrnorm(vision_encoder.embeddings(pixels))
     for layer in vision_encoder.encoder.layers[:-1]:
@@ -79,15 +80,15 @@ def forward(
     last_row=None,
     log=None,
 ):
-    """Final hidden states of all suffix rows, one (B, Q, T, D) for each of `suffixes`.
+    """Return final hidden states of all suffix rows, one (B, Q, T, D) for each of `suffixes`.
 
     Args:
         model: LlavaForConditionalGeneration.
         features: (B, N, D) projected features.
-        prefix_ids: (P,) token ids before the picture.
+        prefix_ids: (P,) token ids before the image.
         suffixes: token ids after it, padded at the end: a list of (B, Q, T), each with a Q and T of
             its own, so that short questions need not be padded to the longest.
-        staging: who sees what.
+        staging: the layers that read the image.
         last_row: (B,) index of the last prompt row within T; only for `staging.top`.
         log: where given, a list that takes each layer's attention masses, one a band.
     """
@@ -165,7 +166,7 @@ def forward(
 
 
 def _read(q, k, v, kp, vp, shape, front: int, index: int, staging: TrainStages):
-    """Attention of the rows of `shape` (Q, T) to the picture's rows and to their own question."""
+    """Return the attention of rows of `shape` (Q, T) to the image and their own question."""
     batch, heads, _, head = q.shape
     asked, rows = shape
     blocks = (batch, heads, asked, rows, head)
@@ -185,7 +186,7 @@ def _read(q, k, v, kp, vp, shape, front: int, index: int, staging: TrainStages):
 
 
 def _strongest(mass, values, last_row, keep: int):
-    """The `keep` visual tokens with the largest contribution to the last prompt row: (B, keep)."""
+    """Return the `keep` visual tokens that contribute most to the last prompt row: (B, keep)."""
     batch, heads, visual, _ = values.shape
     row = last_row.view(batch, 1, 1, 1).expand(-1, heads, 1, mass.shape[-1])
     front = mass.shape[-1] - visual - mass.shape[2]

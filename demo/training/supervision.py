@@ -1,4 +1,4 @@
-"""What the tower is taught before it meets any language: what each patch of the picture shows."""
+"""Targets that pretrain the vision encoder, before any language: what each patch shows."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ CLASSES = {
     "same shape": 7,
     "all": 7,
 }
-NUMBERS = 4  # the centre's offset from the patch, and the centre's place in the picture
+NUMBERS = 4  # the centre's offset from the patch, and the centre's place in the image
 PATCH_OUTPUTS = sum(CLASSES.values()) + NUMBERS
 
 
 def patch_owners(scene: Scene, grid: int = 12, patch: int = 8) -> np.ndarray:
-    """Which thing covers each patch most: (grid * grid,) int, 0 for none, i + 1 for things[i]."""
+    """Return the thing that covers each patch most: (grid * grid,) int, 0 none, i + 1 things[i]."""
     owners = np.asarray(render_owners(scene, grid * patch)).reshape(grid, patch, grid, patch)
     owners = owners.transpose(0, 2, 1, 3).reshape(grid * grid, patch * patch)
     cover = np.stack([(owners == i + 1).sum(1) for i in range(len(scene.things))], 1)
@@ -35,7 +35,7 @@ def patch_owners(scene: Scene, grid: int = 12, patch: int = 8) -> np.ndarray:
 
 
 def patch_targets(scene: Scene, grid: int = 12, patch: int = 8) -> np.ndarray:
-    """Targets of every patch: (grid * grid, len(CLASSES) + NUMBERS) float32, -1 where undefined."""
+    """Return targets of every patch: (grid * grid, len(CLASSES) + NUMBERS), -1 where undefined."""
     owner = patch_owners(scene, grid, patch)
     colours = Counter(t.colour for t in scene.things)
     shapes = Counter(t.shape for t in scene.things)
@@ -60,7 +60,7 @@ def patch_targets(scene: Scene, grid: int = 12, patch: int = 8) -> np.ndarray:
 
 
 def patch_loss(outputs: torch.Tensor, targets: torch.Tensor):
-    """Mean loss over targets, and the accuracy of each class target.
+    """Return the mean loss over targets, and the accuracy of each class target.
 
     Args:
         outputs: (R, OUTPUTS) of the linear head.
@@ -83,13 +83,13 @@ def patch_loss(outputs: torch.Tensor, targets: torch.Tensor):
 
 
 def look_loss(masses, owners: torch.Tensor, asked, heads: int = 3) -> torch.Tensor:
-    """How far the row that answers looks past what its question is about.
+    """Return how far the row that answers looks past what its question is about.
 
     Args:
         masses: for each band of questions, attention (B, H, Q * T, P + N + T) of one layer.
-        owners: (B, N) which thing covers each patch, from `patch_owners`.
+        owners: (B, N) the thing that covers each patch, from `patch_owners`.
         asked: for each band, (ids, targets, wanted).
-        heads: how many heads are held to it; the others look where they like.
+        heads: number of heads that the loss applies to; the others are free.
     """
     things = F.one_hot(owners.long(), 7)[..., 1:].float()
     visual, losses = owners.shape[1], []

@@ -1,9 +1,11 @@
-"""Trains the demo model: `python -m visistage.demo.training.train --minutes 60 --out demo/model`.
+"""Training of the demo model.
 
-First the tower learns what each patch shows, from the renderer; then projector and decoder learn to
-answer, the tower fixed at first. The row that answers is also taught where to look. The learning
-rate follows the clock, so more minutes make a better model. A state is kept and taken up again with
-`--resume`.
+    python -m visistage.demo.training.train --minutes 60 --out demo/model
+
+First the vision encoder learns what each patch shows, from the renderer; then projector and decoder
+learn to answer, with the vision encoder fixed at first. The row that answers is also taught where
+to look. The learning rate follows the clock, so more minutes make a better model. The state is
+saved, and `--resume` continues from it.
 """
 
 from __future__ import annotations
@@ -21,8 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from ..heldout import held_out
-from . import data_parallel as crew
-from . import packed
+from . import data_parallel, packed
 from .align import align_projector
 from .architecture import build_model, save
 from .batches import BatchMix, encode_rows, normalise_pixels, stream
@@ -36,7 +37,7 @@ log = logging.getLogger("visistage.demo.training.train")
 
 
 def schedule(spent: float, warm: float = 0.02, flat: float = 0.45) -> float:
-    """Learning-rate factor after the share `spent` of the time: warm up, stay, fall to nothing."""
+    """Return the learning-rate factor at the share `spent` of the time: rise, stay, fall to 0."""
     if spent < warm:
         return spent / warm
     if spent < flat:
@@ -45,7 +46,7 @@ def schedule(spent: float, warm: float = 0.02, flat: float = 0.45) -> float:
 
 
 def split_weights(module, skip=()):
-    """The parameters of `module` as (matrices for Muon, others for AdamW)."""
+    """Return the parameters of `module` as (matrices for Muon, others for AdamW)."""
     matrices, others = [], []
     for name, weight in module.named_parameters():
         if not weight.requires_grad or any(s in name for s in skip):
@@ -61,13 +62,13 @@ def _encoder_weights(vision_encoder):
 
 
 def pretrain_encoder(model, rank: int, options) -> None:
-    """Teach the tower what each patch shows, through one linear head that is thrown away."""
+    """Teach the vision encoder what each patch shows, through a linear head that is discarded."""
     vision_encoder = model.model.vision_tower
     minutes = options.tower_minutes
     head = torch.nn.Linear(vision_encoder.config.hidden_size, PATCH_OUTPUTS)
     matrices, others = _encoder_weights(vision_encoder)
     optimizer = Optimizer(matrices, [*others, *head.parameters()], muon_lr=options.tower_lr)
-    crew.broadcast(head)
+    data_parallel.broadcast(head)
     begin, spent, step, images = time.time(), 0.0, 0, 0
     source = stream(BatchMix(32 // options.processes), f"tower {rank}")
     while spent < 1:
@@ -75,17 +76,19 @@ def pretrain_encoder(model, rank: int, options) -> None:
         outputs = head(packed.encoder_features(model, normalise_pixels(pixels))[:, 1:])
         loss, right = patch_loss(outputs.flatten(0, 1), targets.flatten(0, 1))
         loss.backward()
-        spent = crew.average(optimizer.parameters, (time.time() - begin) / 60 / minutes)
+        spent = data_parallel.average(optimizer.parameters, (time.time() - begin) / 60 / minutes)
         optimizer.step(schedule(spent))
         step, images = step + 1, images + len(pixels) * options.processes
         if step % 50 == 0 and rank == 0:
             rate = images / (time.time() - begin)
             words = " ".join(f"{k} {v:.3f}" for k, v in right.items())
-            log.info("tower %5d %.0f pic/s loss %.3f %s", step, rate, loss.item(), words)
+            log.info(
+                "vision encoder %5d %.0f images/s loss %.3f %s", step, rate, loss.item(), words
+            )
 
 
 def prepare_test(tokenizer, count: int, seed: int = 1):
-    """Pixels, rows and kinds of `count` held-out samples, one question a picture."""
+    """Return pixels, rows and kinds of `count` held-out samples, one question per image."""
     samples = list(held_out(count, seed))
     pixels = torch.from_numpy(np.stack([np.asarray(s.image).transpose(2, 0, 1) for s in samples]))
     texts = [f"{s.prompt.split('<image>')[1]} {s.answer}</s>" for s in samples]
@@ -98,7 +101,7 @@ def prepare_test(tokenizer, count: int, seed: int = 1):
 def answer_accuracy(
     model, prefix, test, staging=packed.DENSE_STAGES, chunk: int = 100
 ) -> dict[str, float]:
-    """Share of answers that are right to the last token, by kind and "all"."""
+    """Return the share of answers that are right to the last token, by kind and "all"."""
     pixels, ids, targets, kinds = test
     right = []
     for lo in range(0, len(kinds), chunk):
@@ -116,7 +119,7 @@ def answer_accuracy(
 
 
 def draw_staging() -> packed.TrainStages:
-    """How the next batch sees its picture: dense, or in stages as compiled plans will have it."""
+    """Draw how the next batch sees its image: dense, or in stages as compiled plans do."""
     draw = torch.rand(()).item()
     if draw < 0.3:
         return packed.DENSE_STAGES
@@ -126,7 +129,7 @@ def draw_staging() -> packed.TrainStages:
 
 
 def train_decoder(model, tokenizer, rank: int, options) -> None:
-    """Teach projector and decoder to answer; the tower stays as it is."""
+    """Teach projector and decoder to answer; the vision encoder is fixed until `--thaw`."""
     state = options.state
     vision_encoder = model.model.vision_tower
     vision_encoder.requires_grad_(False)
@@ -143,8 +146,8 @@ def train_decoder(model, tokenizer, rank: int, options) -> None:
         done, step = (0.0 if options.fresh else kept["minutes"]), kept["step"]
     else:
         align_projector(model)
-        crew.broadcast(model)
-    begin, told, saved, seen = time.time(), time.time(), time.time(), 0
+        data_parallel.broadcast(model)
+    begin, reported, saved, seen = time.time(), time.time(), time.time(), 0
     losses, looked = [], []
     images, spent = options.pictures // options.processes, done / options.minutes
     easy = BatchMix(images, options.questions, fewest=1, most=3)
@@ -176,7 +179,7 @@ def train_decoder(model, tokenizer, rank: int, options) -> None:
         loss.backward()
         minutes = (time.time() - begin) / 60 + done
         trained = optimizer.parameters + (thawing.parameters if thawed else [])
-        spent = crew.average(trained, minutes / options.minutes)
+        spent = data_parallel.average(trained, minutes / options.minutes)
         optimizer.step(schedule(spent))
         if thawed:
             thawing.step(schedule(spent))
@@ -186,12 +189,12 @@ def train_decoder(model, tokenizer, rank: int, options) -> None:
         if step % 25 == 0:
             rate = seen / (time.time() - begin)
             log.info(
-                "step %5d %.1f%% %.1f pic/s loss %.4f look %.3f",
+                "step %5d %.1f%% %.1f images/s loss %.4f look %.3f",
                 *(step, 100 * spent, rate, np.mean(losses), np.mean(looked)),
             )
             losses, looked = [], []
-        if time.time() - told > 60 * options.report:
-            told = time.time()
+        if time.time() - reported > 60 * options.report:
+            reported = time.time()
             for name, staging in (("dense", packed.DENSE_STAGES), ("plan ", packed.PLAN_STAGES)):
                 table = answer_accuracy(model, prefix, test, staging)
                 words = " ".join(f"{k} {v:.3f}" for k, v in table.items())
@@ -219,28 +222,30 @@ def _keep(model, optimizers, minutes: float, step: int, state: Path) -> None:
 
 
 def main() -> None:
-    """Parse the command line, train, save."""
+    """Parse the command line, train and save."""
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--minutes", type=float, default=60, help="time for the decoder")
-    parser.add_argument("--tower-minutes", type=float, default=10, help="time for the tower before")
+    parser.add_argument(
+        "--tower-minutes", type=float, default=10, help="time for the vision encoder"
+    )
     parser.add_argument("--out", type=Path, default=Path("demo/model"))
     parser.add_argument("--state", type=Path, default=Path(".cache/demo-train.pt"))
-    parser.add_argument("--resume", action="store_true", help="go on from --state")
-    parser.add_argument("--pictures", type=int, default=12, help="pictures a step")
-    parser.add_argument("--questions", type=int, default=16, help="questions a picture")
+    parser.add_argument("--resume", action="store_true", help="continue from --state")
+    parser.add_argument("--pictures", type=int, default=12, help="images per step")
+    parser.add_argument("--questions", type=int, default=16, help="questions per image")
     parser.add_argument("--lr", type=float, default=0.005, help="Muon's, for the decoder")
-    parser.add_argument("--tower-lr", type=float, default=0.02, help="Muon's, for the tower")
+    parser.add_argument("--tower-lr", type=float, default=0.02, help="Muon's, vision encoder")
     parser.add_argument("--adam-lr", type=float, default=1e-3, help="learning rate of AdamW")
     parser.add_argument("--look", type=float, default=0.3, help="weight of the look-up's loss")
     parser.add_argument("--fresh", action="store_true", help="begin a new schedule on --resume")
-    parser.add_argument("--thaw", type=float, default=0.1, help="share of time with a fixed tower")
+    parser.add_argument("--thaw", type=float, default=0.1, help="share with fixed vision")
     parser.add_argument("--easy", type=float, default=0.6, help="share of small scenes at first")
     parser.add_argument("--report", type=float, default=5, help="minutes between tests")
     parser.add_argument("--keep", type=float, default=5, help="minutes between checkpoints")
     parser.add_argument("--processes", type=int, default=2, help="processes that train together")
     options = parser.parse_args()
     options.state.parent.mkdir(parents=True, exist_ok=True)
-    crew.run_parallel(_train, options.processes, options)
+    data_parallel.run_parallel(_train, options.processes, options)
 
 
 def _train(rank: int, options) -> None:
