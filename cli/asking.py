@@ -1,4 +1,4 @@
-"""Commands that ask a bundle about pictures: for an answer, and for where it came from."""
+"""Commands that ask a bundle about images: for an answer, and for where it came from."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .show.units import ByteSize
 @click.command()
 @click.argument("images", nargs=-1, metavar="[IMAGE]...")
 @click.argument("prompt")
-@click.option("--bundle", type=click.Path(path_type=Path), help="The bundle that shall answer.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="The bundle that answers.")
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated.")
-@click.option("--temperature", type=float, help="0 takes the likeliest token every time.")
-@click.option("--top-p", type=float, help="Draw from the likeliest tokens of this probability.")
-@click.option("--top-k", type=int, help="Draw from this many of the likeliest tokens.")
+@click.option("--temperature", type=float, help="0 takes the most probable token every time.")
+@click.option("--top-p", type=float, help="Draw from the most probable tokens of this total.")
+@click.option("--top-k", type=int, help="Draw from this many of the most probable tokens.")
 @click.option("--seed", type=int, help="Repeats a draw.")
 @backend_option
 @click.option(
@@ -32,9 +32,9 @@ from .show.units import ByteSize
 @click.option("--stream/--no-stream", default=True, help="Print the answer as it comes.")
 @as_json
 def infer(images, prompt, bundle, as_json, stream, max_tokens, stop, **options) -> None:
-    """Ask a question about pictures.
+    """Ask a question about images.
 
-    One IMAGE, several, or none; '-' reads a picture from stdin. The answer goes to stdout,
+    One IMAGE, several, or none; '-' reads an image from stdin. The answer goes to stdout,
     timings and what the plan saved go to stderr. Without --bundle: what VISISTAGE_BUNDLE names,
     or the only bundle in ./engines. Sampling options that are not given are the model's own.
 
@@ -79,7 +79,7 @@ def infer(images, prompt, bundle, as_json, stream, max_tokens, stop, **options) 
 @click.option(
     "--dense",
     type=click.Path(path_type=Path),
-    help="Bundle of the unpruned model; by default one that lies beside BUNDLE.",
+    help="Bundle of the unpruned model; by default one beside BUNDLE.",
 )
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
 @backend_option
@@ -88,11 +88,11 @@ def infer(images, prompt, bundle, as_json, stream, max_tokens, stop, **options) 
 )
 @as_json
 def explain(bundle, images, question, out, as_json, **options) -> None:
-    """Show on a page which parts of a picture an answer came from.
+    """Show on a page which parts of an image an answer came from.
 
-    One HTML file that needs nothing else: the picture with the kept tokens, their contributions in
+    One HTML file that needs nothing else: the image with the kept tokens, their contributions in
     every layer, where vision left, the answer with and without pruning, and what was saved. With a
-    dense bundle of the same model beside BUNDLE it compares the two. '-' reads a picture from
+    dense bundle of the same model beside BUNDLE it compares the two. '-' reads an image from
     stdin.
 
     \b
@@ -115,7 +115,7 @@ def _read_images(images: tuple[str, ...]) -> list[str | bytes]:
 
 
 def _sampling(own: Any, options: dict[str, Any]) -> Any:
-    """The model's settings with those that were given on the command line."""
+    """Return the model's settings with those that were given on the command line."""
     from dataclasses import replace
 
     return replace(own, **{name: value for name, value in options.items() if value is not None})

@@ -14,7 +14,7 @@ from .show.units import ByteSize
 @click.command()
 @click.option("--model", required=True, help="demo, llava-7b, llava-13b, a hub id or a folder.")
 @click.option("--plan", help="A preset or a YAML file; by default the calibration's or visipruner.")
-@click.option("--target", default="cpu", show_default=True, help="Machine that shall run it.")
+@click.option("--target", default="cpu", show_default=True, help="The machine that runs it.")
 @click.option("--precision", help="fp32, fp16, int8, w8 or w4; by default what suits the target.")
 @click.option("--calib", "calibration", type=click.Path(), help="What visistage calibrate wrote.")
 @click.option("--keep-float", multiple=True, help="auto:5%, or a layer's name; may be repeated.")
@@ -54,25 +54,32 @@ def engines(
     visistage engines --model llava-7b --target orin-jp72     stops at a portable bundle
 
     int8 rounds inputs and weights, for which it takes a calibration (by default the one in
-    calibrations/MODEL); w8 and w4 round weights alone. Single stages, the vision tower and the head
-    may differ. With cache=int8, behind any precision, keys and values are cached in a quarter of
-    FP32's bytes, which takes a calibration: docs/quantisation.md.
+    calibrations/MODEL); w8 and w4 round weights alone. Single stages, the vision encoder and the
+    head may differ. With cache=int8, behind any precision, keys and values are cached in a quarter
+    of FP32's bytes, which takes a calibration: docs/quantisation.md.
 
     For a target with engines they are compiled here if this machine can; for a board the bundle
     stays portable: copy it there, and type visistage build.
     """
-    from .show.build_progress import BuildProgressBar
-    from .show.build_view import compile_here, with_kept
+    from ..compile.engines.engines import compile_engines, why_portable
+    from ..graphs.targets import find_target
+    from .show.bar import StepBar, build_line
 
-    options["precision"] = with_kept(options["precision"], keep_float)
-    with BuildProgressBar() as progress:
-        compiling = compile_here(options["target"], portable, capabilities)
-        from ..compile.build import make_bundle  # seconds of a build: they belong to its time
+    target = find_target(options["target"])
+    with StepBar(build_line) as progress:
+        why = why_portable(target, portable, capabilities)
+        if target.engines and why is not None:
+            click.echo(
+                f"the bundle will be portable: {why}. Finish it on its machine: visistage build "
+                "BUNDLE",
+                err=True,
+            )
+        from ..compile.build import make_bundle  # imports take seconds, which belong to the build
+        from ..compile.build_spec import with_kept
 
+        options["precision"] = with_kept(options["precision"], keep_float)
         bundle, compiled = make_bundle(**options, progress=progress), None
-        if compiling:
-            from ..compile.engines.engines import compile_engines
-
+        if target.engines and why is None:
             compiled = compile_engines(bundle, capabilities=capabilities, progress=progress)
         progress.close()
     _show_build(progress, bundle, compiled, as_json)
@@ -94,18 +101,20 @@ def build(bundle, capabilities, as_json) -> None:
     """
     from ..compile.engines.engines import compile_engines
     from ..graphs.bundle import Bundle
-    from .show.build_progress import BuildProgressBar
+    from .show.bar import StepBar, build_line
 
     opened = Bundle.open(bundle_at(bundle))
-    with BuildProgressBar() as progress:
+    with StepBar(build_line) as progress:
         engines = compile_engines(opened, capabilities=capabilities, progress=progress)
         progress.close()
     _show_build(progress, opened, engines, as_json)
 
 
 def _show_build(progress: Any, bundle: Any, engines: Any, as_json: bool) -> None:
-    """What a build ends with on stdout: its facts, or the bundle's folder for the next command."""
+    """Print a build's facts, or the bundle's folder for the next command."""
     if as_json:
-        show_json(progress.to_dict(bundle, engines))
+        from .show.bar import build_facts
+
+        show_json(build_facts(progress, bundle, engines))
     else:
         click.echo(bundle.path)

@@ -1,10 +1,10 @@
 """The group of all commands, and how they end.
 
-That is a clear message for what the user can mend, and a traceback for a bug:
+A clear message for what the user can fix, a traceback for a bug:
 
     0     done
     1     a bug
-    2     something the user can mend (``VisistageError``)
+    2     something the user can fix (``VisistageError``)
     130   Ctrl-C
 
 Wrong options are click's business, which exits with 2 by itself.
@@ -59,7 +59,7 @@ class Commands(click.Group):
 
 
 def _missing(error: ModuleNotFoundError) -> VisistageError:
-    """What to install; a module that no extra brings is a bug, and stays one."""
+    """Say what to install; a module that no extra brings is a bug, and stays one."""
     name = (error.name or "").partition(".")[0]
     if name not in COMPILE_MODULES:
         raise error

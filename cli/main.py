@@ -1,4 +1,4 @@
-"""The command line: its commands stand in ``commands``, what they show in ``console``."""
+"""The command line: the group of all commands."""
 
 from __future__ import annotations
 

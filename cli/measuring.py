@@ -58,7 +58,7 @@ def evaluate(bundle, data, samples, max_tokens, backend, as_json) -> None:
 @click.option(
     "--against",
     type=click.Path(path_type=Path),
-    help="Another bundle of the model, in turns; by default a dense one that lies beside BUNDLE.",
+    help="Another bundle of the model, in turns; by default a dense one beside BUNDLE.",
 )
 @click.option("--repetitions", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--warm-up", type=click.IntRange(0), default=3, show_default=True)
@@ -79,7 +79,7 @@ def evaluate(bundle, data, samples, max_tokens, backend, as_json) -> None:
 def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **options) -> None:
     """Measure where the time of an answer goes.
 
-    Every repetition asks about a picture that nobody has seen, then again about the same picture.
+    Every repetition asks about a new image, then again about the same image.
     Shown are medians and percentiles of every stage, memory, energy where power can be read, times
     of layers and operators, and how near each graph comes to what this machine can do, which is
     measured in the same run. The page has a timeline and the roofline. Nothing else should run

@@ -24,14 +24,14 @@ bundle_default = "Without BUNDLE: what VISISTAGE_BUNDLE names, or the only bundl
 
 
 def bundle_at(given: Path | None) -> Path:
-    """Folder of the bundle that a command is about."""
+    """Return the folder of the bundle that a command is about."""
     from ..runtime.oneshot import default_bundle
 
     return given or default_bundle()
 
 
 def session_of(bundle: Path | None, **options) -> Any:
-    """That bundle in the runtime."""
+    """Load that bundle."""
     from .. import runtime
 
     return runtime.load(bundle_at(bundle), **options)

@@ -44,7 +44,14 @@ def plan(
     visistage plan visipruner-paper --trigger 14 --kept 10.3 --exit 23
     visistage plan visipruner --yaml > mine.yaml
     """
-    from .show.plan_view import outcome_of, plan_cost_facts, preset_facts, preset_table
+    from .show.plan_view import (
+        outcome_of,
+        plan_cost_facts,
+        plan_json,
+        plan_table,
+        preset_facts,
+        preset_table,
+    )
 
     if plan is None:
         if as_json:
@@ -53,16 +60,17 @@ def plan(
             show(preset_table())
         return
     from ..compile.planfile import plan_to_yaml
-    from .show.plan_table import plan_json, plan_table
 
     staged, geometry = plan_cost_facts(plan, model, layers, visual_tokens)
-    options["outcome"] = outcome_of(staged, trigger, kept, exit_)
+    outcome = outcome_of(staged, trigger, kept, exit_)
     if as_yaml:
         click.echo(plan_to_yaml(staged), nl=False)
-    elif as_json:
-        show_json(plan_json(staged, geometry, **options))
+        return
+    facts = plan_json(staged, geometry, outcome=outcome, **options)
+    if as_json:
+        show_json(facts)
     else:
-        show(plan_table(staged, geometry, **options))
+        show(plan_table(facts, staged, outcome))
 
 
 @click.command()
@@ -105,14 +113,11 @@ def calibrate(
     visistage calibrate llava-7b --data photos/ --samples 64 --plan visipruner:t=14,keep=32
     """
     from ..calib.samples import calibration_samples
-    from .show.calibration_view import (
-        CalibrationProgressBar,
-        calibration_facts,
-        calibration_table,
-    )
+    from .show.bar import StepBar, calibration_line
+    from .show.calibration_view import calibration_facts, calibration_table
 
     chosen, files = calibration_samples(model, data, samples)
-    with CalibrationProgressBar() as progress:
+    with StepBar(calibration_line) as progress:
         from ..calib.calibrate import calibrate
         from ..calib.plan_search.goal import goal_or_plan
         from ..calib.plan_search.measure_plans import Origin

@@ -27,6 +27,7 @@ from ..graphs.plan.plan import StagePlan
 from ..graphs.precision import NO_FALLBACK, Fp32Fallback
 from ..graphs.quantization import (
     FLOAT,
+    QUANTISED,
     QuantConfig,
     Quantization,
     base_of,
@@ -247,3 +248,20 @@ def check_memory(target: Target, precision: str, nbytes: int) -> None:
             f"{memory / 2**30:.1f} GiB of memory, so target '{target.name}' cannot run them here. "
             f"Export FP16 graphs for a GPU instead (TARGET=cuda){smaller}, or take a smaller model"
         )
+
+
+def with_kept(precision: str | None, kept: Sequence[str]) -> str | None:
+    """Return a precision with the layers that ``--keep-float`` names added to it.
+
+    Raises:
+        TargetError: the precision quantises nothing.
+    """
+    if not kept:
+        return precision
+    if precision is None or not is_quantised(precision):
+        raise TargetError(
+            "--keep-float keeps layers of a quantised precision float, "
+            f"{precision or 'the default'} quantises none. Choose one of {', '.join(QUANTISED)}, "
+            "or leave it out"
+        )
+    return "+".join([precision, *(f"keep={layer}" for layer in kept)])

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def savings(manifest: Manifest, facts: PlanFacts) -> dict[str, Any] | None:
-    """Per cent that the plan saved on this prompt, against the dense model; None without pictures.
+    """Return the per cent that the plan saved against the dense model; None without images.
 
     ``visual_flops_percent`` and ``kv_bytes_percent`` are as the graphs run;
     ``visual_flops_percent_of_method`` is what it would be if masked attention were skipped, too.
@@ -45,7 +45,7 @@ def savings(manifest: Manifest, facts: PlanFacts) -> dict[str, Any] | None:
 
 
 def answer_facts(answer: Answer, manifest: Manifest) -> dict[str, Any]:
-    """The answer as JSON, with the model's name and the savings."""
+    """Return the answer as JSON, with the model's name and the savings."""
     facts = answer.plan
     return {
         **answer.to_dict(),
@@ -56,12 +56,12 @@ def answer_facts(answer: Answer, manifest: Manifest) -> dict[str, Any]:
 
 
 def printable(text: str) -> str:
-    """``text`` without control characters: a model's output must not steer the terminal."""
+    """Remove control characters: a model's output must not steer the terminal."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 def answer_table(answer: Answer, manifest: Manifest) -> RenderableType:
-    """Timings, one row each, and two sentences on the plan."""
+    """Tabulate the timings, and describe what the plan did."""
     timings, facts = answer.timings, answer.plan
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
@@ -85,7 +85,7 @@ def _plan_lines(answer: Answer, manifest: Manifest) -> list[str]:
     facts = answer.plan
     saved = savings(manifest, facts)
     if saved is None:
-        return [f"plan {facts.plan}: no picture, nothing to prune"]
+        return [f"plan {facts.plan}: no image, nothing to prune"]
     if manifest.plan.is_dense:
         return [f"plan {facts.plan}: all {facts.visual_tokens} visual tokens in every layer"]
     kept = f"{len(facts.kept)} kept, " if facts.kept is not None else ""
@@ -103,9 +103,9 @@ def _plan_lines(answer: Answer, manifest: Manifest) -> list[str]:
 
 
 def _what(name: str, manifest: Manifest, facts: PlanFacts) -> str:
-    """What a graph is, and how many visual rows a stage had."""
+    """Describe a graph, and the visual rows a stage had."""
     if name == "vision":
-        return "tower and projector"
+        return "vision encoder and projector"
     stages = {f"stage{index}": stage for index, stage in enumerate(manifest.plan.stages)}
     if name not in stages:
         return "selection" if name.startswith("select") else "probes" if name == PROBE else ""

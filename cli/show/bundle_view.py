@@ -16,7 +16,7 @@ from ...pages.units import show_bytes
 from .precision_view import quantisation_facts, quantisation_rows
 
 INSPECT_QUESTION_ROWS = 40
-"""Text rows of the prompt that cache sizes are stated for, besides the prefix and one picture."""
+"""Text rows of the prompt that cache sizes are stated for, besides the prefix and one image."""
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
 
 
 def bundle_table(bundle: Bundle) -> RenderableType:
-    """The same for people."""
+    """Tabulate the same facts."""
     facts = bundle_facts(bundle)
     head = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     head.add_column(style="dim")
@@ -94,7 +94,7 @@ def bundle_table(bundle: Bundle) -> RenderableType:
 
 
 def _always(bundle: Bundle) -> str:
-    """What an FP16 bundle computes in FP32 whatever the checkpoint."""
+    """Name what an FP16 bundle computes in FP32 whatever the checkpoint."""
     return "" if bundle.manifest.dtype == "float32" else ", ".join(ALWAYS)
 
 

@@ -1,4 +1,4 @@
-"""A calibration: its progress, and the table at its end."""
+"""The table at the end of a calibration."""
 
 from __future__ import annotations
 
@@ -9,32 +9,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ...graphs.progress import Progress, StepFact
 from ...graphs.quantization import is_quantised
-from ...pages.units import show_seconds
-from .bar import StepBar
 
 if TYPE_CHECKING:
     from ...compile.quantize.calibration_file import Calibration
 
 MOST_SHOWN = 5
-"""Unreadable pictures listed; calibration.json has all of them."""
-
-
-class CalibrationProgressBar(StepBar, Progress):
-    """A progress callback on stderr."""
-
-    def start(self, step: str, total: int | None = None) -> None:
-        """Show the step that runs now."""
-        self.show(step, total)
-
-    def done(self, fact: StepFact) -> None:
-        """Leave one line behind."""
-        self.leave(f"{fact.name:<40} {show_seconds(fact.seconds):>9}   {fact.outcome}")
+"""Unreadable images listed; calibration.json has all of them."""
 
 
 def calibration_facts(folder: Path, calibration: Calibration) -> dict[str, Any]:
-    """What ``--json`` prints; the ranges themselves are in the folder."""
+    """Return what ``--json`` prints; the ranges themselves are in the folder."""
     from ...calib.page.warnings import calibration_warnings
 
     return {
@@ -53,7 +38,7 @@ def calibration_facts(folder: Path, calibration: Calibration) -> dict[str, Any]:
 
 
 def next_command(folder: Path, calibration: Calibration) -> str:
-    """What to type to use it."""
+    """Return the command that uses it."""
     dummy = calibration.model.endswith("-dummy")
     model = calibration.model.removesuffix("-dummy")
     chosen = calibration.choice.get("precision", "fp32")
@@ -63,7 +48,7 @@ def next_command(folder: Path, calibration: Calibration) -> str:
 
 
 def calibration_table(folder: Path, calibration: Calibration) -> RenderableType:
-    """The plan with its reasons, what else was tried, doubts, and what to do next."""
+    """Show the plan with its rationale, other candidates, warnings, and the next command."""
     from ...calib.page.calibration_page import CALIBRATION_PAGE
     from ...calib.page.warnings import calibration_warnings
 
@@ -83,12 +68,12 @@ def calibration_table(folder: Path, calibration: Calibration) -> RenderableType:
     if suggested:
         parts.append(Text(f"per prompt instead: {suggested['plan']}, not measured"))
     if samples.unreadable:
-        parts.append(Text(f"{len(samples.unreadable)} pictures could not be read, count nowhere:"))
+        parts.append(Text(f"{len(samples.unreadable)} images could not be read, count nowhere:"))
         parts += [Text(f"  {name}: {why}") for name, why in samples.unreadable[:MOST_SHOWN]]
     found = calibration_warnings(calibration)
     if found:
         parts.append(Text("before you trust it:"))
-        parts += [Text(f"  - {one}") for one in found]
+        parts += [Text(f"  - {warning}") for warning in found]
     parts.append(Text(f"read first: {folder / CALIBRATION_PAGE}"))
     parts.append(Text(f"then: {next_command(folder, calibration)}"))
     return Group(*parts)

@@ -60,7 +60,7 @@ def doctor_facts() -> dict[str, Any]:
 
 
 def doctor_table() -> RenderableType:
-    """The same for people."""
+    """Tabulate the same facts."""
     facts = doctor_facts()
     head = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     head.add_column(style="dim")

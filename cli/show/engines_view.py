@@ -18,7 +18,7 @@ from ...pages.units import show_bytes, show_seconds
 
 
 def engine_facts(bundle: Bundle) -> dict[str, Any] | None:
-    """What ``visistage inspect`` shows of the engines, as JSON; None where there are none."""
+    """Return what ``visistage inspect`` shows of the engines, as JSON; None without engines."""
     engines = Engines.open(bundle)
     if engines is None:
         return None
@@ -26,35 +26,36 @@ def engine_facts(bundle: Bundle) -> dict[str, Any] | None:
         "backend": engines.backend,
         "version": engines.version,
         "gpus": engines.gpus(),
-        "capabilities": [list(one) for one in engines.capabilities],
+        "capabilities": [list(engine) for engine in engines.capabilities],
         "built_on": engines.built_on,
         "memory_bytes": _memory(bundle, engines),
         "engines": [
-            {**asdict(one), "cache_bytes": _cache_bytes(bundle, one)} for one in engines.engines
+            {**asdict(engine), "cache_bytes": _cache_bytes(bundle, engine)}
+            for engine in engines.engines
         ],
     }
 
 
 def engine_table(bundle: Bundle) -> RenderableType:
-    """The same for people; nothing where there are none."""
+    """Tabulate the same facts; nothing without engines."""
     engines = Engines.open(bundle)
     if engines is None:
         return Group()
     table = Table("engine", "size", "rows", "slots", "caches", "attention", "layers", "compiled in")
     for column in table.columns[1:5]:
         column.justify = "right"
-    for one in engines.engines:
-        peak = f", peak {show_bytes(one.peak_bytes)}" if one.peak_bytes else ""
-        cache = _cache_bytes(bundle, one)
+    for engine in engines.engines:
+        peak = f", peak {show_bytes(engine.peak_bytes)}" if engine.peak_bytes else ""
+        cache = _cache_bytes(bundle, engine)
         table.add_row(
-            one.name,
-            show_bytes(one.nbytes),
-            "\n".join(_rows(profile) for profile in one.profiles if "rows" in profile),
-            str(one.slots or ""),
-            f"{show_bytes(cache)}\n{_in_place(one)}" if cache else "",
-            _attention(one),
-            escape(", ".join(f"{count} {kind}" for kind, count in _most(one.precisions))),
-            f"{show_seconds(one.seconds)}{peak}",
+            engine.name,
+            show_bytes(engine.nbytes),
+            "\n".join(_rows(profile) for profile in engine.profiles if "rows" in profile),
+            str(engine.slots or ""),
+            f"{show_bytes(cache)}\n{_in_place(engine)}" if cache else "",
+            _attention(engine),
+            escape(", ".join(f"{count} {kind}" for kind, count in _most(engine.precisions))),
+            f"{show_seconds(engine.seconds)}{peak}",
         )
     needed = ", ".join(
         f"{show_bytes(nbytes)} for context {context}"
@@ -73,13 +74,13 @@ def _rows(profile: dict[str, list[list[int]]]) -> str:
     return f"{smallest[1]}-{largest[1]}"
 
 
-def _in_place(one: EngineFact) -> str:
-    return f"{one.caches_in_place} in place" if one.caches_in_place else "new rows handed back"
+def _in_place(engine: EngineFact) -> str:
+    return f"{engine.caches_in_place} in place" if engine.caches_in_place else "new rows returned"
 
 
-def _attention(one: EngineFact) -> str:
-    if one.fused_attention or one.decomposable_attention:
-        kinds = {"fused": one.fused_attention, "taken apart": one.decomposable_attention}
+def _attention(engine: EngineFact) -> str:
+    if engine.fused_attention or engine.decomposable_attention:
+        kinds = {"fused": engine.fused_attention, "decomposed": engine.decomposable_attention}
         return ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
     return "basic layers"
 
@@ -88,12 +89,12 @@ def _most(counts: dict[str, int], shown: int = 3) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda item: -item[1])[:shown]
 
 
-def _cache_bytes(bundle: Bundle, one: EngineFact) -> int:
+def _cache_bytes(bundle: Bundle, engine: EngineFact) -> int:
     """Bytes of the caches that an engine appends to; a selection only reads a stage's."""
-    if not one.graph.startswith("stage"):
+    if not engine.graph.startswith("stage"):
         return 0
-    spec: GraphSpec = bundle.manifest.graphs[one.graph].spec
-    sizes = {"B": 1, "S": one.slots}
+    spec: GraphSpec = bundle.manifest.graphs[engine.graph].spec
+    sizes = {"B": 1, "S": engine.slots}
     return sum(
         math.prod(sizes[d] if isinstance(d, str) else d for d in tensor.shape)
         * np.dtype(tensor.dtype).itemsize
@@ -106,9 +107,9 @@ def _memory(bundle: Bundle, engines: Engines) -> dict[int, int]:
     """Bytes that the engines for each context length need, caches included."""
     return {
         context: sum(
-            one.nbytes + _cache_bytes(bundle, one)
-            for one in engines.engines
-            if one.context in (None, context)
+            engine.nbytes + _cache_bytes(bundle, engine)
+            for engine in engines.engines
+            if engine.context in (None, context)
         )
         for context in bundle.manifest.contexts
     }

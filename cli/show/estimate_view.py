@@ -12,10 +12,10 @@ from rich.text import Text
 from ...pages.units import show_bytes
 
 PHASES = {
-    "tower_ms": "tower and projector",
+    "tower_ms": "vision encoder and projector",
     "prefill_ms": "decoder prefill",
-    "first_token_ms": "first token, new picture",
-    "second_question_ms": "first token, same picture",
+    "first_token_ms": "first token, new image",
+    "second_question_ms": "first token, same image",
     "per_token_ms": "each later token",
 }
 
@@ -24,7 +24,7 @@ LONG_MS = 10_000
 
 
 def estimate_table(facts: dict[str, Any]) -> RenderableType:
-    """Times, memory and grounds."""
+    """Tabulate times, memory and what they are based on."""
     head = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     head.add_column(style="dim")
     head.add_column()
@@ -32,7 +32,7 @@ def estimate_table(facts: dict[str, Any]) -> RenderableType:
     head.add_row("model", escape(f"{facts['model']}, plan {facts['plan']}, {facts['precision']}"))
     head.add_row(
         "prompt",
-        f"{prompt['rows']} rows: {prompt['prefix']} before the picture, {prompt['text']} of the "
+        f"{prompt['rows']} rows: {prompt['prefix']} before the image, {prompt['text']} of the "
         f"question, {prompt['tokens']} of the answer",
     )
     rate = f"{device['flops'] / 1e12:.3g} TFLOP/s" if device["flops"] else "computing unknown"
@@ -99,11 +99,11 @@ def estimate_basis(facts: dict[str, Any]) -> list[str]:
 
 
 def show_times(ends: list[float] | None, error: float | None) -> str:
-    """A range, or a figure with the error that such figures had."""
+    """Write a range, or a figure with the error that such figures had."""
     if ends is None:
         return "unknown"
     slow = max(ends) >= LONG_MS
-    low, high = (f"{_number(one / 1e3 if slow else one)}" for one in (min(ends), max(ends)))
+    low, high = (f"{_number(end / 1e3 if slow else end)}" for end in (min(ends), max(ends)))
     unit = "s" if slow else "ms"
     if len(ends) > 1:
         return f"{low} to {high} {unit}"
@@ -111,22 +111,22 @@ def show_times(ends: list[float] | None, error: float | None) -> str:
 
 
 def _per_second(ends: list[float]) -> str:
-    rates = sorted(1e3 / one for one in ends)
+    rates = sorted(1e3 / end for end in ends)
     return f"{rates[0]:.3g} to {rates[-1]:.3g}" if len(rates) > 1 else f"{rates[0]:.3g}"
 
 
 def _peers(facts: dict[str, Any]) -> list[RenderableType]:
-    """What others published for this device: other models, other precisions."""
+    """List what others published for this device: other models, other precisions."""
     if not facts["peers"]:
         return []
     table = Table("published by others", "model", "precision", "figure")
-    for one in facts["peers"]:
+    for figure in facts["peers"]:
         what = (
-            f"{one['ms']:.0f} ms for {one['tokens']} tokens of prefill"
-            if one["tokens"]
-            else f"{one['ms']:.1f} ms a token"
+            f"{figure['ms']:.0f} ms for {figure['tokens']} tokens of prefill"
+            if figure["tokens"]
+            else f"{figure['ms']:.1f} ms a token"
         )
-        table.add_row(one["stack"], one["model"], one["precision"], what)
+        table.add_row(figure["stack"], figure["model"], figure["precision"], what)
     return [table]
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ...calib.evaluate import EvaluationReport
 
 MOST_SHOWN = 5
-"""Wrong answers and unreadable pictures listed; ``--json`` has all of them."""
+"""Wrong answers and unreadable images listed; ``--json`` has all of them."""
 
 
 @contextmanager
@@ -48,6 +48,6 @@ def evaluation_table(report: EvaluationReport) -> RenderableType:
     if len(report.misses) > MOST_SHOWN:
         lines.append(f"... and {len(report.misses) - MOST_SHOWN} more wrong answers (--json)")
     if report.unreadable:
-        lines.append(f"{len(report.unreadable)} pictures could not be read and count nowhere:")
+        lines.append(f"{len(report.unreadable)} images could not be read and count nowhere:")
         lines += [f"  {name}: {why}" for name, why in report.unreadable[:MOST_SHOWN]]
     return Group(table, *(Text(line) for line in lines))

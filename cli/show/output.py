@@ -15,12 +15,12 @@ PIPE_WIDTH = 160
 
 
 def show_json(facts: Any) -> None:
-    """Facts as JSON on stdout."""
+    """Print facts as JSON on stdout."""
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
 
 
 def show(table: RenderableType, *, err: bool = False) -> None:
-    """A table on stdout, or on stderr."""
+    """Print a table on stdout, or on stderr."""
     from rich.console import Console
 
     console = Console(stderr=err, highlight=False)

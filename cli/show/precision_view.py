@@ -20,7 +20,7 @@ VALUE_BITS = {"w8a8": 8, "w8": 8, "w4": 4}
 
 
 def quantisation_facts(manifest: Manifest) -> dict[str, Any] | None:
-    """What ``visistage inspect`` shows of quantisation, as JSON; None where all is float.
+    """Return what ``visistage inspect`` shows of quantisation, as JSON; None where all is float.
 
     ``places``: number of linear layers by scheme, for vision, each stage and the head;
     ``weight_bytes``: of linear layers, scales included, by scheme; ``float``: names of those that
@@ -50,7 +50,7 @@ def quantisation_facts(manifest: Manifest) -> dict[str, Any] | None:
 
 
 def quantisation_rows(facts: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """The same for people: names and values of table rows."""
+    """Return the same as names and values of table rows."""
     if facts is None:
         return []
     where = "; ".join(

@@ -54,7 +54,7 @@ def profile_table(facts: dict[str, Any]) -> RenderableType:
 
 
 def command_lines(facts: dict[str, Any]) -> list[str]:
-    """The stock commands, each under what it measures."""
+    """Return the stock commands, each under what it measures."""
     if not facts["commands"]:
         return []
     lines = ["", f"the same with Polygraphy, in {facts['bundle']}:"]
@@ -64,7 +64,7 @@ def command_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def closing_lines(facts: dict[str, Any]) -> list[str]:
-    """What the numbers amount to, and what is missing with its reason."""
+    """Summarise the numbers, and name what is missing with its reason."""
     plan, top = facts["runs"]["plan"], facts["dominant"]
     lines = [
         f"most of the first token is {top['part']}: {_ms(top['ms'])}, {_percent(top['share'])}"

@@ -19,7 +19,7 @@ class ByteSize(click.ParamType):
     name = "size"
 
     def convert(self, value, param, ctx) -> int:
-        """Bytes of the text, or click's error for a wrong option."""
+        """Return the bytes, or click's error for a wrong option."""
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip(), re.ASCII)
@@ -35,7 +35,7 @@ class ShareParam(click.ParamType):
     name = "share"
 
     def convert(self, value, param, ctx) -> float:
-        """The share, 0 to 1, or click's error for a wrong option."""
+        """Return the share, 0 to 1, or click's error for a wrong option."""
         if isinstance(value, float):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", value.strip(), re.ASCII)

@@ -30,11 +30,11 @@ from ...graphs.engine_index import (
     EngineFact,
     Engines,
 )
-from ...graphs.errors import TargetError
+from ...graphs.errors import MissingDependencyError, TargetError
 from ...graphs.files import write_file
 from ...graphs.progress import Progress
 from ...graphs.targets import Capability, Target, find_target, show_capability
-from ...runtime.device.tensorrt import TensorRtVariant, find_trt_variant, load_trt_variant
+from ...runtime.device.tensorrt import INSTALL, TensorRtVariant, find_trt_variant, load_trt_variant
 from ...runtime.hardware import GpuInfo, find_gpu
 from ..disk import require_disk_space
 from ..steps import Steps
@@ -57,6 +57,37 @@ def can_compile(target: Target, device: GpuInfo | None) -> str | None:
         wanted = ", ".join(map(show_capability, target.capabilities))
         return f"this GPU is {show_capability(device.capability)}, the target's {wanted}"
     return None
+
+
+def why_portable(target: Target, portable: bool, capabilities: Sequence[Capability]) -> str | None:
+    """Return why a bundle for ``target`` stays portable, or None where engines are compiled here.
+
+    Asked before minutes are spent on a build.
+
+    Raises:
+        TargetError: an option that means nothing for the target.
+        MissingDependencyError: a compiler that needs no GPU is not installed.
+    """
+    for option, given in (("--portable", portable), ("--sm", bool(capabilities))):
+        if given and not target.engines:
+            raise TargetError(
+                f"target '{target.name}' compiles no engines, {option} means nothing there. "
+                "Leave it out"
+            )
+    if not target.engines:
+        return "it runs its graphs as they are"
+    why = "--portable was given" if portable else can_compile(target, find_gpu())
+    if why is None:
+        return None
+    trt_variant = find_trt_variant(target.backend)
+    if not portable and not target.capabilities and trt_variant is None:
+        raise MissingDependencyError(
+            f"target '{target.name}' is compiled by {target.backend}, which is not installed here. "
+            f"{INSTALL[target.backend]}. Or stop at a portable bundle: --portable"
+        )
+    if capabilities:
+        raise TargetError(f"--sm cannot be honoured: {why}")
+    return why
 
 
 def compile_engines(

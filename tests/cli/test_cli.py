@@ -13,7 +13,7 @@ from PIL import Image
 from visistage import runtime
 from visistage.cli.main import main
 from visistage.cli.show.answer_view import printable, savings
-from visistage.cli.show.build_progress import BuildProgressBar
+from visistage.cli.show.bar import StepBar, build_line
 from visistage.compile.build import make_bundle
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import BundleError, VisistageError
@@ -85,14 +85,14 @@ def test_a_second_build_finds_the_first(folder, built):
 
 
 def test_options_of_engines_are_the_arguments_of_build():
-    arguments = set(inspect.signature(make_bundle).parameters) - {"reporter"}
+    arguments = set(inspect.signature(make_bundle).parameters) - {"progress"}
     options = {option.name for option in main.commands["engines"].params} - {"as_json"}
     # Engines are not build's business, and kept layers go into the precision.
     assert options - {"capabilities", "keep_float", "portable"} == arguments
 
 
 def test_plain_progress_is_one_line_a_step(capsys):
-    with BuildProgressBar() as progress:
+    with StepBar(build_line) as progress:
         progress.start("weights", 10)
         progress.advance(4)
         progress.done(StepFact("weights", 61.2, nbytes=2048))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from visistage.cli.show.plan_table import plan_json, plan_label, plan_table
+from visistage.cli.show.plan_view import plan_json, plan_label, plan_table
 from visistage.compile.planfile import (
     MAX_FILE_BYTES,
     load_plan,
@@ -269,7 +269,8 @@ def test_runs_of_modes(modes):
 
 def rendered(plan, geometry=LLAVA_7B, width=120, **options):
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(plan_table(plan, geometry, **options))
+    facts = plan_json(plan, geometry, **options)
+    console.print(plan_table(facts, plan, options.get("outcome")))
     return console.export_text()
 
 
