@@ -58,8 +58,8 @@ def command_lines(facts: dict[str, Any]) -> list[str]:
     if not facts["commands"]:
         return []
     lines = ["", f"the same with Polygraphy, in {facts['bundle']}:"]
-    for one in facts["commands"]:
-        lines += [f"# {one['about']}", one["command"]]
+    for command in facts["commands"]:
+        lines += [f"# {command['about']}", command["command"]]
     return lines
 
 

@@ -38,7 +38,7 @@ def ok(*arguments, **options):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A toy checkpoint, a picture, and the output of the build in ``engines``."""
+    """A toy checkpoint, an image, and the output of the build in ``engines``."""
     folder = tmp_path_factory.mktemp("cli")
     toy.make_checkpoint(folder / "toy")
     noise = np.random.default_rng(0).integers(0, 256, (40, 52, 3), dtype=np.uint8)
@@ -128,7 +128,7 @@ def test_the_answer_as_json(at):
     assert 0 < facts["savings"]["visual_flops_percent"] < 100
 
 
-def test_several_pictures_none_and_stdin(at):
+def test_several_images_none_and_stdin(at):
     def tokens(*arguments, **options):
         done = ok("infer", *arguments, "--max-tokens", 4, "--json", **options)
         facts = json.loads(done.stdout)
@@ -161,7 +161,7 @@ def test_control_characters_do_not_reach_the_terminal():
     assert printable("a\x1b[2J\x07b\n\tc\u200d") == "a[2Jb\n\tc\u200d"
 
 
-def test_savings_count_all_pictures_before_the_selection(at):
+def test_savings_count_all_images_before_the_selection(at):
     manifest = Bundle.open("engines").manifest
     plan = manifest.plan
     first, middle = (stage.depth for stage in plan.stages[:2])
@@ -173,7 +173,7 @@ def test_savings_count_all_pictures_before_the_selection(at):
 
     assert savings(manifest, facts(0)) is None
     one, two = (savings(manifest, facts(n)) for n in (1, 2))
-    # The 4 that are kept are kept of all: with more pictures, less of the whole is left.
+    # The 4 that are kept are kept of all: with more images, less of the whole is left.
     assert one["visual_flops_percent"] < two["visual_flops_percent"]
 
 
@@ -237,7 +237,7 @@ def test_evaluate(at):
     assert facts["unreadable"][0]["sample"].endswith("data.jsonl:3")
     table = ok(*arguments).stdout
     assert "50.0 %" in table
-    assert "1 pictures could not be read" in table
+    assert "1 images could not be read" in table
     rejected = run("evaluate", "engines")
     assert rejected.exit_code == 2
     assert "--data" in rejected.stderr
@@ -353,7 +353,7 @@ def test_the_public_names():
 @pytest.fixture
 def no_sessions(monkeypatch):
     """No session left from another test, and none for the next."""
-    monkeypatch.setattr(shared, "_sessions", {})
+    monkeypatch.setattr(shared, "sessions", {})
     yield
     for _, session in shared.sessions.values():
         session.close()
@@ -365,7 +365,7 @@ def test_infer_finds_the_bundle_and_keeps_its_session(at, no_sessions, monkeypat
     (entry,) = shared.sessions.values()
     again = runtime.infer("photo.png", "What?", bundle="engines", max_tokens=4)
     assert again.tokens == first.tokens
-    assert [one[1] for one in shared.sessions.values()] == [entry[1]]
+    assert [session for _, session in shared.sessions.values()] == [entry[1]]
     monkeypatch.setenv(shared.BUNDLE_VARIABLE, str(at / "elsewhere"))
     with pytest.raises(BundleError, match="elsewhere"):
         runtime.infer("photo.png", "What?")
