@@ -70,12 +70,13 @@ def verify(bundle, model, calibration, data, samples, max_tokens, memory_limit, 
     from ..tools.verify.verify import verify
     from ..tools.verify.verify_prompts import checkpoint_at_hand, chosen
     from ..tools.verify.verify_report import PAGE_FILE
-    from .show.verify_view import VerifyProgressBar, require_passed, verify_table
+    from .show.bar import StepBar, verify_line
+    from .show.verify_view import require_passed, verify_table
 
     opened = Bundle.open(bundle_at(bundle))
     asked = chosen(opened.manifest.model, data, samples)
     model = model or checkpoint_at_hand(opened.manifest.model)
-    with VerifyProgressBar() as progress:
+    with StepBar(verify_line, measured=False) as progress:
         report = verify(
             opened,
             asked,

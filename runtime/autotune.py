@@ -80,7 +80,7 @@ class FusedPrefillNote:
 
     @property
     def fused(self) -> bool:
-        """Whether one call is the faster."""
+        """Return whether one call is the faster."""
         return self.merged_ms < FUSED_MARGIN * self.separate_ms
 
 

@@ -59,7 +59,7 @@ class DenseAnswer:
     """One dense answer.
 
     tokens: (T,) ids, the end included where the model ended it (``ended``).
-    ids: (T, R) int32, the likeliest tokens of each position, descending; log_probs: theirs, (T, R)
+    ids: (T, R) int32, the top tokens of each position, descending; log_probs: theirs, (T, R)
     float32.
     """
 
@@ -83,7 +83,7 @@ class DenseAnswer:
 def dense_answers(
     session: Session, samples: Iterable[Sample], max_tokens: int, advance: Advance = no_advance
 ) -> tuple[DenseAnswer, ...]:
-    """Answer every sample greedily and keep the likeliest tokens at each position.
+    """Answer every sample greedily and keep the top tokens at each position.
 
     The checkpoint's own sampling settings do not count: repetition penalties would make an answer
     that no teacher-forced prediction equals.
@@ -130,7 +130,7 @@ def agreement(
 def divergence(dense: DenseAnswer, log_probs: np.ndarray) -> np.ndarray:
     """Return KL (T,) in nats from a dense answer to another model's ``log_probs`` (T, V).
 
-    The tokens beyond the dense model's likeliest count as one.
+    The tokens beyond the dense model's top tokens count as one.
     """
     theirs = np.take_along_axis(log_probs, dense.ids, 1)
     mine = dense.log_probs.astype(np.float64)
@@ -149,7 +149,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _top_tokens(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the likeliest tokens of each position and their log-probabilities, descending."""
+    """Return the top tokens of each position and their log-probabilities, descending."""
     # Stable, so that of equal ones the lowest id comes first, as argmax has it.
     ids = np.argsort(-log_probs, axis=1, kind="stable")[:, :TOP_TOKENS]
     found = np.take_along_axis(log_probs, ids, 1)

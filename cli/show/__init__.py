@@ -1,1 +1,1 @@
-"""What commands print: tables, bars and lines."""
+"""Output of commands: tables, bars and lines."""

@@ -1,4 +1,4 @@
-"""What a bundle is: model, plan, graphs with their tensors, sizes, cache per row and per prompt."""
+"""The contents of a bundle: model, plan, graphs with their tensors, sizes, cache per row and per prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this machine can build and run, and what it would need for the rest."""
+"""The abilities of this machine: what it can build and run, and what it lacks for the rest."""
 
 from __future__ import annotations
 

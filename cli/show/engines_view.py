@@ -1,4 +1,4 @@
-"""What was compiled from a bundle: size, shapes, layers, attention and caches of each engine."""
+"""The engines of a bundle: size, shapes, layers, attention and caches of each."""
 
 from __future__ import annotations
 

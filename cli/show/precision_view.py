@@ -1,4 +1,4 @@
-"""Which layers of a bundle read integers, where they stand, and what their weights take."""
+"""Quantised layers of a bundle: which they are, and the bytes of their weights."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _place(group: Group, manifest: Manifest) -> str:
 
 
 def _bytes(scheme: Scheme, shape: tuple[int, ...], manifest: Manifest) -> int:
-    """Of a weight (N, K) in a scheme, and of its scales."""
+    """Count the bytes of a weight (N, K) in a scheme, and of its scales."""
     (outputs, inputs), element = shape, manifest.element_bytes
     if scheme == "float":
         return outputs * inputs * element

@@ -1,4 +1,4 @@
-"""Progress of a verification on stderr, and its table."""
+"""The table of a verification."""
 
 from __future__ import annotations
 
@@ -8,27 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ...graphs.errors import ParityError
-from ...graphs.progress import Progress, StepFact
-from ...pages.units import show_seconds
 from ...tools.verify.verify_report import FAILED, IMPOSSIBLE, NOTHING, PASSED, VerifyReport
-from .bar import StepBar
 
 STYLES = {PASSED: "green", FAILED: "bold red", IMPOSSIBLE: "yellow", NOTHING: "dim"}
-
-
-class VerifyProgressBar(StepBar, Progress):
-    """A bar for the check that runs now, and a line with the status of each."""
-
-    def __init__(self) -> None:
-        super().__init__(measured=False)
-
-    def start(self, step: str, total: int | None = None) -> None:
-        """Show the check that runs now."""
-        self.show(step, total)
-
-    def done(self, fact: StepFact) -> None:
-        """Print its status."""
-        self.leave(f"{fact.name:<22} {fact.outcome:<17}{show_seconds(fact.seconds):>9}")
 
 
 def verify_table(report: VerifyReport, where: str) -> RenderableType:

@@ -20,7 +20,7 @@ PREFILL_QUESTION_ROWS = 64
 
 Shape = tuple[int, ...]
 SymbolSizes = dict[str, tuple[int, int, int]]
-"""Smallest, likeliest and largest size of each symbol of the contract."""
+"""Smallest, usual and largest size of each symbol of the contract."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class EngineSpec:
         source: file in the bundle that the parser reads.
         spec: the graph's contract.
         slots: largest S; 0 where the graph has none.
-        profiles: for each, smallest, likeliest and largest shape of every input.
+        profiles: for each, smallest, usual and largest shape of every input.
     """
 
     name: str

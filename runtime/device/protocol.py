@@ -145,7 +145,7 @@ class ExecutionContext(Protocol):
 
     @property
     def capturable(self) -> bool:
-        """Whether its work may be captured, as far as it can tell."""
+        """Return whether its work may be captured, as far as it can tell."""
 
     def bind(self, name: str, shape: Shape, address: int) -> None:
         """Set the address of an input or an output.

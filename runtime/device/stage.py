@@ -88,7 +88,7 @@ class DeviceStage:
 
     @property
     def captures(self) -> bool:
-        """Whether its calls are replayed, as far as is known."""
+        """Return whether its calls are replayed, as far as is known."""
         return self.rejected is None
 
     def ensure_slots(self, slots: int) -> int:

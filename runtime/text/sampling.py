@@ -131,7 +131,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether no random number is drawn."""
+        """Return whether no random number is drawn."""
         return self.temperature == 0
 
     def rng(self) -> np.random.Generator:

@@ -1,4 +1,4 @@
-"""Verification: does a bundle compute what its checkpoint computes?
+"""Verification that a bundle computes what its checkpoint computes.
 
 Each check compares two neighbours on the bundle's own files (``checks.py`` lists them). Each is
 run, or the report says why this machine cannot; ``visistage verify`` writes it beside the files.

@@ -41,7 +41,7 @@ class Check:
 
     @property
     def of_graphs(self) -> bool:
-        """Whether there is one for every graph."""
+        """Return whether there is one for every graph."""
         return "{graph}" in self.name
 
 

@@ -203,7 +203,7 @@ def _round_again(
 
 
 def _same(found: Tensor, wanted: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit: a NaN equals itself."""
+    """Return whether two tensors are equal bit for bit: a NaN equals itself."""
     if found.dtype != wanted.dtype or found.shape != wanted.shape:
         return False
     return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (found, wanted)))

@@ -86,7 +86,7 @@ class QuantisedWeights:
         self.outputs: dict[str, Factors] = {}  # by module
 
     def touches(self, name: str) -> bool:
-        """Whether the tensor ``name`` is checked here rather than bit for bit."""
+        """Return whether the tensor ``name`` is checked here rather than bit for bit."""
         module, _, own = name.rpartition(".")
         return (
             (module in self.schemes and own != "bias")

@@ -92,12 +92,12 @@ class VerifyTarget:
 
     @property
     def kinds(self) -> set[str]:
-        """What the bundle's graphs compute and round in (``compare.BOUNDS``)."""
+        """The types that the bundle's graphs compute and round in (``compare.BOUNDS``)."""
         return bundle_kinds(self.bundle.manifest)
 
     @property
     def loose(self) -> bool:
-        """Whether ONNX Runtime rounds more than the graphs do."""
+        """Return whether ONNX Runtime rounds more than the graphs do."""
         return bool(self.kinds & set(LOOSE))
 
     @property
