@@ -1,4 +1,4 @@
-"""The contents of a bundle: model, plan, graphs with their tensors, sizes, cache per row and per prompt."""
+"""The contents of a bundle: model, plan, graphs with their tensors, sizes, and its caches."""
 
 from __future__ import annotations
 

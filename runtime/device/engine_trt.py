@@ -226,7 +226,7 @@ class TrtContext:
 
     @property
     def capturable(self) -> bool:
-        """Return whether its work may be captured; TensorRT proper does not say before it is tried."""
+        """Return whether its work may be captured, as far as TensorRT says before it is tried."""
         ask = getattr(self.context, "is_stream_capturable", None)
         return True if ask is None else bool(ask(self._engine.api.stream))
 
