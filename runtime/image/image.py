@@ -199,7 +199,7 @@ def _read_file(file: Any, name: str, max_pixels: int) -> Image.Image:
 
 
 def _declared_size(file: Any) -> tuple[int, int]:
-    """Width and height from the header alone, past Pillow's check of their product."""
+    """Return width and height from the header alone, past Pillow's check of their product."""
     file.seek(0)
     head = file.read(16)
     for name in _formats():
