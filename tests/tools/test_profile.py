@@ -184,16 +184,16 @@ def test_a_watched_executor_is_left_as_it_was(bundles):
 def test_operators_are_noted_by_layer_and_kind(bundles):
     times = operator_times(bundles["pruned"], tokens=4, threads=1)
     for phase, graphs in (
-        (times.prefill, {"vision", "stage0", "select0", "stage1", "stage2"}),
-        (times.decode, {"stage0", "stage1", "stage2"}),
+        ("prefill", {"vision", "stage0", "select0", "stage1", "stage2"}),
+        ("decode", {"stage0", "stage1", "stage2"}),
     ):
-        assert set(phase.kinds) == set(phase.layers) == graphs
+        assert set(times[phase]["kinds"]) == set(times[phase]["layers"]) == graphs
         for graph in graphs:
-            assert sum(phase.kinds[graph].values()) > 0
-    layers = [key for stage in range(3) for key in times.decode.layers[f"stage{stage}"]]
+            assert sum(times[phase]["kinds"][graph].values()) > 0
+    layers = [key for stage in range(3) for key in times["decode"]["layers"][f"stage{stage}"]]
     assert [key for key in layers if key != OTHER] == ["0", "1", "2", "3"]
-    assert "Attention" in times.prefill.kinds["stage1"]
-    assert list(times.decode.layers["stage2"])[-1] == OTHER
+    assert "Attention" in times["prefill"]["kinds"]["stage1"]
+    assert list(times["decode"]["layers"]["stage2"])[-1] == OTHER
 
 
 def test_nodes_are_named_after_the_layer_whose_weights_they_read():
@@ -257,10 +257,10 @@ def test_parts_sum_the_lower_bounds_of_their_calls(bundles):
     peaks = Peaks(1e9, 1e9, "fp32", 1, 1)
     calls = [GraphCall("stage0", 8, 128), GraphCall("stage0", 1, 128), GraphCall("stage1", 1, 128)]
     stage0, stage1 = parts_of(manifest, calls, {"stage0": 4.0, "stage1": 0.0}, peaks)
-    alone = [parts_of(manifest, [call], {}, peaks)[0].lower_bound_ms for call in calls]
-    assert stage0.lower_bound_ms == pytest.approx(alone[0] + alone[1])
-    assert stage0.share == pytest.approx(stage0.lower_bound_ms / 4.0)
-    assert (stage0.calls, stage1.calls, stage1.share) == (2, 1, 0.0)
+    alone = [parts_of(manifest, [call], {}, peaks)[0]["floor_ms"] for call in calls]
+    assert stage0["floor_ms"] == pytest.approx(alone[0] + alone[1])
+    assert stage0["share"] == pytest.approx(stage0["floor_ms"] / 4.0)
+    assert (stage0["calls"], stage1["calls"], stage1["share"]) == (2, 1, 0.0)
 
 
 # --- power and machine ----------------------------------------------------------------------------

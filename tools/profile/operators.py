@@ -14,7 +14,6 @@ import tempfile
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -37,27 +36,15 @@ NotedOperator = tuple[str, str, float]
 """(node name, kind, ms)."""
 
 Times = defaultdict[tuple[str, str, str], float]
-"""Milliseconds of one question by ("kind" or "layer", graph, name)."""
+"""Milliseconds of one question by ("kinds" or "layers", graph, name)."""
 
 
-@dataclass(frozen=True)
-class Operators:
-    """One phase: ``kinds`` by falling time, ``layers`` in their order, what is in none last."""
-
-    kinds: Table
-    layers: Table
-
-
-@dataclass(frozen=True)
-class OperatorTimes:
-    """Medians per cold question until its first token, and per later token."""
-
-    prefill: Operators
-    decode: Operators
-
-
-def operator_times(bundle: Bundle, *, tokens: int, **options) -> OperatorTimes:
+def operator_times(bundle: Bundle, *, tokens: int, **options) -> dict[str, dict[str, Table]]:
     """Ask ``bundle`` a few questions with ONNX Runtime's profiler; ``options`` as ``Session``'s.
+
+    Returns:
+        Medians per cold question until its first token (``prefill``) and per later token
+        (``decode``): ``kinds`` by falling time, ``layers`` in their order, what is in none last.
 
     Raises:
         BundleError: the profiler's files cannot be read, or do not fit the calls.
@@ -103,7 +90,7 @@ def _runs(file: Path) -> Iterator[list[NotedOperator]]:
 def _attributed(
     questions: Sequence[tuple[TimedAnswer, TimedAnswer]],
     runs: Mapping[str, Sequence[list[NotedOperator]]],
-) -> OperatorTimes:
+) -> dict[str, dict[str, Table]]:
     """Give every run of every graph to the call that it belongs to."""
     left = {graph: iter(own) for graph, own in runs.items()}
     prefill: list[Times] = [defaultdict(float) for _ in questions]
@@ -125,26 +112,25 @@ def _attributed(
                     for node, kind, ms in run if answer is cold else ():
                         layer = LAYER_NODE.search(node)
                         ms /= answer.later if later else 1
-                        times["kind", graph, kind] += ms
-                        times["layer", graph, layer[1] if layer else OTHER] += ms
-    return OperatorTimes(_medians(prefill[1:]), _medians(decode[1:]))
+                        times["kinds", graph, kind] += ms
+                        times["layers", graph, layer[1] if layer else OTHER] += ms
+    return {"prefill": _medians(prefill[1:]), "decode": _medians(decode[1:])}
 
 
-def _medians(questions: Sequence[Times]) -> Operators:
+def _medians(questions: Sequence[Times]) -> dict[str, Table]:
     """Return the medians over the questions of what each kind and each layer took."""
-    tables: dict[str, Table] = {"kind": {}, "layer": {}}
+    kinds: Table = {}
+    layers: Table = {}
+    tables = {"kinds": kinds, "layers": layers}
     for key in dict.fromkeys(key for times in questions for key in times):
         what, graph, name = key
         tables[what].setdefault(graph, {})[name] = median(
             times.get(key, 0.0) for times in questions
         )
-    return Operators(
-        {
-            g: dict(sorted(row.items(), key=lambda item: -item[1]))
-            for g, row in tables["kind"].items()
-        },
-        {g: dict(sorted(row.items(), key=_layer_order)) for g, row in tables["layer"].items()},
-    )
+    for graph in kinds:
+        kinds[graph] = dict(sorted(kinds[graph].items(), key=lambda item: -item[1]))
+        layers[graph] = dict(sorted(layers[graph].items(), key=_layer_order))
+    return tables
 
 
 def _layer_order(item: tuple[str, float]) -> float:

@@ -87,7 +87,7 @@ def profile(
     noted = {}
     if operators and timed.device is None:
         onnx = {n: b for n, b in bundles.items() if _backend_of(b, backend) == ONNXRUNTIME}
-        noted = _each(onnx, "operators", progress, lambda one: asdict(operator_times(one, **few)))
+        noted = _each(onnx, "operators", progress, lambda one: operator_times(one, **few))
     runs = {}
     for name, one in bundles.items():
         alike = one.manifest.precision == bundle.manifest.precision

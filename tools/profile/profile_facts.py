@@ -8,7 +8,7 @@ from typing import Any
 from ...graphs.bundle import Bundle
 from .peak_memory import Footprint
 from .power import Meter
-from .roofline import GraphRoofline, Peaks, parts_of, works_of
+from .roofline import Peaks, parts_of, works_of
 from .sweep import SweepPoint
 from .timing import FIRST_TOKEN, Spread, TimedAnswer, TimedSeries
 
@@ -51,23 +51,10 @@ def run_facts(
         ],
         "roofline": peaks
         and {
-            "prefill": [_part(p) for p in parts_of(manifest, cold, medians, peaks)],
-            "token": [_part(p) for p in parts_of(manifest, step, steps, peaks)],
+            "prefill": parts_of(manifest, cold, medians, peaks),
+            "token": parts_of(manifest, step, steps, peaks),
         },
         "energy": _energy(series.cold, meter),
-    }
-
-
-def _part(part: GraphRoofline) -> dict[str, Any]:
-    return {
-        "graph": part.graph,
-        "calls": part.calls,
-        "flops": part.work.flops,
-        "nbytes": part.work.nbytes,
-        "floor_ms": part.lower_bound_ms,
-        "measured_ms": part.measured_ms,
-        "share": part.share,
-        "bound": part.bound,
     }
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -131,33 +132,31 @@ def _best_seconds(run: Callable[[], None]) -> float:
     return min(repeated(partial(timed_ms, run), PEAK_REPEATS)) / 1e3
 
 
-@dataclass(frozen=True)
-class GraphRoofline:
-    """One graph in one phase: its work, the lower bound of its calls, and their time, in ms."""
-
-    graph: str
-    calls: int
-    work: Work
-    lower_bound_ms: float
-    measured_ms: float
-    bound: str
-
-    @property
-    def share(self) -> float:
-        """Lower bound over measured: 1 is the roofline."""
-        return self.lower_bound_ms / self.measured_ms if self.measured_ms else 0.0
-
-
 def parts_of(
     manifest: Manifest, calls: Sequence[GraphCall], measured_ms: Mapping[str, float], peaks: Peaks
-) -> list[GraphRoofline]:
-    """Return every graph among ``calls``, in the order of its first call."""
+) -> list[dict[str, Any]]:
+    """Return every graph among ``calls``, in the order of its first call, as plain data.
+
+    ``floor_ms`` is the lower bound of its calls, ``share`` that over what was measured: 1 is the
+    roofline.
+    """
     out = []
     for graph in dict.fromkeys(call.graph for call in calls):
         own = works_of(manifest, [call for call in calls if call.graph == graph])
         work, lower_bound = total_work(own), sum(map(peaks.lower_bound_ms, own))
         measured = measured_ms.get(graph, 0.0)
-        out.append(GraphRoofline(graph, len(own), work, lower_bound, measured, peaks.bound(work)))
+        out.append(
+            {
+                "graph": graph,
+                "calls": len(own),
+                "flops": work.flops,
+                "nbytes": work.nbytes,
+                "floor_ms": lower_bound,
+                "measured_ms": measured,
+                "share": lower_bound / measured if measured else 0.0,
+                "bound": peaks.bound(work),
+            }
+        )
     return out
 
 
