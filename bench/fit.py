@@ -23,11 +23,12 @@ from ..compile.checkpoint.dummy import make_dummy
 from ..compile.checkpoint.known_models import KNOWN_MODELS, KnownModel
 from ..graphs.plan.call_cost import GraphCall, Sizes, layers_of, total_work, work_of
 from ..runtime.session import Session
-from ..tools.estimate.fit_peaks import MEASURED_FILE, Observation, fit, validate
+from ..tools.estimate.devices import MEASURED_FILE
 from ..tools.profile.machine import cores
 from ..tools.profile.roofline import MOST_BYTES, Peaks, measure_peaks
 from ..tools.profile.sweep import sweep
 from ..tools.profile.timing import Settings, measure_bundles
+from .fit_peaks import Observation, fit, validate
 from .record import RESULTS, save
 
 PLANS = ("dense", "visipruner")

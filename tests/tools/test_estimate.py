@@ -8,34 +8,29 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from visistage.bench import fit as bench_fit
+from visistage.bench.fit_peaks import Observation, error_of, fit, leave_one_out, validate
 from visistage.cli.main import main
 from visistage.cli.show.estimate_view import show_times
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.contract import stage_slots
 from visistage.graphs.errors import CapacityError, TargetError
 from visistage.graphs.plan.call_cost import GraphCall, Sizes, question_calls, work_of
-from visistage.tools.estimate import fit_peaks
+from visistage.tools.estimate import devices
 from visistage.tools.estimate.devices import (
     CPU_DEVICE,
     DEVICES,
     FIGURES,
+    MEASURED_FILE,
     NAMES,
+    Efficiency,
+    Measured,
     compute_type,
     efficiency_range,
     figures_of,
     find_device_spec,
+    measured,
 )
 from visistage.tools.estimate.estimate_target import EstimateTarget, estimate_target
-from visistage.tools.estimate.fit_peaks import (
-    MEASURED_FILE,
-    Efficiency,
-    Measured,
-    Observation,
-    fit,
-    leave_one_out,
-    measured,
-    validate,
-)
 from visistage.tools.estimate.predict import PromptLengths, estimate
 
 TRUE = Efficiency(compute=0.6, bandwidth=0.75, layer_ms=0.05)
@@ -66,7 +61,7 @@ def test_a_fit_finds_the_efficiencies_that_made_the_times():
     found = fit(observations())
     for name in ("compute", "bandwidth", "layer_ms"):
         assert getattr(found, name) == pytest.approx(getattr(TRUE, name), rel=1e-6)
-    assert all(abs(found.error(one)) < 1e-9 for one in observations())
+    assert all(abs(error_of(found, one)) < 1e-9 for one in observations())
 
 
 def test_a_noisy_fit_comes_near_and_its_error_is_that_of_the_noise():
@@ -223,7 +218,7 @@ def test_a_measured_device_gets_one_figure_and_its_error(tmp_path, monkeypatch):
     }
     file = tmp_path / "measured.json"
     file.write_text(json.dumps({"h100": {"fp16": facts}}))
-    monkeypatch.setattr(fit_peaks.measured, "__defaults__", (file,))
+    monkeypatch.setattr(devices.measured, "__defaults__", (file,))
     found = estimate(target(), "h100", PromptLengths())
     assert found["efficiency"]["fitted"]
     assert len(found["estimates"]["plan"]["per_token_ms"]) == 1

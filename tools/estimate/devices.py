@@ -1,4 +1,4 @@
-"""Machines, what their makers say they can do, and what others measured on them: data and sources.
+"""Machines: what their makers say they can do, what was measured on them here and by others.
 
 Rates are of dense products: data sheets that state sparse ones are halved. What a source leaves
 out is None, never guessed; where a figure follows from another one, ``derived`` says how. On Orin's
@@ -9,11 +9,16 @@ are known, it is computed what they reached of the device's peaks: the range of 
 estimate for a device that was not measured takes. Sources: TinyChat,
 github.com/mit-han-lab/llm-awq, tinychat/README.md; TensorRT-Edge-LLM 0.10.0, performance benchmarks
 (batch 1, JetPack 7.2, TensorRT 10.16), nvidia.github.io/TensorRT-Edge-LLM.
+
+What a device reaches of its peaks is fitted by ``bench/fit.py``, which writes ``measured.json``.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from ...graphs.errors import TargetError, nearest
 from ...graphs.plan.call_cost import GraphCall, Sizes, stage_work
@@ -23,6 +28,7 @@ from ...graphs.quantization import base_of
 GB = 10**9
 TERA = 10**12
 CPU_DEVICE = "cpu"
+MEASURED_FILE = Path(__file__).with_name("measured.json")
 
 
 @dataclass(frozen=True)
@@ -233,3 +239,43 @@ def efficiency_range(prefill: bool) -> tuple[float, float]:
 def figures_of(device: str) -> list[Figure]:
     """Return those of one device."""
     return [figure for figure in FIGURES if figure.device == device]
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of the peaks that a device reaches, and milliseconds of calling one layer."""
+
+    compute: float
+    bandwidth: float
+    layer_ms: float
+
+    def predict_ms(
+        self, flops: float, nbytes: float, layers: int, peak_flops: float, peak_bandwidth: float
+    ) -> float:
+        """Return how long a phase takes on a device with these peaks."""
+        operations = flops / (self.compute * peak_flops)
+        reading = nbytes / (self.bandwidth * peak_bandwidth)
+        return 1e3 * (operations + reading) + layers * self.layer_ms
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Efficiencies of one device in one precision, how wrong they are, and where they are from."""
+
+    efficiency: Efficiency
+    validations: list[dict[str, Any]]
+    origin: dict[str, Any]
+
+    @property
+    def error(self) -> float:
+        """The median error of models that the fit had not seen."""
+        return next(v["median_error"] for v in self.validations if v["by"] == "model")
+
+
+def measured(device: str, precision: str, file: Path = MEASURED_FILE) -> Measured | None:
+    """Return what was measured of ``device``, if anything."""
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    facts = known.get(device, {}).get(precision)
+    if facts is None:
+        return None
+    return Measured(Efficiency(**facts["efficiency"]), facts["validations"], facts["origin"])

@@ -32,13 +32,15 @@ from ..profile.roofline import measure_peaks
 from .devices import (
     CPU_DEVICE,
     DeviceSpec,
+    Efficiency,
+    Measured,
     compute_type,
     efficiency_range,
     figures_of,
     find_device_spec,
+    measured,
 )
 from .estimate_target import EstimateTarget
-from .fit_peaks import Efficiency, Measured, measured
 
 CONTEXT = 1024
 BUCKET = 128

@@ -7,22 +7,19 @@ the efficiencies; h is what calling a layer costs whatever it computes, without 
 would be fitted as inefficient. Least squares of relative errors; nothing may be negative.
 
 An estimate is worth what it says of things it has not seen: each model, and each length, is left
-out once, fitted without, and predicted. ``measured.json`` holds what ``bench/fit.py`` found so.
+out once, fitted without, and predicted.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 
-MEASURED_FILE = Path(__file__).with_name("measured.json")
+from ..tools.estimate.devices import Efficiency
 
 
 @dataclass(frozen=True)
@@ -42,30 +39,6 @@ class Observation:
     ms: float
     peak_flops: float
     peak_bandwidth: float
-
-
-@dataclass(frozen=True)
-class Efficiency:
-    """Shares of the peaks, and milliseconds of calling one layer."""
-
-    compute: float
-    bandwidth: float
-    layer_ms: float
-
-    def predict_ms(
-        self, flops: float, nbytes: float, layers: int, peak_flops: float, peak_bandwidth: float
-    ) -> float:
-        """Return how long a phase takes on a device with these peaks."""
-        operations = flops / (self.compute * peak_flops)
-        reading = nbytes / (self.bandwidth * peak_bandwidth)
-        return 1e3 * (operations + reading) + layers * self.layer_ms
-
-    def error(self, seen: Observation) -> float:
-        """Return the relative error of the prediction: 0.1 is 10 % too slow."""
-        predicted = self.predict_ms(
-            seen.flops, seen.nbytes, seen.layers, seen.peak_flops, seen.peak_bandwidth
-        )
-        return predicted / seen.ms - 1
 
 
 def fit(observations: Sequence[Observation]) -> Efficiency:
@@ -88,6 +61,14 @@ def fit(observations: Sequence[Observation]) -> Efficiency:
     if not slow_compute or not slow_memory:
         raise ValueError("the observations do not tell operations from bytes")
     return Efficiency(1 / slow_compute, 1 / slow_memory, layer_ms)
+
+
+def error_of(efficiency: Efficiency, seen: Observation) -> float:
+    """Return the relative error of a prediction: 0.1 is 10 % too slow."""
+    predicted = efficiency.predict_ms(
+        seen.flops, seen.nbytes, seen.layers, seen.peak_flops, seen.peak_bandwidth
+    )
+    return predicted / seen.ms - 1
 
 
 def _not_negative(matrix: np.ndarray, wanted: np.ndarray) -> list[float]:
@@ -127,7 +108,7 @@ def leave_one_out(
     errors: dict[str, list[float]] = {}
     for name in names:
         known = fit([o for o in observations if group(o) != name])
-        errors[name] = [abs(known.error(o)) for o in observations if group(o) == name]
+        errors[name] = [abs(error_of(known, o)) for o in observations if group(o) == name]
     every = [error for own in errors.values() for error in own]
     groups = {name: median(own) for name, own in errors.items()}
     return Validation(by, median(every), max(every), groups)
@@ -139,26 +120,3 @@ def validate(observations: Sequence[Observation]) -> list[Validation]:
         leave_one_out(observations, "model", lambda o: o.model),
         leave_one_out(observations, "length", lambda o: str(o.length) if o.length else None),
     ]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Efficiencies of one device in one precision, how wrong they are, and where they are from."""
-
-    efficiency: Efficiency
-    validations: list[dict[str, Any]]
-    origin: dict[str, Any]
-
-    @property
-    def error(self) -> float:
-        """The median error of models that the fit had not seen."""
-        return next(v["median_error"] for v in self.validations if v["by"] == "model")
-
-
-def measured(device: str, precision: str, file: Path = MEASURED_FILE) -> Measured | None:
-    """Return what was measured of ``device``, if anything."""
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    facts = known.get(device, {}).get(precision)
-    if facts is None:
-        return None
-    return Measured(Efficiency(**facts["efficiency"]), facts["validations"], facts["origin"])
