@@ -10,18 +10,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ...graphs.config import DEFAULT_ENCODER, ModelConfig
 from ...graphs.errors import ModelError
 
-ALIASES: Mapping[str, str] = MappingProxyType(
-    {
-        "llava-7b": "llava-hf/llava-1.5-7b-hf",
-        "llava-13b": "llava-hf/llava-1.5-13b-hf",
-    }
-)
+ALIASES: Mapping[str, str] = {
+    "llava-7b": "llava-hf/llava-1.5-7b-hf",
+    "llava-13b": "llava-hf/llava-1.5-13b-hf",
+}
 """Short names of checkpoints on the hub."""
 
 DEMO = "demo"
@@ -69,48 +66,46 @@ _LLAVA: dict[str, Any] = {
 _LLAVA_SPECIALS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001}
 _SMALL_SPECIALS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 3, "<pad>": 4}
 
-KNOWN_MODELS: Mapping[str, KnownModel] = MappingProxyType(
-    {
-        "llava-7b": KnownModel(
-            {**_LLAVA, "text_config": _VICUNA_7B},
-            _LLAVA_SPECIALS,
-            "llava-hf/llava-1.5-7b-hf: 7.06 billion parameters",
-        ),
-        "llava-13b": KnownModel(
-            {**_LLAVA, "text_config": _VICUNA_13B},
-            _LLAVA_SPECIALS,
-            "llava-hf/llava-1.5-13b-hf: 13.35 billion parameters",
-        ),
-        "llava-45m": KnownModel(
-            {
-                **_LLAVA,
-                "image_token_index": 3,
-                "pad_token_id": 4,
-                "text_config": {
-                    "model_type": "llama",
-                    "architectures": ["LlamaForCausalLM"],
-                    "hidden_size": 512,
-                    "intermediate_size": 1376,
-                    "num_hidden_layers": 12,
-                    "num_attention_heads": 8,
-                    "max_position_embeddings": 4096,
-                    "rms_norm_eps": 1e-05,
-                    "vocab_size": 416,
-                },
-                "vision_config": {
-                    **_CLIP_L_336,
-                    "hidden_size": 256,
-                    "intermediate_size": 1024,
-                    "num_hidden_layers": 7,
-                    "num_attention_heads": 4,
-                    "projection_dim": 256,
-                },
+KNOWN_MODELS: Mapping[str, KnownModel] = {
+    "llava-7b": KnownModel(
+        {**_LLAVA, "text_config": _VICUNA_7B},
+        _LLAVA_SPECIALS,
+        "llava-hf/llava-1.5-7b-hf: 7.06 billion parameters",
+    ),
+    "llava-13b": KnownModel(
+        {**_LLAVA, "text_config": _VICUNA_13B},
+        _LLAVA_SPECIALS,
+        "llava-hf/llava-1.5-13b-hf: 13.35 billion parameters",
+    ),
+    "llava-45m": KnownModel(
+        {
+            **_LLAVA,
+            "image_token_index": 3,
+            "pad_token_id": 4,
+            "text_config": {
+                "model_type": "llama",
+                "architectures": ["LlamaForCausalLM"],
+                "hidden_size": 512,
+                "intermediate_size": 1376,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 8,
+                "max_position_embeddings": 4096,
+                "rms_norm_eps": 1e-05,
+                "vocab_size": 416,
             },
-            _SMALL_SPECIALS,
-            "no published model: 44.6 million parameters, the tokens and stages of LLaVA-1.5",
-        ),
-    }
-)
+            "vision_config": {
+                **_CLIP_L_336,
+                "hidden_size": 256,
+                "intermediate_size": 1024,
+                "num_hidden_layers": 7,
+                "num_attention_heads": 4,
+                "projection_dim": 256,
+            },
+        },
+        _SMALL_SPECIALS,
+        "no published model: 44.6 million parameters, the tokens and stages of LLaVA-1.5",
+    ),
+}
 """Models that ``--dummy-weights`` can make."""
 
 
