@@ -33,7 +33,7 @@ from ..graphs.errors import MissingDependencyError, PlanError
 from ..graphs.fields import parse_json, read_bytes
 from ..graphs.files import write_file
 from ..graphs.plan.plan import StagePlan
-from ..graphs.presets.presets import PRESETS, options_from_strings, preset
+from ..graphs.presets.presets import PRESETS, parse_request, preset
 
 MAX_FILE_BYTES = 64 * 1024
 """A plan of a hundred layers takes 2 KiB."""
@@ -58,13 +58,11 @@ def resolve_plan(text: str, layers: int, visual_tokens: int) -> StagePlan:
         plan = load_plan(text)
         check_fit(plan, layers, visual_tokens, str(text))
         return plan
-    name, _, tail = text.partition(":")
-    name = name.strip()
+    name, options = parse_request(text)
     if name not in PRESETS and os.path.isfile(text):
         raise PlanError(
             f"plan: found the file {text!r}, expected a name in {', '.join(SUFFIXES)}. Rename it."
         )
-    options = options_from_strings(name, tail.split(",")) if tail.strip() else {}
     return preset(name, layers, visual_tokens, **options)
 
 

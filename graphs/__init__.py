@@ -1,1 +1,1 @@
-"""What the network is: plans, configs, contracts (pure) and the torch modules of each stage."""
+"""The network: plans, configs, contracts (pure) and the torch modules of each stage."""

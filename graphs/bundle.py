@@ -134,12 +134,12 @@ class Manifest:
         return int(DTYPES[self.cache_dtype].nbytes)
 
     def parts_of(self, stage: int) -> list[str]:
-        """Names of the graphs that make a stage, in the order of their layers."""
+        """Return the names of the graphs that make a stage, in the order of their layers."""
         name = f"stage{stage}"
         return [graph for graph in self.graphs if graph.split(".")[0] == name]
 
     def to_json(self) -> str:
-        """The manifest's text; equal manifests give equal bytes."""
+        """Return the manifest's text; equal manifests give equal bytes."""
         data = {"format": MANIFEST_FORMAT, **to_json(self)}
         data["files"] = dict(sorted(data["files"].items()))
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
@@ -174,7 +174,7 @@ class Bundle:
         return cls(folder, Manifest.read(folder / MANIFEST))
 
     def file(self, name: str) -> Path:
-        """Path of one file of the bundle; names that leave the folder are refused."""
+        """Return the path of one file of the bundle; names that leave the folder are refused."""
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or "\\" in name or not name:
             raise BundleError(f"{self.path / MANIFEST} names a file outside the bundle: {name!r}")
@@ -192,7 +192,7 @@ class Bundle:
         check_files(self._files(), self.path / STAMP, rehash=rehash, fix=_AGAIN)
 
     def changed(self) -> list[Path]:
-        """Its files that are missing or not what was built."""
+        """Return its files that are missing or not what was built."""
         return changed_files(self._files(), self.path / STAMP)
 
     def _files(self) -> dict[Path, FileFact]:
@@ -218,7 +218,7 @@ def check_files(
 def changed_files(
     files: Mapping[Path, FileFact], stamp_file: Path, *, rehash: bool = False
 ) -> list[Path]:
-    """Those of ``files`` that are missing or changed; ``stamp_file`` remembers what was hashed."""
+    """Return the ``files`` that are missing or changed; ``stamp_file`` notes what was hashed."""
     known = {} if rehash else _read_stamps(stamp_file)
     stamps, changed = {}, []
     for file, fact in files.items():
@@ -241,7 +241,7 @@ def changed_files(
 
 
 def find_bundle(path: Path) -> Path:
-    """The one bundle at or below ``path``.
+    """Return the one bundle at or below ``path``.
 
     Raises:
         BundleError: when there is none, or more than one.
@@ -264,7 +264,7 @@ def find_bundle(path: Path) -> Path:
 
 
 def sha256(file: Path) -> str:
-    """Hash of a file's bytes, read in blocks."""
+    """Return the hash of a file's bytes, read in blocks."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):

@@ -1,9 +1,9 @@
-"""What a checkpoint's ``config.json`` says, as frozen data. Standard library only.
+"""The contents of a checkpoint's ``config.json``, as frozen data. Standard library only.
 
     ModelConfig   image token, feature layers, projector
     ├── TextConfig    the decoder: Llama's shape, whatever its name (llama, mistral, qwen2)
     │   └── Rope
-    └── VisionConfig  the tower: CLIP or SigLIP
+    └── VisionConfig  the vision encoder: CLIP or SigLIP
 
 ``from_hf`` reads Hugging Face configs leniently: published files omit what equals the class default
 of transformers (LLaVA-1.5's decoder is little more than "llama"), so those defaults are written
@@ -35,7 +35,7 @@ from .fields import from_json, show, to_json
 ARCHITECTURE = "LlavaForConditionalGeneration"
 ENCODERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "silu")
-"""Of towers and projectors; decoders have SiLU."""
+"""Activations of vision encoders and projectors; decoders have SiLU."""
 
 MAX_LAYERS = 1024
 _REBUILD = "The file is damaged or from another visistage: build the bundle again."
@@ -69,7 +69,7 @@ _ROPES = {  # rope_type: the numbers it cannot do without
 }
 _LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
 SUPPORTED = (
-    f"{ARCHITECTURE} with a decoder of type {', '.join(_FAMILIES)} and a CLIP or SigLIP tower"
+    f"{ARCHITECTURE} with a decoder of type {', '.join(_FAMILIES)} and a CLIP or SigLIP encoder"
 )
 
 
@@ -125,12 +125,12 @@ class Rope:
         return cls(kind, number("rope_theta", 10000.0 if theta is None else theta), tuple(pairs))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form, parameters as an object."""
+        """Return the plain JSON form, parameters as an object."""
         return {**to_json(self), "parameters": dict(self.parameters)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Rope:
-        """Strict inverse of ``to_dict``. Raises ModelError."""
+        """Read what ``to_dict`` returns. Raises ModelError."""
         given = dict(data)
         if isinstance(given.get("parameters"), Mapping):
             given["parameters"] = sorted(given["parameters"].items())
@@ -224,7 +224,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP or SigLIP tower; sizes of pictures and patches are sides in pixels."""
+    """A CLIP or SigLIP vision encoder; sizes of images and patches are sides in pixels."""
 
     kind: Literal["clip", "siglip"]
     layers: int
@@ -257,7 +257,7 @@ class VisionConfig:
 
     @property
     def patches(self) -> int:
-        """Patches of one picture; what does not fill a patch at the border is cut (384 / 14)."""
+        """Patches of one image; what does not fill a patch at the border is cut (384 / 14)."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -270,13 +270,13 @@ class VisionConfig:
         """Read a ``clip_vision_model`` or ``siglip_vision_model`` config.
 
         Raises:
-            ModelError: another tower, or a malformed value; names the field.
+            ModelError: another encoder, or a malformed value; names the field.
         """
         given = {k: v for k, v in mapping("vision_config", data).items() if v is not None}
         family = given.get("model_type", "clip_vision_model")
         if not isinstance(family, str) or family not in ENCODERS:
             raise ModelError(
-                f"vision_config.model_type is {show(family)}: this tower is not supported, "
+                f"vision_config.model_type is {show(family)}: this encoder is not supported, "
                 f"only "
                 f"{' and '.join(ENCODERS)} are. Use a LLaVA checkpoint with one of those."
             )
@@ -299,12 +299,12 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A LLaVA model: tower, projector, decoder and where the pictures go."""
+    """A LLaVA model: vision encoder, projector, decoder and the place of images."""
 
     text: TextConfig
     vision: VisionConfig
     image_token_id: int
-    feature_layers: tuple[int, ...] = (-2,)  # hidden states of the tower; 0 is its embedding
+    feature_layers: tuple[int, ...] = (-2,)  # hidden states of the encoder; 0 is its embedding
     select: Literal["default", "full"] = "default"  # default: without each state's first row
     projector_activation: str = "gelu"
     projector_bias: bool = True
@@ -325,10 +325,20 @@ class ModelConfig:
             )
 
     @property
-    def visual_tokens(self) -> int:
-        """N of one image. ``default`` drops the first row of *any* tower, as transformers does.
+    def feature_states(self) -> tuple[int, ...]:
+        """Hidden states of the vision encoder that are read, counted from 0, its embedding."""
+        return tuple(index % (self.vision.layers + 1) for index in self.feature_layers)
 
-        In CLIP that row is the class token; in SigLIP it is the picture's first patch.
+    @property
+    def encoder_depth(self) -> int:
+        """Layers of the vision encoder that run, up to the deepest state that is read."""
+        return max(self.feature_states)
+
+    @property
+    def visual_tokens(self) -> int:
+        """N of one image. ``default`` drops the first row of *any* encoder, as transformers does.
+
+        In CLIP that row is the class token; in SigLIP it is the image's first patch.
         """
         return self.vision.tokens - (self.select == "default")
 
@@ -356,7 +366,7 @@ class ModelConfig:
             projector_bias=given.get("multimodal_projector_bias", True),
         )
         stated = given.get("image_seq_length", _DEFAULT_SEQUENCE)
-        # The class default stands in many files that nobody meant to say 576 with, and transformers
+        # The class default is in many files whose model has another count, and transformers
         # reads the field nowhere; any other number was written on purpose.
         if stated not in (_DEFAULT_SEQUENCE, config.visual_tokens):
             reject_value(
@@ -368,12 +378,12 @@ class ModelConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form; ``from_dict`` gives the same config back."""
+        """Return the plain JSON form, which ``from_dict`` reads."""
         return to_json(self)
 
     @classmethod
     def from_dict(cls, data: Any) -> ModelConfig:
-        """Strict inverse of ``to_dict``.
+        """Read what ``to_dict`` returns, strictly.
 
         Raises:
             ModelError: an unknown or missing key, or a value the constructor refuses.
@@ -415,7 +425,7 @@ def _reject_architecture(data: Mapping[str, Any]) -> None:
 
 
 def _reject_windows(family: str, data: Mapping[str, Any]) -> None:
-    """A window hides old rows from new ones; the chain has no such mask."""
+    """Refuse windows: they hide old rows from new ones, and the chain has no such mask."""
     default = 4096 if family == "mistral" else None
     window = data.get("sliding_window", default)
     if family == "qwen2" and not data.get("use_sliding_window"):

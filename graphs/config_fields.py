@@ -13,25 +13,25 @@ from .errors import ModelError
 from .fields import show
 
 MAX_COUNT = 1 << 24
-"""No size of a decoder or a tower comes near it; larger ones are damage, not models."""
+"""No size of a decoder or an encoder comes near it; larger ones are damage, not models."""
 
 
 def reject_value(field: str, found: Any, expected: str) -> NoReturn:
-    """Raise: this field cannot be used."""
+    """Raise the ``ModelError`` of a field that cannot be used."""
     raise ModelError(
         f"{field} is {show(found)}, expected {expected}. Correct the checkpoint's config.json."
     )
 
 
 def count(field: str, value: Any, most: int = MAX_COUNT, least: int = 1) -> int:
-    """An integer within bounds."""
+    """Return ``value``, an integer within bounds."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         reject_value(field, value, f"an integer from {least} to {most}")
     return value
 
 
 def number(field: str, value: Any) -> float:
-    """A positive finite number."""
+    """Return ``value``, a positive finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         reject_value(field, value, "a positive number")
     if not 0 < value <= 1e18 or not math.isfinite(value):
@@ -40,26 +40,26 @@ def number(field: str, value: Any) -> float:
 
 
 def flag(field: str, value: Any) -> bool:
-    """True or false."""
+    """Return ``value``, true or false."""
     if not isinstance(value, bool):
         reject_value(field, value, "true or false")
     return value
 
 
 def word(field: str, value: Any, known: tuple[str, ...]) -> None:
-    """One of the known words."""
+    """Check that ``value`` is one of the known words."""
     if not isinstance(value, str) or value not in known:
         reject_value(field, value, known[0] if len(known) == 1 else f"one of {', '.join(known)}")
 
 
 def divides(field: str, value: int, other: str, total: int) -> None:
-    """Whether ``value`` divides ``total``, the field ``other``."""
+    """Check that ``value`` divides ``total``, the field ``other``."""
     if total % value:
         reject_value(field, value, f"a divisor of {other}={total}")
 
 
 def side(field: str, value: Any) -> Any:
-    """One side of a square that may be given as two."""
+    """Return one side of a square that may be given as two."""
     if isinstance(value, list | tuple) and len(value) == 2:
         if value[0] != value[1]:
             reject_value(f"vision_config.{field}", value, "a square: one number")
@@ -68,12 +68,12 @@ def side(field: str, value: Any) -> Any:
 
 
 def get(given: Mapping[str, Any], defaults: Mapping[str, int], key: str) -> Any:
-    """A field, or its default."""
+    """Return a field, or its default."""
     return given.get(key, defaults[key])
 
 
 def mapping(field: str, value: Any) -> Mapping[str, Any]:
-    """An object with string keys."""
+    """Return ``value``, an object with string keys."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         reject_value(field, value, "an object")
     return value

@@ -60,7 +60,7 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
 
     def has(self, symbol: str) -> bool:
-        """Whether a dimension of an input is left open under this symbol."""
+        """Return whether a dimension of an input is left open under this symbol."""
         return any(symbol in tensor.shape for tensor in self.inputs)
 
 
@@ -75,26 +75,26 @@ class StagePart:
 
     @property
     def depth(self) -> int:
-        """How many layers."""
+        """Number of layers."""
         return self.layers[1] - self.layers[0]
 
     def ends(self, plan: StagePlan) -> bool:
-        """Whether the stage ends with it."""
+        """Return whether the stage ends with it."""
         return self.layers[1] == plan.stages[self.stage].layers[1]
 
     def gated_layers(self, plan: StagePlan) -> tuple[int, ...]:
-        """Layers of this part that read values through gates."""
+        """Return the layers of this part that read values through gates."""
         gated = plan.stages[self.stage].gated_layers
         return tuple(layer for layer in gated if self.layers[0] <= layer < self.layers[1])
 
 
 def whole_stages(plan: StagePlan) -> list[StagePart]:
-    """One part for every stage."""
+    """Return one part for every stage."""
     return [StagePart(index, stage.layers) for index, stage in enumerate(plan.stages)]
 
 
 def part_names(parts: Sequence[StagePart]) -> list[str]:
-    """Names of their graphs: ``stage1``, or ``stage1.part0``, ``stage1.part1``, ..."""
+    """Return the graphs' names: ``stage1``, or ``stage1.part0``, ``stage1.part1``, and so on."""
     names = []
     for stage in dict.fromkeys(part.stage for part in parts):
         count = sum(part.stage == stage for part in parts)
@@ -104,9 +104,9 @@ def part_names(parts: Sequence[StagePart]) -> list[str]:
 
 
 def stage_of(graph: str) -> int:
-    """The stage that a graph belongs to by its name: 1 for ``stage1.part0`` and ``select1``.
+    """Return the stage that a graph belongs to: 1 for ``stage1.part0`` and ``select1``.
 
-    The probe reads any stage; where it runs, all have the same room, so the first stands for them.
+    The probe reads any stage; where it runs, all have the same slots, so the first is returned.
     """
     if graph == PROBE:
         return 0
@@ -114,7 +114,7 @@ def stage_of(graph: str) -> int:
 
 
 def stage_slots(plan: StagePlan, visual_tokens: int, context: int) -> list[int]:
-    """Cache slots that each stage needs for ``context`` rows of an unpruned prompt and answer.
+    """Return the slots that each stage needs for ``context`` rows of unpruned prompt and answer.
 
     Rows that a stage never sees need no slot: with one image a stage that keeps K of N visual
     tokens is N - K slots shorter. Rounded up to ``SLOT_STEP``.
@@ -124,17 +124,17 @@ def stage_slots(plan: StagePlan, visual_tokens: int, context: int) -> list[int]:
 
 
 def cache_names(layers: tuple[int, int]) -> list[tuple[str, str]]:
-    """(key, value) input names of every layer of a stage, in layer order."""
+    """Return the (key, value) input names of every layer of a stage, in layer order."""
     return [(f"key.{layer}", f"value.{layer}") for layer in range(*layers)]
 
 
 def appended(name: str) -> str:
-    """Output name of a cache (or, where they are handed back, of its new rows)."""
+    """Return the output name of a cache, or of its new rows where these are returned."""
     return f"{name}.out"
 
 
 def returns_new_rows(spec: GraphSpec) -> bool:
-    """Whether a stage's graph returns new cache rows, for its caller to write, not whole caches."""
+    """Return whether a stage's graph returns new cache rows to write, not whole caches."""
     caches = {appended(tensor.name) for tensor in spec.inputs}
     return any(out.name in caches and "Q" in out.shape[2:] for out in spec.outputs)
 
@@ -148,7 +148,7 @@ def stage_spec(
     fallback: Fp32Fallback = NO_FALLBACK,
     cache: CacheScheme = "float",
 ) -> GraphSpec:
-    """Contract of (a part of) a stage: Q rows in, the same rows updated out, caches appended to.
+    """Return the contract of (part of) a stage: Q rows in, updated rows out, caches appended to.
 
     ``queries`` are the last row's, rotated, of every layer: what a selection or a probe of that
     layer reads, and with the cache all there is to say about the row's attention.
@@ -185,19 +185,19 @@ def stage_spec(
 
 
 def probed(plan: StagePlan, index: int) -> bool:
-    """Whether stage ``index`` ends in a selection."""
+    """Return whether stage ``index`` ends in a selection."""
     return index < len(plan.edges) and plan.edges[index].op == "select"
 
 
 def cache_dtype(dtype: str, cache: CacheScheme) -> str:
-    """Type of cached keys and values in graphs whose floats are of type ``dtype``."""
+    """Return the type of cached keys and values in graphs whose floats are of type ``dtype``."""
     return "int8" if cache == "int8" else dtype
 
 
 def scale_specs(
     text: TextConfig, dtype: str, cache: CacheScheme, *, values: bool = True
 ) -> list[TensorSpec]:
-    """Last inputs of a graph that reads any layer's cache: what INT8 there stands for.
+    """Return the last inputs of a graph that reads any layer's cache: the scales of INT8.
 
     ``values``: whether it reads values, too.
     """
@@ -212,13 +212,13 @@ def select_spec(
     fallback: Fp32Fallback = NO_FALLBACK,
     cache: CacheScheme = "float",
 ) -> GraphSpec:
-    """Contract of a selection: the last row's query scores N visual rows, the best K leave.
+    """Return the contract of a selection: the last row scores N visual rows, the best K leave.
 
     ``probe_query`` is the last of the ``queries`` of the stage before.
 
-    ``visual_slots`` says in which slot of the probed layer's cache each offered row lies; padding
+    ``visual_slots`` says which slot of the probed layer's cache each offered row has; padding
     rows carry the order ``INVISIBLE`` and are chosen last. A score of attention alone reads no
-    values, and engine compilers want no input that nobody reads.
+    values, and engine compilers want no unused input.
     """
     groups, width = text.kv_heads, text.head_dim
     rows = fallback.rows_dtype(dtype)
@@ -249,7 +249,7 @@ def select_spec(
 
 
 def probe_spec(text: TextConfig, dtype: str, cache: CacheScheme = "float") -> GraphSpec:
-    """Contract of a probe: what the last row's attention in one layer makes of N visual tokens.
+    """Return the contract of a probe: the last row's attention to N visual tokens in one layer.
 
     ``query`` is that layer's of ``queries``, key and value its cache.
     """
@@ -272,7 +272,7 @@ def probe_spec(text: TextConfig, dtype: str, cache: CacheScheme = "float") -> Gr
 
 
 def vision_spec(config: ModelConfig, dtype: str, fallback: Fp32Fallback = NO_FALLBACK) -> GraphSpec:
-    """Contract of the tower and projector: pixels in, one row per visual token out."""
+    """Return the contract of encoder and projector: pixels in, one row per visual token out."""
     vision = config.vision
     side = vision.image_size
     return GraphSpec(

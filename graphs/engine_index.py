@@ -1,4 +1,4 @@
-"""The engines of a bundle: the index that lies beside them, and its checks.
+"""The engines of a bundle: the index beside them, and its checks.
 
 BUNDLE/engines/engines.json       what was compiled from the bundle, by what, for which GPU
 BUNDLE/engines/NAME.engine, .log
@@ -26,7 +26,7 @@ class EngineFact:
     """One engine: its file, and what is known of it.
 
     ``layers`` and ``precisions`` count the parsed network's layers by type and by output type;
-    ``caches_in_place`` of its caches are updated where they lie; seconds and peaks are those of
+    ``caches_in_place`` of its caches are updated in place; seconds and peaks are those of
     its compilation.
     """
 
@@ -50,7 +50,7 @@ class EngineFact:
 
 @dataclass(frozen=True)
 class EngineIndex:
-    """What ``engines.json`` says. ``capabilities`` empty: whatever the compiler covers."""
+    """Contents of ``engines.json``. ``capabilities`` empty: whatever the compiler covers."""
 
     backend: str
     version: str
@@ -68,7 +68,7 @@ class Engines(EngineIndex):
 
     @classmethod
     def open(cls, bundle: Bundle) -> Engines | None:
-        """The engines of a bundle, or None where none were compiled yet.
+        """Return the engines of a bundle, or None where none were compiled yet.
 
         Raises:
             EngineError: the index cannot be read, or belongs to another bundle.
@@ -94,7 +94,9 @@ class Engines(EngineIndex):
         Raises:
             BundleError: naming the first that is missing or changed.
         """
-        files = {self.folder / one.file: FileFact(one.nbytes, one.sha256) for one in self.engines}
+        files = {
+            self.folder / fact.file: FileFact(fact.nbytes, fact.sha256) for fact in self.engines
+        }
         check_files(
             files,
             self.folder / ENGINES_STAMP,
@@ -103,7 +105,7 @@ class Engines(EngineIndex):
         )
 
     def gpus(self) -> str:
-        """Which GPUs they run on, in words."""
+        """Return the GPUs they run on, in words."""
         if not self.capabilities:
             return f"any that {self.backend} {self.version} covers"
-        return ", ".join(show_capability(one) for one in self.capabilities)
+        return ", ".join(map(show_capability, self.capabilities))

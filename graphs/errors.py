@@ -1,13 +1,13 @@
 """Every error that visistage raises on purpose.
 
-    VisistageError                 anything the user can mend; the CLI prints it and exits with 2
+    VisistageError                 anything the user can fix; the CLI prints it and exits with 2
     ├── ModelError                 a checkpoint that is unknown, incomplete, corrupt or unsupported
     ├── PlanError                  a stage plan that contradicts itself or the model
     ├── TargetError                a target, precision or option that cannot be honoured here
     ├── BundleError                a bundle with a missing, changed or foreign file
     ├── EngineError                an engine that cannot be compiled, or not loaded here
     ├── ParityError                a bundle that computes something else than its checkpoint
-    ├── ImageError                 a picture that cannot be read, or is too large to decode
+    ├── ImageError                 an image that cannot be read, or is too large to decode
     ├── PromptError                a prompt, template or sampling option that cannot be used
     ├── CapacityError              not enough slots, memory or disk for what was asked
     ├── DataError                  a file of samples (JSONL) that cannot be read
@@ -51,7 +51,7 @@ class ParityError(VisistageError):
 
 
 class ImageError(VisistageError):
-    """A picture cannot be read, or would be too large once decoded."""
+    """An image cannot be read, or would be too large once decoded."""
 
 
 class PromptError(VisistageError):
@@ -71,6 +71,6 @@ class MissingDependencyError(VisistageError):
 
 
 def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
-    """' Did you mean ...?' for the known word closest to ``word``, or nothing."""
+    """Return ' Did you mean ...?' for the known word closest to ``word``, or nothing."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

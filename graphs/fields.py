@@ -6,6 +6,7 @@
     from_json(cls, data, error, remedy)       a ``cls``, its fields checked against its annotations
     check_format(data, number, error, remedy) the keys beside "format", which must be ``number``
     to_json(value)                            the inverse of ``from_json``, for ``json.dumps``
+    split_options(text, error, remedy)        the short form ``name:key=value,key=value``
     reject(...), check_word(...)              their errors, for checks of one's own
 
 ``error`` is the class to raise and ``remedy`` the sentence that says what to type or do next:
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -74,7 +75,7 @@ def reject(
 def check_word(
     field: str,
     word: Any,
-    known: Sequence[Any],
+    known: Collection[Any],
     error: type[VisistageError],
     remedy: str,
     hints: Mapping[str, str] = MappingProxyType({}),
@@ -84,10 +85,8 @@ def check_word(
     Raises:
         error: with the hint, the nearest known word, or the remedy.
     """
-    if any(type(item) is type(word) and item == word for item in known):
-        return
-    hint = hints.get(word) or nearest(word, list(known)).strip() if isinstance(word, str) else ""
-    reject(field, word, _one_of(known), error, hint or remedy)
+    if not _is_among(known, word):
+        reject(field, word, _one_of(known), error, _hint(word, known, hints) or remedy)
 
 
 def is_int(value: Any) -> bool:
@@ -212,6 +211,28 @@ def _item_json(value: Any) -> Any:
     return value.to_dict() if hasattr(value, "to_dict") else to_json(value)
 
 
+def split_options(
+    text: str, error: type[VisistageError], remedy: str, repeatable: Collection[str] = ()
+) -> tuple[str, list[tuple[str, str]]]:
+    """Return the name in ``name:key=value,key=value``, and the pairs of key and value.
+
+    Raises:
+        error: an item without a key or a value, or a key that occurs twice and is not
+            ``repeatable``.
+    """
+    name, _, tail = text.partition(":")
+    name = name.strip()
+    pairs: list[tuple[str, str]] = []
+    for item in tail.split(",") if tail.strip() else ():
+        key, _, value = (part.strip() for part in item.partition("="))
+        if not (key and value):
+            reject(f"{name}: option", item, "key=value", error, remedy)
+        if any(key == known for known, _ in pairs) and key not in repeatable:
+            reject(f"{name}: {_plain(key)}", Words("it twice"), "it once", error, "Remove one.")
+        pairs.append((key, value))
+    return name, pairs
+
+
 @dataclass(frozen=True)
 class _Reader:
     """One call of ``from_json``: ``at`` is the path of a value, as errors name it."""
@@ -226,12 +247,11 @@ class _Reader:
         if not isinstance(data, Mapping):
             self.reject(at, data, "a mapping")
         known = {_key(field): field for field in fields(cls)}
-        listing = _one_of(tuple(known))
+        listing = _one_of(known) if known else "none"
         for key in data:
             if key not in known:
                 place = f"{at}.{_plain(key)}" if at else _plain(key)
-                hint = nearest(key, list(known)) if isinstance(key, str) else ""
-                self.reject(place, Words("an unknown key"), listing, hint)
+                self.reject(place, Words("an unknown key"), listing, _hint(key, known, {}))
         values = {}
         for key, field in known.items():
             place = f"{at}.{key}" if at else key
@@ -248,11 +268,12 @@ class _Reader:
         kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
         kind = next((kind for kind in kinds if _fits(kind, value)), None)
         if kind is None:
-            self.reject(at, value, " or ".join(_describe(kind) for kind in kinds))
+            words = [
+                word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)
+            ]
+            expected = " or ".join(_describe(kind) for kind in kinds)
+            self.reject(at, value, expected, _hint(value, words, self.hints))
         origin, args = get_origin(kind), get_args(kind)
-        if origin is Literal:
-            where = f"{self.where}{at}"
-            check_word(where, value, args, self.error, self.remedy, self.hints)
         if origin in (tuple, list):
             kinds = args if origin is tuple and ... not in args else (args[0],) * len(value)
             if len(kinds) != len(value):
@@ -276,7 +297,7 @@ class _Reader:
 
     def reject(self, at: str, found: Any, expected: str, hint: str = "") -> NoReturn:
         field = f"{self.where}{at}".removesuffix(": ")
-        reject(field, found, expected, self.error, hint.strip() or self.remedy)
+        reject(field, found, expected, self.error, hint or self.remedy)
 
 
 def _key(field: Field) -> str:
@@ -297,7 +318,7 @@ def _fits(kind: Any, value: Any) -> bool:
     """Return whether ``value`` is of this kind, as far as its outermost level tells."""
     origin = get_origin(kind) or kind
     if origin is Literal:
-        return isinstance(value, tuple(type(word) for word in get_args(kind)))
+        return _is_among(get_args(kind), value)
     if origin is int:
         return is_int(value)
     if origin is float:
@@ -315,7 +336,19 @@ def _describe(kind: Any) -> str:
     return _KINDS.get(get_origin(kind) or kind, "a mapping")
 
 
-def _one_of(words: Sequence[Any]) -> str:
+def _is_among(words: Iterable[Any], value: Any) -> bool:
+    return any(type(word) is type(value) and word == value for word in words)
+
+
+def _hint(word: Any, known: Iterable[Any], hints: Mapping[str, str]) -> str:
+    if not isinstance(word, str):
+        return ""
+    return (
+        hints.get(word) or nearest(word, [item for item in known if isinstance(item, str)]).strip()
+    )
+
+
+def _one_of(words: Collection[Any]) -> str:
     listing = ", ".join(map(str, words))
     return listing if len(words) == 1 else f"one of {listing}"
 

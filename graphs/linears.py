@@ -33,8 +33,8 @@ class Group:
         outputs: width N of what each of them returns.
         fold: the module before them that can take a factor per channel: a norm (its weight and
             bias), or a projection (rows of its weight); None where nothing can.
-        place: part of the model; ``vision`` holds tower and projector.
-        layer: of the decoder, or of the tower; None for the projector and the head.
+        place: part of the model; ``vision`` holds encoder and projector.
+        layer: of the decoder, or of the encoder; None for the projector and the head.
     """
 
     linears: tuple[str, ...]
@@ -67,10 +67,9 @@ def linear_groups(config: ModelConfig) -> list[Group]:
 
 
 def _encoder(config: ModelConfig) -> list[Group]:
-    states = config.vision.layers + 1
     width, wide = config.vision.hidden, config.vision.intermediate
     groups = []
-    for layer in range(max(index % states for index in config.feature_layers)):
+    for layer in range(config.encoder_depth):
         at = f"vision_tower.encoder.layers.{layer}"
         attention = tuple(f"{at}.self_attn.{name}_proj" for name in "qkv")
         groups += [

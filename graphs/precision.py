@@ -1,4 +1,4 @@
-"""What an FP16 bundle computes in more than FP16, decided once, with the reason. Pure data.
+"""The parts of an FP16 bundle that compute in more than FP16, with the reasons. Pure data.
 
 ``ALWAYS`` holds for every bundle. A ``Fp32Fallback`` is what the range check
 (``compile/quantize/fp16_ranges.py``) found necessary besides, for one checkpoint: the manifest
@@ -44,7 +44,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Fp32Fallback:
-    """What the range check demands of one checkpoint's decoder.
+    """FP32 parts that the range check demands of one checkpoint's decoder.
 
     Attributes:
         rows: the residual stream travels in FP32 between layers, stages and graphs; every norm
@@ -61,11 +61,11 @@ class Fp32Fallback:
     reasons: tuple[Reason, ...] = ()
 
     def rows_dtype(self, dtype: str) -> str:
-        """Type of the rows between graphs whose weights are of type ``dtype``."""
+        """Return the type of the rows between graphs whose weights are of type ``dtype``."""
         return "float32" if self.rows else dtype
 
     def shifts(self, layer: int) -> tuple[int, int]:
-        """Exponents of a layer's attention and MLP updates; 0: as they are."""
+        """Return the exponents of a layer's attention and MLP updates; 0: as they are."""
         return self.attention_shift.get(layer, 0), self.mlp_shift.get(layer, 0)
 
 

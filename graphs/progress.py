@@ -12,7 +12,7 @@ Advance = Callable[[int], None]
 
 
 def no_advance(units: int) -> None:
-    """Ignore ``units``: the default where nobody follows the progress."""
+    """Ignore ``units``: the default where no progress is shown."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""What of a bundle are integers: weights, inputs of linear layers, caches. Pure data.
+"""The integers of a bundle: weights, inputs of linear layers, caches. Pure data.
 
     int8                              W8A8 everywhere, the head W8
-    int8:vision=float,stage2=w4       the tower in float, the last of three stages W4
+    int8:vision=float,stage2=w4       the vision encoder in float, the last of three stages W4
     w4:keep=5%                        weights alone; the most sensitive 5 % stay float
     fp16:cache=int8                   float layers over an INT8 cache; so int8:cache=int8, ...
 
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from .errors import TargetError, nearest
+from .fields import check_word, split_options
 from .linears import Group
 from .plan.plan import StagePlan
 
@@ -51,11 +52,18 @@ FLOAT_PRECISIONS = ("fp32", "fp16")
 SCALE_BLOCK = 128
 """Inputs that share one scale of an output channel where weights alone are rounded."""
 
-_OPTIONS = "vision, head, stage0, stage1, ..., cache, observer, smooth, keep"
+_WORDS = {
+    "vision": SCHEMES,
+    "head": SCHEMES,
+    "cache": CACHES,
+    "observer": OBSERVERS,
+    "smooth": ("yes", "no"),
+}
+_OPTIONS = ("vision", "head", "stage0", "stage1", "...", "cache", "observer", "smooth", "keep")
 
 
 def block_of(scheme: Scheme, *, engines: bool) -> int | None:
-    """How many inputs share a scale of an output channel; None: all of them.
+    """Return the number of inputs that share a scale of an output channel; None: all of them.
 
     INT8 weights alone: ONNX Runtime is fastest with blocks, while TensorRT-RTX was seen to store
     weights in blocks as FP16, twice as large.
@@ -70,7 +78,7 @@ class QuantConfig:
     Attributes:
         base: ``int8``, ``w8`` or ``w4``; or ``fp32`` or ``fp16``, of which every layer stays float
             that nothing else is said of.
-        vision, head: scheme of tower and projector, and of the head; None: what suits base and
+        vision, head: scheme of encoder and projector, and of the head; None: what suits base and
             target.
         stages: schemes of single stages; the others take the base's.
         cache: type of cached keys and values.
@@ -92,14 +100,14 @@ class QuantConfig:
 
     @property
     def scheme(self) -> Scheme:
-        """Of every decoder layer that nothing else is said of."""
+        """Scheme of every decoder layer for which no other is given."""
         if self.base in FLOAT_PRECISIONS:
             return "float"
         return "w8a8" if self.base == "int8" else self.base  # type: ignore[return-value]
 
     @property
     def name(self) -> str:
-        """What a bundle's folder is called after: the precision, and what of it is not usual."""
+        """Text for a bundle's folder: the precision, and the options that are not the default."""
         parts = [self.base]
         if self.vision is not None:
             parts.append(f"vision={self.vision}")
@@ -118,9 +126,9 @@ class QuantConfig:
         return "+".join(parts)
 
     def scheme_of(self, group: Group, plan: StagePlan, runs: Sequence[str]) -> Scheme:
-        """Scheme of a group's layers before any is kept float; ``runs``: those of the target.
+        """Return the scheme of a group's layers before any is kept float; ``runs``: the target's.
 
-        The tower is run once a picture and has many rows: only rounded inputs make it faster. The
+        The encoder is run once an image and has many rows: only rounded inputs make it faster. The
         head is run for one row: its weights are all that counts.
         """
         if group.place == "vision":
@@ -142,71 +150,60 @@ class QuantConfig:
 
 
 def is_quantised(precision: str) -> bool:
-    """Whether a precision names a recipe: one that quantises, or a float one with options."""
+    """Return whether a precision quantises, or is a float one with options."""
     base = base_of(precision)
     return base in QUANTISED or (base in FLOAT_PRECISIONS and base != precision)
 
 
 def base_of(precision: str) -> str:
-    """A precision without its options: ``int8`` of ``int8:vision=float``."""
+    """Return a precision without its options: ``int8`` of ``int8:vision=float``."""
     return re.split("[:+]", precision, maxsplit=1)[0]
 
 
 def parse_quant_config(text: str) -> QuantConfig:
-    """Read ``base[:option=value,...]``, or a recipe's ``name``, as folders carry it.
+    """Read ``base[:option=value,...]``, or a ``QuantConfig.name``, as folders carry it.
 
     Raises:
         TargetError: naming what is wrong and what to write.
     """
-    base, _, rest = text.replace("+", ",").replace(":", ",", 1).partition(",")
+    remedy = f"Known options: {', '.join(_OPTIONS)}."
+    text = re.sub("[:+]", ":", text, count=1).replace("+", ",")
+    base, pairs = split_options(text, TargetError, remedy, repeatable=("keep",))
     if base not in (*QUANTISED, *FLOAT_PRECISIONS):
         known = ", ".join((*QUANTISED, *FLOAT_PRECISIONS))
         raise TargetError(f"unknown precision '{base}'. Known: {known}")
-    quant_config = QuantConfig(base)
-    for item in rest.split(",") if rest else ():
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise TargetError(
-                f"'{item}' in precision '{text}' is no option=value. Known: {_OPTIONS}"
-            )
-        quant_config = _with_option(quant_config, key.strip(), value.strip())
-    return quant_config
-
-
-def _with_option(quant_config: QuantConfig, key: str, value: str) -> QuantConfig:
-    if key in ("vision", "head"):
-        return replace(quant_config, **{key: _one_of(key, value, SCHEMES)})
-    if match := re.fullmatch(r"stage(\d+)", key):
-        stages = {**quant_config.stages, int(match[1]): _one_of(key, value, SCHEMES)}
-        return replace(quant_config, stages=stages)
-    if key == "cache":
-        return replace(quant_config, cache=_one_of(key, value, CACHES))
-    if key == "observer":
-        return replace(quant_config, observer=_one_of(key, value, OBSERVERS))
-    if key == "smooth":
-        return replace(quant_config, smooth=_one_of(key, value, ("yes", "no")) == "yes")
-    if key == "keep":
-        if match := re.fullmatch(r"(?:auto:)?(\d+(?:\.\d+)?)%?", value):
-            share = float(match[1]) / 100
-            if share > 1:
-                raise TargetError(f"keep={value} is more than 100 %. Write a share such as keep=5%")
-            return replace(quant_config, keep=share)
-        return replace(quant_config, keep_names=(*quant_config.keep_names, value))
-    raise TargetError(
-        f"unknown option '{key}' of precision '{quant_config.base}'."
-        f"{nearest(key, _OPTIONS.split(', '))} Known: {_OPTIONS}"
-    )
-
-
-def _one_of(key: str, value: str, known: Sequence[str]) -> Any:
-    if value not in known:
-        raise TargetError(f"{key}={value}: found '{value}', expected one of {', '.join(known)}")
-    return value
+    words: dict[str, Any] = {}
+    stages: dict[int, Scheme] = {}
+    share, names = 0.0, []
+    for key, value in pairs:
+        stage = re.fullmatch(r"stage(\d+)", key)
+        if key == "keep":
+            percent = re.fullmatch(r"(?:auto:)?(\d+(?:\.\d+)?)%?", value)
+            if percent is None:
+                names.append(value)
+            else:
+                share = float(percent[1]) / 100
+            continue
+        known_words = SCHEMES if stage else _WORDS.get(key)
+        if known_words is None:
+            hint = nearest(key, _OPTIONS)
+            raise TargetError(f"unknown option '{key}' of precision '{base}'.{hint} {remedy}")
+        check_word(f"{base}: {key}", value, known_words, TargetError, remedy)
+        if stage:
+            stages[int(stage[1])] = value  # type: ignore[assignment]
+        else:
+            words[key] = value
+    if share > 1:
+        raise TargetError(
+            f"keep={100 * share:g}% is more than 100 %. Write a share such as keep=5%"
+        )
+    words["smooth"] = words.get("smooth") != "no"
+    return QuantConfig(base, **words, stages=stages, keep=share, keep_names=tuple(names))
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What a recipe came to for one model and plan.
+    """Result of a ``QuantConfig`` for one model and plan.
 
     Attributes:
         recipe: the ``QuantConfig`` as the user wrote it.
@@ -226,12 +223,12 @@ class Quantization:
 
     @property
     def quantises(self) -> bool:
-        """Whether anything is not the float number that the checkpoint would make of it."""
+        """True where weights, inputs or caches are not float."""
         return bool(self.schemes) or self.quantises_cache
 
     @property
     def quantises_cache(self) -> bool:
-        """Whether keys and values are cached as integers."""
+        """True where keys and values are cached as integers."""
         return self.cache == "int8"
 
 

@@ -1,4 +1,4 @@
-"""Where a bundle can run: data, in one place. No logic but the look-ups.
+"""The kinds of machine that run bundles: data, in one place. No logic but the look-ups.
 
 Source of versions and limits: NVIDIA's support matrices. Of operators: onnx-tensorrt's tables for
 TensorRT 8.4 and 10.15, and what TensorRT-RTX's parser was seen to take; the table for 10.3 itself
@@ -70,7 +70,7 @@ class Target:
         versions: first version of the back end that serves, and the first one that does not.
         capabilities: compute capabilities of its GPUs; engines are built for these. Empty: as the
             compiler's default, or whatever GPU is there.
-        build_memory: bytes that compiling one engine may take, unless told otherwise.
+        build_memory: bytes that compiling one engine may take, unless set otherwise.
         int8_cache: whether it runs graphs over INT8 caches.
         local: whether the weights must fit the memory of the machine that builds, because that is
             where it runs.
@@ -91,7 +91,7 @@ class Target:
 
     @property
     def engines(self) -> bool:
-        """Whether a bundle is finished by compiling engines."""
+        """True where a bundle is finished by compiling engines."""
         return self.backend in (TENSORRT, TENSORRT_RTX)
 
     def serves(self, version: str) -> bool:
@@ -104,23 +104,23 @@ class Target:
     @property
     def schemes(self) -> tuple[str, ...]:
         """Schemes of linear layers (``quantization.Scheme``) that it runs."""
-        quantised = [one for one in self.precisions if one in QUANTISED]
-        return tuple("w8a8" if one == "int8" else one for one in quantised)
+        quantised = [precision for precision in self.precisions if precision in QUANTISED]
+        return tuple("w8a8" if name == "int8" else name for name in quantised)
 
     def dtype(self, precision: str) -> str:
-        """Type of the float numbers in a graph: engines fuse integers into FP16 graphs, what
+        """Return the type of a graph's float numbers: engines fuse integers into FP16 graphs, what
         runs graphs on a CPU into FP32 graphs only.
         """
         return DTYPES.get(base_of(precision), "float16" if self.engines else "float32")
 
     @property
     def static_slots(self) -> bool:
-        """Whether the compiler wants the number of cache slots fixed (an aliased cache)."""
+        """True where the compiler wants the number of cache slots fixed (an aliased cache)."""
         return self.engines and self.lowering == LLM
 
 
 def _tensorrt(name: str, summary: str, capability: Capability | None, **facts) -> Target:
-    """A target of TensorRT proper from 10.15 on, unless ``facts`` say otherwise."""
+    """Return a target of TensorRT proper from 10.15 on, unless ``facts`` say otherwise."""
     capabilities = () if capability is None else (capability,)
     defaults = {
         "backend": TENSORRT,
@@ -211,7 +211,7 @@ TARGETS = {
 
 
 def find_target(name: str) -> Target:
-    """The target called ``name``.
+    """Return the target called ``name``.
 
     Raises:
         TargetError: unknown.
@@ -224,7 +224,7 @@ def find_target(name: str) -> Target:
 
 
 def resolve_target(name: str, precision: str | None) -> tuple[Target, str]:
-    """The target called ``name`` and the precision to build it in.
+    """Return the target called ``name`` and the precision to build it in.
 
     Raises:
         TargetError: unknown, or a precision the target does not run.
@@ -269,7 +269,7 @@ def check_operators(target: Target, graph: str, opset: int, operators: Collectio
 
 
 def parse_capability(text: str) -> Capability:
-    """``86``, ``8.6`` or ``sm_120`` as a pair.
+    """Return ``86``, ``8.6`` or ``sm_120`` as a pair.
 
     Raises:
         TargetError: it is neither.
@@ -281,12 +281,12 @@ def parse_capability(text: str) -> Capability:
 
 
 def show_capability(capability: Capability) -> str:
-    """(8, 6) as ``sm_86``."""
+    """Return ``sm_86`` for (8, 6)."""
     return f"sm_{capability[0]}{capability[1]}"
 
 
 def _ort_version() -> tuple[int, int]:
-    """(major, minor) of the installed ONNX Runtime, asked without loading it."""
+    """Return (major, minor) of the installed ONNX Runtime without loading it."""
     for name in ("onnxruntime", "onnxruntime-gpu"):
         try:
             major, minor = metadata.version(name).split(".")[:2]

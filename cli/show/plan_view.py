@@ -252,7 +252,7 @@ def outcome_of(
 def preset_facts() -> dict[str, Any]:
     """Return the presets with their options, as JSON."""
     return {
-        name: {"summary": preset.summary, "options": preset.options}
+        name: {"summary": preset.summary, "options": preset.options()}
         for name, preset in PRESETS.items()
     }
 
@@ -262,6 +262,6 @@ def preset_table() -> Table:
     later = ", ".join(LATER)
     table = Table("preset", "what it does", "options", caption=f"Planned: {later}")
     for name, preset in PRESETS.items():
-        options = "\n".join(f"{option}: {about}" for option, about in preset.options.items())
+        options = "\n".join(f"{option}: {about}" for option, about in preset.options().items())
         table.add_row(name, preset.summary, escape(options))
     return table

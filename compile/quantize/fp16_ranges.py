@@ -138,8 +138,7 @@ def measure_ranges(
 
 def dense_pieces(config: ModelConfig) -> int:
     """Count the pieces that ``measure_ranges`` runs: stem, layers, projector, layers, logits."""
-    states = config.vision.layers + 1
-    return max(index % states for index in config.feature_layers) + config.text.layers + 3
+    return config.encoder_depth + config.text.layers + 3
 
 
 def decide(ranges: Mapping[str, float]) -> Fp32Fallback:

@@ -48,7 +48,7 @@ class AppendedRows:
 
 @dataclass
 class StageSlots:
-    """What the slots of one stage's cache hold: (B, S) arrays and the next free slot."""
+    """Contents of the slots of one stage's cache: (B, S) arrays and the next free slot."""
 
     order: np.ndarray
     visual: np.ndarray
@@ -85,7 +85,7 @@ class StageSlots:
 
 @dataclass
 class Prefilled:
-    """What is known once a prompt has gone through every stage.
+    """Facts known once a prompt has gone through every stage.
 
     kept: one for each selection that took place. visual_tokens: for each stage, the visual rows
     that went through it, padding included. Where the plan decides per prompt and there was
@@ -231,7 +231,7 @@ class Chain:
         return self.finish(segments, results, starts)
 
     def decode(self, segment: AppendedRows) -> Any:
-        """One step of text rows through every stage; returns the logits (B, V)."""
+        """Run one step of text rows through every stage; return the logits (B, V)."""
         for stage in range(len(self.plan.stages)):
             result = self.append(stage, segment, decoding=True)
             segment = AppendedRows(False, result.rows, segment.positions, segment.order)
@@ -240,7 +240,7 @@ class Chain:
     def _append_fused(
         self, stage: int, parts: Sequence[AppendedRows], padding: int
     ) -> tuple[StageResult, int]:
-        """Several kinds in one call, which no gates forbid; and the slot of its first row."""
+        """Append several kinds in one call, as no gates forbid it; return the first row's slot."""
         self.reserve(stage, padding + sum(part.count for part in parts))
         slots = self.slots[stage]
         write_index = slots.used
@@ -263,7 +263,7 @@ class Chain:
         return result, write_index + padding
 
     def _stage_gates(self, stage: int, visual_call: bool, decoding: bool) -> np.ndarray | None:
-        """Gates of a call; the last ones again where nothing they follow from has changed, as in
+        """Return the gates of a call; the last ones again where their sources are unchanged, as in
         the steps of an answer.
         """
         if not self.plan.stages[stage].gated_layers:
@@ -309,7 +309,7 @@ class Chain:
             decision.read(layer, cosines, norms)
 
     def _decided(self, stage: int, done: Prefilled, visual: AppendedRows) -> AppendedRows | None:
-        """The visual rows that go on after a probed edge; None where vision has left."""
+        """Return the visual rows that go on after a probed edge; None where vision has left."""
         decision = done.decision
         assert decision is not None
         if decision.kept is not None and not done.kept:
@@ -324,8 +324,8 @@ class Chain:
         return None if decision.exit is not None or not visual.count else visual
 
     def _padded(self, visual: AppendedRows, kept: np.ndarray, count: int) -> AppendedRows:
-        """Rows ``kept`` of ``visual``, and as many invisible ones as make ``count``."""
-        index = np.pad(kept, (0, count - len(kept)))  # padding repeats a row that nobody sees
+        """Return rows ``kept`` of ``visual``, and as many invisible ones as make ``count``."""
+        index = np.pad(kept, (0, count - len(kept)))  # padding repeats a row that no row sees
         order = np.where(np.arange(count) < len(kept), visual.order[:, index], INVISIBLE)
         return AppendedRows(
             True,
@@ -336,9 +336,9 @@ class Chain:
 
 
 def last_layers(plan: StagePlan, done: Prefilled) -> tuple[int, int]:
-    """(t, e) of a prompt: its last layer with all visual tokens, its last layer with any.
+    """Return (t, e) of a prompt: its last layer with all visual tokens, its last layer with any.
 
-    A prompt whose probe never selects, or that has no picture, keeps all it has to the end.
+    A prompt whose probe never selects, or that has no image, keeps all it has to the end.
     """
     if plan.trigger is not None and plan.exit is not None:
         return plan.trigger, plan.exit
@@ -350,12 +350,12 @@ def last_layers(plan: StagePlan, done: Prefilled) -> tuple[int, int]:
 
 
 def _query_order(order: np.ndarray) -> np.ndarray:
-    """Orders (B, Q) int32 that rows look with: padding sees all, so that it stays finite."""
+    """Return the orders (B, Q) int32 of rows as queries: padding sees all, so it stays finite."""
     return np.minimum(order, PADDING_ORDER)
 
 
 def _padded_left(segment: AppendedRows, padding: int) -> AppendedRows:
-    """The segment with invisible orders on its left; it has no rows for them."""
+    """Return the segment with invisible orders on its left; it has no rows for them."""
     order, positions = _pad_left(segment.order, segment.positions, padding)
     return replace(segment, positions=positions, order=order)
 
@@ -363,13 +363,13 @@ def _padded_left(segment: AppendedRows, padding: int) -> AppendedRows:
 def _pad_left(
     order: np.ndarray, positions: np.ndarray, padding: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Order and positions (B, padding + Q): padding has position 0, and nobody sees it."""
+    """Return order and positions (B, padding + Q): padding has position 0, and no row sees it."""
     width = ((0, 0), (padding, 0))
     return np.pad(order, width, constant_values=INVISIBLE), np.pad(positions, width)
 
 
 def _joined(executor: Executor, parts, visual: bool) -> AppendedRows:
-    """One segment from several of the same kind, carrying their stage-0 outputs."""
+    """Return one segment from several of the same kind, carrying their stage-0 outputs."""
     return AppendedRows(
         visual,
         executor.concatenate([result.rows for _, result in parts]),
@@ -379,6 +379,6 @@ def _joined(executor: Executor, parts, visual: bool) -> AppendedRows:
 
 
 def _slot_numbers(runs: Sequence[tuple[int, int]], batch: int) -> np.ndarray:
-    """(B, N) int64 slot of every row, from (start, count) runs shared by the batch."""
+    """Return the (B, N) int64 slot of every row, from (start, count) runs shared by the batch."""
     numbers = [slot for start, count in runs for slot in range(start, start + count)]
     return np.broadcast_to(np.array(numbers, np.int64), (batch, len(numbers)))

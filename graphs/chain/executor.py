@@ -1,4 +1,4 @@
-"""What runs graphs, seen from the chain: a protocol that every back end fills.
+"""The executor of graphs as the chain sees it: a protocol that every back end fills.
 
 NumPy only. An executor owns weights, caches and rows, which are opaque here: anything that slices
 like an array. The chain (``rows.py``) owns positions, orders, slots and gates.
@@ -18,7 +18,7 @@ Rows = Any
 
 
 class StageResult(NamedTuple):
-    """What an executor returns from one call of a stage."""
+    """Result of one call of a stage."""
 
     rows: Rows
     queries: Any  # (layers, B, H, d): the last row's, rotated
@@ -26,7 +26,7 @@ class StageResult(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a selection leaves: K rows with the positions and orders they always had."""
+    """Rows that a selection leaves: K of them, with the positions and orders they always had."""
 
     rows: Rows
     positions: np.ndarray
@@ -50,7 +50,7 @@ class Executor(Protocol):
         write_index: int,
         gates: np.ndarray | None,
     ) -> StageResult:
-        """One call of a stage (``contract.stage_spec``).
+        """Run one call of a stage (``contract.stage_spec``).
 
         An executor that asked for padding (``Chain``) gets fewer rows than orders: what lacks on
         the left is padding, which it returns no rows for.
@@ -67,7 +67,7 @@ class Executor(Protocol):
         positions: np.ndarray,
         order: np.ndarray,
     ) -> Kept:
-        """One call of a selection (``contract.select_spec``)."""
+        """Run one call of a selection (``contract.select_spec``)."""
 
     def probe(
         self,
@@ -78,13 +78,13 @@ class Executor(Protocol):
         query_order: np.ndarray,
         visual_slots: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """One probe of a layer of ``stage``: cosines and norms (``contract.probe_spec``)."""
+        """Probe a layer of ``stage``: cosines and norms (``contract.probe_spec``)."""
 
     def concatenate(self, parts: Sequence[Rows]) -> Rows:
         """Join rows along Q."""
 
     def take(self, rows: Rows, index: np.ndarray) -> Rows:
-        """Rows ``index`` (K,) of (B, Q, D) -> (B, K, D)."""
+        """Take rows ``index`` (K,) of (B, Q, D) -> (B, K, D)."""
 
 
 GRAPH_CALLS = ("encode", "append", "select", "probe")

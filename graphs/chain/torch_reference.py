@@ -1,4 +1,4 @@
-"""The chain in plain torch: the reference of every later rung, and an entry point to compare with.
+"""The chain in plain torch: the reference of every executor, and an entry point.
 
 ``run`` takes weights under LlamaForCausalLM names and embeddings in which the visual rows already
 stand at their spans; it stages them by a plan and returns logits and greedy tokens.
@@ -30,7 +30,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class ChainResult:
-    """What ``run`` returns.
+    """Result of ``run``.
 
     logits: (B, V) of the last prompt row. kept: per sample, the absolute positions of the visual
     tokens left by the last selection (all of them where nothing was selected). trigger, exit: last
@@ -140,7 +140,7 @@ class TorchExecutor:
         return tuple(reading.numpy() for reading in readings)
 
     def take(self, rows: Tensor, index: np.ndarray) -> Tensor:
-        """Rows ``index`` along Q."""
+        """Take rows ``index`` along Q."""
         return rows[:, torch.from_numpy(index)]
 
     def concatenate(self, parts: Sequence[Tensor]) -> Tensor:
@@ -148,7 +148,7 @@ class TorchExecutor:
         return torch.cat(list(parts), dim=1)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids (B, Q) -> rows (B, Q, D)."""
+        """Return rows (B, Q, D) of token ids (B, Q)."""
         rows = torch.nn.functional.embedding(ids, self.embedding)
         return rows.float() if self.fallback.rows else rows
 
@@ -159,7 +159,7 @@ class TorchExecutor:
 
 
 def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor]):
-    """Point a stage's parameters at ``weights``, without copying them; returns the module."""
+    """Set a stage's parameters to ``weights``, without copying them; return the module."""
     names = module.state_dict().keys()
     tied = {"lm_head.weight": "model.embed_tokens.weight"}
     chosen = {n: weights[n if n in weights else tied[n]].detach() for n in names}
@@ -214,7 +214,7 @@ def run(
 
 
 def _one_by_one(weights, config, embeds, spans, plan, max_new_tokens) -> ChainResult:
-    """Prompts that may go different ways through the stages."""
+    """Run prompts that may go different ways through the stages."""
     results = [
         run(weights, config, embeds[i : i + 1], spans[i : i + 1], plan, max_new_tokens)
         for i in range(len(spans))
@@ -234,11 +234,11 @@ def segments(embeds: Tensor, spans: Sequence[Sequence[Span]]) -> list[AppendedRo
     Samples with fewer images get calls that are padding from end to end.
     """
     batch, length, _ = embeds.shape
-    images = max((len(one) for one in spans), default=0)
+    images = max((len(runs) for runs in spans), default=0)
     cuts = []
-    for one in spans:
+    for runs in spans:
         # Missing images are empty spans at the end of the first text, so the question stays last.
-        padded = [(one[0][0] if one else 0,) * 2] * (images - len(one)) + list(one)
+        padded = [(runs[0][0] if runs else 0,) * 2] * (images - len(runs)) + list(runs)
         edges = [0, *(at for span in padded for at in span), length]
         cuts.append(list(pairwise(edges)))
     out = []
@@ -281,7 +281,7 @@ def _check(plan, text, spans, batch, length) -> None:
                     f"not empty, and end before the prompt's last row ({length - 1})"
                 )
             at = stop
-    offered = max((sum(stop - start for start, stop in one) for one in spans), default=0)
+    offered = max((sum(stop - start for start, stop in runs) for runs in spans), default=0)
     wanted = plan.keep or 0
     if 0 < offered < wanted:
         raise PlanError(

@@ -29,7 +29,7 @@ Call = Callable[..., Any]
 
 
 class StageOutput(NamedTuple):
-    """What a stage returns; ``logits`` only where the contract has them."""
+    """Result of a stage; ``logits`` only where the contract has them."""
 
     rows: Tensor  # (B, Q, D)
     queries: Tensor  # (layers, B, H, d), rotated, of the last row
@@ -38,7 +38,7 @@ class StageOutput(NamedTuple):
 
 
 def direct(piece: nn.Module, *args: Tensor | None) -> Any:
-    """The eager ``call``."""
+    """Call ``piece``: the eager ``call``."""
     return piece(*args)
 
 
@@ -52,7 +52,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        """x: (M, K), already scaled by ``scale`` -> (M, N), scaled by it."""
+        """Return (M, N), scaled by ``scale``, for x: (M, K), already scaled by it."""
         bias = self.bias if self.bias is None or scale == 1.0 else self.bias * scale
         return self.ops.linear(x, self.weight, bias)
 
@@ -66,7 +66,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (M, D) -> (M, D)."""
+        """Return (M, D) for x: (M, D)."""
         return self.ops.rms_norm(x, self.weight, self.eps)
 
 
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         return None if self.key_scale is None else (self.key_scale, self.value_scale)
 
     def forward(self, x, cos, sin, cache: Cache, view: View, gate: Gate | None):
-        """x: (B*Q, D); cos: (B, Q, d/2). Returns the update (B*Q, D), rotated queries, caches."""
+        """Return the update (B*Q, D), rotated queries and caches; x: (B*Q, D); cos: (B, Q, d/2)."""
         (batch, count, _), width = cos.shape, self.text.head_dim
 
         def heads(projected: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(ops, text.intermediate, text.hidden, text.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (M, D) -> (M, D)."""
+        """Return (M, D) for x: (M, D)."""
         gate = self.gate_proj(x)
         gate = gate * torch.sigmoid(gate)
         up = self.up_proj(x)
@@ -166,7 +166,7 @@ class DecoderLayer(nn.Module):
         key: Tensor,
         value: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """rows: (B, Q, D). Returns the rows, the rotated queries (B, H, Q, d), and the caches."""
+        """Return the rows (B, Q, D), the rotated queries (B, H, Q, d), and the caches."""
         gate = None
         if value_gate is not None:
             sink = sink_gate if self.mode == "sink" else None
@@ -188,7 +188,7 @@ class DecoderLayer(nn.Module):
 
 
 def _added(x: Tensor, update: Tensor, shift: int) -> Tensor:
-    """The residual x and an update that came scaled by 2**-shift; added in FP32 where either is
+    """Add to the residual x an update that came scaled by 2**-shift; in FP32 where either is
     wider than FP16 or was scaled to fit it.
     """
     if not shift:
@@ -197,7 +197,7 @@ def _added(x: Tensor, update: Tensor, shift: int) -> Tensor:
 
 
 class Head(nn.Module):
-    """What every layer of a stage shares: rotary turns, visibility, the gates one by one."""
+    """Inputs that all layers of a stage share: rotary turns, visibility, the gates."""
 
     def __init__(self, text: TextConfig, ops: Eager):
         super().__init__()
@@ -207,7 +207,7 @@ class Head(nn.Module):
         self.register_buffer("inverse_frequencies", inverse, persistent=False)
 
     def forward(self, rows, positions, order, slot_order, write_index, gates) -> tuple[Tensor, ...]:
-        """Returns cos, sin (B, Q, d/2), visible, perhaps window, value and sink gates."""
+        """Return cos, sin (B, Q, d/2), visible, perhaps window, value and sink gates."""
         cos, sin = turn(self.inverse_frequencies, self.scaling, positions, rows.dtype)
         view = self.ops.view(order, slot_order, write_index)
         window = () if view.window is None else (view.window,)
@@ -224,7 +224,7 @@ class LastQueries(nn.Module):
     kind = ()
 
     def forward(self, *queries: Tensor) -> Tensor:
-        """(B, H, Q, d) of each layer -> (layers, B, H, d)."""
+        """Return (layers, B, H, d) for (B, H, Q, d) of each layer."""
         return torch.stack([query[:, :, -1] for query in queries])
 
 
@@ -237,7 +237,7 @@ class Logits(nn.Module):
         self.kind = (norm.eps, head.ops.name)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """(B, Q, D) -> (B, V) float32."""
+        """Return (B, V) float32 for (B, Q, D)."""
         return self.head(self.norm(rows[:, -1])).float()
 
 
@@ -291,7 +291,7 @@ class DecoderStage(nn.Module):
         gates: Any,
         caches: Sequence[tuple[Any, Any]],
     ) -> StageOutput:
-        """The stage as calls of its pieces; shapes and meanings: ``contract.stage_spec``."""
+        """Run the stage as calls of its pieces; shapes and meanings: ``contract.stage_spec``."""
         shared = list(call(self.head, rows, positions, order, slot_order, write_index, gates))
         cos, sin, visible = shared[:3]
         window = shared[3] if self.returns_new_rows else None
@@ -310,7 +310,7 @@ class DecoderStage(nn.Module):
         return StageOutput(rows, call(self.last_queries, *queries), logits, grown)
 
     def scales_of(self, layer: int) -> Scales | None:
-        """Of the cache of one of its layers; None where it is float."""
+        """Return the scales of one layer's cache; None where it is float."""
         return self.model.layers[str(layer)].self_attn.scales
 
     def forward(self, *inputs: Any) -> StageOutput:

@@ -25,10 +25,10 @@ value gate and perhaps the sink gate, (B, S) each."""
 
 
 class View(NamedTuple):
-    """What one call may see and where it writes; made once per call by ``ops.view``.
+    """The slots that one call sees and writes; made once per call by ``ops.view``.
 
     write_index: (B,) int64. visible: (B, 1, Q, S) bool, in the portable lowering (B, 1, Q, S+Q):
-    the old slots, then the new rows. window, only where new rows are handed back: of ``Portable``
+    the old slots, then the new rows. window, only where new rows are returned: of ``Portable``
     (B, Q) their slots, of ``LlmRows`` (S,) the new row of each slot, or -1.
     """
 
@@ -50,14 +50,14 @@ class Gate:
     renorm: bool
 
     def values(self, value: Tensor, first_visual: Tensor | None) -> Tensor:
-        """Value * V + sink * V[first visual slot], with V: (B, G, S, d)."""
+        """Return value * V + sink * V[first visual slot], with V: (B, G, S, d)."""
         gated = value * self.value[:, None, :, None].to(value.dtype)
         if first_visual is None or self.sink is None:
             return gated
         return gated + self.sink[:, None, :, None].to(value.dtype) * first_visual
 
     def first_visual(self, value: Tensor) -> Tensor | None:
-        """(B, G, 1, d): the value in the first slot whose sink gate is open."""
+        """Return (B, G, 1, d), the value in the first slot whose sink gate is open."""
         if self.sink is None:
             return None
         index = torch.argmax(self.sink.float(), dim=-1)[:, None, None, None]
@@ -79,29 +79,29 @@ class Eager:
     returns_new_rows = False
 
     def view(self, order: Tensor, slot_order: Tensor, write_index: Tensor) -> View:
-        """A key is seen when its order is not above the query's.
+        """Return the call's view: a key is seen when its order is not above the query's.
 
         order: (B, Q) int32; slot_order: (B, S) int32, as it is after this append.
         """
         return View(write_index, _sees(order, slot_order))
 
     def reshape(self, x: Tensor, shape: Sequence[int], like: Tensor | None = None) -> Tensor:
-        """Another shape for x: one size may be open, or two that are the first of ``like``."""
+        """Reshape x: one size may be open, or two that are the first of ``like``."""
         del like
         return x.reshape(shape)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x: (M, K), weight: (N, K) -> (M, N)."""
+        """Return (M, N) for x: (M, K), weight: (N, K)."""
         return F.linear(x, weight, bias)
 
     def fake_quantised(self, x: Tensor, scale: Tensor) -> Tensor:
-        """To multiples of ``scale`` (), at most 127 of them; halves go to even."""
+        """Round to multiples of ``scale`` (), at most 127 of them; halves go to even."""
         return torch.clamp(torch.round(x / scale), -128, 127) * scale
 
     def restored(
         self, weight: Tensor, scale: Tensor, block: int | None, zero: Tensor | None = None
     ) -> Tensor:
-        """What integers (K, N) stand for; scale: (N,), or (K / block, N) with ``block`` inputs.
+        """Return dequantised integers (K, N); scale: (N,), or (K / block, N) with ``block`` inputs.
 
         ``zero``: zero points, all 0, for who wants them said.
         """
@@ -110,36 +110,36 @@ class Eager:
         return weight.to(scale.dtype) * scale
 
     def stored(self, rows: Tensor, scale: Tensor) -> Tensor:
-        """Rows (B, G, Q, d) as an INT8 cache keeps them; scale: (G,). Halves go to even."""
+        """Return rows (B, G, Q, d) as an INT8 cache keeps them; scale: (G,). Halves go to even."""
         return torch.clamp(torch.round(rows / scale[:, None, None]), -128, 127).to(torch.int8)
 
     def read(self, cache: Tensor, scale: Tensor) -> Tensor:
-        """What an INT8 cache (B, G, S, d) stands for, in the type of scale (G,)."""
+        """Return what an INT8 cache (B, G, S, d) stands for, in the type of scale (G,)."""
         return cache.to(scale.dtype) * scale[:, None, None]
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x: (M, K), weight: (K, N) -> (M, N)."""
+        """Return (M, N) for x: (M, K), weight: (K, N)."""
         return x @ weight
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Statistics in FP32, as Llama's own norm computes them; the result has weight's type."""
+        """Normalise with FP32 statistics, as Llama's norm does; the result has weight's type."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         return weight * wide.to(weight.dtype)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Half-split rotary embedding. x: (B, H, Q, d); cos, sin: (B, Q, d/2)."""
+        """Apply half-split rotary embedding. x: (B, H, Q, d); cos, sin: (B, Q, d/2)."""
         half = x.shape[-1] // 2
         left, right = x[..., :half], x[..., half:]
         cos, sin = cos[:, None], sin[:, None]
         return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """Scaled products of queries (B, H, Q, d) and keys (B, G, S, d) -> (B, G, H/G*Q, S)."""
+        """Return scaled products (B, G, H/G*Q, S) of queries (B, H, Q, d) and keys (B, G, S, d)."""
         return _grouped(q, k) @ k.transpose(-1, -2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-        """Grouped attention. q: (B, H, Q, d); k, v: (B, G, S, d); visible: (B, 1, Q, S)."""
+        """Compute grouped attention. q: (B, H, Q, d); k, v: (B, G, S, d); visible: (B, 1, Q, S)."""
         probs = _softmax(self.scores(q, k), visible, q.shape, k.shape[1]).to(q.dtype)
         return _ungrouped(probs @ v, q)
 
@@ -187,7 +187,7 @@ class Eager:
     def gated_attention(
         self, q: Tensor, k: Tensor, v: Tensor, view: View, gate: Gate | None
     ) -> Tensor:
-        """Grouped attention to a whole cache. q: (B, H, Q, d); k, v: (B, G, S, d)."""
+        """Compute grouped attention to a whole cache. q: (B, H, Q, d); k, v: (B, G, S, d)."""
         visible = view.visible
         if gate is not None and gate.renorm:
             visible = visible & (gate.value > 0)[:, None, None, :]
@@ -203,7 +203,7 @@ class Llm(Eager):
     opset = 24
 
     def reshape(self, x: Tensor, shape: Sequence[int], like: Tensor | None = None) -> Tensor:
-        """``Reshape`` to a constant, or to sizes found out once for all who share ``like``.
+        """Trace ``Reshape`` to a constant, or to sizes computed once for all that share ``like``.
 
         Said so because torch spells every open size out anew: a dozen operators a layer, which are
         a third of what a small model takes for one token.
@@ -219,13 +219,13 @@ class Llm(Eager):
         return _symbolic("Reshape", [x, target], {}, x.dtype, shape, self.opset)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``Gemm(transB=1)`` reads the checkpoint's own [N, K] layout without a copy."""
+        """Trace ``Gemm(transB=1)``, which reads the checkpoint's [N, K] layout without a copy."""
         inputs = [x, weight] if bias is None else [x, weight, bias]
         shape = (x.shape[0], weight.shape[0])
         return _symbolic("Gemm", inputs, {"transB": 1}, x.dtype, shape, self.opset)
 
     def fake_quantised(self, x: Tensor, scale: Tensor) -> Tensor:
-        """``QuantizeLinear`` and back. The zero point is said: without it ONNX Runtime would not
+        """Trace ``QuantizeLinear`` and back. Without an explicit zero point ONNX Runtime would not
         count from 0, which x86 wants of one side of a product, and leave the rounding unfused.
         """
         zero = torch.zeros((), dtype=torch.int8, device=x.device)
@@ -236,7 +236,7 @@ class Llm(Eager):
     def restored(
         self, weight: Tensor, scale: Tensor, block: int | None, zero: Tensor | None = None
     ) -> Tensor:
-        """``DequantizeLinear``, which engines fuse into the product behind it."""
+        """Trace ``DequantizeLinear``, which engines fuse into the product behind it."""
         attributes = {"axis": 1} if block is None else {"axis": 0, "block_size": block}
         inputs = [weight, scale] if zero is None else [weight, scale, zero]
         return _symbolic(
@@ -244,15 +244,15 @@ class Llm(Eager):
         )
 
     def stored(self, rows: Tensor, scale: Tensor) -> Tensor:
-        """``QuantizeLinear`` along the heads."""
+        """Trace ``QuantizeLinear`` along the heads."""
         return _stored(rows, scale, self.opset)
 
     def read(self, cache: Tensor, scale: Tensor) -> Tensor:
-        """``DequantizeLinear`` along the heads."""
+        """Trace ``DequantizeLinear`` along the heads."""
         return _read(cache, scale, self.opset)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """``RMSNormalization`` with FP32 statistics (stash_type 1).
+        """Trace ``RMSNormalization`` with FP32 statistics (stash_type 1).
 
         Rows wider than the weight are normalised in their own type: the operator may take two
         types, few engines do.
@@ -263,16 +263,16 @@ class Llm(Eager):
         return out.to(weight.dtype)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``RotaryEmbedding`` over cosines already gathered for these positions."""
+        """Trace ``RotaryEmbedding`` over cosines already gathered for these positions."""
         return _symbolic("RotaryEmbedding", [x, cos, sin], {}, x.dtype, x.shape, self.opset)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-        """``Attention`` with a boolean mask and nothing else: every engine agrees on that form."""
+        """Trace ``Attention`` with a boolean mask only: every engine agrees on that form."""
         inputs = [q, k, v] if visible is None else [q, k, v, visible]
         return _symbolic("Attention", inputs, {}, q.dtype, q.shape, self.opset)
 
     def scatter(self, cache: Tensor, rows: Tensor, write_index: Tensor) -> Tensor:
-        """``TensorScatter``: in place where input and output share a buffer."""
+        """Trace ``TensorScatter``: in place where input and output share a buffer."""
         inputs = [cache, rows, write_index]
         return _symbolic(
             "TensorScatter", inputs, {"axis": -2}, cache.dtype, cache.shape, self.opset
@@ -282,7 +282,7 @@ class Llm(Eager):
 class LlmConditional(Llm):
     """``Llm`` for ONNX Runtime on a CPU: attention in one form for many new rows, one for a few.
 
-    ``in_order``: the rows of every call, and the slots before them, lie in the order in which they
+    ``in_order``: the rows of every call, and the slots before them, are in the order in which they
     see each other, so that what a causal mask hides need not be computed.
     """
 
@@ -293,7 +293,7 @@ class LlmConditional(Llm):
     def gated_attention(
         self, q: Tensor, k: Tensor, v: Tensor, view: View, gate: Gate | None
     ) -> Tensor:
-        """As its base, by ``CONDITIONAL_ATTENTION``, unless both forms would be the same."""
+        """Trace ``CONDITIONAL_ATTENTION``, unless both forms would be the same."""
         visible = view.visible
         gates: list[Tensor] = []
         if gate is not None and gate.renorm:
@@ -315,7 +315,7 @@ class LlmConditional(Llm):
 class LlmRows(Llm):
     """``Llm`` for engines over an INT8 cache: TensorRT updates caches of floats only in place.
 
-    New rows are handed back. In the call that brings them they are put among the old ones where the
+    New rows are returned. In the call that brings them they are put among the old ones where the
     integers have become floats, which attention needs whole anyway.
     """
 
@@ -323,7 +323,7 @@ class LlmRows(Llm):
     returns_new_rows = True
 
     def view(self, order: Tensor, slot_order: Tensor, write_index: Tensor) -> View:
-        """As its base, and which new row each slot holds."""
+        """Return the base's view, and which new row each slot holds."""
         slot = torch.arange(slot_order.shape[1], device=order.device) - write_index[0]
         fresh = (slot >= 0) & (slot < order.shape[1])
         return View(write_index, _sees(order, slot_order), torch.where(fresh, slot, -1))
@@ -331,7 +331,7 @@ class LlmRows(Llm):
     def append(
         self, cache: Tensor, rows: Tensor, scale: Tensor | None, view: View
     ) -> tuple[Tensor, Tensor]:
-        """As its base; puts out the new rows (B, G, Q, d) INT8."""
+        """Append as its base does; return the new rows (B, G, Q, d) INT8."""
         assert scale is not None
         assert view.window is not None
         kept = self.stored(rows, scale)
@@ -341,7 +341,7 @@ class LlmRows(Llm):
 
 
 class Portable(Eager):
-    """Basic operators only. The cache is read, never written: new rows are handed back."""
+    """Basic operators only. The cache is read, never written: new rows are returned."""
 
     name = "portable"
     returns_new_rows = True
@@ -353,15 +353,15 @@ class Portable(Eager):
     restored = Llm.restored
 
     def stored(self, rows: Tensor, scale: Tensor) -> Tensor:
-        """As ``Llm.stored``."""
+        """Trace the same as ``Llm.stored``."""
         return _stored(rows, scale, self.opset)
 
     def read(self, cache: Tensor, scale: Tensor) -> Tensor:
-        """As ``Llm.read``."""
+        """Trace the same as ``Llm.read``."""
         return _read(cache, scale, self.opset)
 
     def view(self, order: Tensor, slot_order: Tensor, write_index: Tensor) -> View:
-        """Old slots and new rows apart.
+        """Return a view of old slots and new rows apart.
 
         Slots about to be overwritten still hold stale rows and are hidden; what ``slot_order``
         says about them belongs to the new rows.
@@ -411,8 +411,8 @@ class Portable(Eager):
                 open_ = torch.cat((gate.value, new.value), -1) > 0
                 visible = visible & open_[:, None, None, :]
             else:
-                # A sink opens only for text, and text comes after the picture: the first visual
-                # value always lies in an old slot.
+                # A sink opens only for text, and text comes after the image: the first visual
+                # value is always in an old slot.
                 first = gate.first_visual(values)
                 seen_old, seen_new = gate.values(values, first), new.values(v, first)
 
@@ -424,12 +424,12 @@ class Portable(Eager):
 
 
 def _sees(order: Tensor, key_order: Tensor) -> Tensor:
-    """(B, Q), (B, S) -> (B, 1, Q, S)."""
+    """Return the mask (B, 1, Q, S) of orders (B, Q) and (B, S)."""
     return key_order[:, None, None, :] <= order[:, None, :, None]
 
 
 def _grouped(q: Tensor, k: Tensor) -> Tensor:
-    """(B, H, Q, d) -> (B, G, H/G*Q, d), scaled: queries of one group share its keys."""
+    """Return (B, G, H/G*Q, d), scaled, for (B, H, Q, d): queries of one group share its keys."""
     batch, heads, rows, width = q.shape
     groups = k.shape[1]
     return (q * width**-0.5).reshape(batch, groups, (heads // groups) * rows, width)
@@ -441,7 +441,7 @@ def _ungrouped(out: Tensor, q: Tensor) -> Tensor:
 
 
 def _softmax(scores: Tensor, visible: Tensor | None, q_shape: torch.Size, groups: int) -> Tensor:
-    """FP32 softmax of (B, G, H/G*Q, S) scores under a (B, 1, Q, S) mask."""
+    """Return the FP32 softmax of (B, G, H/G*Q, S) scores under a (B, 1, Q, S) mask."""
     wide = scores.float()
     if visible is None:
         return wide.softmax(-1)
@@ -452,19 +452,19 @@ def _softmax(scores: Tensor, visible: Tensor | None, q_shape: torch.Size, groups
 
 
 def _known(size: int | torch.SymInt) -> int:
-    """A size that is a number, -1 for one that is open."""
+    """Return a size that is a number, -1 for one that is open."""
     return size if isinstance(size, int) else -1
 
 
 def _stored(rows: Tensor, scale: Tensor, opset: int) -> Tensor:
-    """``QuantizeLinear`` along the heads; without zero points its integers would be unsigned."""
+    """Trace ``QuantizeLinear`` along the heads; without zero points integers would be unsigned."""
     zero = torch.zeros(scale.shape, dtype=torch.int8, device=rows.device)
     inputs = [rows, scale, zero]
     return _symbolic("QuantizeLinear", inputs, {"axis": 1}, torch.int8, rows.shape, opset)
 
 
 def _read(cache: Tensor, scale: Tensor, opset: int) -> Tensor:
-    """``DequantizeLinear`` along the heads."""
+    """Trace ``DequantizeLinear`` along the heads."""
     inputs = [cache, scale]
     return _symbolic("DequantizeLinear", inputs, {"axis": 1}, scale.dtype, cache.shape, opset)
 

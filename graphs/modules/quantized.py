@@ -32,18 +32,18 @@ CACHE_SCALES = ("key_scale", "value_scale")
 
 
 def cache_scale_names(layer: int) -> tuple[str, str]:
-    """Of the keys and the values of a layer of the decoder, by the names that graphs have."""
+    """Return the scales' names of keys and values of a decoder layer, as graphs have them."""
     key, value = (f"model.layers.{layer}.self_attn.{own}" for own in CACHE_SCALES)
     return key, value
 
 
 def is_cache_scale(name: str) -> bool:
-    """Whether a graph's tensor of this name is the scale of a cache."""
+    """Return whether a graph's tensor of this name is the scale of a cache."""
     return name.endswith(tuple(f".self_attn.{own}" for own in CACHE_SCALES))
 
 
 def scale_shape(block: int | None, inputs: int, outputs: int) -> tuple[int, ...]:
-    """Shape of a weight's scales: (N,), or with blocks (ceil(K / block), N)."""
+    """Return the shape of a weight's scales: (N,), or with blocks (ceil(K / block), N)."""
     return (outputs,) if block is None else (-(-inputs // block), outputs)
 
 
@@ -70,7 +70,7 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        """As ``decoder.Linear.forward``; ``input_scale`` is that of x as it comes, scaled."""
+        """Return as ``decoder.Linear`` does; ``input_scale`` is that of x as it comes, scaled."""
         if self.input_scale is not None:
             x = self.ops.fake_quantised(x, self.input_scale)
         values = getattr(self, WEIGHT[self.scheme])

@@ -14,7 +14,7 @@ from ..config import TextConfig
 
 
 def frequencies(text: TextConfig) -> tuple[Tensor, float]:
-    """Inverse frequencies (d/2,) FP32 and the factor that scales cosines and sines."""
+    """Return inverse frequencies (d/2,) FP32 and the factor that scales cosines and sines."""
     if text.rope.type == "default":
         even = torch.arange(0, text.head_dim, 2, dtype=torch.float32, device="cpu")
         exponents = even / text.head_dim
@@ -32,7 +32,7 @@ def frequencies(text: TextConfig) -> tuple[Tensor, float]:
 
 
 def rotary(text: TextConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, Q, d/2) of positions (B, Q), computed in FP32 and then rounded."""
+    """Return cosines and sines (B, Q, d/2) of positions (B, Q), computed in FP32, then rounded."""
     inverse, scaling = frequencies(text)
     return turn(inverse, scaling, positions, dtype)
 
@@ -40,6 +40,6 @@ def rotary(text: TextConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Ten
 def turn(
     inverse: Tensor, scaling: float, positions: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """``rotary`` with frequencies already at hand."""
+    """Return ``rotary`` with frequencies already at hand."""
     angles = positions[:, :, None].float() * inverse
     return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)

@@ -1,4 +1,4 @@
-"""What the last prompt row makes of each visual token, and which of them survive an edge.
+"""The last prompt row's score of each visual token, and the tokens that survive an edge.
 
 ``Selector`` keeps the best K. ``Prober`` only reads, for plans that decide per prompt.
 
@@ -23,7 +23,7 @@ UNSEEN = -1.0
 
 
 def last_row_attention(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
-    """Softmax row of one query. query: (B, H, d); key: (B, G, S, d); visible: (B, S).
+    """Return the softmax row of one query. query: (B, H, d); key: (B, G, S, d); visible: (B, S).
 
     Returns (B, G, H/G, S) in FP32, the heads sorted by the group whose keys they share.
     """
@@ -35,7 +35,7 @@ def last_row_attention(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
 
 
 def value_norm(attention: Tensor, value: Tensor) -> Tensor:
-    """L2 norm (B, S) of each slot's contribution. attention: (B, G, r, S); value: (B, G, S, d)."""
+    """Return the L2 norm (B, S) of each slot's contribution to (B, G, r, S) attention."""
     return _squared_norm(attention, value).sqrt()
 
 
@@ -45,7 +45,7 @@ def _squared_norm(attention: Tensor, value: Tensor) -> Tensor:
 
 
 def cosine_without(attention: Tensor, value: Tensor) -> Tensor:
-    """Cosine (B, S) between the last row's output with and without each slot."""
+    """Return the cosine (B, S) between the last row's output with and without each slot."""
     wide = value.float()
     out = attention @ wide  # (B, G, r, d)
     total = out.pow(2).sum((1, 2, 3))[:, None]
@@ -80,7 +80,7 @@ class Selector(nn.Module):
         key_scale: Tensor | None = None,
         value_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Kept rows (B, K, D), their positions and order (B, K), and all scores (B, N)."""
+        """Return kept rows (B, K, D), their positions and order (B, K), and all scores (B, N)."""
         if key_scale is not None:
             key = self.ops.read(key, key_scale)
         visible = slot_order <= query_order[:, None]
@@ -130,7 +130,7 @@ class Prober(nn.Module):
         key_scale: Tensor | None = None,
         value_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Cosine without each visual token, and norm of its contribution: (B, N) each."""
+        """Return cosine without each visual token and norm of its contribution: (B, N) each."""
         if key_scale is not None and value_scale is not None:
             key, value = self.ops.read(key, key_scale), self.ops.read(value, value_scale)
         attention = last_row_attention(query, key, slot_order <= query_order[:, None])

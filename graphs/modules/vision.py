@@ -1,4 +1,4 @@
-"""Pixels to visual rows: the CLIP or SigLIP tower, the chosen hidden states, the projector.
+"""Pixels to visual rows: the CLIP or SigLIP encoder, the chosen hidden states, the projector.
 
 Only the layers up to the deepest chosen hidden state are built. Parameter names are the
 checkpoint's own.
@@ -19,7 +19,7 @@ from .ops import Eager
 
 
 def activate(name: str, x: Tensor) -> Tensor:
-    """The activations that published towers and projectors use."""
+    """Apply one of the activations that published vision encoders and projectors use."""
     if name == "quick_gelu":
         return x * torch.sigmoid(1.702 * x)
     if name == "gelu":
@@ -42,7 +42,7 @@ class EncoderAttention(nn.Module):
         self.out_proj = Linear(ops, width, width, bias=True)
 
     def forward(self, x: Tensor, batch: int, tokens: int) -> Tensor:
-        """x: (B*T, D) -> (B*T, D)."""
+        """Return (B*T, D) for x: (B*T, D)."""
 
         def heads(projected: Tensor) -> Tensor:
             shape = (batch, tokens, self.heads, projected.shape[-1] // self.heads)
@@ -54,7 +54,7 @@ class EncoderAttention(nn.Module):
 
 
 class EncoderMLP(nn.Module):
-    """Two projections around the tower's activation."""
+    """Two projections around the encoder's activation."""
 
     def __init__(self, vision: VisionConfig, ops: Eager):
         super().__init__()
@@ -63,12 +63,12 @@ class EncoderMLP(nn.Module):
         self.fc2 = Linear(ops, vision.intermediate, vision.hidden, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B*T, D) -> (B*T, D)."""
+        """Return (B*T, D) for x: (B*T, D)."""
         return self.fc2(activate(self.activation, self.fc1(x)))
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm transformer layer of a vision tower."""
+    """Pre-norm transformer layer of a vision encoder."""
 
     def __init__(self, vision: VisionConfig, ops: Eager):
         super().__init__()
@@ -80,7 +80,7 @@ class EncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(vision.hidden, eps=vision.eps)
 
     def forward(self, states: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """Return (B, T, D) for (B, T, D)."""
         batch, tokens, width = states.shape
         x = self.ops.reshape(states, (batch * tokens, width))
         x = x + self.self_attn(self.layer_norm1(x), batch, tokens)
@@ -89,7 +89,7 @@ class EncoderLayer(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Patches, the class token where the tower has one (CLIP), and learned positions."""
+    """Patches, the class token where the encoder has one (CLIP), and learned positions."""
 
     def __init__(self, vision: VisionConfig):
         super().__init__()
@@ -103,7 +103,7 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(*positions.shape, _weight=positions)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: (B, C, H, W) -> (B, T, D)."""
+        """Return (B, T, D) for pixels: (B, C, H, W)."""
         weight = self.position_embedding.weight
         patches = self.patch_embedding(pixels.to(weight.dtype)).flatten(2).transpose(1, 2)
         if self.class_embedding is not None:
@@ -113,7 +113,7 @@ class Embeddings(nn.Module):
 
 
 class Stem(nn.Module):
-    """Hidden state 0: the embeddings, normalised where the tower says so (CLIP)."""
+    """Hidden state 0: the embeddings, normalised in CLIP."""
 
     def __init__(self, embeddings: Embeddings, norm: nn.LayerNorm | None):
         super().__init__()
@@ -121,7 +121,7 @@ class Stem(nn.Module):
         self.kind = (norm and norm.eps,)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: (B, C, H, W) float32 -> (B, T, D)."""
+        """Return (B, T, D) for pixels: (B, C, H, W) float32."""
         states = self.embeddings(pixels)
         return states if self.norm is None else self.norm(states)
 
@@ -133,7 +133,7 @@ class _EncoderLayers(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Holds a tower's pieces under the checkpoint's names; ``Vision`` runs them."""
+    """An encoder's pieces under the checkpoint's names; ``Vision`` runs them."""
 
     def __init__(self, vision: VisionConfig, ops: Eager, depth: int):
         super().__init__()
@@ -160,7 +160,7 @@ class Projector(nn.Module):
         self.linear_2 = Linear(ops, config.text.hidden, config.text.hidden, config.projector_bias)
 
     def forward(self, *states: Tensor) -> Tensor:
-        """Each (B, T, D) -> visual rows (B, N, D')."""
+        """Return visual rows (B, N, D') for states (B, T, D) each."""
         chosen = [state[:, self.skip :] for state in states]
         features = torch.cat(chosen, dim=-1) if len(chosen) > 1 else chosen[0]
         batch, tokens, width = features.shape
@@ -175,22 +175,21 @@ class Vision(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Eager, fallback: Fp32Fallback = NO_FALLBACK):
         super().__init__()
-        states = config.vision.layers + 1
-        self.chosen = [index % states for index in config.feature_layers]
-        self.vision_tower = VisionEncoder(config.vision, ops, max(self.chosen))
+        self.chosen = config.feature_states
+        self.vision_tower = VisionEncoder(config.vision, ops, config.encoder_depth)
         self.multi_modal_projector = Projector(config, ops, fallback.rows)
 
     def compose(self, call: Call, pixels: Any) -> Any:
-        """Calls of its pieces, as in ``decoder.DecoderStage.compose``."""
+        """Run the encoder as calls of its pieces, as ``decoder.DecoderStage.compose``."""
         vision_encoder = self.vision_tower
         stem = Stem(vision_encoder.embeddings, getattr(vision_encoder, "pre_layrnorm", None))
         hidden = [call(stem, pixels)]
         for index, layer in enumerate(vision_encoder.encoder.layers):
             hidden.append(call(layer, hidden[-1]))
             if index not in self.chosen:
-                hidden[index] = None  # a walk holds those of many pictures at once
+                hidden[index] = None  # layer streaming holds those of many images at once
         return call(self.multi_modal_projector, *(hidden[index] for index in self.chosen))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: (B, C, H, W) float32 -> visual rows (B, N, D)."""
+        """Return visual rows (B, N, D) for pixels: (B, C, H, W) float32."""
         return self.compose(direct, pixels)

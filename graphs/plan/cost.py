@@ -1,4 +1,4 @@
-"""What a plan costs: multiply-accumulates, cache bytes and bytes read per decode step.
+"""Cost of a plan: multiply-accumulates, cache bytes and bytes read per decode step.
 
 Plain arithmetic over a plan and five sizes of a decoder; nothing here is measured. Multiply MACs
 by 2 for FLOPs. A layer with X text rows (P before the image, T after it) and n visual rows costs
@@ -52,7 +52,7 @@ class Geometry:
 
     @classmethod
     def of(cls, text: Any) -> Geometry:
-        """The sizes of a decoder's config (``graphs.config.TextConfig``, or anything like it)."""
+        """Return the sizes of a decoder's config (``graphs.config.TextConfig``, or the like)."""
         return cls(
             layers=text.layers,
             hidden=text.hidden,
@@ -68,12 +68,32 @@ class Geometry:
         kv = self.hidden if self.kv_width is None else self.kv_width
         return self.hidden if self.query_width is None else self.query_width, kv
 
+    def layer_macs(self, rows: float, keys: float, pairs: float) -> float:
+        """Return the multiply-accumulates of one layer.
+
+        Args:
+            rows: rows with queries and an MLP.
+            keys: rows with keys and values.
+            pairs: (query, key) pairs that attend.
+        """
+        query, kv = self.widths
+        mlp = 3 * rows * self.hidden * self.intermediate
+        return 2 * self.hidden * (rows * query + keys * kv) + 2 * pairs * query + mlp
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of one layer's linear layers."""
+        return int(self.layer_macs(1, 1, 0))
+
+    @property
+    def head_weights(self) -> int:
+        """Weights of the output projection."""
+        return self.hidden * self.vocab
+
     @property
     def matmul_weights(self) -> int:
         """Weights that one decode step multiplies by: all layers and the output projection."""
-        query, kv = self.widths
-        layer = 2 * self.hidden * (query + kv) + 3 * self.hidden * self.intermediate
-        return self.layers * layer + self.hidden * self.vocab
+        return self.layers * self.layer_weights + self.head_weights
 
 
 LLAVA_7B = Geometry(layers=32, hidden=4096, intermediate=11008, vocab=32000)
@@ -91,7 +111,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a prompt made of a plan that decides per prompt; averages over prompts are welcome.
+    """Outcome of a prompt under a plan that decides per prompt; it may be an average.
 
     trigger, exit: last layer with all visual tokens, last layer with any; kept: tokens between.
     """
@@ -101,7 +121,7 @@ class Outcome:
     exit: int
 
     def check(self, plan: StagePlan) -> None:
-        """Raises PlanError unless ``plan`` may end so."""
+        """Raise PlanError unless ``plan`` may end so."""
         if plan.probe is None:
             raise PlanError(
                 f"found an outcome for plan '{plan.name}', expected none: it fixes t, K and e "
@@ -121,7 +141,7 @@ class Outcome:
             )
 
     def visual_tokens_in(self, layer: int, offered: int) -> float:
-        """Visual tokens that run through ``layer``."""
+        """Return the visual tokens that run through ``layer``."""
         if layer <= self.trigger:
             return offered
         return self.kept if layer <= self.exit else 0
@@ -182,7 +202,7 @@ class Cost:
 def plan_loads(
     plan: StagePlan, accounting: Accounting = "modes", outcome: Outcome | None = None
 ) -> tuple[Load, ...]:
-    """One ``Load`` per layer of ``plan``, its kind according to ``accounting``.
+    """Return one ``Load`` per layer of ``plan``, its kind according to ``accounting``.
 
     A plan that decides per prompt is loaded as ``outcome`` says, without one as if no prompt ever
     triggered. In the paper's accounting its layers with all visual tokens count as one stage.
@@ -218,7 +238,7 @@ def plan_cost(
     kv_element_bytes: float = FP16_BYTES,
     weight_element_bytes: float = FP16_BYTES,
 ) -> Cost:
-    """Cost of ``plan`` for one image between ``prefix`` and ``text`` text rows, per layer.
+    """Return the cost of ``plan`` for one image between ``prefix`` and ``text`` text rows.
 
     The defaults are LLaVA-1.5's prompt and a short question. Plan and geometry must have the same
     depth; ``resolve_plan`` has seen to that. ``outcome``: see ``plan_loads``.
@@ -245,10 +265,10 @@ def cost_of(
     weight_element_bytes: float = FP16_BYTES,
     accounting: str = "modes",
 ) -> Cost:
-    """Cost of any mix of layers, such as a published average with 10.3 tokens in 9 layers."""
+    """Return the cost of a mix of layers, such as a published average of 10.3 tokens."""
     return Cost(
         tuple(_load_cost(load, geometry, prefix, text, kv_element_bytes) for load in loads),
-        head_macs=geometry.hidden * geometry.vocab,
+        head_macs=geometry.head_weights,
         weight_bytes=geometry.matmul_weights * weight_element_bytes,
         accounting=accounting,
     )
@@ -257,13 +277,13 @@ def cost_of(
 def dense_cost(
     plan: StagePlan, geometry: Geometry, prefix: int = 35, text: int = 40, **sizes
 ) -> Cost:
-    """What the unpruned model costs under the same circumstances."""
+    """Return what the unpruned model costs under the same circumstances."""
     loads = [Load("dense", plan.visual_tokens)] * geometry.layers
     return cost_of(loads, geometry, prefix, text, **sizes)
 
 
 def reduction_percent(value: float, dense: float) -> float:
-    """How much less ``value`` is than ``dense``, in per cent of ``dense``."""
+    """Return how much less ``value`` is than ``dense``, in per cent of ``dense``."""
     return 100 * (1 - value / dense)
 
 
@@ -273,8 +293,6 @@ def total_cost(costs: Sequence[LoadCost], field: str) -> float:
 
 
 def _load_cost(load: Load, geometry: Geometry, prefix: int, text: int, bytes_: float) -> LoadCost:
-    d, m = geometry.hidden, geometry.intermediate
-    query, kv = geometry.widths
     n, x = load.visual_tokens, prefix + text
     pairs, visual_pairs, visual_keys = (x + n) ** 2, n * n, n
     if load.kind != "dense":
@@ -282,16 +300,13 @@ def _load_cost(load: Load, geometry: Geometry, prefix: int, text: int, bytes_: f
     if load.kind in ("text_blind_novv", "no_attention"):
         pairs, visual_pairs = pairs - n * n, 0
     if load.kind == "text_blind_novv":
-        visual_keys = 0  # nobody reads them
+        visual_keys = 0  # unread
 
-    def macs(rows: float, keys: float, attended: float) -> float:
-        return 2 * d * (rows * query + keys * kv) + 2 * attended * query + 3 * rows * d * m
-
-    cached = 2 * kv * bytes_ * load.count
+    cached = 2 * geometry.widths[1] * bytes_ * load.count
     return LoadCost(
         load,
-        visual_macs=load.count * macs(n, visual_keys, visual_pairs),
-        prefill_macs=load.count * macs(x + n, x + visual_keys, pairs),
+        visual_macs=load.count * geometry.layer_macs(n, visual_keys, visual_pairs),
+        prefill_macs=load.count * geometry.layer_macs(x + n, x + visual_keys, pairs),
         visual_kv_bytes=visual_keys * cached,
         kv_bytes=(x + visual_keys) * cached,
     )

@@ -1,4 +1,4 @@
-"""What text-blind layers may read of each slot, call by call: the host fills it in. NumPy only.
+"""Gates of text-blind layers, slot by slot and call by call: the host fills them in. NumPy only.
 
 Source: docs/design.md, "Text-blind layers"; docs/methods.md, "Gated and renormalised masks".
 """
@@ -13,7 +13,7 @@ from .plan import StagePlan
 def stage_gates(
     plan: StagePlan, stage: int, visual: np.ndarray, visual_call: bool, decoding: bool = False
 ) -> np.ndarray | None:
-    """Value gate and sink gate of one call, for each gated layer of a stage.
+    """Return value gate and sink gate of one call, for each gated layer of a stage.
 
     Args:
         plan: of which ``stage`` is a stage.

@@ -53,7 +53,7 @@ class StagePlan:
     layers: int  # decoder depth
     visual_tokens: int  # N of one image
     stages: tuple[Stage, ...]
-    edges: tuple[Edge, ...] = ()  # edge i lies between stages i and i + 1
+    edges: tuple[Edge, ...] = ()  # edge i is between stages i and i + 1
     decode_sees_shallow_vision: bool = False  # gates all open in decode steps
     calibrated: bool = False
     note: str = ""
@@ -102,7 +102,7 @@ class StagePlan:
 
     @property
     def kind(self) -> Literal["static", "exact", "adaptive"]:
-        """Who decides t, K and e: the plan, or each prompt, exactly or at the next edge."""
+        """The decider of t, K and e: the plan, or each prompt, exactly or at the next edge."""
         if self.probe is None:
             return "static"
         single = all(len(self.probed_layers(i)) == 1 for i in range(len(self.edges)))
@@ -130,7 +130,7 @@ class StagePlan:
         return next((edge.keep for edge in self.edges if edge.op == "select"), None)
 
     def probed_layers(self, stage: int) -> range:
-        """Layers of ``stage`` whose probe can still change something: an edge follows them."""
+        """Return the layers of ``stage`` whose probe can change something: an edge follows."""
         if self.probe is None or stage >= len(self.edges):
             return range(0)
         start, stop = self.stages[stage].layers
@@ -138,7 +138,7 @@ class StagePlan:
 
     @property
     def is_dense(self) -> bool:
-        """Whether this is the unpruned model."""
+        """True for the unpruned model."""
         return not self.edges and not self.stages[0].gated_layers
 
     @property
@@ -148,19 +148,19 @@ class StagePlan:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def visual_tokens_in(self, layer: int) -> int:
-        """Visual tokens that run through ``layer``. Raises IndexError outside the decoder."""
+        """Return the visual tokens in ``layer``. Raises IndexError outside the decoder."""
         for stage in self.stages:
             if stage.layers[0] <= layer < stage.layers[1]:
                 return stage.visual_tokens
         raise IndexError(f"layer {layer} of a decoder with {self.layers}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form; ``from_dict`` gives the same plan back."""
+        """Return the plain JSON form, which ``from_dict`` reads."""
         return {"version": PLAN_VERSION, **to_json(self)}
 
     @classmethod
     def from_dict(cls, data: Any) -> StagePlan:
-        """Strict inverse of ``to_dict``.
+        """Read what ``to_dict`` returns, strictly.
 
         Raises:
             PlanError: an unknown or missing key, another version, or anything the constructor

@@ -1,4 +1,4 @@
-"""What a prompt's probes decide: when to select, which tokens to keep, when vision leaves.
+"""Decisions of a prompt's probes: when to select, which tokens to keep, when vision leaves.
 
 Pure bookkeeping over the readings of one prompt, layer after layer; it knows neither stages nor
 back ends. What it decides is what the published method would do; when it takes effect is the
@@ -34,7 +34,7 @@ class Decision:
 
     @property
     def settled(self) -> bool:
-        """Whether no reading can change anything any more."""
+        """True once no reading can change anything."""
         if self.trigger is None:
             return False
         return self.probe.exit_cosine is None or self.exit is not None

@@ -1,4 +1,4 @@
-"""What a plan is made of: stages, the edges between them, and a probe. Frozen data.
+"""The parts of a plan: stages, the edges between them, and a probe. Frozen data.
 
 Layers are absolute, counted from 0, ranges half-open. The plan that holds the parts checks them.
 
@@ -64,7 +64,7 @@ class Stage:
         return tuple(start + i for i, mode in enumerate(self.modes) if mode != "dense")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form; ``norm`` only where it means something."""
+        """Return the plain JSON form; ``norm`` only where it means something."""
         data = to_json(self)
         if not self.gated_layers:
             del data["norm"]
@@ -73,7 +73,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Edge:
-    """What happens to the visual tokens between two stages."""
+    """The operation on the visual tokens between two stages."""
 
     op: Op
     # Of a select: what the last prompt row ranks them by, and K for all images of a prompt.
@@ -83,7 +83,7 @@ class Edge:
 
 @dataclass(frozen=True)
 class Probe:
-    """How a plan decides per prompt: what the last prompt row's attention must show, and when.
+    """Thresholds of a plan that decides per prompt by the last prompt row's attention.
 
     In every layer from ``first`` on, o is that row's attention output (all heads, before the
     output projection) and c_j the part of it that comes from visual token j.
@@ -109,7 +109,7 @@ class Probe:
     buckets: tuple[int, ...] = ()
 
     def rows_for(self, kept: int) -> int:
-        """Rows that ``kept`` tokens take: their bucket, beyond the largest a multiple of it."""
+        """Return the rows that ``kept`` tokens take: their bucket, or a multiple of the largest."""
         if not self.buckets or not kept:
             return kept
         largest = self.buckets[-1]

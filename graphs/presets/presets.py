@@ -1,41 +1,47 @@
 """Named plans for a decoder of any depth: ``preset("visipruner", 32, 576, t=14, keep=32)``.
 
 It knows methods, not models: without options every number follows from the depth and the count of
-visual tokens, and the plan says that it is uncalibrated.
+visual tokens, and the plan says that it is uncalibrated. A new preset is a subclass of ``Preset``,
+in a file of its own, and an entry of ``PRESETS``.
 
 Source: docs/design.md, "The plan".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..errors import PlanError, nearest
+from ..fields import from_json, split_options
+from ..plan.checks import is_count
 from ..plan.plan import StagePlan
-from . import probing_presets
-from . import static as static_presets
-from .request import Preset, Request
+from .per_prompt import VisiPrunerAdaptive, VisiPrunerCode, VisiPrunerPaper
+from .request import Layer, Preset, Request
+from .static import Dense, ExitOnly, FastV, PyramidDrop, VisiPruner
 
-PRESETS: dict[str, Preset] = {
-    "dense": static_presets.DENSE,
-    "visipruner": static_presets.VISIPRUNER,
-    "visipruner-code": probing_presets.CODE,
-    "visipruner-paper": probing_presets.PAPER,
-    "visipruner-adaptive": probing_presets.ADAPTIVE,
-    "fastv": static_presets.FASTV,
-    "pyramiddrop": static_presets.PYRAMIDDROP,
-    "exit-only": static_presets.EXIT_ONLY,
+PRESETS: dict[str, type[Preset]] = {
+    preset.name: preset
+    for preset in (
+        Dense,
+        VisiPruner,
+        VisiPrunerCode,
+        VisiPrunerPaper,
+        VisiPrunerAdaptive,
+        FastV,
+        PyramidDrop,
+        ExitOnly,
+    )
 }
 
 LATER = ("hidrop", "vica", "embedlens")
+_REMEDY = "Write options such as t=14, cosine=0.99, deep=false or boundaries=8-16-32."
 
 
 def preset(name: str, layers: int, visual_tokens: int, **options: Any) -> StagePlan:
-    """The plan of preset ``name`` for a decoder of ``layers`` layers and N ``visual_tokens``.
+    """Return the plan of preset ``name`` for ``layers`` layers and N ``visual_tokens``.
 
     The plan is called after the preset and the options given, so that two settings never share a
-    directory: ``visipruner-t14-keep32``. Options: ``PRESETS[name].options``.
+    directory: ``visipruner-t14-keep32``. Options: ``PRESETS[name].options()``.
 
     Raises:
         PlanError: an unknown preset or option, or values that contradict each other.
@@ -46,60 +52,39 @@ def preset(name: str, layers: int, visual_tokens: int, **options: Any) -> StageP
         else:
             hint = nearest(name, tuple(PRESETS))
         raise PlanError(f"preset: found {name!r}, expected one of {', '.join(PRESETS)}.{hint}")
-    chosen = PRESETS[name]
-    known = tuple(chosen.options)
-    for option in options:
-        if option not in known:
-            hint = f"one of {', '.join(known)}.{nearest(option, known)}" if known else "no options."
-            raise PlanError(f"{name}: found option {option!r}, expected {hint}")
     for field, value in (("layers", layers), ("visual_tokens", visual_tokens)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_count(value):
             raise PlanError(
                 f"{name}: found {field}={value!r}, expected a positive integer. "
                 "Take it from the model's config.json."
             )
-    return chosen.build(Request(name, chosen.options, layers, visual_tokens, options))
+    chosen = from_json(PRESETS[name], options, PlanError, _REMEDY, name, defaults=True)
+    return chosen.build(Request(chosen, layers, visual_tokens))
 
 
-def options_from_strings(name: str, items: Iterable[str]) -> dict[str, Any]:
-    """Options of preset ``name`` from ``["t=14", "keep=32"]``, with the types it expects.
+def parse_request(text: str) -> tuple[str, dict[str, Any]]:
+    """Return name and options of ``visipruner:t=14,keep=32``, as ``preset`` takes them.
+
+    What does not look like a value of the option stays text, for ``preset`` to refuse.
 
     Raises:
-        PlanError: an item that is no ``key=value``, a repeated key, or a value of another type.
-            Unknown keys are left to ``preset``.
+        PlanError: an item that is no ``key=value``, or a repeated key.
     """
-    options: dict[str, Any] = {}
-    for item in items:
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not (key and equals and value):
-            raise PlanError(
-                f"{name}: found option {item[:60]!r}, expected key=value, such as t=14."
-            )
-        if key in options:
-            raise PlanError(f"{name}: found option {key!r} twice, expected it once. Remove one.")
-        options[key] = _parse(name, key, value)
-    return options
+    name, pairs = split_options(text, PlanError, _REMEDY)
+    kinds = get_type_hints(PRESETS[name]) if name in PRESETS else {}
+    return name, {key: _parse(kinds.get(key), value) for key, value in pairs}
 
 
-_WORDS = ("norm", "template", "exit_rule")
-_SWITCHES = ("middle", "deep")
-_LISTS = ("boundaries", "buckets")
-_NUMBERS = ("r", "ratio", "cosine", "contribution", "exit_cosine")
-
-
-def _parse(name: str, key: str, value: str) -> Any:
-    if name not in PRESETS or key not in PRESETS[name].options or key in _WORDS:
-        return value  # ``preset`` judges it
-    if key in _SWITCHES and value.lower() in ("true", "yes", "on"):
+def _parse(kind: Any, text: str) -> Any:
+    if kind is bool and text.lower() in ("true", "yes", "on"):
         return True
-    if key in ("shallow", *_SWITCHES) and value.lower() in ("false", "no", "off", "none"):
+    if kind in (bool, Layer) and text.lower() in ("false", "no", "off", "none"):
         return False
     try:
-        if key in _LISTS:
-            return tuple(int(item) for item in value.split("-"))
-        return float(value) if key in _NUMBERS else int(value)
+        if kind == tuple[int, ...]:
+            return tuple(int(item) for item in text.split("-"))
+        if kind is float:
+            return float(text)
+        return int(text) if kind in (int, Layer) else text
     except ValueError:
-        kind = "a number" if key in _NUMBERS else "an integer"
-        kind = "integers such as 8-16-32" if key in _LISTS else kind
-        kind = "true or false" if key in _SWITCHES else kind
-        raise PlanError(f"{name}: found {key}={value[:40]}, expected {kind}.") from None
+        return text

@@ -1,101 +1,111 @@
-"""A named plan and what was asked of it: options with their types, and the plan that results.
+"""A preset: a class whose fields are its options, and the plan that is made of them.
 
-It knows no preset: those stand in ``static_presets.py`` and ``probing_presets.py``.
+It knows no method: those are in ``static.py`` and ``per_prompt.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 from ..errors import PlanError
+from ..fields import reject
 from ..plan.checks import MAX_NAME
 from ..plan.plan import StagePlan
 from ..plan.stages import Edge, Mode, Norm, Probe, Score, Stage
 
 UNCALIBRATED = "uncalibrated defaults"
-"""How the note of a plan begins whose numbers nobody measured on this model."""
+"""How the note of a plan begins whose numbers were not measured on this model."""
 
-TEMPLATES = ("7b", "13b")
+Template = Literal["7b", "13b"]
 """Whose rule layer 0 follows."""
+
+Layer = int | Literal[False]
+"""Where something ends, or that it is left out."""
+
+
+def option(text: str) -> Any:
+    """Declare an option of a preset; it is None where it was not given."""
+    return field(default=None, metadata={"text": text})
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One named plan. A subclass declares its options as fields, and builds the plan."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    measurable: ClassVar[tuple[str, ...]] = ()
+    """Options that hold published thresholds, which a calibration may replace."""
+
+    def build(self, ask: Request) -> StagePlan:
+        """Return the plan for the decoder that ``ask`` names."""
+        raise NotImplementedError
+
+    @classmethod
+    def options(cls) -> dict[str, str]:
+        """Return one line about each option, those that a subclass adds first."""
+        own = sorted(fields(cls), key=lambda field: field.name not in cls.__annotations__)
+        return {field.name: field.metadata["text"] for field in own}
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that were given."""
+        values = {name: getattr(self, name) for name in self.options()}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for, typed access to it, and the plan that comes of it."""
+    """A preset with its options, the sizes of a decoder, and the plan that comes of them."""
 
-    preset: str
-    known: Mapping[str, str]  # the preset's options, and what each of them is
+    preset: Preset
     layers: int
     visual_tokens: int
-    options: Mapping[str, Any]  # those that were given
 
-    def integer(self, option: str, default: int) -> int:
-        """An integer."""
-        value = self.options.get(option, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            self.reject(option, value, "an integer")
+    def option(self, name: str, default: Any) -> Any:
+        """Return the value of an option, or its default here."""
+        return self.preset.given().get(name, default)
+
+    def within(self, name: str, default: Any, low: float, high: float, expected: str) -> Any:
+        """Return the value of an option, which must be from ``low`` to ``high``."""
+        value = self.option(name, default)
+        if not low <= value <= high:
+            self.reject(name, value, expected)
         return value
 
-    def share(self, option: str, default: float) -> float:
-        """A number from 0 to 1."""
-        value = self.options.get(option, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            self.reject(option, value, "a number from 0 to 1")
+    def number(self, name: str, default: float, low: float, high: float) -> float:
+        """Return a number from ``low`` to ``high``."""
+        return self.within(name, default, low, high, f"a number from {low:g} to {high:g}")
+
+    def integers(self, name: str, default: tuple[int, ...], low: int, high: int) -> tuple[int, ...]:
+        """Return integers from ``low`` to ``high``, ascending."""
+        value = self.option(name, default)
+        if (
+            not value
+            or list(value) != sorted(set(value))
+            or not low <= value[0] <= value[-1] <= high
+        ):
+            self.reject(name, value, f"integers from {low} to {high}, ascending")
         return value
 
-    def number(self, option: str, default: float, low: float, high: float) -> float:
-        """A number from ``low`` to ``high``."""
-        value = self.options.get(option, default)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not low <= value <= high:
-            self.reject(option, value, f"a number from {low:g} to {high:g}")
-        return float(value)
-
-    def switch(self, option: str, default: bool) -> bool:
-        """True or false."""
-        value = self.options.get(option, default)
-        if not isinstance(value, bool):
-            self.reject(option, value, "true or false")
-        return value
-
-    def integers(self, option: str, default: tuple[int, ...], low: int, high: int) -> list[int]:
-        """Integers from ``low`` to ``high``, ascending."""
-        value = self.options.get(option, default)
-        fits = isinstance(value, (tuple, list)) and bool(value)
-        if not fits or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
-            self.reject(option, value, "integers")
-        if list(value) != sorted(set(value)) or not low <= value[0] <= value[-1] <= high:
-            self.reject(option, value, f"integers from {low} to {high}, ascending")
-        return list(value)
-
-    def without(self, reason: str, *options: str) -> None:
+    def without(self, reason: str, *names: str) -> None:
         """Refuse options that ``reason`` leaves without a meaning."""
-        for option in options:
-            if option in self.options:
-                given = f"{option}={_as_word(self.options[option])}"
+        for name in names:
+            if name in self.preset.given():
+                found = f"{name}={_as_word(self.preset.given()[name])}"
                 raise PlanError(
-                    f"{self.preset}: found {given} beside {reason}, expected one of the two. "
-                    f"Remove {option}."
+                    f"{self.preset.name}: found {found} beside {reason}, expected one of the two. "
+                    f"Remove {name}."
                 )
 
-    def word(self, option: str, known: tuple[str, ...]) -> str:
-        """One of the ``known`` words; the first of them where none was given."""
-        value = self.options.get(option, known[0])
-        if value not in known:
-            self.reject(option, value, f"one of {', '.join(known)}")
-        return value
-
-    def reject(self, option: str, value: Any, expected: str) -> NoReturn:
+    def reject(self, name: str, value: Any, expected: str) -> NoReturn:
         """Raise the ``PlanError`` of a value that does not do."""
-        origin = "" if option in self.options else f" (the default for {self.layers} layers)"
-        raise PlanError(
-            f"{self.preset}: found {option}={value!r}{origin}, expected {expected}. "
-            f"Write {self.preset}:{option}=... with such a value."
-        )
+        preset = self.preset.name
+        origin = "" if name in self.preset.given() else f" (the default for {self.layers} layers)"
+        remedy = f"Write {preset}:{name}=... with such a value."
+        reject(f"{preset}: {name}{origin}", value, expected, PlanError, remedy)
 
     def plan(
         self,
@@ -104,7 +114,10 @@ class Request:
         shallow: tuple[Mode, ...] = (),
         norm: Norm = "gated",
     ) -> StagePlan:
-        """A plan from (stop layer, visual tokens) of each stage, ``shallow`` its first modes."""
+        """Return a plan from (stop layer, visual tokens) of each stage.
+
+        ``shallow`` are the modes of its first layers; the others are dense.
+        """
         stages: list[Stage] = []
         edges: list[Edge] = []
         start = 0
@@ -115,55 +128,61 @@ class Request:
                 edges.append(Edge("select", score, count) if count else Edge("drop"))
             stages.append(Stage((start, stop), count, head + dense, norm if head else "gated"))
             start = stop
-        return self._named(tuple(stages), tuple(edges))
+        return self._named(stages, edges)
 
     def probing(
         self,
-        ends: list[int],
+        ends: tuple[int, ...],
         probe: Probe | None,
         shallow: tuple[Mode, ...],
         decode_sees: bool = False,
     ) -> StagePlan:
-        """A plan that decides per prompt; ``ends``: the last layer of every stage but the last."""
+        """Return a plan that decides per prompt.
+
+        ``ends`` are the last layers of all stages but the last; without a probe there is one stage.
+        """
         stages: list[Stage] = []
-        ends = ends if probe else []
+        ends = ends if probe else ()
         for start, stop in pairwise([0, *(end + 1 for end in ends), self.layers]):
             head = () if stages else shallow
             modes = head + repeat_mode("dense", stop - start - len(head))
             stages.append(Stage((start, stop), self.visual_tokens, modes))
-        edges = (Edge("probe"),) * len(ends)
-        return self._named(
-            tuple(stages), edges, probe=probe, decode_sees_shallow_vision=decode_sees
-        )
+        edges = [Edge("probe")] * len(ends)
+        return self._named(stages, edges, probe=probe, decode_sees_shallow_vision=decode_sees)
 
-    def _named(self, stages: tuple[Stage, ...], edges: tuple[Edge, ...], **more: Any) -> StagePlan:
-        """The plan, called after what was asked for."""
-        changed = {key: self.options[key] for key in self.known if key in self.options}
-        words = [self.preset, *(f"{key}{_as_word(value)}" for key, value in changed.items())]
+    def _named(self, stages: list[Stage], edges: list[Edge], **more: Any) -> StagePlan:
+        """Return the plan, called after what was asked for."""
+        given = self.preset.given().items()
+        words = [self.preset.name, *(f"{name}{_as_word(value)}" for name, value in given)]
         return StagePlan(
             name=_short("-".join(words)),
             layers=self.layers,
             visual_tokens=self.visual_tokens,
-            stages=stages,
-            edges=edges,
-            note=self._note(set(changed)),
+            stages=tuple(stages),
+            edges=tuple(edges),
+            note=self._note(),
             **more,
         )
 
-    def _note(self, given: set[str]) -> str:
-        if "cosine" in self.known:
-            by_hand = bool(given & {"cosine", "contribution", "exit_cosine"})
-            return (
-                "thresholds chosen by hand" if by_hand else f"{UNCALIBRATED}: as published for 7B"
-            )
-        left = [key for key in self.known if key not in given | {"norm", "template"}]
-        if not self.known:
+    def _note(self) -> str:
+        known, given = self.preset.options(), self.preset.given()
+        if self.preset.measurable:
+            if any(name in given for name in self.preset.measurable):
+                return "thresholds chosen by hand"
+            return f"{UNCALIBRATED}: as published for 7B"
+        left = [name for name in known if name not in {*given, "norm", "template"}]
+        if not known:
             return ""
         return f"{UNCALIBRATED}: {', '.join(left)}" if left else "chosen by hand, not calibrated"
 
 
+def repeat_mode(mode: Mode, times: int) -> tuple[Mode, ...]:
+    """Return ``mode`` for so many layers."""
+    return (mode,) * times
+
+
 def _short(name: str) -> str:
-    """A name that a directory can have; two that are cut still differ."""
+    """Return a name that a directory can have; two that are cut still differ."""
     if len(name) <= MAX_NAME:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
@@ -171,20 +190,6 @@ def _short(name: str) -> str:
 
 
 def _as_word(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, tuple):
         return "-".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def repeat_mode(mode: Mode, times: int) -> tuple[Mode, ...]:
-    """``mode`` for so many layers."""
-    return (mode,) * times
-
-
-@dataclass(frozen=True)
-class Preset:
-    """One named plan: what it does, the options it takes (name -> one line), and how to make it."""
-
-    summary: str
-    options: Mapping[str, str]
-    build: Callable[[Request], StagePlan]

@@ -18,7 +18,7 @@ from visistage.calib.plan_search.thresholds import suggest_thresholds
 from visistage.graphs.errors import DataError
 from visistage.graphs.plan.probing import Decision
 from visistage.graphs.plan.stages import Probe
-from visistage.graphs.presets.presets import options_from_strings, preset
+from visistage.graphs.presets.presets import parse_request, preset
 
 LAYERS, TOKENS = 8, 12
 
@@ -138,8 +138,7 @@ def test_suggested_thresholds_fire_where_the_published_ones_fire_too_early():
 
     dynamics = Dynamics.of([noisy() for _ in range(20)], first=1)
     suggestion = suggest_thresholds(dynamics)
-    name, _, tail = suggestion.plan.partition(":")
-    options = options_from_strings(name, tail.split(","))
+    name, options = parse_request(suggestion.plan)
     assert name == "visipruner-adaptive"
     assert 0.9 < options["cosine"] <= 0.92
     assert options["exit_cosine"] <= 0.99
@@ -173,7 +172,6 @@ def test_any_depth_and_token_count_gives_a_table_and_a_plan(layers, tokens, seed
     assert all(row["t"]["reached"] == sum(row["t"]["histogram"]) for row in data["triggers"])
     reached = [row["t"]["reached"] for row in data["triggers"]]
     assert reached == sorted(reached)  # a higher threshold fires no less often
-    name, _, tail = suggest_thresholds(dynamics).plan.partition(":")
-    options = options_from_strings(name, tail.split(",")) if tail else {}
+    name, options = parse_request(suggest_thresholds(dynamics).plan)
     if layers >= 3:
         assert preset(name, layers, tokens, **options).probe is not None

@@ -153,8 +153,7 @@ def test_every_projection_and_norm_is_measured(planted):
     modules = {name.rsplit(".", 1)[0] for name in checkpoint.tensors if name.endswith(".weight")}
     modules -= {"model.embed_tokens", "vision_tower.embeddings.position_embedding"}
     used = {name for name in modules if "post_layernorm" not in name}
-    states = checkpoint.config.vision.layers + 1
-    depth = max(index % states for index in checkpoint.config.feature_layers)
+    depth = checkpoint.config.encoder_depth
     used = {name for name in used if not name.startswith(f"vision_tower.encoder.layers.{depth}.")}
     assert {name.removesuffix(" output") for name in ranges if name.endswith(" output")} == used
     for layer in range(LAYERS):

@@ -134,7 +134,7 @@ def test_the_name_of_a_recipe_says_how_it_caches(text):
     assert "cache=int8" in recipe.name
     assert parse_quant_config(recipe.name) == recipe
     assert parse_quant_config("int8").cache == "float"
-    with pytest.raises(TargetError, match="cache=int4: found 'int4', expected one of float, int8"):
+    with pytest.raises(TargetError, match="cache: found 'int4', expected one of float, int8"):
         parse_quant_config("int8:cache=int4")
 
 

@@ -216,8 +216,8 @@ def test_resolve_presets_with_options():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("visipruner:tt=3", "found option 'tt'"),
-        ("visipruner:t", "found option 't', expected key=value"),
+        ("visipruner:tt=3", "tt: found an unknown key"),
+        ("visipruner:t", "option: found 't', expected key=value"),
         ("fastvv", "Did you mean 'fastv'?"),
         ("", "preset: found ''"),
         ("x" * 300, "preset: found"),

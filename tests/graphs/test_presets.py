@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from visistage.graphs.errors import PlanError
 from visistage.graphs.plan.plan import StagePlan
-from visistage.graphs.presets.presets import LATER, PRESETS, options_from_strings, preset
+from visistage.graphs.presets.presets import LATER, PRESETS, parse_request, preset
 from visistage.graphs.presets.request import UNCALIBRATED
 
 
@@ -92,32 +92,36 @@ def test_peers(name, options, expected):
     [
         ("visiprunr", {}, "Did you mean 'visipruner'?"),
         ("hidrop", {}, "hidrop is planned, but not supported yet"),
-        ("visipruner", {"kep": 3}, "found option 'kep', expected one of shallow, t, e, keep, norm"),
+        (
+            "visipruner",
+            {"kep": 3},
+            "kep: found an unknown key, expected one of shallow, t, e, keep, norm",
+        ),
         ("visipruner", {"kep": 3}, "Did you mean 'keep'?"),
-        ("dense", {"t": 3}, "found option 't', expected no options"),
-        ("visipruner", {"t": 27}, "found t=27, expected a layer from 0 to 26, before e=27"),
-        ("visipruner", {"t": "14"}, "found t='14', expected an integer"),
-        ("visipruner", {"t": True}, "found t=True, expected an integer"),
-        ("visipruner", {"shallow": True}, "found shallow=True, expected an integer"),
-        ("visipruner", {"shallow": 19}, "found shallow=19, expected a layer from 0 to t=18"),
-        ("visipruner", {"shallow": -1}, "found shallow=-1"),
+        ("dense", {"t": 3}, "t: found an unknown key, expected none"),
+        ("visipruner", {"t": 27}, "t: found 27, expected a layer from 0 to 26, before e=27"),
+        ("visipruner", {"t": "14"}, "t: found '14', expected an integer"),
+        ("visipruner", {"t": True}, "t: found True, expected an integer"),
+        ("visipruner", {"shallow": True}, "shallow: found True, expected an integer or False"),
+        ("visipruner", {"shallow": 19}, "shallow: found 19, expected a layer from 0 to t=18"),
+        ("visipruner", {"shallow": -1}, "shallow: found -1"),
         (
             "visipruner",
             {"t": 4},
-            "shallow=6 (the default for 32 layers), expected a layer from 0 to t=4",
+            "shallow (the default for 32 layers): found 6, expected a layer from 0 to t=4",
         ),
-        ("visipruner", {"e": 32}, "found e=32, expected a layer from 0 to 31"),
-        ("visipruner", {"keep": 0}, "found keep=0, expected 1 to 576 tokens"),
-        ("visipruner", {"keep": 577}, "found keep=577, expected 1 to 576 tokens"),
-        ("visipruner", {"norm": "none"}, "found norm='none', expected one of gated, renorm"),
+        ("visipruner", {"e": 32}, "e: found 32, expected a layer from 0 to 31"),
+        ("visipruner", {"keep": 0}, "keep: found 0, expected 1 to 576 tokens"),
+        ("visipruner", {"keep": 577}, "keep: found 577, expected 1 to 576 tokens"),
+        ("visipruner", {"norm": "none"}, "norm: found 'none', expected one of gated, renorm"),
         ("visipruner", {"norm": "renorm", "shallow": 0}, "no layer is text-blind"),
-        ("visipruner", {"template": "3b"}, "found template='3b', expected one of 7b, 13b"),
-        ("fastv", {"k": 0}, "found k=0, expected 1 to 31 layers"),
-        ("fastv", {"k": 32}, "found k=32"),
-        ("fastv", {"r": 1.0}, "found r=1.0, expected a share that leaves 1 to 3840 of 576"),
-        ("fastv", {"r": float("nan")}, "found r=nan, expected a number from 0 to 1"),
-        ("pyramiddrop", {"ratio": 0.01}, "found ratio=0.01"),
-        ("exit-only", {"e": -1}, "found e=-1"),
+        ("visipruner", {"template": "3b"}, "template: found '3b', expected one of 7b, 13b"),
+        ("fastv", {"k": 0}, "k: found 0, expected 1 to 31 layers"),
+        ("fastv", {"k": 32}, "k: found 32"),
+        ("fastv", {"r": 1.0}, "r: found 1.0, expected a share that leaves 1 to 3840 of 576"),
+        ("fastv", {"r": float("nan")}, "r: found nan, expected a finite number"),
+        ("pyramiddrop", {"ratio": 0.01}, "ratio: found 0.01"),
+        ("exit-only", {"e": -1}, "e: found -1"),
     ],
 )
 def test_refusals(name, options, message):
@@ -134,7 +138,7 @@ def test_sizes_are_checked(layers, tokens):
 
 def test_tiny_decoders():
     assert counts(preset("visipruner", 3, 4)) == [(2, 4), (1, 1)]
-    with pytest.raises(PlanError, match=r"t=1 \(the default for 2 layers\)"):
+    with pytest.raises(PlanError, match=r"t \(the default for 2 layers\): found 1"):
         preset("visipruner", 2, 4)
     with pytest.raises(PlanError, match="expected 4 or more"):
         preset("pyramiddrop", 3, 4)
@@ -156,7 +160,7 @@ def test_every_preset_fits_every_decoder(name, layers, visual_tokens):
 @settings(deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from([*PRESETS["visipruner"].options, "k", "r"]),
+        st.sampled_from([*PRESETS["visipruner"].options(), "k", "r"]),
         st.integers(-2, 12) | st.sampled_from(["gated", "renorm", "13b", None, 0.5, False, [1]]),
         max_size=4,
     ),
@@ -174,30 +178,37 @@ def test_presets_of_later_versions_are_not_offered():
     assert not set(LATER) & set(PRESETS)
 
 
-def test_options_from_strings():
-    found = options_from_strings("visipruner", ["t=14", " keep = 32", "norm=renorm", "shallow=no"])
+def from_text(text):
+    name, options = parse_request(text)
+    return preset(name, 32, 576, **options)
+
+
+def test_options_from_text():
+    name, found = parse_request(" visipruner : t=14, keep = 32,norm=renorm,shallow=no")
+    assert name == "visipruner"
     assert found == {"t": 14, "keep": 32, "norm": "renorm", "shallow": False}
-    assert options_from_strings("fastv", ["k=2", "r=0.5"]) == {"k": 2, "r": 0.5}
-    assert options_from_strings("fastv", ["x=y"]) == {"x": "y"}
-    assert options_from_strings("unknown", ["x=y"]) == {"x": "y"}
+    assert parse_request("fastv:k=2,r=0.5") == ("fastv", {"k": 2, "r": 0.5})
+    assert parse_request("fastv:x=y") == ("fastv", {"x": "y"})
+    assert parse_request("unknown:x=y") == ("unknown", {"x": "y"})
+    assert parse_request("dense") == parse_request("dense:") == ("dense", {})
 
 
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ("t", "found option 't', expected key=value"),
+        ("t", "option: found 't', expected key=value"),
         ("=3", "expected key=value"),
         ("t=", "expected key=value"),
-        ("t=x", "found t=x, expected an integer"),
+        ("t=x", "t: found 'x', expected an integer"),
         ("t=1.5", "expected an integer"),
         ("t=" + "9" * 5000, "expected an integer"),
     ],
 )
 def test_bad_option_strings(item, message):
     with pytest.raises(PlanError, match=message):
-        options_from_strings("visipruner", [item])
-    with pytest.raises(PlanError, match="twice"):
-        options_from_strings("visipruner", ["t=1", "t=2"])
+        from_text(f"visipruner:{item}")
+    with pytest.raises(PlanError, match="t: found it twice, expected it once"):
+        from_text("visipruner:t=1,t=2")
 
 
 def test_exact_presets_of_the_published_models():
@@ -263,16 +274,17 @@ def test_parts_of_the_method_can_be_left_out():
     [
         ({"middle": False, "cosine": 0.9}, "found cosine=0.9 beside middle=false"),
         ({"deep": False, "exit_rule": "consecutive"}, "beside deep=false, expected one of the two"),
-        ({"cosine": 2}, "found cosine=2, expected a number from -1 to 1"),
-        ({"contribution": -0.1}, "found contribution=-0.1"),
-        ({"probe": 5}, "found probe=5, expected a layer from shallow=6 to 30"),
-        ({"probe": 31}, "found probe=31"),
-        ({"shallow": 31}, "found shallow=31, expected a layer from 0 to 30"),
-        ({"exit_layers": 0}, "found exit_layers=0, expected 1 or more"),
+        ({"cosine": 2}, "cosine: found 2, expected a number from -1 to 1"),
+        ({"contribution": -0.1}, "contribution: found -0.1"),
+        ({"probe": 5}, "probe: found 5, expected a layer from shallow=6 to 30"),
+        ({"probe": 31}, "probe: found 31"),
+        ({"shallow": 31}, "shallow: found 31, expected a layer from 0 to 30"),
+        ({"exit_layers": 0}, "exit_layers: found 0, expected 1 or more"),
         ({"exit_rule": "always"}, "expected one of cumulative, consecutive"),
-        ({"middle": 1}, "found middle=1, expected true or false"),
+        ({"middle": 1}, "middle: found 1, expected true or false"),
         ({"boundaries": (12, 9)}, "expected integers from 7 to 30, ascending"),
         ({"boundaries": ()}, "expected integers"),
+        ({"boundaries": "8-10"}, "boundaries: found '8-10', expected a list"),
         ({"buckets": (0, 4)}, "expected integers from 1 to 576"),
     ],
 )
@@ -283,9 +295,8 @@ def test_refusals_of_plans_that_decide_per_prompt(options, message):
 
 
 def test_options_of_probes_from_strings():
-    found = options_from_strings(
-        "visipruner-adaptive",
-        ["cosine=0.99", "deep=no", "boundaries=8-10-12", "buckets=4", "exit_rule=cumulative"],
+    _, found = parse_request(
+        "visipruner-adaptive:cosine=0.99,deep=no,boundaries=8-10-12,buckets=4,exit_rule=cumulative"
     )
     assert found == {
         "cosine": 0.99,
@@ -294,9 +305,9 @@ def test_options_of_probes_from_strings():
         "buckets": (4,),
         "exit_rule": "cumulative",
     }
-    for item, message in (("middle=maybe", "true or false"), ("buckets=a-b", "such as 8-16-32")):
+    for item, message in (("middle=maybe", "true or false"), ("buckets=a-b", "8-16-32")):
         with pytest.raises(PlanError, match=message):
-            options_from_strings("visipruner-adaptive", [item])
+            from_text(f"visipruner-adaptive:{item}")
 
 
 def test_long_names_are_cut_and_still_differ():

@@ -10,11 +10,11 @@ from ...compile.planfile import resolve_plan
 from ...graphs.bundle import MANIFEST, Bundle
 from ...graphs.config import ModelConfig
 from ...graphs.errors import TargetError
-from ...graphs.plan.call_cost import WEIGHT_BYTES, Sizes, vision_work
+from ...graphs.plan.call_cost import Sizes, vision_work
 from ...graphs.plan.cost import Geometry
 from ...graphs.plan.plan import StagePlan
 from ...graphs.presets.presets import preset
-from ...graphs.quantization import base_of
+from ...graphs.quantization import parse_quant_config
 
 PREFIX_ROWS = 35
 """LLaVA-1.5's: BOS, system prompt, ``USER: ``. Of a bundle the number is known."""
@@ -38,10 +38,7 @@ class EstimateTarget:
     weight_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if base_of(self.precision) not in WEIGHT_BYTES:
-            raise TargetError(
-                f"unknown precision '{self.precision}'. Known: {', '.join(WEIGHT_BYTES)}"
-            )
+        parse_quant_config(self.precision)
 
     @classmethod
     def of(cls, bundle: Bundle) -> EstimateTarget:
