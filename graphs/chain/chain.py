@@ -137,31 +137,18 @@ class Chain:
 
     def append(self, stage: int, segment: AppendedRows, decoding: bool = False) -> StageResult:
         """Append one segment to one stage."""
-        self.reserve(stage, segment.count)
-        slots = self.slots[stage]
-        write_index = slots.write(segment)
-        return self.executor.append(
-            stage,
-            segment.rows,
-            segment.positions,
-            _query_order(segment.order),
-            slots.order,
-            write_index,
-            self._stage_gates(stage, segment.visual, decoding),
-        )
+        return self._append(stage, [segment], decoding=decoding)[0]
 
     def append_padded(self, stage: int, segment: AppendedRows) -> StageResult:
         """Append text that no visual row follows, with the padding that the executor wants."""
-        padding = self.padding(stage, segment.count)
-        return self.append(stage, _padded_left(segment, padding) if padding else segment)
+        return self._append(stage, [segment], self.padding(stage, segment.count))[0]
 
     def append_fused(self, stage: int, parts: Sequence[AppendedRows]) -> list[StageResult]:
-        """Append several segments in one call of a stage without gates; a result for each.
+        """Append several segments in one call of a stage without gates; return a result for each.
 
         Only the last one's ``queries`` and ``logits`` say anything of its rows.
         """
-        assert not self.plan.stages[stage].gated_layers, "a call under gates holds one kind"
-        whole, _ = self._append_fused(stage, parts, padding=0)
+        whole, _ = self._append(stage, parts)
         stops = np.cumsum([part.count for part in parts])
         return [
             whole._replace(rows=whole.rows[:, int(stop) - part.count : int(stop)])
@@ -180,17 +167,10 @@ class Chain:
         stage-0 outputs, ``visual_start`` the first slot of each in stage 0.
         """
         done = Prefilled(logits=results[-1].logits)
-        text = _joined(
-            self.executor,
-            [(s, r) for s, r in zip(segments, results, strict=True) if not s.visual],
-            visual=False,
-        )
-        seen = [
-            (s, r, start)
-            for s, r, start in zip(segments, results, visual_start, strict=True)
-            if s.visual
-        ]
-        visual = _joined(self.executor, [(s, r) for s, r, _ in seen], visual=True) if seen else None
+        whole = list(zip(segments, results, visual_start, strict=True))
+        text = self._joined([(s, r) for s, r, _ in whole if not s.visual])
+        seen = [item for item in whole if item[0].visual]
+        visual = self._joined([(s, r) for s, r, _ in seen]) if seen else None
         slots = _slot_numbers([(start, s.count) for s, _, start in seen], self.batch)
         if visual is not None and self.plan.probe is not None:
             assert self.batch == 1, "a plan that decides per prompt takes them one by one"
@@ -210,14 +190,13 @@ class Chain:
             stage = index + 1
             parts = [text] if visual is None else [visual, text]
             padding = self.padding(stage, sum(part.count for part in parts))
-            result, start = self._append_fused(stage, parts, padding)
+            result, start = self._append(stage, parts, padding)
+            count = 0
             if visual is not None:
                 count = visual.count
                 slots = _slot_numbers([(start, count)], self.batch)
-                visual = AppendedRows(True, result.rows[:, :count], visual.positions, visual.order)
-                text = AppendedRows(False, result.rows[:, count:], text.positions, text.order)
-            else:
-                text = AppendedRows(False, result.rows, text.positions, text.order)
+                visual = replace(visual, rows=result.rows[:, :count])
+            text = replace(text, rows=result.rows[:, count:])
         done.visual_tokens.append(visual.count if visual else 0)
         done.logits = result.logits
         return done
@@ -234,33 +213,51 @@ class Chain:
         """Run one step of text rows through every stage; return the logits (B, V)."""
         for stage in range(len(self.plan.stages)):
             result = self.append(stage, segment, decoding=True)
-            segment = AppendedRows(False, result.rows, segment.positions, segment.order)
+            segment = replace(segment, rows=result.rows)
         return result.logits
 
-    def _append_fused(
-        self, stage: int, parts: Sequence[AppendedRows], padding: int
+    def _append(
+        self,
+        stage: int,
+        parts: Sequence[AppendedRows],
+        padding: int = 0,
+        decoding: bool = False,
     ) -> tuple[StageResult, int]:
-        """Append several kinds in one call, as no gates forbid it; return the first row's slot."""
+        """Append segments in one call; return its result and the first row's slot.
+
+        Padding is invisible, has position 0 and no rows: the executor puts any there.
+        """
+        gated = self.plan.stages[stage].gated_layers
+        assert not gated or len(parts) == 1, "a call under gates holds one kind"
         self.reserve(stage, padding + sum(part.count for part in parts))
         slots = self.slots[stage]
         write_index = slots.used
-        order = np.concatenate([part.order for part in parts], 1)
-        positions = np.concatenate([part.positions for part in parts], 1)
+        rows = [part.rows for part in parts]
         if padding:
-            order, positions = _pad_left(order, positions, padding)
-            slots.write(AppendedRows(False, None, positions[:, :padding], order[:, :padding]))
+            blank = np.zeros((self.batch, padding), np.int32)
+            parts = [AppendedRows(False, None, blank, blank + INVISIBLE), *parts]
         for part in parts:
             slots.write(part)
         result = self.executor.append(
             stage,
-            self.executor.concatenate([part.rows for part in parts]),
-            positions,
-            _query_order(order),
+            rows[0] if len(rows) == 1 else self.executor.concatenate(rows),
+            np.concatenate([part.positions for part in parts], 1),
+            # As queries, invisible rows see all, so that they stay finite.
+            np.minimum(np.concatenate([part.order for part in parts], 1), PADDING_ORDER),
             slots.order,
             write_index,
-            None,
+            self._stage_gates(stage, parts[-1].visual, decoding),
         )
         return result, write_index + padding
+
+    def _joined(self, parts: Sequence[tuple[AppendedRows, StageResult]]) -> AppendedRows:
+        """Return one segment from several of the same kind, carrying their stage-0 outputs."""
+        return AppendedRows(
+            parts[0][0].visual,
+            self.executor.concatenate([result.rows for _, result in parts]),
+            np.concatenate([segment.positions for segment, _ in parts], 1),
+            np.concatenate([segment.order for segment, _ in parts], 1),
+        )
 
     def _stage_gates(self, stage: int, visual_call: bool, decoding: bool) -> np.ndarray | None:
         """Return the gates of a call; the last ones again where their sources are unchanged, as in
@@ -347,35 +344,6 @@ def last_layers(plan: StagePlan, done: Prefilled) -> tuple[int, int]:
         return last[-1], last[-1]
     seen = [layer for layer, count in zip(last, done.visual_tokens, strict=True) if count]
     return last[done.selected_after], seen[-1]
-
-
-def _query_order(order: np.ndarray) -> np.ndarray:
-    """Return the orders (B, Q) int32 of rows as queries: padding sees all, so it stays finite."""
-    return np.minimum(order, PADDING_ORDER)
-
-
-def _padded_left(segment: AppendedRows, padding: int) -> AppendedRows:
-    """Return the segment with invisible orders on its left; it has no rows for them."""
-    order, positions = _pad_left(segment.order, segment.positions, padding)
-    return replace(segment, positions=positions, order=order)
-
-
-def _pad_left(
-    order: np.ndarray, positions: np.ndarray, padding: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return order and positions (B, padding + Q): padding has position 0, and no row sees it."""
-    width = ((0, 0), (padding, 0))
-    return np.pad(order, width, constant_values=INVISIBLE), np.pad(positions, width)
-
-
-def _joined(executor: Executor, parts, visual: bool) -> AppendedRows:
-    """Return one segment from several of the same kind, carrying their stage-0 outputs."""
-    return AppendedRows(
-        visual,
-        executor.concatenate([result.rows for _, result in parts]),
-        np.concatenate([segment.positions for segment, _ in parts], 1),
-        np.concatenate([segment.order for segment, _ in parts], 1),
-    )
 
 
 def _slot_numbers(runs: Sequence[tuple[int, int]], batch: int) -> np.ndarray:

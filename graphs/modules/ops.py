@@ -49,6 +49,10 @@ class Gate:
     sink: Tensor | None
     renorm: bool
 
+    def masked(self, visible: Tensor) -> Tensor:
+        """Return ``visible`` (B, 1, Q, S) without the slots whose value gate is closed."""
+        return visible & (self.value > 0)[:, None, None, :]
+
     def values(self, value: Tensor, first_visual: Tensor | None) -> Tensor:
         """Return value * V + sink * V[first visual slot], with V: (B, G, S, d)."""
         gated = value * self.value[:, None, :, None].to(value.dtype)
@@ -141,7 +145,7 @@ class Eager:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         """Compute grouped attention. q: (B, H, Q, d); k, v: (B, G, S, d); visible: (B, 1, Q, S)."""
         probs = _softmax(self.scores(q, k), visible, q.shape, k.shape[1]).to(q.dtype)
-        return _ungrouped(probs @ v, q)
+        return (probs @ v).reshape(q.shape)
 
     def scatter(self, cache: Tensor, rows: Tensor, write_index: Tensor) -> Tensor:
         """Write rows (B, G, Q, d) into the cache (B, G, S, d); one index serves the batch."""
@@ -190,48 +194,51 @@ class Eager:
         """Compute grouped attention to a whole cache. q: (B, H, Q, d); k, v: (B, G, S, d)."""
         visible = view.visible
         if gate is not None and gate.renorm:
-            visible = visible & (gate.value > 0)[:, None, None, :]
+            visible = gate.masked(visible)
         elif gate is not None:
             v = gate.values(v, gate.first_visual(v))
         return self.attend(q, k, v, visible)
 
 
-class Llm(Eager):
-    """ONNX operators of opset 23 and 24: fused attention over an aliased cache."""
+class Onnx(Eager):
+    """The operators that all ONNX lowerings share."""
 
-    name = "llm"
-    opset = 24
+    opset: int
+
+    def trace(self, op: str, inputs: list, dtype: torch.dtype, shape, **attributes) -> Tensor:
+        """Trace one operator with an output of this type and shape."""
+        return torch.onnx.ops.symbolic(
+            op, inputs, attributes, dtype=dtype, shape=shape, version=self.opset
+        )
 
     def reshape(self, x: Tensor, shape: Sequence[int], like: Tensor | None = None) -> Tensor:
         """Trace ``Reshape`` to a constant, or to sizes computed once for all that share ``like``.
 
-        Said so because torch spells every open size out anew: a dozen operators a layer, which are
-        a third of what a small model takes for one token.
+        By itself torch computes every open size anew: a dozen operators a layer, which are a third
+        of what a small model takes for one token.
         """
-        known = list(shape[2:]) if like is not None else [_known(size) for size in shape]
+        known = [size if isinstance(size, int) else -1 for size in shape]
+        known = known if like is None else known[2:]
         assert known.count(-1) < 2, f"{shape}: more than one open size"
         target = torch.tensor(known, dtype=torch.int64)
         if like is not None:
-            ends = {"start": 0, "end": 2}
-            first = _symbolic("Shape", [like], ends, torch.int64, (2,), self.opset)
-            whole = [first, target]
-            target = _symbolic("Concat", whole, {"axis": 0}, torch.int64, (len(shape),), self.opset)
-        return _symbolic("Reshape", [x, target], {}, x.dtype, shape, self.opset)
+            first = self.trace("Shape", [like], torch.int64, (2,), start=0, end=2)
+            target = self.trace("Concat", [first, target], torch.int64, (len(shape),), axis=0)
+        return self.trace("Reshape", [x, target], x.dtype, shape)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Trace ``Gemm(transB=1)``, which reads the checkpoint's [N, K] layout without a copy."""
         inputs = [x, weight] if bias is None else [x, weight, bias]
         shape = (x.shape[0], weight.shape[0])
-        return _symbolic("Gemm", inputs, {"transB": 1}, x.dtype, shape, self.opset)
+        return self.trace("Gemm", inputs, x.dtype, shape, transB=1)
 
     def fake_quantised(self, x: Tensor, scale: Tensor) -> Tensor:
         """Trace ``QuantizeLinear`` and back. Without an explicit zero point ONNX Runtime would not
         count from 0, which x86 wants of one side of a product, and leave the rounding unfused.
         """
         zero = torch.zeros((), dtype=torch.int8, device=x.device)
-        inputs = [x, scale, zero]
-        values = _symbolic("QuantizeLinear", inputs, {}, torch.int8, x.shape, self.opset)
-        return _symbolic("DequantizeLinear", [values, scale], {}, x.dtype, x.shape, self.opset)
+        values = self.trace("QuantizeLinear", [x, scale, zero], torch.int8, x.shape)
+        return self.trace("DequantizeLinear", [values, scale], x.dtype, x.shape)
 
     def restored(
         self, weight: Tensor, scale: Tensor, block: int | None, zero: Tensor | None = None
@@ -239,17 +246,23 @@ class Llm(Eager):
         """Trace ``DequantizeLinear``, which engines fuse into the product behind it."""
         attributes = {"axis": 1} if block is None else {"axis": 0, "block_size": block}
         inputs = [weight, scale] if zero is None else [weight, scale, zero]
-        return _symbolic(
-            "DequantizeLinear", inputs, attributes, scale.dtype, weight.shape, self.opset
-        )
+        return self.trace("DequantizeLinear", inputs, scale.dtype, weight.shape, **attributes)
 
     def stored(self, rows: Tensor, scale: Tensor) -> Tensor:
-        """Trace ``QuantizeLinear`` along the heads."""
-        return _stored(rows, scale, self.opset)
+        """Trace ``QuantizeLinear`` along the heads; zero points make its integers signed."""
+        zero = torch.zeros(scale.shape, dtype=torch.int8, device=rows.device)
+        return self.trace("QuantizeLinear", [rows, scale, zero], torch.int8, rows.shape, axis=1)
 
     def read(self, cache: Tensor, scale: Tensor) -> Tensor:
         """Trace ``DequantizeLinear`` along the heads."""
-        return _read(cache, scale, self.opset)
+        return self.trace("DequantizeLinear", [cache, scale], scale.dtype, cache.shape, axis=1)
+
+
+class Llm(Onnx):
+    """ONNX operators of opset 23 and 24: fused attention over an aliased cache."""
+
+    name = "llm"
+    opset = 24
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Trace ``RMSNormalization`` with FP32 statistics (stash_type 1).
@@ -257,26 +270,24 @@ class Llm(Eager):
         Rows wider than the weight are normalised in their own type: the operator may take two
         types, few engines do.
         """
-        attributes = {"axis": -1, "epsilon": eps, "stash_type": 1}
         inputs = [x, weight.to(x.dtype)]
-        out = _symbolic("RMSNormalization", inputs, attributes, x.dtype, x.shape, self.opset)
+        attributes = {"axis": -1, "epsilon": eps, "stash_type": 1}
+        out = self.trace("RMSNormalization", inputs, x.dtype, x.shape, **attributes)
         return out.to(weight.dtype)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Trace ``RotaryEmbedding`` over cosines already gathered for these positions."""
-        return _symbolic("RotaryEmbedding", [x, cos, sin], {}, x.dtype, x.shape, self.opset)
+        return self.trace("RotaryEmbedding", [x, cos, sin], x.dtype, x.shape)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         """Trace ``Attention`` with a boolean mask only: every engine agrees on that form."""
         inputs = [q, k, v] if visible is None else [q, k, v, visible]
-        return _symbolic("Attention", inputs, {}, q.dtype, q.shape, self.opset)
+        return self.trace("Attention", inputs, q.dtype, q.shape)
 
     def scatter(self, cache: Tensor, rows: Tensor, write_index: Tensor) -> Tensor:
         """Trace ``TensorScatter``: in place where input and output share a buffer."""
         inputs = [cache, rows, write_index]
-        return _symbolic(
-            "TensorScatter", inputs, {"axis": -2}, cache.dtype, cache.shape, self.opset
-        )
+        return self.trace("TensorScatter", inputs, cache.dtype, cache.shape, axis=-2)
 
 
 class LlmConditional(Llm):
@@ -297,7 +308,7 @@ class LlmConditional(Llm):
         visible = view.visible
         gates: list[Tensor] = []
         if gate is not None and gate.renorm:
-            visible = visible & (gate.value > 0)[:, None, None, :]
+            visible = gate.masked(visible)
         elif gate is not None:
             gates = [gate.value] if gate.sink is None else [gate.value, gate.sink]
         if not gates and not self.in_order:
@@ -309,7 +320,9 @@ class LlmConditional(Llm):
             "groups": k.shape[1],
             "width": q.shape[3],
         }
-        return _symbolic(CONDITIONAL_ATTENTION, inputs, attributes, q.dtype, q.shape, 1)
+        return torch.onnx.ops.symbolic(
+            CONDITIONAL_ATTENTION, inputs, attributes, dtype=q.dtype, shape=q.shape, version=1
+        )
 
 
 class LlmRows(Llm):
@@ -340,25 +353,12 @@ class LlmRows(Llm):
         return kept, torch.where(fresh, spread, self.read(cache, scale))
 
 
-class Portable(Eager):
+class Portable(Onnx):
     """Basic operators only. The cache is read, never written: new rows are returned."""
 
     name = "portable"
     returns_new_rows = True
     opset = 20
-
-    reshape = Llm.reshape
-    linear = Llm.linear
-    fake_quantised = Llm.fake_quantised
-    restored = Llm.restored
-
-    def stored(self, rows: Tensor, scale: Tensor) -> Tensor:
-        """Trace the same as ``Llm.stored``."""
-        return _stored(rows, scale, self.opset)
-
-    def read(self, cache: Tensor, scale: Tensor) -> Tensor:
-        """Trace the same as ``Llm.read``."""
-        return _read(cache, scale, self.opset)
 
     def view(self, order: Tensor, slot_order: Tensor, write_index: Tensor) -> View:
         """Return a view of old slots and new rows apart.
@@ -420,7 +420,7 @@ class Portable(Eager):
         scores = torch.cat((grouped @ keys.transpose(-1, -2), grouped @ k.transpose(-1, -2)), -1)
         probs = _softmax(scores, visible, q.shape, k.shape[1]).to(q.dtype)
         out = probs[..., :slots] @ seen_old + probs[..., slots:] @ seen_new
-        return _ungrouped(out, q), *fresh
+        return out.reshape(q.shape), *fresh
 
 
 def _sees(order: Tensor, key_order: Tensor) -> Tensor:
@@ -435,11 +435,6 @@ def _grouped(q: Tensor, k: Tensor) -> Tensor:
     return (q * width**-0.5).reshape(batch, groups, (heads // groups) * rows, width)
 
 
-def _ungrouped(out: Tensor, q: Tensor) -> Tensor:
-    batch, heads, rows, width = q.shape
-    return out.reshape(batch, heads, rows, width)
-
-
 def _softmax(scores: Tensor, visible: Tensor | None, q_shape: torch.Size, groups: int) -> Tensor:
     """Return the FP32 softmax of (B, G, H/G*Q, S) scores under a (B, 1, Q, S) mask."""
     wide = scores.float()
@@ -449,25 +444,3 @@ def _softmax(scores: Tensor, visible: Tensor | None, q_shape: torch.Size, groups
     split = wide.reshape(batch, groups, heads // groups, rows, scores.shape[-1])
     split = torch.where(visible[:, :, None], split, SOFTMAX_FLOOR)
     return split.softmax(-1).reshape(scores.shape)
-
-
-def _known(size: int | torch.SymInt) -> int:
-    """Return a size that is a number, -1 for one that is open."""
-    return size if isinstance(size, int) else -1
-
-
-def _stored(rows: Tensor, scale: Tensor, opset: int) -> Tensor:
-    """Trace ``QuantizeLinear`` along the heads; without zero points integers would be unsigned."""
-    zero = torch.zeros(scale.shape, dtype=torch.int8, device=rows.device)
-    inputs = [rows, scale, zero]
-    return _symbolic("QuantizeLinear", inputs, {"axis": 1}, torch.int8, rows.shape, opset)
-
-
-def _read(cache: Tensor, scale: Tensor, opset: int) -> Tensor:
-    """Trace ``DequantizeLinear`` along the heads."""
-    inputs = [cache, scale]
-    return _symbolic("DequantizeLinear", inputs, {"axis": 1}, scale.dtype, cache.shape, opset)
-
-
-def _symbolic(op, inputs, attributes, dtype, shape, opset):
-    return torch.onnx.ops.symbolic(op, inputs, attributes, dtype=dtype, shape=shape, version=opset)
