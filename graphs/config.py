@@ -22,7 +22,6 @@ from .config_fields import (
     count,
     divides,
     flag,
-    get,
     mapping,
     number,
     reject_value,
@@ -192,25 +191,23 @@ class TextConfig:
                 f"{', '.join(_FAMILIES)} are. Use a LLaVA checkpoint on one of those."
             )
         _reject_windows(family, data)
-        defaults = _FAMILIES[family]
-        hidden = count("hidden_size", given.get("hidden_size", 4096))
-        heads = count("num_attention_heads", given.get("num_attention_heads", 32))
+        known = {**_FAMILIES[family], **given}
+        hidden = count("hidden_size", known.get("hidden_size", 4096))
+        heads = count("num_attention_heads", known.get("num_attention_heads", 32))
         divides("num_attention_heads", heads, "hidden_size", hidden)
-        positions = count(
-            "max_position_embeddings", get(given, defaults, "max_position_embeddings")
-        )
+        positions = count("max_position_embeddings", known["max_position_embeddings"])
         if "num_key_value_heads" in data and data["num_key_value_heads"] is None:
-            defaults = {**defaults, "num_key_value_heads": heads}
+            known["num_key_value_heads"] = heads
         biased = family == "llama" and flag("attention_bias", given.get("attention_bias", False))
         activation = given.get("hidden_act", "silu")
         return cls(
             layers=given.get("num_hidden_layers", 32),
             hidden=hidden,
-            intermediate=get(given, defaults, "intermediate_size"),
+            intermediate=known["intermediate_size"],
             heads=heads,
-            kv_heads=given.get("num_key_value_heads", defaults.get("num_key_value_heads", heads)),
+            kv_heads=known.get("num_key_value_heads", heads),
             head_dim=given.get("head_dim", hidden // heads),
-            vocab=get(given, defaults, "vocab_size"),
+            vocab=known["vocab_size"],
             rms_eps=number("rms_norm_eps", given.get("rms_norm_eps", 1e-6)),
             max_positions=positions,
             rope=Rope.from_hf(given, positions),

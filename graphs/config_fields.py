@@ -5,12 +5,11 @@ A refusal is a ``ModelError`` that names the field, what was found and what was 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from .errors import ModelError
-from .fields import show
+from .fields import is_int, is_number, show
 
 MAX_COUNT = 1 << 24
 """No size of a decoder or an encoder comes near it; larger ones are damage, not models."""
@@ -25,16 +24,14 @@ def reject_value(field: str, found: Any, expected: str) -> NoReturn:
 
 def count(field: str, value: Any, most: int = MAX_COUNT, least: int = 1) -> int:
     """Return ``value``, an integer within bounds."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+    if not is_int(value) or not least <= value <= most:
         reject_value(field, value, f"an integer from {least} to {most}")
     return value
 
 
 def number(field: str, value: Any) -> float:
     """Return ``value``, a positive finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        reject_value(field, value, "a positive number")
-    if not 0 < value <= 1e18 or not math.isfinite(value):
+    if not is_number(value) or not 0 < value <= 1e18:
         reject_value(field, value, "a positive number")
     return float(value)
 
@@ -48,7 +45,7 @@ def flag(field: str, value: Any) -> bool:
 
 def word(field: str, value: Any, known: tuple[str, ...]) -> None:
     """Check that ``value`` is one of the known words."""
-    if not isinstance(value, str) or value not in known:
+    if value not in known:
         reject_value(field, value, known[0] if len(known) == 1 else f"one of {', '.join(known)}")
 
 
@@ -65,11 +62,6 @@ def side(field: str, value: Any) -> Any:
             reject_value(f"vision_config.{field}", value, "a square: one number")
         return value[0]
     return value
-
-
-def get(given: Mapping[str, Any], defaults: Mapping[str, int], key: str) -> Any:
-    """Return a field, or its default."""
-    return given.get(key, defaults[key])
 
 
 def mapping(field: str, value: Any) -> Mapping[str, Any]:

@@ -37,6 +37,9 @@ Accounting = Literal["modes", "paper", "graphs"]
 ACCOUNTINGS: tuple[str, ...] = get_args(Accounting)
 
 FP16_BYTES = 2
+PREFIX_ROWS, TEXT_ROWS = 35, 40
+"""Rows before the image (BOS, system prompt, ``USER: ``) and after it in LLaVA-1.5's prompt with a
+short question."""
 
 
 @dataclass(frozen=True)
@@ -230,36 +233,40 @@ def plan_loads(
 def plan_cost(
     plan: StagePlan,
     geometry: Geometry,
-    prefix: int = 35,
-    text: int = 40,
+    prefix: int = PREFIX_ROWS,
+    text: int = TEXT_ROWS,
     *,
     accounting: Accounting = "modes",
     outcome: Outcome | None = None,
-    kv_element_bytes: float = FP16_BYTES,
-    weight_element_bytes: float = FP16_BYTES,
+    **sizes: Any,
 ) -> Cost:
     """Return the cost of ``plan`` for one image between ``prefix`` and ``text`` text rows.
 
-    The defaults are LLaVA-1.5's prompt and a short question. Plan and geometry must have the same
-    depth; ``resolve_plan`` has seen to that. ``outcome``: see ``plan_loads``.
+    Plan and geometry must have the same depth; ``resolve_plan`` has seen to that. ``outcome``: see
+    ``plan_loads``; ``sizes``: see ``cost_of``.
     """
     assert plan.layers == geometry.layers, (plan.layers, geometry.layers)
-    return cost_of(
-        plan_loads(plan, accounting, outcome),
-        geometry,
-        prefix,
-        text,
-        kv_element_bytes=kv_element_bytes,
-        weight_element_bytes=weight_element_bytes,
-        accounting=accounting,
-    )
+    loads = plan_loads(plan, accounting, outcome)
+    return cost_of(loads, geometry, prefix, text, accounting=accounting, **sizes)
+
+
+def dense_cost(
+    plan: StagePlan,
+    geometry: Geometry,
+    prefix: int = PREFIX_ROWS,
+    text: int = TEXT_ROWS,
+    **sizes: Any,
+) -> Cost:
+    """Return what the unpruned model costs under the same circumstances."""
+    loads = [Load("dense", plan.visual_tokens)] * geometry.layers
+    return cost_of(loads, geometry, prefix, text, **sizes)
 
 
 def cost_of(
     loads: Iterable[Load],
     geometry: Geometry,
-    prefix: int = 35,
-    text: int = 40,
+    prefix: int = PREFIX_ROWS,
+    text: int = TEXT_ROWS,
     *,
     kv_element_bytes: float = FP16_BYTES,
     weight_element_bytes: float = FP16_BYTES,
@@ -272,14 +279,6 @@ def cost_of(
         weight_bytes=geometry.matmul_weights * weight_element_bytes,
         accounting=accounting,
     )
-
-
-def dense_cost(
-    plan: StagePlan, geometry: Geometry, prefix: int = 35, text: int = 40, **sizes
-) -> Cost:
-    """Return what the unpruned model costs under the same circumstances."""
-    loads = [Load("dense", plan.visual_tokens)] * geometry.layers
-    return cost_of(loads, geometry, prefix, text, **sizes)
 
 
 def reduction_percent(value: float, dense: float) -> float:

@@ -11,13 +11,10 @@ from ...graphs.bundle import MANIFEST, Bundle
 from ...graphs.config import ModelConfig
 from ...graphs.errors import TargetError
 from ...graphs.plan.call_cost import Sizes, vision_work
-from ...graphs.plan.cost import Geometry
+from ...graphs.plan.cost import PREFIX_ROWS, Geometry
 from ...graphs.plan.plan import StagePlan
 from ...graphs.presets.presets import preset
 from ...graphs.quantization import parse_quant_config
-
-PREFIX_ROWS = 35
-"""LLaVA-1.5's: BOS, system prompt, ``USER: ``. Of a bundle the number is known."""
 
 
 @dataclass(frozen=True)
