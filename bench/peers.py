@@ -10,7 +10,7 @@ set up or stops answering is in the record with the reason. Prompts have the sam
 the peer fails. Answers are greedy and go on past their end, so that all are of one length.
 
 Pictures have the size that the tower takes: nobody's resampling decides. Beside every figure stands
-its floor (``floor.py``), by rates that were measured before and after, in the same run.
+its lower bound (``lower_bound.py``), by rates that were measured before and after, in the same run.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from ..compile.export.texts import text_facts
 from ..compile.planfile import resolve_plan
 from ..demo.heldout import held_out
 from ..graphs.errors import VisistageError
+from ..graphs.plan.call_cost import COUNTS, vision_work
 from ..graphs.plan.cost import plan_loads
 from ..runtime.text.prompt import Prompt, PromptEncoder
 from ..runtime.text.sampling import eos_ids
 from .answers import agreement, spread
 from .environments import ROOT, interpreter
-from .floor import Rates, encoder_work, measure_rates, prefill_work, step_work
+from .lower_bound import Rates, measure_rates, milliseconds, prefill_work, step_work
 from .peer_list import REFERENCE, REPORTED, Peer, all_peers
 from .peer_models import PeerCheckpoint
 from .record import save
@@ -174,14 +175,14 @@ def lower_bounds(
     found: dict[str, list[float]] = defaultdict(list)
     for question in asked:
         prefix, _, rest = (len(segment.ids) for segment in question.prompt.segments)
-        cold = encoder_work(config) + prefill_work(config.text, visual, prefix, rest, begun)
+        cold = vision_work(config, COUNTS) + prefill_work(config.text, visual, prefix, rest, begun)
         second = (
             prefill_work(config.text, visual, prefix, rest, cached_layers) if peer.keeps else cold
         )
         work = cold if question.key[1] == "cold" else second
-        found[question.key[1]].append(work.milliseconds(rates, precision))
+        found[question.key[1]].append(milliseconds(work, rates, precision))
         step = step_work(config.text, visual, prefix + rest)
-        found["per_token"].append(step.milliseconds(rates, precision))
+        found["per_token"].append(milliseconds(step, rates, precision))
     return {kind: mean(values) for kind, values in found.items()}
 
 

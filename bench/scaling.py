@@ -5,7 +5,7 @@
 Each point is a process of its own, so that its peak memory is its own; the plans of a point follow
 each other. Sessions take prompts one by one, so the batch goes through the executor alone. Last,
 all presets prefill the same pictures in turn: how much faster than dense each is, over how much
-faster the roofline says it could be, with rates measured in the same run (``floor.py``).
+faster the roofline says it could be, with rates measured in the same run (``lower_bound.py``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..graphs.presets.presets import PRESETS
 from ..runtime import Answer, load
 from .answers import spread
 from .environments import ROOT
-from .floor import Rates, measure_rates, prefill_layers
+from .lower_bound import Rates, measure_rates, milliseconds, prefill_layers
 from .record import save
 from .runner import last_line
 from .scaling_points import WARMUPS, ScalingPoint, noise, question
@@ -150,7 +150,7 @@ def roofline_ms(config: ModelConfig, answer: Answer, prefix: int, rates: Rates) 
     asked = facts.prompt_rows - facts.visual_tokens - prefix
     visual = facts.visual_tokens_per_layer
     works = prefill_layers(config.text, visual, prefix, asked, cached_layers=0)
-    return sum(work.milliseconds(rates, "fp32") for work in works)
+    return sum(milliseconds(work, rates, "fp32") for work in works)
 
 
 @click.command()

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from visistage.bench import environments, peers, scaling, speed_tables, tables
 from visistage.bench.answers import agreement, leading
-from visistage.bench.floor import (
-    BoundWork,
+from visistage.bench.lower_bound import (
     Rates,
-    encoder_work,
     layer_work,
+    milliseconds,
     prefill_layers,
     prefill_work,
     step_work,
@@ -31,6 +30,7 @@ from visistage.bench.runner import (
 from visistage.compile.checkpoint.dummy import make_dummy
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.errors import VisistageError
+from visistage.graphs.plan.call_cost import COUNTS, Work, vision_work
 
 RATES = Rates({"float32": 1e9, "bfloat16": 2e9, "int8": 4e9}, 1e9)
 
@@ -243,11 +243,11 @@ def test_every_peer_has_its_script():
 
 
 def test_work_takes_the_longer_of_computing_and_reading():
-    work = BoundWork(linear=5e8, attention=5e8, weights=1e8)
-    assert work.milliseconds(RATES, "fp32") == pytest.approx(2000)  # 2 GFLOP at 1 G a second
-    assert work.milliseconds(RATES, "int8") == pytest.approx(1250)  # attention stays FP32
-    assert BoundWork(weights=1e9).milliseconds(RATES, "fp32") == pytest.approx(4000)
-    assert BoundWork(weights=1e9).milliseconds(RATES, "int8") == pytest.approx(1000)
+    work = Work(flops=2e9, attention_flops=1e9, weight_bytes=1e8)
+    assert milliseconds(work, RATES, "fp32") == pytest.approx(2000)  # 2 GFLOP at 1 G a second
+    assert milliseconds(work, RATES, "int8") == pytest.approx(1250)  # attention stays FP32
+    assert milliseconds(Work(weight_bytes=1e9), RATES, "fp32") == pytest.approx(4000)
+    assert milliseconds(Work(weight_bytes=1e9), RATES, "int8") == pytest.approx(1000)
 
 
 def test_layers_count_what_torch_multiplies(demo):
@@ -265,16 +265,16 @@ def test_layers_count_what_torch_multiplies(demo):
         model(input_ids=torch.full((1, rows), 9), logits_to_keep=1)
     whole = prefill_work(config.text, [0] * config.text.layers, 10, rows - 10)
     pairs = rows * (rows + 1) / 2
-    whole_pairs = whole.attention * rows**2 / pairs  # torch computes those that are masked, too
-    assert counted.get_total_flops() == pytest.approx(2 * (whole.linear + whole_pairs))
+    masked = whole.attention_flops * (rows**2 / pairs - 1)  # torch computes those, too
+    assert counted.get_total_flops() == pytest.approx(whole.flops + masked)
 
     layers = model.model.vision_tower.encoder.layers
     del layers[max(n % (len(layers) + 1) for n in config.feature_layers) :]
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         features = model.model.vision_tower(torch.zeros(1, 3, side, side)).last_hidden_state
         model.model.multi_modal_projector(features[:, 1:])
-    work = encoder_work(config)
-    assert counted.get_total_flops() == pytest.approx(2 * (work.linear + work.attention))
+    work = vision_work(config, COUNTS)
+    assert counted.get_total_flops() == pytest.approx(work.flops)
 
 
 def test_a_paid_picture_leaves_the_questions_own_rows(demo):
@@ -287,7 +287,7 @@ def test_a_paid_picture_leaves_the_questions_own_rows(demo):
     assert begun[0] == layer_work(text, 164, 10)
     assert second[0] == layer_work(text, 20, 154)
     assert second[5] == begun[5] == layer_work(text, 36, 10)
-    assert step_work(text, visual, 30).linear < second[-1].linear + sum(w.linear for w in second)
+    assert step_work(text, visual, 30).flops < second[-1].flops + sum(w.flops for w in second)
 
 
 def test_the_better_of_two_rates_is_kept_for_each():

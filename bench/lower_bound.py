@@ -1,9 +1,8 @@
-"""The floor under a measurement: what a machine's own rates leave no way around.
+"""The lower bound of a measurement: the least time at a machine's own rates.
 
-Rates are measured, best of several, with the threads that everyone else gets: multiplying large
-matrices, and reading what no cache holds. Work is counted from the geometry: multiply-accumulates
-of linear layers and of attention (pairs that see each other only), weights and cached values read
-once. Neither knows who does the work or how.
+Rates are measured, best of several, with the threads of every peer: products of large matrices, and
+reading what no cache holds. Work is counted from the geometry (``graphs/plan/call_cost.py``), pairs
+of rows that see each other only, weights and cached values read once. Neither depends on a peer.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from ..graphs.config import ModelConfig, TextConfig
+from ..graphs.config import TextConfig
+from ..graphs.plan.call_cost import COUNTS, Work, head_work, layers_work, total_work
 from ..graphs.plan.cost import Geometry
 
 ROWS, SIDE = 600, 2048
@@ -48,51 +48,23 @@ class Rates:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class BoundWork:
-    """Counts: multiply-accumulates of linear layers and of attention, values read once."""
+def milliseconds(work: Work, rates: Rates, precision: str) -> float:
+    """Return the longer of computing and reading ``work``, which counts numbers (``COUNTS``).
 
-    linear: float = 0
-    attention: float = 0
-    weights: float = 0
-    cached: float = 0
-
-    def __add__(self, other: BoundWork) -> BoundWork:
-        mine, theirs = asdict(self), asdict(other)
-        return BoundWork(**{name: mine[name] + theirs[name] for name in mine})
-
-    def milliseconds(self, rates: Rates, precision: str) -> float:
-        """The longer of computing and reading; attention and caches are of FP32, or BF16."""
-        kind, weight_bytes = PRECISIONS[precision]
-        half = kind == "bfloat16"
-        attention = rates.operations["bfloat16" if half else "float32"]
-        compute = 2 * self.linear / rates.operations[kind] + 2 * self.attention / attention
-        read = self.weights * weight_bytes + self.cached * (2 if half else 4)
-        return max(compute, read / rates.bandwidth) * 1e3
+    Attention and caches are of FP32, or BF16 at that precision.
+    """
+    kind, weight_bytes = PRECISIONS[precision]
+    half = kind == "bfloat16"
+    attention = rates.operations["bfloat16" if half else "float32"]
+    linear = (work.flops - work.attention_flops) / rates.operations[kind]
+    read = work.weight_bytes * weight_bytes + work.cache_bytes * (2 if half else 4)
+    return max(linear + work.attention_flops / attention, read / rates.bandwidth) * 1e3
 
 
-def encoder_work(config: ModelConfig) -> BoundWork:
-    """One picture through the layers of the tower that count, and the projector."""
-    vision, hidden = config.vision, config.text.hidden
-    depth = max(n if n >= 0 else vision.layers + 1 + n for n in config.feature_layers)
-    layer = 4 * vision.hidden**2 + 2 * vision.hidden * vision.intermediate
-    patches = vision.channels * vision.patch_size**2 * vision.hidden
-    projector = len(config.feature_layers) * vision.hidden * hidden + hidden**2
-    rows = vision.tokens
-    return BoundWork(
-        linear=depth * rows * layer + vision.patches * patches + config.visual_tokens * projector,
-        attention=depth * 2 * rows**2 * vision.hidden,
-        weights=depth * layer + patches + projector,
-    )
-
-
-def layer_work(text: TextConfig, rows: float, before: float) -> BoundWork:
-    """``rows`` new rows through one layer whose cache holds ``before``; all of them causal."""
-    shape = Geometry.of(text)
-    query, kv = shape.widths
-    weights = 2 * shape.hidden * (query + kv) + 3 * shape.hidden * shape.intermediate
+def layer_work(text: TextConfig, rows: float, before: float) -> Work:
+    """Count ``rows`` new, causal rows through one layer whose cache holds ``before``."""
     pairs = rows * before + rows * (rows + 1) / 2
-    return BoundWork(rows * weights, 2 * pairs * query, weights, 2 * kv * before)
+    return layers_work(Geometry.of(text), 1, rows, pairs, before, COUNTS)
 
 
 def prefill_layers(
@@ -101,19 +73,18 @@ def prefill_layers(
     prefix: int,
     question: int,
     cached_layers: int | None = None,
-) -> list[BoundWork]:
-    """Every layer up to the first token's logits, and the output projection.
+) -> list[Work]:
+    """Count every layer up to the first token's logits, and the output projection.
 
     Args:
         text: the decoder.
         visual: visual rows of every layer.
-        prefix: rows before the picture.
-        question: rows after the picture.
+        prefix: rows before the image.
+        question: rows after the image.
         cached_layers: None: caches are empty. Otherwise they hold the prefix, and in so many
-        leading layers the picture; later layers see the rows that this question keeps for the
-        first time.
+            leading layers the image; later layers see the rows that this question keeps for the
+            first time.
     """
-    head = text.hidden * text.vocab
     works = []
     for layer, count in enumerate(visual):
         if cached_layers is None:
@@ -122,7 +93,7 @@ def prefill_layers(
             works.append(layer_work(text, question, prefix + count))
         else:
             works.append(layer_work(text, count + question, prefix))
-    return [*works, BoundWork(linear=head, weights=head)]
+    return [*works, head_work(Geometry.of(text), COUNTS)]
 
 
 def prefill_work(
@@ -131,18 +102,15 @@ def prefill_work(
     prefix: int,
     question: int,
     cached_layers: int | None = None,
-) -> BoundWork:
-    """All of ``prefill_layers`` together."""
-    return sum(prefill_layers(text, visual, prefix, question, cached_layers), BoundWork())
+) -> Work:
+    """Count all of ``prefill_layers`` together."""
+    return total_work(prefill_layers(text, visual, prefix, question, cached_layers))
 
 
-def step_work(text: TextConfig, visual: Sequence[float], others: int) -> BoundWork:
-    """One token after a prompt with ``others`` rows of text."""
-    head = text.hidden * text.vocab
-    work = BoundWork(linear=head, weights=head)
-    for count in visual:
-        work += layer_work(text, 1, others + count)
-    return work
+def step_work(text: TextConfig, visual: Sequence[float], others: int) -> Work:
+    """Count one token after a prompt with ``others`` rows of text."""
+    layers = [layer_work(text, 1, others + count) for count in visual]
+    return total_work([*layers, head_work(Geometry.of(text), COUNTS)])
 
 
 def measure_rates(threads: int) -> Rates:
