@@ -5,87 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration
-from visistage.compile.checkpoint.names import canonical
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.chain.chain import Chain
-from visistage.graphs.config import ModelConfig
 from visistage.graphs.errors import PlanError, PromptError
-from visistage.graphs.modules.ops import Eager
-from visistage.graphs.modules.vision import Vision
 from visistage.graphs.presets.presets import preset
 
-from ..support import reference, toy
-
-NEW = 24
-
-
-def text_dict(config):
-    """The Llama config as ``chain.run`` takes it: both spellings of the rope."""
-    text = dict(config["text_config"])
-    return {**text, "rope_theta": text["rope_parameters"]["rope_theta"]}
-
-
-class Case:
-    """A toy checkpoint in Hugging Face's hands and in ours."""
-
-    def __init__(self, path, **config):
-        toy.make_checkpoint(path, **config)
-        self.hf = LlavaForConditionalGeneration.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-        config.pop("layout", None)
-        config.pop("scale", None)
-        config.pop("seed", None)
-        self.config = toy.make_config(**config)
-        self.model = ModelConfig.from_hf(self.config)
-        self.weights = {canonical(k): v for k, v in self.hf.state_dict().items()}
-        self.text = text_dict(self.config)
-
-    def prompt(self, seed, before=6, after=9):
-        generator = torch.Generator().manual_seed(seed)
-        image = toy.SPECIALS["<image>"]
-        ids = torch.randint(5, toy.VOCAB, (before + after,), generator=generator)
-        visual = torch.full((self.model.visual_tokens,), image)
-        pixels = torch.randn(1, 3, 32, 32, generator=generator)
-        return torch.cat((ids[:before], visual, ids[before:]))[None], pixels
-
-    def vision(self, pixels):
-        module = chain.load_weights(Vision(self.model, Eager()), self.weights)
-        with torch.no_grad():
-            return module(pixels)
-
-    def embeds(self, ids, pixels):
-        """Our embeddings of a prompt, and where its picture stands."""
-        rows = torch.nn.functional.embedding(ids, self.weights["model.embed_tokens.weight"])
-        at = (ids[0] == toy.SPECIALS["<image>"]).nonzero()[:, 0]
-        rows = rows.clone()
-        rows[0, at] = self.vision(pixels)[0]
-        return rows, [[(int(at[0]), int(at[-1]) + 1)]]
-
-    def run(self, ids, pixels, plan, new=NEW):
-        rows, spans = self.embeds(ids, pixels)
-        return chain.run(self.weights, self.text, rows, spans, plan, new)
-
-    def plan(self, name, **options):
-        return preset(name, self.model.text.layers, self.model.visual_tokens, **options)
-
-    @torch.no_grad()
-    def generate(self, ids, pixels, new=NEW):
-        out = self.hf.generate(
-            input_ids=ids,
-            pixel_values=pixels,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=False,
-        )
-        return out[:, ids.shape[1] :]
-
-    @torch.no_grad()
-    def logits(self, ids, pixels):
-        return self.hf(input_ids=ids, pixel_values=pixels).logits[:, -1]
-
+from ..support import reference
+from ..support.cases import ANSWER as NEW
+from ..support.cases import Case
 
 VARIANTS = {
     "plain": {},
@@ -127,7 +54,7 @@ def deep(tmp_path_factory):
 
 
 def test_planted_bugs_change_the_tokens(deep):
-    """Another picture, renumbered positions or one wrong layer must not go unnoticed."""
+    """Another image, renumbered positions or one wrong layer must not go unnoticed."""
     ids, pixels = deep.prompt(2)
     right = deep.generate(ids, pixels)
     plan = deep.plan("dense")
@@ -260,7 +187,7 @@ def test_keeping_every_token_equals_dense(deep):
     ],
 )
 def test_a_batch_equals_its_samples(deep, name, options):
-    """Samples of one batch may have their picture elsewhere, two of them, or none."""
+    """Samples of one batch may have their image elsewhere, two of them, or none."""
     plan = deep.plan(name, **options)
     count = deep.model.visual_tokens
     length = 2 * count + 12
@@ -303,7 +230,7 @@ def test_misfits_are_refused(deep):
 
 
 def test_spare_slots_change_nothing(deep):
-    """Whatever lies in slots that nobody may see (here huge numbers) must not leak."""
+    """Contents of slots that no row may see (here huge numbers) must not leak."""
     ids, pixels = deep.prompt(9)
     rows, spans = deep.embeds(ids, pixels)
     plan = deep.plan("visipruner", shallow=2, t=4, e=6, keep=4)

@@ -79,7 +79,7 @@ def test_published_llava_reads_through_its_omissions():
     )
 
 
-def test_an_empty_llava_has_the_tower_of_llava_1_5():
+def test_an_empty_llava_has_the_encoder_of_llava_1_5():
     config = ModelConfig.from_hf({"model_type": "llava", "text_config": {"vocab_size": 32064}})
     assert config.vision == ModelConfig.from_hf(PUBLISHED).vision
 
@@ -121,7 +121,7 @@ def test_decoder_defaults_are_those_of_transformers(family, given):
 
 
 @pytest.mark.parametrize("family", ["clip_vision_model", "siglip_vision_model"])
-def test_tower_defaults_are_those_of_transformers(family):
+def test_encoder_defaults_are_those_of_transformers(family):
     from transformers import AutoConfig
 
     theirs, ours = AutoConfig.for_model(family), VisionConfig.from_hf({"model_type": family})

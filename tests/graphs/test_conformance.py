@@ -23,8 +23,7 @@ from visistage.graphs.plan.plan import StagePlan
 from visistage.graphs.presets.presets import preset
 
 from ..support import published
-from .test_chain import Case
-from .test_published import Prompt, agree, small
+from ..support.cases import Case, Prompt, agree, small
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +100,9 @@ def test_item_4_visibility_follows_the_order_not_the_positions(prompt):
     moved = [dataclasses.replace(s, positions=s.positions + 1000) for s in segments]
     logits = []
     with torch.no_grad():
-        for one in (segments, moved):
+        for prompt_rows in (segments, moved):
             executor = chain.TorchExecutor(case.model.text, plan, case.weights, 1)
-            logits.append(Chain(plan, executor).prefill(one).logits)
+            logits.append(Chain(plan, executor).prefill(prompt_rows).logits)
     assert (logits[0] - logits[1]).abs().max() < 2e-3 * logits[0].std()
 
 
@@ -244,7 +243,7 @@ def test_item_10_quiet_layers_cumulative_or_consecutive(case):
     assert apart >= 2
 
 
-def test_item_11_no_picture_no_token_no_trigger(prompt):
+def test_item_11_no_image_no_token_no_trigger(prompt):
     case = prompt.case
     text = prompt.rows[:, :9]
     for name in ("code", "paper", "adaptive"):

@@ -14,118 +14,20 @@ import torch
 from visistage.graphs.chain import torch_reference as chain
 
 from ..support import published
-from .test_chain import Case
+from ..support.cases import VARIANTS, Case, Prompt, agree, options, small
 
 NEW = 32
 GOLDEN = Path(__file__).parents[1] / "support" / "golden" / "published.json"
-MARGIN = 1e-4
 
 SETTINGS = {
     "grouped": {"layers": 9, "kv_heads": 2, "seed": 1},
     "sharp": {"layers": 9, "scale": 1.3, "seed": 2},
 }
-VARIANTS = {"code": published.CODE, "paper": published.PAPER}
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def case(request, tmp_path_factory):
     return Case(tmp_path_factory.mktemp(request.param), **SETTINGS[request.param])
-
-
-class Prompt:
-    """One prompt of a checkpoint, as both sides take it."""
-
-    def __init__(self, case, seed, before=6):
-        self.case = case
-        ids, pixels = case.prompt(seed, before=before)
-        self.rows, self.spans = case.embeds(ids, pixels)
-        self.visual = torch.zeros(ids.shape[1], dtype=torch.bool)
-        for start, stop in self.spans[0]:
-            self.visual[start:stop] = True
-
-    def judge(self, method, new=0):
-        case = self.case
-        rows = self.rows[0]
-        if not new:
-            return *published.forward(case.weights, case.text, rows, self.visual, method), []
-        return published.generate(case.weights, case.text, rows, self.visual, method, new)
-
-    def run(self, variant, method, new=NEW):
-        """The plan of ``variant`` with the numbers of ``method``."""
-        plan = self.case.plan(f"visipruner-{variant}", **options(method))
-        return chain.run(self.case.weights, self.case.text, self.rows, self.spans, plan, new)
-
-    def events(self, method):
-        """``method`` with thresholds at which each possible event happens on this prompt."""
-        last = self.case.model.text.layers - 1
-        _, dense, _ = self.judge(dataclasses.replace(method, cosine=-1.0))
-        lowest, ceiling = [], 1.0
-        for layer, cosines in dense.cosines.items():
-            floor = float(cosines.min())
-            if floor < ceiling - MARGIN:
-                lowest.append((layer, (floor + ceiling) / 2))
-                ceiling = floor
-        for layer, cosine in lowest:  # the layers that can be the first below a threshold
-            norms = dense.norms[layer].sort().values
-            gaps = [(float(low), float(high)) for low, high in itertools.pairwise(norms)]
-            for count in (0, 1, len(norms) // 3):  # K = 0, one token, some tokens
-                low, high = (float(norms[-1]), float(norms[-1]) + 1) if count == 0 else gaps[-count]
-                if high - low < MARGIN:
-                    continue
-                chosen = dataclasses.replace(
-                    method, cosine=cosine, contribution=(low + high) / 2, exit_cosine=1.0
-                )
-                yield f"t={layer} K={count}", chosen
-                _, kept, _ = self.judge(chosen)
-                later = sorted(
-                    float(kept.cosines[at].min()) for at in kept.cosines if at > layer and count
-                )
-                for low, high in itertools.pairwise([-1.0, *later]):
-                    if high - low > MARGIN:
-                        quiet = dataclasses.replace(chosen, exit_cosine=(low + high) / 2)
-                        yield f"t={layer} K={count} exit_cosine={quiet.exit_cosine:.3f}", quiet
-        yield "never", dataclasses.replace(method, cosine=-1.0)
-        assert all(layer < last for layer, _ in lowest)
-
-
-def options(method):
-    """A method as options of its preset."""
-    given = {
-        "shallow": method.shallow or False,
-        "probe": method.probe,
-        "middle": method.middle,
-        "deep": method.deep,
-    }
-    if method.middle:
-        given |= {"cosine": method.cosine, "contribution": method.contribution}
-        if method.deep:
-            rule = "cumulative" if method.cumulative else "consecutive"
-            given |= {"exit_cosine": method.exit_cosine, "exit_rule": rule}
-            given |= {"exit_layers": method.exit_layers}
-    else:
-        del given["probe"]
-    if method.layer0 == "half":
-        given["template"] = "13b"
-    return given
-
-
-def small(variant, **changes):
-    """The published numbers scaled to nine layers: the same gap, the same rules."""
-    shallow, probe = (2, 3) if variant == "code" else (3, 3)
-    scaled = dataclasses.replace(VARIANTS[variant], shallow=shallow, probe=probe)
-    return dataclasses.replace(scaled, **changes)
-
-
-def agree(result, logits, trace, tokens, prompt, note):
-    depth = prompt.case.model.text.layers
-    tolerance = 1e-4 * max(1.0, float(logits.abs().max()))
-    assert (result.logits[0] - logits).abs().max() < tolerance, note
-    everything = prompt.visual.nonzero()[:, 0].tolist()
-    kept = everything if trace.kept is None else trace.kept.tolist()
-    assert result.kept == [kept], note
-    trigger = depth - 1 if trace.trigger is None else trace.trigger
-    assert (result.trigger, result.exit) == (trigger, trace.exit), note
-    assert result.tokens[0].tolist() == tokens, note
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -210,7 +112,9 @@ def test_the_reference_notices_every_difference(case, name):
             change = dict(CHANGES[name])
             for key in ("cosine", "contribution", "exit_cosine"):
                 if key in change:
-                    other = [one for one in methods if getattr(one, key) != getattr(method, key)]
+                    other = [
+                        other for other in methods if getattr(other, key) != getattr(method, key)
+                    ]
                     change[key] = getattr(other[0], key)
             if name == "not strict":  # only where a token stands exactly on the threshold
                 norms = prompt.judge(method)[1].norms
@@ -330,7 +234,7 @@ def test_adaptive_generates_like_the_reference(case):
 
 
 def test_padding_is_masked_not_filled(case):
-    """Rows that fill a bucket are nobody's; the next best tokens there are another model."""
+    """Rows that fill a bucket are padding; the next best tokens there are another model."""
     prompt = Prompt(case, 3)
     method = next(
         m

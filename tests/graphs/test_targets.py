@@ -124,7 +124,7 @@ def test_as_few_parts_as_the_budget_allows():
 
 
 @given(name=PLANS, context=st.integers(640, 4096))
-def test_slots_suffice_for_a_prompt_of_one_picture(name, context):
+def test_slots_suffice_for_a_prompt_of_one_image(name, context):
     """Every stage holds the rows that reach it, and no more than a step beyond."""
     plan = preset(name, 32, 576)
     for stage, slots in zip(plan.stages, stage_slots(plan, 576, context), strict=True):

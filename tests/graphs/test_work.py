@@ -59,7 +59,7 @@ def direct(piece, *args):
     return piece(*args)
 
 
-def test_the_tower_does_the_operations_that_torch_counts():
+def test_the_encoder_does_the_operations_that_torch_counts():
     side = CONFIG.vision.image_size
     module = Vision(CONFIG, Eager())
     pixels = torch.zeros(1, CONFIG.vision.channels, side, side)
