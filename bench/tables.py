@@ -3,7 +3,8 @@
     python -m visistage.bench.tables            write them
     python -m visistage.bench.tables --check    fail when a page differs from its records
 
-A table stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``.
+A table is between ``<!-- NAME -->`` and ``<!-- /NAME -->``. What a record lacks stays empty: peers
+fail, and the reason follows the table.
 """
 
 from __future__ import annotations
@@ -11,28 +12,22 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
-from . import speed_tables
 from .record import RESULTS
 
+Row = dict[str, Any]
+Cell = Callable[[Row], str]
+Columns = Sequence[tuple[str, Cell]]
+
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (
-    ROOT / "README.md",
-    *(
-        ROOT / "docs" / name
-        for name in (
-            "benchmarks.md",
-            "cpu.md",
-            "demo.md",
-            "size.md",
-            "openvino.md",
-            "quantisation.md",
-        )
-    ),
-)
+DOCS = ("benchmarks", "cpu", "demo", "size", "openvino", "quantisation")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 README_PLANS = (
     "without the picture",
     "dense",
@@ -50,227 +45,349 @@ README_PLANS = (
 )
 
 
-def _record(name: str) -> dict:
+def cell(path: str, form: str = "", unit: str = "", times: float = 1) -> Cell:
+    """Return what formats the value at ``path`` (``per_token.median``), if there is one."""
+
+    def text(row: Row) -> str:
+        value: Any = row
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is None:
+            return ""
+        return f"{value if times == 1 else value * times:{form}}{unit}"
+
+    return text
+
+
+def code(*paths: str) -> Cell:
+    """Return what shows the first value as code, the others after it."""
+    first, *others = (cell(path) for path in paths)
+    return lambda row: ", ".join([f"`{first(row)}`", *(other(row) for other in others)])
+
+
+def percent(path: str) -> Cell:
+    """Return what shows a share."""
+    return cell(path, ".1f", " %", 100)
+
+
+def mean_of(path: str) -> Cell:
+    """Return what shows a mean over the questions: a whole number where the plan fixes it."""
+    fixed, varying = cell(path, ".0f"), cell(path, ".2f")
+    return lambda row: (fixed if row.get("kind", "static") == "static" else varying)(row)
+
+
+def table(columns: Columns, rows: Iterable[Row]) -> str:
+    """Return the Markdown of ``rows``."""
+    lines = [
+        [title for title, _ in columns],
+        ["---", *("---:" for _ in columns[1:])],
+        *([text(row) for _, text in columns] for row in rows),
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# --- the demo model -------------------------------------------------------------------------------
+
+ACCURACY: Columns = (
+    ("plan", lambda row: f"`{row['plan']}`" if "trigger" in row else row["plan"]),
+    ("t", mean_of("trigger")),
+    ("K", mean_of("keep")),
+    ("e", mean_of("exit")),
+    ("accuracy", percent("accuracy")),
+    ("= dense", percent("agreement")),
+    ("TTFT", cell("first_token_ms", ".1f", " ms")),
+    ("visual FLOPs", cell("visual_flops", ".0f", " M", 1e-6)),
+    ("saved", cell("visual_macs_saved_percent", ".2f", " %")),
+    ("visual KV", cell("visual_kv_bytes", ".0f", " KiB", 1 / 1024)),
+    ("saved", cell("visual_kv_saved_percent", ".2f", " %")),
+)
+EXACTNESS: Columns = (
+    ("plan", code("plan")),
+    ("same answer", percent("exact.answer")),
+    ("same t", percent("exact.trigger")),
+    ("same tokens kept", percent("exact.kept")),
+    ("same e", percent("exact.exit")),
+    ("nothing late or padded", percent("exact.undeviating")),
+)
+QUANTISATION: Columns = (
+    ("plan", code("plan")),
+    ("precision", code("precision")),
+    ("ranges of", lambda row: row["ranges"] if "int8" in row["precision"] else ""),
+    ("accuracy", percent("accuracy")),
+    ("= dense FP32", percent("agreement")),
+    ("weights", cell("weight_bytes", ".1f", " MiB", 2**-20)),
+    ("TTFT", cell("first_token_p10_ms", ".1f", " ms")),
+    ("faster", cell("faster", ".2f", "x")),
+    ("a token", cell("per_token_p10_ms", ".2f", " ms")),
+)
+STEPS: Columns = (
+    ("step", cell("step")),
+    ("seconds", cell("seconds", ".1f")),
+    ("bytes", cell("bytes", ",")),
+    ("peak MiB", cell("peak_mib", ",")),
+)
+BACK_ENDS: Columns = (
+    ("plan", code("plan", "precision")),
+    ("target", code("target")),
+    ("cold, first token", cell("cold_ms", ".1f", " ms")),
+    ("second question", cell("again_ms", ".1f", " ms")),
+    ("per token", cell("per_token_ms", ".1f", " ms")),
+)
+
+
+def accuracy(rows: list[Row], plans: Sequence[str] | None = None) -> str:
+    """Return the table of accuracies and savings, beside the times of the other record."""
+    first_ms = {row["plan"]: row["p10_ms"] for row in _record("first-token-demo")["rows"]}
+    shown = [row for row in rows if plans is None or row["plan"] in plans]
+    return table(ACCURACY, [{**row, "first_token_ms": first_ms.get(row["plan"])} for row in shown])
+
+
+def by_type(rows: list[Row]) -> str:
+    """Return the table of accuracies by type of question."""
+
+    def share(name: str) -> Cell:
+        def text(row: Row) -> str:
+            tally = row["by_type"][name]
+            value = tally["right"] / tally["total"] if isinstance(tally, dict) else tally
+            return percent("share")({"share": value})
+
+        return text
+
+    types = [(name, share(name)) for name in sorted(rows[0]["by_type"])]
+    return table((("plan", cell("plan")), *types), rows)
+
+
+def quantisation(rows: list[Row]) -> str:
+    """Return the table of the demo's bundles, the dense FP32 one first."""
+    dense = rows[0]["first_token_p10_ms"]
+    return table(QUANTISATION, [r | {"faster": dense / r["first_token_p10_ms"]} for r in rows])
+
+
+def size(rows: list[Row]) -> str:
+    """Return the steps of one recorded build, and their sum."""
+    (row,) = rows
+    total = {**row, "step": "**all**", "bytes": row["bundle_bytes"] + row.get("engine_bytes", 0)}
+    title = f"### {row['model']}, {row['plan']}, {row['target']}"
+    return f"{title}\n\n{table(STEPS, [*row['steps'], total])}"
+
+
+# --- peers ----------------------------------------------------------------------------------------
+
+PEERS: Columns = (
+    ("peer", cell("label")),
+    ("cold TTFT, ms", cell("cold.median", ".1f")),
+    ("lower bound", cell("floor.cold", ".1f")),
+    ("second question, ms", cell("second.median", ".1f")),
+    ("lower bound", cell("floor.second", ".1f")),
+    ("per token, ms", cell("per_token.median", ".2f")),
+    ("lower bound", cell("floor.per_token", ".2f")),
+    ("= transformers", percent("agreement.leading")),
+    ("peak MiB", cell("peak_mib", ",.0f")),
+    ("load, s", lambda row: f"{(row['import_ms'] + row['load_ms']) / 1e3:.1f}"),
+)
+GOAL: Columns = (
+    ("measure", cell("measure")),
+    ("goal", lambda row: f"at most {row['limit']:g}x"),
+    ("ratio", cell("ratio", ".2f", "x")),
+    ("reached", cell("reached")),
+    ("ours", cell("ours")),
+    ("theirs", cell("theirs")),
+)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure of ours over the best of theirs: at most ``limit``; both name beginnings of keys."""
+
+    measure: str
+    figure: str
+    ours: str
+    theirs: tuple[str, ...]
+    limit: float
+
+
+F32 = ("openvino-fp32-f32",)
+GOALS = (
+    Goal("cold TTFT, FP32, pruned", "cold", "visistage-visipruner-fp32", F32, 0.6),
+    Goal("cold TTFT, W8A8, pruned", "cold", "visistage-visipruner-int8", ("openvino-",), 0.6),
+    Goal("second question, FP32", "second", "visistage-visipruner-fp32", F32, 0.25),
+    Goal("ms per token, FP32", "per_token", "visistage-visipruner-fp32", F32, 1.0),
+    Goal("ms per token, INT8", "per_token", "visistage-visipruner-int8", ("openvino-int8",), 1.0),
+)
+"""Against OpenVINO GenAI in the same run; theirs is its fastest setting among those named."""
+
+
+def goals(rows: Sequence[Row]) -> list[Row]:
+    """Return each goal beside the ratio that was reached, without it where a side has no answer."""
+    found = []
+    for goal in GOALS:
+        row: Row = {"measure": goal.measure, "limit": goal.limit}
+        medians = []
+        for side, keys in (("ours", (goal.ours,)), ("theirs", goal.theirs)):
+            fit = [r for r in rows if goal.figure in r and r["key"].startswith(keys)]
+            if fit:
+                best = min(fit, key=lambda r: r[goal.figure]["median"])
+                medians.append(best[goal.figure]["median"])
+                row[side] = f"{medians[-1]:.1f} ms, {best['label']}"
+        if len(medians) == 2:
+            row["ratio"] = medians[0] / medians[1]
+            row["reached"] = "yes" if row["ratio"] <= goal.limit else "no"
+        found.append(row)
+    return found
+
+
+def peers(rows: list[Row]) -> str:
+    """Return the peers that answered, the goals, and which peers failed."""
+    machine, *measured = rows
+    facts = (
+        f"{machine['rounds']} rounds, {machine['threads']} threads, answers of "
+        f"{machine['tokens']} tokens to {machine['prompt_tokens']:.0f} (mean); "
+        f"lower bounds: {rates(machine)}"
+    )
+    tables = [
+        table(PEERS, [row for row in measured if "cold" in row]),
+        table(GOAL, goals(measured)),
+    ]
+    return "\n\n".join([*tables, *failures(measured), facts])
+
+
+def failures(rows: Iterable[Row]) -> list[str]:
+    """Return a paragraph on what was not measured to the end, if anything."""
+    failed = [f"* {row['label']}: {row['failed']}" for row in rows if "failed" in row]
+    return ["\n".join(["Not measured to the end:", "", *failed])] if failed else []
+
+
+def rates(machine: Row) -> str:
+    """Return what the lower bounds are computed from."""
+    measured = machine["rates"]
+    each = [f"{value / 1e9:.0f} G{kind}" for kind, value in measured["operations"].items()]
+    return f"{', '.join(each)} operations and {measured['bandwidth'] / 1e9:.1f} GB a second"
+
+
+# --- scaling --------------------------------------------------------------------------------------
+
+SWEEPS = {
+    "visual": ("side", "Visual tokens, by the size of the picture in pixels"),
+    "images": ("images", "Visual tokens, by pictures of 576 in a prompt"),
+    "text": ("words added", "Length of the question"),
+    "batch": ("prompts", "Prompts at once, all of them together"),
+    "questions": ("questions", "Questions about one picture, the mean of them"),
+    "slots": ("slots", "Room in the caches"),
+}
+"""Sweep -> its axis and the table's title."""
+
+POINTS: Columns = (
+    ("plan", cell("plan")),
+    ("prompt rows", cell("prompt_rows", ",")),
+    ("TTFT, ms", cell("first_ms.median", ".1f")),
+    ("p90", cell("first_ms.p90", ".1f")),
+    ("per token, ms", cell("per_token_ms.median", ".2f")),
+    ("peak MiB", cell("peak_mib", ",.0f")),
+)
+PRESETS: Columns = (
+    ("preset", code("plan")),
+    ("prefill, ms", cell("prefill_ms.median", ".1f")),
+    ("speed-up", cell("speedup", ".2f", "x")),
+    ("predicted", cell("predicted", ".2f", "x")),
+    ("reached", cell("reached", ".0f", " %", 100)),
+)
+
+
+def scaling(rows: list[Row]) -> str:
+    """Return every sweep, and the presets beside the roofline."""
+    machine, *measured = rows
+    kinds = {
+        name: (f"### {title}", ((axis, cell("value", ",")), *POINTS))
+        for name, (axis, title) in SWEEPS.items()
+    }
+    kinds["presets"] = ("### Presets beside the roofline", PRESETS)
+    parts = []
+    for name, (title, columns) in kinds.items():
+        shown = [row for row in measured if row["sweep"] == name and "failed" not in row]
+        if shown:
+            parts += [title, table(columns, shown)]
+    facts = f"{machine['repeats']} repetitions, {machine['threads']} threads"
+    return "\n\n".join([*parts, *failures(measured), f"{facts}; roofline: {rates(machine)}"])
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a page.
+
+    Attributes:
+        record: name of its record, or a pattern of several.
+        make: text of a record's rows.
+        note: what follows the record's origin.
+        command: of ``visistage.bench`` that writes the record.
+    """
+
+    record: str
+    make: Callable[[list[Row]], str]
+    note: Callable[[list[Row]], str] = lambda rows: ""
+    command: str = ""
+
+    def text(self) -> str:
+        """Return what belongs between the marks."""
+        names = sorted(file.stem for file in RESULTS.glob(f"{self.record}.json"))
+        records = [_record(name) for name in names]
+        if not records:
+            return f"Not recorded: `python -m visistage.bench.{self.command}`"
+        return "\n\n".join(
+            f"{self.make(record['rows'])}\n\n{_origin(record)}{self.note(record['rows'])}"
+            for record in records
+        )
+
+
+def _record(name: str) -> Row:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *("---:" for _ in header[1:])]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
-
-
-def _saved(row: dict, name: str) -> str:
-    return f"{row[name]:.2f} %" if name in row else ""
-
-
-def _mean(row: dict, name: str) -> str:
-    """A mean over the questions; a whole number where the plan fixes it."""
-    value = row.get(name)
-    return (
-        ""
-        if value is None
-        else f"{value:.0f}"
-        if row.get("kind", "static") == "static"
-        else f"{value:.2f}"
-    )
-
-
-def accuracy(plans: tuple[str, ...] | None = None) -> str:
-    """One row a plan: what it keeps, what it saves, how often it is right."""
-    record, timing = _record("accuracy-demo"), _record("first-token-demo")
-    first_ms = {row["plan"]: f"{row['p10_ms']:.1f} ms" for row in timing["rows"]}
-    rows = [
-        [
-            f"`{row['plan']}`" if "trigger" in row else row["plan"],
-            *(_mean(row, name) for name in ("trigger", "keep", "exit")),
-            _percent(row["accuracy"]),
-            _percent(row.get("agreement")),
-            first_ms.get(row["plan"], ""),
-            f"{row['visual_flops'] / 1e6:.0f} M" if "visual_flops" in row else "",
-            _saved(row, "visual_macs_saved_percent"),
-            f"{row['visual_kv_bytes'] / 1024:.0f} KiB" if "visual_kv_bytes" in row else "",
-            _saved(row, "visual_kv_saved_percent"),
-        ]
-        for row in record["rows"]
-        if plans is None or row["plan"] in plans
-    ]
-    header = ["plan", "t", "K", "e", "accuracy", "= dense", "TTFT", "visual FLOPs", "saved"]
-    header += ["visual KV", "saved"]
-    return f"{_table(header, rows)}\n\n{_origin(record)}; TTFT: {_origin(timing)}"
-
-
-def exactness() -> str:
-    """How often adaptive plans did what the exact one does."""
-    record = _record("accuracy-demo")
-    columns = {
-        "answer": "same answer",
-        "trigger": "same t",
-        "kept": "same tokens kept",
-        "exit": "same e",
-        "undeviating": "nothing late or padded",
-    }
-    rows = [
-        [f"`{row['plan']}`", *(_percent(row["exact"][name]) for name in columns)]
-        for row in record["rows"]
-        if "exact" in row
-    ]
-    return f"{_table(['plan', *columns.values()], rows)}\n\n{_origin(record)}"
-
-
-def by_type() -> str:
-    """Accuracy by type of question."""
-    record = _record("accuracy-demo")
-    types = sorted(record["rows"][0]["by_type"])
-
-    def share(value) -> float:
-        return value["right"] / value["total"] if isinstance(value, dict) else value
-
-    rows = [
-        [row["plan"], *(_percent(share(row["by_type"][name])) for name in types)]
-        for row in record["rows"]
-    ]
-    return f"{_table(['plan', *types], rows)}\n\n{_origin(record)}"
-
-
-def size() -> str:
-    """Every recorded build, step by step."""
-    parts = []
-    for file in sorted(RESULTS.glob("size-*.json")):
-        record = json.loads(file.read_text())
-        for row in record["rows"]:
-            steps = [
-                [s["step"], f"{s['seconds']:.1f}", f"{s['bytes']:,}", f"{s['peak_mib']:,}"]
-                for s in row["steps"]
-            ]
-            nbytes = row["bundle_bytes"] + row.get("engine_bytes", 0)
-            total = ["**all**", f"{row['seconds']:.1f}", f"{nbytes:,}"]
-            steps.append([*total, f"{row['peak_mib']:,}"])
-            title = f"### {row['model']}, {row['plan']}, {row['target']}"
-            table = _table(["step", "seconds", "bytes", "peak MiB"], steps)
-            parts.append(f"{title}\n\n{table}\n\n{_origin(record)}")
-    return "\n\n".join(parts)
-
-
-def quantisation() -> str:
-    """Every bundle of the demo: how it is rounded, how often it is right, how fast it is."""
-    record = _record("quantisation-demo")
-    dense = record["rows"][0]
-    rows = [
-        [
-            f"`{row['plan']}`",
-            f"`{row['precision']}`",
-            row["ranges"] if "int8" in row["precision"] else "",
-            _percent(row["accuracy"]),
-            _percent(row["agreement"]),
-            f"{row['weight_bytes'] / 2**20:.1f} MiB",
-            f"{row['first_token_p10_ms']:.1f} ms",
-            f"{dense['first_token_p10_ms'] / row['first_token_p10_ms']:.2f}x",
-            f"{row['per_token_p10_ms']:.2f} ms",
-        ]
-        for row in record["rows"]
-    ]
-    header = ["plan", "precision", "ranges of", "accuracy", "= dense FP32", "weights", "TTFT"]
-    return f"{_table([*header, 'faster', 'a token'], rows)}\n\n{_origin(record)}"
-
-
-def peers(model: str) -> str:
-    """One checkpoint, everyone; the goals, and who was not measured to the end."""
-    name = f"peers-{model}"
-    if not (RESULTS / f"{name}.json").exists():
-        return f"Not recorded: `python -m visistage.bench.peers --model {model}`"
-    record = _record(name)
-    first, *rows = record["rows"]
-    parts = [_table(*speed_tables.peers(rows)), _table(*speed_tables.goals(rows))]
-    parts += _failures(rows)
-    parts.append(
-        f"{first['rounds']} rounds, {first['threads']} threads, answers of {first['tokens']} tokens"
-        f" to {first['prompt_tokens']:.0f} (mean); floors: {speed_tables.rates([first])}"
-    )
-    return "\n\n".join([*parts, _origin(record)])
-
-
-def scaling(geometry: str = "llava-45m") -> str:
-    """Every sweep, and how far presets come towards the roofline."""
-    name = f"scaling-{geometry}"
-    if not (RESULTS / f"{name}.json").exists():
-        return f"Not recorded: `python -m visistage.bench.scaling --geometry {geometry}`"
-    record = _record(name)
-    first, *rows = record["rows"]
-    parts = []
-    for sweep, (axis, title) in speed_tables.SWEEPS.items():
-        header, cells = speed_tables.sweep(rows, sweep, axis)
-        if cells:
-            parts.append(f"### {title}\n\n{_table(header, cells)}")
-    header, cells = speed_tables.presets(rows)
-    if cells:
-        parts.append(f"### Presets beside the roofline\n\n{_table(header, cells)}")
-    parts += _failures(rows)
-    parts.append(f"{first['repeats']} repetitions, {first['threads']} threads; roofline: ")
-    parts[-1] += speed_tables.rates([first])
-    return "\n\n".join([*parts, _origin(record)])
-
-
-def back_ends(model: str) -> str:
-    """OpenVINO beside ONNX Runtime."""
-    name = f"back-ends-{model}"
-    if not (RESULTS / f"{name}.json").exists():
-        return f"Not recorded: `python -m visistage.bench.back_ends --model {model}`"
-    record = _record(name)
-    rows = [
-        [
-            f"`{row['plan']}`, {row['precision']}",
-            f"`{row['target']}`",
-            *(f"{row[f'{time}_ms']:.1f} ms" for time in ("cold", "again", "per_token")),
-        ]
-        for row in record["rows"]
-    ]
-    header = ["plan", "target", "cold, first token", "second question", "per token"]
-    first = record["rows"][0]
-    rounds = f"{first['rounds']} rounds, OpenVINO {first['openvino']}"
-    return f"{_table(header, rows)}\n\n{_origin(record)}; {rounds}"
-
-
-def _failures(rows: list[dict]) -> list[str]:
-    """A paragraph on what was not measured to the end, if anything."""
-    failed = speed_tables.failures(rows)
-    if not failed:
-        return []
-    return ["\n".join(["Not measured to the end:", "", *(f"* {one}" for one in failed)])]
-
-
-def _origin(record: dict, library: str = "onnxruntime") -> str:
+def _origin(record: Row) -> str:
     device, versions = record["device"], record["versions"]
     return (
         f"`{record['command']}`, {record['date']}, {device['processor']}, {device['cores']} cores, "
-        f"{library} {versions[library]}"
+        f"onnxruntime {versions['onnxruntime']}"
     )
 
 
+def _timed(rows: list[Row]) -> str:
+    return f"; TTFT: {_origin(_record('first-token-demo'))}"
+
+
+def _openvino(rows: list[Row]) -> str:
+    return f"; {rows[0]['rounds']} rounds, OpenVINO {rows[0]['openvino']}"
+
+
 TABLES = {
-    "accuracy": lambda: accuracy(README_PLANS),
-    "accuracy-all": accuracy,
-    "accuracy-by-type": by_type,
-    "accuracy-exactness": exactness,
-    "size": size,
-    "quantisation": quantisation,
-    "peers-llava-45m": lambda: peers("llava-45m"),
-    "peers-demo": lambda: peers("demo"),
-    "scaling": scaling,
-    "back-ends-llava-45m": lambda: back_ends("llava-45m"),
-    "back-ends-demo": lambda: back_ends("demo"),
+    "accuracy": Table("accuracy-demo", lambda rows: accuracy(rows, README_PLANS), _timed),
+    "accuracy-all": Table("accuracy-demo", accuracy, _timed),
+    "accuracy-by-type": Table("accuracy-demo", by_type),
+    "accuracy-exactness": Table(
+        "accuracy-demo", lambda rows: table(EXACTNESS, [row for row in rows if "exact" in row])
+    ),
+    "size": Table("size-*", size),
+    "quantisation": Table("quantisation-demo", quantisation),
+    "scaling": Table("scaling-llava-45m", scaling, command="scaling"),
 }
+for _model in ("llava-45m", "demo"):
+    TABLES[f"peers-{_model}"] = Table(f"peers-{_model}", peers, command=f"peers --model {_model}")
+    TABLES[f"back-ends-{_model}"] = Table(
+        f"back-ends-{_model}",
+        lambda rows: table(BACK_ENDS, rows),
+        _openvino,
+        f"back_ends --model {_model}",
+    )
 
 
 def filled(page: str) -> str:
-    """``page`` with every table between its marks made anew."""
-    for name, make in TABLES.items():
+    """Return ``page`` with every table between its marks made anew."""
+    for name, described in TABLES.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if pattern.search(page):
-            text = make()
+            text = described.text()
             page = pattern.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)
     return page
 

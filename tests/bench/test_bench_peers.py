@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from visistage.bench import environments, peers, scaling, speed_tables, tables
+from visistage.bench import environments, peers, scaling, tables
 from visistage.bench.answers import agreement, leading
 from visistage.bench.lower_bound import (
     Rates,
@@ -166,8 +166,11 @@ def test_a_peer_that_cannot_be_set_up_is_in_the_record_with_the_reason(demo):
         "plan": "dense",
         "failed": "llama-cpp: pip install failed",
     }
-    assert speed_tables.failures([row]) == ["X: llama-cpp: pip install failed"]
-    assert speed_tables.peers([row])[1] == []
+    machine = {"rounds": 1, "threads": 1, "tokens": 1, "prompt_tokens": 1}
+    machine["rates"] = RATES.to_dict()
+    page = tables.peers([machine, row])
+    assert "* X: llama-cpp: pip install failed" in page
+    assert "| X |" not in page
 
 
 def test_an_environment_that_fails_names_its_step(tmp_path, monkeypatch):
@@ -227,11 +230,11 @@ def test_keys_of_peers_name_one_each():
     keys = [peer.key for peer in all_peers(("cpu", "openvino"))]
     assert keys[0] == REFERENCE
     assert len(set(keys)) == len(keys)
-    named = {key for goal in speed_tables.GOALS for key in goal.theirs if key in keys}
-    assert set(speed_tables.F32) <= named
-    for goal in speed_tables.GOALS:
+    for goal in tables.GOALS:
         assert any(key.startswith(goal.ours) for key in keys)
-        assert any(key.startswith(one) for key in keys for one in goal.theirs)
+        assert all(any(key.startswith(start) for key in keys) for start in goal.theirs)
+    fp32 = {key for key in keys if key.startswith(tables.F32)}
+    assert fp32 == {"openvino-fp32-f32", "openvino-fp32-f32-prefix"}
 
 
 def test_every_peer_has_its_script():
@@ -331,13 +334,14 @@ def test_goals_compare_with_the_fastest_of_theirs():
 
     rows = [row("visistage-visipruner-fp32", 60.0), row("openvino-fp32-f32", 120.0)]
     rows += [row("openvino-fp32-f32-prefix", 100.0), row("openvino-fp32-default", 10.0)]
-    first = speed_tables.goals(rows)[1][0]
-    assert first[2:4] == ["0.60x", "yes"]
-    assert "prefix" in first[5]
-    assert speed_tables.goals(rows[:1])[1][0][2] == ""
+    first = tables.goals(rows)[0]
+    assert first["ratio"] == pytest.approx(0.6)
+    assert first["reached"] == "yes"
+    assert "prefix" in first["theirs"]
+    assert "ratio" not in tables.goals(rows[:1])[0]
 
 
 def test_a_missing_record_is_said_and_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert "bench.peers" in tables.peers("demo")
-    assert "bench.scaling" in tables.scaling()
+    assert "bench.peers --model demo" in tables.TABLES["peers-demo"].text()
+    assert "bench.scaling" in tables.TABLES["scaling"].text()
