@@ -67,8 +67,7 @@ def verify(bundle, model, calibration, data, samples, max_tokens, memory_limit, 
     visistage verify engines/llava-7b --model llava-7b --data questions.jsonl --samples 20
     """
     from ..graphs.bundle import Bundle
-    from ..tools.verify.verify import verify
-    from ..tools.verify.verify_prompts import checkpoint_at_hand, chosen
+    from ..tools.verify.verify import checkpoint_at_hand, chosen, verify
     from ..tools.verify.verify_report import PAGE_FILE
     from .show.bar import StepBar, verify_line
     from .show.verify_view import require_passed, verify_table

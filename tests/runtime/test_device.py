@@ -44,8 +44,8 @@ from visistage.tests.support import toy
 from visistage.tests.support.asking import picture
 from visistage.tests.support.numpy_device import HostDevice
 from visistage.tests.support.stand_ins import stand_in, write_engines
-from visistage.tools.verify import file_checks
-from visistage.tools.verify.session_checks import compare_engines
+from visistage.tools.verify import runtime_checks
+from visistage.tools.verify.runtime_checks import compare_engines
 from visistage.tools.verify.verify_target import VerifyTarget
 
 pytest.importorskip("onnxruntime")
@@ -593,7 +593,7 @@ def test_times_are_the_devices_own(machine, bundles):
 
 def compared(bundle, monkeypatch):
     for name in ("find_gpu", "find_trt_variant"):  # the machine's, as the runtime sees them
-        monkeypatch.setattr(file_checks, name, getattr(engine_trt, name))
+        monkeypatch.setattr(runtime_checks, name, getattr(engine_trt, name))
     samples = [
         SimpleNamespace(name=f"sample {seed}", image=picture(seed), prompt=QUESTION)
         for seed in (1, 2)

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import onnx
 from visistage.graphs.bundle import MANIFEST, Bundle, FileFact, sha256
-from visistage.tools.verify.verify import verify
-from visistage.tools.verify.verify_prompts import chosen
+from visistage.tools.verify.verify import chosen, verify
 
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
 STEPS = 6

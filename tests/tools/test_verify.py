@@ -35,7 +35,7 @@ from visistage.tests.support.verified import (
     statuses,
     swap,
 )
-from visistage.tools.verify import file_checks
+from visistage.tools.verify import runtime_checks
 from visistage.tools.verify.answer_checks import Tally
 from visistage.tools.verify.chains import Trajectory
 from visistage.tools.verify.checks import Check
@@ -49,8 +49,7 @@ from visistage.tools.verify.token_choices import (
     selection_margin,
 )
 from visistage.tools.verify.variants import difference
-from visistage.tools.verify.verify import run_check, verify
-from visistage.tools.verify.verify_prompts import DEFAULT_SAMPLES, chosen
+from visistage.tools.verify.verify import DEFAULT_SAMPLES, chosen, run_check, verify
 from visistage.tools.verify.verify_report import (
     FAILED,
     IMPOSSIBLE,
@@ -441,11 +440,11 @@ def test_an_index_that_lacks_an_engine(copy):
 @needs_rtx
 def test_engines_run_on_a_gpu_that_fits_alone(built, monkeypatch):
     bundle, _ = built("rtx")
-    monkeypatch.setattr(file_checks, "find_gpu", lambda: GpuInfo("it", (8, 6), 1 << 30))
-    file_checks.require_engines_run(bundle)
-    monkeypatch.setattr(file_checks, "find_gpu", lambda: GpuInfo("it", (9, 0), 1 << 30))
+    monkeypatch.setattr(runtime_checks, "find_gpu", lambda: GpuInfo("it", (8, 6), 1 << 30))
+    runtime_checks.require_engines_run(bundle)
+    monkeypatch.setattr(runtime_checks, "find_gpu", lambda: GpuInfo("it", (9, 0), 1 << 30))
     with pytest.raises(ImpossibleError, match=re.escape("found it (sm_90)")):
-        file_checks.require_engines_run(bundle)
+        runtime_checks.require_engines_run(bundle)
 
 
 # --- what a machine cannot do ---------------------------------------------------------------------

@@ -17,7 +17,7 @@ from ... import runtime
 from ...graphs.targets import ONNXRUNTIME
 from .chains import TorchChain, Trajectory
 from .compare import Bounds, bounds_of, first_wrong, strict, tensor_error
-from .session_checks import ask
+from .runtime_checks import ask
 from .token_choices import Selection, selection_margin
 from .verify_report import CheckResult, TensorError
 from .verify_target import NothingError, VerifyTarget
@@ -148,11 +148,7 @@ def _compare_session(target: VerifyTarget, session: Session, bounds: Bounds) -> 
 
 
 def compare_half(target: VerifyTarget) -> CheckResult:
-    """Compare the torch chain in FP16 arithmetic with the one in FP32, with and without a teacher.
-
-    Raises:
-        NothingError: the bundle computes in FP32.
-    """
+    """Compare the torch chain in FP16 arithmetic with FP32, teacher-forced and free-running."""
     target.require_half()
     reference, prompts = target.reference, target.prompts
     half = TorchChain.stored(target.bundle, half=True, free=target.free)
@@ -171,48 +167,46 @@ def compare_quantised(target: VerifyTarget) -> CheckResult:
 
     How much an answer may change is for its user to judge, so agreement and errors along the float
     chain's tokens are reported; what fails are logits that have nothing to do with the float ones.
-
-    Raises:
-        ImpossibleError: no checkpoint was named.
-        NothingError: nothing is quantised.
     """
     if not target.bundle.manifest.quantization.quantises:
         raise NothingError("every layer and every cache is a float one")
     original, quantised = target.original, target.reference
-    failure, errors, worst = "", [], 0.0
-    places = agreed = reselected = 0
-    squares = spreads = 0.0
+    failure, errors, agreed, reselected = "", [], [], 0
+    squares, spreads = [0.0], [0.0]  # by prompt: mean square of the error, variance of the logits
     for prompt in target.prompts:
+        name = prompt.sample.name
         want = original.answer(prompt, target.max_tokens)
         got = quantised.follow(prompt, want.tokens)
-        places += len(want.tokens)
-        agreed += sum(a == b for a, b in zip(got.tokens, want.tokens, strict=True))
+        agreed += [a == b for a, b in zip(got.tokens, want.tokens, strict=True)]
         reselected += got.selection != want.selection
-        name = prompt.sample.name
         error = tensor_error(f"{name}: logits", got.logits, want.logits)
         errors.append(error)
         if error.relative is None:
             failure = failure or f"{name}: the logits are not finite"
             continue
-        mean = float(np.square(got.logits.astype(np.float64) - want.logits).mean())
-        variance = float(want.logits.astype(np.float64).var())
-        squares, spreads = squares + mean, spreads + variance
-        apart = (mean / (variance or 1.0)) ** 0.5
-        worst = max(worst, apart)
+        squares.append(float(np.square(got.logits.astype(np.float64) - want.logits).mean()))
+        spreads.append(float(want.logits.astype(np.float64).var()))
+        apart = _root_mean_square(squares[-1], spreads[-1])
         if apart > LOGITS_LIMIT:
             failure = failure or (
                 f"{name}: the logits are {apart:.2g} of their spread away from those of the "
                 f"checkpoint, in the root mean square, expected at most {LOGITS_LIMIT:g}"
             )
-    overall = (squares / (spreads or 1.0)) ** 0.5
+    overall = _root_mean_square(sum(squares), sum(spreads))
+    worst = max(map(_root_mean_square, squares, spreads))
     return CheckResult(
         failure,
         target.files,
         tuple(errors),
         {
-            "teacher-forced": f"{agreed} of {places} tokens agree",
+            "teacher-forced": f"{sum(agreed)} of {len(agreed)} tokens agree",
             "logits": f"off by {overall:.3f} of their spread in the root mean square, "
             f"{worst:.3f} in the worst prompt",
             "prompts whose kept visual tokens differ": reselected,
         },
     )
+
+
+def _root_mean_square(square: float, spread: float) -> float:
+    """Return an error in the spread of the logits; both squared."""
+    return (square / (spread or 1.0)) ** 0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -214,9 +214,10 @@ class TorchChain:
         )
         executor = SteeredExecutor(torch_executor, plan.probe, selection)
         chain = Chain(plan, executor, 1)
-        segments = self._embed(prompt, torch_executor)
-        count = sum(segment.count for segment in segments)
-        done = chain.prefill(self._after_prefix(chain, torch_executor, prompt, segments))
+        start = self._restore_prefix(chain, torch_executor, prompt)
+        segments = self._embed(prompt, torch_executor, start)
+        count = start + sum(segment.count for segment in segments)
+        done = chain.prefill(segments)
         logits = [done.logits[0]]
         for step in range(steps - 1):
             token = int(logits[-1].argmax()) if forced is None else forced[step]
@@ -233,17 +234,11 @@ class TorchChain:
             SelectionMargins(executor.scores, plan.probe, executor.readings),
         )
 
-    def _after_prefix(
-        self,
-        chain: Chain,
-        executor: TorchExecutor,
-        prompt: PreparedPrompt,
-        segments: list[AppendedRows],
-    ) -> list[AppendedRows]:
-        """Put the prefix into every stage where the prompt begins with it; return the rest."""
+    def _restore_prefix(self, chain: Chain, executor: TorchExecutor, prompt: PreparedPrompt) -> int:
+        """Put the prefix into every stage where the prompt begins with it; return its rows."""
         count, head = len(self.ids), prompt.parts[0]
         if self.prefix is None or head is None or head[:count] != self.ids:
-            return segments
+            return 0
         order = np.arange(count, dtype=np.int32)[None]
         for index, caches in enumerate(executor.caches):
             chain.reserve(index, count)
@@ -253,25 +248,24 @@ class TorchChain:
                 tuple(both[first + at][None].clone() for both in self.prefix)
                 for at in range(len(caches))
             ]
-        first_segment, *rest = segments
-        cut = replace(
-            first_segment,
-            rows=first_segment.rows[:, count:],
-            positions=first_segment.positions[:, count:],
-            order=first_segment.order[:, count:],
-        )
-        return [cut, *rest] if cut.count else rest
+        return count
 
-    def _embed(self, prompt: PreparedPrompt, executor: TorchExecutor) -> list[AppendedRows]:
-        """Return the rows of the prompt, part by part."""
-        segments, start = [], 0
-        for part in prompt.parts:
-            visual = part is None
-            rows = self._vision(prompt.pixels) if visual else executor.embed(torch.tensor([part]))
+    def _embed(
+        self, prompt: PreparedPrompt, executor: TorchExecutor, start: int
+    ) -> list[AppendedRows]:
+        """Return the rows of the prompt from row ``start`` of its first part on, part by part."""
+        segments = []
+        for index, part in enumerate(prompt.parts):
+            if part is None:
+                rows = self._vision(prompt.pixels)
+            else:
+                rows = executor.embed(
+                    torch.tensor([part if index else part[start:]], dtype=torch.long)
+                )
             order = np.arange(start, start + rows.shape[1], dtype=np.int32)[None]
-            segments.append(AppendedRows(visual, rows, order, order))
+            segments.append(AppendedRows(part is None, rows, order, order))
             start += rows.shape[1]
-        return segments
+        return [segment for segment in segments if segment.count]
 
     @cached_property
     def _vision(self) -> Vision:

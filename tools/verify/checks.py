@@ -29,7 +29,8 @@ class Check:
         name: as reports have it; one with ``{graph}`` is a check of every graph.
         compares: the two.
         rule: when it passes; may have the fields of ``rule_words``.
-        run: takes a ``VerifyTarget`` and, where it is one of every graph, the graph's name.
+        run: takes a ``VerifyTarget`` and, where it is one of every graph, the graph's name; raises
+            ``ImpossibleError`` or ``NothingError`` where it cannot run, any other error to fail.
         needs: modules that must be installed.
     """
 
@@ -59,7 +60,7 @@ CHECKS = (
         "files",
         "the bundle's files and the manifest's hashes",
         "every byte as it was built",
-        lazy("file_checks:check_files"),
+        lazy("runtime_checks:check_files"),
     ),
     Check(
         "weights",
@@ -107,7 +108,7 @@ CHECKS = (
         "runtime",
         "answers of the runtime: new, from its caches, by a new session",
         "all equal, logits finite",
-        lazy("session_checks:compare_repeats"),
+        lazy("runtime_checks:compare_repeats"),
     ),
     Check(
         "answers",
@@ -134,13 +135,13 @@ CHECKS = (
         "engines",
         "the engines, their index and the manifest",
         "compiled from this bundle, complete, every byte as it was compiled",
-        lazy("file_checks:check_engines"),
+        lazy("runtime_checks:check_engines"),
     ),
     Check(
         "engine runs",
         "ONNX Runtime, and the engines or OpenVINO",
         "errors within the precision's tolerance",
-        lazy("session_checks:compare_engines"),
+        lazy("runtime_checks:compare_engines"),
     ),
 )
 

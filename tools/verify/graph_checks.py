@@ -9,8 +9,8 @@ computes FP16 graphs in FP32 and never overflows).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -38,26 +38,8 @@ from .verify_target import ImpossibleError, VerifyTarget, require_memory
 PROVIDER = "CPUExecutionProvider"
 
 
-@dataclass(frozen=True)
-class ComparedCall:
-    """One call of a graph; its reference is computed once."""
-
-    graph: StoredGraph
-    rows: int
-
-    @cached_property
-    def feeds(self) -> dict[str, np.ndarray]:
-        """Inputs, the same for every check."""
-        return self.graph.feeds(self.rows)
-
-    @cached_property
-    def wanted(self) -> dict[str, np.ndarray]:
-        """Outputs of torch in FP32."""
-        return run_module(self.graph, self.feeds, half=False)
-
-
 class ComparedGraph:
-    """A graph, and the calls that reach all of it.
+    """A graph, and inputs of the calls that together reach all of it.
 
     ``kinds``: type of its floats, schemes of its layers, ``cache`` where it rounds what it caches
     (``compare.BOUNDS``).
@@ -65,27 +47,35 @@ class ComparedGraph:
 
     def __init__(self, graph: StoredGraph):
         self.graph = graph
-        self.calls = [ComparedCall(graph, rows) for rows in graph.row_counts]
+        self.calls = [graph.feeds(rows) for rows in graph.row_counts]
         schemes = graph.manifest.quantization.schemes
         modules = {name.rpartition(".")[0] for name in graph.weights}
         self.kinds = {graph.manifest.dtype, *(schemes[m] for m in modules if m in schemes)}
         if any(map(is_cache_scale, graph.weights)):
             self.kinds.add("cache")
 
+    @cached_property
+    def wanted(self) -> list[dict[str, np.ndarray]]:
+        """Outputs of torch in FP32, the reference."""
+        return [run_module(self.graph, feeds, half=False) for feeds in self.calls]
+
     def compare(
-        self, call: ComparedCall, got: Mapping[str, np.ndarray], kinds: Collection[str], how: str
+        self, results: Sequence[Mapping[str, np.ndarray]], kinds: Collection[str], how: str = ""
     ) -> CheckResult:
-        """Compare outputs of a call with its reference; ``how`` they came about, for reports."""
+        """Compare outputs of the calls, or of the first, with the reference.
+
+        ``kinds``: what they were computed in; ``how``: the same in words, for reports.
+        """
+        file = self.graph.fact.file
         errors: list[TensorError] = []
-        if call is not self.calls[0]:
-            how = f", {call.rows} rows{how}"
-        for name, want in call.wanted.items():
-            if got[name].shape != want.shape:
-                shapes = f"{list(got[name].shape)}, expected {list(want.shape)}"
-                return CheckResult(f"{name} has the shape {shapes}", (self.graph.fact.file,))
-            errors.append(tensor_error(name + how, got[name], want))
-        wrong = first_wrong(errors, bounds_of(kinds).graph)
-        return CheckResult(wrong, (self.graph.fact.file,), tuple(errors))
+        for got, wanted, rows in zip(results, self.wanted, self.graph.row_counts, strict=False):
+            call = "" if wanted is self.wanted[0] else f", {rows} rows"
+            for name, want in wanted.items():
+                if got[name].shape != want.shape:
+                    shapes = f"{list(got[name].shape)}, expected {list(want.shape)}"
+                    return CheckResult(f"{name} has the shape {shapes}", (file,))
+                errors.append(tensor_error(name + call + how, got[name], want))
+        return CheckResult(first_wrong(errors, bounds_of(kinds).graph), (file,), tuple(errors))
 
 
 def compare_onnxruntime(target: VerifyTarget, name: str) -> CheckResult:
@@ -93,9 +83,6 @@ def compare_onnxruntime(target: VerifyTarget, name: str) -> CheckResult:
 
     With weights as the file has them, and where ONNX Runtime makes more of them than a faster
     order (``compare.LOOSE``) once more as the runtime loads them.
-
-    Raises:
-        ImpossibleError: too little memory, or an ONNX Runtime that is too old.
     """
     compared = target.graph(name)
     graph = compared.graph
@@ -118,16 +105,11 @@ def compare_onnxruntime(target: VerifyTarget, name: str) -> CheckResult:
 
 
 def compare_half(target: VerifyTarget, name: str) -> CheckResult:
-    """Compare a graph's torch module in FP16 arithmetic with FP32.
-
-    Raises:
-        NothingError: the bundle computes in FP32.
-    """
+    """Compare a graph's torch module in FP16 arithmetic with FP32."""
     target.require_half()
     compared = target.graph(name)
-    call = compared.calls[0]
-    got = run_module(compared.graph, call.feeds, half=True)
-    return compared.compare(call, got, {"float16", *strict(compared.kinds)}, "")
+    got = run_module(compared.graph, compared.calls[0], half=True)
+    return compared.compare([got], {"float16", *strict(compared.kinds)})
 
 
 def _run_file(compared: ComparedGraph, *, rearranged: bool) -> CheckResult:
@@ -155,14 +137,11 @@ def _run_file(compared: ComparedGraph, *, rearranged: bool) -> CheckResult:
             return CheckResult(failure, (graph.fact.file,))
     kinds = compared.kinds if rearranged else strict(compared.kinds)
     how = ", inputs rounded by ONNX Runtime" if rearranged else ""
-    results = [session.run(outputs, call.feeds) for call in compared.calls]
-    del session  # the reference needs its memory
-    checked = [
-        compared.compare(call, dict(zip(outputs, found, strict=True)), kinds, how)
-        for call, found in zip(compared.calls, results, strict=True)
+    results = [
+        dict(zip(outputs, session.run(outputs, feeds), strict=True)) for feeds in compared.calls
     ]
-    worst = next((result for result in checked if result.failure), checked[0])
-    return replace(worst, errors=tuple(error for result in checked for error in result.errors))
+    del session  # the reference needs its memory
+    return compared.compare(results, kinds, how)
 
 
 @torch.no_grad()

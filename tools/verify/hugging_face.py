@@ -23,11 +23,7 @@ from .verify_target import VerifyTarget, require_memory
 
 
 def compare_dense(target: VerifyTarget) -> CheckResult:
-    """Compare greedy tokens and logits over the dense plan.
-
-    Raises:
-        ImpossibleError: no checkpoint, or too little memory for the model in FP32.
-    """
+    """Compare greedy tokens and logits over the dense plan."""
     checkpoint, manifest = target.checkpoint, target.bundle.manifest
     stages = target.original if manifest.quantization.quantises else target.reference
     prompts, steps = target.prompts, target.max_tokens

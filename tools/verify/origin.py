@@ -108,11 +108,7 @@ def check_weights(target: VerifyTarget) -> CheckResult:
 
 
 def check_prefix(target: VerifyTarget) -> CheckResult:
-    """Compare the shipped keys and values of the prefix with those computed from the checkpoint.
-
-    Raises:
-        NothingError: the bundle ships none.
-    """
+    """Compare the shipped keys and values of the prefix with those computed from the checkpoint."""
     bundle, checkpoint = target.bundle, target.checkpoint
     manifest, shipped = bundle.manifest, bundle.manifest.prefix
     if shipped is None:

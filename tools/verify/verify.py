@@ -7,13 +7,18 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
 
 import psutil
 
 from ... import __version__
-from ...calib.samples import Sample
+from ...calib.samples import Sample, demo_samples, read_samples
+from ...compile.checkpoint.known_models import DEMO
+from ...demo.gallery import bundled
 from ...graphs.bundle import MANIFEST, Bundle, sha256
 from ...graphs.errors import (
     CapacityError,
@@ -40,8 +45,11 @@ from .verify_report import (
 )
 from .verify_target import VERIFY_MAX_TOKENS, ImpossibleError, NothingError, VerifyTarget
 
-if TYPE_CHECKING:
-    from pathlib import Path
+DEFAULT_SAMPLES = 6
+"""Prompts asked by default."""
+
+GENERAL = ("What is shown in this picture?", "Which colours do you see, and where?")
+"""Asked about the package's images where a model has no questions of its own."""
 
 SMALL_BYTES = 256 << 20
 """Weights of a model that one thread is enough for."""
@@ -98,9 +106,8 @@ def verify(
         for check in checks_of(target):
             progress.start(check.name)
             if records and records[0].status == FAILED:
-                record = _record(check, IMPOSSIBLE, "the files are not those that were built")
-            else:
-                record = run_check(check, folders)
+                check = replace(check, run=_skip)
+            record = run_check(check, folders)
             records.append(record)
             progress.done(StepFact(record.name, record.seconds, record.status))
     manifest = bundle.manifest
@@ -119,6 +126,29 @@ def verify(
     )
 
 
+def chosen(model: str, data: Path | None, count: int | None) -> list[Sample]:
+    """Return ``count`` samples of ``data``, or else of what the package has for ``model``.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+    count = count or DEFAULT_SAMPLES
+    if data is not None:
+        # By file and line alone: a report must not name this machine's folders.
+        return [replace(s, name=Path(s.name).name) for s in read_samples(data, count)]
+    if model == DEMO:
+        return demo_samples(count)
+    return [
+        Sample(f"{image.path.name}, {text}", image.path, text, "")
+        for text, image in islice(product(GENERAL, bundled()), count)
+    ]
+
+
+def checkpoint_at_hand(model: str) -> str | None:
+    """Return the name of the package's own checkpoint of ``model``, where torch can read it."""
+    return DEMO if model == DEMO and importlib.util.find_spec("torch") else None
+
+
 def run_check(check: Check, folders: dict[str, str] | None = None) -> CheckRecord:
     """Run a check; a record is made of whatever happens.
 
@@ -127,48 +157,47 @@ def run_check(check: Check, folders: dict[str, str] | None = None) -> CheckRecor
     Raises:
         DataError, ImageError, PromptError: the prompts are what cannot be used.
     """
-    missing = [name for name in check.needs if importlib.util.find_spec(name) is None]
-    if missing:
-        reason = f"{', '.join(missing)} not installed (pip install 'visistage[compile]')"
-        return _record(check, IMPOSSIBLE, reason)
-    started, result = time.perf_counter(), None
-    try:
-        result = check.run()
-        status, reason = (FAILED, result.failure) if result.failure else (PASSED, "")
-    except (ImpossibleError, CapacityError, MissingDependencyError, TargetError) as error:
-        status, reason = IMPOSSIBLE, str(error)
-    except NothingError as error:
-        status, reason = NOTHING, str(error)
-    except (DataError, ImageError, PromptError):
-        raise
-    except VisistageError as error:
-        status, reason = FAILED, str(error)
-    except Exception as error:  # libraries raise anything over a file that is not what it claims
-        status, reason = FAILED, f"{type(error).__name__}: {error}"
+    started = time.perf_counter()
+    status, reason, result = _outcome(check)
     for folder, name in (folders or {}).items():
         reason = reason.replace(folder, name)
-    return _record(check, status, reason, time.perf_counter() - started, result)
-
-
-def _record(
-    check: Check,
-    status: str,
-    reason: str,
-    seconds: float = 0.0,
-    result: CheckResult | None = None,
-) -> CheckRecord:
-    result = result or CheckResult()
     return CheckRecord(
         name=check.name,
         compares=check.compares,
         rule=check.rule,
         status=status,
         reason=" ".join(reason.split()),  # those of libraries have several lines
-        seconds=round(seconds, 3),
+        seconds=round(time.perf_counter() - started, 3),
         files=result.files,
         errors=result.errors,
         facts=result.facts,
     )
+
+
+def _outcome(check: Check) -> tuple[str, str, CheckResult]:
+    """Run a check; return its status, the reason where it has not passed, and its findings."""
+    nothing = CheckResult()
+    missing = [name for name in check.needs if importlib.util.find_spec(name) is None]
+    if missing:
+        absent = f"{', '.join(missing)} not installed (pip install 'visistage[compile]')"
+        return IMPOSSIBLE, absent, nothing
+    try:
+        result = check.run()
+    except (ImpossibleError, CapacityError, MissingDependencyError, TargetError) as error:
+        return IMPOSSIBLE, str(error), nothing
+    except NothingError as error:
+        return NOTHING, str(error), nothing
+    except (DataError, ImageError, PromptError):
+        raise
+    except VisistageError as error:
+        return FAILED, str(error), nothing
+    except Exception as error:  # libraries raise anything over a file that is not what it claims
+        return FAILED, f"{type(error).__name__}: {error}", nothing
+    return FAILED if result.failure else PASSED, result.failure, result
+
+
+def _skip() -> CheckResult:
+    raise ImpossibleError("the files are not those that were built")
 
 
 @contextmanager

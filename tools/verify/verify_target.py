@@ -50,13 +50,7 @@ def require_memory(what: str, needed: int, free: int) -> None:
 class VerifyTarget:
     """A bundle, and the checkpoint and calibration that it was built from where they are named.
 
-    Args:
-        bundle: nothing of it is trusted but that it has a manifest.
-        samples: prompts for the checks of whole answers.
-        origin: the checkpoint.
-        calibration: the calibration.
-        max_tokens: length of the answers.
-        memory: bytes that a check may take; None: what is free when it begins.
+    Arguments are those of ``verify.verify``, opened.
     """
 
     def __init__(
