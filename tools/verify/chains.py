@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,16 +32,15 @@ from .token_choices import ProbeReading, Selection, SelectionMargins, forced_rea
 from .verify_target import require_memory
 
 if TYPE_CHECKING:
-    from ...runtime import Session
+    from ...runtime.session import OpenedImage, Session
 
 
 @dataclass(frozen=True)
 class PreparedPrompt:
-    """A sample as both sides take it: pixels (1, C, H, W), and ids with None for the image."""
+    """A sample as both sides take it: its image, and ids with None for the image."""
 
     sample: Sample
-    opened: Any
-    pixels: Tensor
+    opened: OpenedImage
     parts: tuple[tuple[int, ...] | None, ...]
 
 
@@ -52,7 +51,7 @@ def prepare_prompts(session: Session, samples: Sequence[Sample]) -> list[Prepare
         opened = session.open(sample.image)
         encoded = session.encoder.encode(sample.prompt, images=1).segments
         parts = tuple(None if part.is_image else part.ids for part in encoded)
-        prompts.append(PreparedPrompt(sample, opened, torch.from_numpy(opened.pixels[None]), parts))
+        prompts.append(PreparedPrompt(sample, opened, parts))
     return prompts
 
 
@@ -257,7 +256,7 @@ class TorchChain:
         segments = []
         for index, part in enumerate(prompt.parts):
             if part is None:
-                rows = self._vision(prompt.pixels)
+                rows = self._vision(torch.from_numpy(prompt.opened.pixels[None]))
             else:
                 rows = executor.embed(
                     torch.tensor([part if index else part[start:]], dtype=torch.long)

@@ -40,19 +40,9 @@ BOUNDS = {
     "w4": Bounds(1.0, 1.0, 0.2),
     "cache": Bounds(2e-2, 0.3, 5e-2),
 }
-"""By what a check computes or rounds in: the type of the graphs' floats, and schemes of layers.
-
-    float32  one graph up to 1e-5, whole answers up to 1e-5
-    float16  up to 0.02 over eight layers and 0.034 over thirty-two; 0.004 on the demo model, 0.13
-             on random ones scaled until they are chaotic
-    w8a8     an input on the boundary between two steps may fall on either side: up to 0.06; 0.09 on
-             the demo model, 0.51 on random ones
-    cache    of INT8: a key or value on the boundary between two steps may be cached as either; up
-             to 0.006 on random ones
-    w8, w4   where ONNX Runtime rounds the inputs, too: up to 0.5; 0.06 on the demo model, 0.62 on
-             random ones
-
-These are what was measured. A wrong layer is off by more than the spread; another image, plan or
+"""By what a check computes or rounds in: the type of the graphs' floats, schemes of layers, and
+``cache`` of INT8. docs/verify.md has the errors that were measured, and why the bounds are wide
+where numbers are rounded. A wrong layer is off by more than the spread; another image, plan or
 layer changes the logits of whole answers by about the spread and more.
 """
 

@@ -75,6 +75,7 @@ class StoredGraph:
     def __init__(self, bundle: Bundle, name: str):
         self.name, self.manifest = name, bundle.manifest
         self.fact = bundle.manifest.graphs[name]
+        self.spec: GraphSpec = self.fact.spec
         self.path: Path = bundle.file(self.fact.file)
         try:
             model = onnx_ir.load(self.path)
@@ -91,11 +92,6 @@ class StoredGraph:
                     )
                 tensors[str(initializer.name)] = tensor
         self.weights = StoredWeights(bundle, tensors)
-
-    @property
-    def spec(self) -> GraphSpec:
-        """The graph's contract."""
-        return self.fact.spec
 
     @property
     def kind(self) -> str:
