@@ -53,7 +53,7 @@ class Factors:
 
 
 ONES = Factors(np.ones(1, np.float32), np.zeros(1, np.float32))
-"""Of a module that was not smoothed; they fit any width."""
+"""Factors of a module that was not smoothed, of any width."""
 
 
 @dataclass
