@@ -1,5 +1,5 @@
 """Verification that a bundle computes what its checkpoint computes.
 
-Each compares two neighbours on the bundle's own files (``checks.py`` lists them). Each is
+Each check compares two neighbours on the bundle's own files (``checks.py`` lists them). Each is
 run, or the report says why this machine cannot; ``visistage verify`` writes it beside the files.
 """
