@@ -19,11 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..compile.build import versions
 from ..compile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ..compile.export.texts import fits, text_facts
 from ..compile.planfile import resolve_plan, save_plan
-from ..compile.quantize.calibration_file import Calibration, SampleFacts
+from ..compile.quantize.calibration_file import Calibration
 from ..compile.steps import NOTES, Staging
 from ..graphs.errors import PlanError
 from ..graphs.plan.plan import StagePlan
@@ -33,9 +32,8 @@ from .page.calibration_page import write_report
 from .plan_search.chooser import Chooser
 from .plan_search.goal import SelectionGoal
 from .plan_search.measure_plans import Origin, PlanBundles
-from .run.collect_ranges import collect
-from .run.layerwise import layerwise_pieces
-from .sample_prompts import order_hash, prepare
+from .run.collect_ranges import calibrated_ranges
+from .sample_prompts import prepare
 from .samples import Sample
 
 PLAN_FILE = "plan.yaml"
@@ -68,12 +66,8 @@ def calibrate(
         given = _static_plan(plan, checkpoint) if isinstance(plan, str) else None
         texts = text_facts(checkpoint)
     with progress.step("read samples", len(samples)) as outcome:
-        prompts, unreadable = prepare(
-            samples,
-            texts.encoder,
-            Preprocessing.from_dict(texts.preprocessing),
-            progress.advance,
-        )
+        preprocessing = Preprocessing.from_dict(texts.preprocessing)
+        prompts, unreadable = prepare(samples, texts.encoder, preprocessing, progress.advance)
         outcome.append(f"{len(prompts)} read, {len(unreadable)} unreadable")
     with progress.step("hash weights"):
         facts = fits(checkpoint, texts)
@@ -92,26 +86,11 @@ def calibrate(
             given, prompts = chosen.plan, chosen.prompts
             dynamics, choice = chosen.dynamics, chosen.choice
         assert given is not None
-        with progress.step(
-            "ranges", layerwise_pieces(checkpoint.config, texts.prefix_ids)
-        ) as outcome:
-            found = collect(checkpoint, prompts, given, texts.prefix_ids, advance=progress.advance)
-            groups, heads = len(found.groups), found.cache[0].size
-            outcome.append(f"{groups} groups of linear layers, {heads} cached heads")
-        names = tuple(prompt.name for prompt in prompts)
-        calibration = Calibration(
-            model=checkpoint.name,
-            fits=facts,
-            plan=given,
-            rows="stage",
-            include_prefix=False,
-            samples=SampleFacts(tuple(files), names, order_hash(prompts), tuple(unreadable)),
-            groups=found.groups,
-            versions=versions(),
-            dynamics=dynamics,
-            choice=choice,
-            cache=found.cache,
+        calibration = calibrated_ranges(
+            checkpoint, facts, prompts, given, texts.prefix_ids, progress=progress
         )
+        read = replace(calibration.samples, files=tuple(files), unreadable=tuple(unreadable))
+        calibration = replace(calibration, samples=read, dynamics=dynamics, choice=choice)
         if isinstance(plan, SelectionGoal) and plan.quant_config is not None:
             shipped = bundles.ship(calibration)
             calibration = replace(calibration, choice={**choice, "shipped": shipped})

@@ -14,18 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from ...compile.build_spec import versions
 from ...compile.checkpoint.checkpoint import Checkpoint
 from ...compile.export.texts import TextFacts
-from ...compile.quantize.calibration_file import Calibration, SampleFacts
 from ...compile.quantize.fake_quantized import FakeQuantised
 from ...graphs.plan.cost import Geometry
 from ...graphs.plan.plan import StagePlan
 from ...graphs.presets.presets import preset
 from ...graphs.progress import Progress
 from ..run import layerwise
-from ..run.collect_ranges import collect
-from ..sample_prompts import SamplePrompt, order_hash
+from ..run.collect_ranges import calibrated_ranges
+from ..sample_prompts import SamplePrompt
 from ..samples import Sample
 from .candidates import Pricing
 from .choose import choose_plan
@@ -80,7 +78,15 @@ class Chooser:
         shown = [prompts[index] for index in choosing]
         fake_quantised = rounding = None
         if goal.quant_config is not None:
-            bundles.ranges = self._dense_ranges(shown)
+            bundles.ranges = calibrated_ranges(
+                self.checkpoint,
+                self.fits,
+                shown,
+                self.dense,
+                self.texts.prefix_ids,
+                rows="dense",
+                progress=self.progress,
+            )
             rounding = bundles.measure(self.dense)
             fake_quantised = FakeQuantised(self.checkpoint, goal.quant_config, bundles.ranges)
         dynamics = self._dynamics(shown, fake_quantised)
@@ -106,32 +112,6 @@ class Chooser:
         suggested = asdict(suggest_thresholds(dynamics))
         found = dynamics.to_dict(suggested=suggested, text_blind=blind)
         return Chosen(choice.plan, prompts, found, facts)
-
-    def _dense_ranges(self, prompts: Sequence[SamplePrompt]) -> Calibration:
-        """Return ranges of the dense model's rows."""
-        config, prefix = self.checkpoint.config, self.texts.prefix_ids
-        pieces = layerwise.layerwise_pieces(config, prefix)
-        with self.progress.step("dense ranges", pieces) as outcome:
-            found = collect(
-                self.checkpoint,
-                prompts,
-                self.dense,
-                prefix,
-                rows="dense",
-                advance=self.progress.advance,
-            )
-            outcome.append(f"{len(found.groups)} groups of linear layers")
-        return Calibration(
-            model=self.checkpoint.name,
-            fits=self.fits,
-            plan=self.dense,
-            rows="dense",
-            include_prefix=False,
-            samples=SampleFacts((), tuple(prompt.name for prompt in prompts), order_hash(prompts)),
-            groups=found.groups,
-            versions=versions(),
-            cache=found.cache,
-        )
 
     def _dynamics(
         self, prompts: Sequence[SamplePrompt], fake_quantised: FakeQuantised | None

@@ -20,8 +20,9 @@ from typing import NamedTuple, get_args
 import numpy as np
 from torch import Tensor
 
+from ...compile.build_spec import versions
 from ...compile.checkpoint.checkpoint import Checkpoint
-from ...compile.quantize.calibration_file import RowsSeen
+from ...compile.quantize.calibration_file import Calibration, RowsSeen, SampleFacts
 from ...compile.quantize.group_ranges import GroupRanges, best_observer
 from ...compile.quantize.int_arithmetic import activation_scale
 from ...graphs.config import ModelConfig
@@ -29,10 +30,10 @@ from ...graphs.errors import ModelError
 from ...graphs.linears import Group, linear_groups
 from ...graphs.plan.plan import StagePlan
 from ...graphs.presets.presets import preset
-from ...graphs.progress import Advance, no_advance
+from ...graphs.progress import Advance, Progress, no_advance
 from ...graphs.quantization import OBSERVERS, Observer
-from ..sample_prompts import SamplePrompt
-from .layerwise import LayerObserver, run_layerwise
+from ..sample_prompts import SamplePrompt, order_hash
+from .layerwise import LayerObserver, layerwise_pieces, run_layerwise
 from .observers import Histogram, threshold
 from .smoothing import (
     SAMPLE_OUTPUTS,
@@ -96,6 +97,38 @@ def collect(
         advance=advance,
     )
     return Collected(collector.ranges(), collector.cache)
+
+
+def calibrated_ranges(
+    checkpoint: Checkpoint,
+    fits: Mapping[str, str],
+    prompts: Sequence[SamplePrompt],
+    plan: StagePlan,
+    prefix_ids: Sequence[int],
+    *,
+    rows: RowsSeen = "stage",
+    progress: Progress,
+) -> Calibration:
+    """Measure ranges as one step of ``progress``, and return a calibration that holds them alone.
+
+    Arguments and errors are those of ``collect``; ``fits`` are the facts of the checkpoint.
+    """
+    name = "ranges" if rows == "stage" else f"{rows} ranges"
+    with progress.step(name, layerwise_pieces(checkpoint.config, prefix_ids)) as outcome:
+        found = collect(checkpoint, prompts, plan, prefix_ids, rows=rows, advance=progress.advance)
+        groups, heads = len(found.groups), found.cache[0].size
+        outcome.append(f"{groups} groups of linear layers, {heads} cached heads")
+    return Calibration(
+        model=checkpoint.name,
+        fits=fits,
+        plan=plan,
+        rows=rows,
+        include_prefix=False,
+        samples=SampleFacts((), tuple(prompt.name for prompt in prompts), order_hash(prompts)),
+        groups=found.groups,
+        versions=versions(),
+        cache=found.cache,
+    )
 
 
 class Collector(LayerObserver):

@@ -20,9 +20,9 @@ from visistage.calib.plan_search import measure_plans as bundles
 from visistage.calib.plan_search.dynamics import Dynamics, PromptReading
 from visistage.calib.plan_search.measure_plans import Origin, PlanBundles, text_blind_plans
 from visistage.calib.plan_search.thresholds import suggest_thresholds
-from visistage.calib.run.collect_ranges import collect
+from visistage.calib.run.collect_ranges import calibrated_ranges
 from visistage.calib.run.layerwise import run_layerwise
-from visistage.calib.sample_prompts import order_hash, prepare
+from visistage.calib.sample_prompts import prepare
 from visistage.calib.samples import CALIBRATION_SERIES, Sample, calibration_samples
 from visistage.cli.main import main
 from visistage.cli.show.calibration_view import calibration_table
@@ -31,11 +31,12 @@ from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.texts import fits, text_facts
 from visistage.compile.planfile import load_plan
-from visistage.compile.quantize.calibration_file import Calibration, SampleFacts
+from visistage.compile.quantize.calibration_file import Calibration
 from visistage.compile.quantize.fake_quantized import FakeQuantised
 from visistage.compile.quantize.quantize import calibrated_cache_scales
 from visistage.demo.heldout import _series
 from visistage.graphs.presets.presets import preset
+from visistage.graphs.progress import Progress
 from visistage.graphs.quantization import parse_quant_config
 from visistage.runtime.backends import ort
 from visistage.runtime.backends.ort import int8_session_entries
@@ -265,17 +266,9 @@ def test_a_quantised_layerwise_run_computes_what_the_rounded_bundle_does(
     images = [Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)) for _ in range(2)]
     samples = [Sample(str(i), image, "Why?", "") for i, image in enumerate(images)]
     prompts, _ = prepare(samples, texts.encoder, Preprocessing.from_dict(texts.preprocessing))
-    found = collect(checkpoint, prompts, dense, texts.prefix_ids)
-    calibration = Calibration(
-        model="toy",
-        fits=fits(checkpoint, texts),
-        plan=dense,
-        rows="dense",
-        include_prefix=False,
-        samples=SampleFacts((), ("0", "1"), order_hash(prompts)),
-        groups=found.groups,
-        versions={},
-        cache=found.cache,
+    facts = fits(checkpoint, texts)
+    calibration = calibrated_ranges(
+        checkpoint, facts, prompts, dense, texts.prefix_ids, rows="dense", progress=Progress()
     )
     calibration.save(tmp_path / "ranges")
     model = FakeQuantised(checkpoint, parse_quant_config(precision), calibration)

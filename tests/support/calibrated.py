@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
-from visistage.calib.run.collect_ranges import collect
-from visistage.calib.sample_prompts import order_hash, prepare
+from visistage.calib.run.collect_ranges import calibrated_ranges
+from visistage.calib.sample_prompts import prepare
 from visistage.calib.samples import Sample
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.texts import fits, text_facts
 from visistage.compile.planfile import resolve_plan
-from visistage.compile.quantize.calibration_file import Calibration, SampleFacts
+from visistage.compile.quantize.calibration_file import Calibration
+from visistage.graphs.progress import Progress
 from visistage.runtime.image.preprocessing import Preprocessing
 
 QUESTIONS = ("What is this?", "How many of them are there, and where?", "Why?")
@@ -29,17 +30,9 @@ def calibrate(model, plan: str, folder: Path) -> Calibration:
     preprocessing = Preprocessing.from_dict(texts.preprocessing)
     prompts, _ = prepare(samples, texts.encoder, preprocessing)
     staged = resolve_plan(plan, config.text.layers, config.visual_tokens)
-    found = collect(checkpoint, prompts, staged, texts.prefix_ids)
-    calibration = Calibration(
-        checkpoint.name,
-        fits(checkpoint, texts),
-        staged,
-        "stage",
-        False,
-        SampleFacts(("drawn",), tuple(one.name for one in prompts), order_hash(prompts)),
-        found.groups,
-        {},
-        cache=found.cache,
+    facts = fits(checkpoint, texts)
+    calibration = calibrated_ranges(
+        checkpoint, facts, prompts, staged, texts.prefix_ids, progress=Progress()
     )
     calibration.save(folder)
     return calibration
