@@ -265,13 +265,13 @@ def prompt_state(
     images, segments, at = iter(visual), [], begin
     for part in parts:
         if isinstance(part, np.ndarray):
-            segments.append(_segment(True, next(images), at))
+            segments.append(segment_of(True, next(images), at))
         elif len(part):  # all of a text may have been prefix
-            segments.append(_segment(False, embedded(part), at))
+            segments.append(segment_of(False, embedded(part), at))
         at = begin + sum(segment.count for segment in segments)
     answer = None
     if prompt.answer_ids:
-        answer = _segment(False, embedded(prompt.answer_ids), at)
+        answer = segment_of(False, embedded(prompt.answer_ids), at)
         at += answer.count
     if at > max_rows:
         raise CapacityError(
@@ -281,6 +281,7 @@ def prompt_state(
     return PromptState(begin, segments, answer)
 
 
-def _segment(visual: bool, rows: Tensor, at: int) -> AppendedRows:
+def segment_of(visual: bool, rows: Tensor, at: int) -> AppendedRows:
+    """Return rows at consecutive places of a prompt, from ``at`` on."""
     order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
     return AppendedRows(visual, rows, order, order)

@@ -4,7 +4,6 @@ import json
 import re
 from dataclasses import asdict, replace
 from io import StringIO
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ from visistage.compile.planfile import load_plan
 from visistage.compile.quantize.calibration_file import Calibration
 from visistage.compile.quantize.fake_quantized import FakeQuantised
 from visistage.compile.quantize.quantize import calibrated_cache_scales
-from visistage.demo.heldout import _series
+from visistage.demo.heldout import held_out
 from visistage.graphs.presets.presets import preset
 from visistage.graphs.progress import Progress
 from visistage.graphs.quantization import parse_quant_config
@@ -415,20 +414,18 @@ def test_text_blind_plans_do_nothing_else():
 
 
 def test_the_demo_is_not_calibrated_on_what_evaluations_ask():
-    asked = {scene for scene, _ in map(_known, islice(_series(2000, "held out 0", True), 2000))}
-    seen = {scene for scene, _ in map(_known, _series(512, f"held out {CALIBRATION_SERIES}", True))}
+    asked, seen = (
+        {(repr(made.scene), made.question) for made in held_out(count, series, size=8)}
+        for count, series in ((2000, 0), (512, CALIBRATION_SERIES))
+    )
     assert len(seen) > 500
     assert not asked & seen
     samples, files = calibration_samples("demo", None, 3)
     assert files == (f"demo scenes, series {CALIBRATION_SERIES}",)
     assert [one.name for one in samples] == ["scene 0", "scene 1", "scene 2"]
     assert [one.prompt for one in samples] == [
-        question.text for _, question in _series(3, f"held out {CALIBRATION_SERIES}", True)
+        made.question for made in held_out(3, CALIBRATION_SERIES)
     ]
-
-
-def _known(pair):
-    return repr(pair[0]), pair[1]
 
 
 def test_shares_are_typed_as_people_write_them():

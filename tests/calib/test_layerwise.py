@@ -99,7 +99,7 @@ BUGS = {
         "calib.run.layerwise.prefix_cache",
         lambda checkpoint, given, progress: prefix_cache(checkpoint, given[::-1]),
     ),
-    "positions moved": ("calib.run.prompt_state._segment", moved),
+    "positions moved": ("calib.run.prompt_state.segment_of", moved),
     "another row selects": (
         "calib.run.prompt_state.LastRowView",
         lambda query, *others: LastRowView(query.flip(1), *others),
