@@ -81,6 +81,7 @@ def chosen(folder):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_folder_holds_plan_ranges_and_page(folder, chosen):
     where = folder / "out" / "toy"
     assert chosen["path"] == str(where)
@@ -182,6 +183,7 @@ def rounded(folder, tmp_path_factory):
     return json.loads(done.stdout), built
 
 
+@pytest.mark.slow
 def test_a_plan_for_int8_is_chosen_on_bundles_in_int8(rounded):
     facts, built = rounded
     (first, precision, nothing), *others = built
@@ -295,6 +297,7 @@ def test_a_quantised_layerwise_run_computes_what_the_rounded_bundle_does(
             assert np.abs(ran - rounded_one).max() < apart / 10
 
 
+@pytest.mark.slow
 def test_dynamics_of_an_int8_cache_are_read_from_one(folder, tmp_path, monkeypatch):
     """Under the scales that candidates share; what thresholds are suggested follows from them."""
     built, seen = builds(monkeypatch), []
