@@ -1,9 +1,9 @@
-"""A LLaVA folder becomes ``language.gguf`` and ``vision.gguf``; in llama.cpp's environment.
+"""Conversion of a LLaVA folder to ``language.gguf`` and ``vision.gguf``, for llama.cpp.
 
     python to_gguf.py CHECKPOINT OUT f32|f16
 
 llama.cpp's own converters know published tokenizers by hash and refuse others, so the two files are
-written here with its ``gguf`` package, under the names that ``llama.cpp`` reads. Byte-level BPE
+written here with its ``gguf`` package, from a checkpoint under the published names. Byte-level BPE
 with GPT-2's pattern is what both sides call "gpt-2"; the runner's prompt would show a difference.
 """
 
@@ -15,133 +15,101 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
-TEXT = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-VISION_ENCODER = {
-    "layer_norm1": "ln1",
-    "layer_norm2": "ln2",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.out_proj": "attn_out",
-    "mlp.fc1": "ffn_up",
-    "mlp.fc2": "ffn_down",
-}
 CONTROL, NORMAL = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+TEXT, VISION = "language_model.", "vision_tower.vision_model."
+PROJECTOR = {"multi_modal_projector.linear_1": "mm.0", "multi_modal_projector.linear_2": "mm.2"}
 
 
 def main(checkpoint, out, kind):
     """Write both files."""
     folder, out = Path(checkpoint), Path(out)
     config = json.loads((folder / "config.json").read_text())
-    tensors = {}
+    text, vision = config["text_config"], config["vision_config"]
+    depth, layer = vision["num_hidden_layers"], config["vision_feature_layer"]
+    vision["num_hidden_layers"] = layer if layer >= 0 else depth + 1 + layer
+    files = language_file(folder, text, out), vision_file(folder, vision, out)
     for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    tensors = {_canonical(name): tensor for name, tensor in tensors.items()}
-    language(folder, config, tensors, out / "language.gguf", kind)
-    vision(folder, config, tensors, out / "vision.gguf", kind)
+        for name, tensor in load_file(file).items():
+            if name.startswith(TEXT):
+                add_text(files[0], text, name.removeprefix(TEXT), tensor, kind)
+            else:
+                add_vision(files[1], vision, name, tensor, kind)
+    for writer in files:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
-def language(folder, config, tensors, file, kind):
-    """The decoder, with the rows of each head of Q and K in llama.cpp's rotary order."""
-    text = config["text_config"]
+def language_file(folder, text, out):
+    """Begin the decoder's file."""
     heads = text["num_attention_heads"]
-    groups = text.get("num_key_value_heads") or heads
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(out / "language.gguf", "llama")
     writer.add_name(folder.name)
     writer.add_context_length(text["max_position_embeddings"])
     writer.add_embedding_length(text["hidden_size"])
     writer.add_block_count(text["num_hidden_layers"])
     writer.add_feed_forward_length(text["intermediate_size"])
     writer.add_head_count(heads)
-    writer.add_head_count_kv(groups)
+    writer.add_head_count_kv(text.get("num_key_value_heads") or heads)
     writer.add_layer_norm_rms_eps(text["rms_norm_eps"])
     writer.add_rope_dimension_count(text.get("head_dim") or text["hidden_size"] // heads)
     writer.add_vocab_size(text["vocab_size"])
     _tokenizer(writer, folder, text["vocab_size"])
-
-    def add(name, tensor):
-        writer.add_tensor(f"{name}.weight", _typed(tensor, kind))
-
-    add("token_embd", tensors["model.language_model.embed_tokens.weight"])
-    add("output_norm", tensors["model.language_model.norm.weight"])
-    add("output", tensors["lm_head.weight"])
-    for layer in range(text["num_hidden_layers"]):
-        for theirs, name in TEXT.items():
-            tensor = tensors[f"model.language_model.layers.{layer}.{theirs}.weight"]
-            if name in ("attn_q", "attn_k"):
-                tensor = _rotary(tensor, heads if name == "attn_q" else groups)
-            add(f"blk.{layer}.{name}", tensor)
-    _write(writer)
+    return writer
 
 
-def vision(folder, config, tensors, file, kind):
-    """The layers of the tower that count, and the projector."""
-    tower = config["vision_config"]
-    depth, layer = tower["num_hidden_layers"], config["vision_feature_layer"]
-    last = layer if layer >= 0 else depth + 1 + layer
+def add_text(writer, text, name, tensor, kind):
+    """Add a weight of the decoder, the rows of each head of Q and K in llama.cpp's rotary order."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, text["num_hidden_layers"])
+    target = names.get_name(name, (".weight",))
+    if target is None:
+        raise SystemExit(f"{name}: llama.cpp has no such weight")
+    heads = text["num_attention_heads"]
+    if ".attn_q." in target:
+        tensor = _rotary(tensor, heads)
+    if ".attn_k." in target:
+        tensor = _rotary(tensor, text.get("num_key_value_heads") or heads)
+    writer.add_tensor(target, _typed(tensor, kind))
+
+
+def vision_file(folder, vision, out):
+    """Begin the file of the vision encoder, with the layers that count, and the projector."""
     preprocessor = json.loads((folder / "preprocessor_config.json").read_text())
-    writer = gguf.GGUFWriter(file, "clip")
+    writer = gguf.GGUFWriter(out / "vision.gguf", "clip")
     writer.add_name(folder.name)
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_string("clip.projector_type", "mlp")
-    writer.add_bool("clip.use_gelu", tower.get("hidden_act", "quick_gelu") == "gelu")
-    for key, value in {
-        "image_size": tower["image_size"],
-        "patch_size": tower["patch_size"],
-        "embedding_length": tower["hidden_size"],
-        "feed_forward_length": tower["intermediate_size"],
-        "projection_dim": tower["projection_dim"],
-        "attention.head_count": tower["num_attention_heads"],
-        "block_count": last,
-    }.items():
-        writer.add_uint32(f"clip.vision.{key}", value)
-    writer.add_float32(
-        "clip.vision.attention.layer_norm_epsilon", tower.get("layer_norm_eps", 1e-5)
-    )
-    writer.add_array("clip.vision.feature_layer", [last])
-    writer.add_array("clip.vision.image_mean", preprocessor["image_mean"])
-    writer.add_array("clip.vision.image_std", preprocessor["image_std"])
-
-    start = "model.vision_tower."
-    embeddings = start + "embeddings."
-    # Convolutions take FP16 only, which is what the checkpoint has.
-    patches = tensors[embeddings + "patch_embedding.weight"].astype(np.float16)
-    writer.add_tensor("v.patch_embd.weight", patches)
-    writer.add_tensor("v.class_embd", _typed(tensors[embeddings + "class_embedding"], kind))
-    positions = tensors[embeddings + "position_embedding.weight"].astype(np.float32)
-    writer.add_tensor("v.position_embd.weight", positions)
-    for end in ("weight", "bias"):
-        add = writer.add_tensor
-        add(f"v.pre_ln.{end}", _typed(tensors[f"{start}pre_layrnorm.{end}"], kind))
-        for number in range(last):
-            for theirs, name in VISION_ENCODER.items():
-                tensor = tensors[f"{start}encoder.layers.{number}.{theirs}.{end}"]
-                add(f"v.blk.{number}.{name}.{end}", _typed(tensor, kind))
-        for theirs, number in (("linear_1", 0), ("linear_2", 2)):
-            tensor = tensors[f"model.multi_modal_projector.{theirs}.{end}"]
-            add(f"mm.{number}.{end}", _typed(tensor, kind))
-    _write(writer)
+    writer.add_bool("clip.use_gelu", vision.get("hidden_act", "quick_gelu") == "gelu")
+    writer.add_vision_image_size(vision["image_size"])
+    writer.add_vision_patch_size(vision["patch_size"])
+    writer.add_vision_embedding_length(vision["hidden_size"])
+    writer.add_vision_feed_forward_length(vision["intermediate_size"])
+    writer.add_vision_projection_dim(vision["projection_dim"])
+    writer.add_vision_head_count(vision["num_attention_heads"])
+    writer.add_vision_block_count(vision["num_hidden_layers"])
+    writer.add_vision_attention_layernorm_eps(vision.get("layer_norm_eps", 1e-5))
+    writer.add_array("clip.vision.feature_layer", [vision["num_hidden_layers"]])
+    writer.add_vision_image_mean(preprocessor["image_mean"])
+    writer.add_vision_image_std(preprocessor["image_std"])
+    return writer
 
 
-def _canonical(name):
-    """The names that transformers 5 gives to what older checkpoints call otherwise."""
-    if name.startswith("language_model.lm_head"):
-        return name.removeprefix("language_model.")
-    if name.startswith("language_model.model."):
-        return "model.language_model." + name.removeprefix("language_model.model.")
-    if not name.startswith(("model.", "lm_head")):
-        name = f"model.{name}"
-    return name.replace("vision_tower.vision_model.", "vision_tower.")
+def add_vision(writer, vision, name, tensor, kind):
+    """Add a weight of the vision encoder or the projector; later layers have no name there."""
+    start, _, end = name.rpartition(".")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, vision["num_hidden_layers"])
+    if start in PROJECTOR:
+        target = f"{PROJECTOR[start]}.{end}"
+    else:
+        target = names.get_name(name, (".weight", ".bias"))
+    if target is None or name.startswith(VISION + "post_layernorm"):
+        return
+    if "patch_embedding" in name:  # convolutions take FP16 only, which the checkpoint has
+        kind = "f16"
+    if "position_embedding" in name:
+        kind = "f32"
+    writer.add_tensor(target, _typed(tensor, kind))
 
 
 def _rotary(weight, heads):
@@ -174,13 +142,6 @@ def _tokenizer(writer, folder, vocabulary):
     writer.add_eos_token_id(ids["</s>"])
     writer.add_unk_token_id(ids["<unk>"])
     writer.add_add_bos_token(True)
-
-
-def _write(writer):
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 if __name__ == "__main__":
