@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from statistics import mean, median, quantiles
+from statistics import mean
 
 from .runner import Answered
 
@@ -41,9 +41,3 @@ def leading(one: Sequence[int], other: Sequence[int]) -> float:
             break
         equal += 1
     return equal / len(one)
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """First decile, median and last decile."""
-    cut = quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
-    return {"p10": cut[0], "median": median(values), "p90": cut[-1]}

@@ -12,16 +12,14 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from importlib import metadata
-from statistics import quantiles
 from typing import Any
 
 import click
 
 from ..demo.heldout import held_out
 from ..runtime import Session, load
-from .peer_list import PLANS, PRECISIONS
-from .peer_models import PeerCheckpoint, bundle
-from .record import save
+from .peer_models import PLANS, PRECISIONS, PeerCheckpoint, bundle
+from .record import save, spread
 
 TARGETS = ("cpu", "openvino")
 SERIES = 4000
@@ -44,7 +42,7 @@ def main(model: str, rounds: int, tokens: int) -> None:
             with ExitStack() as stack:
                 sessions = {
                     target: stack.enter_context(
-                        load(bundle(subject, plan, precision, target), threads=1)
+                        load(bundle(plan, precision, target, subject), threads=1)
                     )
                     for target in TARGETS
                 }
@@ -52,12 +50,11 @@ def main(model: str, rounds: int, tokens: int) -> None:
             facts = {"plan": plan, "precision": precision, "rounds": rounds, "tokens": tokens}
             rows += [{**facts, "target": target, **times} for target, times in measured.items()]
     rows[0]["openvino"] = metadata.version("openvino")
-    arguments = f"--model {model} --rounds {rounds} --tokens {tokens}"
-    save(f"back-ends-{model}", f"python -m visistage.bench.back_ends {arguments}", rows)
+    save(f"back-ends-{model}", rows)
 
 
 def _measure(sessions: dict[str, Session], scenes: list, tokens: int) -> dict[str, dict]:
-    """First deciles in ms by target; the first scene warms up."""
+    """Return first deciles in ms by target; the first scene warms up."""
     times: dict[str, list[tuple[float, float, float]]] = {target: [] for target in sessions}
     for session in sessions.values():
         session.eos = frozenset()
@@ -68,19 +65,18 @@ def _measure(sessions: dict[str, Session], scenes: list, tokens: int) -> dict[st
             again = _ms(session, scene.image, SECOND, 1)
             longer = _ms(session, scene.image, SECOND, 1 + tokens)
             times[target].append((cold, again, (longer - again) / tokens))
+    names = ("cold_ms", "again_ms", "per_token_ms")
     return {
         target: {
-            f"{name}_ms": quantiles(values, n=10)[0]
-            for name, values in zip(
-                ("cold", "again", "per_token"), zip(*measured[1:], strict=True), strict=True
-            )
+            name: spread(values)["p10"]
+            for name, values in zip(names, zip(*measured[1:], strict=True), strict=True)
         }
         for target, measured in times.items()
     }
 
 
 def _ms(session: Session, image: Any, prompt: str, tokens: int) -> float:
-    """Processor time of one answer."""
+    """Return the processor time of one answer."""
     start = time.process_time()
     session.infer(image, prompt, max_tokens=tokens)
     return (time.process_time() - start) * 1e3

@@ -1,23 +1,21 @@
-"""A Python of its own for each peer: their requirements contradict each other and ours.
+"""A separate Python for each peer: their requirements contradict each other and ours.
 
     .cache/bench/peers/NAME/      the environment
-    .cache/bench/peers/NAME.log   what pip said
+    .cache/bench/peers/NAME.log   the output of pip
 
-pip finds packages as it is configured here; nothing of that is written down.
+pip finds packages as it is configured here; that configuration is not recorded.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import psutil
 
 from .runner import PeerError, ending, last_line
 
@@ -52,7 +50,7 @@ OPENVINO = Environment(
             "openvino-tokenizers==2026.4.1",
             "pillow",
         ),
-        # optimum-intel asks for torchvision, whose build may not match torch's; without it pictures
+        # optimum-intel asks for torchvision, whose build may not match torch's; without it images
         # are processed by Pillow.
         ("uninstall", "-y", "torchvision", "triton"),
     ),
@@ -70,11 +68,7 @@ LLAMA_CPP = Environment(
 
 
 def interpreter(environment: Environment, minutes: float) -> Path:
-    """The environment's Python, made if need be; a finished one is used again.
-
-    Args:
-        environment: which.
-        minutes: that each step may take.
+    """Return the environment's Python, made if need be, with ``minutes`` for each step.
 
     Raises:
         PeerError: a step failed or took longer; names it and says why.
@@ -83,8 +77,8 @@ def interpreter(environment: Environment, minutes: float) -> Path:
         return Path(sys.executable)
     folder = (ROOT / "peers" / environment.name).absolute()
     python, note = folder / "bin" / "python", folder / NOTE
-    recipe = {"steps": [list(step) for step in environment.steps]}
-    if _read(note) == recipe:
+    recipe = json.dumps({"steps": environment.steps})
+    if note.is_file() and note.read_text() == recipe:
         return python
     log = folder.with_suffix(".log")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +86,7 @@ def interpreter(environment: Environment, minutes: float) -> Path:
     _run([sys.executable, "-m", "venv", str(folder)], environment, log, minutes)
     for step in environment.steps:
         _run([str(python), "-m", "pip", *step], environment, log, minutes)
-    note.write_text(json.dumps(recipe))
+    note.write_text(recipe)
     return python
 
 
@@ -107,7 +101,7 @@ def run_in(environment: Environment, arguments: list[str], log: Path, minutes: f
 
 
 def _run(command: list[str], environment: Environment, log: Path, minutes: float) -> None:
-    """Niced: setting up may be heavy, and is measured by nobody."""
+    """Run a command at low priority: a setup may be heavy and is not measured."""
     words = " ".join(Path(word).name if word.startswith("/") else word for word in command[1:])
     with log.open("a") as stream:
         process = subprocess.Popen(
@@ -115,28 +109,15 @@ def _run(command: list[str], environment: Environment, log: Path, minutes: float
             stdout=stream,
             stderr=stream,
             env={**os.environ, **environment.variables},
+            start_new_session=True,
         )
         try:
             code = process.wait(60 * minutes)
         except subprocess.TimeoutExpired:
-            _kill(process.pid)
+            # With all it started: compilers would continue for minutes beside a measurement.
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise PeerError(f"{environment.name}: {words} took over {minutes:g} min") from None
     if code:
         why = last_line(log.read_text(errors="replace"))
         raise PeerError(f"{environment.name}: {words} failed ({ending(code)}): {why}")
-
-
-def _kill(pid: int) -> None:
-    """End a process and all it started: compilers would go on for minutes beside a measurement."""
-    top = psutil.Process(pid)
-    for one in [*top.children(recursive=True), top]:
-        with suppress(psutil.NoSuchProcess):
-            one.kill()
-
-
-def _read(note: Path) -> dict | None:
-    try:
-        return json.loads(note.read_text())
-    except (OSError, ValueError):
-        return None

@@ -1,4 +1,4 @@
-"""One checkpoint in the form that each peer reads, made once and kept.
+"""Peers, their settings, and one checkpoint in the form that each reads, made once and kept.
 
     .cache/bench/models/NAME/published, openvino-fp32, openvino-int8, gguf-f32, gguf-f16
     .cache/bench/bundles, .cache/bench/calibrations/PLAN
@@ -9,9 +9,12 @@ A folder appears under its name when it is whole.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
@@ -26,39 +29,47 @@ from ..compile.checkpoint.safetensors_file import read_header
 from ..demo.heldout import held_out
 from ..graphs.progress import Progress
 from ..graphs.quantization import is_quantised
-from .environments import LLAMA_CPP, OPENVINO, ROOT, run_in
+from .environments import LLAMA_CPP, OPENVINO, OWN, ROOT, Environment, run_in
 from .runner import RUNNERS, PeerError
 
+REFERENCE = "transformers"
+PLANS = ("dense", "visipruner")
+PRECISIONS = ("fp32", "int8")
+REPORTED = {"f32": "fp32", "bf16": "bf16"}
+"""OpenVINO's name of an inference precision -> the lower bound's."""
+
 CALIBRATION_SERIES = 1000
-"""Held-out scenes that nobody is asked about."""
+"""Held-out scenes that no peer is asked about."""
 
 CALIBRATION_SAMPLES = 8
 
 
 @dataclass(frozen=True)
 class PeerCheckpoint:
-    """A checkpoint on disk, and how this project's own commands name it."""
+    """A checkpoint, its name in our commands, and the minutes that a conversion may take."""
 
     origin: Origin
     checkpoint: Checkpoint
+    minutes: float
 
     @classmethod
-    def named(cls, model: str) -> PeerCheckpoint:
-        """``demo``, or random weights in a published geometry."""
+    def named(cls, model: str, minutes: float = 20) -> PeerCheckpoint:
+        """Open ``demo``, or random weights in a published geometry."""
         origin = Origin(model, dummy_weights=model != DEMO)
-        return cls(origin, open_checkpoint(model, dummy_weights=origin.dummy_weights))
+        checkpoint = open_checkpoint(model, dummy_weights=origin.dummy_weights)
+        return cls(origin, checkpoint, minutes)
 
     @property
     def side(self) -> int:
-        """Of the pictures that the tower takes, in pixels."""
+        """Pixels of an image that the vision encoder takes."""
         return self.checkpoint.config.vision.image_size
 
 
 def hugging_face(subject: PeerCheckpoint) -> Path:
-    """The checkpoint under the names of published files, which every version of transformers reads.
+    """Return the checkpoint under published names, which every version of transformers reads.
 
-    Newer ones write a tower's weights under shorter names; an older one finds none of those, takes
-    random numbers and goes on.
+    Newer ones write a vision encoder's weights under shorter names; an older one finds none of
+    those, takes random numbers and continues.
     """
 
     def make(folder: Path, log: Path) -> None:
@@ -78,8 +89,8 @@ def hugging_face(subject: PeerCheckpoint) -> Path:
     return _made(subject, "published", make)
 
 
-def openvino(subject: PeerCheckpoint, kind: str, minutes: float) -> Path:
-    """OpenVINO's export, weights of ``kind``: fp32, fp16 or int8.
+def openvino(kind: str, subject: PeerCheckpoint) -> Path:
+    """Return OpenVINO's export, weights of ``kind``: fp32, fp16 or int8.
 
     Raises:
         PeerError: the environment or the export failed, or it found weights missing.
@@ -98,7 +109,7 @@ def openvino(subject: PeerCheckpoint, kind: str, minutes: float) -> Path:
                 *("--weight-format", kind, str(folder)),
             ],
             log,
-            minutes,
+            subject.minutes,
         )
         if "newly initialized" in log.read_text(errors="replace"):
             raise PeerError("openvino: the export took random numbers for weights it did not find")
@@ -108,8 +119,8 @@ def openvino(subject: PeerCheckpoint, kind: str, minutes: float) -> Path:
     return _made(subject, f"openvino-{kind}", make)
 
 
-def gguf(subject: PeerCheckpoint, kind: str, minutes: float) -> Path:
-    """llama.cpp's two files, matrices of ``kind``: f32 or f16.
+def gguf(kind: str, subject: PeerCheckpoint) -> Path:
+    """Return llama.cpp's two files, matrices of ``kind``: f32 or f16.
 
     Raises:
         PeerError: the environment or the conversion failed.
@@ -119,13 +130,13 @@ def gguf(subject: PeerCheckpoint, kind: str, minutes: float) -> Path:
     def make(folder: Path, log: Path) -> None:
         folder.mkdir()
         script = str(RUNNERS / "to_gguf.py")
-        run_in(LLAMA_CPP, [script, str(source), str(folder), kind], log, minutes)
+        run_in(LLAMA_CPP, [script, str(source), str(folder), kind], log, subject.minutes)
 
     return _made(subject, f"gguf-{kind}", make)
 
 
-def bundle(subject: PeerCheckpoint, plan: str, precision: str, target: str) -> Path:
-    """A bundle of ours; a quantised one is calibrated first, on scenes nobody is asked about.
+def bundle(plan: str, precision: str, target: str, subject: PeerCheckpoint) -> Path:
+    """Return our bundle; a quantised one is calibrated first, on scenes of its own.
 
     Raises:
         VisistageError: it cannot be built.
@@ -150,7 +161,7 @@ def bundle(subject: PeerCheckpoint, plan: str, precision: str, target: str) -> P
         calibration=calibration,
         out=ROOT / "bundles",
     )
-    return made.path
+    return made.path.absolute()
 
 
 def _made(subject: PeerCheckpoint, name: str, make: Callable[[Path, Path], None]) -> Path:
@@ -163,3 +174,66 @@ def _made(subject: PeerCheckpoint, name: str, make: Callable[[Path, Path], None]
     make(new, folder.with_suffix(".log"))
     new.rename(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A library with its settings.
+
+    key: names it in the record. script: in ``runners/``. model: makes the folder it reads.
+    precision: of its linear layers, None where it reports it. keeps: whether a second question
+    finds the image encoded.
+    """
+
+    key: str
+    label: str
+    script: str
+    environment: Environment
+    model: Callable[[PeerCheckpoint], Path]
+    settings: dict[str, Any] = field(default_factory=dict)
+    precision: str | None = "fp32"
+    plan: str = "dense"
+    keeps: bool = True
+
+
+def all_peers(targets: Sequence[str]) -> list[Peer]:
+    """Return every peer, the reference first."""
+    peers = [Peer(REFERENCE, "transformers", "hugging_face", OWN, hugging_face, keeps=False)]
+    for weights, hint, prefix in product(PRECISIONS, ("f32", None), (False, True)):
+        keys = ["openvino", weights, hint or "default", *(["prefix"] if prefix else [])]
+        words = ["OpenVINO GenAI", *(["int8 weights"] if weights == "int8" else [])]
+        words += [hint or "default", *(["prefix caching"] if prefix else [])]
+        peers.append(
+            Peer(
+                "-".join(keys),
+                ", ".join(words),
+                "openvino_genai_vlm",
+                OPENVINO,
+                partial(openvino, weights),
+                {"precision": hint, "prefix": prefix},
+                precision="int8" if weights == "int8" else REPORTED["f32"] if hint else None,
+                keeps=prefix,
+            )
+        )
+    for kind, precision in (("f32", "fp32"), ("f16", "fp16")):
+        label = f"llama.cpp, {kind.upper()}"
+        model = partial(gguf, kind)
+        peers.append(
+            Peer(f"llama.cpp-{kind}", label, "llama_cpp_mtmd", LLAMA_CPP, model, {}, precision)
+        )
+    for target, precision, plan in product(targets, PRECISIONS, PLANS):
+        key, words = [plan, precision], [plan, "W8A8" if precision == "int8" else "FP32"]
+        if target != "cpu":
+            key, words = [*key, target], [*words, target]
+        peers.append(
+            Peer(
+                "-".join(["visistage", *key]),
+                ", ".join(["visistage", *words]),
+                "ours",
+                OWN,
+                partial(bundle, plan, precision, target),
+                precision=precision,
+                plan=plan,
+            )
+        )
+    return peers

@@ -36,12 +36,11 @@ from ..graphs.plan.call_cost import COUNTS, vision_work
 from ..graphs.plan.cost import plan_loads
 from ..runtime.text.prompt import Prompt, PromptEncoder
 from ..runtime.text.sampling import eos_ids
-from .answers import agreement, spread
+from .answers import agreement
 from .environments import ROOT, interpreter
 from .lower_bound import Rates, measure_rates, milliseconds, prefill_work, step_work
-from .peer_list import REFERENCE, REPORTED, Peer, all_peers
-from .peer_models import PeerCheckpoint
-from .record import save
+from .peer_models import REFERENCE, REPORTED, Peer, PeerCheckpoint, all_peers
+from .record import dry_option, save, spread
 from .runner import RUNNERS, Answered, PeerError, Ready, Runner
 
 SERIES = 2000
@@ -69,14 +68,12 @@ class Stand:
         self.ready: Ready | None = None
         self.runner: Runner | None = None
 
-    def start(
-        self, subject: PeerCheckpoint, threads: int, minutes: float, stack: ExitStack
-    ) -> None:
+    def start(self, subject: PeerCheckpoint, threads: int, stack: ExitStack) -> None:
         """Set up and load; a failure is kept as the reason."""
         peer = self.peer
         try:
-            python = interpreter(peer.environment, minutes)
-            model = peer.model(subject, minutes)
+            python = interpreter(peer.environment, subject.minutes)
+            model = peer.model(subject)
             settings = {"model": str(model), "threads": threads, **peer.settings}
             self.runner = stack.enter_context(
                 Runner(
@@ -226,17 +223,17 @@ def chosen(peers: Iterable[Peer], only: Sequence[str]) -> list[Peer]:
 @click.option("--target", "targets", multiple=True, default=("cpu",), show_default=True)
 @click.option("--only", multiple=True, help="Keys of peers; may be repeated.")
 @click.option("--minutes", default=20.0, show_default=True, help="That each step of a setup takes.")
-@click.option("--dry", is_flag=True, help="Print the rows and leave the record alone.")
+@dry_option
 def main(model, rounds, tokens, threads, targets, only, minutes, dry) -> None:
     """Set up, ask in turns, record; every answer is a line of JSON on stdout."""
-    subject = PeerCheckpoint.named(model)
+    subject = PeerCheckpoint.named(model, minutes)
     stands = [Stand(peer) for peer in chosen(all_peers(targets), only)]
     rates = measure_rates(threads)
     every = list(questions(subject, rounds + 1))  # the first round warms up
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for stand in stands:
-            stand.start(subject, threads, minutes, stack)
+            stand.start(subject, threads, stack)
             click.echo(f"{stand.peer.label}: {stand.failed or 'ready'}", err=True)
         for number, (picture, asked) in enumerate(every):
             file = scratch / f"{number}.npy"
@@ -259,15 +256,7 @@ def main(model, rounds, tokens, threads, targets, only, minutes, dry) -> None:
         for question in counted
     )
     table = [row_of(stand, subject, counted, rates, reference) for stand in stands]
-    if dry:
-        for row in [machine, *table]:
-            click.echo(json.dumps(row))
-        return
-    command = f"python -m visistage.bench.peers --model {model} --rounds {rounds}"
-    command += f" --tokens {tokens} --threads {threads}"
-    command += "".join(f" --target {one}" for one in targets)
-    command += "".join(f" --only {one}" for one in only)
-    save(f"peers-{model}", command, [machine, *table])
+    save(f"peers-{model}", [machine, *table], dry=dry)
 
 
 if __name__ == "__main__":

@@ -3,43 +3,34 @@
     python -m visistage.bench.quantisation [--samples 2000] [--rounds 60]
 
 Each bundle answers the same held-out questions; agreement counts answers equal to those of the
-dense FP32 bundle. Times are taken afterwards, all bundles taking turns on questions about pictures
-that none has seen, one thread, tower and preprocessing included; the first decile is what an
-undisturbed machine takes.
+dense FP32 bundle. Times are taken afterwards, in turns (``turns.py``).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from itertools import repeat
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import click
 
 from ..calib.calibrate import calibrate
-from ..calib.evaluate import EvaluationReport, evaluate
 from ..calib.plan_search.goal import SelectionGoal
 from ..calib.plan_search.measure_plans import Origin
 from ..calib.run.collect_ranges import collect
 from ..calib.sample_prompts import prepare
-from ..calib.samples import calibration_samples, evaluation_samples
+from ..calib.samples import calibration_samples
 from ..compile.build import make_bundle
 from ..compile.checkpoint.checkpoint import open_checkpoint
 from ..compile.export.texts import text_facts
 from ..compile.quantize.calibration_file import Calibration
+from ..graphs.bundle import Bundle
 from ..graphs.progress import Progress
 from ..graphs.quantization import OBSERVERS
-from ..runtime import load
 from ..runtime.image.preprocessing import Preprocessing
-from .record import save
-
-NAME = "quantisation-demo"
+from .record import dry_option, save, spread
+from .turns import accuracy_facts, ask_all, take_turns
 
 INT8 = tuple(
     f"int8:observer={observer}{smooth}" for observer in OBSERVERS for smooth in ("", ",smooth=no")
@@ -72,29 +63,38 @@ class StepNames(Progress):
 @click.option("--lose", default=2.0, show_default=True, help="Per cent that the plan may lose.")
 @click.option("--calibrate-on", "count", default=300, show_default=True)
 @click.option("--work", default=".cache/bench/quantisation", type=click.Path(path_type=Path))
-@click.option("--dry", is_flag=True, help="Print the rows and leave the record alone.")
+@dry_option
 def main(samples: int, rounds: int, lose: float, count: int, work: Path, dry: bool) -> None:
     """Calibrate, build, ask (one bundle a core), time in turns, record."""
     cases = list(_cases(work, count, lose))
-    paths = [_built(case, work) for case in cases]
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        asked = list(pool.map(_ask, paths, repeat(samples)))
-    times = _times(paths, rounds)
-    dense = asked[0][1]
-    rows = [
-        _row(case, path, report, answers, dense, *timed)
-        for case, path, (report, answers), timed in zip(cases, paths, asked, times, strict=True)
-    ]
-    if dry:
-        for row in rows:
-            click.echo({key: value for key, value in row.items() if key != "by_type"})
-        return
-    command = f"python -m visistage.bench.quantisation --samples {samples} --rounds {rounds}"
-    save(NAME, command, rows)
+    bundles = [_built(case, work) for case in cases]
+    paths = [bundle.path for bundle in bundles]
+    asked = ask_all(paths, samples)
+    rows = []
+    for case, bundle, heard, timed in zip(
+        cases, bundles, asked, take_turns(paths, rounds, 8), strict=True
+    ):
+        timings = [answer.timings for answer in timed]
+        first = spread([times.first_token_ms for times in timings])
+        later = spread([t.per_token_ms for t in timings if t.per_token_ms is not None])
+        rows.append(
+            {
+                "plan": case.plan,
+                "precision": case.precision,
+                "ranges": case.ranges,
+                **accuracy_facts(heard, asked[0]),
+                "weight_bytes": bundle.manifest.weight_bytes,
+                "first_token_p10_ms": first["p10"],
+                "first_token_median_ms": first["median"],
+                "per_token_p10_ms": later["p10"],
+                "per_token_median_ms": later["median"],
+            }
+        )
+    save("quantisation-demo", rows, dry=dry)
 
 
 def _cases(work: Path, count: int, lose: float) -> list[Case]:
-    """The dense FP32 bundle first: everything is compared with it."""
+    """Return all cases, the dense FP32 bundle first: everything is compared with it."""
     samples, files = calibration_samples("demo", None, count)
     goal = SelectionGoal(lose=lose / 100)
     cases = []
@@ -123,7 +123,7 @@ def _cases(work: Path, count: int, lose: float) -> list[Case]:
 
 
 def _again(made: Calibration, samples: Sequence, options: dict[str, Any]) -> Calibration:
-    """The same calibration on other rows."""
+    """Return the same calibration on other rows."""
     checkpoint = open_checkpoint("demo")
     texts = text_facts(checkpoint)
     preprocessing = Preprocessing.from_dict(texts.preprocessing)
@@ -132,66 +132,9 @@ def _again(made: Calibration, samples: Sequence, options: dict[str, Any]) -> Cal
     return replace(made, groups=found.groups, cache=found.cache, **options)
 
 
-def _built(case: Case, work: Path) -> Path:
+def _built(case: Case, work: Path) -> Bundle:
     out = work / "engines" / case.folder.parent.name / case.folder.name
-    return make_bundle("demo", precision=case.precision, calibration=case.folder, out=out).path
-
-
-def _ask(path: Path, samples: int) -> tuple[EvaluationReport, list[str]]:
-    """The report of one bundle, and its answer to every question."""
-    answers: list[str] = []
-    with load(path, threads=1) as session:
-        questions = evaluation_samples("demo", None, samples)
-        report = evaluate(session, questions, heard=lambda answer: answers.append(answer.text))
-    print(path.parent.parent.name, path.name, report.overall.share, flush=True)
-    return report, answers
-
-
-def _times(paths: Sequence[Path], rounds: int) -> list[tuple[list[float], list[float]]]:
-    """Milliseconds to the first token, and per token after it, of every round; by bundle."""
-    samples = evaluation_samples("demo", None, rounds + 1)
-    first: list[list[float]] = [[] for _ in paths]
-    later: list[list[float]] = [[] for _ in paths]
-    with ExitStack() as stack:
-        sessions = [stack.enter_context(load(path, threads=1)) for path in paths]
-        for sample in samples:
-            for index, session in enumerate(sessions):
-                answer = session.infer(sample.image, sample.prompt, max_tokens=8)
-                first[index].append(answer.timings.first_token_ms)
-                if answer.timings.per_token_ms is not None:
-                    later[index].append(answer.timings.per_token_ms)
-    return [(one[1:], other[1:]) for one, other in zip(first, later, strict=True)]
-
-
-def _row(
-    case: Case,
-    path: Path,
-    report: EvaluationReport,
-    answers: Sequence[str],
-    dense: Sequence[str],
-    first: Sequence[float],
-    later: Sequence[float],
-) -> dict[str, Any]:
-    equal = sum(one == other for one, other in zip(answers, dense, strict=True))
-    return {
-        "plan": case.plan,
-        "precision": case.precision,
-        "ranges": case.ranges,
-        "accuracy": report.overall.share,
-        "by_type": {name: asdict(tally) for name, tally in report.by_type.items()},
-        "agreement": equal / len(answers),
-        "weight_bytes": _weight_bytes(path),
-        "first_token_p10_ms": quantiles(first, n=10)[0],
-        "first_token_median_ms": median(first),
-        "per_token_p10_ms": quantiles(later, n=10)[0],
-        "per_token_median_ms": median(later),
-    }
-
-
-def _weight_bytes(path: Path) -> int:
-    from ..graphs.bundle import Bundle
-
-    return Bundle.open(path).manifest.weight_bytes
+    return make_bundle("demo", precision=case.precision, calibration=case.folder, out=out)
 
 
 if __name__ == "__main__":

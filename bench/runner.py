@@ -1,4 +1,4 @@
-"""The other end of a runner: start it, ask it, and say clearly why it does not answer.
+"""Client of a runner: starts it, asks it, and reports why it does not answer.
 
 The lines that are exchanged: ``runners/serving.py``.
 """
@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import re
 import signal
 import subprocess
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from ..graphs.errors import VisistageError
 
 RUNNERS = Path(__file__).parent / "runners"
-_END = None
 
 
 class PeerError(VisistageError):
@@ -29,7 +27,7 @@ class PeerError(VisistageError):
 
 @dataclass(frozen=True)
 class Ready:
-    """A loaded runner: milliseconds of imports and of loading, and what it says of itself."""
+    """A loaded runner: milliseconds of imports and of loading, and facts for the record."""
 
     import_ms: float
     load_ms: float
@@ -72,8 +70,6 @@ class Runner:
                 env={**os.environ, **variables},
                 text=True,
             )
-        self.lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
 
     def __enter__(self) -> Runner:
         return self
@@ -102,7 +98,7 @@ class Runner:
         return _typed(Ready, reply, self.name)
 
     def ask(self, request: Mapping[str, Any], seconds: float) -> Answered:
-        """Put one question.
+        """Ask one question.
 
         Raises:
             PeerError: it crashed, or took longer.
@@ -118,34 +114,26 @@ class Runner:
             reply["tokens"] = tuple(reply["tokens"])
         return _typed(Answered, reply, self.name)
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.put(line)
-        self.lines.put(_END)
-
     def _reply(self, seconds: float, doing: str) -> dict[str, Any]:
-        try:
-            line = self.lines.get(timeout=seconds)
-        except queue.Empty:
+        """Read the next line: a runner writes one for each request, whole."""
+        stream = self.process.stdout
+        assert stream is not None
+        if not wait([stream.fileno()], seconds):
             self.process.kill()
-            raise PeerError(f"{self.name}: {doing} took longer than {seconds:.0f} s") from None
-        if line is _END:
-            self.lines.put(_END)  # for whoever asks again
-            code = self.process.wait()
-            raise PeerError(f"{self.name}: ended while {doing} ({ending(code)}): {self._words()}")
-        return parse_line(line, self.name)
-
-    def _words(self) -> str:
-        """The last that it wrote."""
-        return last_line(self.log.read_text(errors="replace"))
+            raise PeerError(f"{self.name}: {doing} took longer than {seconds:.0f} s")
+        line = stream.readline()
+        if line:
+            return parse_line(line, self.name)
+        how = ending(self.process.wait())
+        words = last_line(self.log.read_text(errors="replace"))
+        raise PeerError(f"{self.name}: ended while {doing} ({how}): {words}")
 
 
 def parse_line(line: str, name: str) -> dict[str, Any]:
-    """The object of one line.
+    """Return the object of one line.
 
     Raises:
-        PeerError: it is none.
+        PeerError: the line has none.
     """
     try:
         reply = json.loads(line)
@@ -157,12 +145,12 @@ def parse_line(line: str, name: str) -> dict[str, Any]:
 
 
 def ending(code: int) -> str:
-    """How a process ended."""
+    """Describe how a process ended."""
     return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
 def last_line(log: str) -> str:
-    """The last line that says anything, without addresses and folders of this machine."""
+    """Return the last line with text, without addresses and folders of this machine."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     text = lines[-1] if lines else "it wrote nothing"
     text = re.sub(r"\b\w+://\S+", "(address)", text)

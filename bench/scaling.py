@@ -1,10 +1,10 @@
-"""How time and memory grow: visual tokens, text, batch, pictures, questions, room in the caches.
+"""How time and memory grow: visual tokens, text, batch, images, questions, KV slots.
 
     python -m visistage.bench.scaling [--repeats 5]
 
 Each point is a process of its own, so that its peak memory is its own; the plans of a point follow
 each other. Sessions take prompts one by one, so the batch goes through the executor alone. Last,
-all presets prefill the same pictures in turn: how much faster than dense each is, over how much
+all presets prefill the same images in turn: how much faster than dense each is, over how much
 faster the roofline says it could be, with rates measured in the same run (``lower_bound.py``).
 """
 
@@ -29,54 +29,42 @@ from ..graphs.config import ModelConfig
 from ..graphs.errors import VisistageError
 from ..graphs.presets.presets import PRESETS
 from ..runtime import Answer, load
-from .answers import spread
 from .environments import ROOT
 from .lower_bound import Rates, measure_rates, milliseconds, prefill_layers
-from .record import save
+from .record import dry_option, save, spread
 from .runner import last_line
 from .scaling_points import WARMUPS, ScalingPoint, noise, question
 
-SIDES = (168, 252, 336, 504, 672)
-"""Of pictures; with patches of 14: 144, 324, 576, 1 296 and 2 304 visual tokens."""
-
-IMAGES = (1, 2, 3, 4, 5)
-WORDS = (0, 64, 256, 768)
-BATCHES = (1, 2, 4, 8, 16)
-QUESTIONS = (1, 2, 4, 8, 16)
-SLOTS = (1024, 2048, 4096)
-PLANS = ("dense", "visipruner")
-SWEEPS = ("visual", "images", "text", "batch", "questions", "slots", "presets")
 PUBLISHED_SIDE = 336
+AXES = {
+    "visual": (168, 252, 336, 504, 672),  # pixels; 144, 324, 576, 1 296 and 2 304 visual tokens
+    "images": (1, 2, 3, 4, 5),
+    "text": (0, 64, 256, 768),  # words
+    "batch": (1, 2, 4, 8, 16),
+    "questions": (1, 2, 4, 8, 16),
+    "slots": (1024, 2048, 4096),
+}
+PLANS = ("dense", "visipruner")
+SWEEPS = (*AXES, "presets")
 
 
 def points(sweep: str, geometry: str) -> Iterator[ScalingPoint]:
-    """Those of one sweep, the plans of each value together."""
-    axes: dict[str, tuple[int, ...]] = {
-        "visual": SIDES,
-        "images": IMAGES,
-        "text": WORDS,
-        "batch": BATCHES,
-        "questions": QUESTIONS,
-        "slots": SLOTS,
-    }
-    fields = {"images": "images", "text": "words", "batch": "batch"}
-    fields |= {"questions": "questions", "slots": "slots"}
-    for value in axes[sweep]:
+    """Yield those of one sweep, the plans of each value together."""
+    for value in AXES[sweep]:
+        shape = {"visual": {}, "text": {"words": value}}.get(sweep, {sweep: value})
+        side = value if sweep == "visual" else PUBLISHED_SIDE
         for plan in PLANS:
-            side = value if sweep == "visual" else PUBLISHED_SIDE
-            folder = str(bundle(geometry, side, plan))
-            shape = {fields[sweep]: value} if sweep in fields else {}
-            yield ScalingPoint(sweep, value, plan, folder, **shape)
+            yield ScalingPoint(sweep, value, plan, str(bundle(geometry, side, plan)), **shape)
 
 
 def bundle(geometry: str, side: int, plan: str) -> Path:
-    """A bundle with random weights for pictures of ``side`` pixels, built if need be."""
+    """Return a bundle with random weights for pictures of ``side`` pixels, built if need be."""
     checkpoint = make_dummy(geometry, ROOT / "dummy" / f"{geometry}-{side}", image_size=side)
     return make_bundle(str(checkpoint), plan=plan, out=ROOT / "bundles").path
 
 
 def row_of(point: ScalingPoint, found: dict[str, Any]) -> dict[str, Any]:
-    """What the record keeps of a point."""
+    """Return what the record keeps of a point."""
     shape = {name: value for name, value in asdict(point).items() if name != "bundle"}
     facts = {name: value for name, value in found.items() if not isinstance(value, list)}
     row = shape | facts | {"slots": found.get("slots", point.slots)}
@@ -102,7 +90,7 @@ def in_child(point: ScalingPoint, repeats: int, tokens: int, threads: int) -> di
 
 
 def presets(geometry: str, repeats: int, threads: int, rates: Rates) -> list[dict[str, Any]]:
-    """Every preset's prefill beside dense's, and beside what the roofline predicts."""
+    """Return every preset's prefill beside dense's, and beside what the roofline predicts."""
     times: dict[str, list[float]] = {plan: [] for plan in PRESETS}
     predicted: dict[str, list[float]] = {plan: [] for plan in PRESETS}
     with ExitStack() as stack:
@@ -129,7 +117,7 @@ def presets(geometry: str, repeats: int, threads: int, rates: Rates) -> list[dic
 
 
 def compared(measured: float, dense: float, roofline: float, ideal: float) -> dict[str, float]:
-    """A plan's milliseconds and dense's, as measured and as predicted, as speed-ups."""
+    """Return a plan's milliseconds and dense's, as measured and as predicted, as speed-ups."""
     speedup, promised = dense / measured, ideal / roofline
     return {
         "roofline_ms": roofline,
@@ -140,12 +128,12 @@ def compared(measured: float, dense: float, roofline: float, ideal: float) -> di
 
 
 def prefill_ms(answer: Answer) -> float:
-    """Time inside the decoder's graphs, selections included, until the first token."""
+    """Return the time inside the decoder's graphs, selections included, until the first token."""
     return sum(ms for name, ms in answer.timings.graphs_ms.items() if name != "vision")
 
 
 def roofline_ms(config: ModelConfig, answer: Answer, prefix: int, rates: Rates) -> float:
-    """Layer by layer the longer of computing and reading, for the rows that really ran."""
+    """Return, layer by layer, the longer of computing and reading, for the rows that really ran."""
     facts = answer.plan
     asked = facts.prompt_rows - facts.visual_tokens - prefix
     visual = facts.visual_tokens_per_layer
@@ -159,7 +147,7 @@ def roofline_ms(config: ModelConfig, answer: Answer, prefix: int, rates: Rates) 
 @click.option("--tokens", type=click.IntRange(2), default=8, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--sweep", "sweeps", multiple=True, type=click.Choice(SWEEPS), help="Only these.")
-@click.option("--dry", is_flag=True, help="Print the rows and leave the record alone.")
+@dry_option
 def main(geometry, repeats, tokens, threads, sweeps, dry) -> None:
     """Build, measure point by point, record; every point is a line of JSON on stdout."""
     rates = measure_rates(threads)
@@ -167,28 +155,18 @@ def main(geometry, repeats, tokens, threads, sweeps, dry) -> None:
     for sweep in sweeps or SWEEPS:
         if sweep == "presets":
             rates = rates.best(measure_rates(threads))
-            found = presets(geometry, repeats, threads, rates)
-        else:
-            found = []
-            for point in points(sweep, geometry):
-                try:
-                    row = row_of(point, in_child(point, repeats, tokens, threads))
-                except VisistageError as error:
-                    row = {"sweep": sweep, "label": f"{sweep} {point.value}, {point.plan}"}
-                    row["failed"] = str(error)
-                click.echo(json.dumps(row))
-                found.append(row)
-        rows += found
-    machine = {"sweep": "machine", "threads": threads, "repeats": repeats, "tokens": tokens}
-    rows = [machine | {"rates": rates.to_dict()}, *rows]
-    if dry:
-        for row in rows:
+            rows += presets(geometry, repeats, threads, rates)
+            continue
+        for point in points(sweep, geometry):
+            try:
+                row = row_of(point, in_child(point, repeats, tokens, threads))
+            except VisistageError as error:
+                label = f"{sweep} {point.value}, {point.plan}"
+                row = {"sweep": sweep, "label": label, "failed": str(error)}
             click.echo(json.dumps(row))
-        return
-    command = f"python -m visistage.bench.scaling --geometry {geometry} --repeats {repeats}"
-    command += f" --tokens {tokens} --threads {threads}"
-    command += "".join(f" --sweep {one}" for one in sweeps)
-    save(f"scaling-{geometry}", command, rows)
+            rows.append(row)
+    machine = {"sweep": "machine", "threads": threads, "repeats": repeats, "tokens": tokens}
+    save(f"scaling-{geometry}", [machine | {"rates": rates.to_dict()}, *rows], dry=dry)
 
 
 if __name__ == "__main__":

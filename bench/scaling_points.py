@@ -1,8 +1,8 @@
-"""What ``scaling`` measures, a point a process: a bundle, a shape of question, times and peak.
+"""Measurement of one point of ``scaling``, in a process of its own.
 
     python -m visistage.bench.scaling_points '[{POINT}, REPEATS, TOKENS, THREADS]'
 
-Pictures are noise, new in every repetition, so that no cache knows them. Nothing of the compiler is
+Images are noise, new in every repetition, so that no cache has them. Nothing of the compiler is
 imported: torch would be most of the peak.
 """
 
@@ -36,7 +36,7 @@ class ScalingPoint:
     """One measurement.
 
     sweep, value: which series, and where on its axis. bundle: folder. images: per prompt. words:
-    added to the question. questions: in turn, about the same pictures. slots: room of every stage's
+    added to the question. questions: in turn, about the same images. slots: of every stage's
     cache, 0 for what is needed. batch: prompts at once, through the executor alone: sessions take
     them one by one.
     """
@@ -53,7 +53,7 @@ class ScalingPoint:
 
 
 def measure(point: ScalingPoint, repeats: int, tokens: int, threads: int) -> dict[str, Any]:
-    """Milliseconds of every repetition, and the process's peak.
+    """Return the milliseconds of every repetition, and the process's peak.
 
     first_ms: from the call to the first token, a mean over the questions (of all prompts together
     in a batch); per_token_ms: each later one; both lists.
@@ -71,37 +71,33 @@ def measure(point: ScalingPoint, repeats: int, tokens: int, threads: int) -> dic
 
 @contextmanager
 def _questions(point: ScalingPoint, tokens: int, threads: int) -> Iterator:
-    """Through the public runtime."""
+    """Ask through the public runtime."""
     with load(point.bundle, threads=threads) as session:
         session.eos = frozenset()  # every answer is of the same length
         side = session.bundle.manifest.config.vision.image_size
 
         def repeat(random: np.random.Generator) -> tuple[float, float, dict[str, Any]]:
-            pictures = list(noise(random, point.images, side))
+            images = list(noise(random, point.images, side))
             _reserve(session, point.slots)
             answers = [
-                session.infer(pictures, question(point.words, number), max_tokens=tokens)
+                session.infer(images, question(point.words, number), max_tokens=tokens)
                 for number in range(point.questions)
             ]
-            first = float(np.mean([one.timings.first_token_ms for one in answers]))
-            later = float(np.mean([one.timings.per_token_ms for one in answers]))
-            facts = answers[-1].plan
-            return (
-                first,
-                later,
-                {
-                    "prompt_rows": facts.prompt_rows,
-                    "visual_tokens": facts.visual_tokens,
-                    "slots": [slots.order.shape[1] for slots in session.context.chain.slots],
-                },
-            )
+            first = float(np.mean([answer.timings.first_token_ms for answer in answers]))
+            later = float(np.mean([answer.timings.per_token_ms for answer in answers]))
+            facts = {
+                "prompt_rows": answers[-1].plan.prompt_rows,
+                "visual_tokens": answers[-1].plan.visual_tokens,
+                "slots": [slots.order.shape[1] for slots in session.context.chain.slots],
+            }
+            return first, later, facts
 
         yield repeat
 
 
 @contextmanager
 def _batches(point: ScalingPoint, tokens: int, threads: int) -> Iterator:
-    """Equal prompts about different pictures, side by side through every graph."""
+    """Run equal prompts about different images, side by side through every graph."""
     bundle = Bundle.open(point.bundle)
     manifest, batch = bundle.manifest, point.batch
     executor = OrtExecutor(bundle, BackendOptions(threads), batch)
@@ -110,29 +106,27 @@ def _batches(point: ScalingPoint, tokens: int, threads: int) -> Iterator:
     prompt = encoder.encode(question(point.words, 0), images=1)
     side = manifest.config.vision.image_size
 
-    def text(ids, at: int) -> AppendedRows:
-        rows = np.repeat(embed(ids), batch, 0)
-        return AppendedRows(False, rows, *2 * (_orders(at, len(ids), batch),))
+    def appended(is_image: bool, rows: np.ndarray, at: int) -> AppendedRows:
+        count = rows.shape[1]
+        order = np.repeat(np.arange(at, at + count, dtype=np.int32)[None], batch, 0)
+        return AppendedRows(is_image, rows, order, order)
 
     def repeat(random: np.random.Generator) -> tuple[float, float, dict[str, Any]]:
         pixels = random.standard_normal((batch, 3, side, side), np.float32)
         started = time.perf_counter()
         chain, segments, at = Chain(manifest.plan, executor, batch), [], 0
         for part in prompt.segments:
-            if part.is_image:
-                rows = executor.encode(pixels)
-                order = _orders(at, rows.shape[1], batch)
-                segments.append(AppendedRows(True, rows, order, order))
-            else:
-                segments.append(text(part.ids, at))
+            encoded = (
+                executor.encode(pixels) if part.is_image else np.repeat(embed(part.ids), batch, 0)
+            )
+            segments.append(appended(part.is_image, encoded, at))
             at += segments[-1].count
         logits = chain.prefill(segments).logits
         first = time.perf_counter()
         for number in range(tokens - 1):
             chosen = logits.argmax(-1)
-            rows = np.concatenate([embed([int(one)]) for one in chosen])
-            order = _orders(at + number, 1, batch)
-            logits = chain.decode(AppendedRows(False, rows, order, order))
+            rows = np.concatenate([embed([int(token)]) for token in chosen])
+            logits = chain.decode(appended(False, rows, at + number))
         done = time.perf_counter()
         later = (done - first) / (tokens - 1) * 1e3
         return (first - started) * 1e3, later, {"prompt_rows": at}
@@ -141,12 +135,8 @@ def _batches(point: ScalingPoint, tokens: int, threads: int) -> Iterator:
     executor.close()
 
 
-def _orders(at: int, count: int, batch: int) -> np.ndarray:
-    return np.repeat(np.arange(at, at + count, dtype=np.int32)[None], batch, 0)
-
-
 def _reserve(session: Session, slots: int) -> None:
-    """Room for ``slots`` rows in every stage, asked for at once and never given back."""
+    """Reserve ``slots`` rows in every stage at once, never given back."""
     chain, executor = session.context.chain, session.executor
     for stage, held in enumerate(chain.slots):
         if slots > held.used:
@@ -156,13 +146,13 @@ def _reserve(session: Session, slots: int) -> None:
 
 
 def noise(random: np.random.Generator, count: int, side: int) -> Iterator[np.ndarray]:
-    """Pictures (side, side, 3) of uint8."""
+    """Yield images (side, side, 3) of uint8."""
     for _ in range(count):
         yield random.integers(0, 256, (side, side, 3), np.uint8)
 
 
 def question(words: int, number: int) -> str:
-    """One of a series of different questions of about the same length."""
+    """Return one of a series of different questions of about the same length."""
     return f"{QUESTION} {number} {'and a dog ' * (words // 3)}".strip()
 
 

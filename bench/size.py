@@ -18,23 +18,18 @@ import time
 
 import click
 
+from ..graphs.progress import Progress, StepFact
 from ..runtime.hardware import peak_memory
 from .record import save
 
 
-class StepLog:
-    """A build reporter that keeps seconds, bytes and the peak so far of every step."""
+class StepLog(Progress):
+    """A progress callback that keeps seconds, bytes and the peak so far of every step."""
 
     def __init__(self):
         self.rows: list[dict] = []
 
-    def start(self, step: str, total: int | None) -> None:
-        """Nothing to note."""
-
-    def advance(self, units: int) -> None:
-        """Nothing to note."""
-
-    def done(self, fact) -> None:
+    def done(self, fact: StepFact) -> None:
         """Note a step."""
         self.rows.append(
             {
@@ -64,12 +59,10 @@ def main(model: str, target: str, plan: str, dummy_weights: bool, out: str | Non
     checkpoint = open_checkpoint(model, dummy_weights=dummy_weights)
     opening = round(time.perf_counter() - started, 1)
     folder = out or tempfile.mkdtemp(dir=".", prefix="size-")
-    flags = ["--dummy-weights"] if dummy_weights else []
-    arguments = ["--model", model, "--target", target, "--plan", plan, *flags]
-    command = ["-m", "visistage.bench.size", *arguments]
+    command = [sys.executable, "-m", "visistage.bench.size", *sys.argv[1:]]
     try:
         child_process = subprocess.run(
-            [sys.executable, *command, "--out", folder, "--child"],
+            [*command, "--out", folder, "--child"],
             check=True,
             stdout=subprocess.PIPE,
             text=True,
@@ -80,7 +73,7 @@ def main(model: str, target: str, plan: str, dummy_weights: bool, out: str | Non
     facts = json.loads(child_process.stdout.splitlines()[-1])
     origin = {"checkpoint_bytes": checkpoint.file_bytes, "checkpoint_seconds": opening}
     rows = [{"model": model, "target": target, **origin, **facts}]
-    save(f"size-{model}-{target}", "python " + " ".join(command), rows)
+    save(f"size-{model}-{target}", rows)
 
 
 def _measure(model: str, target: str, plan: str, dummy_weights: bool, out: str | None) -> None:
@@ -96,9 +89,9 @@ def _measure(model: str, target: str, plan: str, dummy_weights: bool, out: str |
     engine_bytes = 0
     if find_target(target).engines:
         peaks = {}
-        for one in compile_engines(bundle, progress=steps).engines:
-            engine_bytes += one.nbytes
-            peaks[f"engine {one.name}"] = round(one.peak_bytes / 2**20)
+        for engine in compile_engines(bundle, progress=steps).engines:
+            engine_bytes += engine.nbytes
+            peaks[f"engine {engine.name}"] = round(engine.peak_bytes / 2**20)
         for row in steps.rows:
             row["peak_mib"] = peaks.get(row["step"], row["peak_mib"])
     facts = {

@@ -16,8 +16,7 @@ from visistage.bench.lower_bound import (
     prefill_work,
     step_work,
 )
-from visistage.bench.peer_list import REFERENCE, Peer, all_peers
-from visistage.bench.peer_models import PeerCheckpoint
+from visistage.bench.peer_models import REFERENCE, Peer, PeerCheckpoint, all_peers
 from visistage.bench.runner import (
     RUNNERS,
     Answered,
@@ -153,11 +152,11 @@ def test_another_prompt_or_length_fails(answer, words):
 
 
 def test_a_peer_that_cannot_be_set_up_is_in_the_record_with_the_reason(demo):
-    def model(subject, minutes):
+    def model(subject):
         raise PeerError("llama-cpp: pip install failed")
 
     one = peers.Stand(Peer("x", "X", "none", environments.OWN, model))
-    one.start(demo, 1, 1, stack=None)
+    one.start(demo, 1, stack=None)
     assert one.ask(None, None, 1, 1) is None
     row = peers.row_of(one, demo, [], RATES, one)
     assert row == {
