@@ -96,17 +96,6 @@ def prefill_layers(
     return [*works, head_work(Geometry.of(text), COUNTS)]
 
 
-def prefill_work(
-    text: TextConfig,
-    visual: Sequence[float],
-    prefix: int,
-    question: int,
-    cached_layers: int | None = None,
-) -> Work:
-    """Count all of ``prefill_layers`` together."""
-    return total_work(prefill_layers(text, visual, prefix, question, cached_layers))
-
-
 def step_work(text: TextConfig, visual: Sequence[float], others: int) -> Work:
     """Count one token after a prompt with ``others`` rows of text."""
     layers = [layer_work(text, 1, others + count) for count in visual]

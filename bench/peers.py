@@ -1,16 +1,16 @@
-"""Ours beside the best of others: one checkpoint, the same pictures and questions, in turns.
+"""visistage beside other libraries: one checkpoint, the same images and questions, in turns.
 
     python -m visistage.bench.peers [--model llava-45m] [--rounds 20]
 
-Every round shows each peer a picture that none has seen, with a new question (cold), then asks
-another question about the same picture (second), which those that keep pictures answer from what
-they kept. Peers alternate, so that whatever else the machine does falls on all of them alike, and
-start in another order each round. One process each, in an environment of its own; whoever cannot be
-set up or stops answering is in the record with the reason. Prompts have the same tokens for all, or
-the peer fails. Answers are greedy and go on past their end, so that all are of one length.
+Every round shows each peer a new image with a new question (cold), then asks another question about
+the same image (second), which those that keep images answer from what they kept. Peers alternate,
+so that whatever else the machine does affects all alike, and start in another order each round.
+Each has a process and an environment of its own; a peer that cannot be set up or stops answering is
+in the record with the reason. Prompts have the same tokens for all, or the peer fails. Answers are
+greedy and continue past their end, so that all are of one length.
 
-Pictures have the size that the tower takes: nobody's resampling decides. Beside every figure stands
-its lower bound (``lower_bound.py``), by rates that were measured before and after, in the same run.
+Images have the size that the vision encoder takes, so that no resampling decides. Beside every
+figure is its lower bound (``lower_bound.py``), by rates measured before and after, in the same run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,13 +32,12 @@ from ..compile.export.texts import text_facts
 from ..compile.planfile import resolve_plan
 from ..demo.heldout import held_out
 from ..graphs.errors import VisistageError
-from ..graphs.plan.call_cost import COUNTS, vision_work
+from ..graphs.plan.call_cost import COUNTS, total_work, vision_work
 from ..graphs.plan.cost import plan_loads
 from ..runtime.text.prompt import Prompt, PromptEncoder
 from ..runtime.text.sampling import eos_ids
-from .answers import agreement
 from .environments import ROOT, interpreter
-from .lower_bound import Rates, measure_rates, milliseconds, prefill_work, step_work
+from .lower_bound import Rates, measure_rates, milliseconds, prefill_layers, step_work
 from .peer_models import REFERENCE, REPORTED, Peer, PeerCheckpoint, all_peers
 from .record import dry_option, save, spread
 from .runner import RUNNERS, Answered, PeerError, Ready, Runner
@@ -51,15 +50,15 @@ ANSWER_SECONDS, LOAD_SECONDS = 300, 600
 
 @dataclass(frozen=True)
 class PeerQuestion:
-    """What is asked about a picture, and its prompt; ``key`` is (round, cold or second)."""
+    """A question about an image, and its prompt; ``key`` is (round, cold or second)."""
 
     key: tuple[int, str]
     text: str
     prompt: Prompt
 
 
-class Stand:
-    """One peer during a run: its process, what it answered, or why it does not."""
+class PeerRun:
+    """A peer during a run: its process, its answers, or the reason for having none."""
 
     def __init__(self, peer: Peer):
         self.peer = peer
@@ -92,7 +91,7 @@ class Stand:
             self.failed = str(error)
 
     def ask(self, picture: Path, question: PeerQuestion, rows: int, new: int) -> Answered | None:
-        """One answer of ``new`` tokens to a prompt of ``rows``; None from one who has failed."""
+        """Return an answer of ``new`` tokens to a prompt of ``rows``; None after a failure."""
         if self.failed is not None:
             return None
         assert self.runner is not None
@@ -129,13 +128,13 @@ def check(answer: Answered, name: str, rows: int, new: int) -> None:
 
 
 def row_of(
-    stand: Stand,
+    stand: PeerRun,
     subject: PeerCheckpoint,
     asked: Sequence[PeerQuestion],
     rates: Rates,
-    reference: Stand,
+    reference: PeerRun,
 ) -> dict[str, Any]:
-    """One peer in numbers; a failed one with the reason, and what it answered before."""
+    """Return the figures of a peer; a failed one with the reason, and what it answered before."""
     peer = stand.peer
     row: dict[str, Any] = {"key": peer.key, "label": peer.label, "plan": peer.plan}
     if stand.failed is not None:
@@ -161,23 +160,54 @@ def row_of(
     return row
 
 
+def agreement(
+    answers: dict[tuple[int, str], Answered],
+    wanted: dict[tuple[int, str], Answered],
+    ends: Collection[int] = (),
+) -> dict[str, float] | None:
+    """Return how long answers begin as the reference's do, and the share of equal ones.
+
+    Once a token differs the rest answers another beginning, so only what precedes it counts; nor
+    does what the reference says past its end, one of the ids ``ends``.
+    """
+    both = [key for key in answers if key in wanted]
+    if not both:
+        return None
+    shares = []
+    for key in both:
+        tokens = wanted[key].tokens
+        end = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+        shares.append(leading(answers[key].tokens[: end + 1], tokens[: end + 1]))
+    return {
+        "leading": mean(shares),
+        "equal": mean(share == 1 for share in shares),
+        "answers": len(both),
+    }
+
+
+def leading(one: Sequence[int], other: Sequence[int]) -> float:
+    """Return the share of tokens before the first that differs."""
+    differs = (at for at, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+    return next(differs, len(one)) / len(one)
+
+
 def lower_bounds(
     peer: Peer, subject: PeerCheckpoint, asked: Sequence[PeerQuestion], rates: Rates, precision: str
 ) -> dict[str, float]:
-    """Milliseconds that nothing of this plan and precision goes below here; means over prompts."""
+    """Return the least milliseconds of this plan and precision here; means over prompts."""
     config = subject.checkpoint.config
     plan = resolve_plan(peer.plan, config.text.layers, config.visual_tokens)
     visual = [load.visual_tokens for load in plan_loads(plan)]
     begun, cached_layers = (0, plan.stages[0].depth) if peer.keeps else (None, None)
     found: dict[str, list[float]] = defaultdict(list)
     for question in asked:
+        kind = question.key[1]
         prefix, _, rest = (len(segment.ids) for segment in question.prompt.segments)
-        cold = vision_work(config, COUNTS) + prefill_work(config.text, visual, prefix, rest, begun)
-        second = (
-            prefill_work(config.text, visual, prefix, rest, cached_layers) if peer.keeps else cold
-        )
-        work = cold if question.key[1] == "cold" else second
-        found[question.key[1]].append(milliseconds(work, rates, precision))
+        paid = peer.keeps and kind == "second"
+        works = prefill_layers(config.text, visual, prefix, rest, cached_layers if paid else begun)
+        if not paid:
+            works.append(vision_work(config, COUNTS))
+        found[kind].append(milliseconds(total_work(works), rates, precision))
         step = step_work(config.text, visual, prefix + rest)
         found["per_token"].append(milliseconds(step, rates, precision))
     return {kind: mean(values) for kind, values in found.items()}
@@ -186,7 +216,7 @@ def lower_bounds(
 def questions(
     subject: PeerCheckpoint, rounds: int
 ) -> Iterator[tuple[np.ndarray, list[PeerQuestion]]]:
-    """A picture (H, W, 3) uint8 and two questions about it, ``rounds`` times, none twice."""
+    """Yield an image (H, W, 3) uint8 and two questions about it, ``rounds`` times, none twice."""
     encoder = PromptEncoder.from_files(subject.checkpoint.path)
     scenes = held_out(2 * rounds, SERIES, subject.side)
     for number in range(rounds):
@@ -202,7 +232,7 @@ def questions(
 
 
 def chosen(peers: Iterable[Peer], only: Sequence[str]) -> list[Peer]:
-    """Those named, and the reference.
+    """Return those named, and the reference.
 
     Raises:
         click.BadParameter: there is none of that name.
@@ -227,7 +257,7 @@ def chosen(peers: Iterable[Peer], only: Sequence[str]) -> list[Peer]:
 def main(model, rounds, tokens, threads, targets, only, minutes, dry) -> None:
     """Set up, ask in turns, record; every answer is a line of JSON on stdout."""
     subject = PeerCheckpoint.named(model, minutes)
-    stands = [Stand(peer) for peer in chosen(all_peers(targets), only)]
+    stands = [PeerRun(peer) for peer in chosen(all_peers(targets), only)]
     rates = measure_rates(threads)
     every = list(questions(subject, rounds + 1))  # the first round warms up
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The peers' benchmark without peers: runners that are made up, floors and agreement by hand."""
+"""The peers' benchmark without peers: made-up runners, lower bounds and agreement by hand."""
 
 import json
 import subprocess
@@ -7,13 +7,11 @@ import sys
 import numpy as np
 import pytest
 from visistage.bench import environments, peers, scaling, tables
-from visistage.bench.answers import agreement, leading
 from visistage.bench.lower_bound import (
     Rates,
     layer_work,
     milliseconds,
     prefill_layers,
-    prefill_work,
     step_work,
 )
 from visistage.bench.peer_models import REFERENCE, Peer, PeerCheckpoint, all_peers
@@ -29,7 +27,7 @@ from visistage.bench.runner import (
 from visistage.compile.checkpoint.dummy import make_dummy
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.errors import VisistageError
-from visistage.graphs.plan.call_cost import COUNTS, Work, vision_work
+from visistage.graphs.plan.call_cost import COUNTS, Work, total_work, vision_work
 
 RATES = Rates({"float32": 1e9, "bfloat16": 2e9, "int8": 4e9}, 1e9)
 
@@ -127,12 +125,12 @@ def test_reasons_carry_neither_addresses_nor_folders():
     assert ending(-9) == "killed by SIGKILL"
 
 
-# --- a stand --------------------------------------------------------------------------------------
+# --- a peer during a run --------------------------------------------------------------------------
 
 
-def stand(key="made-up", **fields) -> peers.Stand:
+def peer_run(key="made-up", **fields) -> peers.PeerRun:
     peer = Peer(key, key, "none", environments.OWN, lambda *_: None, **fields)
-    return peers.Stand(peer)
+    return peers.PeerRun(peer)
 
 
 def answered(tokens, rows=160, first=10.0) -> Answered:
@@ -155,7 +153,7 @@ def test_a_peer_that_cannot_be_set_up_is_in_the_record_with_the_reason(demo):
     def model(subject):
         raise PeerError("llama-cpp: pip install failed")
 
-    one = peers.Stand(Peer("x", "X", "none", environments.OWN, model))
+    one = peers.PeerRun(Peer("x", "X", "none", environments.OWN, model))
     one.start(demo, 1, stack=None)
     assert one.ask(None, None, 1, 1) is None
     row = peers.row_of(one, demo, [], RATES, one)
@@ -184,22 +182,22 @@ def test_an_environment_that_fails_names_its_step(tmp_path, monkeypatch):
 
 
 def test_agreement_ends_at_the_first_token_that_differs():
-    assert leading((1, 2, 3, 4), (1, 2, 9, 4)) == 0.5
+    assert peers.leading((1, 2, 3, 4), (1, 2, 9, 4)) == 0.5
     wanted = {(1, "cold"): answered([1, 2, 3, 4]), (1, "second"): answered([5, 6, 7, 8])}
     given = {(1, "cold"): answered([1, 2, 9, 4]), (1, "second"): answered([5, 6, 7, 8])}
-    assert agreement(given, wanted) == {"leading": 0.75, "equal": 0.5, "answers": 2}
-    assert agreement({}, wanted) is None
+    assert peers.agreement(given, wanted) == {"leading": 0.75, "equal": 0.5, "answers": 2}
+    assert peers.agreement({}, wanted) is None
 
 
 def test_what_the_reference_says_past_its_end_does_not_count():
     wanted = {(1, "cold"): answered([7, 2, 5, 5])}
     given = {(1, "cold"): answered([7, 2, 6, 6])}
-    assert agreement(given, wanted)["equal"] == 0
-    assert agreement(given, wanted, ends=(2,))["equal"] == 1
+    assert peers.agreement(given, wanted)["equal"] == 0
+    assert peers.agreement(given, wanted, ends=(2,))["equal"] == 1
 
 
 def test_the_first_round_warms_up_and_counts_nowhere(demo):
-    one = stand(precision="fp32")
+    one = peer_run(precision="fp32")
     one.ready = peers.Ready(1.0, 2.0, 3.0, {})
     one.answers = {
         (0, "cold"): answered([1], first=1000),
@@ -241,7 +239,7 @@ def test_every_peer_has_its_script():
         assert (RUNNERS / f"{peer.script}.py").is_file()
 
 
-# --- floors ---------------------------------------------------------------------------------------
+# --- lower bounds ---------------------------------------------------------------------------------
 
 
 def test_work_takes_the_longer_of_computing_and_reading():
@@ -265,7 +263,7 @@ def test_layers_count_what_torch_multiplies(demo):
     rows = 30
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         model(input_ids=torch.full((1, rows), 9), logits_to_keep=1)
-    whole = prefill_work(config.text, [0] * config.text.layers, 10, rows - 10)
+    whole = total_work(prefill_layers(config.text, [0] * config.text.layers, 10, rows - 10))
     pairs = rows * (rows + 1) / 2
     masked = whole.attention_flops * (rows**2 / pairs - 1)  # torch computes those, too
     assert counted.get_total_flops() == pytest.approx(whole.flops + masked)

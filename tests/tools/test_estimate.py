@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from visistage.bench import fit as bench_fit
-from visistage.bench.fit_peaks import Observation, error_of, fit, leave_one_out, validate
+from visistage.bench.fit import Observation, error_of, fit, leave_one_out, validate
 from visistage.cli.main import main
 from visistage.cli.show.estimate_view import show_times
 from visistage.graphs.bundle import Bundle
