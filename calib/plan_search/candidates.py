@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from ...graphs.plan.cost import Geometry, Load, cost_of
 from ...graphs.plan.plan import StagePlan
 from ...graphs.plan.stages import MAX_KEEP, Probe
 from ...graphs.presets.presets import preset
+from .agreement import Agreement
 from .dynamics import COSINES, PUBLISHED, Dynamics, quantile
 
 T = TypeVar("T")
@@ -65,6 +66,26 @@ class Candidate:
     cost: float
     visual_flops: float
     predicted: float
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A candidate that was measured."""
+
+    candidate: Candidate
+    measured: Agreement
+    held_out: Agreement | None = None
+    verdict: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON, without ``front``."""
+        candidate = {"s" if k == "shallow" else k: v for k, v in vars(self.candidate).items()}
+        return {
+            **candidate,
+            "measured": self.measured.to_dict(),
+            "held_out": self.held_out and self.held_out.to_dict(),
+            "verdict": self.verdict,
+        }
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ from .agreement import Agreement
 from .candidates import (
     Candidate,
     Pricing,
+    Tried,
     front,
     knee,
     plan_candidates,
@@ -78,26 +79,6 @@ CLOSE_COST = 0.01
 
 NEAR_MISS = 3
 """A plan that misses the budget by up to so many times what the budget allows is a near miss."""
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A candidate that was measured."""
-
-    candidate: Candidate
-    measured: Agreement
-    held_out: Agreement | None = None
-    verdict: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form, without ``front``."""
-        candidate = {"s" if k == "shallow" else k: v for k, v in vars(self.candidate).items()}
-        return {
-            **candidate,
-            "measured": self.measured.to_dict(),
-            "held_out": self.held_out and self.held_out.to_dict(),
-            "verdict": self.verdict,
-        }
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..evaluate import Z95
 from .agreement import Agreement
+from .candidates import Tried
 from .dynamics import Dynamics
-
-if TYPE_CHECKING:
-    from .choose import Tried
 
 FIRM = 0.95
 """A cosine that no token reaches by noise; the published trigger, 0.995, is far more easily set

@@ -58,11 +58,11 @@ from visistage.tools.verify.verify_report import (
     PAGE_FILE,
     PASSED,
     CheckRecord,
+    ImpossibleError,
     TensorError,
     VerifyReport,
     page,
 )
-from visistage.tools.verify.verify_target import ImpossibleError
 
 PRODUCT = {  # gate and up are harmless, their product leaves FP16, its projection comes back
     "layers.3.mlp.gate_proj": 16.0,

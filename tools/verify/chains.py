@@ -29,7 +29,7 @@ from ...graphs.plan.stages import Probe
 from ...graphs.precision import NO_FALLBACK
 from .stored_graph import all_weights, quantise_module, stored_tensor
 from .token_choices import ProbeReading, Selection, SelectionMargins, forced_readings
-from .verify_target import require_memory
+from .verify_report import require_memory
 
 if TYPE_CHECKING:
     from ...runtime.session import OpenedImage, Session

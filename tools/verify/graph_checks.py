@@ -32,8 +32,8 @@ from ...graphs.targets import PORTABLE
 from ...runtime.backends.ort import int8_session_entries
 from .compare import LOOSE, bounds_of, first_wrong, strict, tensor_error
 from .stored_graph import BUILD_AGAIN, StoredGraph, new_rows, quantise_module
-from .verify_report import CheckResult, TensorError
-from .verify_target import ImpossibleError, VerifyTarget, require_memory
+from .verify_report import CheckResult, ImpossibleError, TensorError, require_memory
+from .verify_target import VerifyTarget
 
 PROVIDER = "CPUExecutionProvider"
 
@@ -78,13 +78,20 @@ class ComparedGraph:
         return CheckResult(first_wrong(errors, bounds_of(kinds).graph), (file,), tuple(errors))
 
 
+def compared_graph(target: VerifyTarget, name: str) -> ComparedGraph:
+    """Return the graph ``name`` of the target, which keeps the last one."""
+    if name not in target.compared:
+        target.compared = {name: ComparedGraph(StoredGraph(target.bundle, name))}
+    return target.compared[name]
+
+
 def compare_onnxruntime(target: VerifyTarget, name: str) -> CheckResult:
     """Compare a graph's file in ONNX Runtime with its torch module in FP32.
 
     With weights as the file has them, and where ONNX Runtime makes more of them than a faster
     order (``compare.LOOSE``) once more as the runtime loads them.
     """
-    compared = target.graph(name)
+    compared = compared_graph(target, name)
     graph = compared.graph
     found = tuple(int(part) for part in ort.__version__.split(".")[:2])
     if graph.manifest.lowering != PORTABLE and found < ORT_LLM_SINCE:
@@ -107,7 +114,7 @@ def compare_onnxruntime(target: VerifyTarget, name: str) -> CheckResult:
 def compare_half(target: VerifyTarget, name: str) -> CheckResult:
     """Compare a graph's torch module in FP16 arithmetic with FP32."""
     target.require_half()
-    compared = target.graph(name)
+    compared = compared_graph(target, name)
     got = run_module(compared.graph, compared.calls[0], half=True)
     return compared.compare([got], {"float16", *strict(compared.kinds)})
 

@@ -18,8 +18,8 @@ from transformers.utils import logging
 from ...graphs.presets.presets import preset
 from .chains import fp32_bytes
 from .compare import BOUNDS, first_wrong, tensor_error
-from .verify_report import CheckResult
-from .verify_target import VerifyTarget, require_memory
+from .verify_report import CheckResult, require_memory
+from .verify_target import VerifyTarget
 
 
 def compare_dense(target: VerifyTarget) -> CheckResult:

@@ -22,8 +22,8 @@ from ...runtime.device.engine_trt import check_machine
 from ...runtime.device.tensorrt import find_trt_variant
 from ...runtime.hardware import find_gpu
 from .compare import bounds_of, first_wrong, tensor_error
-from .verify_report import CheckResult
-from .verify_target import ImpossibleError, NothingError, VerifyTarget
+from .verify_report import CheckResult, ImpossibleError, NothingError
+from .verify_target import VerifyTarget
 
 if TYPE_CHECKING:
     from ...runtime import Answer, Session

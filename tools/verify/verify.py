@@ -41,9 +41,11 @@ from .verify_report import (
     PASSED,
     CheckRecord,
     CheckResult,
+    ImpossibleError,
+    NothingError,
     VerifyReport,
 )
-from .verify_target import VERIFY_MAX_TOKENS, ImpossibleError, NothingError, VerifyTarget
+from .verify_target import VERIFY_MAX_TOKENS, VerifyTarget
 
 DEFAULT_SAMPLES = 6
 """Prompts asked by default."""

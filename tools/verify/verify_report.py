@@ -25,6 +25,26 @@ MOST_ERRORS = 20
 """Tensors listed on the page; the JSON has all of them."""
 
 
+class ImpossibleError(Exception):
+    """A check that cannot run on this machine; says why."""
+
+
+class NothingError(Exception):
+    """A bundle that holds nothing for a check; says why."""
+
+
+def require_memory(what: str, needed: int, free: int) -> None:
+    """Raise where ``what`` needs more bytes than are free.
+
+    Raises:
+        ImpossibleError: has both figures.
+    """
+    if needed > free:
+        raise ImpossibleError(
+            f"{what} needs {needed / 2**20:.0f} MiB of memory, {free / 2**20:.0f} MiB are free"
+        )
+
+
 @dataclass(frozen=True)
 class TensorError:
     """The distance of a tensor from the same tensor of the check's other side, the reference.

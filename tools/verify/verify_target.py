@@ -7,8 +7,8 @@ where it is needed: a machine with the runtime alone has none.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -17,34 +17,14 @@ from ...calib.samples import Sample
 from ...graphs.bundle import Bundle
 from ...graphs.targets import ONNXRUNTIME
 from .compare import LOOSE, Bounds, bounds_of, bundle_kinds, strict
+from .verify_report import ImpossibleError, NothingError
 
 if TYPE_CHECKING:
     from ...compile.checkpoint.checkpoint import Checkpoint
     from ...compile.quantize.calibration_file import Calibration
     from .chains import PreparedPrompt, TorchChain
-    from .graph_checks import ComparedGraph
 
 VERIFY_MAX_TOKENS = 16
-
-
-class ImpossibleError(Exception):
-    """A check that cannot run on this machine; says why."""
-
-
-class NothingError(Exception):
-    """A bundle that holds nothing for a check; says why."""
-
-
-def require_memory(what: str, needed: int, free: int) -> None:
-    """Raise where ``what`` needs more bytes than are free.
-
-    Raises:
-        ImpossibleError: has both figures.
-    """
-    if needed > free:
-        raise ImpossibleError(
-            f"{what} needs {needed / 2**20:.0f} MiB of memory, {free / 2**20:.0f} MiB are free"
-        )
 
 
 class VerifyTarget:
@@ -65,7 +45,7 @@ class VerifyTarget:
         self.bundle, self.samples = bundle, samples
         self.origin, self.calibration = origin, calibration
         self.max_tokens, self.memory = max_tokens, memory
-        self.graph = lru_cache(maxsize=1)(self._graph)  # one graph's arrays at a time
+        self.compared: dict[str, Any] = {}  # one graph's arrays at a time
 
     def __enter__(self) -> VerifyTarget:
         return self
@@ -147,9 +127,3 @@ class VerifyTarget:
         dtype = self.bundle.manifest.dtype
         if dtype != "float16":
             raise NothingError(f"the graphs compute in {dtype}")
-
-    def _graph(self, name: str) -> ComparedGraph:
-        from .graph_checks import ComparedGraph
-        from .stored_graph import StoredGraph
-
-        return ComparedGraph(StoredGraph(self.bundle, name))
