@@ -2,7 +2,7 @@
 
     python -m visistage.bench.back_ends [--model llava-45m] [--rounds 8]
 
-Every round brings a new picture and question (cold), the same second question (again), and that
+Every round brings a new image and question (cold), the same second question (again), and that
 with more tokens. One thread each, and what is counted is the processor time of the process: on a
 machine that others use, too, it is the time that the work itself takes. First deciles.
 """

@@ -38,13 +38,13 @@ class Rates:
     bandwidth: float
 
     def best(self, other: Rates) -> Rates:
-        """The better of two measurements, each for itself: a disturbed one says nothing."""
+        """Return the better of two measurements, each for itself: a disturbed one says nothing."""
         names = self.operations
         better = {name: max(self.operations[name], other.operations[name]) for name in names}
         return Rates(better, max(self.bandwidth, other.bandwidth))
 
     def to_dict(self) -> dict:
-        """For the record."""
+        """Return it as plain data, for the record."""
         return asdict(self)
 
 
@@ -103,7 +103,7 @@ def step_work(text: TextConfig, visual: Sequence[float], others: int) -> Work:
 
 
 def measure_rates(threads: int) -> Rates:
-    """Best rates of torch's and ONNX Runtime's own matrix products, and of reading memory."""
+    """Measure the best rates of torch's and ONNX Runtime's products, and of reading memory."""
     import torch
 
     before = torch.get_num_threads()
@@ -129,7 +129,7 @@ def _torch_rate(dtype) -> float:
 
 
 def _onnxruntime_rate(dtype: str, threads: int) -> float:
-    """``dtype`` of the left side. A constant right side: it is packed as a model's weights are."""
+    """Measure a product of ``dtype`` with a constant, which is packed as a model's weights are."""
     import numpy as np
     import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
@@ -157,7 +157,7 @@ def _onnxruntime_rate(dtype: str, threads: int) -> float:
 
 
 def _best(call: Callable[[], object]) -> float:
-    """Seconds of the fastest of several calls, the first not counted."""
+    """Return the seconds of the fastest of several calls, the first not counted."""
     call()
     taken = []
     for _ in range(REPEATS):

@@ -90,13 +90,13 @@ class PeerRun:
         except VisistageError as error:
             self.failed = str(error)
 
-    def ask(self, picture: Path, question: PeerQuestion, rows: int, new: int) -> Answered | None:
+    def ask(self, image: Path, question: PeerQuestion, rows: int, new: int) -> Answered | None:
         """Return an answer of ``new`` tokens to a prompt of ``rows``; None after a failure."""
         if self.failed is not None:
             return None
         assert self.runner is not None
         request = {
-            "picture": str(picture),
+            "image": str(image),
             "question": question.text,
             "text": question.prompt.text,
             "new": new,
@@ -128,31 +128,31 @@ def check(answer: Answered, name: str, rows: int, new: int) -> None:
 
 
 def row_of(
-    stand: PeerRun,
+    run: PeerRun,
     subject: PeerCheckpoint,
     asked: Sequence[PeerQuestion],
     rates: Rates,
     reference: PeerRun,
 ) -> dict[str, Any]:
     """Return the figures of a peer; a failed one with the reason, and what it answered before."""
-    peer = stand.peer
+    peer = run.peer
     row: dict[str, Any] = {"key": peer.key, "label": peer.label, "plan": peer.plan}
-    if stand.failed is not None:
-        row["failed"] = stand.failed
-    if stand.ready is None:
+    if run.failed is not None:
+        row["failed"] = run.failed
+    if run.ready is None:
         return row
-    precision = peer.precision or REPORTED.get(stand.ready.about["inference precision"])
-    row |= {"precision": precision, **asdict(stand.ready)}
-    counted = {key: one for key, one in stand.answers.items() if key[0]}
+    precision = peer.precision or REPORTED.get(run.ready.about["inference precision"])
+    row |= {"precision": precision, **asdict(run.ready)}
+    counted = {key: answer for key, answer in run.answers.items() if key[0]}
     if not counted:
         return row
     by_kind: dict[str, list[Answered]] = defaultdict(list)
-    for (_, kind), one in counted.items():
-        by_kind[kind].append(one)
-    row |= {kind: spread([one.first_ms for one in heard]) for kind, heard in by_kind.items()}
-    row["per_token"] = spread([one.per_token_ms for one in counted.values()])
-    row["peak_mib"] = max(one.peak_mib for one in counted.values())
-    wanted = {key: one for key, one in reference.answers.items() if key[0]}
+    for (_, kind), answer in counted.items():
+        by_kind[kind].append(answer)
+    row |= {kind: spread([answer.first_ms for answer in own]) for kind, own in by_kind.items()}
+    row["per_token"] = spread([answer.per_token_ms for answer in counted.values()])
+    row["peak_mib"] = max(answer.peak_mib for answer in counted.values())
+    wanted = {key: answer for key, answer in reference.answers.items() if key[0]}
     ends = eos_ids(text_facts(subject.checkpoint).generation)
     row["agreement"] = agreement(counted, wanted, ends)
     if precision is not None:
@@ -257,35 +257,35 @@ def chosen(peers: Iterable[Peer], only: Sequence[str]) -> list[Peer]:
 def main(model, rounds, tokens, threads, targets, only, minutes, dry) -> None:
     """Set up, ask in turns, record; every answer is a line of JSON on stdout."""
     subject = PeerCheckpoint.named(model, minutes)
-    stands = [PeerRun(peer) for peer in chosen(all_peers(targets), only)]
+    runs = [PeerRun(peer) for peer in chosen(all_peers(targets), only)]
     rates = measure_rates(threads)
     every = list(questions(subject, rounds + 1))  # the first round warms up
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for stand in stands:
-            stand.start(subject, threads, stack)
-            click.echo(f"{stand.peer.label}: {stand.failed or 'ready'}", err=True)
-        for number, (picture, asked) in enumerate(every):
+        for run in runs:
+            run.start(subject, threads, stack)
+            click.echo(f"{run.peer.label}: {run.failed or 'ready'}", err=True)
+        for number, (image, asked) in enumerate(every):
             file = scratch / f"{number}.npy"
-            np.save(file, picture)
-            turn = number % len(stands)
-            for stand in [*stands[turn:], *stands[:turn]]:
+            np.save(file, image)
+            turn = number % len(runs)
+            for run in [*runs[turn:], *runs[:turn]]:
                 for question in asked:
                     rows = question.prompt.text_tokens + subject.checkpoint.config.visual_tokens
-                    answer = stand.ask(file, question, rows, tokens)
+                    answer = run.ask(file, question, rows, tokens)
                     if answer is not None:
-                        facts = {"peer": stand.peer.key, "round": number, "kind": question.key[1]}
+                        facts = {"peer": run.peer.key, "round": number, "kind": question.key[1]}
                         click.echo(json.dumps(facts | asdict(answer)))
     rates = rates.best(measure_rates(threads))
     counted = [question for _, asked in every[1:] for question in asked]
-    reference = next(stand for stand in stands if stand.peer.key == REFERENCE)
+    reference = next(run for run in runs if run.peer.key == REFERENCE)
     machine = {"key": "machine", "model": model, "rounds": rounds, "tokens": tokens}
     machine |= {"threads": threads, "rates": rates.to_dict()}
     machine["prompt_tokens"] = mean(
         question.prompt.text_tokens + subject.checkpoint.config.visual_tokens
         for question in counted
     )
-    table = [row_of(stand, subject, counted, rates, reference) for stand in stands]
+    table = [row_of(run, subject, counted, rates, reference) for run in runs]
     save(f"peers-{model}", [machine, *table], dry=dry)
 
 

@@ -16,13 +16,13 @@ class TokenListener(BaseStreamer):
         self.watch, self.prompt = watch, True
 
     def put(self, value):
-        """Ids of the prompt, then one new id a call."""
+        """Take the ids of the prompt, then one new id a call."""
         if not self.prompt:
             self.watch.hear(value)
         self.prompt = False
 
     def end(self):
-        """Nothing is held back."""
+        """Do nothing: all tokens were passed on."""
 
 
 class EagerReference:
@@ -43,11 +43,11 @@ class EagerReference:
         }
 
     @torch.no_grad()
-    def ask(self, picture, question, text, new):
-        """Nothing is kept between questions: transformers has no cache of pictures."""
+    def ask(self, image, question, text, new):
+        """Answer, keeping nothing: transformers has no cache of images."""
         del question
         watch = Stopwatch()
-        inputs = self.processor(text=text, images=Image.fromarray(picture), return_tensors="pt")
+        inputs = self.processor(text=text, images=Image.fromarray(image), return_tensors="pt")
         self.model.generate(**inputs, max_new_tokens=new, streamer=TokenListener(watch))
         return watch.heard(inputs["input_ids"].shape[1])
 

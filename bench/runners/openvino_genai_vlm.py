@@ -14,13 +14,13 @@ class Listener(genai.StreamerBase):
         self.watch = watch
 
     def write(self, token):
-        """One id, or several at once."""
-        for one in token if isinstance(token, list) else [token]:
-            self.watch.hear(one)
+        """Pass on one id, or several at once."""
+        for token_id in token if isinstance(token, list) else [token]:
+            self.watch.hear(token_id)
         return genai.StreamingStatus.RUNNING
 
     def end(self):
-        """Nothing is held back."""
+        """Do nothing: all tokens were passed on."""
 
 
 class Pipeline:
@@ -40,19 +40,18 @@ class Pipeline:
             "inference precision": precision or default.get_type_name(),
         }
 
-    def ask(self, picture, question, text, new):
-        """GenAI writes a newline of its own after the picture's token: ours is taken out."""
+    def ask(self, image, question, text, new):
+        """Answer; GenAI adds a newline of its own after the image's token, so ours is removed."""
         del question
         config = genai.GenerationConfig()
         config.max_new_tokens = new
         config.do_sample = False
         config.ignore_eos = True
         config.apply_chat_template = False  # the text is in it already
-        image = openvino.Tensor(picture[None])
         watch = Stopwatch()
         done = self.pipeline.generate(
             text.replace("<image>\n", "<image>"),
-            images=[image],
+            images=[openvino.Tensor(image[None])],
             generation_config=config,
             streamer=Listener(watch),
         )

@@ -7,17 +7,17 @@ from visistage import runtime
 
 
 class BundleRunner:
-    """A session whose answers end with their length, whatever they say."""
+    """A session whose answers have a fixed length."""
 
     def __init__(self, model, threads):
         self.session = runtime.load(model, threads=threads)
         self.session.eos = frozenset()
         self.about = {"onnxruntime": onnxruntime.__version__}
 
-    def ask(self, picture, question, text, new):
-        """Pictures are known again by their pixels, as anyone's would be."""
+    def ask(self, image, question, text, new):
+        """Answer; a session recognises an image by its pixels."""
         del text  # the session writes it itself
-        answer = self.session.infer(picture, question, max_tokens=new)
+        answer = self.session.infer(image, question, max_tokens=new)
         times = answer.timings
         assert len(answer.tokens) == new, f"{answer.finish} after {len(answer.tokens)} tokens"
         return Heard(

@@ -1,15 +1,15 @@
-"""A runner's half of the conversation: one JSON line in, one JSON line out.
+"""The server side of a runner's protocol: one JSON line in, one JSON line out.
 
     python RUNNER.py '{"model": ..., "threads": 2, ...}'
 
     ◀ {"ready": true, "import_ms": ..., "load_ms": ..., "peak_mib": ..., "about": {...}}
-    ▶ {"picture": "0.npy", "question": ..., "text": ..., "new": 32}
+    ▶ {"image": "0.npy", "question": ..., "text": ..., "new": 32}
     ◀ {"prompt_tokens": ..., "tokens": [...], "first_ms": ..., "per_token_ms": ..., "peak_mib": ...}
 
-``picture`` is an RGB picture (H, W, 3) of uint8 of the size that the tower takes, so that nobody's
-resampling decides; it is read before the clock starts. ``text`` is ``question`` in the model's own
-chat template. A runner ends with its stdin. Standard library and NumPy only: this file is imported
-by the Pythons of peers, which know nothing of this project.
+``image`` is an RGB image (H, W, 3) of uint8 of the size that the vision encoder takes, so that
+no resampling decides; it is read before the clock starts. ``text`` is ``question`` in the model's
+own chat template. A runner ends with its stdin. Standard library and NumPy only: the Pythons of
+peers import this file, and this project is not installed there.
 """
 
 import json
@@ -43,12 +43,12 @@ class Stopwatch:
         self.tokens, self.times = [], []
 
     def hear(self, token):
-        """The next token id."""
+        """Note the next token id."""
         self.tokens.append(int(token))
         self.times.append(time.perf_counter())
 
     def heard(self, prompt_tokens):
-        """The answer, of two tokens at least."""
+        """Return the answer, of two tokens at least."""
         first, last = self.times[0], self.times[-1]
         return Heard(
             prompt_tokens,
@@ -61,7 +61,7 @@ class Stopwatch:
 def serve(make):
     """Load what ``make(**settings)`` makes and answer until stdin ends.
 
-    It has ``about``, facts for the record, and ``ask(picture, question, text, new) -> Heard``.
+    It has ``about``, facts for the record, and ``ask(image, question, text, new) -> Heard``.
     """
     # Libraries print to stdout; the conversation keeps the real one to itself.
     out = os.fdopen(os.dup(1), "w", buffering=1)
@@ -75,12 +75,12 @@ def serve(make):
     print(json.dumps({"ready": True, **facts, **peak(), "about": peer.about}), file=out)
     for line in sys.stdin:
         asked = json.loads(line)
-        picture = np.load(asked.pop("picture"))
-        print(json.dumps({**asdict(peer.ask(picture, **asked)), **peak()}), file=out)
+        image = np.load(asked.pop("image"))
+        print(json.dumps({**asdict(peer.ask(image, **asked)), **peak()}), file=out)
 
 
 def peak():
-    """Largest resident set so far. Not ``ru_maxrss``: a child starts with its parent's."""
+    """Return the largest resident set so far; ``ru_maxrss`` would start with the parent's."""
     with open("/proc/self/status") as status:
         kib = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
     return {"peak_mib": kib / 1024}

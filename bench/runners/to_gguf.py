@@ -128,7 +128,7 @@ def _tokenizer(writer, folder, vocabulary):
     if data["model"]["type"] != "BPE":
         raise SystemExit(f"{folder}: the tokenizer is {data['model']['type']}, expected BPE")
     named = {number: word for word, number in data["model"]["vocab"].items()}
-    control = {one["id"]: one["content"] for one in data["added_tokens"]}
+    control = {token["id"]: token["content"] for token in data["added_tokens"]}
     named |= control
     words = [named.get(number, f"[unused{number}]") for number in range(vocabulary)]
     writer.add_tokenizer_model("gpt2")
@@ -136,7 +136,7 @@ def _tokenizer(writer, folder, vocabulary):
     writer.add_token_list(words)
     writer.add_token_types([CONTROL if n in control else NORMAL for n in range(vocabulary)])
     pairs = data["model"]["merges"]
-    writer.add_token_merges([one if isinstance(one, str) else " ".join(one) for one in pairs])
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in pairs])
     ids = {word: number for number, word in control.items()}
     writer.add_bos_token_id(ids["<s>"])
     writer.add_eos_token_id(ids["</s>"])

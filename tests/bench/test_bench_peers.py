@@ -44,11 +44,11 @@ from serving import Stopwatch, serve
 class Honest:
     about = {"made": "up"}
     def __init__(self, model, threads): pass
-    def ask(self, picture, question, text, new):
+    def ask(self, image, question, text, new):
         print("noise on stdout")
         watch = Stopwatch()
         for token in range(new):
-            watch.hear(token + int(picture.sum()))
+            watch.hear(token + int(image.sum()))
         return watch.heard(len(text))
 serve(Honest)
 """
@@ -71,7 +71,7 @@ def runner(source, tmp_path) -> Runner:
 
 def request(tmp_path, new=3) -> dict:
     np.save(tmp_path / "0.npy", np.full((2, 2, 3), 1, np.uint8))
-    return {"picture": str(tmp_path / "0.npy"), "question": "q", "text": "four", "new": new}
+    return {"image": str(tmp_path / "0.npy"), "question": "q", "text": "four", "new": new}
 
 
 def test_a_runner_answers_in_lines_whatever_its_libraries_print(tmp_path):
@@ -251,7 +251,7 @@ def test_work_takes_the_longer_of_computing_and_reading():
 
 
 def test_layers_count_what_torch_multiplies(demo):
-    """A layer and the tower, operation by operation, by torch's own counter."""
+    """A layer and the vision encoder, operation by operation, by torch's own counter."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import LlavaForConditionalGeneration
