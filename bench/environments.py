@@ -114,10 +114,12 @@ def _run(command: list[str], environment: Environment, log: Path, minutes: float
         try:
             code = process.wait(60 * minutes)
         except subprocess.TimeoutExpired:
-            # With all it started: compilers would continue for minutes beside a measurement.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             raise PeerError(f"{environment.name}: {words} took over {minutes:g} min") from None
+        finally:
+            if process.poll() is None:
+                # With all it started: compilers would continue for minutes beside a measurement.
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     if code:
         why = last_line(log.read_text(errors="replace"))
         raise PeerError(f"{environment.name}: {words} failed ({ending(code)}): {why}")
