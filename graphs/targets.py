@@ -95,7 +95,7 @@ class Target:
         return self.backend in (TENSORRT, TENSORRT_RTX)
 
     def serves(self, version: str) -> bool:
-        """Whether a back end's version is in the target's range."""
+        """Return whether a back end's version is in the target's range."""
         first, stop = self.versions
         return _numbers(first) <= _numbers(version) and (
             stop is None or _numbers(version) < _numbers(stop)

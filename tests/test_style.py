@@ -19,8 +19,10 @@ PRIVATE = re.compile(
 )
 """Words where the field has others: docs/glossary.md."""
 
-SERIALISED = re.compile(r"vision_tower|tower_(ms|minutes|lr)|[\"'`]rungs[\"'`]|--tower|\brungs\b")
-"""Names of weights, JSON keys and options that keep theirs."""
+SERIALISED = re.compile(
+    r"vision_tower|tower_(ms|minutes|lr)|tower \{rank\}|[\"'`]rungs[\"'`]|--tower|\brungs\b"
+)
+"""Names of weights, JSON keys, options and seeds that keep theirs."""
 
 
 def documented(tree: ast.Module) -> list[tuple[int, str]]:
