@@ -6,9 +6,11 @@ Masks and gates skip no work, so rows meet every slot. Operations are FLOPs (two
 multiply-accumulate); norms, activations and softmax are left out, which is under 1 % of a
 decoder's. Bytes are the weights once and the cache once; activations are not counted.
 
-    layer, Q rows, S slots     2 Q L + 4 Q S w      L = 2 d (w + w_kv) + 3 d m    docs/methods.md,
-    "Cost accounting" head, the last row         2 d V
-    encoder layer, T tokens      2 T (4 h^2 + 2 h m) + 4 T^2 h
+    decoder layer, Q rows, S slots     2 Q L + 4 Q S w      L = 2 d (w + w_kv) + 3 d m
+    output projection, the last row    2 d V
+    encoder layer, T tokens            2 T (4 h^2 + 2 h m) + 4 T^2 h
+
+Source: docs/methods.md, "Cost accounting".
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ class Sizes:
 
 
 COUNTS = Sizes(1, 1, 1)
-"""Counts numbers instead of their bytes."""
+"""Counts numbers instead of their bytes: lower bounds ask for ``layers_work(..., COUNTS)``."""
 
 
 def work_of(call: GraphCall, config: ModelConfig, plan: StagePlan, sizes: Sizes) -> Work:
