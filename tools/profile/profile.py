@@ -37,7 +37,7 @@ MOST_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Timed:
+class TimedRuns:
     """Times that sessions of all bundles took: series and sweeps by bundle, and the rest."""
 
     device: str | None
@@ -160,7 +160,7 @@ def _each(
 
 def _time(
     bundles: Mapping[str, Bundle], settings: Settings, options: dict[str, Any], progress: Progress
-) -> Timed:
+) -> TimedRuns:
     """Time sessions of all bundles beside one another."""
     bundle, backend = bundles[PLAN], _backend_of(bundles[PLAN], options["backend"])
     with ExitStack() as stack:
@@ -180,7 +180,7 @@ def _time(
             peaks = peaks.better(again)
     progress.start("polygraphy")  # now: a device has no room for its engines twice
     stock = polygraphy_facts(bundle, backend, series[PLAN].call_ms(), graphs, settings.repetitions)
-    return Timed(device, peaks, series, sweeps, meter, stock)
+    return TimedRuns(device, peaks, series, sweeps, meter, stock)
 
 
 def _peaks(bundle: Bundle, device: str | None, threads: int | None) -> Peaks | None:
