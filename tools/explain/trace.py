@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ...runtime.session import Session
 
 TIMED_RUNS = 5
-"""TimedRuns runs of each bundle, fewer where they would take longer than ``SECONDS``."""
+"""Timed runs of each bundle, fewer where they would take longer than ``SECONDS``."""
 
 SECONDS = 30.0
 
