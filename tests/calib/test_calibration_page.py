@@ -248,7 +248,7 @@ def test_linear_layers_come_the_worst_first_and_five_per_cent_arekept_float(page
 
 def test_the_kept_layers_are_those_that_a_build_keeps(calibration):
     """Both rank them; they must not come to differ."""
-    from visistage.compile.quantize.quantize import kept_float
+    from visistage.compile.quantize.quantize import kept_float as kept_by_build
     from visistage.graphs.quantization import parse_quant_config
 
     schemes = {
@@ -256,7 +256,7 @@ def test_the_kept_layers_are_those_that_a_build_keeps(calibration):
         for group in calibration.groups.values()
         for name in group.sensitivity
     }
-    built = kept_float(parse_quant_config("int8:keep=5%"), schemes, calibration)
+    built = kept_by_build(parse_quant_config("int8:keep=5%"), schemes, calibration)
     assert list(built) == [name for name, _ in kept_float(calibration.groups)]
 
 
