@@ -1,4 +1,4 @@
-"""How time and memory grow: visual tokens, text, batch, images, questions, KV slots.
+"""Growth of time and memory: visual tokens, text, batch, images, questions, KV slots.
 
     python -m visistage.bench.scaling [--repeats 5]
 

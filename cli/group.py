@@ -30,7 +30,7 @@ COMPILE_MODULES = (
     "transformers",
     "yaml",
 )
-"""What the extra ``compile`` brings, as modules."""
+"""Modules that the extra ``compile`` installs."""
 
 
 class Commands(click.Group):

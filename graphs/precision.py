@@ -14,8 +14,8 @@ HALF_MAX = 65504.0
 """Largest finite FP16 number."""
 
 RANGE_MARGIN = 4.0
-"""How far below ``HALF_MAX`` a value must stay to count as safe: other prompts reach further than
-those tried, and kernels that add up in FP16 pass through partial sums above the result."""
+"""The factor below ``HALF_MAX`` within which a value counts as safe: other prompts reach further
+than those tried, and kernels that add up in FP16 pass through partial sums above the result."""
 
 SAFE_MAX = HALF_MAX / RANGE_MARGIN
 
@@ -27,7 +27,7 @@ ALWAYS: Mapping[str, str] = {
     "selection": "scores are compared with each other: rounding would tie what is not tied",
     "logits": "returned in FP32, so that sampling adds no rounding to the head's own",
 }
-"""What stays FP32 whatever the checkpoint, and why."""
+"""Operations that stay FP32 whatever the checkpoint, and the reasons."""
 
 
 @dataclass(frozen=True)

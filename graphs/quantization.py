@@ -22,7 +22,7 @@ from .linears import Group
 from .plan.plan import StagePlan
 
 Scheme = Literal["float", "w8a8", "w8", "w4"]
-"""How one linear layer computes.
+"""The arithmetic of one linear layer.
 
     float  in the type of the graph
     w8a8   INT8 inputs and weights: one static scale for the inputs, one per output channel
@@ -34,11 +34,11 @@ All symmetric: engines take no zero points.
 """
 
 Observer = Literal["minmax", "percentile", "entropy", "mse"]
-"""How a range of inputs becomes one scale."""
+"""The rule by which a range of inputs becomes one scale."""
 
 CacheScheme = Literal["float", "int8"]
-"""How keys and values are cached: in the type of the graph, or as symmetric INT8 with one static
-scale for each layer and head, keys and values apart."""
+"""The form of cached keys and values: in the type of the graph, or as symmetric INT8 with one
+static scale for each layer and head, keys and values apart."""
 
 SCHEMES: tuple[str, ...] = get_args(Scheme)
 CACHES: tuple[str, ...] = get_args(CacheScheme)

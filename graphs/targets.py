@@ -22,7 +22,8 @@ QUANTISED_LLM = ("int8", "w8", "w4")
 blocks, which came with opset 21."""
 
 LLM, LLM_CONDITIONAL, PORTABLE = LOWERINGS = "llm", "branched", "portable"
-"""How graphs are written (``graphs/modules/ops.py``): ``Llm``; ``LlmBranched``; ``Portable``."""
+"""The operators that graphs are written in (``graphs/modules/ops.py``): ``Llm``;
+``LlmBranched``; ``Portable``."""
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt_rtx"

@@ -208,3 +208,20 @@ def test_importing_loads_nothing_heavy(module):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_entry_points_that_others_use_stay_where_they_are():
+    code = (
+        "import sys\n"
+        "from visistage.graphs.plan import StagePlan\n"
+        "from visistage.graphs.presets import preset\n"
+        "assert isinstance(preset('visipruner', 32, 576, t=14), StagePlan)\n"
+        "import visistage.graphs.chain\n"
+        "assert 'torch' not in sys.modules\n"
+        "from visistage.graphs.chain import ChainResult, run\n"
+        "assert run.__annotations__['return'] == 'ChainResult', run.__annotations__\n"
+        "fields = {'logits', 'kept', 'trigger', 'exit', 'tokens'}\n"
+        "assert fields <= set(ChainResult.__annotations__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

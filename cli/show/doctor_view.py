@@ -30,7 +30,7 @@ COMPILE_EXTRA = (
     "huggingface-hub",
     "pyyaml",
 )
-"""What building needs besides the runtime; the extra ``compile``."""
+"""Libraries that building needs besides the runtime: the extra ``compile``."""
 
 
 def doctor_facts() -> dict[str, Any]:

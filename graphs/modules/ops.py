@@ -69,7 +69,7 @@ class Gate:
 
 
 Scales = tuple[Tensor, Tensor]
-"""Of an INT8 cache: keys' and values', (G,) each."""
+"""Scales of an INT8 cache: keys' and values', (G,) each."""
 
 
 class Eager:

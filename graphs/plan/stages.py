@@ -17,7 +17,7 @@ MAX_KEEP = 3840
 """Largest K of a selection: TensorRT's TopK goes no further."""
 
 Mode = Literal["dense", "text_blind", "text_blind_novv", "sink", "sink_half"]
-"""How one layer treats visual tokens; all but ``dense`` are gated per slot (docs/design.md,
+"""A layer's treatment of visual tokens; all but ``dense`` are gated per slot (docs/design.md,
 "Text-blind layers").
 
     dense            everybody attends as usual
@@ -33,7 +33,7 @@ Norm = Literal["gated", "renorm"]
 """``gated``: removed after the softmax, its mass is lost; ``renorm``: masked before the softmax."""
 
 Op = Literal["select", "drop", "probe"]
-"""What an edge does: keep K tokens, keep none, or whatever the plan's ``Probe`` finds."""
+"""The operation of an edge: keep K tokens, keep none, or whatever the plan's ``Probe`` finds."""
 
 Score = Literal["value_norm", "attention"]
 

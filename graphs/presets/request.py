@@ -17,13 +17,13 @@ from ..plan.plan import StagePlan
 from ..plan.stages import Edge, Mode, Norm, Probe, Score, Stage
 
 UNCALIBRATED = "uncalibrated defaults"
-"""How the note of a plan begins whose numbers were not measured on this model."""
+"""First words of the note of a plan whose numbers were not measured on this model."""
 
 Template = Literal["7b", "13b"]
 """Whose rule layer 0 follows."""
 
 Layer = int | Literal[False]
-"""Where something ends, or that it is left out."""
+"""A layer where something ends, or false: it is left out."""
 
 
 def option(text: str) -> Any:

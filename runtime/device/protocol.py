@@ -21,7 +21,7 @@ DEVICE_ALIGNMENT = 256
 """Bytes to which CUDA aligns an allocation, and to which places inside one are aligned."""
 
 ON_CPU = f"Its graphs run on this CPU, the same numbers more slowly: --backend {ONNXRUNTIME}"
-"""What to type where a bundle cannot run on a device."""
+"""The way out where a bundle cannot run on a device."""
 
 Shape = tuple[int, ...]
 
