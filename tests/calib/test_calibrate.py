@@ -343,7 +343,7 @@ def test_a_named_plan_is_calibrated_without_a_bundle(folder, tmp_path, monkeypat
     assert (calibration.choice, calibration.dynamics) == ({}, {})
     assert calibration.groups
     assert "then: make engines MODEL=toy PRECISION=int8" in done.stdout
-    assert "1 pictures could not be read" in done.stdout
+    assert "1 images could not be read" in done.stdout
 
 
 def test_the_same_samples_give_the_same_calibration(folder, tmp_path):
