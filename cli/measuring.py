@@ -94,7 +94,7 @@ def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **optio
     from ..tools.profile.profile import profile
     from ..tools.profile.profile_page import render_profile
     from ..tools.profile.timing import Settings
-    from .show.profile_view import command_lines, profile_table, profiling_bar
+    from .show.profile_view import profile_table, profiling_bar
 
     settings = Settings(repetitions, warm_up, tokens)
     with profiling_bar() as progress:
@@ -106,9 +106,8 @@ def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **optio
         show_json({"page": str(out), **facts})
         return
     show(profile_table(facts))
-    for line in command_lines(facts):
-        click.echo(line)
-    click.echo(f"\nthe page: {out}")
+    commands = ", and the commands of Polygraphy for each graph" if facts["commands"] else ""
+    click.echo(f"\nthe page{commands}: {out}")
 
 
 @click.command()

@@ -95,6 +95,7 @@ class Chart:
         self.x, self.y, self.label = x, y, label
         self.width, self.height, self.left = width, height, left
         self.marks: list[str] = []
+        self._labels: list[tuple[float, float, float, float]] = []
 
     def line(self, points: Sequence[Point], kind: str, title: str = "") -> None:
         """Draw a line through ``points``."""
@@ -147,6 +148,28 @@ class Chart:
         at = self._y(y)
         self._mark(f'<path class="line {kind}" d="M{self.left} {at}H{self.width - RIGHT}"', "")
         self._text(self.width - RIGHT - 4, at - 5, words, "end")
+
+    def name(self, x: float, y: float, words: str) -> None:
+        """Write words beside the dot at (x, y), where they cover no other label."""
+        at, level, width = self._x(x), self._y(y), 6.5 * len(words)
+        for dx, dy in (
+            (9, 4),
+            (9, -9),
+            (9, 17),
+            (-9 - width, 4),
+            (-9 - width, -9),
+            (-9 - width, 17),
+        ):
+            box = (at + dx, level + dy - 11, at + dx + width + 4, level + dy + 2)
+            inside = self.left <= box[0] and box[2] <= self.width - RIGHT / 2
+            apart = all(
+                box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1]
+                for b in self._labels
+            )
+            if inside and apart:
+                self._labels.append(box)
+                self._text(box[0], level + dy, words, "start")
+                return
 
     def svg(self) -> str:
         """Return the drawing, its axes behind the marks."""

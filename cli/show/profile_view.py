@@ -53,16 +53,6 @@ def profile_table(facts: dict[str, Any]) -> RenderableType:
     )
 
 
-def command_lines(facts: dict[str, Any]) -> list[str]:
-    """Return the stock commands, each under what it measures."""
-    if not facts["commands"]:
-        return []
-    lines = ["", f"the same with Polygraphy, in {facts['bundle']}:"]
-    for command in facts["commands"]:
-        lines += [f"# {command['about']}", command["command"]]
-    return lines
-
-
 def closing_lines(facts: dict[str, Any]) -> list[str]:
     """Summarise the numbers, and name what is missing with its reason."""
     plan, top = facts["runs"]["plan"], facts["dominant"]

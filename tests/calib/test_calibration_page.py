@@ -216,7 +216,7 @@ def test_the_verdict_is_the_chosen_plan_on_what_was_held_out(page):
     text = " ".join(html.unescape(re.sub("<[^>]*>", "", verdict)).split())
     assert "costs 53.3 %" in text
     assert "in 99.4 % of 800 tokens held out from choosing" in text
-    assert "<h1>visipruner:t=3,keep=4,e=6</h1>" in page
+    assert '<p class="headline">visipruner:t=3,keep=4,e=6</p>' in page
 
 
 def test_every_group_is_in_the_table(page, calibration):
@@ -439,7 +439,7 @@ def test_what_was_not_measured_is_left_out(calibration, parts, absent):
 def test_a_dense_choice_and_a_cost_budget_have_a_page(calibration):
     dense = choice(fits=False, chosen=None, budget={"cost": 0.2}, text="dense")
     text = render_calibration(without(calibration, choice=dense))
-    assert "<h1>dense</h1>" in text
+    assert '<p class="headline">dense</p>' in text
     assert "at most 20.0" in html.unescape(text)
     nothing = choice(fits=False, chosen=None, candidates=[])
     assert (
@@ -467,7 +467,7 @@ def test_what_choose_plan_returns_can_be_shown(calibration, goal):
     text = render_calibration(shown)
     Tables(text)
     assert len(cells(text, "candidates")) == len(made.tried)
-    assert f"<h1>{made.text}</h1>" in text
+    assert f'<p class="headline">{made.text}</p>' in text
     for reason in made.rationale.values():
         assert reason in html.unescape(text)
 
@@ -542,6 +542,21 @@ def test_only_smoothed_layers_have_an_alpha(calibration):
 )
 def test_ticks_are_round(axis, words):
     assert [word for _, word in axis.ticks] == words
+
+
+def test_names_of_dots_cover_neither_each_other_nor_the_edge():
+    chart = Chart(Axis(0, 10), Axis(0, 10), "dots")
+    for x, y in ((5, 5), (5, 5.2), (5, 5.4), (5.3, 5.2), (10, 5), (0, 0)):
+        chart.name(x, y, "stage0")
+    drawn = ElementTree.fromstring(chart.svg())
+    texts = [text for text in drawn.iter() if text.tag.endswith("text") and text.text == "stage0"]
+    places = [(float(text.get("x")), float(text.get("y"))) for text in texts]
+    width, height = 6.5 * len("stage0"), 12
+    assert len(places) >= 4
+    for x, y in places:
+        assert chart.left <= x <= chart.width - width
+        others = [(u, v) for u, v in places if (u, v) != (x, y)]
+        assert all(abs(u - x) >= width or abs(v - y) >= height for u, v in others)
 
 
 def test_close_cosines_are_told_apart():

@@ -500,7 +500,7 @@ def test_the_page_needs_nothing_else(facts):
     assert "script" not in page.tags
     assert not re.search(r"https?://(?!www\.w3\.org)", html)
     plan = facts["runs"]["plan"]
-    assert f"<h1>{plan['cold']['first_token']['median']:.1f} ms" in html
+    assert f'<p class="headline">{plan["cold"]["first_token"]["median"]:.1f} ms' in html
     assert html.count('class="track"') == 2
     assert html.count("<svg") == 3
 
@@ -563,10 +563,11 @@ def test_the_command_prints_tables_and_commands(folder, bundles, monkeypatch, tm
         "each later token",
         "of the roofline",
         "no energy",
-        "polygraphy run",
+        "the page, and the commands of Polygraphy for each graph: profile.html",
     ):
         assert word in done.stdout
-    assert (tmp_path / "profile.html").is_file()
+    assert "polygraphy run" not in done.stdout  # a screen of each graph's shapes
+    assert "polygraphy run" in (tmp_path / "profile.html").read_text()
     done = run(bundles["dense"].path, *flags, "--json")
     found = json.loads(done.stdout)
     assert found["page"] == "profile.html"

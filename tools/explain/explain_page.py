@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,9 @@ def render_explanation(facts: dict[str, Any], images: Sequence[ShownImage]) -> s
         "kept_words": _kept_words(facts),
         "runs": _runs(facts),
         "start": _start(facts),
-        "top": max(max(layer["part"], layer["dense_part"] or 0.0) for layer in facts["layers"]),
+        "top": _quarters(
+            max(max(layer["part"], layer["dense_part"] or 0) for layer in facts["layers"])
+        ),
         "script": script,
         "script_hash": f"sha256-{digest}",
     }
@@ -112,6 +115,11 @@ def _runs(facts: dict[str, Any]) -> str:
     if other is not None and other != own:
         return f"{own} and {other} runs"
     return f"{own} run{'s' if own > 1 else ''}{' each' if other else ''}"
+
+
+def _quarters(part: float) -> float:
+    """Return the least number of quarters that reaches ``part``: the uppermost tick."""
+    return max(math.ceil(4 * part - 1e-6), 1) / 4
 
 
 def _start(facts: dict[str, Any]) -> int:

@@ -127,6 +127,7 @@ def roof_chart(facts: dict[str, Any]) -> str:
         chart.dot(
             part["flops"] / part["nbytes"], rate, f"{RUN_COLOURS[name]}{manner}", title, radius=5
         )
+        chart.name(part["flops"] / part["nbytes"], rate, part["graph"])
     return chart.svg()
 
 
