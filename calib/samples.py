@@ -9,6 +9,7 @@ later, when they are asked about: a damaged one shows then.
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ def samples_file(path: str | Path) -> Path:
         DataError: a folder with none, or with several.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path
     found = sorted(file.name for file in path.glob("*.jsonl"))
     if len(found) != 1:

@@ -10,8 +10,10 @@ from typing import Any
 import click
 
 from .options import as_json, backend_option, session_of
-from .show.output import show, show_json
+from .show.output import say, show, show_json
 from .show.units import ByteSize
+
+OUT_HINT = "--out explain.html"
 
 
 @click.command()
@@ -44,7 +46,7 @@ def infer(images, prompt, bundle, as_json, stream, max_tokens, stop, **options) 
     visistage infer "Write a haiku." --temperature 0.7 --seed 1
     visistage infer photo.jpg "How many people?" --bundle engines/llava-7b --json
     """
-    from .show.answer_view import answer_facts, answer_table, printable
+    from .show.answer_view import answer_facts, answer_table
 
     if not images and os.path.isfile(prompt):  # a long prompt is no path: Path would raise
         raise click.UsageError(f"{prompt} is a file, and no question follows it. Add one.")
@@ -56,12 +58,12 @@ def infer(images, prompt, bundle, as_json, stream, max_tokens, stop, **options) 
         pieces = session.stream(sources, prompt, sampling=sampling, **limits)
         for number, piece in enumerate(pieces):
             if stream and not as_json:
-                click.echo(printable(piece if number else piece.lstrip()), nl=False)
+                say(piece if number else piece.lstrip(), nl=False)
         answer, manifest = pieces.answer, session.bundle.manifest
     if as_json:
         show_json(answer_facts(answer, manifest))
         return
-    click.echo("" if stream else printable(answer.text))
+    say("" if stream else answer.text)
     show(answer_table(answer, manifest), err=True)
 
 
@@ -99,15 +101,16 @@ def explain(bundle, images, question, out, as_json, **options) -> None:
     visistage explain engines/demo photo.jpg "Which shape is red?"
     visistage explain engines/llava-7b/mine before.png after.png "What changed?" --out changes.html
     """
-    from ..pages.page import write_page
+    from ..pages.page import check_page_place, write_page
     from ..tools.explain.explanation import explain
 
+    check_page_place(out, OUT_HINT)
     explained = explain(bundle, _read_images(images), question, **options)
-    write_page(explained.html, out, "--out explain.html")
+    write_page(explained.html, out, OUT_HINT)
     if as_json:
         show_json({"page": str(out), **explained.facts})
     else:
-        click.echo(out)
+        say(out)
 
 
 def _read_images(images: tuple[str, ...]) -> list[str | bytes]:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .options import as_json, bundle_argument, bundle_at, bundle_default, sm_option
-from .show.output import show_json
+from .show.output import say, show_json
 from .show.units import ByteSize
 
 
@@ -69,7 +69,7 @@ def engines(
     with StepBar(build_line) as progress:
         why = why_portable(target, portable, capabilities)
         if target.engines and why is not None:
-            click.echo(
+            say(
                 f"the bundle will be portable: {why}. Finish it on its machine: visistage build "
                 "BUNDLE",
                 err=True,
@@ -117,4 +117,4 @@ def _show_build(progress: Any, bundle: Any, engines: Any, as_json: bool) -> None
 
         show_json(build_facts(progress, bundle, engines))
     else:
-        click.echo(bundle.path)
+        say(bundle.path)

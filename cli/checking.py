@@ -85,12 +85,12 @@ def verify(bundle, model, calibration, data, samples, max_tokens, memory_limit, 
             memory=memory_limit,
             progress=progress,
         )
-    report.write(opened.path)
     where = str(opened.path / PAGE_FILE)
     if as_json:
         show_json({"path": where, **report.to_dict()})
     else:
         show(verify_table(report, where))
+    report.write(opened.path)
     require_passed(report, where)
 
 

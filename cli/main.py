@@ -13,6 +13,7 @@ from .checking import doctor, inspect, verify
 from .group import Commands
 from .measuring import estimate, evaluate, profile
 from .planning import calibrate, plan
+from .show.output import Spoken
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -27,7 +28,7 @@ def main(traceback: bool) -> None:
     visistage plan visipruner --model llava-7b      what a plan would save
     visistage COMMAND --help                        more on one command
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Spoken()])
 
 
 # In the order in which a newcomer needs them.

@@ -14,7 +14,9 @@ from .options import (
     bundle_default,
     session_of,
 )
-from .show.output import show, show_json
+from .show.output import say, show, show_json
+
+OUT_HINT = "--out profile.html"
 
 
 @click.command(epilog=bundle_default)
@@ -90,24 +92,26 @@ def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **optio
     visistage profile engines/llava-7b --against engines/llava-7b/fastv-fp16-cuda --json
     visistage profile engines/llava-7b --repetitions 5 --tokens 256       longer: energy, too
     """
-    from ..pages.page import write_page
+    from ..pages.page import check_page_place, write_page
     from ..tools.profile.profile import profile
     from ..tools.profile.profile_page import render_profile
     from ..tools.profile.timing import Settings
     from .show.profile_view import profile_table, profiling_bar
 
+    check_page_place(out, OUT_HINT)
     settings = Settings(repetitions, warm_up, tokens)
     with profiling_bar() as progress:
         facts = profile(
             bundle_at(bundle), against=against, settings=settings, progress=progress, **options
         )
-    write_page(render_profile(facts), out, "--out profile.html")
     if as_json:
+        write_page(render_profile(facts), out, OUT_HINT)
         show_json({"page": str(out), **facts})
         return
-    show(profile_table(facts))
+    show(profile_table(facts))  # first: it took minutes, and the page's disk may be full
+    write_page(render_profile(facts), out, OUT_HINT)
     commands = ", and the commands of Polygraphy for each graph" if facts["commands"] else ""
-    click.echo(f"\nthe page{commands}: {out}")
+    say(f"\nthe page{commands}: {out}")
 
 
 @click.command()

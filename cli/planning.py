@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .options import as_json
-from .show.output import show, show_json
+from .show.output import say, show, show_json
 from .show.units import ShareParam
 
 
@@ -64,7 +64,7 @@ def plan(
     staged, geometry = plan_cost_facts(plan, model, layers, visual_tokens)
     outcome = outcome_of(staged, trigger, kept, exit_)
     if as_yaml:
-        click.echo(plan_to_yaml(staged), nl=False)
+        say(plan_to_yaml(staged), nl=False)
         return
     facts = plan_json(staged, geometry, outcome=outcome, **options)
     if as_json:

@@ -246,9 +246,9 @@ def find_bundle(path: Path) -> Path:
     Raises:
         BundleError: when there is none, or more than one.
     """
-    if (path / MANIFEST).is_file():
+    if os.path.isfile(path / MANIFEST):  # unlike Path.is_file, whatever the name
         return path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise BundleError(f"no bundle at {path}. Build one: make engines MODEL=demo")
     found = sorted(
         file.parent

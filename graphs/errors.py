@@ -19,11 +19,19 @@ A message has three parts: what was found, what was expected, what to type next.
 
 import difflib
 
+from .foreign_text import printable, shortened
+
 
 class VisistageError(Exception):
-    """Base of all deliberate errors; ``exit_code`` is what the command line returns."""
+    """Base of all deliberate errors; ``exit_code`` is what the command line returns.
+
+    Messages quote what others wrote, so they are at most a screen, and steer no terminal.
+    """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return printable(shortened(super().__str__()))
 
 
 class ModelError(VisistageError):

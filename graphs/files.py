@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +22,8 @@ def replacing(file: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, file)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            partial.unlink()
         raise
 
 
@@ -27,3 +31,45 @@ def write_file(file: Path, data: str | bytes) -> None:
     """Write ``data``, text in UTF-8, to ``file`` in one step."""
     with replacing(file) as partial:
         partial.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8"))
+
+
+def check_place(file: Path) -> Path | None:
+    """Return what writing to a name that a user gave replaces; None: it is a pipe or a device.
+
+    Of a link that is its target, which need not exist. Files of bundles are never written so.
+
+    Raises:
+        OSError: a folder is in the way, there is no folder for it, or it may not be written.
+    """
+    real = Path(os.path.realpath(file))
+    try:
+        mode = os.stat(file).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    folder_mode = os.stat(real.parent).st_mode if stat.S_ISREG(mode) else stat.S_IFDIR
+    if not stat.S_ISDIR(folder_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(file))
+    for needed in (real.parent, real) if stat.S_ISREG(mode) else (file,):
+        if os.path.exists(needed) and not os.access(needed, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(needed))
+    return real if stat.S_ISREG(mode) else None
+
+
+def write_to_place(file: Path, data: str | bytes) -> None:
+    """Write ``data`` to a name that a user gave: in one step, or through a pipe or a device.
+
+    Raises:
+        OSError: ``check_place`` refuses it, the disk is full, or the pipe has no reader.
+    """
+    real = check_place(file)
+    if real is not None:
+        write_file(real, data)
+        return
+    # Without O_NONBLOCK a pipe without a reader is waited for.
+    descriptor = os.open(file, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "wb") as stream:
+        if hasattr(os, "O_NONBLOCK"):
+            os.set_blocking(descriptor, True)
+        stream.write(data if isinstance(data, bytes) else data.encode("utf-8"))

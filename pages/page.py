@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 
 from ..graphs.errors import CapacityError
-from ..graphs.files import write_file
+from ..graphs.files import check_place, write_to_place
 from .units import flops, ms, percent, ranges, show_bytes
 
 PAGES_FOLDER = Path(__file__).parent
@@ -50,16 +50,25 @@ def render_page(
     return environment.get_template("page.html").render(facts, style=style)
 
 
+def check_page_place(path: Path, hint: str) -> None:
+    """Refuse a place for a page before the work that fills it; see ``write_page``."""
+    _at_place(path, hint, check_place)
+
+
 def write_page(html: str, path: Path, hint: str) -> None:
-    """Put a page at ``path``, whole or not at all.
+    """Put a page at ``path``, whole or not at all; of a link at its target, or through a pipe.
 
     Raises:
         CapacityError: it cannot be written there; ``hint`` is what to type instead.
     """
+    _at_place(path, hint, lambda place: write_to_place(place, html))
+
+
+def _at_place(path: Path, hint: str, do: Callable[[Path], Any]) -> None:
     try:
-        write_file(path, html)
+        do(path)
     except OSError as error:
         raise CapacityError(
             f"the page cannot be written to {path}: {error.strerror}. "
-            f"Name a place in a folder that exists: {hint}"
+            f"Name a file in a folder that exists: {hint}"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +52,6 @@ def answer_facts(answer: Answer, manifest: Manifest) -> dict[str, Any]:
         "precision": manifest.precision,
         "savings": savings(manifest, facts),
     }
-
-
-def printable(text: str) -> str:
-    """Remove control characters: a model's output must not steer the terminal."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 def answer_table(answer: Answer, manifest: Manifest) -> RenderableType:

@@ -14,13 +14,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
 from ...graphs.progress import Progress, StepFact
 from ...pages.units import show_bytes, show_seconds
 from ...runtime.hardware import peak_memory
+from .output import console as make_console
 
 if TYPE_CHECKING:
     from ...graphs.bundle import Bundle
@@ -62,12 +62,12 @@ class StepBar(Progress):
         measured: bool = True,
     ):
         self.line = line
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = console or make_console(err=True, soft_wrap=True)
         self.facts: list[StepFact] = []
         self.started = time.perf_counter()
         self._bar = RichProgress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             *([BarColumn()] if measured else []),
             TimeElapsedColumn(),
             console=self.console,
@@ -84,7 +84,7 @@ class StepBar(Progress):
 
     def start(self, step: str, total: int | None = None) -> None:
         """Show the step that runs now."""
-        self._task = self._bar.add_task(escape(step), total=total)
+        self._task = self._bar.add_task(step, total=total)
 
     def advance(self, units: int = 1) -> None:
         """Move its bar."""
@@ -95,7 +95,7 @@ class StepBar(Progress):
         self.facts.append(fact)
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
-        self.console.print(self.line(fact), markup=False)
+        self.console.print(self.line(fact))
 
     @property
     def seconds(self) -> float:

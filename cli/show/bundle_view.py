@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from ...graphs.bundle import Bundle, GraphFact
@@ -89,7 +88,7 @@ def bundle_table(bundle: Bundle) -> RenderableType:
         ("built with", ", ".join(f"{n} {v}" for n, v in facts["versions"].items())),
     ):
         if value:
-            head.add_row(name, escape(value))
+            head.add_row(name, value)
     return Group(head, _stage_table(facts), _graph_table(bundle))
 
 
@@ -138,7 +137,7 @@ def _listed(specs: tuple[TensorSpec, ...]) -> str:
         lines.append(_line(first))
         if last != first:
             lines.append(f"  ... {last.name} ({len(cached)} in all)")
-    return escape("\n".join(lines))
+    return "\n".join(lines)
 
 
 def _line(spec: TensorSpec) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import psutil
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from ... import __version__
@@ -85,7 +84,7 @@ def doctor_table() -> RenderableType:
     table = Table("target", "build here", "run here", "missing")
     for name, one in facts["targets"].items():
         answers = ("yes" if one[verb] else "no" for verb in ("build", "run"))
-        table.add_row(name, *answers, escape("\n".join(one["missing"])))
+        table.add_row(name, *answers, "\n".join(one["missing"]))
     return Group(head, table)
 
 

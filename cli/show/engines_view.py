@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from ...graphs.bundle import Bundle
@@ -54,7 +53,7 @@ def engine_table(bundle: Bundle) -> RenderableType:
             str(engine.slots or ""),
             f"{show_bytes(cache)}\n{_in_place(engine)}" if cache else "",
             _attention(engine),
-            escape(", ".join(f"{count} {kind}" for kind, count in _most(engine.precisions))),
+            ", ".join(f"{count} {kind}" for kind, count in _most(engine.precisions)),
             f"{show_seconds(engine.seconds)}{peak}",
         )
     needed = ", ".join(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -29,16 +28,14 @@ def estimate_table(facts: dict[str, Any]) -> RenderableType:
     head.add_column(style="dim")
     head.add_column()
     prompt, device, memory = facts["prompt"], facts["device"], facts["memory"]
-    head.add_row("model", escape(f"{facts['model']}, plan {facts['plan']}, {facts['precision']}"))
+    head.add_row("model", f"{facts['model']}, plan {facts['plan']}, {facts['precision']}")
     head.add_row(
         "prompt",
         f"{prompt['rows']} rows: {prompt['prefix']} before the image, {prompt['text']} of the "
         f"question, {prompt['tokens']} of the answer",
     )
     rate = f"{device['flops'] / 1e12:.3g} TFLOP/s" if device["flops"] else "computing unknown"
-    head.add_row(
-        "device", escape(f"{device['about']}: {rate}, {device['bandwidth'] / 1e9:.4g} GB/s")
-    )
+    head.add_row("device", f"{device['about']}: {rate}, {device['bandwidth'] / 1e9:.4g} GB/s")
     needed = memory["weight_bytes"] + memory["cache_bytes"]
     verdict = "fits" if memory["fits"] else "does not fit"
     with_system = " and the system" if memory["shared"] else ""

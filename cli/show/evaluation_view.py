@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from ...graphs.progress import Advance
+from .output import console
 
 if TYPE_CHECKING:
     from ...calib.evaluate import EvaluationReport
@@ -23,8 +24,8 @@ MOST_SHOWN = 5
 @contextmanager
 def counting(total: int) -> Iterator[Advance]:
     """Show a bar on stderr that moves with every call; nothing where there is no terminal."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    shown = console(err=True)
+    with Progress(console=shown, transient=True, disable=not shown.is_terminal) as bar:
         task = bar.add_task("asking", total=total)
         yield lambda units: bar.advance(task, units)
 

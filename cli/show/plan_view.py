@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -263,5 +262,5 @@ def preset_table() -> Table:
     table = Table("preset", "what it does", "options", caption=f"Planned: {later}")
     for name, preset in PRESETS.items():
         options = "\n".join(f"{option}: {about}" for option, about in preset.options().items())
-        table.add_row(name, preset.summary, escape(options))
+        table.add_row(name, preset.summary, options)
     return table

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.markup import escape
+from rich.console import Group, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +15,7 @@ from ...graphs.progress import Progress as StepProgress
 from ...pages.units import flops, show_bytes
 from ...tools.profile.machine import machine_line
 from ...tools.profile.profile_facts import label, row_names
+from .output import console
 
 COLUMNS = ("median", "p90", "p99")
 TOP_LAYERS = 5
@@ -24,11 +24,9 @@ TOP_LAYERS = 5
 @contextmanager
 def profiling_bar() -> Iterator[StepProgress]:
     """Show a bar on stderr that names what is measured; nothing where there is no terminal."""
-    console = Console(stderr=True)
+    shown = console(err=True)
     columns = (TextColumn("{task.description}"), BarColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bar:
         task = bar.add_task("load", total=None)
 
         class Shown(StepProgress):
@@ -110,8 +108,8 @@ def _head(facts: dict[str, Any]) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column()
-    table.add_row("bundle", escape(facts["bundle"]))
-    table.add_row("machine", escape(machine_line(machine)))
+    table.add_row("bundle", facts["bundle"])
+    table.add_row("machine", machine_line(machine))
     runs = f"{settings['repetitions']} repetitions after {settings['warm_up']}, new pixels and "
     table.add_row("measured", f"{runs}words in each, {settings['tokens']} tokens an answer")
     memory, device = plan["memory"], facts["power"].get("device_memory_bytes")

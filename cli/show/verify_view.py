@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -26,7 +25,7 @@ def verify_table(report: VerifyReport, where: str) -> RenderableType:
             number = "not finite" if worst.relative is None else f"{worst.relative:.1e}"
             error = f"{number} {worst.tensor}"
         status = Text(record.status, STYLES[record.status])
-        table.add_row(record.name, record.compares, status, escape(error), escape(record.reason))
+        table.add_row(record.name, record.compares, status, error, record.reason)
     return Group(table, Text(f"the whole report: {where}"))
 
 

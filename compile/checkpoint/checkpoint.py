@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -135,7 +136,7 @@ def open_checkpoint(
         ModelError: unknown, unreachable, incomplete, corrupt or unsupported.
         CapacityError: the disk has no space for the download or the dummy weights.
     """
-    if revision is not None and (dummy_weights or model == DEMO or Path(model).is_dir()):
+    if revision is not None and (dummy_weights or model == DEMO or os.path.isdir(model)):
         raise ModelError(
             f"{model!r} has no revisions, only checkpoints on the hub do. Leave out --revision."
         )
@@ -152,9 +153,10 @@ def open_checkpoint(
                 "visistage, or name another model: MODEL=llava-7b"
             )
         name = origin = DEMO
-    elif model not in ALIASES and (folder := Path(model).expanduser()).is_dir() and model:
+    elif model and model not in ALIASES and os.path.isdir(os.path.expanduser(model)):
+        folder = Path(os.path.expanduser(model))
         name = origin = folder.resolve().name or "model"
-    elif _HUB_ID.fullmatch(repository) and not Path(repository).exists():
+    elif _HUB_ID.fullmatch(repository) and not os.path.exists(repository):
         folder = _download(repository, revision, offline)
         name = model if model in ALIASES else repository.split("/")[1]
         return open_folder(folder, name=name, origin=f"{repository}@{folder.name}")
@@ -209,7 +211,7 @@ def _map(file: Path) -> mmap.mmap:
 
 def _unknown(model: str) -> NoReturn:
     known = [*ALIASES, DEMO]
-    if Path(model).is_file():
+    if os.path.isfile(model):
         raise ModelError(f"{model} is a file, expected a checkpoint folder. Name its folder.")
     if model in KNOWN_MODELS:
         raise ModelError(f"{model} has no weights, only a shape. Add --dummy-weights (DUMMY=1).")

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 from visistage import runtime
 from visistage.cli.main import main
-from visistage.cli.show.answer_view import printable, savings
+from visistage.cli.show.answer_view import savings
 from visistage.cli.show.bar import StepBar, build_line
 from visistage.compile.build import make_bundle
 from visistage.graphs.bundle import Bundle
@@ -155,10 +155,6 @@ def test_a_forgotten_question_is_noticed(at):
     done = run("infer", "photo.png")
     assert done.exit_code == 2
     assert "no question" in done.stderr
-
-
-def test_control_characters_do_not_reach_the_terminal():
-    assert printable("a\x1b[2J\x07b\n\tc\u200d") == "a[2Jb\n\tc\u200d"
 
 
 def test_savings_count_all_images_before_the_selection(at):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def estimate_target(
         VisistageError: an unknown model, plan or precision.
     """
     path = Path(name)
-    if path.is_dir() and any(path.glob("**/" + MANIFEST)):
+    if os.path.isdir(path) and any(path.glob("**/" + MANIFEST)):
         bundle = Bundle.open(path)
         for option, value in (("plan", plan), ("precision", precision), ("prefix", prefix)):
             if value is not None:
