@@ -67,7 +67,9 @@ def calibrate(
         texts = text_facts(checkpoint)
     with progress.step("read samples", len(samples)) as outcome:
         preprocessing = Preprocessing.from_dict(texts.preprocessing)
-        prompts, unreadable = prepare(samples, texts.encoder, preprocessing, progress.advance)
+        prompts, unreadable = prepare(
+            samples, texts.encoder, preprocessing, progress.advance, _text_room(checkpoint, plan)
+        )
         outcome.append(f"{len(prompts)} read, {len(unreadable)} unreadable")
     with progress.step("hash weights"):
         facts = fits(checkpoint, texts)
@@ -101,6 +103,13 @@ def calibrate(
             (staging.folder / NOTES).unlink(missing_ok=True)
             staging.finish()
     return staging.final, calibration
+
+
+def _text_room(checkpoint: Checkpoint, plan: str | SelectionGoal) -> int:
+    """Return the text rows of a sample that leave room for an image, and for an answer."""
+    config = checkpoint.config
+    answer = plan.max_tokens if isinstance(plan, SelectionGoal) else 0
+    return config.text.max_positions - config.visual_tokens - answer
 
 
 def _static_plan(plan: str, checkpoint: Checkpoint) -> StagePlan:

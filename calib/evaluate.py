@@ -7,12 +7,16 @@ do not count, every word does. Samples are asked through the public runtime API 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..graphs.errors import ImageError
+from ..graphs.errors import ImageError, PromptError, VisistageError
 from ..graphs.progress import Advance, no_advance
+from ..runtime.image.image import load_image
+from .answer_file import AnswerFile, Heard
 from .samples import Sample, normalise_answer, reject_unreadable
 
 if TYPE_CHECKING:
@@ -20,6 +24,9 @@ if TYPE_CHECKING:
 
 UNTYPED = "untyped"
 EVALUATE_MAX_TOKENS = 32
+
+Refused = tuple[str, str]
+"""A sample's name, and why it cannot be asked."""
 
 Z95 = 1.959963984540054
 """Standard normal quantile of a two-sided 95 % interval."""
@@ -76,7 +83,7 @@ class Miss:
 class EvaluationReport:
     """The result of an evaluation.
 
-    unreadable: (sample, reason) of images that could not be opened; they are in no count.
+    unreadable: (sample, reason) of those that could not be asked; they are in no count.
     per_token_ms: mean over the answers that have a second token; None where none has.
     """
 
@@ -110,6 +117,8 @@ def evaluate(
     max_tokens: int = EVALUATE_MAX_TOKENS,
     advance: Advance = no_advance,
     heard: Callable[[Answer], None] = lambda answer: None,
+    kept: AnswerFile | None = None,
+    unreadable: Sequence[Refused] = (),
 ) -> EvaluationReport:
     """Ask every sample once, greedily, and compare.
 
@@ -117,34 +126,60 @@ def evaluate(
         session: a loaded bundle.
         samples: asked in their order.
         max_tokens: longest answer; what is longer is cut, and then seldom right.
-        advance: called after each sample.
-        heard: called with each answer.
+        advance: called before each sample.
+        heard: called with each answer that is new.
+        kept: answers of earlier runs, which are not asked for again; gets those of this one.
+        unreadable: samples that ``check_samples`` refused.
 
     Raises:
-        DataError: no sample had an image that could be opened.
-        VisistageError: a prompt that the bundle cannot take.
+        DataError: no sample could be asked.
     """
-    asked: list[tuple[Sample, Answer]] = []
-    unreadable: list[tuple[str, str]] = []
+    asked: list[tuple[Sample, Heard]] = []
+    unreadable = list(unreadable)
     # A checkpoint's own settings may draw at random; two evaluations must agree.
     greedy = replace(session.sampling, temperature=0.0)
     for sample in samples:
+        advance(1)
+        known = kept and kept.find(sample)
+        if known:
+            asked.append((sample, known))
+            continue
         try:
             answer = session.infer(
                 sample.image, sample.prompt, max_tokens=max_tokens, sampling=greedy
             )
-            asked.append((sample, answer))
-            heard(answer)
-        except ImageError as error:
+        except VisistageError as error:  # one sample's trouble is not that of the others
             unreadable.append((sample.name, str(error)))
-        advance(1)
+            continue
+        times = answer.timings
+        asked.append((sample, Heard(answer.text, times.first_token_ms, times.per_token_ms)))
+        if kept is not None:
+            kept.add(*asked[-1])
+        heard(answer)
     if not asked:
         reject_unreadable(unreadable)
     return _report(asked, unreadable)
 
 
+def check_samples(
+    session: Session, samples: Iterable[Sample]
+) -> tuple[list[Sample], list[Refused]]:
+    """Return the samples that can be asked, as far as it shows before, and the others."""
+    good: list[Sample] = []
+    refused: list[Refused] = []
+    for sample in samples:
+        try:
+            session.encoder.encode(sample.prompt, images=1)
+            if isinstance(sample.image, Path) and not os.path.isfile(sample.image):
+                load_image(sample.image)  # says why it is none
+            good.append(sample)
+        except (ImageError, PromptError) as error:
+            refused.append((sample.name, str(error)))
+    return good, refused
+
+
 def _report(
-    asked: list[tuple[Sample, Answer]], unreadable: list[tuple[str, str]]
+    asked: list[tuple[Sample, Heard]], unreadable: list[tuple[str, str]]
 ) -> EvaluationReport:
     misses = []
     counts: dict[str, list[int]] = {}
@@ -156,13 +191,13 @@ def _report(
         if not right:
             misses.append(Miss(sample.name, sample.prompt, sample.answer, answer.text))
     by_type = {name: Share(*counts[name]) for name in sorted(counts)}
-    steps = [answer.timings.per_token_ms for _, answer in asked]
+    steps = [answer.per_token_ms for _, answer in asked]
     later = [ms for ms in steps if ms is not None]
     return EvaluationReport(
         overall=Share(len(asked) - len(misses), len(asked)),
         by_type=by_type,
         misses=tuple(misses),
         unreadable=tuple(unreadable),
-        first_token_ms=sum(answer.timings.first_token_ms for _, answer in asked) / len(asked),
+        first_token_ms=sum(answer.first_token_ms for _, answer in asked) / len(asked),
         per_token_ms=sum(later) / len(later) if later else None,
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..graphs.errors import DataError, ImageError, PromptError
+from ..graphs.errors import ImageError, PromptError
 from ..graphs.progress import Advance, no_advance
 from ..runtime.image.image import load_image, pixel_key, preprocess
 from ..runtime.image.preprocessing import Preprocessing
@@ -45,12 +45,19 @@ class SamplePrompt:
     answer_ids: tuple[int, ...] = ()
     digest: str = ""
 
+    @property
+    def text_rows(self) -> int:
+        """Rows of its texts and its answer."""
+        texts = (part for part in self.parts if not isinstance(part, np.ndarray))
+        return sum(map(len, texts)) + len(self.answer_ids)
+
 
 def prepare(
     samples: Iterable[Sample],
     encoder: PromptEncoder,
     preprocessing: Preprocessing,
     advance: Advance = no_advance,
+    most_rows: int | None = None,
 ) -> tuple[list[SamplePrompt], list[tuple[str, str]]]:
     """Open, preprocess and tokenise samples in their order.
 
@@ -59,12 +66,13 @@ def prepare(
         encoder: of the checkpoint.
         preprocessing: of the checkpoint.
         advance: called after each sample.
+        most_rows: text rows of a prompt and its answer that the model has room for; None: any.
 
     Returns:
-        The prompts, and (name, reason) of each sample whose image could not be opened.
+        The prompts, and (name, reason) of each sample that cannot be used.
 
     Raises:
-        DataError: a prompt or an answer that cannot be used, or no image at all could be opened.
+        DataError: no sample can be used.
     """
     prompts: list[SamplePrompt] = []
     unreadable: list[tuple[str, str]] = []
@@ -73,13 +81,18 @@ def prepare(
         try:
             image = load_image(sample.image)
             pixels = preprocess(image, preprocessing)
-        except ImageError as error:
+            key = pixel_key(image, preprocessing)
+            prompt = _prompt(name, sample.prompt, sample.answer, key, pixels, encoder)
+            if most_rows is not None and prompt.text_rows > most_rows:
+                raise PromptError(
+                    f"prompt and answer take {prompt.text_rows} rows, the model has room for "
+                    f"{most_rows} beside the image"
+                )
+            prompts.append(prompt)
+        except (ImageError, PromptError) as error:
             # Files travel, and so do their names; the folders of this machine do not.
             shown = str(sample.image)
             unreadable.append((name, str(error).replace(shown, Path(shown).name)))
-        else:
-            key = pixel_key(image, preprocessing)
-            prompts.append(_prompt(name, sample.prompt, sample.answer, key, pixels, encoder))
         advance(1)
     if not prompts:
         reject_unreadable(unreadable)
@@ -95,17 +108,14 @@ def order_hash(prompts: Iterable[SamplePrompt]) -> str:
 def _prompt(
     name: str, text: str, answer: str, key: str, pixels: np.ndarray, encoder: PromptEncoder
 ) -> SamplePrompt:
-    try:
-        encoded = encoder.encode(text, images=1)
-    except PromptError as error:
-        raise DataError(f"{name}: {error}") from None
+    encoded = encoder.encode(text, images=1)
     parts = tuple(pixels if segment.is_image else segment.ids for segment in encoded.segments)
     digest = hashlib.sha256(json.dumps([key, text, answer]).encode()).hexdigest()
-    answer_ids = _answer_ids(name, encoded.text, answer.strip(), encoder.tokenizer)
+    answer_ids = _answer_ids(encoded.text, answer.strip(), encoder.tokenizer)
     return SamplePrompt(name, parts, answer_ids, digest)
 
 
-def _answer_ids(name: str, text: str, answer: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+def _answer_ids(text: str, answer: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Return the ids after the prompt's when the answer follows its text.
 
     Tokenisers tell a word at the beginning of a text from one behind a space; an answer is the
@@ -122,8 +132,7 @@ def _answer_ids(name: str, text: str, answer: str, tokenizer: Tokenizer) -> tupl
     added = tokenizer.get_added_tokens_decoder()
     control = [added[i].content for i in ids if i in added and added[i].special]
     if control:
-        raise DataError(
-            f"{name}: the answer contains the control token {control[0]!r}, which no answer has. "
-            "Remove it."
+        raise PromptError(
+            f"the answer contains the control token {control[0]!r}, which no answer has. Remove it"
         )
     return tuple(ids)

@@ -144,11 +144,11 @@ def samples_file(path: str | Path) -> Path:
 
 
 def reject_unreadable(unreadable: Sequence[tuple[str, str]]) -> NoReturn:
-    """Raise the error for samples of which none has an image that can be opened."""
-    first = f", the first because: {unreadable[0][1]}" if unreadable else ""
+    """Raise the error for samples of which none can be used."""
+    first = ", the first because: {}: {}".format(*unreadable[0]) if unreadable else ""
     raise DataError(
         f"none of {len(unreadable)} samples could be read{first}. "
-        "Give samples with images that can be opened."
+        "Give samples with images that can be opened, and prompts that can be asked."
     )
 
 

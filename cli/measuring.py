@@ -25,8 +25,13 @@ OUT_HINT = "--out profile.html"
 @click.option("--samples", type=click.IntRange(1), help="Ask so many only (demo: 200).")
 @click.option("--max-tokens", type=click.IntRange(1), default=32, show_default=True)
 @backend_option
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Keep the answers there, a line each; those that it holds are not asked for again.",
+)
 @as_json
-def evaluate(bundle, data, samples, max_tokens, backend, as_json) -> None:
+def evaluate(bundle, data, samples, max_tokens, backend, out, as_json) -> None:
     """Measure accuracy and speed on known answers.
 
     An answer is right when it equals the expected one but for case, punctuation and spacing. A
@@ -35,20 +40,45 @@ def evaluate(bundle, data, samples, max_tokens, backend, as_json) -> None:
     \b
     {"image": "1.jpg", "prompt": "How many dogs?", "answer": "2", "type": "count"}
 
-    The demo model needs no --data: it is asked about scenes that it was not trained on.
+    The demo model needs no --data: it is asked about scenes that it was not trained on. Samples
+    that cannot be asked are named and count nowhere. Answers are kept as they come: the same
+    command goes on where an earlier one was stopped.
 
     \b
     visistage evaluate engines/demo --samples 100
     visistage evaluate engines/llava-7b --data questions.jsonl --json
     """
-    from ..calib.evaluate import evaluate
+    from ..calib.answer_file import AnswerFile
+    from ..calib.evaluate import check_samples, evaluate
     from ..calib.samples import evaluation_samples
-    from .show.evaluation_view import counting, evaluation_table
+    from ..graphs.bundle import MANIFEST, Bundle, sha256
+    from .show.evaluation_view import (
+        counting,
+        evaluation_table,
+        tell_known,
+        tell_refused,
+        unfinished,
+    )
 
-    with session_of(bundle, backend=backend) as session:
-        chosen = evaluation_samples(session.bundle.manifest.model, data, samples)
-        with counting(len(chosen)) as advance:
-            report = evaluate(session, chosen, max_tokens=max_tokens, advance=advance)
+    opened = Bundle.open(bundle_at(bundle))
+    chosen = evaluation_samples(opened.manifest.model, data, samples)
+    with session_of(opened.path, backend=backend) as session:
+        good, refused = check_samples(session, chosen)
+        tell_refused(refused, len(chosen))
+        key = [sha256(opened.path / MANIFEST), max_tokens, backend]
+        kept = AnswerFile(out, key) if out else unfinished(key)
+        tell_known(kept, good)
+        with counting(len(good)) as advance:
+            report = evaluate(
+                session,
+                good,
+                max_tokens=max_tokens,
+                advance=advance,
+                kept=kept,
+                unreadable=refused,
+            )
+    if out is None and kept is not None:
+        kept.file.unlink(missing_ok=True)
     if as_json:
         show_json({"bundle": str(session.bundle.path), **report.to_dict()})
     else:

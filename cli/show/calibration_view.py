@@ -68,7 +68,7 @@ def calibration_table(folder: Path, calibration: Calibration) -> RenderableType:
     if suggested:
         parts.append(Text(f"per prompt instead: {suggested['plan']}, not measured"))
     if samples.unreadable:
-        parts.append(Text(f"{len(samples.unreadable)} images could not be read, count nowhere:"))
+        parts.append(Text(f"{len(samples.unreadable)} samples could not be used, count nowhere:"))
         parts += [Text(f"  {name}: {why}") for name, why in samples.unreadable[:MOST_SHOWN]]
     found = calibration_warnings(calibration)
     if found:

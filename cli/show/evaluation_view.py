@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from ...graphs.errors import VisistageError
+from ...graphs.foreign_text import shortened
 from ...graphs.progress import Advance
-from .output import console
+from .output import console, say
 
 if TYPE_CHECKING:
+    from ...calib.answer_file import AnswerFile
     from ...calib.evaluate import EvaluationReport
+    from ...calib.samples import Sample
 
 MOST_SHOWN = 5
-"""Wrong answers and unreadable images listed; ``--json`` has all of them."""
+"""Wrong answers and samples that could not be asked listed; ``--json`` has all of them."""
 
 
 @contextmanager
@@ -28,6 +34,33 @@ def counting(total: int) -> Iterator[Advance]:
     with Progress(console=shown, transient=True, disable=not shown.is_terminal) as bar:
         task = bar.add_task("asking", total=total)
         yield lambda units: bar.advance(task, units)
+
+
+def unfinished(key: Any) -> AnswerFile | None:
+    """Return the file here that keeps answers until an evaluation is done; None if it cannot be."""
+    from ...calib.answer_file import AnswerFile
+
+    name = f"evaluate-{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}.partial.jsonl"
+    try:
+        return AnswerFile(Path(name), key)
+    except VisistageError as error:
+        say(f"{error}; if this run is stopped, the next one begins anew", err=True)
+        return None
+
+
+def tell_refused(refused: Sequence[tuple[str, str]], of: int) -> None:
+    """Name the first samples that cannot be asked, before hours are spent on the others."""
+    if refused:
+        say(f"{len(refused)} of {of} samples cannot be asked and count nowhere:", err=True)
+        for name, why in refused[:MOST_SHOWN]:
+            say(f"  {name}: {shortened(why)}", err=True)
+
+
+def tell_known(kept: AnswerFile | None, samples: Sequence[Sample]) -> None:
+    """Say how many answers an earlier run left."""
+    known = sum(kept.find(sample) is not None for sample in samples) if kept else 0
+    if kept and known:
+        say(f"{known} of {len(samples)} answers are in {kept.file} already", err=True)
 
 
 def evaluation_table(report: EvaluationReport) -> RenderableType:
@@ -49,6 +82,6 @@ def evaluation_table(report: EvaluationReport) -> RenderableType:
     if len(report.misses) > MOST_SHOWN:
         lines.append(f"... and {len(report.misses) - MOST_SHOWN} more wrong answers (--json)")
     if report.unreadable:
-        lines.append(f"{len(report.unreadable)} images could not be read and count nowhere:")
+        lines.append(f"{len(report.unreadable)} samples could not be asked and count nowhere:")
         lines += [f"  {name}: {why}" for name, why in report.unreadable[:MOST_SHOWN]]
     return Group(table, *(Text(line) for line in lines))

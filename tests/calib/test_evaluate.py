@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from visistage.calib.answer_file import AnswerFile
 from visistage.calib.evaluate import UNTYPED, Share, evaluate
 from visistage.calib.samples import Sample
-from visistage.graphs.errors import DataError, ImageError, PromptError
+from visistage.graphs.errors import CapacityError, DataError, ImageError, PromptError
 from visistage.runtime.answer import Answer, PlanFacts, Timings
 from visistage.runtime.text.sampling import Sampling
 
@@ -70,9 +71,50 @@ def test_asks_greedily_with_the_checkpoints_other_settings():
     assert options == {"max_tokens": 7, "sampling": Sampling(repetition_penalty=1.5)}
 
 
-def test_only_images_may_fail():
-    with pytest.raises(PromptError):
-        evaluate(Scripted(), [*SAMPLES, sample("unknown?", "x")])
+def test_a_sample_that_fails_is_named_and_the_others_count():
+    report = evaluate(Scripted(), [sample("unknown?", "x"), *SAMPLES], unreadable=[("a:1", "b")])
+    assert report.overall == Share(2, 3)
+    assert report.unreadable[:2] == (("a:1", "b"), ("data:unknown?", "too long"))
+
+
+class Stopped(Scripted):
+    """The same, interrupted at the third question."""
+
+    def infer(self, image, prompt, **options):
+        if len(self.asked) == 2:
+            raise KeyboardInterrupt
+        return super().infer(image, prompt, **options)
+
+
+def test_answers_outlive_a_run_that_ends_early(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Stopped(), SAMPLES, kept=AnswerFile(file, "bundle"))
+    assert len(file.read_text().splitlines()) == 2
+    file.write_text(file.read_text() + '{"digest": "12')  # killed while it wrote
+    session = Scripted()
+    report = evaluate(session, SAMPLES, kept=AnswerFile(file, "bundle"))
+    assert [prompt for _, prompt, _ in session.asked] == ["one?", "where?"]
+    assert report.overall == Share(2, 3)
+    assert report.misses == evaluate(Scripted(), SAMPLES).misses
+    other = Scripted()
+    evaluate(other, SAMPLES, kept=AnswerFile(file, "another bundle"))
+    assert len(other.asked) == len(SAMPLES)
+    again = evaluate(session, SAMPLES, kept=AnswerFile(file, "bundle"))
+    assert (again.overall, len(session.asked)) == (Share(2, 3), 3)  # what failed is tried again
+
+
+@pytest.mark.parametrize("text", ["no answers\n", "no answers", '{"image": "a.png"}\n', "[]\n"])
+def test_a_file_of_something_else_is_left_alone(tmp_path, text):
+    file = tmp_path / "answers.jsonl"
+    file.write_text(text)
+    with pytest.raises(DataError, match=r"answers\.jsonl:1: "):
+        AnswerFile(file, "bundle")
+    assert file.read_text() == text
+    with pytest.raises(CapacityError, match="cannot be kept"):
+        AnswerFile(tmp_path / "absent" / "answers.jsonl", "bundle")
+    with pytest.raises(CapacityError, match="cannot be kept"):
+        AnswerFile(tmp_path, "bundle")
 
 
 def test_nothing_asked_is_an_error_not_a_score():

@@ -233,10 +233,30 @@ def test_evaluate(at):
     assert facts["unreadable"][0]["sample"].endswith("data.jsonl:3")
     table = ok(*arguments).stdout
     assert "50.0 %" in table
-    assert "1 images could not be read" in table
+    assert "1 samples could not be asked" in table
+    assert not list(at.glob("*.partial.jsonl"))
+    first = json.loads(ok(*arguments, "--out", "answers.jsonl", "--json").stdout)
+    assert len((at / "answers.jsonl").read_text().splitlines()) == 2
+    again = ok(*arguments, "--out", "answers.jsonl", "--json")
+    assert json.loads(again.stdout)["misses"] == first["misses"]
+    assert "2 of 2 answers are in answers.jsonl already" in again.stderr
     rejected = run("evaluate", "engines")
     assert rejected.exit_code == 2
     assert "--data" in rejected.stderr
+
+
+def test_a_sample_that_cannot_be_asked_is_named_before_the_others_are(at):
+    lines = [
+        {"image": "photo.png", "prompt": "<image>\nWhat?", "answer": "x"},
+        {"image": "photo.png", "prompt": "What?", "answer": "x"},
+        {"image": "photo.png", "prompt": "What? " * 4000, "answer": "x"},
+    ]
+    (at / "mixed.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    done = ok("evaluate", "engines", "--data", "mixed.jsonl", "--max-tokens", 2)
+    assert "1 of 3 samples cannot be asked" in done.stderr
+    assert "mixed.jsonl:1: the prompt contains the image token" in done.stderr
+    assert "2 samples could not be asked" in done.stdout
+    assert "mixed.jsonl:3" in done.stdout
 
 
 def test_doctor():

@@ -387,3 +387,16 @@ def test_texts_that_cannot_be_used_are_named(tmp_path, texts, prompt, answer, wo
     sample = Sample("x:1", picture(tmp_path, "a.png", 9), prompt, answer)
     with pytest.raises(DataError, match=re.escape(words)):
         prepare([sample], encoder, preprocessing)
+    good = replace(sample, name="x:2", prompt="What?", answer="yes")
+    prompts, unreadable = prepare([sample, good], encoder, preprocessing)
+    assert [prompt.name for prompt in prompts] == ["x:2"]
+    assert [f"{name}: {reason}"[: len(words)] for name, reason in unreadable] == [words]
+
+
+def test_a_prompt_without_room_is_named(tmp_path, texts):
+    encoder, preprocessing, _ = texts
+    picture(tmp_path, "a.png", 9)
+    long, short = (Sample(f"x:{n}", tmp_path / "a.png", "What? " * n, "a") for n in (40, 1))
+    prompts, ((name, reason),) = prepare([long, short], encoder, preprocessing, most_rows=60)
+    assert (name, [prompt.name for prompt in prompts]) == ("x:40", ["x:1"])
+    assert "room for 60" in reason
