@@ -131,8 +131,9 @@ def _torch_rate(dtype) -> float:
 def _onnxruntime_rate(dtype: str, threads: int) -> float:
     """Measure a product of ``dtype`` with a constant, which is packed as a model's weights are."""
     import numpy as np
-    import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
+
+    from ..runtime.backends.onnx_runtime import ort
 
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     integer = dtype != "float32"

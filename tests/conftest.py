@@ -8,6 +8,7 @@ import os
 
 # Before NumPy is imported, and for the processes that tests start, too.
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["VISISTAGE_THREADS"] = "1"
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of tests that import ONNX Runtime themselves
 
 import pytest
 import torch

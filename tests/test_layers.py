@@ -1,6 +1,7 @@
 """The law of imports: a room imports the rooms below it, and loads the libraries of its row."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("demo", "graphs", "pages", "runtime", "compile", "calib", "tools", "cli", "bench")
 """From the ground up. The root holds the version, which every room may read."""
 TORCH = {"numpy", "torch", "transformers"}
-ONNX = {"onnx", "onnx_ir", "onnxscript", "onnxruntime"}
+ONNX = {"onnx", "onnx_ir", "onnxscript"}
 LIBRARIES = {  # of a room, a folder or a module; the longest name that fits counts
     "demo": {"PIL", "numpy"},
     "demo.training": TORCH | {"PIL", "tokenizers"},
@@ -24,18 +25,19 @@ LIBRARIES = {  # of a room, a folder or a module; the longest name that fits cou
     "graphs.plan.probing": {"numpy"},
     "pages": {"jinja2"},
     "runtime": {"PIL", "jinja2", "numpy", "tokenizers"},
-    "runtime.backends": {"numpy", "onnxruntime", "openvino", "psutil"},
-    "runtime.device": {"cuda", "numpy", "onnxruntime"},
+    "runtime.backends": {"numpy", "openvino", "psutil"},
+    "runtime.backends.onnx_runtime": {"onnxruntime"},  # nobody else: it turns telemetry off
+    "runtime.device": {"cuda", "numpy"},
     "compile": TORCH | ONNX | {"psutil", "safetensors", "tokenizers", "yaml"},
     "compile.checkpoint": TORCH | {"huggingface_hub", "safetensors", "tokenizers"},
     "compile.disk": {"filelock"},
     "compile.engines": set(),
     "compile.steps": set(),
     "calib": TORCH | {"PIL", "safetensors", "tokenizers"},
-    "tools": {"PIL", "jinja2", "numpy", "onnxruntime", "psutil"},
+    "tools": {"PIL", "jinja2", "numpy", "psutil"},
     "tools.profile.polygraphy_runs": {"numpy", "polygraphy"},
     "tools.verify": TORCH | ONNX | {"PIL", "psutil"},
-    "cli": {"click", "numpy", "onnxruntime", "psutil", "rich"},
+    "cli": {"click", "numpy", "psutil", "rich"},
     "__main__": set(),
 }
 LIGHT = ("runtime", "pages", "compile.engines", "tools.profile", "tools.explain", "tools.estimate")
@@ -145,6 +147,13 @@ def test_light_rooms_lead_to_nothing_heavy(room):
         assert not reached(EDGES, module) & {f"library {name}" for name in HEAVY}, module
 
 
+def test_one_module_alone_imports_onnx_runtime():
+    """Not only by the law: ``bench`` may load anything, and would send telemetry just the same."""
+    files = [*ROOT.glob("*.py"), *(f for room in ROOMS for f in (ROOT / room).rglob("*.py"))]
+    text = re.compile(r"(import|from)\s+onnxruntime|import_module\(.onnxruntime")
+    assert [f.name for f in files if text.search(f.read_text("utf-8"))] == ["onnx_runtime.py"]
+
+
 def test_every_folder_with_code_is_a_room():
     assert {file.parent.name for file in ROOT.glob("*/__init__.py")} - {"tests"} == set(ROOMS) - {
         room for room in ROOMS if not (ROOT / room / "__init__.py").exists()
@@ -165,6 +174,8 @@ def test_rows_name_what_exists():
         ("runtime.session", "from ..compile import build"),
         ("runtime.session", "from ..compile.build import build"),
         ("runtime.session", "import openvino"),
+        ("runtime.backends.ort", "import onnxruntime"),
+        ("tools.profile.roofline", "import onnxruntime"),
         ("runtime.device.executor", "import torch"),
         ("runtime.device.engine_trt", "import tensorrt"),
         ("runtime.text.detokenize", "from ... import calib"),

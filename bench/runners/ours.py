@@ -2,8 +2,8 @@
 
 from serving import Heard, serve  # isort: skip  (first: it notes when this process began)
 
-import onnxruntime
 from visistage import runtime
+from visistage.runtime.backends.onnx_runtime import ort
 
 
 class BundleRunner:
@@ -12,7 +12,7 @@ class BundleRunner:
     def __init__(self, model, threads):
         self.session = runtime.load(model, threads=threads)
         self.session.eos = frozenset()
-        self.about = {"onnxruntime": onnxruntime.__version__}
+        self.about = {"onnxruntime": ort.__version__}
 
     def ask(self, image, question, text, new):
         """Answer; a session recognises an image by its pixels."""

@@ -107,10 +107,10 @@ def _to_export(absent: list[str]) -> list[str]:
 
 def _onnxruntime() -> tuple[str | None, list[str]]:
     try:
-        import onnxruntime
+        from ...runtime.backends.onnx_runtime import ort
     except ImportError:
         return None, []
-    return onnxruntime.__version__, onnxruntime.get_available_providers()
+    return ort.__version__, ort.get_available_providers()
 
 
 def _version(package: str) -> str | None:

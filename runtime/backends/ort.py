@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import psutil
 
 from ...graphs.bundle import Bundle
@@ -29,6 +28,7 @@ from .backend import BackendOptions
 from .cpu_caches import HostExecutor
 from .denormals import AVAILABLE, flushed
 from .feeds import gated_depth, shape_of, stage_feeds
+from .onnx_runtime import ort
 
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 

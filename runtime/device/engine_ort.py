@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import onnxruntime as ort
 
 from ...graphs.bundle import Bundle
 from ...graphs.errors import EngineError
 from ...graphs.targets import Target
 from ..backends.backend import BackendOptions
+from ..backends.onnx_runtime import ort
 from ..backends.ort import CPU_PROVIDER, CUDA_PROVIDER, load_session
 from ..backends.ort import missing as missing_provider
 from ..hardware import find_gpu

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from ...graphs.bundle import Manifest
 from ...graphs.plan.call_cost import GraphCall, Sizes, Work, total_work, work_of
+from ...runtime.backends.onnx_runtime import ort
 from .timing import repeated, timed_ms
 
 PRODUCT_SIDE = 1536

@@ -15,7 +15,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from ...graphs.modules.select import Prober, Selector
 from ...graphs.modules.vision import Vision
 from ...graphs.precision import NO_FALLBACK, Fp32Fallback
 from ...graphs.targets import PORTABLE
+from ...runtime.backends.onnx_runtime import ort
 from ...runtime.backends.ort import int8_session_entries
 from .compare import LOOSE, bounds_of, first_wrong, strict, tensor_error
 from .stored_graph import BUILD_AGAIN, StoredGraph, new_rows, quantise_module
