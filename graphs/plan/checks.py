@@ -145,7 +145,7 @@ def check_probe(probe: Probe, first: Stage, visual_tokens: int) -> None:
         if not (fits or (value is None and name == "exit_cosine")):
             wanted = f"a number from {low:g} to {high:g}"
             reject(f"probe.{name}", value, wanted, PlanError, "Write one.")
-    check_flags(probe, "probe.", "strict", "consecutive")
+    check_flags(probe, "probe.", "strict", "consecutive", "whole_leaves")
     layers = probe.exit_layers
     require(is_count(layers), "probe.exit_layers", layers, "a positive integer", "Write 2.")
     sizes = probe.buckets

@@ -31,13 +31,14 @@ class Decision:
         self.norms: np.ndarray | None = None
         self.exit: int | None = None
         self._quiet = 0
+        self._may_leave = probe.exit_cosine is not None
 
     @property
     def settled(self) -> bool:
         """True once no reading can change anything."""
         if self.trigger is None:
             return False
-        return self.probe.exit_cosine is None or self.exit is not None
+        return not self._may_leave or self.exit is not None
 
     def read(self, layer: int, cosines: np.ndarray, norms: np.ndarray) -> None:
         """Note the probe of ``layer``.
@@ -53,8 +54,9 @@ class Decision:
                     strong = norms >= self.probe.contribution
                 self.trigger, self.norms = layer, norms
                 self.kept = np.flatnonzero(strong)
+                self._may_leave &= self.probe.whole_leaves or not strong.all()
             return
-        if self.probe.exit_cosine is None or self.exit is not None:
+        if self.settled:
             return
         if (cosines >= self.probe.exit_cosine).all():
             self._quiet += 1

@@ -95,6 +95,7 @@ class Probe:
 
     Both act at the next edge. ``consecutive``: a layer that is not quiet starts the count again.
     ``buckets``: row counts that a selection is padded to, ascending; empty: exactly what is kept.
+    ``whole_leaves``: vision may leave after a selection that kept every token, too.
 
     Source: docs/methods.md, "VisiPruner: decision rules".
     """
@@ -107,6 +108,7 @@ class Probe:
     exit_layers: int = 2
     consecutive: bool = False
     buckets: tuple[int, ...] = ()
+    whole_leaves: bool = field(default=True, metadata={"omit": True})
 
     def rows_for(self, kept: int) -> int:
         """Return the rows that ``kept`` tokens take: their bucket, or a multiple of the largest."""

@@ -93,7 +93,10 @@ class VisiPrunerCode(_Probing):
         template = ask.option("template", "7b" if ask.layers != 40 else "13b")
         modes = _shallow_modes(template, shallow)
         ends = tuple(range(first, ask.layers - 1))
-        return ask.probing(ends, self.thresholds(ask, first), modes, decode_sees=True)
+        probe = self.thresholds(ask, first)
+        # Where all rows are still there, the code gathers them again instead of dropping vision.
+        probe = probe and replace(probe, whole_leaves=False)
+        return ask.probing(ends, probe, modes, decode_sees=True)
 
 
 @dataclass(frozen=True)

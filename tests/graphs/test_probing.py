@@ -46,6 +46,13 @@ def test_cumulative_and_consecutive_counts():
     assert decide(replace(PROBE, consecutive=True), *readings).exit == 6
 
 
+def test_the_released_code_lets_no_vision_leave_that_it_kept_whole():
+    whole = (replace(PROBE, contribution=0.1), replace(PROBE, contribution=0.1, whole_leaves=False))
+    assert [decide(probe, TRIGGER, QUIET, QUIET).exit for probe in whole] == [4, None]
+    assert decide(whole[1], TRIGGER).settled
+    assert decide(replace(PROBE, whole_leaves=False), TRIGGER, QUIET, QUIET).exit == 4
+
+
 def test_a_decision_is_settled_when_nothing_can_change_it():
     never = replace(PROBE, exit_cosine=None)
     assert not decide(never, LOUD).settled

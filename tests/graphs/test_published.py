@@ -176,6 +176,19 @@ def test_golden_numbers(case, request):
                 assert found[key][field] == value, (key, field)
 
 
+@pytest.mark.parametrize(("variant", "leaves"), [("code", False), ("paper", True)])
+def test_vision_that_was_kept_whole_leaves_in_the_paper_alone(case, variant, leaves):
+    """Every layer is quiet, every token strong: the code gathers all rows, again and again."""
+    method = small(variant, cosine=1.1, contribution=0.0, exit_cosine=-1.0)
+    prompt, last = Prompt(case, 3), case.model.text.layers - 1
+    logits, trace, tokens = prompt.judge(method, 8)
+    plan = case.plan(f"visipruner-{variant}", **(options(method) | {"cosine": 1.0}))
+    result = chain.run(case.weights, case.text, prompt.rows, prompt.spans, plan, 8)
+    agree(result, logits, trace, tokens, prompt, variant)
+    assert len(result.kept[0]) == case.model.visual_tokens
+    assert (result.exit < last) == leaves
+
+
 def test_a_batch_goes_prompt_by_prompt(case):
     """Prompts of one batch may trigger at different layers."""
     prompts = [Prompt(case, seed) for seed in (3, 4, 5)]
@@ -192,7 +205,9 @@ def test_a_batch_goes_prompt_by_prompt(case):
 
 # --- adaptive: the same decisions, acting at the next of a few edges ------------------------------
 
-ADAPTIVE = dataclasses.replace(published.CODE, shallow=2, probe=3, decode_sees=False)
+ADAPTIVE = dataclasses.replace(
+    published.CODE, shallow=2, probe=3, decode_sees=False, whole_leaves=True
+)
 EDGES = {"every layer": (3, 4, 5, 6, 7), "some": (4, 6), "one": (5,)}
 
 

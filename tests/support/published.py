@@ -27,6 +27,8 @@ class Method:
     strict: keep where |c| > contribution; otherwise >=.
     cumulative: quiet layers are counted over all; otherwise they must follow each other.
     decode_sees: whether decoded rows see the picture in the text-blind layers.
+    whole_leaves: whether vision can leave where every token was kept (the code gathers all its
+        rows again in each later layer, and never comes to the branch that drops them).
     edges: the layers after which anything can take effect; None: after each. Not published.
     """
 
@@ -44,6 +46,7 @@ class Method:
     strict: bool = True
     cumulative: bool = True
     decode_sees: bool = True
+    whole_leaves: bool = False
     edges: tuple[int, ...] | None = None
 
 
@@ -55,6 +58,7 @@ PAPER = replace(
     strict=False,
     cumulative=False,
     decode_sees=False,
+    whole_leaves=True,
 )
 
 
@@ -87,7 +91,7 @@ def forward(weights, config, embeds, visual, method, decided=None, prompt=None):
     depth = config["num_hidden_layers"]
     prompt = len(embeds) if prompt is None else prompt
     trace = Trace()
-    quiet = 0
+    quiet, kept_all = 0, False
     edges = range(depth - 1) if method.edges is None else method.edges
     rows = torch.arange(len(embeds))
     x = embeds
@@ -132,7 +136,8 @@ def forward(weights, config, embeds, visual, method, decided=None, prompt=None):
                         strong = length >= method.contribution
                     trace.called = layer
                     trace.kept = rows[seen][strong]
-            elif method.deep and trace.left is None:
+                    kept_all = bool(strong.all())
+            elif method.deep and trace.left is None and (method.whole_leaves or not kept_all):
                 if (cosine[torch.isin(rows[seen], trace.kept)] >= method.exit_cosine).all():
                     quiet += 1
                 elif not method.cumulative:
