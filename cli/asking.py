@@ -16,6 +16,10 @@ from .show.units import ByteSize
 OUT_HINT = "--out explain.html"
 
 
+LOADING = ("backend", "threads", "memory_limit", "max_pixels")
+"""Options of ``infer`` that go to ``runtime.load``."""
+
+
 @click.command()
 @click.argument("images", nargs=-1, metavar="[IMAGE]...")
 @click.argument("prompt")
@@ -31,6 +35,13 @@ OUT_HINT = "--out explain.html"
     "--threads", type=click.IntRange(1), help="Default: as many as were found fastest here."
 )
 @click.option("--memory-limit", type=ByteSize(), help="For the weights, such as 4GiB.")
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    default=64_000_000,
+    show_default=True,
+    help="Width x height of the largest image that is decoded.",
+)
 @click.option("--stream/--no-stream", default=True, help="Print the answer as it comes.")
 @as_json
 def infer(images, prompt, bundle, as_json, stream, max_tokens, stop, **options) -> None:
@@ -50,7 +61,7 @@ def infer(images, prompt, bundle, as_json, stream, max_tokens, stop, **options) 
 
     if not images and os.path.isfile(prompt):  # a long prompt is no path: Path would raise
         raise click.UsageError(f"{prompt} is a file, and no question follows it. Add one.")
-    load = {name: options.pop(name) for name in ("backend", "threads", "memory_limit")}
+    load = {name: options.pop(name) for name in LOADING}
     sources = _read_images(images)
     with session_of(bundle, **load) as session:
         sampling = _sampling(session.sampling, options)

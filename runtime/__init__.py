@@ -4,9 +4,9 @@
     runtime.infer("photo.jpg", "What is this?")             # VISISTAGE_BUNDLE, or ./engines
     with runtime.load("engines/llava-7b") as session:
         image = session.open("photo.jpg")                   # computed once
-        answer = session.infer(image, "How many people?")
+        answer = session.infer(image, "How many people?", temperature=0.7, seed=1)
 
-These four names are the public API. Each is looked up on first use: importing this package loads
+These six names are the public API. Each is looked up on first use: importing this package loads
 neither ONNX Runtime nor anything else.
 """
 
@@ -16,19 +16,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..graphs.errors import VisistageError
     from .answer import Answer
     from .oneshot import infer
     from .session import Session, load
+    from .text.sampling import Sampling
 
-__all__ = ["Answer", "Session", "infer", "load"]
+__all__ = ["Answer", "Sampling", "Session", "VisistageError", "infer", "load"]
 
-_HOMES = {"Answer": "answer", "Session": "session", "infer": "oneshot", "load": "session"}
+_HOMES = {
+    "Answer": ".answer",
+    "Sampling": ".text.sampling",
+    "Session": ".session",
+    "VisistageError": "..graphs.errors",
+    "infer": ".oneshot",
+    "load": ".session",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    value = getattr(importlib.import_module(_HOMES[name], __name__), name)
     globals()[name] = value
     return value
 

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import html
+from collections.abc import MutableMapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
 
 from ..graphs.chain.chain import Prefilled, last_layers
 from ..graphs.contract import INVISIBLE
 from ..graphs.plan.cost import Geometry, Load, cost_of
 from ..graphs.plan.plan import StagePlan
+from .image.overlay import Grid, dimmed, image_uri, seen
+
+DECODED: MutableMapping[str, Any] = WeakValueDictionary()
+"""Images by key (``session.OpenedImage``) for as long as somebody holds them: an answer does not,
+for programs keep answers by the thousand."""
+
+_FINISHES = {
+    "eos": "the model ended it",
+    "stop": "a stop string came",
+    "length": "max_tokens was reached",
+}
 
 
 @dataclass(frozen=True)
@@ -121,8 +136,25 @@ def _deviations(
 
 
 @dataclass(frozen=True)
+class ShownTokens:
+    """The visual tokens of an image of a prompt: its key, their rows, and their places in it."""
+
+    key: str
+    start: int
+    count: int
+    grid: Grid
+
+    def kept(self, kept: tuple[int, ...] | None) -> np.ndarray:
+        """Return which (rows, columns) of the image are of tokens that were ``kept``; None: all."""
+        tokens = np.ones(self.count, bool)
+        if kept is not None:
+            tokens = np.isin(np.arange(self.start, self.start + self.count), kept)
+        return self.grid.cells(tokens)
+
+
+@dataclass(frozen=True, repr=False)
 class Answer:
-    """An answer; ``str(answer)`` is its text.
+    """An answer; ``str(answer)`` is its text, and a notebook shows it beside what it came from.
 
     ``finish``: "eos" (the model ended it), "stop" (a stop string) or "length" (max_tokens).
     """
@@ -131,11 +163,43 @@ class Answer:
     tokens: tuple[int, ...]
     finish: str
     timings: Timings
-    plan: PlanFacts = field(repr=False)
+    plan: PlanFacts
+    shown: tuple[ShownTokens, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return self.text
 
+    def __repr__(self) -> str:
+        return f"<Answer {self.text!r}: {self._summary()}>"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plain JSON form."""
-        return asdict(self)
+        facts = {field.name: getattr(self, field.name) for field in fields(self)}
+        del facts["shown"]
+        return {
+            name: asdict(value) if name in ("timings", "plan") else value
+            for name, value in facts.items()
+        }
+
+    def _summary(self) -> str:
+        """Say in some words how the answer came about."""
+        times, plan = self.timings, self.plan
+        words = [] if self.text else ["an empty answer"]
+        count = len(self.tokens)
+        words += [f"{count} token{'s' * (count != 1)}", _FINISHES.get(self.finish, self.finish)]
+        if plan.kept is not None:
+            words.append(f"{plan.plan} kept {len(plan.kept)} of {plan.visual_tokens} visual tokens")
+        return ", ".join([*words, f"{times.first_token_ms:.0f} ms to the first"])
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: images dark where no kept token is, text and summary."""
+        parts = []
+        for place in self.shown:
+            image = DECODED.get(place.key)
+            if image is not None:
+                sight = seen(image.image, image.preprocessing)
+                drawn = dimmed(sight, place.kept(self.plan.kept), place.grid.extent)
+                parts.append(f'<img src="{image_uri(drawn)}" style="max-height: 20em">')
+        text = html.escape(self.text) or "<i>(empty)</i>"
+        parts.append(f'<div style="white-space: pre-wrap">{text}</div>')
+        return "\n".join([*parts, f"<small>{html.escape(self._summary())}</small>"])

@@ -1,18 +1,20 @@
 """``infer`` in one call, which finds the bundle and keeps its session for the next question.
 
-A session stays loaded until its bundle is built again, or the program ends. Programs that want to
-free memory, or ask from several threads, hold their own: ``runtime.load``.
+A session stays loaded until its bundle is built again, or the program ends; a process forked from
+this one loads its own. Programs that want to free memory hold theirs: ``runtime.load``.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..graphs.bundle import MANIFEST, find_bundle
 from .answer import Answer
-from .session import Images, Session, load
+from .session import DEFAULT_MAX_TOKENS, Images, Session, load
+from .text.sampling import Sampling
 
 BUNDLE_VARIABLE = "VISISTAGE_BUNDLE"
 """Environment variable that names the bundle to use where none is given."""
@@ -33,7 +35,16 @@ def infer(
     prompt: str,
     *,
     bundle: str | os.PathLike | None = None,
-    **options,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    max_new_tokens: int | None = None,
+    stop: Sequence[str] | str = (),
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+    sampling: Sampling | None = None,
 ) -> Answer:
     """Answer ``prompt`` about ``image``; the first call loads the bundle, later ones reuse it.
 
@@ -42,14 +53,36 @@ def infer(
         prompt: the question.
         bundle: a bundle, or a folder holding exactly one; by default what ``VISISTAGE_BUNDLE``
             names, or the only one in ``./engines``.
-        **options: ``max_tokens``, ``stop`` and ``sampling`` of ``Session.stream``.
+        max_tokens: this and the others as in ``Session.stream``.
+        max_new_tokens: see there.
+        stop: see there.
+        temperature: see there.
+        top_p: see there.
+        top_k: see there.
+        min_p: see there.
+        repetition_penalty: see there.
+        seed: see there.
+        sampling: see there.
 
     Raises:
         VisistageError: no bundle or several, or an input that cannot be used.
     """
     folder = default_bundle() if bundle is None else Path(bundle)
-    with _lock:  # a session answers one question at a time
-        return _session(folder).infer(image, prompt, **options)
+    with _lock:  # or the session might be closed, for a newer bundle, while it answers
+        return _session(folder).infer(
+            image,
+            prompt,
+            max_tokens=max_tokens,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            sampling=sampling,
+        )
 
 
 def default_bundle() -> Path:
@@ -67,3 +100,14 @@ def _session(path: Path) -> Session:
         known = None
     sessions[folder] = known or (stamp, load(folder))
     return sessions[folder][1]
+
+
+def _forked() -> None:
+    """Start anew in a forked process, whose parent may have held the lock."""
+    global _lock
+    _lock = threading.Lock()
+    sessions.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forked)

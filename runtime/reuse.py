@@ -154,8 +154,7 @@ class Context:
         text = self.rows_of(parts) - visual + max_tokens
         needs = [text + rows for rows in visual_rows(self.chain.plan, visual)]
         if self.executor.prepare(needs):
-            self.chain.forget()
-            self.current_key, self.prefix_rows = None, 0
+            self.reset()
 
     def advance(self, parts: Sequence[PromptPart]) -> None:
         """Bring stage 0 to the end of the last image of ``parts``, computing only what is new."""
@@ -199,11 +198,16 @@ class Context:
             self.cached.put(key, whole, whole.nbytes)
         self.pending.clear()
 
-    def clear(self) -> None:
-        """Forget everything that was computed; stage 0 starts again, too."""
-        self.cached.clear()
+    def reset(self) -> None:
+        """Forget what the stages hold; images that were copied out of them stay known."""
+        self.chain.forget()
         self.pending.clear()
-        self.current_key = None
+        self.current_key, self.prefix_rows = None, 0
+
+    def clear(self) -> None:
+        """Forget everything that was computed."""
+        self.cached.clear()
+        self.reset()
 
     def _advance(
         self, begin: int, parts: Sequence[PromptPart], question: PromptPart | None = None

@@ -6,16 +6,22 @@
         for piece in session.stream(image, "Why?"): ...
 
 It knows prompts, images and sampling; stages are the business of ``reuse`` and the back end.
+Threads may share a session: their calls take turns.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -24,16 +30,17 @@ from PIL import Image
 from ..graphs.bundle import Bundle
 from ..graphs.chain.executor import Rows
 from ..graphs.errors import CapacityError, PromptError, VisistageError
-from ..graphs.plan.cost import Geometry
-from .answer import Answer, Timings, plan_facts
+from ..graphs.fields import show
+from .answer import DECODED, Answer
 from .autotune import choose_fused_prefill
 from .backends.backend import BackendOptions
 from .backends.registry import find_backend
-from .image.image import Preprocessing, load_image, pixel_key, preprocess
+from .image.image import MAX_PIXELS, Preprocessing, load_image, pixel_key, preprocess
 from .reuse import ByteCache, Context, PromptImage, PromptPart
-from .text.detokenize import TextStream
-from .text.prompt import PromptEncoder, Segment
-from .text.sampling import Sampling, choose, eos_ids, stop_strings
+from .stream import AnswerRequest, Stream
+from .text.detokenize import checked_stops
+from .text.prompt import MAX_IMAGES, PromptEncoder, Segment
+from .text.sampling import Sampling, eos_ids, stop_strings, whole_number
 
 DEFAULT_CACHE_BYTES = 512 << 20
 DEFAULT_MAX_TOKENS = 128
@@ -53,6 +60,8 @@ class OpenedImage:
         return preprocess(self.image, self.preprocessing)
 
 
+_loaded: weakref.WeakSet[Session] = weakref.WeakSet()
+
 Source = Any
 """A path, bytes, file object, PIL image, uint8 array, or an ``OpenedImage``."""
 
@@ -61,11 +70,21 @@ Images = Source | Sequence[Source] | None
 
 
 class Session:
-    """See the module. Not for several threads at once; a stream ends when the next one starts.
+    """See the module. A question, or a newer stream, ends a stream that is under way.
 
-    ``backend``: what runs the graphs; None: as the bundle's target says. ``onnxruntime`` runs the
-    graphs of any bundle on this CPU. ``profile``: a folder for ONNX Runtime's times of every
-    operator (``executor.end_profiles``).
+    Args:
+        bundle: an opened one; ``load`` takes its path.
+        backend: what runs the graphs; None: as the bundle's target says. ``onnxruntime`` runs the
+            graphs of any bundle on this CPU.
+        threads: of the CPU; None: as many as were found fastest here.
+        memory_limit: bytes that the weights may take; None: what is available now.
+        cache_bytes: for images seen before: half for what the vision encoder made of them, half
+            for what stage 0 did. 0 computes every image anew.
+        max_pixels: of the largest image that is decoded, width x height.
+        profile: a folder for ONNX Runtime's times of every operator (``executor.end_profiles``).
+
+    Raises:
+        VisistageError: the bundle cannot run here, or an option cannot be used.
     """
 
     def __init__(
@@ -76,8 +95,11 @@ class Session:
         threads: int | None = None,
         memory_limit: int | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        max_pixels: int = MAX_PIXELS,
         profile: Path | None = None,
     ):
+        cache_bytes = whole_number("cache_bytes", cache_bytes, 0)
+        self.max_pixels = whole_number("max_pixels", max_pixels, 1)
         options = BackendOptions(threads, memory_limit, profile)
         row = find_backend(bundle, backend, options)
         bundle.check()
@@ -95,6 +117,8 @@ class Session:
         self.context = Context(bundle, self.executor, cache_bytes // 2, fused=fused)
         self.visual_rows: ByteCache[Rows] = ByteCache(cache_bytes // 2)
         self.turn = 0  # counts what was asked: a newer question ends a stream
+        self._lock, self._process, self._closed = threading.RLock(), os.getpid(), False
+        _loaded.add(self)
 
     def __enter__(self) -> Session:
         return self
@@ -104,25 +128,90 @@ class Session:
 
     def close(self) -> None:
         """Free the graphs and caches; the session cannot be used afterwards."""
-        self.visual_rows.clear()
-        self.context.clear()
-        self.executor.close()
+        if self._process != os.getpid():
+            return  # they belong to the process that this one was forked from
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self.executor.activate()
+                self.visual_rows.clear()
+                self.context.clear()
+                self.executor.close()
+
+    @contextmanager
+    def taking_turns(self) -> Iterator[None]:
+        """Wait until no other thread is at work here, and be the one until the block ends.
+
+        Raises:
+            VisistageError: the session is closed, or another process's.
+        """
+        if self._process != os.getpid():
+            raise VisistageError(
+                f"this session was loaded by process {self._process} and does not survive a fork: "
+                "its threads stayed there. Load the bundle in this process (runtime.load), or "
+                "start processes with multiprocessing's method 'spawn'"
+            )
+        with self._lock:
+            if self._closed:
+                raise VisistageError("this session is closed. Load the bundle again: runtime.load")
+            self.executor.activate()
+            yield
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Forget what the stages hold if an error, or Ctrl-C, leaves them half done."""
+        try:
+            yield
+        except BaseException:
+            self.context.reset()
+            raise
 
     def open(self, image: Source) -> OpenedImage:
         """Run an image through the vision encoder and stage 0, so that questions need not."""
-        opened = self.decode_image(image)
-        parts = self._located(self.encoder.image_segments(), [opened])
-        self.turn += 1  # a stream that is under way would go on in another image
-        self.context.ensure_capacity(parts, 0)
-        self.context.advance(parts)
-        self.context.keep()
+        with self.taking_turns():
+            opened = self.decode_image(image)
+            parts = self._located(self.encoder.image_segments(), [opened])
+            self.turn += 1  # a stream that is under way would go on in another image
+            with self.computing():
+                self.context.ensure_capacity(parts, 0)
+                self.context.advance(parts)
+                self.context.keep()
         return opened
 
-    def infer(self, image: Images, prompt: str, **options) -> Answer:
-        """Answer ``prompt`` about ``image``; options as in ``stream``."""
-        stream = self.stream(image, prompt, **options)
-        for _ in stream:
-            pass
+    def infer(
+        self,
+        image: Images,
+        prompt: str,
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] | str = (),
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> Answer:
+        """Answer ``prompt`` about ``image``; arguments and errors as in ``stream``."""
+        with self.taking_turns():
+            stream = self.stream(
+                image,
+                prompt,
+                max_tokens=max_tokens,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                seed=seed,
+                sampling=sampling,
+            )
+            for _ in stream:
+                pass
         assert stream.answer is not None
         return stream.answer
 
@@ -132,7 +221,14 @@ class Session:
         prompt: str,
         *,
         max_tokens: int = DEFAULT_MAX_TOKENS,
+        max_new_tokens: int | None = None,
         stop: Sequence[str] | str = (),
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
         sampling: Sampling | None = None,
     ) -> Stream:
         """Answer piece by piece; ``stream.answer`` holds the whole once it is over.
@@ -141,25 +237,56 @@ class Session:
             image: one image, several, or None for a prompt without any.
             prompt: the question; put through the checkpoint's chat template.
             max_tokens: the answer's longest length in tokens.
+            max_new_tokens: the same, by the name that transformers gives it.
             stop: strings that end the answer (and are not part of it), besides the checkpoint's.
-            sampling: greedy by default, or as the checkpoint's generation config says.
+            temperature: 0 takes the most likely token; this and the next ones are fields of
+                ``Sampling``. None: as the checkpoint's generation config says, else greedy.
+            top_p: draws from the most likely tokens of this total.
+            top_k: draws from so many of them.
+            min_p: drops tokens less likely than this share of the best one.
+            repetition_penalty: lowers what prompt and answer hold already.
+            seed: repeats a draw.
+            sampling: all of these together, in place of the checkpoint's; those given count more.
 
         Raises:
             PromptError, ImageError: the input cannot be used.
             CapacityError: prompt and answer do not fit the model's context.
+            VisistageError: the session is closed, or another process's.
         """
-        if max_tokens < 1:
-            raise PromptError(f"max_tokens is {max_tokens}: it must be at least 1")
-        started = time.perf_counter()
-        opened = self._decode_images(image)
-        preprocess_ms = (time.perf_counter() - started) * 1e3
-        parts = self.prompt_parts(prompt, opened)
-        self._check_capacity(parts, max_tokens)
-        self.turn += 1
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        stops += stop_strings(self.bundle.manifest.generation)
-        request = AnswerRequest(parts, max_tokens, stops, sampling or self.sampling)
-        return Stream(self, request, started, preprocess_ms)
+        given = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        }
+        limit = whole_number("max_tokens", max_tokens, 1)
+        if max_new_tokens is not None:
+            if limit not in (DEFAULT_MAX_TOKENS, max_new_tokens):
+                raise PromptError(
+                    f"max_tokens is {limit} and max_new_tokens {show(max_new_tokens)}; they are "
+                    "two names of one thing. Give one."
+                )
+            limit = whole_number("max_new_tokens", max_new_tokens, 1)
+        if not isinstance(sampling, (Sampling, NoneType)):
+            raise PromptError(
+                f"sampling is {show(sampling)}; expected runtime.Sampling(temperature=0.7), "
+                "or temperature=0.7 without it."
+            )
+        chosen = (sampling or self.sampling).with_given(given)
+        stops = (*checked_stops(stop), *stop_strings(self.bundle.manifest.generation))
+        with self.taking_turns():
+            started = time.perf_counter()
+            opened = self._decode_images(image)
+            preprocess_ms = (time.perf_counter() - started) * 1e3
+            parts = self.prompt_parts(prompt, opened)
+            self._check_capacity(parts, limit)
+            self.turn += 1
+            with self.computing():
+                self.context.ensure_capacity(parts, limit)
+            request = AnswerRequest(parts, limit, checked_stops(stops), chosen)
+            return Stream(self, request, started, preprocess_ms)
 
     def score(self, image: Images, prompt: str, tokens: Sequence[int]) -> np.ndarray:
         """Return what the model would say next after each of ``tokens`` (teacher forcing).
@@ -170,17 +297,20 @@ class Session:
         Raises:
             As ``stream``.
         """
-        parts = self.prompt_parts(prompt, self._decode_images(image))
-        self._check_capacity(parts, len(tokens))
-        self.turn += 1
-        first = self.context.prefill(parts).logits[0]
-        return np.stack([first, *(self.context.decode(token) for token in tokens)])
+        with self.taking_turns():
+            parts = self.prompt_parts(prompt, self._decode_images(image))
+            self._check_capacity(parts, len(tokens))
+            self.turn += 1
+            with self.computing():
+                self.context.ensure_capacity(parts, len(tokens))
+                first = self.context.prefill(parts).logits[0]
+                return np.stack([first, *(self.context.decode(token) for token in tokens)])
 
     def decode_image(self, image: Source) -> OpenedImage:
         """Decode an image, and preprocess it if its visual rows are not known."""
         if isinstance(image, OpenedImage):
             return image
-        decoded = load_image(image)
+        decoded = load_image(image, max_pixels=self.max_pixels)
         key = pixel_key(decoded, self.preprocessing)
         opened = OpenedImage(key, decoded, self.preprocessing)
         if key not in self.visual_rows:
@@ -195,6 +325,11 @@ class Session:
             self.visual_rows.put(opened.key, rows, rows.nbytes)
         return rows
 
+    def ids_of(self, parts: Sequence[PromptPart]) -> list[int]:
+        """Return a prompt's ids with the image token once for each image, as penalties see it."""
+        image = [] if self.encoder.image_token_id is None else [self.encoder.image_token_id]
+        return [id_ for part in parts for id_ in (image if isinstance(part, PromptImage) else part)]
+
     def prompt_parts(self, prompt: str, opened: Sequence[OpenedImage]) -> list[PromptPart]:
         """Return the token ids and images of a prompt in their order."""
         return self._located(self.encoder.encode(prompt, images=len(opened)).segments, opened)
@@ -208,7 +343,12 @@ class Session:
 
     def _decode_images(self, image: Images) -> list[OpenedImage]:
         images = [] if image is None else image if isinstance(image, (list, tuple)) else [image]
-        return [self.decode_image(source) for source in images]
+        if len(images) > MAX_IMAGES:
+            raise PromptError(f"{len(images)} images were given; at most {MAX_IMAGES} can be.")
+        opened = [self.decode_image(source) for source in images]
+        self.asked = opened  # held until the next question, for those who draw what was seen
+        DECODED.update({image.key: image for image in opened})
+        return opened
 
     def _check_capacity(self, parts: Sequence[PromptPart], max_tokens: int) -> None:
         rows = self.context.rows_of(parts)
@@ -223,94 +363,35 @@ class Session:
                 f"the prompt takes {rows} rows ({self.context.visual_rows_of(parts)} of them "
                 f"visual) and max_tokens {max_tokens}, the model's context is {context}. {advice}"
             )
-        self.context.ensure_capacity(parts, max_tokens)
 
 
-@dataclass(frozen=True)
-class AnswerRequest:
-    """A prompt, and the options of its answer."""
-
-    parts: list[PromptPart]
-    max_tokens: int
-    stop: tuple[str, ...]
-    sampling: Sampling
-
-
-class Stream(Iterator[str]):
-    """Iterator over the pieces of one answer."""
-
-    def __init__(
-        self, session: Session, request: AnswerRequest, started: float, preprocess_ms: float
-    ):
-        self.answer: Answer | None = None
-        self._session, self._turn = session, session.turn
-        self._pieces = self._run(request, started, preprocess_ms)
-
-    def __next__(self) -> str:
-        if self.answer is None and self._turn != self._session.turn:
-            raise VisistageError(
-                "this stream was interrupted by a newer question on the same session. "
-                "Finish a stream before asking again, or load the bundle twice"
-            )
-        return next(self._pieces)
-
-    def _run(self, request: AnswerRequest, started: float, preprocess_ms: float) -> Iterator[str]:
-        session, parts, sampling = self._session, request.parts, request.sampling
-        context, executor = session.context, session.executor
-        executor.reset_elapsed()
-        done = context.prefill(parts)
-        random = sampling.rng()
-        text = TextStream(session.encoder.tokenizer, request.stop)
-        history = [id_ for part in parts if not isinstance(part, PromptImage) for id_ in part]
-        tokens: list[int] = []
-        pieces: list[str] = []
-        finish = "length"
-        logits = done.logits[0]
-        first_ms, graphs_ms = 0.0, {}
-        while True:
-            token = choose(logits, sampling, history, random)
-            if not tokens:
-                first_ms = (time.perf_counter() - started) * 1e3
-                graphs_ms = executor.reset_elapsed()
-            tokens.append(token)
-            history.append(token)
-            if token in session.eos:
-                finish = "eos"
-                break
-            piece = text.push(token)
-            if piece:
-                pieces.append(piece)
-                yield piece
-            if text.stopped:
-                finish = "stop"
-                break
-            if len(tokens) == request.max_tokens:
-                break
-            logits = context.decode(token)
-        rest = text.finish()
-        if rest:
-            pieces.append(rest)
-        total_ms = (time.perf_counter() - started) * 1e3
-        per_token = (total_ms - first_ms) / (len(tokens) - 1) if len(tokens) > 1 else None
-        manifest = session.bundle.manifest
-        self.answer = Answer(
-            text="".join(pieces).strip(),
-            tokens=tuple(tokens),
-            finish=finish,
-            timings=Timings(preprocess_ms, graphs_ms, first_ms, per_token, total_ms),
-            plan=plan_facts(
-                manifest.plan,
-                Geometry.of(manifest.config.text),
-                done,
-                visual_tokens=context.visual_rows_of(parts),
-                prompt_rows=context.rows_of(parts),
-            ),
-        )
-        if rest:
-            yield rest
-        context.keep()
+def load(
+    path: str | os.PathLike,
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+    memory_limit: int | None = None,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+    max_pixels: int = MAX_PIXELS,
+    profile: Path | None = None,
+) -> Session:
+    """Open the bundle at ``path`` (or the only one below it); arguments as in ``Session``."""
+    return Session(
+        Bundle.open(path),
+        backend=backend,
+        threads=threads,
+        memory_limit=memory_limit,
+        cache_bytes=cache_bytes,
+        max_pixels=max_pixels,
+        profile=profile,
+    )
 
 
-def load(path: str | os.PathLike, **options) -> Session:
-    """Open the bundle at ``path`` (or the only one below it); options as in ``Session``."""
-    return Session(Bundle.open(path), **options)
+def _forked() -> None:
+    """Keep the parent's graphs for good: to free them would wait for threads that stayed there."""
+    for session in _loaded:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session.executor))
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forked)

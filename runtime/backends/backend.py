@@ -36,6 +36,9 @@ class Backend(Executor, Protocol):
     device_name: str | None  # None: no device, this CPU
     threads: int | None  # of this CPU; None: a device
 
+    def activate(self) -> None:
+        """Make the device that of the calling thread, before it asks for anything."""
+
     def prepare(self, needs: Sequence[int]) -> bool:
         """Make sure of room for ``needs`` slots in each stage; True: the caches are new and empty.
 

@@ -57,6 +57,9 @@ class HostExecutor(PromptCalls):
         self.blocks = [self._empty(index, 0) for index in range(len(self.plan.stages))]
         self.caches = [self._views(index) for index in range(len(self.plan.stages))]
 
+    def activate(self) -> None:
+        pass  # this CPU serves every thread
+
     def prepare(self, needs: Sequence[int]) -> bool:
         return False  # caches grow as they are needed
 

@@ -47,6 +47,9 @@ class CudaDevice:
         self._timed = self._core.EventOptions(timing_enabled=True)
         self._closed = False
 
+    def activate(self) -> None:
+        self._device.set_current()
+
     def allocate(self, nbytes: int) -> CudaMemory:
         try:
             return CudaMemory(self._device.allocate(nbytes, stream=self._stream), nbytes)

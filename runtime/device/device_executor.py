@@ -56,6 +56,9 @@ class DeviceExecutor(PromptCalls):
         """The engines in use."""
         return self.engine_sets.current
 
+    def activate(self) -> None:
+        self.device.activate()
+
     def prepare(self, needs: Sequence[int]) -> bool:
         changed = self.engine_sets.choose(needs)
         self.slack = [

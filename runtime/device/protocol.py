@@ -67,6 +67,9 @@ class Device(Protocol):
 
     name: str
 
+    def activate(self) -> None:
+        """Make this the device of the calling thread: what asks for work must do so before."""
+
     def allocate(self, nbytes: int) -> Buffer:
         """Return memory with whatever it holds.
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 from ...graphs.errors import PromptError
+from ...graphs.fields import show
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
@@ -46,7 +47,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] | str = ()) -> None:
         self._tokenizer = tokenizer
-        self._stops = _checked(stops)
+        self._stops = checked_stops(stops)
         added = tokenizer.get_added_tokens_decoder()
         self._silent = {i for i, token in added.items() if token.special}
         self._byte_fallback = _has_byte_fallback(tokenizer)
@@ -127,15 +128,21 @@ def _has_byte_fallback(tokenizer: Tokenizer) -> bool:
     return decoder is not None and b"ByteFallback" in decoder.__getstate__()
 
 
-def _checked(stops: Sequence[str] | str) -> tuple[str, ...]:
+def checked_stops(stops: Sequence[str] | str) -> tuple[str, ...]:
+    """Return one stop string, or several, as a tuple.
+
+    Raises:
+        PromptError: an empty, too long or non-text stop string, or too many.
+    """
+    if not isinstance(stops, (str, list, tuple, set, frozenset)):
+        raise PromptError(f"stop is {show(stops)}; expected a string or a list of them.")
     stops = (stops,) if isinstance(stops, str) else tuple(stops)
     if len(stops) > MAX_STOPS:
         raise PromptError(f"{len(stops)} stop strings were given; at most {MAX_STOPS} are allowed.")
     for stop in stops:
         if not isinstance(stop, str) or not 0 < len(stop) <= MAX_STOP_CHARS:
-            shown = repr(stop) if len(repr(stop)) < 60 else repr(stop)[:57] + "..."
             raise PromptError(
-                f"stop string {shown} cannot be used; expected text of 1 to {MAX_STOP_CHARS} "
+                f"stop string {show(stop)} cannot be used; expected text of 1 to {MAX_STOP_CHARS} "
                 "characters. Leave it out to stop only at the end-of-sequence token."
             )
     return stops

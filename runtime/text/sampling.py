@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...graphs.errors import ModelError, PromptError
+from ...graphs.fields import show
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,15 @@ class Sampling:
             fields["top_k"] = read("top_k", 50)
             fields["top_p"] = read("top_p", 1.0)
             fields["min_p"] = read("min_p", 0.0)
-        return replace(cls(**fields), **{k: v for k, v in overrides.items() if v is not None})
+        return cls(**fields).with_given(overrides)
+
+    def with_given(self, given: Mapping[str, Any]) -> "Sampling":
+        """Return these settings with those of ``given`` that are not None.
+
+        Raises:
+            PromptError: a value outside its range.
+        """
+        return replace(self, **{name: v for name, v in given.items() if v is not None})
 
     @property
     def greedy(self) -> bool:
@@ -249,15 +258,30 @@ def stop_strings(config: Mapping[str, Any] | None) -> tuple[str, ...]:
     return (found,) if isinstance(found, str) else tuple(found)
 
 
+def whole_number(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
+    """Return ``value`` as an int.
+
+    Raises:
+        PromptError: it is no whole number (True, 3.0 and "3" are none), or out of bounds.
+    """
+    fits = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not fits or not least <= value <= most:
+        bounds = f"from {least} to {most}" if most < 2**63 - 1 else f"{least} or above"
+        raise PromptError(f"{name} is {show(value)}; it must be a whole number, {bounds}.")
+    return int(value)
+
+
 def _check(
     sampling: Sampling, name: str, kind: type, expected: str, fits: Callable[[Any], bool]
 ) -> None:
     value = getattr(sampling, name)
     kinds = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
-        raise PromptError(f"{name} is {value!r}; it must be {expected}.")
-    if not fits(value):
-        raise PromptError(f"{name} is {value}; it must be {expected}.")
+    try:
+        known = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        known = False
+    if not known or not fits(value):
+        raise PromptError(f"{name} is {show(value)}; it must be {expected}.")
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:

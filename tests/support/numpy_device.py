@@ -7,6 +7,7 @@ memory is an ``AssertionError``. Whatever depends on luck on a real device fails
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from bisect import bisect_right
@@ -28,9 +29,16 @@ class HostDevice:
         self._queue: list[tuple[str, Callable[[], None]]] = []
         self.captured: list[tuple[str, Callable[[], None]]] | None = None
         self.living: dict[int, np.ndarray] = {}
+        self._current = threading.local()
+        self.activate()
+
+    def activate(self) -> None:
+        """See ``protocol.Device``."""
+        self._current.here = True
 
     def allocate(self, nbytes: int) -> HostMemory:
         """Memory full of rubbish."""
+        self._check_thread()
         self._not_capturing("allocate")
         buffer = HostMemory(self, nbytes)
         self.taken += nbytes
@@ -66,6 +74,7 @@ class HostDevice:
 
     def synchronize(self) -> None:
         """Do what was asked for."""
+        self._check_thread()
         self._not_capturing("synchronize")
         queue, self._queue = self._queue, []
         for name, work in queue:
@@ -92,6 +101,7 @@ class HostDevice:
 
     def submit(self, name: str, work: Callable[[], None]) -> None:
         """Ask for ``work``: an engine's run, for example."""
+        self._check_thread()
         (self._queue if self.captured is None else self.captured).append((name, work))
 
     def bytes(self, address: int, nbytes: int) -> np.ndarray:
@@ -113,6 +123,9 @@ class HostDevice:
             array.fill(RUBBISH)
 
         self._queue.append(("free", work))
+
+    def _check_thread(self) -> None:
+        assert getattr(self._current, "here", False), "the device is not this thread's"
 
     def _not_capturing(self, what: str) -> None:
         if self.captured is not None:

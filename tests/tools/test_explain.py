@@ -25,6 +25,7 @@ from visistage.graphs.modules.select import Prober
 from visistage.graphs.quantization import Quantization
 from visistage.pages.page import write_page
 from visistage.pages.units import percent, ranges
+from visistage.runtime.image.overlay import Grid, cropped_share, heat_uri, seen
 from visistage.runtime.image.preprocessing import Preprocessing
 from visistage.runtime.session import Session
 from visistage.tests.support import toy
@@ -33,7 +34,6 @@ from visistage.tools.explain.dense import dense_bundle, how_to_build, same_model
 from visistage.tools.explain.explain_facts import Run, explain_facts
 from visistage.tools.explain.explain_page import masks_of, outlines
 from visistage.tools.explain.explanation import explain
-from visistage.tools.explain.overlay import Grid, cropped_share, heat_uri, seen
 from visistage.tools.explain.readings import Gates, read_row
 from visistage.tools.explain.trace import trace
 

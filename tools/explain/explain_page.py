@@ -14,7 +14,7 @@ import numpy as np
 
 from ...pages.page import render_page
 from ...pages.units import percent
-from .overlay import Grid
+from ...runtime.image.overlay import Grid
 
 TEMPLATE_FOLDER = Path(__file__).parent
 

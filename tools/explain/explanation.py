@@ -12,11 +12,11 @@ import numpy as np
 from ...graphs.bundle import Bundle
 from ...graphs.errors import PromptError
 from ...runtime.image.image import load_image
+from ...runtime.image.overlay import Grid, cropped_share, ghost_uri, heat_uri, image_uri, seen
 from ...runtime.session import DEFAULT_MAX_TOKENS, Session
 from .dense import dense_bundle, how_to_build
 from .explain_facts import Run, explain_facts
 from .explain_page import ShownImage, render_explanation
-from .overlay import Grid, cropped_share, ghost_uri, heat_uri, image_uri, seen
 from .trace import Trace, trace
 
 

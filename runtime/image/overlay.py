@@ -16,8 +16,8 @@ from PIL import Image
 
 from ...graphs.config import ModelConfig
 from ...graphs.errors import ImageError
-from ...runtime.image.image import preprocess
-from ...runtime.image.preprocessing import Preprocessing
+from .image import preprocess
+from .preprocessing import Preprocessing
 
 SHOWN_SIDE = 672
 """Pixels that the shorter edge of a shown image should have, where the original has them."""
@@ -37,6 +37,9 @@ RAMP = np.array(  # R, G, B, alpha from no contribution to the strongest
         [255, 250, 214, 250],
     ]
 )
+
+DIMMED = 0.25
+"""Brightness that is left of what no kept token shows."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,15 @@ def seen(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
         except ImageError:  # a very long image outgrows the limit on the way to its crop
             factor -= 1
     return _to_image(preprocess(image, plain))
+
+
+def dimmed(image: Image.Image, cells: np.ndarray, extent: float) -> Image.Image:
+    """Return an image that ``seen`` gave, dark outside of the true ``cells`` (rows, columns)."""
+    mask = Image.new("L", image.size, round(255 * DIMMED))
+    bright = Image.fromarray(np.where(cells, 255, round(255 * DIMMED)).astype(np.uint8))
+    size = (round(image.width * extent), round(image.height * extent))
+    mask.paste(bright.resize(size, Image.Resampling.NEAREST))
+    return Image.composite(image, Image.new("RGB", image.size), mask)
 
 
 def cropped_share(size: tuple[int, int], preprocessing: Preprocessing) -> float:
