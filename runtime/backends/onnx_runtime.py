@@ -1,7 +1,7 @@
-"""ONNX Runtime, imported where it reports to nobody; every module takes it from here.
+"""The import of ONNX Runtime, for every module that needs it.
 
-From 1.29 on its builds send events (model, machine, errors) to Microsoft and keep an identifier of
-the device below the home folder, unless this variable says otherwise before the import.
+Its builds since 1.29 send events (model, machine, errors) to Microsoft and keep an identifier of
+the device below the home folder, unless a variable says otherwise before the import.
 """
 
 import os
