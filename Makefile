@@ -4,7 +4,7 @@
 PYTHON ?= python3
 MODEL  ?= demo
 OUT    ?= engines
-# Also understood: PLAN TARGET PRECISION CALIB KEEP_FLOAT REVISION CONTEXT BUILD_MEMORY, DUMMY=1, OFFLINE=1; TESTS (of `make test`);
+# Also understood: PLAN TARGET PRECISION CALIB KEEP_FLOAT NAME WEIGHTS REVISION CONTEXT BUILD_MEMORY, DUMMY=1, OFFLINE=1; TESTS (of `make test`);
 # DATA SAMPLES LOSE COST HOLDOUT CANDIDATES (of `make calibrate`);
 # PIP_OPTIONS (of `make setup`), such as an index with a CPU build of torch.
 
@@ -19,6 +19,8 @@ ENGINES = --model "$(MODEL)" --out "$(OUT)" \
 	$(if $(PRECISION),--precision "$(PRECISION)") \
 	$(if $(CALIB),--calib "$(CALIB)") \
 	$(foreach layer,$(KEEP_FLOAT),--keep-float "$(layer)") \
+	$(if $(NAME),--name "$(NAME)") \
+	$(if $(WEIGHTS),--weights "$(WEIGHTS)") \
 	$(if $(REVISION),--revision "$(REVISION)") \
 	$(foreach length,$(CONTEXT),--context "$(length)") \
 	$(if $(BUILD_MEMORY),--build-memory "$(BUILD_MEMORY)") \

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from ..compile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..compile.disk import OUT, check_folder
 from ..compile.export.texts import fits, text_facts
 from ..compile.planfile import resolve_plan, save_plan
-from ..compile.quantize.calibration_file import Calibration
-from ..compile.steps import NOTES, Staging
+from ..compile.quantize.calibration_file import FACTS, Calibration
+from ..compile.steps import Staging
 from ..graphs.errors import PlanError
 from ..graphs.plan.plan import StagePlan
 from ..graphs.progress import Progress
@@ -61,6 +62,7 @@ def calibrate(
     Raises:
         VisistageError: everything that the user can correct; nothing is left behind then.
     """
+    check_folder(Path(out), OUT)
     with progress.step("open checkpoint"):
         checkpoint = open_checkpoint(**vars(origin), progress=progress.advance)
         given = _static_plan(plan, checkpoint) if isinstance(plan, str) else None
@@ -75,7 +77,7 @@ def calibrate(
         facts = fits(checkpoint, texts)
 
     # No key of an earlier run: what an interrupted calibration had measured is not kept.
-    staging = Staging(Path(out) / checkpoint.name, uuid.uuid4().hex, Progress())
+    staging = Staging(Path(out) / checkpoint.name, uuid.uuid4().hex, Progress(), mark=FACTS)
     with staging, _removed_unless_finished(staging.folder):
         dynamics: dict[str, Any] = {}
         choice: dict[str, Any] = {}
@@ -100,7 +102,6 @@ def calibrate(
             calibration.save(staging.folder)
             save_plan(given, staging.folder / PLAN_FILE)
             write_report(calibration, staging.folder)
-            (staging.folder / NOTES).unlink(missing_ok=True)
             staging.finish()
     return staging.final, calibration
 

@@ -19,6 +19,15 @@ from .show.units import ByteSize
 @click.option("--calib", "calibration", type=click.Path(), help="What visistage calibrate wrote.")
 @click.option("--keep-float", multiple=True, help="auto:5%, or a layer's name; may be repeated.")
 @click.option("--out", default="engines", show_default=True, help="Folder of all bundles.")
+@click.option("--name", help="Of the model in OUT; by default its folder's.")
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "copy", "link"]),
+    default="auto",
+    show_default=True,
+    help="Files of the checkpoint: auto clones, else copies if half of the free disk stays free, "
+    "else hard links, which onnx and polygraphy refuse.",
+)
 @click.option("--revision", help="Branch, tag or commit of a model on the hub.")
 @click.option("--offline", is_flag=True, help="Use only what was downloaded before.")
 @click.option("--dummy-weights", is_flag=True, help="Random weights in the model's shape.")

@@ -12,18 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..graphs.bundle import MANIFEST, Bundle, FileFact, GraphFact, Manifest
+from ..graphs.bundle import MANIFEST, Bundle, GraphFact, Manifest
 from ..graphs.precision import NO_FALLBACK, Fp32Fallback
 from ..graphs.progress import Progress
 from ..graphs.targets import resolve_target
 from .build_spec import BuildSpec, check_geometry, check_memory, resolve_build, versions
 from .checkpoint.checkpoint import open_checkpoint
-from .disk import file_hash
+from .disk import OUT, check_folder
 from .export.export import Graph, export
 from .export.prefix import describe_prefix, prefix_cache, write_prefix
 from .export.static_shapes import variants_of, write_variant
 from .export.texts import fits, write_texts
-from .export.weights import Placement, check_disk, convert, link_files, place
+from .export.weights import Placement, bring_files, choose_ways, convert, own_files, place
 from .quantize.fp16_ranges import decide, dense_pieces, measure_ranges, read_ranges, write_ranges
 from .quantize.quantize import (
     calibrated_cache_scales,
@@ -48,6 +48,8 @@ def make_bundle(
     contexts: Sequence[int] = (),
     build_memory: int | None = None,
     calibration: str | Path | None = None,
+    weights: str = "auto",
+    name: str | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Build the bundle of ``model`` in ``OUT/<model>/<plan>-<precision>-<target>/``.
@@ -71,6 +73,9 @@ def make_bundle(
             do. For targets with engines only.
         calibration: folder that ``calibrate`` wrote; None: for quantised precisions
             ``calibrations/<model>``, where that is.
+        weights: how files of the checkpoint get into the bundle: ``auto``, ``copy`` or ``link``
+            (``export.weights``).
+        name: of the model here, instead of its folder's.
         progress: called for every step.
 
     Raises:
@@ -79,6 +84,7 @@ def make_bundle(
     progress = progress or Progress()
     wanted, precision = resolve_target(target, precision)
     check_geometry(model, wanted, precision)
+    check_folder(Path(out), OUT)
     progress.start("open checkpoint", None)
     checkpoint = open_checkpoint(
         model,
@@ -87,6 +93,8 @@ def make_bundle(
         dummy_weights=dummy_weights,
         progress=progress.advance,
     )
+    if name is not None:
+        checkpoint = checkpoint.called(name)
     spec = resolve_build(
         checkpoint,
         plan=plan,
@@ -97,16 +105,24 @@ def make_bundle(
         calibration=calibration,
     )
     folder = Path(out) / checkpoint.name / spec.name
-    staging = Staging(folder, _inputs(spec), progress)
-    if staging.up_to_date() and not Bundle.open(folder).changed():
-        return Bundle.open(folder)
-    with staging:
-        _write(spec, staging)
-        staging.finish()
-    return Bundle.open(folder)
+    staging = Staging(
+        folder,
+        _inputs(spec),
+        progress,
+        origin=checkpoint.identity,
+        again=f"Give this one another: --name {checkpoint.name}-2 (NAME={checkpoint.name}-2)",
+    )
+    if not staging.up_to_date():
+        with staging:
+            _write(spec, staging, weights)
+            staging.finish()
+    bundle = Bundle.open(folder)
+    if weights == "copy":
+        own_files(folder, bundle.manifest.files)
+    return bundle
 
 
-def _write(spec: BuildSpec, work: Staging) -> None:
+def _write(spec: BuildSpec, work: Staging, how: str) -> None:
     """Run every step of a build, in the folder that becomes the bundle."""
     checkpoint, config, texts, dtype = spec.checkpoint, spec.config, spec.texts, spec.dtype
     folder, advance = work.folder, work.progress.advance
@@ -124,7 +140,7 @@ def _write(spec: BuildSpec, work: Staging) -> None:
     names = [name for graph in graphs for name in graph.weights]
     placement = place(checkpoint, names, dtype, quantised_tensors)
     check_memory(spec.target, spec.precision, placement.nbytes)
-    check_disk(placement, folder)
+    ways = choose_ways(placement, folder, how)
     spans, scales = dict(placement.spans), None
     if spec.calibration is not None and spec.quantization.quantises_cache:
         scales = calibrated_cache_scales(spec.calibration, half=spec.half)
@@ -132,7 +148,8 @@ def _write(spec: BuildSpec, work: Staging) -> None:
 
     def weights() -> list[str]:
         converted = convert(checkpoint, placement, dtype, folder, advance, quantised_tensors)
-        return [*link_files(placement, folder), *converted]
+        work.outcome = bring_files(placement, folder, ways)
+        return [*(file.name for file in placement.linked), *converted]
 
     def one_graph(graph: Graph) -> list[str]:
         file = f"{graph.name}.onnx"
@@ -148,15 +165,18 @@ def _write(spec: BuildSpec, work: Staging) -> None:
             cache = quantised_rows(cache, scales)
         return write_prefix(cache, spec.cache_dtype, folder)
 
-    work.step("weights", weights, total=placement.new_bytes or None)
+    ranged = {"ranges"}
+    work.step("weights", weights, total=placement.new_bytes or None, uses=ranged)
     if scales is not None:
         work.step("cache scales", partial(write_scales, scales, dtype, folder))
     for graph in graphs:
-        work.step(f"export {graph.name}", partial(one_graph, graph))
+        work.step(f"export {graph.name}", partial(one_graph, graph), uses=ranged)
     if texts.prefix_ids:
         work.step("prefix", prefix, total=config.text.layers)
     work.step("text files", lambda: write_texts(checkpoint, texts, folder))
-    work.step("manifest", lambda: _write_manifest(work, spec, graphs, placement, fallback))
+    work.check_unchanged()
+    written = partial(_write_manifest, work, spec, graphs, placement, fallback)
+    work.step("manifest", written, uses=work.ran)
 
 
 def _write_manifest(
@@ -166,7 +186,7 @@ def _write_manifest(
     placement: Placement,
     fallback: Fp32Fallback,
 ) -> list[str]:
-    """Hash every file and write the manifest that names them."""
+    """Write the manifest, which names every file and its hash."""
     texts, text = spec.texts, spec.config.text
     prefix = describe_prefix(text, texts.prefix_ids, spec.cache_dtype)
     scales = describe_scales(text, spec.dtype)
@@ -184,7 +204,7 @@ def _write_manifest(
         preprocessing=texts.preprocessing,
         generation=texts.generation,
         text_files=texts.files,
-        files={n: FileFact(size, file_hash(work.folder / n)) for n, size in work.files.items()},
+        files=dict(work.files),
         versions=versions(),
         weight_bytes=placement.nbytes,
         source=spec.source,

@@ -1,4 +1,4 @@
-"""Files that appear under their names complete, or not at all."""
+"""Files that appear under their names complete, or not at all, and outlive a power cut."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def replacing(file: Path) -> Iterator[Path]:
     partial = file.with_name(f"{file.name}.partial")
     try:
         yield partial
+        sync(partial)
         os.replace(partial, file)
+        sync(file.parent)
     except BaseException:
         with contextlib.suppress(OSError):  # the first error is the one to tell
             partial.unlink()
@@ -73,3 +75,19 @@ def write_to_place(file: Path, data: str | bytes) -> None:
         if hasattr(os, "O_NONBLOCK"):
             os.set_blocking(descriptor, True)
         stream.write(data if isinstance(data, bytes) else data.encode("utf-8"))
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk.
+
+    What was written and not waited for a power cut loses in any order: a name may last, and the
+    bytes under it be gone.
+    """
+    folder = path.is_dir()
+    if folder and os.name == "nt":  # cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

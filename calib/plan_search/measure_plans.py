@@ -154,6 +154,7 @@ class PlanBundles:
                 precision=precision,
                 calibration=ranges,
                 out=self.folder,
+                weights="link",  # no other tool will see it
             )
             with runtime.load(bundle.path) as session:
                 return run(session)

@@ -28,11 +28,10 @@ if TYPE_CHECKING:
 
 
 def build_line(fact: StepFact) -> str:
-    """Describe a step of a build: whether it was cached, seconds, bytes written."""
+    """Describe a step of a build: whether it was cached, seconds, bytes written, its outcome."""
     status = "cached" if fact.cached else "done"
-    return (
-        f"{fact.name:<26} {status:<7}{show_seconds(fact.seconds):>9} {show_bytes(fact.nbytes):>11}"
-    )
+    seconds, size = show_seconds(fact.seconds), show_bytes(fact.nbytes)
+    return f"{fact.name:<26} {status:<7}{seconds:>9} {size:>11}   {fact.outcome}".rstrip()
 
 
 def calibration_line(fact: StepFact) -> str:
@@ -115,7 +114,7 @@ class StepBar(Progress):
 def build_facts(progress: StepBar, bundle: Bundle, engines: Engines | None) -> dict[str, Any]:
     """Return what a build did, as JSON; no steps where the bundle was there already."""
     steps = [
-        {"name": f.name, "cached": f.cached, "seconds": f.seconds, "nbytes": f.nbytes}
+        {name: getattr(f, name) for name in ("name", "cached", "seconds", "nbytes", "outcome")}
         for f in progress.facts
     ]
     return {

@@ -16,7 +16,7 @@ import mmap
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from ...graphs.config import ModelConfig
 from ...graphs.dtypes import BY_SAFETENSORS
 from ...graphs.errors import MissingDependencyError, ModelError, nearest
+from ...graphs.fields import show
 from ...graphs.progress import Advance, no_advance
 from ..disk import require_disk_space
 from .dummy import make_dummy
@@ -40,6 +41,7 @@ CHECKPOINT_CACHE = Path(".cache")
 ALLOWED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
 IGNORED_FILES = ["*/*", "consolidated*"]  # other formats and second copies of the weights
 
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.A)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.A)
 
 
@@ -61,6 +63,24 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     files: Mapping[str, Path]
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def identity(self) -> str:
+        """Its origin or its folder: another checkpoint of the same name has another."""
+        return self.origin if self.origin != self.name else str(self.path.resolve())
+
+    def called(self, name: str) -> Checkpoint:
+        """Return it under a name of the user's.
+
+        Raises:
+            ModelError: no name for a folder.
+        """
+        if not _NAME.fullmatch(name):
+            raise ModelError(
+                f"{show(name)} cannot name a folder of bundles, expected up to 100 letters, "
+                "digits and . _ - with a letter or digit first. Try --name mine (NAME=mine)."
+            )
+        return replace(self, name=name)
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
@@ -152,7 +172,7 @@ def open_checkpoint(
                 "this installation lacks the demo model (demo/model in the package). Reinstall "
                 "visistage, or name another model: MODEL=llava-7b"
             )
-        name = origin = DEMO
+        name, origin = DEMO, "the demo model"
     elif model and model not in ALIASES and os.path.isdir(os.path.expanduser(model)):
         folder = Path(os.path.expanduser(model))
         name = origin = folder.resolve().name or "model"

@@ -27,8 +27,9 @@ import torch
 from ...graphs.config import ModelConfig
 from ...graphs.dtypes import DTYPES
 from ...graphs.errors import CapacityError, ModelError
+from ...graphs.files import sync
 from ...graphs.progress import Advance, no_advance
-from ..disk import locked, require_disk_space
+from ..disk import locked, require_disk_space, writing
 from .dummy_tokenizer import SYSTEM, write_text_files
 from .known_models import KNOWN_MODELS, KnownModel
 from .names import HEAD_WEIGHT, Shapes, published_name, tensor_shapes
@@ -266,16 +267,21 @@ def _complete(path: Path, facts: dict) -> bool:
 def _folder(path: Path) -> Iterator[Path]:
     """Yield a locked ``.partial`` folder that becomes ``path`` at the end, or vanishes."""
     folder = path.with_name(path.name + ".partial")
-    folder.mkdir(parents=True, exist_ok=True)
     busy = f"another run is making {path}. Wait for it, or stop it."
-    with locked(folder / LOCK, busy):
+    elsewhere = "Such checkpoints are made in ./.cache: start in another folder."
+    with writing(folder, elsewhere):
+        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder, elsewhere), locked(folder / LOCK, busy):
         for leftover in folder.iterdir():  # of a run that was killed
             if leftover.name != LOCK:
                 leftover.unlink()
         try:
             yield folder
-            (folder / LOCK).unlink()
-            folder.rename(path)
+            for written in (*folder.iterdir(), folder):
+                sync(written)
+            folder.rename(path)  # with the lock, or another run might begin in between
+            (path / LOCK).unlink()
+            sync(path.parent)
         except BaseException:  # Ctrl-C too: half a checkpoint is of no use
             shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -21,12 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...graphs.bundle import MANIFEST, Bundle, FileFact, changed_files, sha256
+from ...graphs.bundle import MANIFEST, Bundle, sha256
 from ...graphs.engine_index import (
     ENGINES_FOLDER,
     ENGINES_FORMAT,
     ENGINES_INDEX,
-    ENGINES_STAMP,
     EngineFact,
     Engines,
 )
@@ -122,9 +121,9 @@ def compile_engines(
     manifest_hash = sha256(bundle.path / MANIFEST)
     index = bundle.path / ENGINES_FOLDER / ENGINES_INDEX
     inputs = [ENGINES_FORMAT, manifest_hash, trt_variant.version, named]
-    with Steps(bundle.path / ENGINES_FOLDER, inputs, progress) as steps:
+    remedy = "Copy the bundle to another disk"
+    with Steps(bundle.path / ENGINES_FOLDER, inputs, progress, remedy=remedy) as steps:
         engine_specs = engine_specs_of(bundle.manifest)
-        _drop_changed(steps.folder, engine_specs)
         if not index.exists():
             require_disk_space(
                 steps.folder,
@@ -152,18 +151,6 @@ def compile_engines(
     engines = Engines.open(bundle)
     assert engines is not None
     return engines
-
-
-def _drop_changed(folder: Path, engine_specs: Sequence[EngineSpec]) -> None:
-    """Remove engines that are not what was compiled, so that they are compiled again."""
-    facts = {}
-    for engine_spec in engine_specs:
-        noted = folder / _facts_file(engine_spec)
-        if noted.is_file():
-            fact = json.loads(noted.read_text())
-            facts[folder / fact["file"]] = FileFact(fact["nbytes"], fact["sha256"])
-    for file in changed_files(facts, folder / ENGINES_STAMP):
-        file.unlink(missing_ok=True)
 
 
 def _compile(

@@ -1,9 +1,9 @@
 """Placement of a bundle's weights: in the checkpoint's own files, or converted once beside them.
 
-A weight whose type is already the graph's is left in its safetensors file, which the bundle hard
-links (or copies, across file systems): ONNX Runtime refuses links that leave the folder. Only what
-must change type, and what quantising makes, goes to ``weights.bin``, one tensor in memory at a
-time.
+A weight whose type is already the graph's is left in its safetensors file, which the bundle clones,
+copies or hard links (``WAYS``): ONNX Runtime refuses links that leave the folder, and the onnx
+package any file with two names. Only what must change type, and what quantising makes, goes to
+``weights.bin``, one tensor in memory at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,12 @@ import torch
 from ...graphs.bundle import TensorRef
 from ...graphs.dtypes import BY_SAFETENSORS, DTYPES
 from ...graphs.errors import TargetError
+from ...graphs.files import replacing
 from ...graphs.precision import HALF_MAX
 from ...graphs.progress import Advance, no_advance
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.names import EMBEDDING
-from ..disk import require_disk_space
+from ..disk import free_bytes, known_hash, remember_hash, require_disk_space
 from ..quantize.quantize import QuantisedTensors
 from .export import WeightSpan
 
@@ -97,31 +98,101 @@ def place(
     return Placement(tuple(linked), tuple(converted), spans, embedding, nbytes)
 
 
-def check_disk(placement: Placement, folder: Path) -> None:
-    """Check that the weights fit on the disk of ``folder``, before tens of gigabytes are written.
+def clone(source: Path, destination: Path) -> bool:
+    """Have the file system share the bytes of ``source`` until one of both is written.
+
+    Takes no time and no room. False: it cannot, and ``destination`` holds nothing of use. What was
+    there goes first, here and below: it may be a hard link, whose other name would change.
+    """
+    destination.unlink(missing_ok=True)
+    try:
+        import fcntl
+
+        with source.open("rb") as stored, destination.open("wb") as copy:
+            fcntl.ioctl(copy.fileno(), getattr(fcntl, "FICLONE", 0x40049409), stored.fileno())
+    except (ImportError, OSError):  # not Linux; across disks, or not offered
+        return False
+    if (known := known_hash(source)) is not None:
+        remember_hash(destination, known)
+    return True
+
+
+def hard_link(source: Path, destination: Path) -> bool:
+    """Give ``source`` a second name; False where that cannot be."""
+    destination.unlink(missing_ok=True)
+    try:
+        os.link(source, destination)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            raise
+        return False
+    return True
+
+
+def copy(source: Path, destination: Path) -> bool:
+    """Copy the bytes."""
+    destination.unlink(missing_ok=True)
+    shutil.copyfile(source, destination)
+    return True
+
+
+Bring = Callable[[Path, Path], bool]
+WAYS: dict[str, tuple[Bring, ...]] = {"copy": (clone, copy), "link": (hard_link, copy)}
+"""How files get into a bundle, the first that can; ``auto`` is decided by ``choose_ways``."""
+
+DONE = {clone: "cloned", copy: "copied", hard_link: "hard links"}
+LINKED = "onnx and polygraphy refuse hard links, they take --weights copy (WEIGHTS=copy)"
+
+
+def choose_ways(placement: Placement, folder: Path, weights: str = "auto") -> tuple[Bring, ...]:
+    """Return the ways to bring files into ``folder``, having checked that there is room.
+
+    Args:
+        placement: which files.
+        folder: exists.
+        weights: ``copy`` or ``link`` (of ``WAYS``); ``auto`` clones, else copies while that leaves
+            half of the free disk, else links.
 
     Raises:
-        CapacityError: they do not.
+        CapacityError: the weights do not fit, before tens of gigabytes are written.
     """
-    needed = placement.new_bytes
-    if placement.linked and os.stat(placement.linked[0]).st_dev != os.stat(folder).st_dev:
-        needed += sum(file.stat().st_size for file in placement.linked)
-    require_disk_space(folder, needed, "the bundle", "choose another disk: --out DIR")
-
-
-def link_files(placement: Placement, folder: Path) -> list[str]:
-    """Bring the checkpoint's files into ``folder``; return their names."""
+    free, size = free_bytes(folder), sum(file.stat().st_size for file in placement.linked)
+    there = folder / CONVERTED
+    converted = placement.new_bytes - (there.stat().st_size if there.is_file() else 0)
+    roomy = 2 * (size + converted) <= free
+    ways = WAYS.get(weights, (clone, copy) if roomy else (clone, hard_link, copy))
     for file in placement.linked:
-        destination = folder / file.name
-        destination.unlink(missing_ok=True)
-        real = file.resolve()  # a hub cache keeps links; a hard link must name the file itself
+        trial = folder / f"{file.name}.trial"
         try:
-            os.link(real, destination)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-                raise
-            shutil.copyfile(real, destination)
-    return [file.name for file in placement.linked]
+            brought = (folder / file.name).exists()  # by a run that was interrupted
+            if not brought and not any(way(file.resolve(), trial) for way in ways[:-1]):
+                converted += file.stat().st_size
+        finally:
+            trial.unlink(missing_ok=True)
+    require_disk_space(folder, converted, "the bundle", "choose another disk: --out DIR (OUT=DIR)")
+    return ways
+
+
+def bring_files(placement: Placement, folder: Path, ways: tuple[Bring, ...]) -> str:
+    """Bring the checkpoint's files into ``folder``; return what was done, in words."""
+    done = set()
+    for file in placement.linked:
+        # A hub cache keeps links; a hard link must name the file itself.
+        source, destination = file.resolve(), folder / file.name
+        done.add(next(way for way in ways if way(source, destination)))
+    said = ", ".join(words for way, words in DONE.items() if way in done)
+    return f"{said}: {LINKED}" if hard_link in done and WAYS["link"] != ways else said
+
+
+def own_files(folder: Path, names: Iterable[str]) -> None:
+    """Replace those of ``names`` that share their bytes with another name by copies."""
+    for file in (folder / name for name in names):
+        if file.stat().st_nlink > 1:
+            size = file.stat().st_size
+            require_disk_space(folder, size, f"a copy of {file.name}", "leave out --weights copy")
+            with replacing(file) as partial:
+                if not clone(file, partial):
+                    copy(file, partial)
 
 
 def convert(

@@ -46,9 +46,9 @@ FILES = {  # by name, the first that fits; None: nothing but the name. Other fil
     "*.log": None,
     "*.engine": None,  # not always the same bytes: docs/tensorrt.md
     "engines/engines.json": rf"version|built_on|engines/\d+/{ENGINE}",
-    "engines/.build.json": r"key|steps/[^/]+/(seconds|files/.*)",
+    "engines/.build.json": r"key|origin|steps/[^/]+/(seconds|files/.*)",
     "engines/*.json": ENGINE,
-    "*.build.json": r"key|steps/[^/]+/seconds",  # the key holds modification times
+    "*.build.json": r"key|origin|steps/[^/]+/(seconds|outcome)",  # the key holds modification times
     "*.stamp.json": None,
     "*manifest.json": r"versions",
     "*calibration.json": r"versions",
