@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from .options import as_json, bundle_argument, bundle_at, bundle_default, sm_option
-from .show.output import say, show_json
+from .options import (
+    MODEL,
+    PLAN,
+    TARGET,
+    as_json,
+    bundle_at,
+    bundles_called,
+    is_model,
+    model_option,
+    sm_option,
+)
+from .show.output import note, say, show_json
 from .show.units import ByteSize
 
 
 @click.command()
-@click.option("--model", required=True, help="demo, llava-7b, llava-13b, a hub id or a folder.")
-@click.option("--plan", help="A preset or a YAML file; by default the calibration's or visipruner.")
-@click.option("--target", default="cpu", show_default=True, help="The machine that runs it.")
+@click.argument("subject", required=False, metavar="MODEL|BUNDLE", type=MODEL)
+@model_option
+@click.option(
+    "--plan",
+    type=PLAN,
+    help="A preset or a YAML file; by default the calibration's or visipruner.",
+)
+@click.option(
+    "--target", type=TARGET, default="cpu", show_default=True, help="The machine that runs it."
+)
 @click.option("--precision", help="fp32, fp16, int8, w8 or w4; by default what suits the target.")
 @click.option("--calib", "calibration", type=click.Path(), help="What visistage calibrate wrote.")
 @click.option("--keep-float", multiple=True, help="auto:5%, or a layer's name; may be repeated.")
@@ -42,25 +60,35 @@ from .show.units import ByteSize
 @sm_option
 @click.option("--portable", is_flag=True, help="Leave compiling engines to visistage build.")
 @as_json
-def engines(
-    as_json: bool, portable: bool, capabilities: tuple, keep_float: tuple, **options
+@click.pass_context
+def build(
+    ctx: click.Context,
+    subject: str | None,
+    model_option: str | None,
+    as_json: bool,
+    portable: bool,
+    capabilities: tuple,
+    keep_float: tuple,
+    **options,
 ) -> None:
-    """Build a bundle from a model.
+    """Build what is missing to run here: a bundle from a model, the engines of a portable bundle.
 
-    A bundle holds graphs, weights and tokenizer, the decoder split as the plan says. One that is
-    there already is left alone, an interrupted build goes on where it stopped. The last line on
-    stdout is the bundle's folder: OUT/MODEL/PLAN-PRECISION-TARGET.
+    MODEL is demo, llava-7b, llava-13b, a hub id or a folder. A bundle holds graphs, weights and
+    tokenizer, the decoder split as the plan says. What is there already is left alone, an
+    interrupted build goes on where it stopped. The last line on stdout is the bundle's folder:
+    OUT/MODEL/PLAN-PRECISION-TARGET. visistage engines is the same command.
 
     \b
-    visistage engines --model demo
-    visistage engines --model llava-7b --target cuda
-    visistage engines --model ./my-llava --plan visipruner:t=14,keep=32
-    visistage engines --model llava-45m --dummy-weights
-    visistage engines --model demo --precision int8 --calib calibrations/demo
-    visistage engines --model demo --precision int8:vision=float,stage2=w4 --keep-float auto:5%
-    visistage engines --model demo --precision int8:cache=int8
-    visistage engines --model llava-7b --target rtx --context 1024 --context 4096
-    visistage engines --model llava-7b --target orin-jp72     stops at a portable bundle
+    visistage build demo
+    visistage build llava-7b --target cuda
+    visistage build ./my-llava --plan visipruner:t=14,keep=32
+    visistage build llava-45m --dummy-weights
+    visistage build demo --precision int8 --calib calibrations/demo
+    visistage build demo --precision int8:vision=float,stage2=w4 --keep-float auto:5%
+    visistage build demo --precision int8:cache=int8
+    visistage build llava-7b --target rtx --context 1024 --context 4096
+    visistage build llava-7b --target orin-jp72     stops at a portable bundle
+    visistage build llava-7b-orin/                  and, on the board, goes on from there
 
     int8 rounds inputs and weights, for which it takes a calibration (by default the one in
     calibrations/MODEL); w8 and w4 round weights alone. Single stages, the vision encoder and the
@@ -68,9 +96,22 @@ def engines(
     of FP32's bytes, which takes a calibration: docs/quantisation.md.
 
     For a target with engines they are compiled here if this machine can; for a board the bundle
-    stays portable: copy it there, and type visistage build.
+    stays portable: copy it there, and type visistage build BUNDLE, which needs neither torch nor
+    transformers. Engines are compiled one at a time, each in a process of its own.
     """
+    model, bundle = _subject(subject, model_option)
+    if bundle is not None:
+        given = {p for p in ctx.params if _typed(ctx, p)} - {"subject", "as_json", "capabilities"}
+        for option in sorted(given):
+            raise click.UsageError(
+                f"{bundle} is a bundle, whose {option} was decided when it was built. Leave "
+                f"--{option.replace('_', '-')} out, or name a model."
+            )
+        _finish(bundle, capabilities, as_json)
+        return
+    note(f"building a bundle of {model}")
     from ..compile.engines.engines import compile_engines, why_portable
+    from ..compile.known_builds import known_build, note_build, request_key
     from ..graphs.targets import find_target
     from .show.bar import StepBar, build_line
 
@@ -78,43 +119,66 @@ def engines(
     with StepBar(build_line) as progress:
         why = why_portable(target, portable, capabilities)
         if target.engines and why is not None:
-            say(
+            note(
                 f"the bundle will be portable: {why}. Finish it on its machine: visistage build "
-                "BUNDLE",
-                err=True,
+                "BUNDLE"
             )
-        from ..compile.build import make_bundle  # imports take seconds, which belong to the build
-        from ..compile.build_spec import with_kept
+        out = Path(options["out"])
+        key = request_key({"model": model, **options, "keep_float": keep_float})
+        bundle, compiled = known_build(out, key), None
+        if bundle is None:
+            from ..compile.build import make_bundle  # takes seconds, which belong to the build
+            from ..compile.build_spec import with_kept
 
-        options["precision"] = with_kept(options["precision"], keep_float)
-        bundle, compiled = make_bundle(**options, progress=progress), None
+            options["precision"] = with_kept(options["precision"], keep_float)
+            bundle = make_bundle(model, **options, progress=progress)
+            note_build(out, key, bundle)
         if target.engines and why is None:
             compiled = compile_engines(bundle, capabilities=capabilities, progress=progress)
         progress.close()
     _show_build(progress, bundle, compiled, as_json)
 
 
-@click.command(epilog=bundle_default)
-@bundle_argument
-@sm_option
-@as_json
-def build(bundle, capabilities, as_json) -> None:
-    """Finish a portable bundle on the machine that shall run it.
+def _subject(subject: str | None, option: str | None) -> tuple[str, Path | None]:
+    """Return the model to build from, and the bundle to finish instead, if it is one.
 
-    Compiles every graph with this machine's own TensorRT; needs neither torch nor transformers. One
-    engine at a time, in a process of its own; what was compiled before is kept.
-
-    \b
-    visistage build llava-7b-orin/
-    visistage build engines/demo --sm 86 --sm 120       TensorRT-RTX: for GPUs that are not here
+    Raises:
+        UsageError: none or two are named.
+        BundleError: none is, and there is no bundle here.
     """
-    from ..compile.engines.engines import compile_engines
+    if subject is not None and option is not None:
+        raise click.UsageError(f"found {subject!r} and --model {option}. Name one of them.")
+    model = subject or option
+    if model is None:
+        from ..graphs.bundle import default_bundle
+
+        if not bundles_called(str(default_bundle())):
+            raise click.UsageError("name a model, such as: visistage build demo (or --model demo)")
+        return "", bundle_at(None)
+    found = [] if option is not None or is_model(model) else bundles_called(model)
+    return model, bundle_at(model) if found else None
+
+
+def _typed(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+
+
+def _finish(path: Path, capabilities: tuple, as_json: bool) -> None:
+    """Compile the engines of a bundle, where it is for a target that has any."""
+    from ..compile.engines.engines import compile_engines, why_portable
     from ..graphs.bundle import Bundle
+    from ..graphs.targets import find_target
     from .show.bar import StepBar, build_line
 
-    opened = Bundle.open(bundle_at(bundle))
+    note(f"finishing {path}")
+    opened, engines = Bundle.open(path), None
     with StepBar(build_line) as progress:
-        engines = compile_engines(opened, capabilities=capabilities, progress=progress)
+        if find_target(opened.manifest.target).engines:
+            engines = compile_engines(opened, capabilities=capabilities, progress=progress)
+        elif capabilities:
+            why_portable(find_target(opened.manifest.target), False, capabilities)
+        else:
+            opened.check()
         progress.close()
     _show_build(progress, opened, engines, as_json)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import as_json, bundle_argument, bundle_at, bundle_default
+from .options import MODEL, as_json, bundle_argument, bundle_at, bundle_default
 from .show.output import show, show_json
 from .show.units import ByteSize
 
@@ -21,8 +21,8 @@ def inspect(bundle, as_json) -> None:
     engines were compiled: for which GPU, their sizes, shapes, layers, attention, caches, memory.
 
     \b
-    visistage inspect engines/demo
-    visistage inspect engines/llava-7b --json
+    visistage inspect demo
+    visistage inspect llava-7b/dense --json
     """
     from ..graphs.bundle import Bundle
     from .show.bundle_view import bundle_facts, bundle_table
@@ -36,9 +36,36 @@ def inspect(bundle, as_json) -> None:
         show(engine_table(opened))
 
 
+@click.command("list")
+@click.argument("folder", default="engines", type=click.Path(path_type=Path))
+@as_json
+def list_bundles(folder, as_json) -> None:
+    """List the bundles in a folder, the newest first.
+
+    Their names are what other commands take as BUNDLE; the newest is what they take by default.
+
+    \b
+    visistage list
+    visistage list /srv/bundles --json
+    """
+    from .show.list_view import list_facts, list_table
+
+    facts = list_facts(folder)
+    if as_json:
+        show_json(facts)
+    else:
+        show(list_table(facts, folder))
+
+
 @click.command(epilog=bundle_default)
 @bundle_argument
-@click.option("--model", help="The checkpoint that it was built from, on this machine.")
+@click.argument("model", required=False, type=MODEL)
+@click.option(
+    "--model",
+    "model_option",
+    type=MODEL,
+    help="The checkpoint that it was built from, on this machine; the same as MODEL.",
+)
 @click.option(
     "--calib",
     "calibration",
@@ -47,10 +74,19 @@ def inspect(bundle, as_json) -> None:
 )
 @click.option("--data", type=click.Path(path_type=Path), help="JSONL file of samples.")
 @click.option("--samples", type=click.IntRange(1), help="Ask so many only (default 6).")
-@click.option("--max-tokens", type=click.IntRange(1), default=16, show_default=True)
+@click.option(
+    "--max-tokens",
+    "--max-new-tokens",
+    "max_tokens",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+)
 @click.option("--memory-limit", type=ByteSize(), help="For each check; by default what is free.")
 @as_json
-def verify(bundle, model, calibration, data, samples, max_tokens, memory_limit, as_json) -> None:
+def verify(
+    bundle, model, model_option, calibration, data, samples, max_tokens, memory_limit, as_json
+) -> None:
     """Check a bundle's files, and that they compute what the checkpoint computes.
 
     Hashes every file, then compares neighbours from Hugging Face over torch and ONNX Runtime to the
@@ -59,22 +95,23 @@ def verify(bundle, model, calibration, data, samples, max_tokens, memory_limit, 
     and verify.json.
 
     Questions are those of evaluate; other models than demo are asked about the package's own images
-    where --data is not given. Without --model, checks that need the checkpoint are left out; demo's
+    where --data is not given. Without MODEL, checks that need the checkpoint are left out; demo's
     is in the package.
 
     \b
-    visistage verify engines/demo
-    visistage verify engines/llava-7b --model llava-7b --data questions.jsonl --samples 20
+    visistage verify demo
+    visistage verify llava-7b llava-7b --data questions.jsonl --samples 20
     """
+    path = bundle_at(bundle)  # told before anything slow is imported
     from ..graphs.bundle import Bundle
     from ..tools.verify.verify import checkpoint_at_hand, chosen, verify
     from ..tools.verify.verify_report import PAGE_FILE
     from .show.bar import StepBar, verify_line
     from .show.verify_view import require_passed, verify_table
 
-    opened = Bundle.open(bundle_at(bundle))
+    opened = Bundle.open(path)
     asked = chosen(opened.manifest.model, data, samples)
-    model = model or checkpoint_at_hand(opened.manifest.model)
+    model = model or model_option or checkpoint_at_hand(opened.manifest.model)
     with StepBar(verify_line, measured=False) as progress:
         report = verify(
             opened,

@@ -24,7 +24,7 @@ import click
 
 from ..graphs.errors import CapacityError, MissingDependencyError, VisistageError
 from ..graphs.foreign_text import shortened
-from .show.output import Output, abandon, prepare_streams, say
+from .show.output import Loudness, Output, abandon, prepare_streams, say
 
 INTERRUPTED, UNREAD = 130, 141
 REFUSALS = {
@@ -69,6 +69,7 @@ class Commands(click.Group):
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **extra)
         prepare_streams()
+        Loudness.quiet = False
         sys.excepthook = _show_bug
         try:
             Output().flush()  # a closed stdout is told before any work

@@ -8,34 +8,41 @@ import click
 
 from .. import __version__
 from .asking import explain, infer
-from .building import build, engines
-from .checking import doctor, inspect, verify
+from .building import build
+from .checking import doctor, inspect, list_bundles, verify
 from .group import Commands
 from .measuring import estimate, evaluate, profile
+from .options import quiet, verbose
 from .planning import calibrate, plan
 from .show.output import Spoken
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="visistage")
+@quiet
+@verbose
 @click.option("--traceback", is_flag=True, help="Show where an error comes from.")
 def main(traceback: bool) -> None:
     """Compile a multimodal LLM into stages with fixed visual-token counts, and run it.
 
     \b
-    visistage engines --model demo                  build the model that comes with the package
+    visistage build demo                            build the model that comes with the package
     visistage infer photo.jpg "What is this?"       ask it
-    visistage plan visipruner --model llava-7b      what a plan would save
+    visistage plan visipruner llava-7b              what a plan would save
     visistage COMMAND --help                        more on one command
+
+    \b
+    Completion in bash (zsh, fish: the same with their names):
+    eval "$(_VISISTAGE_COMPLETE=bash_source visistage)"
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Spoken()])
 
 
 # In the order in which a newcomer needs them.
 for command in (
-    engines,
     build,
     infer,
+    list_bundles,
     plan,
     inspect,
     explain,
@@ -47,3 +54,4 @@ for command in (
     doctor,
 ):
     main.add_command(command)
+main.add_command(build, "engines")

@@ -7,14 +7,20 @@ from pathlib import Path
 import click
 
 from .options import (
+    BUNDLE,
+    DEVICE,
+    MODEL,
+    PLAN,
     as_json,
     backend_option,
     bundle_argument,
     bundle_at,
     bundle_default,
-    session_of,
+    bundles_called,
+    is_model,
+    threads_option,
 )
-from .show.output import say, show, show_json
+from .show.output import note, say, show, show_json
 
 OUT_HINT = "--out profile.html"
 
@@ -23,7 +29,14 @@ OUT_HINT = "--out profile.html"
 @bundle_argument
 @click.option("--data", type=click.Path(path_type=Path), help="JSONL file of samples.")
 @click.option("--samples", type=click.IntRange(1), help="Ask so many only (demo: 200).")
-@click.option("--max-tokens", type=click.IntRange(1), default=32, show_default=True)
+@click.option(
+    "--max-tokens",
+    "--max-new-tokens",
+    "max_tokens",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+)
 @backend_option
 @click.option(
     "--out",
@@ -45,9 +58,11 @@ def evaluate(bundle, data, samples, max_tokens, backend, out, as_json) -> None:
     command goes on where an earlier one was stopped.
 
     \b
-    visistage evaluate engines/demo --samples 100
-    visistage evaluate engines/llava-7b --data questions.jsonl --json
+    visistage evaluate demo --samples 100
+    visistage evaluate llava-7b --data questions.jsonl --json
     """
+    path = bundle_at(bundle)  # told before anything slow is imported
+    from .. import runtime
     from ..calib.answer_file import AnswerFile
     from ..calib.evaluate import check_samples, evaluate
     from ..calib.samples import evaluation_samples
@@ -60,9 +75,9 @@ def evaluate(bundle, data, samples, max_tokens, backend, out, as_json) -> None:
         unfinished,
     )
 
-    opened = Bundle.open(bundle_at(bundle))
+    opened = Bundle.open(path)
     chosen = evaluation_samples(opened.manifest.model, data, samples)
-    with session_of(opened.path, backend=backend) as session:
+    with runtime.load(path, backend=backend) as session:
         good, refused = check_samples(session, chosen)
         tell_refused(refused, len(chosen))
         key = [sha256(opened.path / MANIFEST), max_tokens, backend]
@@ -89,7 +104,7 @@ def evaluate(bundle, data, samples, max_tokens, backend, out, as_json) -> None:
 @bundle_argument
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=BUNDLE,
     help="Another bundle of the model, in turns; by default a dense one beside BUNDLE.",
 )
 @click.option("--repetitions", type=click.IntRange(1), default=20, show_default=True)
@@ -97,9 +112,7 @@ def evaluate(bundle, data, samples, max_tokens, backend, out, as_json) -> None:
 @click.option("--tokens", type=click.IntRange(2), default=32, show_default=True, help="An answer.")
 @click.option("--operators/--no-operators", default=True, help="Times of layers and operators.")
 @backend_option
-@click.option(
-    "--threads", type=click.IntRange(1), help="Default: as many as were found fastest here."
-)
+@threads_option
 @click.option(
     "--out",
     default="profile.html",
@@ -118,10 +131,11 @@ def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **optio
     meanwhile.
 
     \b
-    visistage profile engines/demo/visipruner-fp32-cpu
-    visistage profile engines/llava-7b --against engines/llava-7b/fastv-fp16-cuda --json
-    visistage profile engines/llava-7b --repetitions 5 --tokens 256       longer: energy, too
+    visistage profile demo/visipruner
+    visistage profile llava-7b --against llava-7b/fastv --json
+    visistage profile llava-7b --repetitions 5 --tokens 256       longer: energy, too
     """
+    path, other = bundle_at(bundle), against and bundle_at(against)
     from ..pages.page import check_page_place, write_page
     from ..tools.profile.profile import profile
     from ..tools.profile.profile_page import render_profile
@@ -132,7 +146,11 @@ def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **optio
     settings = Settings(repetitions, warm_up, tokens)
     with profiling_bar() as progress:
         facts = profile(
-            bundle_at(bundle), against=against, settings=settings, progress=progress, **options
+            path,
+            against=other,
+            settings=settings,
+            progress=progress,
+            **options,
         )
     if as_json:
         write_page(render_profile(facts), out, OUT_HINT)
@@ -145,13 +163,14 @@ def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **optio
 
 
 @click.command()
-@click.argument("subject", metavar="BUNDLE_OR_MODEL")
+@click.argument("subject", metavar="MODEL|BUNDLE", type=MODEL)
 @click.option(
     "--device",
+    type=DEVICE,
     required=True,
     help="orin-agx-64, orin-nx-16, orin-nano-8, thor, h100, h200, rtx-4090, or cpu: this one.",
 )
-@click.option("--plan", help="Of a model: a preset or a file (default visipruner).")
+@click.option("--plan", type=PLAN, help="Of a model: a preset or a file (default visipruner).")
 @click.option("--precision", help="Of a model: fp32, fp16 (default), int8, w8 or w4.")
 @click.option("--prefix", type=click.IntRange(0), help="Of a model: rows before it (default 35).")
 @click.option(
@@ -172,8 +191,12 @@ def estimate(subject, device, as_json, plan, precision, prefix, threads, **promp
     \b
     visistage estimate llava-7b --device orin-agx-64
     visistage estimate llava-7b --device orin-nano-8 --precision w4 --plan visipruner:t=14
-    visistage estimate engines/demo/visipruner-fp32-cpu --device cpu --json
+    visistage estimate demo/visipruner --device cpu --json
     """
+    if not is_model(subject) and bundles_called(subject):
+        subject = str(bundle_at(subject))
+    elif device == "cpu":
+        note("measuring this machine")
     from ..tools.estimate.estimate_target import estimate_target
     from ..tools.estimate.predict import PromptLengths, estimate
     from .show.estimate_view import estimate_table

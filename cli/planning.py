@@ -6,14 +6,15 @@ from pathlib import Path
 
 import click
 
-from .options import as_json
-from .show.output import say, show, show_json
+from .options import MODEL, PLAN, as_json, model_option
+from .show.output import note, say, show, show_json
 from .show.units import ShareParam
 
 
 @click.command()
-@click.argument("plan", required=False)
-@click.option("--model", default="llava-7b", show_default=True, help="A known name or a folder.")
+@click.argument("plan", required=False, type=PLAN)
+@click.argument("model", required=False, type=MODEL)
+@model_option
 @click.option("--layers", type=click.IntRange(1), help="Depth, instead of the model's.")
 @click.option("--visual-tokens", type=click.IntRange(1), help="Per image, instead of the model's.")
 @click.option("--text", type=click.IntRange(1), default=40, show_default=True, help="Text rows.")
@@ -31,15 +32,26 @@ from .show.units import ShareParam
 @click.option("--yaml", "as_yaml", is_flag=True, help="Print the plan as a file to edit.")
 @as_json
 def plan(
-    plan, model, layers, visual_tokens, trigger, kept, exit_, as_yaml, as_json, **options
+    plan,
+    model,
+    model_option,
+    layers,
+    visual_tokens,
+    trigger,
+    kept,
+    exit_,
+    as_yaml,
+    as_json,
+    **options,
 ) -> None:
     """Show a plan's stages and savings, or list the presets.
 
-    PLAN is a preset, preset:key=value,..., or a .yaml or .json file. No weights are read.
+    PLAN is a preset, preset:key=value,..., or a .yaml or .json file; MODEL, by default llava-7b, a
+    known name or a folder. No weights are read.
 
     \b
     visistage plan visipruner
-    visistage plan visipruner:t=14,keep=32 --model llava-13b
+    visistage plan visipruner:t=14,keep=32 llava-13b
     visistage plan fastv --accounting paper --json
     visistage plan visipruner-paper --trigger 14 --kept 10.3 --exit 23
     visistage plan visipruner --yaml > mine.yaml
@@ -61,6 +73,7 @@ def plan(
         return
     from ..compile.planfile import plan_to_yaml
 
+    model = model or model_option or "llava-7b"
     staged, geometry = plan_cost_facts(plan, model, layers, visual_tokens)
     outcome = outcome_of(staged, trigger, kept, exit_)
     if as_yaml:
@@ -74,10 +87,10 @@ def plan(
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.option("--data", type=click.Path(path_type=Path), help="JSONL file, or a folder with one.")
 @click.option("--samples", type=click.IntRange(1), help="Read so many only (demo: 120).")
-@click.option("--plan", help="Calibrate for this static plan; nothing is chosen or run.")
+@click.option("--plan", type=PLAN, help="Calibrate for this static plan; nothing is chosen or run.")
 @click.option("--lose", type=ShareParam(), help="Choose the cheapest plan that loses so much (1%).")
 @click.option("--cost", type=ShareParam(), help="Choose the best plan within so much of dense.")
 @click.option("--holdout", type=ShareParam(), help="Samples that confirm what others chose (33%).")
@@ -112,6 +125,7 @@ def calibrate(
     visistage calibrate llava-7b --data questions.jsonl --cost 50%
     visistage calibrate llava-7b --data photos/ --samples 64 --plan visipruner:t=14,keep=32
     """
+    note(f"calibrating {model}")
     from ..calib.samples import calibration_samples
     from .show.bar import StepBar, calibration_line
     from .show.calibration_view import calibration_facts, calibration_table

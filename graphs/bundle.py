@@ -31,6 +31,12 @@ STAMP = ".stamp.json"
 
 _AGAIN = "Build the bundle again: make engines MODEL=..."
 
+BUNDLE_VARIABLE = "VISISTAGE_BUNDLE"
+"""Environment variable that names the bundle to use where none is given."""
+
+BUNDLES_FOLDER = "engines"
+"""Folder of bundles otherwise: the one that the compiler writes to."""
+
 ANY_CONTEXT = 0
 """Key of the one variant of a graph without a cache."""
 
@@ -250,17 +256,36 @@ def find_bundle(path: Path) -> Path:
         return path
     if not os.path.isdir(path):
         raise BundleError(f"no bundle at {path}. Build one: make engines MODEL=demo")
-    found = sorted(
-        file.parent
-        for file in path.glob("*/**/" + MANIFEST)
-        if not any(part.endswith(".partial") for part in file.parts)
-    )
+    found = sorted(bundles_in(path))
     if not found:
         raise BundleError(f"no bundle in {path}. Build one: make engines MODEL=demo")
     if len(found) > 1:
         listed = "\n  ".join(str(folder) for folder in found)
         raise BundleError(f"{path} holds {len(found)} bundles, name one of:\n  {listed}")
     return found[0]
+
+
+def default_bundle() -> Path:
+    """Return where to look for a bundle when none is named."""
+    return Path(os.environ.get(BUNDLE_VARIABLE) or BUNDLES_FOLDER)
+
+
+def bundles_in(path: Path) -> list[Path]:
+    """Return ``path`` if it is a bundle, else the bundles below it, the newest first."""
+    if os.path.isfile(path / MANIFEST):
+        return [path]
+    if not os.path.isdir(path):
+        return []
+    found = [
+        file
+        for file in path.glob("*/**/" + MANIFEST)
+        if not any(part.endswith(".partial") for part in file.parts)
+    ]
+    return [file.parent for file in sorted(found, key=_age)]
+
+
+def _age(file: Path) -> tuple[int, Path]:
+    return -file.stat().st_mtime_ns, file
 
 
 def sha256(file: Path) -> str:

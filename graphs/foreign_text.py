@@ -24,14 +24,14 @@ def escape_json(text: str) -> str:
     return re.sub(pattern, lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
     """Return a message of at most a screen: what is too much is left out of its middle."""
     lines = text.split("\n")
     if len(lines) > MOST_LINES:
         half = MOST_LINES // 2
         left_out = f"... {len(lines) - 2 * half} lines ..."
         text = "\n".join([*lines[:half], left_out, *lines[-half:]])
-    if len(text) > MOST_CHARACTERS:
-        half = MOST_CHARACTERS // 2
+    if len(text) > most:
+        half = most // 2
         text = f"{text[:half]} ... {len(text) - 2 * half} characters ... {text[-half:]}"
     return text

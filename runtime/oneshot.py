@@ -11,16 +11,10 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..graphs.bundle import MANIFEST, find_bundle
+from ..graphs.bundle import MANIFEST, default_bundle, find_bundle
 from .answer import Answer
 from .session import DEFAULT_MAX_TOKENS, Images, Session, load
 from .text.sampling import Sampling
-
-BUNDLE_VARIABLE = "VISISTAGE_BUNDLE"
-"""Environment variable that names the bundle to use where none is given."""
-
-BUNDLES_FOLDER = "engines"
-"""Folder of bundles otherwise: the one that the compiler writes to."""
 
 Stamp = tuple[int, int]  # a manifest's modification time and inode
 
@@ -83,11 +77,6 @@ def infer(
             seed=seed,
             sampling=sampling,
         )
-
-
-def default_bundle() -> Path:
-    """Return where to look for a bundle when none is named."""
-    return Path(os.environ.get(BUNDLE_VARIABLE) or BUNDLES_FOLDER)
 
 
 def _session(path: Path) -> Session:

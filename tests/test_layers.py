@@ -32,6 +32,7 @@ LIBRARIES = {  # of a room, a folder or a module; the longest name that fits cou
     "compile.checkpoint": TORCH | {"huggingface_hub", "safetensors", "tokenizers"},
     "compile.disk": {"filelock"},
     "compile.engines": set(),
+    "compile.known_builds": set(),
     "compile.steps": set(),
     "calib": TORCH | {"PIL", "safetensors", "tokenizers"},
     "tools": {"PIL", "jinja2", "numpy", "psutil"},
@@ -40,7 +41,10 @@ LIBRARIES = {  # of a room, a folder or a module; the longest name that fits cou
     "cli": {"click", "numpy", "psutil", "rich"},
     "__main__": set(),
 }
-LIGHT = ("runtime", "pages", "compile.engines", "tools.profile", "tools.explain", "tools.estimate")
+LIGHT = (
+    *("runtime", "pages", "compile.engines", "compile.known_builds"),
+    *("tools.profile", "tools.explain", "tools.estimate"),
+)
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors"}
 
 

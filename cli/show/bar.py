@@ -20,6 +20,7 @@ from rich.progress import Progress as RichProgress
 from ...graphs.progress import Progress, StepFact
 from ...pages.units import show_bytes, show_seconds
 from ...runtime.hardware import peak_memory
+from .output import Loudness, silent
 from .output import console as make_console
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class StepBar(Progress):
             TimeElapsedColumn(),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=silent(self.console),
         )
 
     def __enter__(self) -> StepBar:
@@ -94,7 +95,7 @@ class StepBar(Progress):
         self.facts.append(fact)
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
-        self.console.print(self.line(fact))
+        self._tell(self.line(fact))
 
     @property
     def seconds(self) -> float:
@@ -105,10 +106,12 @@ class StepBar(Progress):
         """Print what the whole run took."""
         self._bar.stop()
         if not self.facts:
-            self.console.print("already built, every file in place")
-        self.console.print(
-            f"{show_seconds(self.seconds)} in all, peak memory {show_bytes(peak_memory())}"
-        )
+            self._tell("already built, every file in place")
+        self._tell(f"{show_seconds(self.seconds)} in all, peak memory {show_bytes(peak_memory())}")
+
+    def _tell(self, line: str) -> None:
+        if not Loudness.quiet:
+            self.console.print(line)
 
 
 def build_facts(progress: StepBar, bundle: Bundle, engines: Engines | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.text import Text
 from ...graphs.errors import VisistageError
 from ...graphs.foreign_text import shortened
 from ...graphs.progress import Advance
-from .output import console, say
+from .output import console, note, say, silent
 
 if TYPE_CHECKING:
     from ...calib.answer_file import AnswerFile
@@ -31,7 +31,7 @@ MOST_SHOWN = 5
 def counting(total: int) -> Iterator[Advance]:
     """Show a bar on stderr that moves with every call; nothing where there is no terminal."""
     shown = console(err=True)
-    with Progress(console=shown, transient=True, disable=not shown.is_terminal) as bar:
+    with Progress(console=shown, transient=True, disable=silent(shown)) as bar:
         task = bar.add_task("asking", total=total)
         yield lambda units: bar.advance(task, units)
 
@@ -51,16 +51,16 @@ def unfinished(key: Any) -> AnswerFile | None:
 def tell_refused(refused: Sequence[tuple[str, str]], of: int) -> None:
     """Name the first samples that cannot be asked, before hours are spent on the others."""
     if refused:
-        say(f"{len(refused)} of {of} samples cannot be asked and count nowhere:", err=True)
+        note(f"{len(refused)} of {of} samples cannot be asked and count nowhere:")
         for name, why in refused[:MOST_SHOWN]:
-            say(f"  {name}: {shortened(why)}", err=True)
+            note(f"  {name}: {shortened(why)}")
 
 
 def tell_known(kept: AnswerFile | None, samples: Sequence[Sample]) -> None:
     """Say how many answers an earlier run left."""
     known = sum(kept.find(sample) is not None for sample in samples) if kept else 0
     if kept and known:
-        say(f"{known} of {len(samples)} answers are in {kept.file} already", err=True)
+        note(f"{known} of {len(samples)} answers are in {kept.file} already")
 
 
 def evaluation_table(report: EvaluationReport) -> RenderableType:

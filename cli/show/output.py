@@ -14,13 +14,23 @@ import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ...graphs.errors import CapacityError
-from ...graphs.foreign_text import escape_json, printable
+from ...graphs.foreign_text import escape_json, printable, shortened
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 PIPE_WIDTH = 160
 """A pipe has no width; tables must not be folded to 80 columns for a program that reads them."""
+
+
+LINE_CHARACTERS = 300
+"""Of a note: a few lines of a terminal."""
+
+
+class Loudness:
+    """The amount that commands tell besides their results and errors."""
+
+    quiet = False
 
 
 class Output:
@@ -92,6 +102,12 @@ def say(text: object = "", *, err: bool = False, nl: bool = True) -> None:
     output.flush()
 
 
+def note(text: object) -> None:
+    """Print on stderr what is good to know, unless -q was given."""
+    if not Loudness.quiet:
+        say(shortened(str(text), LINE_CHARACTERS), err=True)
+
+
 class Spoken(logging.Handler):
     """A handler of the package's warnings."""
 
@@ -125,6 +141,12 @@ def console(*, err: bool = False, **options: Any) -> Console:
     return made
 
 
+def silent(console: Console) -> bool:
+    """Return whether a console shows no bars: it is a file, or -q was given."""
+    return Loudness.quiet or not console.is_terminal
+
+
 def show(table: RenderableType, *, err: bool = False) -> None:
-    """Print a table on stdout, or on stderr."""
-    console(err=err).print(table)
+    """Print a table on stdout, or on stderr unless -q was given."""
+    if not (err and Loudness.quiet):
+        console(err=err).print(table)

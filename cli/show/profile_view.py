@@ -15,7 +15,7 @@ from ...graphs.progress import Progress as StepProgress
 from ...pages.units import flops, show_bytes
 from ...tools.profile.machine import machine_line
 from ...tools.profile.profile_facts import label, row_names
-from .output import console
+from .output import console, silent
 
 COLUMNS = ("median", "p90", "p99")
 TOP_LAYERS = 5
@@ -26,7 +26,7 @@ def profiling_bar() -> Iterator[StepProgress]:
     """Show a bar on stderr that names what is measured; nothing where there is no terminal."""
     shown = console(err=True)
     columns = (TextColumn("{task.description}"), BarColumn())
-    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bar:
+    with Progress(*columns, console=shown, transient=True, disable=silent(shown)) as bar:
         task = bar.add_task("load", total=None)
 
         class Shown(StepProgress):

@@ -108,7 +108,7 @@ def test_answers_outlive_a_run_that_ends_early(tmp_path):
 def test_a_file_of_something_else_is_left_alone(tmp_path, text):
     file = tmp_path / "answers.jsonl"
     file.write_text(text)
-    with pytest.raises(DataError, match=r"answers\.jsonl:1: "):
+    with pytest.raises(DataError, match=r"answers\.jsonl:1\b"):
         AnswerFile(file, "bundle")
     assert file.read_text() == text
     with pytest.raises(CapacityError, match="cannot be kept"):

@@ -3,19 +3,25 @@
 import inspect
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 
+import click
 import numpy as np
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 from PIL import Image
 from visistage import runtime
 from visistage.cli.main import main
+from visistage.cli.options import split_words
 from visistage.cli.show.answer_view import savings
 from visistage.cli.show.bar import StepBar, build_line
 from visistage.compile.build import make_bundle
-from visistage.graphs.bundle import Bundle
+from visistage.compile.known_builds import known_build, note_build, request_key
+from visistage.graphs.bundle import BUNDLE_VARIABLE, Bundle, bundles_in
 from visistage.graphs.errors import BundleError, VisistageError
 from visistage.graphs.progress import StepFact
 from visistage.pages.units import show_bytes, show_seconds
@@ -55,7 +61,7 @@ def built(folder):
 def at(folder, built, monkeypatch):
     """The folder as working directory, with its one bundle in ./engines."""
     monkeypatch.chdir(folder)
-    monkeypatch.delenv(shared.BUNDLE_VARIABLE, raising=False)
+    monkeypatch.delenv(BUNDLE_VARIABLE, raising=False)
     return folder
 
 
@@ -67,7 +73,7 @@ def test_a_build_tells_every_step_and_ends_with_the_path(folder, built):
     assert (Bundle.open(path).path / "manifest.json").is_file()
     assert path.startswith(str(folder / "engines"))
     steps = [line.split()[0] for line in built.stderr.splitlines()]
-    assert steps[0] == "weights"
+    assert steps[:2] == ["building", "weights"]
     assert "manifest" in steps
     assert "peak memory" in built.stderr
 
@@ -85,8 +91,9 @@ def test_a_second_build_finds_the_first(folder, built):
 
 
 def test_options_of_engines_are_the_arguments_of_build():
-    arguments = set(inspect.signature(make_bundle).parameters) - {"progress"}
-    options = {option.name for option in main.commands["engines"].params} - {"as_json"}
+    arguments = set(inspect.signature(make_bundle).parameters) - {"progress", "model"}
+    options = {option.name for option in main.commands["engines"].params if option.expose_value}
+    options -= {"as_json", "subject", "model_option"}
     # Engines are not build's business, and kept layers go into the precision.
     assert options - {"capabilities", "keep_float", "portable"} == arguments
 
@@ -102,6 +109,116 @@ def test_plain_progress_is_one_line_a_step(capsys):
     assert lines[0].split() == ["weights", "done", "1", "min", "1", "s", "2.0", "KiB"]
     assert lines[1].split()[:2] == ["[bold]", "cached"]
     assert len(lines) == 3
+
+
+def test_a_request_that_was_built_is_found_without_torch(folder, built):
+    code = (
+        "import sys\nfrom visistage.cli.main import main\n"
+        "main(sys.argv[1:], standalone_mode=False)\n"
+        "heavy = {'torch', 'onnx', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    command = ["build", str(folder / "toy"), "--plan", PLAN, "--out", str(folder / "engines")]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == built.stdout
+    assert "already built" in done.stderr
+
+
+def test_a_known_build_is_the_same_request_and_the_same_bundle(folder, built, tmp_path):
+    toy = tmp_path / "toy"
+    shutil.copytree(folder / "toy", toy)
+    plan = tmp_path / "mine.json"
+    plan.write_text("{}")
+    request = {"model": str(toy), "plan": str(plan), "target": "cpu", "calibration": None}
+    keys = [request_key(request), request_key(request)]
+    keys.append(request_key({**request, "target": "cuda"}))
+    plan.write_text("{ }")
+    keys.append(request_key(request))
+    (toy / "config.json").write_text((toy / "config.json").read_text() + " ")
+    keys.append(request_key(request))
+    assert len(set(keys)) == 4
+    assert keys[0] == keys[1]
+    assert request_key({"model": "org/name"}) is None
+    out = tmp_path / "engines"
+    shutil.copytree(folder / "engines", out)
+    bundle = Bundle.open(out)
+    note_build(out, "key", bundle)
+    assert known_build(out, "key").path == bundle.path
+    assert known_build(out, "other") is None
+    noted = (out / ".builds.json").read_text()
+    outside = noted.replace("toy/", "../")
+    for hostile in ("[]", "{", '{"key": 1}', '{"key": ["../x", "y"]}', outside):
+        (out / ".builds.json").write_text(hostile)
+        assert known_build(out, "key") is None
+    (out / ".builds.json").write_text(noted)
+    next(bundle.path.glob("stage0*.onnx")).write_bytes(b"changed")
+    assert known_build(out, "key") is None
+
+
+def test_build_finishes_bundles_and_builds_models(at):
+    path = str(Bundle.open("engines").path)
+    for name in (path, "toy/" + PLAN.partition(":")[0], "engines", ()):
+        done = ok("build", *([name] if name else []))
+        assert done.stdout.strip() == path
+        assert "already built" in done.stderr
+    assert "whose plan was decided" in run("build", path, "--plan", "dense").stderr
+    assert run("build", path, "--sm", "86").exit_code == 2
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(at, tmp_path, monkeypatch):
+    """Three bundles in ./engines: of toy the newer one is dense by its name."""
+    (bundle,) = bundles_in(at / "engines")
+    names = ("other/visipruner-fp32-cpu", "toy/visipruner-fp32-cpu", "toy/dense-fp32-cpu")
+    for age, name in enumerate(names):
+        shutil.copytree(bundle, tmp_path / "engines" / name)
+        os.utime(tmp_path / "engines" / name / "manifest.json", (10**9 + age, 10**9 + age))
+    (tmp_path / "toy").mkdir()  # no bundle, in the way of the name
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "note"),
+    [
+        (None, "toy/dense-fp32-cpu", "newest of 3 bundles"),
+        ("engines", "toy/dense-fp32-cpu", "newest of 3 bundles"),
+        ("toy", "toy/dense-fp32-cpu", "newest of 2 bundles"),
+        ("other", "other/visipruner-fp32-cpu", ""),
+        ("toy/visipruner", "toy/visipruner-fp32-cpu", ""),
+        ("toy/dense-fp32", "toy/dense-fp32-cpu", ""),
+        ("engines/toy/dense-fp32-cpu", "toy/dense-fp32-cpu", ""),
+    ],
+)
+def test_bundles_have_short_names(several, name, found, note):
+    done = ok("inspect", *([name] if name else []), "--json")
+    assert json.loads(done.stdout)["path"] == f"engines/{found}"
+    assert f"bundle engines/{found}" in done.stderr
+    assert note in done.stderr
+    assert not ok("inspect", *([name] if name else []), "--json", "-q").stderr
+
+
+@pytest.mark.parametrize("name", ["toy/fast", "to", "../engines/toy/d", "nowhere"])
+def test_other_names_are_none(several, name):
+    done = run("inspect", name)
+    assert done.exit_code == 2
+    assert f"no bundle at {name}" in done.stderr or f"no bundle in {name}" in done.stderr
+    assert "./engines has toy/dense-fp32-cpu, toy/visipruner-fp32-cpu" in done.stderr
+
+
+def test_list(several):
+    facts = json.loads(ok("list", "--json").stdout)
+    assert facts[0]["name"] == "toy/dense-fp32-cpu"
+    assert facts[0]["plan"].startswith("visipruner")
+    (several / "engines" / "other" / "visipruner-fp32-cpu" / "manifest.json").write_text("{}")
+    table = ok("list").stdout
+    assert "toy/visipruner-fp32-cpu" in table
+    assert "has format" in table
+    assert "no bundle in" in ok("list", "nowhere").stdout
 
 
 # --- infer ----------------------------------------------------------------------------------------
@@ -149,6 +266,51 @@ def test_sampling_options_reach_the_session(at):
     assert text(*hot) == text(*hot)
     assert text(*hot) != text()
     assert text(*hot, "--top-k", 1) == text()
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "images", "question"),
+    [
+        (["What?"], None, [], "What?"),
+        (["photo.png", "What?"], None, ["photo.png"], "What?"),
+        (["What?", "photo.png", "photo.png"], None, ["photo.png"] * 2, "What?"),
+        (["-", "What?"], None, ["-"], "What?"),
+        (["photo.png", "-"], None, ["photo.png"], "from stdin"),
+        (["engines", "photo.png", "What?"], "engines", ["photo.png"], "What?"),
+        (["toy", "What?", "photo.png"], "toy", ["photo.png"], "What?"),
+    ],
+)
+def test_words_are_told_apart(at, monkeypatch, words, given, images, question):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"from stdin\n")))
+    assert split_words(words, None) == (given, images, question)
+
+
+@pytest.mark.parametrize("words", [["photo.png"], ["no.png", "What?"], ["a", "b", "photo.png"]])
+def test_words_that_cannot_be_told_apart(at, words):
+    with pytest.raises(click.UsageError):
+        split_words(words, None)
+
+
+def test_new_tokens_are_tokens(at):
+    facts = json.loads(ok("infer", "Say.", "--max-new-tokens", 3, "--json").stdout)
+    assert len(facts["tokens"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("build", "--target", ""), "orin-jp72"),
+        (("build", "de"), "demo"),
+        (("plan", "visipruner:k"), "visipruner:keep="),
+        (("estimate", "demo", "--device", "h"), "h200"),
+        (("inspect", ""), "toy/visipruner"),
+        (("infer", "--backend", ""), "openvino"),
+    ],
+)
+def test_completion(at, words, offered):
+    *before, last = words
+    completion = ShellComplete(main, {}, "visistage", "_VISISTAGE_COMPLETE")
+    assert any(item.value.startswith(offered) for item in completion.get_completions(before, last))
 
 
 def test_a_forgotten_question_is_noticed(at):
@@ -280,7 +442,10 @@ def test_doctor():
         (["plan", "nope"], "error: preset: found 'nope'"),
         (["plan", "dense", "--model", "nowhere"], "config.json"),
         (["inspect", "nowhere"], "no bundle at nowhere"),
-        (["infer", "x.png", "y", "--bundle", "nowhere"], "no bundle at nowhere"),
+        (["infer", "y", "--bundle", "nowhere"], "no bundle at nowhere"),
+        (["infer", "x.png", "y"], "no file: 'x.png' and 'y'"),
+        (["build", "demo", "--model", "demo"], "Name one of them"),
+        (["build", "demo", "--target", "toaster"], "none of cpu, cpu-portable"),
         (["engines", "--model", "demo", "--target", "openvino", "--precision", "w4"], "w4"),
         (["infer", "x", "--memory-limit", "4 parsecs"], "4GiB"),
         (["engines"], "--model"),
@@ -359,7 +524,7 @@ def test_sizes_and_durations():
 
 
 def test_the_public_names():
-    assert runtime.__all__ == ["Answer", "Session", "infer", "load"]
+    assert {"Answer", "Session", "infer", "load"} < set(runtime.__all__)
     assert set(runtime.__all__) <= set(dir(runtime))
     assert isinstance(runtime.Session, type)
     with pytest.raises(AttributeError, match="nothing_such"):
@@ -382,7 +547,7 @@ def test_infer_finds_the_bundle_and_keeps_its_session(at, no_sessions, monkeypat
     again = runtime.infer("photo.png", "What?", bundle="engines", max_tokens=4)
     assert again.tokens == first.tokens
     assert [session for _, session in shared.sessions.values()] == [entry[1]]
-    monkeypatch.setenv(shared.BUNDLE_VARIABLE, str(at / "elsewhere"))
+    monkeypatch.setenv(BUNDLE_VARIABLE, str(at / "elsewhere"))
     with pytest.raises(BundleError, match="elsewhere"):
         runtime.infer("photo.png", "What?")
 

@@ -268,7 +268,7 @@ def test_a_prompt_that_does_not_fit_is_refused_with_what_to_type():
 
 def test_wrong_options_are_one_message(tmp_path):
     for arguments, words in (
-        (("llava-7b", "--device", "toaster"), "unknown device 'toaster'"),
+        (("llava-7b", "--device", "toaster"), "'toaster' is none of"),
         (("llava-7b", "--device", "h100", "--precision", "fp8"), "unknown precision 'fp8'"),
         (("llava-7c", "--device", "h100"), "llava-7c"),
         (("llava-7b", "--device", "cpu", "--precision", "int8"), "no rate of precision 'int8'"),
