@@ -104,6 +104,7 @@ def verify(
     """
     path = bundle_at(bundle)  # told before anything slow is imported
     from ..graphs.bundle import Bundle
+    from ..graphs.commands import rebuild_command
     from ..tools.verify.verify import checkpoint_at_hand, chosen, verify
     from ..tools.verify.verify_report import PAGE_FILE
     from .show.bar import StepBar, verify_line
@@ -128,7 +129,7 @@ def verify(
     else:
         show(verify_table(report, where))
     report.write(opened.path)
-    require_passed(report, where)
+    require_passed(report, where, rebuild_command(opened.manifest))
 
 
 @click.command()

@@ -22,6 +22,7 @@ from typing import Any
 
 import click
 
+from ..graphs.commands import install
 from ..graphs.errors import CapacityError, MissingDependencyError, VisistageError
 from ..graphs.foreign_text import shortened
 from .show.output import Loudness, Output, abandon, prepare_streams, say
@@ -129,7 +130,7 @@ def _missing(error: ModuleNotFoundError) -> VisistageError:
         raise error
     missing = MissingDependencyError(
         f"{name} is not installed, and this command needs it. "
-        "Type: pip install 'visistage[compile]', or in a clone: make setup"
+        f"Type: make setup, or {install('compile')}"
     )
     missing.__cause__ = error
     return missing

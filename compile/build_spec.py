@@ -19,6 +19,7 @@ import torch
 
 from .. import __version__
 from ..graphs.bundle import MANIFEST_FORMAT
+from ..graphs.commands import visistage
 from ..graphs.config import ModelConfig
 from ..graphs.contract import StagePart, cache_dtype
 from ..graphs.errors import CapacityError, DataError, TargetError
@@ -162,14 +163,14 @@ def resolve_build(
             raise DataError(
                 f"the calibration of '{checkpoint.name}' was made for plan '{known.plan.name}', "
                 f"under '{staged.name}' layers see other rows. Leave the plan out, or calibrate "
-                f"for it: visistage calibrate {checkpoint.name} --plan {wanted}"
+                f"for it: {visistage('calibrate', checkpoint.name, plan=wanted)}"
             )
         quantization = resolve(quant_config, known, config, staged, target)
         precision = quant_config.name
     elif calibration is not None and plan is not None:
         raise TargetError(
             f"nothing of a calibration is used in {precision} with a plan of your own. "
-            "Leave --calib (CALIB) out, or the plan, or quantise: PRECISION=int8"
+            "Leave --calib out, or the plan, or quantise: --precision int8"
         )
     dtype = target.dtype(precision)
     return BuildSpec(
@@ -242,11 +243,12 @@ def check_memory(target: Target, precision: str, nbytes: int) -> None:
     """Refuse ``nbytes`` of weights that the machine cannot hold, if it is to run them."""
     memory = psutil.virtual_memory().total
     if target.local and nbytes > memory:
-        smaller = "" if is_quantised(precision) else ", quantise (PRECISION=int8, or w4)"
+        smaller = "" if is_quantised(precision) else ", quantise (--precision int8, or w4)"
         raise CapacityError(
             f"in {precision} the weights take {nbytes / 2**30:.1f} GiB, this machine has "
             f"{memory / 2**30:.1f} GiB of memory, so target '{target.name}' cannot run them here. "
-            f"Export FP16 graphs for a GPU instead (TARGET=cuda){smaller}, or take a smaller model"
+            f"Export FP16 graphs for a GPU instead (--target cuda){smaller}, or take a smaller "
+            "model"
         )
 
 

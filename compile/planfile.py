@@ -29,6 +29,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ..graphs.commands import install
 from ..graphs.errors import MissingDependencyError, PlanError
 from ..graphs.fields import parse_json, read_bytes
 from ..graphs.files import write_file
@@ -253,6 +254,6 @@ def _yaml() -> Any:
     except ImportError:
         raise MissingDependencyError(
             "PyYAML is not installed, and YAML plans need it. "
-            "Type: pip install 'visistage[compile]', or use a .json plan."
+            f"Type: {install('compile')}; or use a .json plan."
         ) from None
     return yaml

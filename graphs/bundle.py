@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .commands import rebuild_command
 from .config import ModelConfig
 from .contract import GraphSpec, TensorSpec, cache_dtype
 from .dtypes import DTYPES
@@ -29,7 +30,7 @@ MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 6
 STAMP = ".stamp.json"
 
-_AGAIN = "Build the bundle again: make engines MODEL=..."
+_AGAIN = "Build the bundle again: visistage build MODEL"
 
 BUNDLE_VARIABLE = "VISISTAGE_BUNDLE"
 """Environment variable that names the bundle to use where none is given."""
@@ -195,7 +196,12 @@ class Bundle:
         Raises:
             BundleError: naming the first file that is missing or changed.
         """
-        check_files(self._files(), self.path / STAMP, rehash=rehash, fix=_AGAIN)
+        check_files(self._files(), self.path / STAMP, rehash=rehash, fix=self.again)
+
+    @property
+    def again(self) -> str:
+        """The last sentence of errors about its files."""
+        return f"Build the bundle again: {rebuild_command(self.manifest)}"
 
     def changed(self) -> list[Path]:
         """Return its files that are missing or not what was built."""
@@ -255,10 +261,10 @@ def find_bundle(path: Path) -> Path:
     if os.path.isfile(path / MANIFEST):  # unlike Path.is_file, whatever the name
         return path
     if not os.path.isdir(path):
-        raise BundleError(f"no bundle at {path}. Build one: make engines MODEL=demo")
+        raise BundleError(f"no bundle at {path}. Build one: visistage build demo")
     found = sorted(bundles_in(path))
     if not found:
-        raise BundleError(f"no bundle in {path}. Build one: make engines MODEL=demo")
+        raise BundleError(f"no bundle in {path}. Build one: visistage build demo")
     if len(found) > 1:
         listed = "\n  ".join(str(folder) for folder in found)
         raise BundleError(f"{path} holds {len(found)} bundles, name one of:\n  {listed}")

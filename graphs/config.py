@@ -411,9 +411,9 @@ def _reject_architecture(data: Mapping[str, Any]) -> None:
     if kind == "llava" and (not names or ARCHITECTURE in names):
         return
     found = ", ".join(map(str, names)) if names else "no architecture"
-    hint = "Try MODEL=llava-7b."
+    hint = "Try llava-7b."
     if "LlavaLlamaForCausalLM" in names:
-        hint = "This is the original LLaVA format; use its conversion, such as MODEL=llava-7b."
+        hint = "This is the original LLaVA format; use its conversion, such as llava-7b."
     raise ModelError(
         f"config.json describes {show(found)} (model_type {show(kind)}), which is not "
         f"supported. "

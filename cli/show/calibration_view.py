@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ...graphs.commands import build_command
 from ...graphs.quantization import is_quantised
 
 if TYPE_CHECKING:
@@ -39,12 +40,9 @@ def calibration_facts(folder: Path, calibration: Calibration) -> dict[str, Any]:
 
 def next_command(folder: Path, calibration: Calibration) -> str:
     """Return the command that uses it."""
-    dummy = calibration.model.endswith("-dummy")
-    model = calibration.model.removesuffix("-dummy")
     chosen = calibration.choice.get("precision", "fp32")
     precision = chosen if is_quantised(chosen) else "int8"
-    named = f"MODEL={model}{' DUMMY=1' if dummy else ''} PRECISION={precision}"
-    return f"make engines {named} CALIB={folder}"
+    return build_command(calibration.model, precision=precision, calib=folder)
 
 
 def calibration_table(folder: Path, calibration: Calibration) -> RenderableType:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ... import __version__
 from ...compile.engines.engines import can_compile
+from ...graphs.commands import install
 from ...graphs.targets import TARGETS, TENSORRT, TENSORRT_RTX, Target, show_capability
 from ...pages.units import show_bytes
 from ...runtime.backends.registry import backend_of
@@ -102,7 +103,7 @@ def _target(target: Target, absent: list[str], device: GpuInfo | None) -> dict[s
 def _to_export(absent: list[str]) -> list[str]:
     if not absent:
         return []
-    return [f"to build: {', '.join(absent)} (pip install 'visistage[compile]')"]
+    return [f"to build: {', '.join(absent)} ({install('compile')})"]
 
 
 def _onnxruntime() -> tuple[str | None, list[str]]:

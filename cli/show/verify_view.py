@@ -29,8 +29,8 @@ def verify_table(report: VerifyReport, where: str) -> RenderableType:
     return Group(table, Text(f"the whole report: {where}"))
 
 
-def require_passed(report: VerifyReport, where: str) -> None:
-    """Raise for the first check that failed.
+def require_passed(report: VerifyReport, where: str, again: str) -> None:
+    """Raise for the first check that failed; ``again`` is the command that builds the bundle.
 
     Raises:
         ParityError: names the check, what was found and expected, and the report.
@@ -39,6 +39,6 @@ def require_passed(report: VerifyReport, where: str) -> None:
     if failed is not None:
         raise ParityError(
             f"check '{failed.name}' failed ({failed.compares}): {failed.reason}. Expected: "
-            f"{failed.rule}. Build the bundle again and verify it: make engines MODEL=...; the "
+            f"{failed.rule}. Build the bundle again and verify it: {again}; the "
             f"whole report: {where}"
         )

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ...graphs.commands import install
 from ...graphs.config import ModelConfig
 from ...graphs.dtypes import BY_SAFETENSORS
 from ...graphs.errors import MissingDependencyError, ModelError, nearest
@@ -170,7 +171,7 @@ def open_checkpoint(
         if not folder.is_dir():
             raise ModelError(
                 "this installation lacks the demo model (demo/model in the package). Reinstall "
-                "visistage, or name another model: MODEL=llava-7b"
+                "visistage, or name another model: llava-7b"
             )
         name, origin = DEMO, "the demo model"
     elif model and model not in ALIASES and os.path.isdir(os.path.expanduser(model)):
@@ -234,11 +235,11 @@ def _unknown(model: str) -> NoReturn:
     if os.path.isfile(model):
         raise ModelError(f"{model} is a file, expected a checkpoint folder. Name its folder.")
     if model in KNOWN_MODELS:
-        raise ModelError(f"{model} has no weights, only a shape. Add --dummy-weights (DUMMY=1).")
+        raise ModelError(f"{model} has no weights, only a shape. Add --dummy-weights.")
     hint = nearest(model, [*known, *KNOWN_MODELS])
     raise ModelError(
         f"there is no model {model!r}: neither a folder, nor a hub id org/name, nor one of "
-        f"{', '.join(known)}.{hint} Try MODEL=demo."
+        f"{', '.join(known)}.{hint} Try demo."
     )
 
 
@@ -250,7 +251,7 @@ def _download(repository: str, revision: str | None, offline: bool) -> Path:
     except ImportError as error:
         raise MissingDependencyError(
             f"{repository} is on the Hugging Face hub and huggingface_hub is not installed. "
-            "pip install 'visistage[compile]', or name a folder: MODEL=./my-llava"
+            f"{install('compile')}; or name a folder: ./my-llava"
         ) from error
 
     def snapshot(**options: Any) -> Any:
@@ -263,7 +264,7 @@ def _download(repository: str, revision: str | None, offline: bool) -> Path:
         )
 
     at = f"{repository}@{revision}" if revision else repository
-    local = "name a folder that holds it: MODEL=./my-llava"
+    local = "name a folder that holds it: ./my-llava"
     try:
         if not offline:
             try:
@@ -292,12 +293,12 @@ def _download(repository: str, revision: str | None, offline: bool) -> Path:
         again = "Run once without --offline" if offline else "Connect, set HF_ENDPOINT to a mirror"
         raise ModelError(
             f"{at} is not, or not completely, in the hub's cache ({how}). {again}, {local}, or "
-            "build without its weights: --dummy-weights (DUMMY=1)"
+            "build without its weights: --dummy-weights"
         ) from error
     except (errors.HTTPError, OSError, ValueError) as error:
         # HTTPError is the base of the client library that this version of the hub uses.
         reason = str(error).strip().split("\n")[0][:200]
         raise ModelError(
             f"cannot download {at}: {type(error).__name__}: {reason}. Try again, use the cached "
-            f"copy (--offline), {local}, or build without its weights: --dummy-weights (DUMMY=1)"
+            f"copy (--offline), {local}, or build without its weights: --dummy-weights"
         ) from error

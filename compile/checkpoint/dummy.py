@@ -76,7 +76,7 @@ def make_dummy(
     if known_model is None and geometry not in KNOWN_MODELS:
         raise ModelError(
             f"there are no dummy weights of {geometry!r}, only of {', '.join(KNOWN_MODELS)}. "
-            "Choose one of those: MODEL=llava-45m DUMMY=1"
+            "Choose one of those: visistage build llava-45m --dummy-weights"
         )
     if dtype not in DUMMY_DTYPES:
         raise ModelError(
@@ -100,7 +100,7 @@ def make_dummy(
         )
     nbytes = _nbytes(shapes, dtype) + OTHER_BYTES
     require_disk_space(
-        path.parent, nbytes, f"the dummy checkpoint {geometry}", "take MODEL=llava-45m DUMMY=1"
+        path.parent, nbytes, f"the dummy checkpoint {geometry}", "take a smaller one: llava-45m"
     )
     with _folder(path) as folder:
         _write_weights(folder, shapes, dtype, _Blocks(dtype, seed, config.text.layers), progress)

@@ -192,7 +192,7 @@ def _stored(folder: Path) -> dict[str, TensorInfo]:
         )
     raise ModelError(
         f"{folder} holds no weights: expected {SINGLE}, or {SHARD_INDEX} and its shards. Download "
-        "them, or try without weights: --dummy-weights (DUMMY=1)"
+        "them, or try without weights: --dummy-weights"
     )
 
 

@@ -230,7 +230,7 @@ def _capabilities(
     if foreign:
         raise TargetError(
             f"target '{target.name}' is {show_capability(target.capabilities[0])}, not "
-            f"{show_capability(foreign[0])}. For other GPUs: make engines TARGET=rtx"
+            f"{show_capability(foreign[0])}. For other GPUs: visistage build MODEL --target rtx"
         )
     for capability in named:
         trt_variant.capability(capability)

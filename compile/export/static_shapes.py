@@ -87,7 +87,7 @@ def resolve_parts(
     if widest > MAX_HEAD and target.lowering == LLM:
         raise TargetError(
             f"attention heads are {widest} wide, {target.backend} has kernels up to {MAX_HEAD}. "
-            "Run this model on ONNX Runtime: make engines TARGET=cpu"
+            "Run this model on ONNX Runtime: --target cpu"
         )
     assert target.build_memory is not None
     itemsize = getattr(torch, dtype).itemsize

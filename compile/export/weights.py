@@ -233,6 +233,6 @@ def _to(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
         if not largest <= HALF_MAX:
             raise TargetError(
                 f"weight {name} holds {largest:g}, FP16 ends at {HALF_MAX:g}. "
-                "Build with PRECISION=fp32 on a target that offers it (TARGET=cpu)"
+                "Build with --precision fp32 on a target that offers it (--target cpu)"
             )
     return tensor.to(dtype)

@@ -44,7 +44,7 @@ MAX_BYTES = 256 << 20
 """Larger files are not read: a 13B's take some 20 MB."""
 
 _REMEDY = (
-    "Name the folder that visistage calibrate wrote (CALIB=calibrations/NAME), copy it again, or "
+    "Name the folder that visistage calibrate wrote (--calib calibrations/NAME), copy it again, or "
     "calibrate again: visistage calibrate MODEL --data DIR"
 )
 

@@ -166,7 +166,7 @@ def decide(ranges: Mapping[str, float]) -> Fp32Fallback:
             raise TargetError(
                 f"{tensor} reaches {largest:g}, FP16 is safe up to {SAFE_MAX:g} (it ends at "
                 f"{HALF_MAX:g}, other prompts may reach further), and nothing but FP32 helps "
-                "there. Build with PRECISION=fp32"
+                "there. Build with --precision fp32"
             )
     return Fp32Fallback(rows, shifts[ATTENTION_OUTPUT], shifts[MLP_OUTPUT], tuple(reasons))
 

@@ -98,7 +98,7 @@ def resolve(
     if calibration is None and need is not None:
         raise DataError(
             f"precision {need}, which takes a calibration. Make one: visistage calibrate MODEL; "
-            f"or name it: --calib DIR (make: CALIB=DIR). Looked in {CALIBRATIONS}/"
+            f"or name it: --calib DIR. Looked in {CALIBRATIONS}/"
         )
     if quantises_cache and calibration is not None and calibration.cache is None:
         raise DataError(

@@ -21,6 +21,7 @@ import numpy as np
 
 from ...graphs.bundle import Bundle
 from ...graphs.chain.executor import StageResult
+from ...graphs.commands import install
 from ...graphs.contract import GraphSpec, appended
 from ...graphs.errors import BundleError, MissingDependencyError
 from ...graphs.targets import OPENVINO, Target, find_target
@@ -242,8 +243,8 @@ def library() -> Any:
         import openvino
     except ImportError as error:
         raise MissingDependencyError(
-            f"this bundle runs on OpenVINO, which is not installed ({error}). Type: pip install "
-            "'visistage[openvino]', or run it with ONNX Runtime: --backend onnxruntime"
+            f"this bundle runs on OpenVINO, which is not installed ({error}). Type: "
+            f"{install('openvino')}; or run it with ONNX Runtime: --backend onnxruntime"
         ) from error
     target = find_target(OPENVINO)
     if not target.serves(openvino.__version__):

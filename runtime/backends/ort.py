@@ -19,6 +19,7 @@ import psutil
 
 from ...graphs.bundle import Bundle
 from ...graphs.chain.executor import StageResult
+from ...graphs.commands import rebuild_command
 from ...graphs.contract import ORT_LLM_SINCE, GraphSpec, appended, returns_new_rows
 from ...graphs.errors import BundleError, CapacityError
 from ...graphs.targets import PORTABLE, Target
@@ -204,7 +205,7 @@ def load_session(
     except Exception as error:  # ONNX Runtime's exceptions share no base but this
         raise BundleError(
             f"ONNX Runtime {ort.__version__} cannot load {file}: {error}. "
-            "Build the bundle again with this version: make engines MODEL=..."
+            "Build the bundle again with this version: visistage build MODEL"
         ) from error
 
 
@@ -249,7 +250,7 @@ def _check_version(bundle: Bundle) -> None:
         raise BundleError(
             f"{bundle.path} needs ONNX Runtime {ORT_LLM_SINCE[0]}.{ORT_LLM_SINCE[1]} or newer, "
             f"found {ort.__version__}. Upgrade it, or build for this one: "
-            "make engines TARGET=cpu-portable"
+            f"{rebuild_command(bundle.manifest, target='cpu-portable')}"
         )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ...graphs.bundle import Bundle
+from ...graphs.commands import install, rebuild_command
 from ...graphs.errors import TargetError
 from ...graphs.targets import (
     ONNXRUNTIME,
@@ -58,7 +59,7 @@ class BackendRow:
         try:
             return list(self._load().missing(target))
         except ImportError:
-            return [self.name + (f" (pip install 'visistage[{self.extra}]')" if self.extra else "")]
+            return [self.name + (f" ({install(self.extra)})" if self.extra else "")]
 
     def open(self, bundle: Bundle, options: BackendOptions) -> Backend:
         """Load the bundle's graphs or engines.
@@ -116,8 +117,8 @@ def find_backend(bundle: Bundle, name: str | None, options: BackendOptions) -> B
         makers = [target.name for target in TARGETS.values() if row.runs(target)]
         raise TargetError(
             f"{bundle.path} is for target '{target.name}', which runs on {target.backend}; {name} "
-            f"runs bundles for {', '.join(makers)}. Leave --backend out, or build one: make "
-            f"engines TARGET={makers[0]}"
+            f"runs bundles for {', '.join(makers)}. Leave --backend out, or build one: "
+            f"{rebuild_command(bundle.manifest, target=makers[0])}"
         )
     for option in (field.name for field in fields(options)):
         if option not in row.options and getattr(options, option) is not None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from ...graphs.bundle import Bundle
+from ...graphs.commands import install
 from ...graphs.errors import EngineError
 from ...graphs.targets import Target
 from ..backends.backend import BackendOptions
@@ -85,8 +86,8 @@ class OrtApi:
         if self.device == "cuda" and CUDA_PROVIDER not in session.get_providers():
             raise EngineError(
                 f"ONNX Runtime {ort.__version__} could not start {CUDA_PROVIDER}: its CUDA or "
-                "cuDNN libraries are missing or of another version. Type: pip install "
-                "'visistage[gpu]', or build for the CPU: make engines TARGET=cpu"
+                "cuDNN libraries are missing or of another version. Type: "
+                f"{install('gpu')}; or build for the CPU: visistage build MODEL"
             )
         return OrtEngine(self, compiled, session)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from ...graphs.commands import install
 from ...graphs.errors import MissingDependencyError, TargetError
 from ...graphs.targets import TENSORRT, TENSORRT_RTX, Capability, Target, show_capability
 
@@ -21,8 +22,8 @@ MODULES = {TENSORRT: ("tensorrt",), TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx
 
 INSTALL = {
     TENSORRT: "On a Jetson it comes with JetPack (apt install python3-libnvinfer, and a venv made "
-    "with --system-site-packages); elsewhere: pip install 'visistage[tensorrt]'",
-    TENSORRT_RTX: "Type: pip install 'visistage[rtx]'",
+    f"with --system-site-packages); elsewhere: {install('tensorrt')}",
+    TENSORRT_RTX: f"Type: {install('rtx')}",
 }
 
 

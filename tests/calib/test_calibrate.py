@@ -94,7 +94,7 @@ def test_the_folder_holds_plan_ranges_and_page(folder, chosen):
     assert load_plan(where / "plan.yaml") == calibration.plan
     assert calibration.plan.calibrated
     assert calibration.rows == "stage"
-    assert chosen["next"] == f"make engines MODEL=toy PRECISION=int8 CALIB={where}"
+    assert chosen["next"] == f"visistage build toy --precision int8 --calib {where}"
 
 
 def test_what_was_read_is_told_and_what_was_not_is_named(chosen):
@@ -214,7 +214,7 @@ def test_a_choice_for_int8_says_so_and_what_ships(rounded):
     assert choice["shipped"]["samples"] == "held_out"
     assert choice["shipped"]["prompts"] == choice["samples"]["held_out"]
     assert choice["reasons"]["precision"].startswith("int8: every plan was measured in it")
-    assert facts["next"] == f"make engines MODEL=toy PRECISION=int8 CALIB={facts['path']}"
+    assert facts["next"] == f"visistage build toy --precision int8 --calib {facts['path']}"
     share = f"{100 * choice['shipped']['tokens']['share']:.1f}"
     folder = Path(facts["path"])
     page = (folder / "calibration.html").read_text()
@@ -342,8 +342,8 @@ def test_a_named_plan_is_calibrated_without_a_bundle(folder, tmp_path, monkeypat
     assert calibration.plan == preset("visipruner", LAYERS, TOKENS, shallow=1, t=1, e=2, keep=4)
     assert (calibration.choice, calibration.dynamics) == ({}, {})
     assert calibration.groups
-    assert "then: make engines MODEL=toy PRECISION=int8" in done.stdout
-    assert "1 images could not be read" in done.stdout
+    assert "then: visistage build toy --precision int8" in done.stdout
+    assert "1 samples could not be used" in done.stdout
 
 
 def test_the_same_samples_give_the_same_calibration(folder, tmp_path):

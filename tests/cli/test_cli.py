@@ -500,7 +500,7 @@ def test_a_bug_keeps_its_traceback(failing):
 def test_a_missing_extra_says_what_to_type(failing):
     done = failing(ModuleNotFoundError("No module named 'torch'", name="torch.nn"))
     assert done.exit_code == 2
-    assert "pip install 'visistage[compile]'" in done.stderr
+    assert "pip install -e '.[compile]'" in done.stderr
     assert isinstance(failing(ModuleNotFoundError(name="oops")).exception, ModuleNotFoundError)
 
 

@@ -280,7 +280,7 @@ def test_without_one_the_page_says_how_to_get_it(folder, bundles, tmp_path):
     shutil.copytree(bundles["pruned"], alone)
     page = explain(alone, [folder / "1.png"], QUESTION, max_tokens=2)
     assert page.facts["dense"] is None
-    assert page.facts["dense_hint"] == "make engines MODEL=toy PLAN=dense TARGET=cpu"
+    assert page.facts["dense_hint"] == "visistage build toy --plan dense"
     assert page.facts["dense_hint"] in page.html
     assert "The unpruned model says" not in page.html
     named = explain(alone, [folder / "1.png"], QUESTION, max_tokens=2, dense=bundles["dense"])
@@ -290,13 +290,13 @@ def test_without_one_the_page_says_how_to_get_it(folder, bundles, tmp_path):
 
 def test_the_command_names_an_unusual_precision(bundles):
     manifest = Bundle.open(bundles["pruned"]).manifest
-    assert how_to_build(replace(manifest, precision="fp16")).endswith(" PRECISION=fp16")
+    assert how_to_build(replace(manifest, precision="fp16")).endswith(" --precision fp16")
     rounded = how_to_build(replace(manifest, precision="w4+head=float+stage2=w8"))
-    assert rounded.endswith(" PRECISION=w4+head=float")
+    assert rounded.endswith(" --precision w4+head=float")
     known = replace(manifest, precision="int8", quantization=Quantization(calibration="12" * 32))
     assert how_to_build(known) == (
         "visistage calibrate toy --plan dense --data SAMPLES --out calibrations/dense && "
-        "make engines MODEL=toy PLAN=dense TARGET=cpu PRECISION=int8 CALIB=calibrations/dense/toy"
+        "visistage build toy --plan dense --precision int8 --calib calibrations/dense/toy"
     )
 
 
@@ -316,7 +316,7 @@ def test_one_model_is_known_by_its_table_where_rounded_weights_differ(bundles, t
 
 def test_a_wrong_comparison_is_refused(bundles, tmp_path):
     pruned = Bundle.open(bundles["pruned"])
-    with pytest.raises(BundleError, match=r"unpruned model\. Build it: make engines MODEL=toy"):
+    with pytest.raises(BundleError, match=r"unpruned model\. Build it: visistage build toy"):
         dense_bundle(pruned, bundles["adaptive"])
     with pytest.raises(BundleError, match="no bundle"):
         dense_bundle(pruned, tmp_path)

@@ -516,10 +516,10 @@ def test_the_page_lives_without_its_optional_parts(facts):
     run = bare["runs"]["plan"]
     run |= {"operators": None, "roofline": None, "sweep": []}
     bare |= {"speed_up": None, "peaks": None, "no_peaks": "no product of precision int8"}
-    bare |= {"how_to_compare": "make engines PLAN=dense", "commands": []}
+    bare |= {"how_to_compare": "visistage build --plan dense", "commands": []}
     html = render_profile(bare)
     assert "no product of precision int8" in html
-    assert "make engines PLAN=dense" in html
+    assert "visistage build --plan dense" in html
 
 
 def test_the_page_compares_two_bundles_without_a_roofline(facts):
@@ -734,7 +734,7 @@ def test_without_polygraphy_or_its_runner_one_line_says_so(bundles, facts, monke
         patched.setattr(stock.util, "find_spec", lambda name: None)
         missing = times("onnxruntime")
     assert missing["runs"] == []
-    assert "pip install 'visistage[compile]'" in missing["reason"]
+    assert "pip install -e '.[compile]'" in missing["reason"]
     assert any(
         missing["reason"] in line for line in closing_lines({**facts, "polygraphy": missing})
     )

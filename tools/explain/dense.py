@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...graphs.bundle import MANIFEST, Bundle, Manifest
+from ...graphs.commands import rebuild_command, visistage
 from ...graphs.dtypes import DTYPES
 from ...graphs.errors import BundleError
 from ...graphs.quantization import is_quantised, parse_quant_config
-from ...graphs.targets import find_target
 
 
 def dense_bundle(bundle: Bundle, given: Path | None) -> Bundle | None:
@@ -53,17 +53,16 @@ def same_model(one: Bundle, other: Bundle) -> bool:
 
 def how_to_build(manifest: Manifest) -> str:
     """Return the command that builds the unpruned bundle."""
-    command = f"make engines MODEL={manifest.model} PLAN=dense TARGET={manifest.target}"
-    precision = unstaged(manifest.precision)
-    if precision != find_target(manifest.target).precisions[0]:
-        command += f" PRECISION={precision}"
-    if manifest.quantization.calibration is None:
+    precision, folder = unstaged(manifest.precision), "calibrations/dense"
+    calibrated = manifest.quantization.calibration is not None
+    calib = f"{folder}/{manifest.model}" if calibrated else None
+    command = rebuild_command(manifest, plan="dense", precision=precision, calib=calib)
+    if not calibrated:
         return command
     # Ranges are of the rows that a plan's layers see: dense ones take a calibration of their own.
-    folder = "calibrations/dense"
-    data = "" if manifest.model == "demo" else " --data SAMPLES"
-    calibrate = f"visistage calibrate {manifest.model} --plan dense{data} --out {folder}"
-    return f"{calibrate} && {command} CALIB={folder}/{manifest.model}"
+    data = None if manifest.model == "demo" else "SAMPLES"
+    calibrate = visistage("calibrate", manifest.model, plan="dense", data=data, out=folder)
+    return f"{calibrate} && {command}"
 
 
 def unstaged(precision: str) -> str:

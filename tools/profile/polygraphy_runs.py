@@ -25,6 +25,7 @@ import numpy as np
 
 from ...compile.engines.engine_spec import Shape, engine_specs_of
 from ...graphs.bundle import Bundle, Manifest
+from ...graphs.commands import install
 from ...graphs.contract import GraphSpec, stage_of
 from ...graphs.engine_index import ENGINES_FOLDER, Engines
 from ...graphs.plan.call_cost import GraphCall
@@ -196,7 +197,7 @@ def polygraphy_facts(
     """
     facts: dict[str, Any] = {"version": None, "runner": None, "reason": None, "runs": []}
     if util.find_spec("polygraphy") is None:
-        reason = "polygraphy is not installed. Type: pip install 'visistage[compile]'"
+        reason = f"polygraphy is not installed. Type: {install('compile')}"
         return facts | {"reason": reason}
     facts["version"] = metadata.version("polygraphy")
     if backend not in (ONNXRUNTIME, TENSORRT, TENSORRT_RTX):

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from ...graphs.chain.executor import observed
+from ...graphs.commands import rebuild_command
 from ...graphs.contract import PROBE
 from ...graphs.errors import PromptError
 from ...graphs.plan.call_cost import VISION, GraphCall
@@ -275,7 +276,7 @@ def _ask(session: Session, image: bytes, text: str, tokens: int) -> TimedAnswer:
         raise PromptError(
             f"{session.bundle.path} ended its answer ({answer.text!r}) after one token by a stop "
             "string, so later tokens cannot be timed. Remove it from the checkpoint's "
-            "generation_config.json and build again: make engines MODEL=..."
+            f"generation_config.json and build again: {rebuild_command(session.bundle.manifest)}"
         )
     return TimedAnswer(
         later=later,

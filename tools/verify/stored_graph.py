@@ -23,7 +23,7 @@ from ...graphs.linears import linear_groups
 from ...graphs.modules.quantized import CACHE_SCALES, replace_linears, round_caches
 from ...graphs.targets import LLM_CONDITIONAL, find_target
 
-BUILD_AGAIN = "Build the bundle again: make engines MODEL=..."
+BUILD_AGAIN = "Build the bundle again: visistage build MODEL"
 
 FILLED = 9
 """Slots of a cache that hold earlier rows."""

@@ -20,6 +20,7 @@ from ...calib.samples import Sample, demo_samples, read_samples
 from ...compile.checkpoint.known_models import DEMO
 from ...demo.gallery import bundled
 from ...graphs.bundle import MANIFEST, Bundle, sha256
+from ...graphs.commands import install
 from ...graphs.errors import (
     CapacityError,
     DataError,
@@ -181,7 +182,7 @@ def _outcome(check: Check) -> tuple[str, str, CheckResult]:
     nothing = CheckResult()
     missing = [name for name in check.needs if importlib.util.find_spec(name) is None]
     if missing:
-        absent = f"{', '.join(missing)} not installed (pip install 'visistage[compile]')"
+        absent = f"{', '.join(missing)} not installed ({install('compile')})"
         return IMPOSSIBLE, absent, nothing
     try:
         result = check.run()
