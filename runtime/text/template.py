@@ -1,13 +1,15 @@
 """A chat template of a checkpoint, rendered in a sandbox with what Hugging Face offers templates.
 
 Templates come with downloaded checkpoints, so they are not trusted: jinja's immutable sandbox,
-plain JSON data only, no underscore names in namespaces, bounded repetition and bounded output.
-Any error inside is a PromptError. This module knows neither tokens nor images.
+plain JSON data only, no underscore names in namespaces, filters and methods from a list, and bounds
+on steps and memory (``metering``). Any error inside is a PromptError. This module knows neither
+tokens nor images.
 """
 
 import datetime
 import json
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,9 +22,10 @@ from jinja2.utils import Namespace
 
 from ...graphs.errors import ModelError, PromptError
 from ...graphs.fields import read_json
+from .metering import MOST_POWER, Meter, MeteredTree, check_percent, install, method_table, read
 
-MAX_TEMPLATE_CHARS = 1_000_000
-_MAX_POWER = 64
+MAX_TEMPLATE_CHARS, MAX_TEMPLATE_NODES = 100_000, 6_000  # several times the longest published
+_MOST_WORDS = 300  # of a template's own error
 
 
 class ChatTemplate:
@@ -48,16 +51,24 @@ class ChatTemplate:
         self._variables = dict(variables or {})
         self._max_chars = max_chars
         self._environment = _Environment(max_chars)
+        self._lock = threading.Lock()  # of the meter
         try:
             self._tree = self._environment.parse(source)
-            self._template = self._environment.from_string(source)
+            if sum(1 for _ in self._tree.find_all(nodes.Node)) > MAX_TEMPLATE_NODES:
+                raise PromptError(
+                    f"the chat template has more than {MAX_TEMPLATE_NODES} parts. Is "
+                    "chat_template.jinja really a template?"
+                )
+            self._template = self._environment.from_string(MeteredTree().visit(self._tree))
         except jinja2.TemplateSyntaxError as error:
             raise PromptError(
-                f"the chat template is not valid jinja, line {error.lineno}: {error.message}. "
-                "Correct chat_template.jinja."
+                f"the chat template is not valid jinja, line {error.lineno}: "
+                f"{_short(error.message)}. Correct chat_template.jinja."
             ) from error
-        except Exception as error:  # constants are computed at once and can raise anything
-            raise PromptError(f"the chat template cannot be compiled: {error}.") from error
+        except PromptError:
+            raise
+        except Exception as error:  # a tree too deep, for one
+            raise PromptError(f"the chat template cannot be compiled: {_short(error)}.") from error
 
     @property
     def literals(self) -> str:
@@ -76,10 +87,15 @@ class ChatTemplate:
             add_generation_prompt: end with the beginning of the assistant's turn.
 
         Raises:
-            PromptError: the template refuses the messages, fails, or writes too much.
+            PromptError: the template refuses the messages, fails, or writes or takes too much.
         """
-        pieces, length = [], 0
+        with self._lock:
+            return self._render(messages, add_generation_prompt)
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        pieces, length, meter = [], 0, self._environment.meter
         try:
+            meter.refill(messages)
             for piece in self._template.generate(
                 messages=messages,
                 tools=None,
@@ -89,15 +105,16 @@ class ChatTemplate:
             ):
                 pieces.append(piece)
                 length += len(piece)
-                if length > self._max_chars:
-                    raise _too_long(self._max_chars)
+                meter.check(length)
         except _Rejected as refusal:
-            raise PromptError(f"the chat template refuses these messages: {refusal}") from None
+            why = _short(refusal)
+            raise PromptError(f"the chat template refuses these messages: {why}") from None
         except PromptError:
             raise
         except Exception as error:  # a template can raise anything its expressions can
             raise PromptError(
-                f"the chat template failed on these messages: {type(error).__name__}: {error}. "
+                f"the chat template failed on these messages: {type(error).__name__}: "
+                f"{_short(error)}. "
                 "Check the roles and contents, or correct chat_template.jinja."
             ) from error
         return "".join(pieces)
@@ -190,16 +207,18 @@ class _PlainNamespace(Namespace):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(("*", "**"))
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self, max_chars: int) -> None:
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
+            finalize=read,
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
-        self._max_chars = max_chars
+        self.meter = Meter(max_chars)
         self.filters["tojson"] = _tojson
+        install(self)
         self.globals.update(
             raise_exception=_raise_exception,
             strftime_now=_strftime_now,
@@ -208,21 +227,46 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
         del self.globals["lipsum"]  # writes random text of any length
 
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        methods = method_table(obj)
+        allowed = methods is None or attr in methods
+        return allowed and super().is_safe_attribute(obj, attr, value)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        meter = __self.meter
+        method = getattr(__obj, "__wrapped__", __obj)  # jinja wraps format()
+        owner = getattr(method, "__self__", None)
+        check = (method_table(owner) or {}).get(getattr(method, "__name__", ""))
+        for value in (owner, *args, *kwargs.values()):
+            if isinstance(owner, str) or not isinstance(value, Namespace):
+                meter.read(value)
+        if check is not None:
+            check(meter, owner, *args, **kwargs)
+        return meter.made(super().call(__context, __obj, *args, **kwargs))
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and isinstance(right, (int, float)) and abs(right) > _MAX_POWER:
-            raise SecurityError(f"a power of {right} is out of bounds")
+        self.meter.read(left)
+        self.meter.read(right)
+        if operator == "**" and isinstance(right, (int, float)) and abs(right) > MOST_POWER:
+            raise SecurityError(f"a power of {_short(right)} is out of bounds")
+        if operator == "%" and isinstance(left, str):
+            check_percent(self.meter, left, right)
         for many, times in ((left, right), (right, left)):
-            repeats = isinstance(many, (str, list, tuple)) and isinstance(times, int)
-            if operator == "*" and repeats and len(many) * times > self._max_chars:
-                raise _too_long(self._max_chars)
-        return super().call_binop(context, operator, left, right)
+            if operator == "*" and isinstance(many, (str, list, tuple)) and isinstance(times, int):
+                self.meter.check(len(many) * times)
+        return self.meter.made(super().call_binop(context, operator, left, right))
+
+    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
+        """Join what was written in a macro or a block."""
+        pieces = list(parts)
+        self.meter.check(sum(map(len, pieces)))
+        return self.meter.made("".join(pieces))
 
 
-def _too_long(limit: int) -> PromptError:
-    return PromptError(
-        f"the chat template writes more than {limit} characters. Shorten the messages; if they are "
-        "short, chat_template.jinja is broken."
-    )
+def _short(value: Any) -> str:
+    """Return what a template, or jinja about it, says, no longer than a message can be."""
+    text = str(value)
+    return text if len(text) <= _MOST_WORDS else f"{text[:_MOST_WORDS]}..."
 
 
 def _plain_name(name: Any) -> None:
@@ -235,6 +279,8 @@ def _raise_exception(message: Any) -> NoReturn:
 
 
 def _strftime_now(format: str) -> str:  # noqa: A002 - templates may name the argument
+    if len(format) > 100:
+        raise SecurityError("a format of a date this long is out of bounds")
     return datetime.datetime.now().strftime(format)
 
 
