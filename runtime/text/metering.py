@@ -3,11 +3,11 @@
 A template of a stranger can count to ten thousand million in two loops, double a string sixty times
 or print a list that holds itself many times over. So its tree is given ticks, one at the start of
 each body that may run again, and every operation that makes or reads values of any size goes
-through a meter first. What a meter lets through is rendered by jinja, unchanged.
+through a budget first. What that lets through is rendered by jinja, unchanged.
 
     template ──parse──▶ tree ──MeteredTree──▶ tree with ticks ──jinja──▶ code
                                                                           │ spends
-                                                        Meter, refilled before a rendering
+                                                 TemplateBudget, refilled before a rendering
 """
 
 import re
@@ -44,8 +44,8 @@ _LONG_FIELD = re.compile(r"\d{4}|[*]|:[^}]*\{")
 _ITEM = 16  # bytes that a place in a list takes, about
 
 
-class Meter:
-    """What a rendering may still cost.
+class TemplateBudget:
+    """Steps and bytes that a rendering may still take.
 
     ``most``: characters of a text, and half of the bytes of any other value.
 
@@ -154,7 +154,7 @@ class MeteredTree(NodeTransformer):
     visit_For = visit_Macro = visit_CallBlock = visit_Block = visit_body
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        """Join under the meter."""
+        """Join under the budget."""
         self.generic_visit(node)
         return _filter(JOINED, nodes.List(node.nodes, lineno=node.lineno), node)
 
@@ -167,14 +167,14 @@ class MeteredTree(NodeTransformer):
         return node
 
     def visit_new(self, node: Any) -> nodes.Node:
-        """Meter a list, a slice or the like; not names that are assigned to."""
+        """Charge for a list, a slice or the like; not names that are assigned to."""
         self.generic_visit(node)
         return node if getattr(node, "ctx", "load") != "load" else _filter(MADE, node, node)
 
     visit_List = visit_Tuple = visit_Dict = visit_new
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        """Meter a slice."""
+        """Charge for a slice."""
         self.generic_visit(node)
         return _filter(MADE, node, node) if isinstance(node.arg, nodes.Slice) else node
 
@@ -183,62 +183,64 @@ def _filter(name: str, expression: nodes.Expr, at: nodes.Node) -> nodes.Filter:
     return nodes.Filter(expression, name, [], [], None, None, lineno=at.lineno)
 
 
-def _meter(context: Context) -> Meter:
+def _budget(context: Context) -> TemplateBudget:
     environment: Any = context.environment
-    return environment.meter
+    return environment.budget
 
 
 @pass_context
 def _tick(context: Context, steps: int) -> bool:
-    _meter(context).spend(steps)
+    _budget(context).spend(steps)
     return True
 
 
 @pass_context
 def _made(context: Context, value: Any) -> Any:
-    return _meter(context).made(value)
+    return _budget(context).made(value)
 
 
 @pass_context
 def read(context: Context, value: Any) -> Any:
     """Return ``value``, whose cost the rendering has paid: what is printed or compared."""
-    _meter(context).read(value)
+    _budget(context).read(value)
     return value
 
 
 @pass_context
 def _joined(context: Context, parts: list[Any]) -> str:
-    meter = _meter(context)
-    meter.check(sum(map(meter.read, parts)))
-    return meter.made((markup_join if context.eval_ctx.autoescape else str_join)(parts))
+    budget = _budget(context)
+    budget.check(sum(map(budget.read, parts)))
+    return budget.made((markup_join if context.eval_ctx.autoescape else str_join)(parts))
 
 
 # --- operations that may give far more than they are given -------------------------------------
 
 
-def check_percent(meter: Meter, text: Any, values: Any) -> None:
+def check_percent(budget: TemplateBudget, text: Any, values: Any) -> None:
     """Refuse ``text % values`` and ``text.format(*values)`` with wide or very many fields."""
     if _LONG_FIELD.search(str(text)):
         raise SecurityError("a format with wide fields is out of bounds")
     fields = str(text).count("%") + str(text).count("{")
-    meter.check(len(str(text)) + fields * len(str(values)))
+    budget.check(len(str(text)) + fields * len(str(values)))
 
 
-def _replace(meter: Meter, text: Any, old: Any = "", new: Any = "", *_: Any, **__: Any) -> None:
+def _replace(
+    budget: TemplateBudget, text: Any, old: Any = "", new: Any = "", *_: Any, **__: Any
+) -> None:
     text, old, new = str(text), str(old), str(new)
-    meter.check(len(text) + text.count(old) * len(new))
+    budget.check(len(text) + text.count(old) * len(new))
 
 
-def _join(meter: Meter, items: Any, between: Any = "", *_: Any, **more: Any) -> None:
-    meter.check(length_hint(items) * len(str(more.get("d", between))))
+def _join(budget: TemplateBudget, items: Any, between: Any = "", *_: Any, **more: Any) -> None:
+    budget.check(length_hint(items) * len(str(more.get("d", between))))
 
 
-def _indent(meter: Meter, text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
+def _indent(budget: TemplateBudget, text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
     columns = width if isinstance(width, int) else len(str(width))
-    meter.check(len(str(text)) + len(str(text).splitlines()) * columns)
+    budget.check(len(str(text)) + len(str(text).splitlines()) * columns)
 
 
-def _narrow(meter: Meter, text: Any, *given: Any, **named: Any) -> None:
+def _narrow(budget: TemplateBudget, text: Any, *given: Any, **named: Any) -> None:
     """Refuse numbers and texts that make every line, item or digit long."""
     for value in (*given, *named.values()):
         size = abs(value) if isinstance(value, (int, float)) else len(str(value))
@@ -246,24 +248,24 @@ def _narrow(meter: Meter, text: Any, *given: Any, **named: Any) -> None:
             raise SecurityError(f"a width of {size} is out of bounds")
 
 
-def _pretty(meter: Meter, value: Any, *given: Any, **named: Any) -> None:
+def _pretty(budget: TemplateBudget, value: Any, *given: Any, **named: Any) -> None:
     for option in (*given, *named.values()):
         size = option if isinstance(option, int) else len(str(option))
         if size > 40:  # of an indent, or the text of two separators
             raise SecurityError("JSON this wide is out of bounds")
     for _ in range(20):  # indented JSON is slow
-        meter.read(value)
+        budget.read(value)
 
 
-def _number(meter: Meter, items: Any, *given: Any, start: Any = 0, **_: Any) -> None:
+def _number(budget: TemplateBudget, items: Any, *given: Any, start: Any = 0, **_: Any) -> None:
     if any(not isinstance(value, (int, float)) for value in (*given[1:], start)):
         raise SecurityError("sum() adds numbers")
 
 
-def _attributes(meter: Meter, items: Any, *given: Any, **named: Any) -> None:
+def _attributes(budget: TemplateBudget, items: Any, *given: Any, **named: Any) -> None:
     """Pay for a filter that follows the dots of a name in every item."""
     dots = sum(str(value).count(".") for value in (*given, *named.values()))
-    meter.spend(length_hint(items, 1) * (1 + dots))
+    budget.spend(length_hint(items, 1) * (1 + dots))
 
 
 Check = Callable[..., None] | None
@@ -280,7 +282,7 @@ FILTERS: dict[str, Check] = {
     "replace": _replace,
     "join": _join,
     "indent": _indent,
-    "format": lambda meter, text, *given, **named: check_percent(meter, text, (given, named)),
+    "format": lambda budget, text, *given, **named: check_percent(budget, text, (given, named)),
     "tojson": _pretty,
     "sum": _number,
     **_all("batch center round slice truncate", _narrow),
@@ -302,9 +304,9 @@ METHODS: dict[type, dict[str, Check]] = {
         **_all("swapcase title upper"),
         **_all("center ljust rjust zfill", _narrow),
         "replace": _replace,
-        "join": lambda meter, text, items=(): _join(meter, items, text),
-        "format": lambda meter, text, *given, **named: check_percent(meter, text, (given, named)),
-        "format_map": lambda meter, text, values=(): check_percent(meter, text, values),
+        "join": lambda budget, text, items=(): _join(budget, items, text),
+        "format": lambda budget, text, *given, **named: check_percent(budget, text, (given, named)),
+        "format_map": lambda budget, text, values=(): check_percent(budget, text, values),
     },
     dict: _all("copy get items keys values"),
     list: _all("copy count index"),
@@ -328,23 +330,23 @@ def metered(
 
     @pass_context
     def paid(context: Context, *given: Any, **named: Any) -> Any:
-        meter = _meter(context)
+        budget = _budget(context)
         for value in (*given, *named.values()):
             if not (test and isinstance(value, Namespace)):
-                meter.read(value)
+                budget.read(value)
         if follows:
-            _attributes(meter, *given, **named)
+            _attributes(budget, *given, **named)
         if check is not None:
-            check(meter, *given, **named)
+            check(budget, *given, **named)
         first = {"context": context, "eval_context": context.eval_ctx, None: None}
         lead = [] if kind is None else [first.get(kind, context.environment)]
-        return meter.made(function(*lead, *given, **named))
+        return budget.made(function(*lead, *given, **named))
 
     return paid
 
 
 def install(environment: Any) -> None:
-    """Meter the filters and tests of an environment that has a ``meter``."""
+    """Charge the filters and tests of an environment to its ``budget``."""
     known = environment.filters
     environment.filters = {name: known[name] for name in FREE} | {
         name: metered(known[name], check, follows=name in FOLLOWING)

@@ -22,7 +22,15 @@ from jinja2.utils import Namespace
 
 from ...graphs.errors import ModelError, PromptError
 from ...graphs.fields import read_json
-from .metering import MOST_POWER, Meter, MeteredTree, check_percent, install, method_table, read
+from .metering import (
+    MOST_POWER,
+    MeteredTree,
+    TemplateBudget,
+    check_percent,
+    install,
+    method_table,
+    read,
+)
 
 MAX_TEMPLATE_CHARS, MAX_TEMPLATE_NODES = 100_000, 6_000  # several times the longest published
 _MOST_WORDS = 300  # of a template's own error
@@ -51,7 +59,7 @@ class ChatTemplate:
         self._variables = dict(variables or {})
         self._max_chars = max_chars
         self._environment = _Environment(max_chars)
-        self._lock = threading.Lock()  # of the meter
+        self._lock = threading.Lock()  # of the budget
         try:
             self._tree = self._environment.parse(source)
             if sum(1 for _ in self._tree.find_all(nodes.Node)) > MAX_TEMPLATE_NODES:
@@ -93,9 +101,9 @@ class ChatTemplate:
             return self._render(messages, add_generation_prompt)
 
     def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        pieces, length, meter = [], 0, self._environment.meter
+        pieces, length, budget = [], 0, self._environment.budget
         try:
-            meter.refill(messages)
+            budget.refill(messages)
             for piece in self._template.generate(
                 messages=messages,
                 tools=None,
@@ -105,7 +113,7 @@ class ChatTemplate:
             ):
                 pieces.append(piece)
                 length += len(piece)
-                meter.check(length)
+                budget.check(length)
         except _Rejected as refusal:
             why = _short(refusal)
             raise PromptError(f"the chat template refuses these messages: {why}") from None
@@ -216,7 +224,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             finalize=read,
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
-        self.meter = Meter(max_chars)
+        self.budget = TemplateBudget(max_chars)
         self.filters["tojson"] = _tojson
         install(self)
         self.globals.update(
@@ -233,34 +241,34 @@ class _Environment(ImmutableSandboxedEnvironment):
         return allowed and super().is_safe_attribute(obj, attr, value)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        meter = __self.meter
+        budget = __self.budget
         method = getattr(__obj, "__wrapped__", __obj)  # jinja wraps format()
         owner = getattr(method, "__self__", None)
         check = (method_table(owner) or {}).get(getattr(method, "__name__", ""))
         for value in (owner, *args, *kwargs.values()):
             if isinstance(owner, str) or not isinstance(value, Namespace):
-                meter.read(value)
+                budget.read(value)
         if check is not None:
-            check(meter, owner, *args, **kwargs)
-        return meter.made(super().call(__context, __obj, *args, **kwargs))
+            check(budget, owner, *args, **kwargs)
+        return budget.made(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        self.meter.read(left)
-        self.meter.read(right)
+        self.budget.read(left)
+        self.budget.read(right)
         if operator == "**" and isinstance(right, (int, float)) and abs(right) > MOST_POWER:
             raise SecurityError(f"a power of {_short(right)} is out of bounds")
         if operator == "%" and isinstance(left, str):
-            check_percent(self.meter, left, right)
+            check_percent(self.budget, left, right)
         for many, times in ((left, right), (right, left)):
             if operator == "*" and isinstance(many, (str, list, tuple)) and isinstance(times, int):
-                self.meter.check(len(many) * times)
-        return self.meter.made(super().call_binop(context, operator, left, right))
+                self.budget.check(len(many) * times)
+        return self.budget.made(super().call_binop(context, operator, left, right))
 
     def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
         """Join what was written in a macro or a block."""
         pieces = list(parts)
-        self.meter.check(sum(map(len, pieces)))
-        return self.meter.made("".join(pieces))
+        self.budget.check(sum(map(len, pieces)))
+        return self.budget.made("".join(pieces))
 
 
 def _short(value: Any) -> str:
