@@ -144,8 +144,8 @@ class Steps:
         for name, note in noted.steps.items():
             if damaged.isdisjoint(self.folder / file for file in note.files):
                 self._notes.steps[name] = note
-                for file, fact in note.files.items():
-                    remember_hash(self.folder / file, fact.sha256)
+                for written, fact in note.files.items():
+                    remember_hash(self.folder / written, fact.sha256)
 
     def step(
         self,

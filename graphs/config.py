@@ -8,12 +8,14 @@
 ``from_hf`` reads Hugging Face configs leniently: published files omit what equals the class default
 of transformers (LLaVA-1.5's decoder is little more than "llama"), so those defaults are written
 here. ``to_dict`` and ``from_dict`` are the strict form that a bundle's manifest carries. What would
-silently compute something else is refused: an unknown family, a sliding window, a rope that
-depends on the length. Errors are ``ModelError`` and name the field as ``config.json`` does.
+silently compute something else is refused: an unknown family, a sliding window that hides a row, a
+rope that depends on the length within the context. Errors are ``ModelError`` and name the field as
+``config.json`` does.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,6 +39,7 @@ ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "s
 """Activations of vision encoders and projectors; decoders have SiLU."""
 
 MAX_LAYERS = 1024
+FULL, SLIDING = "full_attention", "sliding_attention"
 _REBUILD = "The file is damaged or from another visistage: build the bundle again."
 
 # What transformers assumes for a field that config.json omits, where families differ.
@@ -66,7 +69,9 @@ _ROPES = {  # rope_type: the numbers it cannot do without
     ),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
-_LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
+_THETA_AND_SHARE = ("rope_theta", "partial_rotary_factor")
+_ORIGINAL = re.compile(r"Llava\w*ForCausalLM")  # of https://github.com/haotian-liu/LLaVA
+_LENGTH_DEPENDENT = ("longrope", "su")
 SUPPORTED = (
     f"{ARCHITECTURE} with a decoder of type {', '.join(_FAMILIES)} and a CLIP or SigLIP encoder"
 )
@@ -107,6 +112,11 @@ class Rope:
         given = dict(mapping(holder, text.get(holder) or {}))
         old_name = given.pop("type", None)
         kind = given["rope_type"] = given.get("rope_type") or old_name or "default"
+        if kind == "dynamic":
+            # It changes the base for sequences beyond max_position_embeddings, and none get there.
+            number(f"{holder}.factor", given.get("factor"))
+            kind = "default"
+            given = {"rope_type": kind} | {k: v for k, v in given.items() if k in _THETA_AND_SHARE}
         if kind in _LENGTH_DEPENDENT:
             raise ModelError(
                 f"{holder}: rope type {kind!r} changes the angles of all positions with the length "
@@ -190,12 +200,12 @@ class TextConfig:
                 f"only "
                 f"{', '.join(_FAMILIES)} are. Use a LLaVA checkpoint on one of those."
             )
-        _reject_windows(family, data)
         known = {**_FAMILIES[family], **given}
         hidden = count("hidden_size", known.get("hidden_size", 4096))
         heads = count("num_attention_heads", known.get("num_attention_heads", 32))
         divides("num_attention_heads", heads, "hidden_size", hidden)
         positions = count("max_position_embeddings", known["max_position_embeddings"])
+        _reject_windows(family, data, positions)
         if "num_key_value_heads" in data and data["num_key_value_heads"] is None:
             known["num_key_value_heads"] = heads
         biased = family == "llama" and flag("attention_bias", given.get("attention_bias", False))
@@ -408,12 +418,17 @@ def _reject_architecture(data: Mapping[str, Any]) -> None:
     if not isinstance(names, list):
         reject_value("architectures", names, "a list of names")
     kind = data.get("model_type", "llava" if ARCHITECTURE in names else None)
-    if kind == "llava" and (not names or ARCHITECTURE in names):
+    original = [name for name in names if _ORIGINAL.fullmatch(str(name))]
+    original += ["mm_vision_tower"] if "mm_vision_tower" in data else []
+    if kind == "llava" and (not names or ARCHITECTURE in names) and not original:
         return
     found = ", ".join(map(str, names)) if names else "no architecture"
     hint = "Try llava-7b."
-    if "LlavaLlamaForCausalLM" in names:
-        hint = "This is the original LLaVA format; use its conversion, such as llava-7b."
+    if original:
+        hint = (
+            f"This is the original LLaVA format ({show(original[0])}); use its conversion to "
+            "Hugging Face's, such as llava-7b."
+        )
     raise ModelError(
         f"config.json describes {show(found)} (model_type {show(kind)}), which is not "
         f"supported. "
@@ -421,21 +436,30 @@ def _reject_architecture(data: Mapping[str, Any]) -> None:
     )
 
 
-def _reject_windows(family: str, data: Mapping[str, Any]) -> None:
-    """Refuse windows: they hide old rows from new ones, and the chain has no such mask."""
-    default = 4096 if family == "mistral" else None
-    window = data.get("sliding_window", default)
+def _reject_windows(family: str, data: Mapping[str, Any], positions: int) -> None:
+    """Refuse windows that hide old rows from new ones: the chain has no such mask.
+
+    A query sees ``window`` rows, itself among them, so one as long as the context hides none.
+    """
+    window = data.get("sliding_window", 4096) if family != "llama" else None  # not read there
     if family == "qwen2" and not data.get("use_sliding_window"):
         window = None
-    if family == "llama":
-        window = None  # transformers reads no such field there
-    if window is not None:
+    kinds = data.get("layer_types")
+    if family == "qwen2" and kinds is None and window is not None:
+        whole = count("text_config.max_window_layers", data.get("max_window_layers", 28), least=0)
+        layers = count("num_hidden_layers", data.get("num_hidden_layers") or 32, MAX_LAYERS)
+        kinds = [SLIDING if layer >= whole else FULL for layer in range(layers)]
+    known = (FULL,) if window is None else (FULL, SLIDING)
+    if not isinstance(kinds or (), list | tuple) or not set(map(str, kinds or ())) <= set(known):
+        reject_value("text_config.layer_types", kinds, f"{' or '.join(known)} in every layer")
+    slides = family == "mistral" or SLIDING in (kinds or ())
+    if window is not None and slides and count("text_config.sliding_window", window) < positions:
         reject_value(
-            "text_config.sliding_window", window, "null: sliding windows are not supported"
+            "text_config.sliding_window",
+            window,
+            f"null, or at least max_position_embeddings={positions}: sliding windows that hide "
+            "rows are not supported",
         )
-    kinds = data.get("layer_types") or ()
-    if not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds):
-        reject_value("text_config.layer_types", kinds, "full_attention in every layer")
 
 
 def _image_token(given: Mapping[str, Any]) -> Any:

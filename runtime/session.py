@@ -39,8 +39,9 @@ from .image.image import MAX_PIXELS, Preprocessing, load_image, pixel_key, prepr
 from .reuse import ByteCache, Context, PromptImage, PromptPart
 from .stream import AnswerRequest, Stream
 from .text.detokenize import checked_stops
+from .text.generation import GenerationRules
 from .text.prompt import MAX_IMAGES, PromptEncoder, Segment
-from .text.sampling import Sampling, eos_ids, stop_strings, whole_number
+from .text.sampling import Sampling, whole_number
 
 DEFAULT_CACHE_BYTES = 512 << 20
 DEFAULT_MAX_TOKENS = 128
@@ -108,9 +109,10 @@ class Session:
         self.bundle = bundle
         manifest = bundle.manifest
         self.preprocessing = Preprocessing.from_dict(manifest.preprocessing)
-        self.encoder = PromptEncoder.from_files(bundle.path, manifest.text_files)
-        self.sampling = Sampling.from_generation_config(manifest.generation)
-        self.eos = frozenset(eos_ids(manifest.generation))
+        vocab = manifest.config.text.vocab
+        self.encoder = PromptEncoder.from_files(bundle.path, manifest.text_files, vocab)
+        rules = GenerationRules.read(manifest.generation, vocab)
+        self.sampling, self.eos, self.stops = rules.sampling, rules.eos, rules.stops
         self.executor = row.open(bundle, options)
         self.fused_prefill = choose_fused_prefill(bundle, self.executor)
         fused = self.fused_prefill is not None and self.fused_prefill.fused
@@ -275,7 +277,7 @@ class Session:
                 "or temperature=0.7 without it."
             )
         chosen = (sampling or self.sampling).with_given(given)
-        stops = (*checked_stops(stop), *stop_strings(self.bundle.manifest.generation))
+        stops = (*checked_stops(stop), *self.stops)
         with self.taking_turns():
             started = time.perf_counter()
             opened = self._decode_images(image)

@@ -31,6 +31,7 @@ from ...graphs.fields import show
 from ...graphs.progress import Advance, no_advance
 from ..disk import require_disk_space
 from .dummy import make_dummy
+from .foreign_formats import reject_file, reject_foreign_folder
 from .known_models import ALIASES, DEMO, KNOWN_MODELS
 from .safetensors_file import FLOAT_DTYPES, TensorInfo, read_checkpoint_json, read_tensors
 
@@ -192,6 +193,7 @@ def open_folder(folder: Path, *, name: str, origin: str) -> Checkpoint:
     Raises:
         ModelError: incomplete, corrupt, quantised or unsupported; names the file.
     """
+    reject_foreign_folder(folder)
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder} has no config.json: expected a Hugging Face checkpoint folder. Name the "
@@ -204,7 +206,8 @@ def open_folder(folder: Path, *, name: str, origin: str) -> Checkpoint:
             method = method.get("quant_method", "?") if isinstance(method, Mapping) else "?"
             raise ModelError(
                 f"{folder / 'config.json'} says the weights are quantised ({method}), expected "
-                f"{', '.join(FLOAT_DTYPES)}. Use the checkpoint that they were made from."
+                f"{', '.join(FLOAT_DTYPES)}. Use the checkpoint that they were made from, and "
+                "quantise it here: --precision w4."
             )
     try:
         config = ModelConfig.from_hf(raw)
@@ -233,7 +236,7 @@ def _map(file: Path) -> mmap.mmap:
 def _unknown(model: str) -> NoReturn:
     known = [*ALIASES, DEMO]
     if os.path.isfile(model):
-        raise ModelError(f"{model} is a file, expected a checkpoint folder. Name its folder.")
+        reject_file(Path(model))
     if model in KNOWN_MODELS:
         raise ModelError(f"{model} has no weights, only a shape. Add --dummy-weights.")
     hint = nearest(model, [*known, *KNOWN_MODELS])

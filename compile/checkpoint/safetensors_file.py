@@ -12,7 +12,6 @@ config. Format: the README of safetensors.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
@@ -25,8 +24,6 @@ from ...graphs.config import ModelConfig
 from ...graphs.errors import ModelError
 from ...graphs.fields import is_int, parse_json, read_json, show
 from .names import EMBEDDING, HEAD_WEIGHT, canonical, tensor_shapes
-
-logger = logging.getLogger(__name__)
 
 SINGLE = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
@@ -73,7 +70,7 @@ def read_tensors(folder: Path, config: ModelConfig) -> dict[str, TensorInfo]:
 
     Raises:
         ModelError: no usable weights in the folder, a damaged file, or tensors that are missing,
-            quantised or of another shape; names the file and the first few tensors.
+            unknown, quantised or of another shape; names the file and the first few tensors.
     """
     found: dict[str, TensorInfo] = {}
     spelled: dict[str, str] = {}
@@ -89,10 +86,18 @@ def read_tensors(folder: Path, config: ModelConfig) -> dict[str, TensorInfo]:
         found[HEAD_WEIGHT] = found[EMBEDDING]
     wanted = tensor_shapes(config)
     _check(folder, wanted, found)
-    unread = tensor_shapes(config, whole_encoder=True)
-    for name in found:
-        if name not in unread and not name.endswith(_UNREAD) and ".head." not in name:
-            logger.warning("%s: %s is no part of the model and is not used", folder, name)
+    known = tensor_shapes(config, whole_encoder=True)
+    unknown = [
+        spelled[name]
+        for name in found
+        if name not in known and not name.endswith(_UNREAD) and ".head." not in name
+    ]
+    if unknown:
+        raise ModelError(
+            f"{folder} holds {_few(unknown)} that no part of the model reads, as config.json has "
+            "it: answers would differ from the checkpoint's. Check that config.json belongs to "
+            "these weights, or remove the tensors and save the model again with save_pretrained."
+        )
     return {name: found[name] for name in wanted}
 
 

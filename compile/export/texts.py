@@ -15,8 +15,10 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from ...graphs.errors import ModelError
+from ...graphs.fields import show
 from ...graphs.progress import Advance, no_advance
 from ...runtime.image.preprocessing import Preprocessing
+from ...runtime.text.generation import GenerationRules, with_eos
 from ...runtime.text.prompt import TEXT_FILES, PromptEncoder
 from ...runtime.text.template import find_template, read_tokenizer_json
 from ..checkpoint.checkpoint import Checkpoint
@@ -52,7 +54,7 @@ def text_facts(checkpoint: Checkpoint) -> TextFacts:
         ModelError, PromptError: naming the file that is missing or damaged.
     """
     folder = checkpoint.path
-    encoder = PromptEncoder.from_files(folder)
+    encoder = PromptEncoder.from_files(folder, vocab=checkpoint.config.text.vocab)
     if encoder.image_token_id != checkpoint.config.image_token_id:
         raise ModelError(
             f"{folder}: config.json says the image token is {checkpoint.config.image_token_id}, "
@@ -68,18 +70,24 @@ def text_facts(checkpoint: Checkpoint) -> TextFacts:
             f"{folder}: images are preprocessed to {preprocessing.output_size}, the vision encoder "
             f"takes {(side, side)}. Use the processor files that belong to this checkpoint"
         )
-    generation = _optional(folder / "generation_config.json") or {}
-    if "eos_token_id" not in generation:
-        config = read_tokenizer_json(folder / "config.json")
-        eos = config.get("eos_token_id") or (config.get("text_config") or {}).get("eos_token_id")
-        if eos is not None:
-            generation = {**generation, "eos_token_id": eos}
+    vocab = checkpoint.config.text.vocab
+    generation = with_eos(_optional(folder / "generation_config.json") or {}, checkpoint.raw)
+    GenerationRules.read(generation, vocab)
     files = {role: name for role, name in TEXT_FILES.items() if (folder / name).is_file()}
     tokenizer = _rebuilt_tokenizer(folder)
     if tokenizer is not None:
         with TemporaryDirectory() as copy:
             _write(folder, files, tokenizer, Path(copy))
-            encoder = PromptEncoder.from_files(copy)
+            encoder = PromptEncoder.from_files(copy, vocab=vocab)
+    beyond = encoder.beyond(vocab)
+    if beyond:
+        first, token = beyond[0]
+        more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+        raise ModelError(
+            f"{folder}: the tokenizer has {show(token)} as {first}{more}, the embedding has "
+            f"{vocab} rows. Use the tokenizer files of these weights, or save the model "
+            "again after resize_token_embeddings."
+        )
     return TextFacts(
         tuple(encoder.prefix_ids()), preprocessing.to_dict(), generation, files, encoder, tokenizer
     )

@@ -17,6 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ...graphs.errors import ModelError, PromptError
+from ...graphs.fields import show
 from .messages import Message, blocks_of, checked_messages, is_image, texts_of
 from .template import ChatTemplate, find_template, read_tokenizer_json
 
@@ -75,6 +76,7 @@ class PromptEncoder:
         special_tokens: ``bos_token``, ``eos_token``, ... by name, as the template may use them.
         image_token: stands for an image in the template's output.
         max_chars: longest prompt, in characters of all its texts.
+        vocab: rows of the model's embedding; None: ids are not compared with it.
 
     Attributes:
         tokenizer: as given.
@@ -92,6 +94,7 @@ class PromptEncoder:
         image_token: str = "<image>",
         *,
         max_chars: int = MAX_CHARS,
+        vocab: int | None = None,
     ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -101,7 +104,7 @@ class PromptEncoder:
         self.image_token_id: int | None = tokenizer.token_to_id(image_token)
         self._bos = special_tokens.get("bos_token")
         self._unknown = special_tokens.get("unk_token")
-        self._max_chars = max_chars
+        self._max_chars, self._vocab = max_chars, vocab
         # A template may repeat what it is given a few times, and write some lines of its own.
         self._template = ChatTemplate(template, special_tokens, max_chars=4 * max_chars + 100_000)
         self._control = self._control_tokens()
@@ -117,7 +120,10 @@ class PromptEncoder:
 
     @classmethod
     def from_files(
-        cls, folder: str | PathLike[str], names: Mapping[str, str] | None = None
+        cls,
+        folder: str | PathLike[str],
+        names: Mapping[str, str] | None = None,
+        vocab: int | None = None,
     ) -> "PromptEncoder":
         """Read a checkpoint's or a bundle's tokenizer files.
 
@@ -125,6 +131,7 @@ class PromptEncoder:
             folder: their place.
             names: role -> file name, roles as in ``TEXT_FILES`` (others are ignored); None takes
                 the usual names, where they exist.
+            vocab: see the class.
 
         Raises:
             ModelError: ``tokenizer.json`` missing or damaged, or another file damaged.
@@ -151,7 +158,9 @@ class PromptEncoder:
             or _content(processor.get("image_token"))
             or "<image>"
         )
-        return cls(tokenizer, find_template(paths, config, processor), named, image_token)
+        return cls(
+            tokenizer, find_template(paths, config, processor), named, image_token, vocab=vocab
+        )
 
     def encode(self, prompt: str | Sequence[Message], images: int | None = None) -> Prompt:
         """Render with the chat template, ready for an answer, and tokenise once.
@@ -312,7 +321,19 @@ class PromptEncoder:
     def _ids(self, text: str) -> list[int]:
         # As Hugging Face processors do: the tokenizer adds a BOS unless the template wrote one.
         add = self._bos is None or not text.startswith(self._bos)
-        return self.tokenizer.encode(text, add_special_tokens=add).ids
+        ids = self.tokenizer.encode(text, add_special_tokens=add).ids
+        beyond = [i for i in ids if self._vocab is not None and i >= self._vocab]
+        if beyond:
+            raise PromptError(
+                f"the prompt has the token {show(self.tokenizer.id_to_token(beyond[0]))} with id "
+                f"{beyond[0]}, the model's token ids end at {self._vocab - 1}. Write it "
+                "differently; the tokenizer and the weights belong to different checkpoints."
+            )
+        return ids
+
+    def beyond(self, vocab: int) -> list[tuple[int, str]]:
+        """Return ids and texts of the tokens that an embedding of ``vocab`` rows lacks."""
+        return sorted((i, token) for token, i in self.tokenizer.get_vocab().items() if i >= vocab)
 
     def _split(self, ids: Iterable[int]) -> tuple[Segment, ...]:
         segments: list[Segment] = []

@@ -255,7 +255,7 @@ def eos_ids(*configs: Mapping[str, Any] | None) -> tuple[int, ...]:
 def stop_strings(config: Mapping[str, Any] | None) -> tuple[str, ...]:
     """Return the ``stop_strings`` of a ``generation_config.json``, a string or a list there."""
     found = (config or {}).get("stop_strings") or ()
-    return (found,) if isinstance(found, str) else tuple(found)
+    return tuple(found) if isinstance(found, (list, tuple)) else (found,)
 
 
 def whole_number(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:

@@ -223,7 +223,7 @@ def test_yarn_falls_back_to_the_models_length():
     assert dict(text.rope.parameters)["original_max_position_embeddings"] == 512
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope", "su"])
+@pytest.mark.parametrize("kind", ["longrope", "su"])
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 def test_ropes_that_depend_on_the_length_are_refused_with_a_reason(kind, key):
     with pytest.raises(ModelError, match=rf"{kind}.*length.*cache.*Supported are default"):
