@@ -322,8 +322,8 @@ class PromptEncoder:
         # As Hugging Face processors do: the tokenizer adds a BOS unless the template wrote one.
         add = self._bos is None or not text.startswith(self._bos)
         ids = self.tokenizer.encode(text, add_special_tokens=add).ids
-        beyond = [i for i in ids if self._vocab is not None and i >= self._vocab]
-        if beyond:
+        beyond = [] if self._vocab is None else [i for i in ids if i >= self._vocab]
+        if self._vocab is not None and beyond:
             raise PromptError(
                 f"the prompt has the token {show(self.tokenizer.id_to_token(beyond[0]))} with id "
                 f"{beyond[0]}, the model's token ids end at {self._vocab - 1}. Write it "
