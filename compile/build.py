@@ -110,7 +110,7 @@ def make_bundle(
         _inputs(spec),
         progress,
         origin=checkpoint.identity,
-        again=f"Give this one another: --name {checkpoint.name}-2 (NAME={checkpoint.name}-2)",
+        again=f"Give this one another: --name {checkpoint.name}-2",
     )
     if not staging.up_to_date():
         with staging:

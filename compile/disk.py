@@ -18,7 +18,7 @@ from ..graphs.bundle import sha256
 from ..graphs.errors import CapacityError
 from ..pages.units import show_bytes
 
-OUT = "Choose another folder: --out DIR (OUT=DIR)"
+OUT = "Choose another folder: --out DIR"
 
 _HASHES: dict[tuple[int, ...], str] = {}
 

@@ -9,6 +9,7 @@ on the hub may change there, so they are always opened.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -75,7 +76,8 @@ def note_build(out: Path, key: str | None, bundle: Bundle) -> None:
     noted = {known: value for known, value in _read(out).items() if known != key}
     name = bundle.path.relative_to(out).as_posix()
     noted[key] = [name, sha256(bundle.path / MANIFEST)]
-    write_file(out / FILE, json.dumps(dict(list(noted.items())[-MOST_NOTED:]), indent=0))
+    with contextlib.suppress(OSError):  # it is found the longer way then
+        write_file(out / FILE, json.dumps(dict(list(noted.items())[-MOST_NOTED:]), indent=0))
 
 
 def _read(out: Path) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Checkpoint:
         if not _NAME.fullmatch(name):
             raise ModelError(
                 f"{show(name)} cannot name a folder of bundles, expected up to 100 letters, "
-                "digits and . _ - with a letter or digit first. Try --name mine (NAME=mine)."
+                "digits and . _ - with a letter or digit first. Try --name mine."
             )
         return replace(self, name=name)
 

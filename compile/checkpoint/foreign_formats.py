@@ -32,7 +32,7 @@ FORMATS = (  # pattern of a name in the folder, what it shows, the next step
     (
         "mm_projector.bin",
         "the projector alone, in the original LLaVA format",
-        "Name a whole model in Hugging Face's format, such as MODEL=llava-7b.",
+        "Name a whole model in Hugging Face's format, such as llava-7b.",
     ),
     (
         "non_lora_trainables.bin",
@@ -42,7 +42,7 @@ FORMATS = (  # pattern of a name in the folder, what it shows, the next step
     ("quant_config.json", "weights quantised by AWQ", f"{_OTHER} Then: --precision w4."),
     ("quantize_config.json", "weights quantised by GPTQ", f"{_OTHER} Then: --precision w4."),
     ("manifest.json", "a bundle, which is built already", "Ask it: visistage infer --bundle DIR."),
-    ("model_index.json", "a pipeline of diffusers, which makes images", "Try MODEL=llava-7b."),
+    ("model_index.json", "a pipeline of diffusers, which makes images", "Try llava-7b."),
     ("*.onnx", "ONNX graphs of another exporter", _OTHER),
     ("openvino_*.xml", "OpenVINO graphs", f"{_OTHER} Then: --target openvino."),
     ("*.engine", "engines of TensorRT", _OTHER),
@@ -72,16 +72,13 @@ def reject_foreign_folder(folder: Path) -> None:
     if (folder / "config.json").exists():
         return
     for name, model, inner in _cached(folder):
-        at = f": MODEL={model}" if model else ""
         raise ModelError(
             f"{folder} is part of the hub's cache ({name}), no checkpoint. Name the model as the "
-            f"hub does{at}, or the folder {inner}."
+            f"hub does: {model}, or the folder {inner}."
         )
     below = sorted(file.parent for file in folder.glob("*/config.json"))
     if below:
-        raise ModelError(
-            f"{folder} has no config.json, {below[0]} has: name that folder (MODEL={below[0]})."
-        )
+        raise ModelError(f"{folder} has no config.json, {below[0]} has: name that folder.")
 
 
 def reject_file(file: Path) -> None:
@@ -89,7 +86,7 @@ def reject_file(file: Path) -> None:
     if file.suffix == ".gguf":
         raise ModelError(f"{file} holds weights in GGUF, the format of llama.cpp. {_OTHER}")
     raise ModelError(
-        f"{file} is a file, expected a checkpoint folder. Name its folder: MODEL={file.parent}"
+        f"{file} is a file, expected a checkpoint folder. Name its folder: {file.parent}"
     )
 
 

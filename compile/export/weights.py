@@ -141,7 +141,7 @@ WAYS: dict[str, tuple[Bring, ...]] = {"copy": (clone, copy), "link": (hard_link,
 """How files get into a bundle, the first that can; ``auto`` is decided by ``choose_ways``."""
 
 DONE = {clone: "cloned", copy: "copied", hard_link: "hard links"}
-LINKED = "onnx and polygraphy refuse hard links, they take --weights copy (WEIGHTS=copy)"
+LINKED = "onnx and polygraphy refuse hard links, they take --weights copy"
 
 
 def choose_ways(placement: Placement, folder: Path, weights: str = "auto") -> tuple[Bring, ...]:
@@ -169,7 +169,7 @@ def choose_ways(placement: Placement, folder: Path, weights: str = "auto") -> tu
                 converted += file.stat().st_size
         finally:
             trial.unlink(missing_ok=True)
-    require_disk_space(folder, converted, "the bundle", "choose another disk: --out DIR (OUT=DIR)")
+    require_disk_space(folder, converted, "the bundle", "choose another disk: --out DIR")
     return ways
 
 

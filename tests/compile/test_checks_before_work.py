@@ -277,7 +277,7 @@ FOREIGN = {
     "old AWQ": (files("model.safetensors", config={}, quant_config={}), "AWQ.*made from"),
     "old GPTQ": (files("m.safetensors", config={}, quantize_config={}), "GPTQ.*made from"),
     ".bin only": (only_bin, "pickled weights only.*save_pretrained"),
-    "original LLaVA": (original_llava("LlavaLlamaForCausalLM"), "original LLaVA.*MODEL=llava-7b"),
+    "original LLaVA": (original_llava("LlavaLlamaForCausalLM"), "original LLaVA.*llava-7b"),
     "original on Mistral": (
         original_llava("LlavaMistralForCausalLM", model_type="llava_mistral"),
         "original LLaVA format",
@@ -288,14 +288,14 @@ FOREIGN = {
     ),
     "original projector": (
         files("mm_projector.bin", config={"model_type": "llava"}),
-        "projector alone.*MODEL=llava-7b",
+        "projector alone.*llava-7b",
     ),
     "a file": (
         lambda f: files("model.safetensors")(f) / "model.safetensors",
-        r"is a file, expected a checkpoint folder.*MODEL=/",
+        r"is a file, expected a checkpoint folder.*folder: /",
     ),
-    "hub cache": (in_cache(), r"hub's cache.*MODEL=org/llava-7b, or the folder .*snapshots/0123"),
-    "its model": (in_cache("NAME"), "hub's cache.*MODEL=org/llava-7b"),
+    "hub cache": (in_cache(), r"hub's cache.*does: org/llava-7b, or the folder .*snapshots/0123"),
+    "its model": (in_cache("NAME"), "hub's cache.*does: org/llava-7b"),
     "its snapshots": (in_cache("NAME", "snapshots"), "hub's cache.*snapshots/0123"),
     "its blobs": (in_cache("NAME", "blobs"), "hub's cache.*snapshots/0123"),
     "a folder above": (files("llava/config.json"), r"has no config\.json, \S*/llava has"),

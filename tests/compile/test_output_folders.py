@@ -125,7 +125,7 @@ def test_another_checkpoint_of_the_same_name_replaces_nothing(model, tmp_path):
     other = toy.make_checkpoint(tmp_path / "elsewhere" / "toy", layers=1, seed=1)
     first, _ = built(model, tmp_path)
     manifest = (first.path / MANIFEST).read_bytes()
-    with pytest.raises(CapacityError, match=r"another checkpoint.*--name toy-2 \(NAME=toy-2\)"):
+    with pytest.raises(CapacityError, match=r"another checkpoint.*--name toy-2"):
         built(other, tmp_path)
     assert (first.path / MANIFEST).read_bytes() == manifest
     first.check(rehash=True)
