@@ -17,7 +17,7 @@ from .sampling import Sampling, eos_ids, stop_strings
 
 @dataclass(frozen=True)
 class GenerationRules:
-    """What ``generation_config.json`` asks for, checked.
+    """Requests of a ``generation_config.json``, checked.
 
     Attributes:
         sampling: how a token is chosen, unless the caller says so.
