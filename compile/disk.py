@@ -33,6 +33,8 @@ def writing(folder: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = f"Free some room and run it again. {remedy}"
         named = f" ({error.filename})" if error.filename not in (None, str(folder)) else ""
         raise CapacityError(
             f"{folder} cannot be written: {error.strerror or error}{named}. {remedy}"

@@ -39,7 +39,7 @@ def request_key(request: Mapping[str, Any]) -> str | None:
     folder = Path(__file__).parents[1] / "demo" / "model" if model == DEMO else Path(model)
     if request.get("dummy_weights") or not os.path.isfile(folder / "config.json"):
         return None
-    name = DEMO if model == DEMO else folder.resolve().name
+    name = request.get("name") or (DEMO if model == DEMO else folder.resolve().name)
     places = [folder, Path(request.get("calibration") or CALIBRATIONS / name)]
     places += [Path(request["plan"])] if request.get("plan") else []
     facts = [

@@ -243,7 +243,10 @@ def timing_cache_file(trt_variant: TensorRtVariant) -> Path | None:
         return None
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = home / "visistage"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # no home that can be written: nothing is kept
+        return None
     return folder / f"timing-{trt_variant.backend}-{trt_variant.version}.cache"
 
 
