@@ -1,9 +1,8 @@
 """Child process that compiles one engine: a crash of the compiler ends nothing else.
 
-    python -m visistage.compile.engines.worker < job.json
-
-It answers on stdout, one JSON object a line: ``{"step": n}`` while it runs, in the end
-``{"facts": {...}}`` or ``{"error": "..."}``. Messages of the compiler go to stderr.
+It is started by ``worker_process`` and reads its job, JSON, from stdin. It answers on stdout, one
+JSON object a line: ``{"step": n}`` while it runs, in the end ``{"facts": {...}}`` or
+``{"error": "..."}``. Messages of the compiler go to stderr.
 """
 
 from __future__ import annotations
@@ -223,7 +222,3 @@ def _die_with_parent() -> None:
     """Let the kernel kill this process with its parent: nothing else would stop it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main()

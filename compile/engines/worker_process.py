@@ -5,17 +5,17 @@ A compiler may crash, or be killed because memory is short; the build goes on fr
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...graphs.child import isolated
 from ...graphs.errors import EngineError
 from ...graphs.progress import Advance, no_advance
 
@@ -47,36 +47,35 @@ def run_worker(
         EngineError: it failed; the message says how, and where the log is.
     """
     started = time.perf_counter()
-    with log.open("wb") as stream:
+    answer: dict[str, Any] = {}
+    with isolated(f"{__package__}.worker") as (command, options), log.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.worker"],
+            command,
+            **options,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stream,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
             start_new_session=True,  # Ctrl-C is ours to handle
         )
-    memory = _Memory(process.pid)
-    try:
-        assert process.stdin is not None
-        assert process.stdout is not None
+        memory = _Memory(process.pid)
         try:
-            process.stdin.write(json.dumps(job).encode())
-            process.stdin.close()
-        except BrokenPipeError:
-            pass  # it ended at once; the exit code says why
-        answer: dict[str, Any] = {}
-        for line in process.stdout:
-            message = json.loads(line)
-            if "step" in message:
-                advance(1)
-            else:
-                answer = message
-        code = process.wait()
-    finally:
-        process.kill()
-        process.wait()
-        memory.stop()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            # If it ended at once, the exit code says why.
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(job).encode())
+                process.stdin.close()
+            for line in process.stdout:
+                message = json.loads(line)
+                if "step" in message:
+                    advance(1)
+                else:
+                    answer = message
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            memory.stop()
     if "facts" not in answer:
         why = answer.get("error") or _reason(code, memory.peak, log)
         raise EngineError(f"{what} was not compiled: {why}. All the compiler said: {log}")

@@ -1,6 +1,4 @@
-"""Load time and peak memory of a bundle, in a process of its own.
-
-    python -m visistage.tools.profile.peak_memory < options.json
+"""Load time and peak memory of a bundle, in a process of its own, which reads its job from stdin.
 
 A peak belongs to a process: beside a second bundle, or after one, it could be the other's.
 """
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from ...graphs.child import isolated
 from ...graphs.errors import CapacityError
 from ...runtime.hardware import peak_memory
 
@@ -38,13 +37,11 @@ def footprint(bundle: Path, *, tokens: int, **options) -> Footprint:
     Raises:
         CapacityError: the process failed, usually for lack of memory.
     """
-    job = {"bundle": str(bundle), "tokens": tokens, "options": options}
-    done = subprocess.run(
-        [sys.executable, "-m", __spec__.name],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-    )
+    job = {"bundle": str(bundle.absolute()), "tokens": tokens, "options": options}
+    with isolated(__name__) as (command, where):
+        done = subprocess.run(
+            command, **where, input=json.dumps(job), capture_output=True, text=True
+        )
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:]
         raise CapacityError(
@@ -68,7 +65,3 @@ def main() -> None:
     with session:
         time_questions(session, next(prompts()), job["tokens"])
     print(json.dumps(asdict(Footprint(load_ms, loaded, peak_memory()))))
-
-
-if __name__ == "__main__":
-    main()
