@@ -12,8 +12,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -27,11 +25,11 @@ from ..graphs.bundle import MANIFEST, STAMP, FileFact, changed_files
 from ..graphs.errors import BundleError, CapacityError
 from ..graphs.fields import from_json, read_json, to_json
 from ..graphs.files import sync, write_file
+from ..graphs.inside import file_inside, is_plain
 from ..graphs.progress import Progress, StepFact
 from .disk import OUT, file_hash, locked, remember_hash, writing
 
 NOTES = ".build.json"
-_FILE = re.compile(r"(?!\.\.?$)[^/\\\0]{1,255}")  # in the folder itself
 
 AnySteps = TypeVar("AnySteps", bound="Steps")
 
@@ -72,17 +70,17 @@ class BuildNotes:
     def read(cls, folder: Path) -> BuildNotes | None:
         """Return a folder's notes; None where there are none, or they are damaged."""
         try:
-            notes = from_json(cls, read_json(folder / NOTES, BundleError, ""), BundleError, "")
+            file = file_inside(folder, NOTES, BundleError, "", own=True)
+            notes = from_json(cls, read_json(file, BundleError, ""), BundleError, "")
         except BundleError:
             return None
         names = {name for note in notes.steps.values() for name in note.files}
-        return notes if all(map(_FILE.fullmatch, names)) else None
+        return notes if all(map(is_plain, names)) else None
 
     def damaged(self, folder: Path) -> set[Path]:
         """Return the files in ``folder`` that are not what their steps wrote."""
         files = {folder / n: fact for note in self.steps.values() for n, fact in note.files.items()}
-        own = {f: fact for f, fact in files.items() if os.path.isfile(f) and not os.path.islink(f)}
-        return {*files.keys() - own.keys(), *changed_files(own, folder / STAMP)}
+        return {*changed_files(files, folder / STAMP)}
 
 
 class Steps:

@@ -1,8 +1,10 @@
 """A bundle on disk: graphs, weights, tokenizer files and one ``manifest.json`` that names them all.
 
-The compiler writes it, the runtime reads nothing else. Standard library only. Hashes are taken
-when a bundle is built and again by ``verify``; when it is loaded, a stamp (size, modification time,
-inode) beside the manifest says which files need no second hashing.
+The compiler writes it, the runtime reads nothing else. Standard library only. A bundle may come
+from a stranger: names in it are believed only as far as ``inside`` lets them, and nothing is loaded
+whose hash the manifest does not hold. Hashes are taken when a bundle is built and again by
+``verify``; when it is loaded, a stamp beside the manifest says which files need no second hashing.
+What that is worth: docs/security.md.
 """
 
 from __future__ import annotations
@@ -11,17 +13,24 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from .commands import rebuild_command
 from .config import ModelConfig
+from .contract import ANY_CONTEXT as ANY_CONTEXT
 from .contract import GraphSpec, TensorSpec, cache_dtype
 from .dtypes import DTYPES
-from .errors import BundleError
+from .errors import BundleError, ModelError, PlanError, TargetError
 from .fields import check_format, from_json, read_json, to_json
+from .files import write_file
+from .inside import file_inside
+from .manifest_check import check_manifest, used_files
+from .onnx_locations import external_files
 from .plan.plan import StagePlan
 from .precision import NO_FALLBACK, Fp32Fallback
 from .quantization import FLOAT, Quantization
@@ -29,6 +38,8 @@ from .quantization import FLOAT, Quantization
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 6
 STAMP = ".stamp.json"
+
+ONNX = ".onnx"
 
 _AGAIN = "Build the bundle again: visistage build MODEL"
 
@@ -38,8 +49,9 @@ BUNDLE_VARIABLE = "VISISTAGE_BUNDLE"
 BUNDLES_FOLDER = "engines"
 """Folder of bundles otherwise: the one that the compiler writes to."""
 
-ANY_CONTEXT = 0
-"""Key of the one variant of a graph without a cache."""
+SETTLED_NS = 100_000_000
+"""A file that changed less than this before it was hashed gets no stamp: clocks of file systems are
+coarse, and another change might leave the same time."""
 
 
 @dataclass(frozen=True)
@@ -156,11 +168,17 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            BundleError: it cannot be read, has another format, or is not what ``to_json`` writes.
+            BundleError: it cannot be read, has another format, is not what ``to_json`` writes, or
+                contradicts itself.
         """
         data = read_json(file, BundleError, _AGAIN)
         data = check_format(data, MANIFEST_FORMAT, BundleError, _AGAIN, str(file))
-        return from_json(cls, data, BundleError, _AGAIN, str(file))
+        try:
+            manifest = from_json(cls, data, BundleError, _AGAIN, str(file))
+        except (ModelError, PlanError, TargetError) as error:  # of what others read, too
+            raise BundleError(f"{file}: {error} {_AGAIN}") from None
+        check_manifest(manifest, str(file), _AGAIN)
+        return manifest
 
 
 @dataclass(frozen=True)
@@ -178,25 +196,41 @@ class Bundle:
             BundleError: nothing there, several bundles, or a manifest that cannot be read.
         """
         folder = find_bundle(Path(path))
-        return cls(folder, Manifest.read(folder / MANIFEST))
+        manifest = Manifest.read(file_inside(folder, MANIFEST, BundleError, _AGAIN))
+        bundle = cls(folder, manifest)
+        for name in manifest.files:
+            bundle.file(name)
+        return bundle
 
     def file(self, name: str) -> Path:
-        """Return the path of one file of the bundle; names that leave the folder are refused."""
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name or not name:
-            raise BundleError(f"{self.path / MANIFEST} names a file outside the bundle: {name!r}")
-        return self.path / name
-
-    def check(self, *, rehash: bool = False) -> None:
-        """Make sure that every file is there and unchanged.
-
-        Files whose stamp is unchanged since they were last hashed are not read again, unless
-        ``rehash``.
+        """Return the path of one file of the bundle.
 
         Raises:
-            BundleError: naming the first file that is missing or changed.
+            BundleError: the manifest holds no hash of it, or it is not a file of the bundle's own.
         """
+        file = file_inside(self.path, name, BundleError, _AGAIN)
+        if name not in self.manifest.files:
+            manifest = self.path / MANIFEST
+            raise BundleError(f"{manifest} uses {name} and holds no hash of it. {_AGAIN}")
+        return file
+
+    def check(self, *, rehash: bool = False) -> None:
+        """Make sure that every file is there and unchanged, and that nothing else would be read.
+
+        Files whose stamp is unchanged since they were last hashed are not read again, unless
+        ``rehash``. External data of graphs counts as what they read.
+
+        Raises:
+            BundleError: naming the first file that is missing or changed, or has no hash.
+        """
+        used = [name for _, name in used_files(self.manifest)]
+        for name in used:
+            self.file(name)
         check_files(self._files(), self.path / STAMP, rehash=rehash, fix=self.again)
+        for name in used:
+            if name.endswith(ONNX):
+                for other in external_files(self.file(name), self.again):
+                    self.file(other)
 
     @property
     def again(self) -> str:
@@ -230,25 +264,32 @@ def check_files(
 def changed_files(
     files: Mapping[Path, FileFact], stamp_file: Path, *, rehash: bool = False
 ) -> list[Path]:
-    """Return the ``files`` that are missing or changed; ``stamp_file`` notes what was hashed."""
+    """Return the ``files`` that are missing or changed; ``stamp_file`` notes what was hashed.
+
+    A stamp is believed while size, inode, and times of the last change of contents and of the file
+    are what they were: the last is the system's own, and no program can set it (on Windows, which
+    keeps none, it is the time of creation). Links and folders count as changed.
+    """
     known = {} if rehash else _read_stamps(stamp_file)
     stamps, changed = {}, []
     for file, fact in files.items():
+        settled = time.time_ns() - SETTLED_NS
         try:
-            status = file.stat()
+            status = file.lstat()
         except OSError:
             changed.append(file)
             continue
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ino, fact.sha256]
-        if status.st_size == fact.nbytes and (
-            known.get(file.name) == stamp or sha256(file) == fact.sha256
-        ):
-            stamps[file.name] = stamp
+        times = (status.st_mtime_ns, status.st_ctime_ns)
+        stamp = [status.st_size, *times, status.st_ino, fact.sha256]
+        fits = stat.S_ISREG(status.st_mode) and status.st_size == fact.nbytes
+        if fits and (known.get(file.name) == stamp or sha256(file) == fact.sha256):
+            if status.st_ctime_ns < settled:
+                stamps[file.name] = stamp
         else:
             changed.append(file)
     if stamps != known:
         with contextlib.suppress(OSError):  # a read-only bundle is hashed every time
-            stamp_file.write_text(json.dumps(stamps))
+            write_file(stamp_file, json.dumps(stamps))
     return changed
 
 
@@ -291,7 +332,7 @@ def bundles_in(path: Path) -> list[Path]:
 
 
 def _age(file: Path) -> tuple[int, Path]:
-    return -file.stat().st_mtime_ns, file
+    return -file.lstat().st_mtime_ns, file
 
 
 def sha256(file: Path) -> str:
@@ -303,9 +344,10 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_stamps(file: Path) -> dict:
+def _read_stamps(file: Path) -> dict[str, Any]:
     try:
-        data = json.loads(file.read_text())
-    except (OSError, ValueError):
+        own = file_inside(file.parent, file.name, BundleError, "", own=True)
+        data = read_json(own, BundleError, "")
+    except BundleError:
         return {}
     return data if isinstance(data, dict) else {}

@@ -29,6 +29,9 @@ PADDING_ORDER = INVISIBLE - 1
 SLOT_STEP = 64
 """Fixed numbers of slots are multiples of this."""
 
+ANY_CONTEXT = 0
+"""Key of the one variant of a graph without a cache."""
+
 PROBE = "probe"
 """Name of the graph that reads a layer in plans that decide per prompt."""
 
@@ -269,6 +272,28 @@ def probe_spec(text: TextConfig, dtype: str, cache: CacheScheme = "float") -> Gr
             TensorSpec("norm", "float32", ("B", "N")),
         ),
     )
+
+
+def graph_specs(
+    config: ModelConfig,
+    plan: StagePlan,
+    dtype: str,
+    parts: Sequence[StagePart],
+    rows_back: bool,
+    fallback: Fp32Fallback = NO_FALLBACK,
+    cache: CacheScheme = "float",
+) -> dict[str, GraphSpec]:
+    """Return the contract of every graph of a bundle, in the order in which a prompt meets them."""
+    text = config.text
+    specs = {"vision": vision_spec(config, dtype, fallback)}
+    for name, part in zip(part_names(parts), parts, strict=True):
+        specs[name] = stage_spec(text, plan, part, dtype, rows_back, fallback, cache)
+        if part.ends(plan) and probed(plan, part.stage):
+            edge = plan.edges[part.stage]
+            specs[f"select{part.stage}"] = select_spec(text, edge, dtype, fallback, cache)
+    if plan.probe is not None:
+        specs[PROBE] = probe_spec(text, dtype, cache)
+    return specs
 
 
 def vision_spec(config: ModelConfig, dtype: str, fallback: Fp32Fallback = NO_FALLBACK) -> GraphSpec:

@@ -18,6 +18,7 @@ def replacing(file: Path) -> Iterator[Path]:
     An error, or Ctrl-C, removes what was written and leaves ``file`` as it was.
     """
     partial = file.with_name(f"{file.name}.partial")
+    partial.unlink(missing_ok=True)  # a link with this name would be written through
     try:
         yield partial
         sync(partial)

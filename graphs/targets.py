@@ -114,6 +114,12 @@ class Target:
         """
         return DTYPES.get(base_of(precision), "float16" if self.engines else "float32")
 
+    def returns_new_rows(self, cache: str) -> bool:
+        """Return whether its stages return new cache rows, not whole caches of type ``cache``."""
+        return self.lowering == PORTABLE or (
+            self.engines and cache == "int8" and self.lowering == LLM
+        )
+
     @property
     def static_slots(self) -> bool:
         """True where the compiler wants the number of cache slots fixed (an aliased cache)."""

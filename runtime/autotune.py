@@ -29,6 +29,7 @@ from ..graphs.chain.chain import AppendedRows, Chain
 from ..graphs.errors import VisistageError
 from ..graphs.fields import from_json, read_json
 from ..graphs.files import write_file
+from ..graphs.inside import file_inside
 from .backends.backend import Backend
 from .hardware import cores, processor
 
@@ -60,6 +61,12 @@ class ThreadsNote:
     answer_ms: dict[str, float]
 
     @property
+    def believable(self) -> bool:
+        """True where it can only choose what a measurement here might have chosen."""
+        counts = list(map(str, thread_counts(cores())))
+        return list(self.answer_ms) == counts and min(self.answer_ms.values()) > 0
+
+    @property
     def threads(self) -> int:
         """The best number: all cores unless fewer are clearly faster."""
         best, *fewer = sorted(self.answer_ms, key=int, reverse=True)
@@ -77,6 +84,11 @@ class FusedPrefillNote:
     source: str
     separate_ms: float
     merged_ms: float
+
+    @property
+    def believable(self) -> bool:
+        """True where it can only choose what a measurement here might have chosen."""
+        return min(self.separate_ms, self.merged_ms) > 0
 
     @property
     def fused(self) -> bool:
@@ -207,8 +219,9 @@ def _noted(
 ) -> Note:
     """Return the note in ``file`` if it was taken where we are; otherwise measure, and note it."""
     with contextlib.suppress(VisistageError):  # no note, or a spoilt one: it is measured again
-        note = from_json(kind, read_json(file, VisistageError, ""), VisistageError, "")
-        if all(getattr(note, name) == value for name, value in where.items()):
+        known = file_inside(file.parent, file.name, VisistageError, "", own=True)
+        note = from_json(kind, read_json(known, VisistageError, ""), VisistageError, "")
+        if note.believable and all(getattr(note, name) == value for name, value in where.items()):
             return note
     note = kind(**where, **measure())
     with contextlib.suppress(OSError):  # a read-only bundle is measured every time

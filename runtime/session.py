@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..graphs.bundle import Bundle
+from ..graphs.bundle import MANIFEST, Bundle
 from ..graphs.chain.executor import Rows
-from ..graphs.errors import CapacityError, PromptError, VisistageError
+from ..graphs.errors import BundleError, CapacityError, PromptError, VisistageError
 from ..graphs.fields import show
 from .answer import DECODED, Answer
 from .autotune import choose_fused_prefill
@@ -104,11 +104,15 @@ class Session:
         options = BackendOptions(threads, memory_limit, profile)
         row = find_backend(bundle, backend, options)
         bundle.check()
-        for name in bundle.manifest.text_files.values():
-            bundle.file(name)  # refuses names that leave the bundle
         self.bundle = bundle
         manifest = bundle.manifest
         self.preprocessing = Preprocessing.from_dict(manifest.preprocessing)
+        side = manifest.config.vision.image_size
+        if self.preprocessing.output_size not in (None, (side, side)):
+            raise BundleError(
+                f"{bundle.path / MANIFEST} prepares images of {self.preprocessing.output_size} for "
+                f"an encoder of {(side, side)}. {bundle.again}"
+            )
         vocab = manifest.config.text.vocab
         self.encoder = PromptEncoder.from_files(bundle.path, manifest.text_files, vocab)
         rules = GenerationRules.read(manifest.generation, vocab)

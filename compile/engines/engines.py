@@ -16,28 +16,31 @@ import math
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...graphs.bundle import MANIFEST, Bundle, sha256
 from ...graphs.engine_index import (
-    ENGINES_FOLDER,
+    AGAIN,
     ENGINES_FORMAT,
     ENGINES_INDEX,
     EngineFact,
     Engines,
+    engines_folder,
 )
-from ...graphs.errors import MissingDependencyError, TargetError
+from ...graphs.engine_spec import EngineSpec, engine_specs_of
+from ...graphs.errors import EngineError, MissingDependencyError, TargetError
+from ...graphs.fields import from_json, read_json
 from ...graphs.files import write_file
+from ...graphs.inside import file_inside, vacant
 from ...graphs.progress import Progress
 from ...graphs.targets import Capability, Target, find_target, show_capability
 from ...runtime.device.tensorrt import INSTALL, TensorRtVariant, find_trt_variant, load_trt_variant
 from ...runtime.hardware import GpuInfo, find_gpu
 from ..disk import require_disk_space
 from ..steps import Steps
-from .engine_spec import EngineSpec, engine_specs_of
 from .worker_process import run_worker
 
 
@@ -115,14 +118,15 @@ def compile_engines(
             f"{bundle.path} is for target '{target.name}', which runs graphs as they are: there is "
             "nothing to compile"
         )
+    folder = engines_folder(bundle)
     trt_variant = load_trt_variant(target)
     named = _capabilities(target, trt_variant, capabilities)
     bundle.check()
     manifest_hash = sha256(bundle.path / MANIFEST)
-    index = bundle.path / ENGINES_FOLDER / ENGINES_INDEX
+    index = folder / ENGINES_INDEX
     inputs = [ENGINES_FORMAT, manifest_hash, trt_variant.version, named]
     remedy = "Copy the bundle to another disk"
-    with Steps(bundle.path / ENGINES_FOLDER, inputs, progress, remedy=remedy) as steps:
+    with Steps(folder, inputs, progress, remedy=remedy) as steps:
         engine_specs = engine_specs_of(bundle.manifest)
         if not index.exists():
             require_disk_space(
@@ -137,7 +141,7 @@ def compile_engines(
                 _compile, bundle, engine_spec, trt_variant, named, cache, steps.folder, progress
             )
             steps.step(f"engine {engine_spec.name}", run)
-        facts = [json.loads((steps.folder / _facts_file(r)).read_text()) for r in engine_specs]
+        facts = [asdict(_read_fact(steps.folder, spec)) for spec in engine_specs]
         data = {
             "format": ENGINES_FORMAT,
             "backend": trt_variant.backend,
@@ -153,6 +157,13 @@ def compile_engines(
     return engines
 
 
+def _read_fact(folder: Path, spec: EngineSpec) -> EngineFact:
+    """Return what is noted of an engine; the file that it is of is not the note's to say."""
+    file = file_inside(folder, _facts_file(spec), EngineError, AGAIN)
+    data = read_json(file, EngineError, AGAIN)
+    return replace(from_json(EngineFact, data, EngineError, AGAIN, str(file)), file=spec.file)
+
+
 def _compile(
     bundle: Bundle,
     engine_spec: EngineSpec,
@@ -163,10 +174,10 @@ def _compile(
     progress: Progress,
 ) -> list[str]:
     """Compile one engine; it gets its final name when it is complete."""
-    file = f"{engine_spec.name}.engine"
-    partial_file = folder / f"{file}.partial"
+    file = engine_spec.file
+    partial_file = vacant(folder / f"{file}.partial")
     job = job_of(bundle, engine_spec, trt_variant, capabilities, partial_file, timing_cache)
-    log = folder / f"{engine_spec.name}.log"
+    log = vacant(folder / f"{engine_spec.name}.log")
     outcome = run_worker(job, f"engine '{engine_spec.name}'", log, progress.advance)
     facts: dict[str, Any] = {name: outcome.facts[name] for name in outcome.facts if name != "steps"}
     fact = EngineFact(
@@ -201,13 +212,13 @@ def job_of(
     """Return the worker's job (``worker.compile_engine``)."""
     return {
         "backend": trt_variant.backend,
-        "source": str(bundle.file(engine_spec.source)),
-        "output": str(output),
+        "source": str(bundle.file(engine_spec.source).absolute()),
+        "output": str(output.absolute()),
         "inputs": {spec.name: spec.dtype for spec in engine_spec.spec.inputs},
         "outputs": {spec.name: spec.dtype for spec in engine_spec.spec.outputs},
         "profiles": engine_spec.profiles,
         "capabilities": capabilities,
-        "timing_cache": None if timing_cache is None else str(timing_cache),
+        "timing_cache": None if timing_cache is None else str(timing_cache.absolute()),
     }
 
 

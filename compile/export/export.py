@@ -20,12 +20,8 @@ from ...graphs.contract import (
     PROBE,
     GraphSpec,
     StagePart,
+    graph_specs,
     part_names,
-    probe_spec,
-    probed,
-    select_spec,
-    stage_spec,
-    vision_spec,
     whole_stages,
 )
 from ...graphs.linears import linear_groups
@@ -103,29 +99,27 @@ def graphs_of(
     if engines and quantization.quantises_cache and lowering == LLM:
         ops = LlmRows()
     groups = linear_groups(config)
+    specs = graph_specs(config, plan, dtype, parts, ops.returns_new_rows, fallback, cache)
     out = []
 
-    def add(name: str, module: Pieces, spec: GraphSpec) -> None:
+    def add(name: str, module: Pieces) -> None:
         replace_linears(module, quantization.schemes, groups, engines=engines)
         round_caches(module, cache)
         for parameter in module.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(getattr(torch, dtype))
-        out.append(Graph(name, module, spec, ops.opset))
+        out.append(Graph(name, module, specs[name], ops.opset))
 
     with FakeTensorMode():
-        add("vision", Vision(config, ops, fallback), vision_spec(config, dtype, fallback))
+        add("vision", Vision(config, ops, fallback))
         for name, part in zip(part_names(parts), parts, strict=True):
-            spec = stage_spec(config.text, plan, part, dtype, ops.returns_new_rows, fallback, cache)
             index = part.stage
             own = LlmConditional(in_order=index == 0) if lowering == LLM_CONDITIONAL else ops
-            add(name, DecoderStage(config.text, plan, part, own, fallback), spec)
-            if part.ends(plan) and probed(plan, index):
-                edge = plan.edges[index]
-                spec = select_spec(config.text, edge, dtype, fallback, cache)
-                add(f"select{index}", Selector(edge, ops), spec)
+            add(name, DecoderStage(config.text, plan, part, own, fallback))
+            if f"select{index}" in specs and part.ends(plan):
+                add(f"select{index}", Selector(plan.edges[index], ops))
         if plan.probe is not None:
-            add(PROBE, Prober(ops), probe_spec(config.text, dtype, cache))
+            add(PROBE, Prober(ops))
     return out
 
 

@@ -103,11 +103,6 @@ def compiled_engines(bundle: Bundle, engines: Engines) -> list[Compiled]:
 
 
 def _compiled(bundle: Bundle, engines: Engines, fact: EngineFact) -> Compiled:
-    if fact.graph not in bundle.manifest.graphs:
-        raise EngineError(
-            f"{engines.folder} has an engine for '{fact.graph}', which the bundle does not. "
-            f"{AGAIN} {bundle.path}"
-        )
     profiles = tuple(
         {name: (tuple(shapes[0]), tuple(shapes[2])) for name, shapes in profile.items()}
         for profile in fact.profiles
@@ -115,7 +110,7 @@ def _compiled(bundle: Bundle, engines: Engines, fact: EngineFact) -> Compiled:
     return Compiled(
         fact.graph,
         fact.context,
-        engines.folder / fact.file,
+        engines.file(fact),
         bundle.manifest.graphs[fact.graph].spec,
         fact.slots,
         profiles,

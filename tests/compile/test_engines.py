@@ -22,12 +22,12 @@ from visistage.cli.main import main
 from visistage.compile.build import make_bundle
 from visistage.compile.engines import engines as trt_engines
 from visistage.compile.engines import worker
-from visistage.compile.engines.engine_spec import engine_specs_of
 from visistage.compile.engines.engines import can_compile, compile_engines, job_of
 from visistage.compile.engines.worker_process import run_worker
 from visistage.compile.export.static_shapes import DECOMPOSABLE
 from visistage.graphs.bundle import MANIFEST, Bundle
 from visistage.graphs.engine_index import Engines
+from visistage.graphs.engine_spec import engine_specs_of
 from visistage.graphs.errors import BundleError, EngineError, MissingDependencyError, TargetError
 from visistage.graphs.targets import TARGETS, TENSORRT, TENSORRT_RTX
 from visistage.runtime.device import tensorrt as flavours

@@ -16,7 +16,6 @@ from visistage.cli.main import main
 from visistage.cli.show.bundle_view import bundle_facts
 from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
-from visistage.compile.engines.engine_spec import engine_specs_of
 from visistage.compile.engines.engines import job_of
 from visistage.compile.engines.worker_process import run_worker
 from visistage.compile.planfile import resolve_plan
@@ -29,6 +28,7 @@ from visistage.compile.quantize.quantize import (
 )
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.contract import returns_new_rows
+from visistage.graphs.engine_spec import engine_specs_of
 from visistage.graphs.errors import DataError, EngineError, ModelError, TargetError
 from visistage.graphs.modules.ops import Eager
 from visistage.graphs.modules.quantized import cache_scale_names, is_cache_scale

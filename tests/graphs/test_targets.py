@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.known_models import KNOWN_MODELS
 from visistage.compile.checkpoint.names import decoder_shapes
-from visistage.compile.engines.engine_spec import DECODE_ROWS, engine_specs_of
 from visistage.compile.export import static_shapes
 from visistage.compile.export.static_shapes import (
     compiler_peak,
@@ -16,6 +15,7 @@ from visistage.compile.export.static_shapes import (
 )
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.contract import SLOT_STEP, StagePart, part_names, stage_of, stage_slots
+from visistage.graphs.engine_spec import DECODE_ROWS, engine_specs_of
 from visistage.graphs.errors import CapacityError, TargetError
 from visistage.graphs.presets.presets import preset
 from visistage.graphs.targets import (

@@ -9,12 +9,15 @@ were captured are errors.
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
-from visistage.compile.engines.engine_spec import engine_specs_of
+from visistage.compile.engines import engines
+from visistage.compile.engines.worker_process import CompileOutcome
 from visistage.graphs.bundle import MANIFEST, sha256
 from visistage.graphs.contract import appended
 from visistage.graphs.engine_index import ENGINES_FOLDER, ENGINES_INDEX, EngineFact
+from visistage.graphs.engine_spec import engine_specs_of
 from visistage.graphs.targets import find_target
 from visistage.runtime.device import engine_trt
 from visistage.runtime.device.engine_ort import OrtApi
@@ -95,6 +98,27 @@ def stand_in(monkeypatch, *, memory=1 << 40, capturable=True, version=VERSION, g
     monkeypatch.setattr(engine_trt, "CudaDevice", lambda: device)
     monkeypatch.setattr(engine_trt, "TrtApi", lambda trt_variant, stream: api)
     return Machine(device, api)
+
+
+def stand_in_compiler(monkeypatch):
+    """Make engines of a few bytes where there is no compiler."""
+    content = b"engine"
+    facts = {"sha256": hashlib.sha256(content).hexdigest(), "layers": {}, "precisions": {}}
+    facts |= dict.fromkeys(("fused_attention", "decomposable_attention", "caches_in_place"), 0)
+    known = type("ComputeCapability", (), {"SM86": 86, "SM120": 120})
+    module = type("TensorRT", (), {"__version__": VERSION, "ComputeCapability": known})
+
+    def run_worker(job, what, log, advance=None):
+        Path(job["output"]).write_bytes(content)
+        log.write_text("said")
+        return CompileOutcome(facts, 0.0, 0, 0)
+
+    for name, stand in {
+        "can_compile": lambda target, device: None,
+        "load_trt_variant": lambda target: TensorRtVariant(target.backend, module, True, False),
+        "run_worker": run_worker,
+    }.items():
+        monkeypatch.setattr(engines, name, stand)
 
 
 class StrictApi:

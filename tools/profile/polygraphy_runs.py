@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from ...compile.engines.engine_spec import Shape, engine_specs_of
 from ...graphs.bundle import Bundle, Manifest
 from ...graphs.commands import install
 from ...graphs.contract import GraphSpec, stage_of
 from ...graphs.engine_index import ENGINES_FOLDER, Engines
+from ...graphs.engine_spec import Shape, engine_specs_of
 from ...graphs.plan.call_cost import GraphCall
 from ...graphs.targets import ONNXRUNTIME, TENSORRT, TENSORRT_RTX, find_target
 from ...runtime.backends.denormals import flushed
@@ -228,7 +228,7 @@ def _latencies(run: PolygraphyRun, runner: Any, repetitions: int) -> list[float]
 
 
 def _runner(bundle: Bundle, backend: str, run: PolygraphyRun, sessions: Mapping[str, Any]) -> Any:
-    file = str(bundle.path / run.file)
+    file = str(bundle.path / run.file)  # names were checked when bundle and index were read
     if backend == ONNXRUNTIME:
         from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 

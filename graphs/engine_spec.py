@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...graphs.bundle import ANY_CONTEXT, Manifest
-from ...graphs.contract import PROBE, SLOT_STEP, GraphSpec, stage_of, stage_slots
+from .bundle import ANY_CONTEXT, Manifest
+from .contract import PROBE, SLOT_STEP, GraphSpec, stage_of, stage_slots
 
 DECODE_ROWS = 8
 """Most rows of a call in the decode profile."""
@@ -44,6 +44,11 @@ class EngineSpec:
     spec: GraphSpec
     slots: int
     profiles: tuple[dict[str, tuple[Shape, Shape, Shape]], ...]
+
+    @property
+    def file(self) -> str:
+        """Name of the compiled engine."""
+        return f"{self.name}.engine"
 
 
 def engine_specs_of(manifest: Manifest) -> list[EngineSpec]:
