@@ -29,7 +29,7 @@ from PIL import Image
 
 from ..graphs.bundle import MANIFEST, Bundle
 from ..graphs.chain.executor import Rows
-from ..graphs.errors import BundleError, CapacityError, PromptError, VisistageError
+from ..graphs.errors import BundleError, CapacityError, PromptError, TargetError, VisistageError
 from ..graphs.fields import show
 from .answer import DECODED, Answer
 from .autotune import choose_fused_prefill
@@ -99,8 +99,11 @@ class Session:
         max_pixels: int = MAX_PIXELS,
         profile: Path | None = None,
     ):
-        cache_bytes = whole_number("cache_bytes", cache_bytes, 0)
-        self.max_pixels = whole_number("max_pixels", max_pixels, 1)
+        cache_bytes = whole_number("cache_bytes", cache_bytes, 0, TargetError)
+        self.max_pixels = whole_number("max_pixels", max_pixels, 1, TargetError)
+        for name, value in (("threads", threads), ("memory_limit", memory_limit)):
+            if value is not None:
+                whole_number(name, value, 1, TargetError)
         options = BackendOptions(threads, memory_limit, profile)
         row = find_backend(bundle, backend, options)
         bundle.check()

@@ -44,7 +44,7 @@ ALLOWED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "to
 IGNORED_FILES = ["*/*", "consolidated*"]  # other formats and second copies of the weights
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.A)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.A)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,99}/[A-Za-z0-9][\w.-]{0,99}", re.A)
 
 
 @dataclass(frozen=True)

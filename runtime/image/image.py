@@ -4,8 +4,9 @@
                                │
                                └──pixel_key──▶ its key in caches
 
-Sizes are checked from the header, before anything is decoded. ``load_image`` says how each kind of
-image is converted. This module knows neither models nor prompts.
+Files are told apart by their content, and only formats on a list are opened. Bytes and sizes are
+checked before anything is decoded. ``load_image`` says how each kind of image is converted. This
+module knows neither models nor prompts.
 """
 
 import contextlib
@@ -14,11 +15,13 @@ import hashlib
 import io
 import json
 import os
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from ...graphs.errors import ImageError
 from .preprocessing import Preprocessing
@@ -26,10 +29,43 @@ from .preprocessing import Preprocessing
 __all__ = ["FORMATS", "MAX_PIXELS", "Preprocessing", "load_image", "pixel_key", "preprocess"]
 
 MAX_PIXELS = 64_000_000
-# Only formats that Pillow decodes by itself: EPS, for one, would start an external program.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+MAX_SIDE, MAX_RATIO = 32_768, 1_000
+"""Longest side in pixels, and how many times it may be the shorter one."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""Of many that Pillow opens: EPS would start a program, others had holes time and again."""
+
+_FOREIGN = {  # what a file of another format begins with
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"SIMPLE  =": "FITS",
+    b"8BPS": "Photoshop",
+    b"%!PS": "PostScript",
+    b"\xc5\xd0\xd3\xc6": "PostScript",
+    b"%PDF": "PDF",
+    b"\0\0\1\0": "icon",
+    b"icns": "icon",
+    b"DDS ": "DirectDraw",
+    b"qoif": "QOI",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"<svg": "SVG",
+    b"<?xml": "SVG or other XML",
+    b"\x76\x2f\x31\x01": "OpenEXR",
+    b"#?RADIANCE": "Radiance",
+    b"\xff\xfe": "gd",
+    b"\0\0\1\xba": "MPEG",
+    b"\0\0\1\xb3": "MPEG",
+    b"\x1f\x8b": "gzip",
+    b"PK\3\4": "zip",
+}
+_FOREIGN_BOXES = {  # after ftyp, at byte 8
+    b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC", b"hevc": "HEIC",
+    b"isom": "MP4", b"mp42": "MP4", b"mp41": "MP4", b"qt  ": "QuickTime",
+}  # fmt: skip
 
 ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray
+"""Besides these, any array that offers DLPack from this CPU, such as a torch tensor."""
 
 
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -44,23 +80,33 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
 
     Args:
         source: a path; the bytes of a file; a binary file object (read from its beginning); a PIL
-            image; or an array (H, W), (H, W, 3) or (H, W, 4) of uint8.
-        max_pixels: largest width x height that is decoded.
+            image; or an array (H, W), (H, W, 3) or (H, W, 4) of uint8, of NumPy or over DLPack.
+        max_pixels: largest width x height that is decoded. Whatever it is, no side may be longer
+            than ``MAX_SIDE``, nor ``MAX_RATIO`` times the other.
 
     Raises:
         ImageError: missing, unsupported, damaged or too large.
     """
+    if hasattr(source, "__dlpack__") and not isinstance(source, np.ndarray):
+        source = _from_dlpack(source)
     if isinstance(source, np.ndarray):
-        source = _from_array(source)
+        source = _from_array(source, max_pixels)
     if isinstance(source, Image.Image):
-        _check_size(source.size, max_pixels, "the image")
+        _check_source(source.size, max_pixels, "the image")
         return _decode(source, "the image")
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _read_file(io.BytesIO(source), "the bytes given", max_pixels)
+        file = _seekable(io.BytesIO(source), max_pixels)
+        return _read_file(file, "the bytes given", max_pixels)
     if isinstance(source, (str, os.PathLike)):
         return _read_path(source, max_pixels)
     if hasattr(source, "read"):
-        return _read_file(_seekable(source, max_pixels), "the file object", max_pixels)
+        try:
+            file = _seekable(source, max_pixels)
+        except (OSError, ValueError) as error:
+            raise ImageError(
+                "the file object cannot be read; is it closed? Open the image again."
+            ) from error
+        return _read_file(file, "the file object", max_pixels)
     raise ImageError(
         f"an image cannot be made from {type(source).__name__}; expected a path, bytes, a binary "
         "file object, a PIL image or a uint8 array (H, W[, 3 or 4])."
@@ -129,7 +175,17 @@ def pixel_key(image: Image.Image, preprocessing: Preprocessing) -> str:
 # --- reading -------------------------------------------------------------------------------
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _from_dlpack(source: Any) -> np.ndarray:
+    try:
+        return np.from_dlpack(source)
+    except Exception as error:  # of any library, over a device, a type or a gradient
+        raise ImageError(
+            f"the {type(source).__name__} cannot be read over DLPack. Pass a uint8 array of this "
+            "CPU: tensor.detach().cpu().numpy()"
+        ) from error
+
+
+def _from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
     grey_or_colour = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
     if array.dtype != np.uint8 or not grey_or_colour or 0 in array.shape:
         hint = ""
@@ -141,6 +197,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
             f"the array has shape {array.shape} and type {array.dtype}; expected uint8 of shape "
             f"(H, W), (H, W, 3) or (H, W, 4), not empty.{hint}"
         )
+    _check_source((array.shape[1], array.shape[0]), max_pixels, "the array")  # a view may be tiny
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -151,26 +208,33 @@ def _read_path(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
         )
     try:
         with Path(path).open("rb") as file:
-            return _read_file(file, str(path), max_pixels)
+            return _read_file(_seekable(file, max_pixels), str(path), max_pixels)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise ImageError(f"the image {path} cannot be opened: {reason}. Check the path.") from error
 
 
 def _seekable(file: Any, max_pixels: int) -> Any:
-    """Return the file object itself, or its content when it is a pipe (never more than needed)."""
-    if hasattr(file, "seekable") and file.seekable():
-        return file
+    """Return the file object itself, or its content when it is a pipe.
+
+    Raises:
+        ImageError: more bytes than an image of ``max_pixels`` can have, or text.
+    """
     most = 8 * max_pixels + 2**20  # no supported format needs more, header included
-    data = file.read(most + 1)
-    if not isinstance(data, bytes):
-        raise ImageError("the file object yields text; open the image in binary mode ('rb').")
-    if len(data) > most:
+    if hasattr(file, "seekable") and file.seekable():
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+    else:
+        data = file.read(most + 1)
+        if not isinstance(data, bytes):
+            raise ImageError("the file object yields text; open the image in binary mode ('rb').")
+        size, file = len(data), io.BytesIO(data)
+    if size > most:
         raise ImageError(
-            f"the file object holds more than {most} bytes; that is no image of "
-            f"{max_pixels} pixels or less. Pass a larger max_pixels."
+            f"the image takes more than {most} bytes; that is none of {max_pixels} pixels or "
+            "less. Pass a larger max_pixels."
         )
-    return io.BytesIO(data)
+    return file
 
 
 @functools.cache
@@ -181,34 +245,63 @@ def _formats() -> tuple[str, ...]:
 
 def _read_file(file: Any, name: str, max_pixels: int) -> Image.Image:
     try:
-        image = Image.open(file, formats=_formats())
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        # Pillow's own limit, which it checks before telling the size.
-        allowed = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)
-        _check_size(_declared_size(file), allowed, name)
+        head = file.read(32)
+        file.seek(0)
+        if (size := _webp_size(head)) is not None:  # Pillow makes room for it as it opens one
+            _check_source(size, max_pixels, name)
+        image = _open(file)
+    except ImageError:
         raise
-    except Exception as error:  # a decoder may raise anything at all over a damaged header
-        why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+    except Image.DecompressionBombError as error:
         raise ImageError(
-            f"{name} is not an image that can be read{why}. Supported: {', '.join(_formats())}. "
+            f"{name} has more pixels than Pillow opens; the limit here is {max_pixels}. Scale it "
+            "down, crop it, or raise max_pixels and PIL.Image.MAX_IMAGE_PIXELS."
+        ) from error
+    except Exception as error:  # a decoder may raise anything at all over a damaged header
+        if isinstance(head, bytes) and _is_listed(head):
+            raise _damaged(name) from error
+        kind = _foreign(head) if isinstance(head, bytes) else None
+        what = f"is a {kind} file, which is" if kind else "is"
+        raise ImageError(
+            f"{name} {what} not an image that can be read. Supported: {', '.join(_formats())}. "
             "Convert it to PNG or JPEG."
         ) from error
     with image:
-        _check_size(image.size, max_pixels, name)
+        _check_source(image.size, max_pixels, name)
         return _decode(image, name)
 
 
-def _declared_size(file: Any) -> tuple[int, int]:
-    """Return width and height from the header alone, past Pillow's check of their product."""
-    file.seek(0)
-    head = file.read(16)
-    for name in _formats():
-        factory, accept = Image.OPEN[name]
-        known = accept(head) if accept else False
-        if known and not isinstance(known, str):  # text: known, but this Pillow cannot decode it
-            file.seek(0)
-            return factory(file, "").size
-    raise AssertionError("Pillow knew the format a moment ago")
+def _open(file: Any) -> Image.Image:
+    with warnings.catch_warnings():
+        # Of half of the size that it refuses; ours is checked next.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(file, formats=_formats())
+
+
+def _webp_size(head: bytes) -> tuple[int, int] | None:
+    """Return width and height of the canvas that the beginning of a WebP file declares."""
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
+        return None
+    kind, number = head[12:16], partial(int.from_bytes, byteorder="little")
+    if kind == b"VP8X":
+        return 1 + number(head[24:27]), 1 + number(head[27:30])
+    if kind == b"VP8L":
+        bits = number(head[21:25])
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return number(head[26:28]) & 0x3FFF, number(head[28:30]) & 0x3FFF
+
+
+def _is_listed(head: bytes) -> bool:
+    """Return whether a file that begins so is of a supported format."""
+    accepts = [Image.OPEN[name][1] for name in _formats()]
+    return any(accept is not None and accept(head) is True for accept in accepts)
+
+
+def _foreign(head: bytes) -> str | None:
+    """Return the name of a format that is known and not supported."""
+    if head[4:8] == b"ftyp":
+        return _FOREIGN_BOXES.get(head[8:12])
+    return next((name for start, name in _FOREIGN.items() if head.startswith(start)), None)
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
@@ -220,10 +313,14 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:  # a decoder may raise anything at all over damaged data
-        raise ImageError(
-            f"{name} cannot be decoded ({error}); it is damaged or cut short. Fetch it again, or "
-            "save it anew with an image editor."
-        ) from error
+        raise _damaged(name) from error
+
+
+def _damaged(name: str) -> ImageError:
+    return ImageError(
+        f"{name} cannot be decoded; it is damaged or cut short. Fetch it again, or save it anew "
+        "with an image editor."
+    )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -268,6 +365,16 @@ def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
         )
     if width < 1 or height < 1:
         raise ImageError(f"{name} has {width} x {height} pixels: it is empty.")
+
+
+def _check_source(size: tuple[int, int], max_pixels: int, name: str) -> None:
+    _check_size(size, max_pixels, name)
+    width, height = size
+    if max(size) > MAX_SIDE or max(size) > MAX_RATIO * min(size):
+        raise ImageError(
+            f"{name} has {width} x {height} pixels; no side may be longer than {MAX_SIDE}, nor "
+            f"{MAX_RATIO} times the other. Crop it."
+        )
 
 
 def _grown(size: tuple[int, int], step: str) -> str:

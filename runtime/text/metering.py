@@ -40,7 +40,7 @@ MOST_DEPTH, MOST_BITS, MOST_WIDTH, MOST_POWER = 32, 4096, 1000, 64
 TICK, MADE, READ, JOINED = "* tick", "* made", "* read", "* joined"
 """Filters that no template can name."""
 
-_LONG_FIELD = re.compile(r"\d{4}|[*]|:[^}]*\{")
+_LONG_FIELD = re.compile(r"\d{4}|[*]|:[^:{}]*\{")
 _ITEM = 16  # bytes that a place in a list takes, about
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ...graphs.errors import ModelError, PromptError
+from ...graphs.errors import ModelError, PromptError, VisistageError
 from ...graphs.fields import show
 
 logger = logging.getLogger(__name__)
@@ -258,16 +258,17 @@ def stop_strings(config: Mapping[str, Any] | None) -> tuple[str, ...]:
     return tuple(found) if isinstance(found, (list, tuple)) else (found,)
 
 
-def whole_number(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
+def whole_number(
+    name: str, value: Any, least: int, error: type[VisistageError] = PromptError
+) -> int:
     """Return ``value`` as an int.
 
     Raises:
-        PromptError: it is no whole number (True, 3.0 and "3" are none), or out of bounds.
+        error: it is no whole number (True, 3.0 and "3" are none), or below ``least``.
     """
     fits = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not fits or not least <= value <= most:
-        bounds = f"from {least} to {most}" if most < 2**63 - 1 else f"{least} or above"
-        raise PromptError(f"{name} is {show(value)}; it must be a whole number, {bounds}.")
+    if not fits or not least <= value < 2**63:
+        raise error(f"{name} is {show(value)}; it must be a whole number, {least} or above.")
     return int(value)
 
 

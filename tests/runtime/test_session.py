@@ -16,7 +16,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from visistage import runtime
 from visistage.compile.build import make_bundle
-from visistage.graphs.errors import ImageError, PromptError, VisistageError
+from visistage.graphs.errors import ImageError, PromptError, TargetError, VisistageError
 from visistage.graphs.fields import show
 from visistage.runtime.answer import DECODED
 from visistage.tests.support import toy
@@ -272,9 +272,18 @@ def test_an_image_may_not_be_larger_than_asked(path):
     session = runtime.load(path, threads=1, max_pixels=2079)
     with session, pytest.raises(ImageError, match="40 = 2080 pixels; the limit is 2079"):
         session.infer(picture(1), "Why?")
-    for name, value in (("max_pixels", 0), ("max_pixels", 1.5), ("cache_bytes", -1)):
-        with pytest.raises(VisistageError, match=name):
-            runtime.load(path, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["max_pixels", "cache_bytes", "threads", "memory_limit"])
+@pytest.mark.parametrize("value", [1.5, "2", True, -1], ids=show)
+def test_a_wrong_option_of_load_is_refused_by_name(path, name, value):
+    with pytest.raises(TargetError, match=name):
+        runtime.load(path, **{name: value})
+
+
+def test_images_are_counted_before_any_is_decoded(session):
+    with pytest.raises(PromptError, match="257 images were given"):
+        session.infer([b"broken"] * 257, "Why?")
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 64 << 20])
