@@ -14,7 +14,11 @@ from typing import Any
 
 import click
 
+from ..runtime.hardware import busy_machine
 from ..tools.profile.machine import cores, processor
+
+BUSY = busy_machine()
+"""Said where a measurement began on a busy machine; None elsewhere."""
 
 RESULTS = Path(__file__).parent / "results"
 FOLDERS = ("out", "work")
@@ -51,6 +55,8 @@ def typed_command() -> str:
 
 def save(name: str, rows: Sequence[dict[str, Any]], *, dry: bool = False) -> None:
     """Write ``results/NAME.json`` and print the same document; ``dry``: only print the rows."""
+    if BUSY:
+        click.echo(BUSY, err=True)
     if dry:
         for row in rows:
             click.echo(json.dumps(row))
@@ -60,6 +66,7 @@ def save(name: str, rows: Sequence[dict[str, Any]], *, dry: bool = False) -> Non
         "date": datetime.now(timezone.utc).date().isoformat(),
         "device": device_facts(),
         "versions": {library: metadata.version(library) for library in LIBRARIES},
+        **({"busy": BUSY} if BUSY else {}),
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)

@@ -33,7 +33,7 @@ from .page.calibration_page import write_report
 from .plan_search.chooser import Chooser
 from .plan_search.goal import SelectionGoal
 from .plan_search.measure_plans import Origin, PlanBundles
-from .run.collect_ranges import calibrated_ranges
+from .run.collect_ranges import calibrated_ranges, plan_alone
 from .sample_prompts import prepare
 from .samples import Sample
 
@@ -90,9 +90,12 @@ def calibrate(
             given, prompts = chosen.plan, chosen.prompts
             dynamics, choice = chosen.dynamics, chosen.choice
         assert given is not None
-        calibration = calibrated_ranges(
-            checkpoint, facts, prompts, given, texts.prefix_ids, progress=progress
-        )
+        if isinstance(plan, SelectionGoal) and plan.quant_config is None:
+            calibration = plan_alone(checkpoint, facts, prompts, given)
+        else:
+            calibration = calibrated_ranges(
+                checkpoint, facts, prompts, given, texts.prefix_ids, progress=progress
+            )
         read = replace(calibration.samples, files=tuple(files), unreadable=tuple(unreadable))
         calibration = replace(calibration, samples=read, dynamics=dynamics, choice=choice)
         if isinstance(plan, SelectionGoal) and plan.quant_config is not None:

@@ -132,6 +132,8 @@ def explain(words, bundle, out, dense, as_json, **options) -> None:
         **options,
     )
     write_page(explained.html, out, OUT_HINT)
+    for finding in explained.facts["findings"] or ():
+        say(finding, err=True)
     if as_json:
         show_json({"page": str(out), **explained.facts})
     else:

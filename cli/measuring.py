@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ..runtime.hardware import busy_machine
 from .options import (
     BUNDLE,
     DEVICE,
@@ -143,6 +144,7 @@ def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **optio
     from .show.profile_view import profile_table, profiling_bar
 
     check_page_place(out, OUT_HINT)
+    note(busy_machine())
     settings = Settings(repetitions, warm_up, tokens)
     with profiling_bar() as progress:
         facts = profile(
@@ -178,7 +180,7 @@ def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **optio
 )
 @click.option("--tokens", type=click.IntRange(1), default=32, show_default=True, help="An answer.")
 @click.option("--context", type=click.IntRange(64), default=1024, show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="Of this CPU; default: every core.")
+@threads_option
 @as_json
 def estimate(subject, device, as_json, plan, precision, prefix, threads, **prompt) -> None:
     """Estimate times and memory on a machine that is not at hand.
@@ -197,6 +199,7 @@ def estimate(subject, device, as_json, plan, precision, prefix, threads, **promp
         subject = str(bundle_at(subject))
     elif device == "cpu":
         note("measuring this machine")
+        note(busy_machine())
     from ..tools.estimate.estimate_target import estimate_target
     from ..tools.estimate.predict import PromptLengths, estimate
     from .show.estimate_view import estimate_table

@@ -86,6 +86,16 @@ PLAN, MODEL = Known(_plans, exactly=False), Known(_models, exactly=False)
 BUNDLE = Known(_bundles, exactly=False)
 
 
+def _within_cores(threads: int | None) -> int | None:
+    """Return no more threads than cores: they would wait for one another."""
+    from ..runtime.hardware import cores
+
+    if threads is not None and threads > cores():
+        note(f"--threads {threads} is more than this machine's {cores()} cores: {cores()} are used")
+        return cores()
+    return threads
+
+
 def _set_loudness(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and param.name == "quiet":
         Loudness.quiet = True
@@ -123,7 +133,10 @@ backend_option = click.option(
     help="onnxruntime: run the graphs of any bundle on this CPU. openvino: those of cpu-portable.",
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(1), help="Default: as many as were found fastest here."
+    "--threads",
+    type=click.IntRange(1),
+    callback=lambda ctx, param, value: _within_cores(value),
+    help="Default: as many as were found fastest here.",
 )
 sm_option = click.option(
     "--sm",

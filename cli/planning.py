@@ -104,7 +104,7 @@ def plan(
 def calibrate(
     model, data, samples, plan, lose, cost, holdout, most, precision, out, as_json, **options
 ) -> None:
-    """Choose a plan from data, and measure the ranges that INT8 needs.
+    """Choose a plan from data, and measure the ranges that a quantised precision needs.
 
     Writes OUT/MODEL: the plan with its reasons, the ranges, and calibration.html, which is to be
     read before either is trusted. A line of --data, its image relative to the file, answer left
@@ -128,7 +128,7 @@ def calibrate(
     note(f"calibrating {model}")
     from ..calib.samples import calibration_samples
     from .show.bar import StepBar, calibration_line
-    from .show.calibration_view import calibration_facts, calibration_table
+    from .show.calibration_view import calibration_facts, calibration_table, next_command
 
     chosen, files = calibration_samples(model, data, samples)
     with StepBar(calibration_line) as progress:
@@ -142,7 +142,8 @@ def calibrate(
         folder, calibration = calibrate(
             Origin(model, **options), chosen, goal, files=files, out=out, progress=progress
         )
+    then = next_command(model, folder, calibration, **options)
     if as_json:
-        show_json(calibration_facts(folder, calibration))
+        show_json(calibration_facts(folder, calibration, then))
     else:
-        show(calibration_table(folder, calibration))
+        show(calibration_table(folder, calibration, then))

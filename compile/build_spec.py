@@ -157,15 +157,16 @@ def resolve_build(
     else:
         staged = known.plan
     quantization = FLOAT
+    ranges = known if known is not None and known.groups else None  # a plan alone quantises nothing
     if quant_config is not None:
-        if known is not None and not _serves(known.plan, staged, quant_config):
+        if ranges is not None and not _serves(ranges.plan, staged, quant_config):
             wanted = plan if staged.probe is None else "dense"
             raise DataError(
-                f"the calibration of '{checkpoint.name}' was made for plan '{known.plan.name}', "
+                f"the calibration of '{checkpoint.name}' was made for plan '{ranges.plan.name}', "
                 f"under '{staged.name}' layers see other rows. Leave the plan out, or calibrate "
                 f"for it: {visistage('calibrate', checkpoint.name, plan=wanted)}"
             )
-        quantization = resolve(quant_config, known, config, staged, target)
+        quantization = resolve(quant_config, ranges, config, staged, target)
         precision = quant_config.name
     elif calibration is not None and plan is not None:
         raise TargetError(
@@ -183,7 +184,7 @@ def resolve_build(
         contexts=resolve_contexts(target, config, contexts),
         parts=resolve_parts(target, config, staged, dtype, build_memory),
         quantization=quantization,
-        calibration=known if quant_config is not None else None,
+        calibration=ranges if quant_config is not None else None,
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import MANIFEST, Bundle, FileFact, Manifest, check_files, sha256
+from .commands import visistage
 from .engine_spec import engine_specs_of
 from .errors import EngineError
 from .fields import check_format, from_json, read_json, reject, show, to_json
@@ -21,7 +22,11 @@ ENGINES_FOLDER = "engines"
 ENGINES_INDEX = "engines.json"
 ENGINES_STAMP = ".stamp.json"
 ENGINES_FORMAT = 1
-AGAIN = "Compile the engines again: visistage build"
+
+
+def compile_again(bundle: Path) -> str:
+    """Return the last sentence of errors about the engines of a bundle."""
+    return f"Compile the engines again: {visistage('build', bundle)}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Engines(EngineIndex):
         Raises:
             EngineError: the index cannot be read, or belongs to another bundle.
         """
-        remedy = f"{AGAIN} {bundle.path}"
+        remedy = compile_again(bundle.path)
         folder = engines_folder(bundle)
         file = file_inside(folder, ENGINES_INDEX, EngineError, remedy)
         if not file.exists():
@@ -100,7 +105,7 @@ class Engines(EngineIndex):
         Raises:
             EngineError: it is not a file of the folder's own.
         """
-        return file_inside(self.folder, fact.file, EngineError, f"{AGAIN} {self.folder.parent}")
+        return file_inside(self.folder, fact.file, EngineError, f"{compile_again(self.folder.parent)}")
 
     def check(self, *, rehash: bool = False) -> None:
         """Make sure that every engine is the file that was compiled.
@@ -113,7 +118,7 @@ class Engines(EngineIndex):
             files,
             self.folder / ENGINES_STAMP,
             rehash=rehash,
-            fix=f"{AGAIN} {self.folder.parent}",
+            fix=f"{compile_again(self.folder.parent)}",
         )
 
     def gpus(self) -> str:
@@ -153,4 +158,4 @@ def engines_folder(bundle: Bundle) -> Path:
     Raises:
         EngineError: it is a link or a file.
     """
-    return folder_inside(bundle.path, ENGINES_FOLDER, EngineError, f"{AGAIN} {bundle.path}")
+    return folder_inside(bundle.path, ENGINES_FOLDER, EngineError, f"{compile_again(bundle.path)}")

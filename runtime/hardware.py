@@ -25,6 +25,20 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def busy_machine() -> str | None:
+    """Say that other programs keep this machine's cores busy; None where they do not.
+
+    From the load average of the last minute, which Windows has not.
+    """
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load <= cores():
+        return None
+    return (
+        f"This machine is busy (load {load:.1f} on {cores()} cores): times measured now mean "
+        "nothing. Measure again when it is idle."
+    )
+
+
 def processor(root: Path = ROOT) -> str:
     """Return the processor's model, without the machine's name; ``root`` is for tests."""
     with contextlib.suppress(OSError):

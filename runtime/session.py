@@ -35,7 +35,7 @@ from .answer import DECODED, Answer
 from .autotune import choose_fused_prefill
 from .backends.backend import BackendOptions
 from .backends.registry import find_backend
-from .image.image import MAX_PIXELS, Preprocessing, load_image, pixel_key, preprocess
+from .image.image import MAX_PIXELS, Preprocessing, load_image, pixel_key, preprocess, warm_up
 from .reuse import ByteCache, Context, PromptImage, PromptPart
 from .stream import AnswerRequest, Stream
 from .text.detokenize import checked_stops
@@ -116,6 +116,7 @@ class Session:
                 f"{bundle.path / MANIFEST} prepares images of {self.preprocessing.output_size} for "
                 f"an encoder of {(side, side)}. {bundle.again}"
             )
+        warm_up(self.preprocessing)
         vocab = manifest.config.text.vocab
         self.encoder = PromptEncoder.from_files(bundle.path, manifest.text_files, vocab)
         rules = GenerationRules.read(manifest.generation, vocab)

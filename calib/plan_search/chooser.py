@@ -98,7 +98,7 @@ class Chooser:
             dynamics,
             Pricing(Geometry.of(config.text), config.visual_tokens),
             goal,
-            bundles.measure,
+            lambda plan: bundles.candidate(plan, goal.most),
             bundles.confirm if held else None,
             text_blind=blind,
         )

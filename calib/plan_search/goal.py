@@ -50,7 +50,7 @@ class SelectionGoal:
             raise PlanError(
                 f"precision {self.quant_config.name} names stage{min(self.quant_config.stages)}, "
                 "but which stages the plan has is yet to be chosen. Leave stages out, or choose "
-                "without --precision and name stages when you build: visistage engines"
+                "without --precision and name stages when you build: visistage build"
             )
 
     @property

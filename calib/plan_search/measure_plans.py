@@ -6,6 +6,7 @@ The graphs that are measured are those that will be shipped, not a model of them
 from __future__ import annotations
 
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from ...graphs.plan.plan import StagePlan
 from ...graphs.plan.stages import Mode, Stage
 from ...graphs.presets.presets import preset
 from ...graphs.progress import Progress
+from ...pages.units import show_seconds
 from ..samples import Sample
 from .agreement import Agreement, DenseAnswer, agreement, dense_answers
 
@@ -67,6 +69,7 @@ class PlanBundles:
         self._choosing: list[DenseAnswer] = []
         self._held: list[DenseAnswer] = []
         self._confirmed: dict[str, Agreement] = {}
+        self.tried, self._started = 0, 0.0
 
     def refer(
         self, dense: StagePlan, samples: Sequence[Sample], held: Sequence[int], max_tokens: int
@@ -95,8 +98,19 @@ class PlanBundles:
         self._held = [answer for i, answer in enumerate(answers) if i in out]
         return answers
 
-    def measure(self, plan: StagePlan) -> Agreement:
-        """Return the agreement of a plan on the choosing samples."""
+    def candidate(self, plan: StagePlan, most: int) -> Agreement:
+        """Measure the next of at most ``most`` plans; its step says which, and what is left."""
+        now, left = time.perf_counter(), ""
+        if self.tried:
+            mean = (now - self._started) / self.tried
+            left = f", about {show_seconds(mean * (most - self.tried))} left"
+        else:
+            self._started = now
+        self.tried += 1
+        return self.measure(plan, f", candidate {self.tried} of {most}{left}")
+
+    def measure(self, plan: StagePlan, which: str = "") -> Agreement:
+        """Return the agreement of a plan on the choosing samples; ``which`` ends its name."""
         # Else a build would look for a calibration of its own.
         assert self.precision == "fp32" or self.ranges is not None
 
@@ -107,7 +121,7 @@ class PlanBundles:
             return found
 
         asked = len(self._choosing) + len(self._held)
-        with self.progress.step(plan.name, asked) as outcome:
+        with self.progress.step(f"{plan.name}{which}", asked) as outcome:
             found = self._with_bundle(plan, run, self.precision, self.ranges)
             outcome.append(_agrees(found))
         return found

@@ -99,6 +99,26 @@ def collect(
     return Collected(collector.ranges(), collector.cache)
 
 
+def plan_alone(
+    checkpoint: Checkpoint,
+    fits: Mapping[str, str],
+    prompts: Sequence[SamplePrompt],
+    plan: StagePlan,
+) -> Calibration:
+    """Return a calibration that holds a plan and no ranges, for precisions that need none."""
+    return Calibration(
+        model=checkpoint.name,
+        fits=fits,
+        plan=plan,
+        rows="stage",
+        include_prefix=False,
+        samples=SampleFacts((), tuple(prompt.name for prompt in prompts), order_hash(prompts)),
+        groups={},
+        versions=versions(),
+        cache=None,
+    )
+
+
 def calibrated_ranges(
     checkpoint: Checkpoint,
     fits: Mapping[str, str],
@@ -118,17 +138,8 @@ def calibrated_ranges(
         found = collect(checkpoint, prompts, plan, prefix_ids, rows=rows, advance=progress.advance)
         groups, heads = len(found.groups), found.cache[0].size
         outcome.append(f"{groups} groups of linear layers, {heads} cached heads")
-    return Calibration(
-        model=checkpoint.name,
-        fits=fits,
-        plan=plan,
-        rows=rows,
-        include_prefix=False,
-        samples=SampleFacts((), tuple(prompt.name for prompt in prompts), order_hash(prompts)),
-        groups=found.groups,
-        versions=versions(),
-        cache=found.cache,
-    )
+    bare = plan_alone(checkpoint, fits, prompts, plan)
+    return replace(bare, rows=rows, groups=found.groups, cache=found.cache)
 
 
 class Collector(LayerObserver):

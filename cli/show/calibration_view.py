@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ...graphs.commands import build_command
+from ...graphs.commands import visistage
 from ...graphs.quantization import is_quantised
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ MOST_SHOWN = 5
 """Unreadable images listed; calibration.json has all of them."""
 
 
-def calibration_facts(folder: Path, calibration: Calibration) -> dict[str, Any]:
+def calibration_facts(folder: Path, calibration: Calibration, next_command: str) -> dict[str, Any]:
     """Return what ``--json`` prints; the ranges themselves are in the folder."""
     from ...calib.page.warnings import calibration_warnings
 
@@ -34,18 +34,18 @@ def calibration_facts(folder: Path, calibration: Calibration) -> dict[str, Any]:
         "dynamics": dict(calibration.dynamics),
         "choice": dict(calibration.choice),
         "doubts": calibration_warnings(calibration),
-        "next": next_command(folder, calibration),
+        "next": next_command,
     }
 
 
-def next_command(folder: Path, calibration: Calibration) -> str:
-    """Return the command that uses it."""
+def next_command(model: str, folder: Path, calibration: Calibration, **options: Any) -> str:
+    """Return the command that uses it: with the plan alone, or in the precision it is for."""
     chosen = calibration.choice.get("precision", "fp32")
-    precision = chosen if is_quantised(chosen) else "int8"
-    return build_command(calibration.model, precision=precision, calib=folder)
+    precision = chosen if is_quantised(chosen) else "int8" if calibration.groups else None
+    return visistage("build", model, precision=precision, calib=folder, **options)
 
 
-def calibration_table(folder: Path, calibration: Calibration) -> RenderableType:
+def calibration_table(folder: Path, calibration: Calibration, next_command: str) -> RenderableType:
     """Show the plan with its rationale, other candidates, warnings, and the next command."""
     from ...calib.page.calibration_page import CALIBRATION_PAGE
     from ...calib.page.warnings import calibration_warnings
@@ -73,7 +73,7 @@ def calibration_table(folder: Path, calibration: Calibration) -> RenderableType:
         parts.append(Text("before you trust it:"))
         parts += [Text(f"  - {warning}") for warning in found]
     parts.append(Text(f"read first: {folder / CALIBRATION_PAGE}"))
-    parts.append(Text(f"then: {next_command(folder, calibration)}"))
+    parts.append(Text(f"then: {next_command}"))
     return Group(*parts)
 
 

@@ -102,9 +102,9 @@ def say(text: object = "", *, err: bool = False, nl: bool = True) -> None:
     output.flush()
 
 
-def note(text: object) -> None:
-    """Print on stderr what is good to know, unless -q was given."""
-    if not Loudness.quiet:
+def note(text: object | None) -> None:
+    """Print on stderr what is good to know, unless it is nothing or -q was given."""
+    if text and not Loudness.quiet:
         say(shortened(str(text), LINE_CHARACTERS), err=True)
 
 

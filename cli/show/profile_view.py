@@ -42,6 +42,7 @@ def profiling_bar() -> Iterator[StepProgress]:
 def profile_table(facts: dict[str, Any]) -> RenderableType:
     """Everything but the commands."""
     return Group(
+        *(Text(finding, style="bold red") for finding in facts["findings"]),
         _head(facts),
         _times(facts),
         *([_roofline(facts)] if facts["peaks"] else []),

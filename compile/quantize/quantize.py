@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ...graphs.bundle import TensorRef
+from ...graphs.commands import visistage
 from ...graphs.config import ModelConfig, TextConfig
 from ...graphs.errors import DataError, TargetError, nearest
 from ...graphs.linears import (
@@ -97,15 +98,15 @@ def resolve(
     need = next((reason for reason, wanted in needs.items() if wanted), None)
     if calibration is None and need is not None:
         raise DataError(
-            f"precision {need}, which takes a calibration. Make one: visistage calibrate MODEL; "
-            f"or name it: --calib DIR. Looked in {CALIBRATIONS}/"
+            f"precision {need}, which takes a calibration. Make one: visistage calibrate MODEL "
+            f"--precision {quant_config.base}; or name it: --calib DIR. Looked in {CALIBRATIONS}/"
         )
     if quantises_cache and calibration is not None and calibration.cache is None:
         raise DataError(
             f"precision {quant_config.name} rounds keys and values, and the calibration of "
             f"'{calibration.model}' is from a version that did not measure them. Calibrate again: "
-            f"visistage calibrate {calibration.model} --plan {calibration.plan.name}; or leave out "
-            "cache=int8"
+            f"{visistage('calibrate', calibration.model, plan=calibration.plan.name)}; or leave "
+            "out cache=int8"
         )
     for name in kept_float(quant_config, schemes, calibration):
         del schemes[name]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ...graphs.contract import GraphSpec
+from ...graphs.engine_index import compile_again
 from ...graphs.errors import EngineError
 from ..backends.feeds import shape_of
 from .memory import DeviceArray, Memory
@@ -55,7 +56,7 @@ class Loaded:
             asked = ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())
             raise EngineError(
                 f"engine {self.compiled.file.name} was compiled for other sizes than {asked}. "
-                f"Compile the engines again: visistage build {self.compiled.file.parent.parent}"
+                f"{compile_again(self.compiled.file.parent.parent)}"
             )
         context = self.engine.context(profile, self.scratch)
         for name, shape in shapes.items():

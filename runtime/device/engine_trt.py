@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from ...graphs.bundle import Bundle
+from ...graphs.commands import visistage
 from ...graphs.contract import TensorSpec, appended
-from ...graphs.engine_index import AGAIN, EngineFact, Engines
+from ...graphs.engine_index import EngineFact, Engines, compile_again
 from ...graphs.errors import EngineError, MissingDependencyError
 from ...graphs.targets import Target, show_capability
 from ..backends.backend import BackendOptions
@@ -41,7 +42,8 @@ def open_bundle(bundle: Bundle, options: BackendOptions) -> DeviceExecutor:
     if engines is None:
         raise EngineError(
             f"{bundle.path} is for target '{bundle.manifest.target}' and has no engines yet. "
-            f"Compile them on the machine that runs them: visistage build {bundle.path}. {ON_CPU}"
+            "Compile them on the machine that runs them: "
+            f"{visistage('build', bundle.path)}. {ON_CPU}"
         )
     trt_variant = check_machine(engines, find_trt_variant(engines.backend), find_gpu())
     engines.check()
@@ -87,12 +89,12 @@ def check_machine(
     if trt_variant.version != engines.version:
         raise EngineError(
             f"the engines were compiled by {engines.backend} {engines.version}, found "
-            f"{trt_variant.version}: they are not portable across versions. {AGAIN} {bundle}"
+            f"{trt_variant.version}: they are not portable across versions. {compile_again(bundle)}"
         )
     if engines.capabilities and gpu.capability not in engines.capabilities:
         raise EngineError(
             f"the engines were compiled for {engines.gpus()}, found {gpu.name} "
-            f"({show_capability(gpu.capability)}). {AGAIN} {bundle}"
+            f"({show_capability(gpu.capability)}). {compile_again(bundle)}"
         )
     return trt_variant
 
@@ -141,7 +143,7 @@ class TrtApi:
         if engine is None:
             raise EngineError(
                 f"{self.trt_variant.backend} {self.trt_variant.version} refuses {compiled.file}: "
-                f"{self.said()}. {AGAIN} {compiled.file.parent.parent}"
+                f"{self.said()}. {compile_again(compiled.file.parent.parent)}"
             )
         return TrtEngine(self, compiled, engine)
 
@@ -184,7 +186,7 @@ class TrtEngine:
                 differ = sorted(found.items() ^ wanted.items())
                 raise EngineError(
                     f"{self.compiled.file} has other tensors than the bundle's contract: "
-                    f"{differ}. {AGAIN} {self.compiled.file.parent.parent}"
+                    f"{differ}. {compile_again(self.compiled.file.parent.parent)}"
                 )
 
     def _check_aliases(self) -> None:
@@ -197,7 +199,7 @@ class TrtEngine:
             if source and (source not in inputs or appended(source) != spec.name):
                 raise EngineError(
                     f"{self.compiled.file} writes '{spec.name}' over '{source}', which is not "
-                    f"where the bundle keeps it. {AGAIN} {self.compiled.file.parent.parent}"
+                    f"where the bundle keeps it. {compile_again(self.compiled.file.parent.parent)}"
                 )
 
 
@@ -254,7 +256,7 @@ class TrtContext:
         compiled = self._engine.compiled
         return EngineError(
             f"engine {compiled.file.name} {what}: {self._engine.api.said()}. "
-            f"{AGAIN} {compiled.file.parent.parent}"
+            f"{compile_again(compiled.file.parent.parent)}"
         )
 
 

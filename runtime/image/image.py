@@ -145,6 +145,16 @@ def preprocess(
     return out
 
 
+@functools.cache
+def warm_up(preprocessing: Preprocessing) -> None:
+    """Pay what the first image of a process costs, before anything is timed: decoders, tables."""
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(file, "PNG")
+    with contextlib.suppress(ImageError):  # settings that refuse so small an image
+        preprocess(load_image(file.getvalue()), preprocessing)
+
+
+@functools.cache
 def _values(preprocessing: Preprocessing) -> np.ndarray:
     """Return the value of each of 256 brightnesses in each channel: (3, 256) float32.
 

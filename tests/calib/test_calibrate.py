@@ -34,6 +34,7 @@ from visistage.compile.quantize.calibration_file import Calibration
 from visistage.compile.quantize.fake_quantized import FakeQuantised
 from visistage.compile.quantize.quantize import calibrated_cache_scales
 from visistage.demo.heldout import held_out
+from visistage.graphs.errors import DataError
 from visistage.graphs.presets.presets import preset
 from visistage.graphs.progress import Progress
 from visistage.graphs.quantization import parse_quant_config
@@ -94,7 +95,10 @@ def test_the_folder_holds_plan_ranges_and_page(folder, chosen):
     assert load_plan(where / "plan.yaml") == calibration.plan
     assert calibration.plan.calibrated
     assert calibration.rows == "stage"
-    assert chosen["next"] == f"visistage build toy --precision int8 --calib {where}"
+    assert not calibration.groups  # fp32 needs no ranges
+    assert chosen["next"] == f"visistage build {folder / 'toy'} --calib {where}"
+    with pytest.raises(DataError, match=r"visistage calibrate MODEL --precision int8"):
+        make_bundle(str(folder / "toy"), precision="int8", calibration=where, out=folder / "none")
 
 
 def test_what_was_read_is_told_and_what_was_not_is_named(chosen):
@@ -214,14 +218,14 @@ def test_a_choice_for_int8_says_so_and_what_ships(rounded):
     assert choice["shipped"]["samples"] == "held_out"
     assert choice["shipped"]["prompts"] == choice["samples"]["held_out"]
     assert choice["reasons"]["precision"].startswith("int8: every plan was measured in it")
-    assert facts["next"] == f"visistage build toy --precision int8 --calib {facts['path']}"
+    assert facts["next"].endswith(f"/toy --precision int8 --calib {facts['path']}")
     share = f"{100 * choice['shipped']['tokens']['share']:.1f}"
     folder = Path(facts["path"])
     page = (folder / "calibration.html").read_text()
     assert "As it ships, in int8" in page
     assert "rounded as in int8" in page
     console = Console(width=200, record=True, file=StringIO())
-    console.print(calibration_table(folder, Calibration.load(folder)))
+    console.print(calibration_table(folder, Calibration.load(folder), ""))
     assert f"as it ships, int8: {share} %" in console.export_text()
     assert sorted(one.name for one in folder.iterdir()) == [
         *("calibration.html", "calibration.json", "calibration.safetensors", "plan.yaml"),
@@ -342,7 +346,7 @@ def test_a_named_plan_is_calibrated_without_a_bundle(folder, tmp_path, monkeypat
     assert calibration.plan == preset("visipruner", LAYERS, TOKENS, shallow=1, t=1, e=2, keep=4)
     assert (calibration.choice, calibration.dynamics) == ({}, {})
     assert calibration.groups
-    assert "then: visistage build toy --precision int8" in done.stdout
+    assert f"then: visistage build {folder / 'toy'} --precision int8" in done.stdout
     assert "1 samples could not be used" in done.stdout
 
 

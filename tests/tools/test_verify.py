@@ -720,7 +720,7 @@ def test_a_failed_report_says_so_first():
     assert "this \\| that" in text
     assert "not finite (gone)" in text
     with pytest.raises(ParityError, match=r"check 'it' failed .*Expected: equal.*/x/verify\.md"):
-        require_passed(report, "/x/verify.md")
+        require_passed(report, "/x/verify.md", "visistage build x")
     assert verify_table(report, "/x/verify.md")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from ...compile.checkpoint.known_models import model_config
 from ...compile.planfile import resolve_plan
 from ...graphs.bundle import MANIFEST, Bundle
+from ...graphs.commands import visistage
 from ...graphs.config import ModelConfig
 from ...graphs.errors import TargetError
 from ...graphs.plan.call_cost import Sizes, vision_work
@@ -82,8 +83,8 @@ def estimate_target(
             if value is not None:
                 raise TargetError(
                     f"{bundle.path} has its own {option}; --{option} is for models by name. "
-                    f"Leave it out, or type: visistage estimate {bundle.manifest.model} "
-                    f"--{option} {value}"
+                    "Leave it out, or type: "
+                    f"{visistage('estimate', bundle.manifest.model, **{option: value})}"
                 )
         return EstimateTarget.of(bundle)
     config = model_config(name)

@@ -9,6 +9,7 @@ import numpy as np
 
 from ... import __version__
 from ...graphs.plan.cost import Geometry, Load, cost_of
+from ..findings import findings
 from .trace import LayerTrace, Trace
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def explain_facts(question: str, run: Run, dense: Run | None, hint: str | None) 
         "dense": dense and {"bundle": dense.name, **_answer(dense)},
         "dense_hint": hint,
         "same_answer": dense and run.trace.answer.tokens == dense.trace.answer.tokens,
+        "findings": dense and _findings(run, dense),
         "layers": layers,
         "stages": [_stage(index, stage, layers) for index, stage in enumerate(plan.stages)],
         "fusion": _fusion(run, dense),
@@ -74,6 +76,13 @@ def explain_facts(question: str, run: Run, dense: Run | None, hint: str | None) 
         "savings": _savings(run),
         "versions": {"visistage": __version__, **manifest.versions},
     }
+
+
+def _findings(run: Run, dense: Run) -> list[str]:
+    ours, theirs = run.trace, dense.trace
+    times = {"first token": (ours.timing.first_token_ms, theirs.timing.first_token_ms)}
+    changed = ours.answer.tokens != theirs.answer.tokens
+    return findings(times, (ours.answer.text, theirs.answer.text) if changed else None)
 
 
 def _answer(run: Run) -> dict[str, Any]:

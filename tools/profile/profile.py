@@ -16,8 +16,10 @@ from ...graphs.errors import BundleError
 from ...graphs.plan.call_cost import GraphCall, total_work
 from ...graphs.progress import Progress
 from ...graphs.targets import ONNXRUNTIME, find_target
+from ...runtime.hardware import busy_machine
 from ...runtime.session import Session
 from ..explain.dense import dense_bundle, how_to_build
+from ..findings import findings
 from .machine import cores, machine_facts
 from .operators import operator_times
 from .peak_memory import footprint
@@ -74,6 +76,7 @@ def profile(
     """
     settings, progress = settings or Settings(), progress or Progress()
     settings.check()
+    busy = busy_machine()
     bundle = Bundle.open(path)
     other = baseline_bundle(bundle, against)
     bundles = {PLAN: bundle} | ({AGAINST: other} if other else {})
@@ -104,6 +107,7 @@ def profile(
         "no_peaks": None if timed.peaks else _why_no_peaks(bundle),
         "runs": runs,
         "speed_up": speed_up(runs[PLAN], runs[AGAINST]) if other else None,
+        "findings": [*filter(None, [busy]), *(_findings(runs) if other else [])],
         "how_to_compare": None if other else _how_to_compare(bundle),
         "power": power_facts(timed.meter),
         "dominant": dominant(runs[PLAN]),
@@ -136,6 +140,19 @@ def baseline_bundle(bundle: Bundle, given: Path | None) -> Bundle | None:
             f"Build one of the same: {how_to_build(bundle.manifest)}"
         )
     return other
+
+
+def _findings(runs: Mapping[str, dict[str, Any]]) -> list[str]:
+    kinds = {
+        "first token": ("cold", "first_token"),
+        "second question": ("again", "first_token"),
+        "later token": ("cold", "per_token"),
+    }
+    times = {
+        title: (runs[PLAN][kind][name]["median"], runs[AGAINST][kind][name]["median"])
+        for title, (kind, name) in kinds.items()
+    }
+    return findings(times, beside=runs[AGAINST]["name"])
 
 
 def _how_to_compare(bundle: Bundle) -> str | None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ... import runtime
 from ...graphs.bundle import Bundle
+from ...graphs.commands import visistage
 from ...graphs.engine_index import Engines
 from ...graphs.engine_spec import engine_specs_of
 from ...graphs.errors import EngineError
@@ -130,7 +131,7 @@ def _engines(bundle: Bundle) -> Engines:
     engines = Engines.open(bundle)
     if engines is None:
         raise NothingError(
-            "no engines were compiled yet. On the machine that is to run them: visistage build "
-            f"(target '{target.name}')"
+            f"no engines were compiled yet for target '{target.name}'. On the machine that is to "
+            f"run them: {visistage('build', bundle.path.name)}"
         )
     return engines
