@@ -21,13 +21,13 @@ from typing import Any
 from ..graphs.bundle import MANIFEST, Bundle, sha256
 from ..graphs.errors import BundleError
 from ..graphs.files import write_file
-from .checkpoint.known_models import DEMO
+from .checkpoint.known_models import ALIASES, DEMO
 from .steps import sources_hash
 
 FILE = ".builds.json"
 MOST_NOTED = 200
 LIBRARIES = ("torch", "onnx-ir", "transformers", "onnxruntime", "onnxruntime-gpu")
-CALIBRATIONS = Path("calibrations")
+CALIBRATIONS, DUMMIES = Path("calibrations"), Path(".cache") / "dummy"
 
 
 def request_key(request: Mapping[str, Any]) -> str | None:
@@ -37,9 +37,14 @@ def request_key(request: Mapping[str, Any]) -> str | None:
     """
     model = str(request["model"])
     folder = Path(__file__).parents[1] / "demo" / "model" if model == DEMO else Path(model)
-    if request.get("dummy_weights") or not os.path.isfile(folder / "config.json"):
+    if request.get("dummy_weights"):
+        geometry = {repository: alias for alias, repository in ALIASES.items()}.get(model, model)
+        folder = DUMMIES / geometry
+    if not os.path.isfile(folder / "config.json"):
         return None
-    name = request.get("name") or (DEMO if model == DEMO else folder.resolve().name)
+    usual = DEMO if model == DEMO else folder.resolve().name
+    usual += "-dummy" if request.get("dummy_weights") else ""
+    name = request.get("name") or usual
     places = [folder, Path(request.get("calibration") or CALIBRATIONS / name)]
     places += [Path(request["plan"])] if request.get("plan") else []
     facts = [

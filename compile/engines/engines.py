@@ -23,11 +23,11 @@ from typing import Any
 
 from ...graphs.bundle import MANIFEST, Bundle, sha256
 from ...graphs.engine_index import (
-    AGAIN,
     ENGINES_FORMAT,
     ENGINES_INDEX,
     EngineFact,
     Engines,
+    compile_again,
     engines_folder,
 )
 from ...graphs.engine_spec import EngineSpec, engine_specs_of
@@ -159,9 +159,10 @@ def compile_engines(
 
 def _read_fact(folder: Path, spec: EngineSpec) -> EngineFact:
     """Return what is noted of an engine; the file that it is of is not the note's to say."""
-    file = file_inside(folder, _facts_file(spec), EngineError, AGAIN)
-    data = read_json(file, EngineError, AGAIN)
-    return replace(from_json(EngineFact, data, EngineError, AGAIN, str(file)), file=spec.file)
+    remedy = compile_again(folder.parent)
+    file = file_inside(folder, _facts_file(spec), EngineError, remedy)
+    data = read_json(file, EngineError, remedy)
+    return replace(from_json(EngineFact, data, EngineError, remedy, str(file)), file=spec.file)
 
 
 def _compile(

@@ -13,6 +13,7 @@ from typing import Any
 
 from ...graphs.errors import BundleError
 from ...graphs.files import write_file
+from ...graphs.foreign_text import escape_json, printable
 
 VERIFY_FORMAT = 1
 JSON_FILE, PAGE_FILE = "verify.json", "verify.md"
@@ -128,7 +129,10 @@ class VerifyReport:
             BundleError: the folder cannot be written.
         """
         data = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        for name, text in ((JSON_FILE, data + "\n"), (PAGE_FILE, page(self))):
+        for name, text in (
+            (JSON_FILE, escape_json(data) + "\n"),
+            (PAGE_FILE, printable(page(self))),
+        ):
             try:
                 write_file(folder / name, text)
             except OSError as error:
