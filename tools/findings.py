@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-SLOWER = 1.02
+SLOWER = 1.05
 """Times as long from which a plan counts as slower; less is the noise of two runs."""
 
 
