@@ -89,7 +89,7 @@ def test_the_folder_holds_plan_ranges_and_page(folder, chosen):
     assert sorted(file.name for file in where.iterdir()) == [
         *("calibration.html", "calibration.json", "calibration.safetensors", "plan.yaml"),
     ]
-    assert [file.name for file in where.parent.iterdir()] == ["toy"]
+    assert [file.name for file in where.parent.glob("[!.]*")] == ["toy"]
     calibration = Calibration.load(where)
     assert calibration.hash == chosen["hash"]
     assert load_plan(where / "plan.yaml") == calibration.plan
@@ -370,7 +370,7 @@ def test_an_end_in_the_middle_leaves_what_was_there_before(folder, tmp_path, mon
     monkeypatch.setattr(pipeline, "write_report", fail)
     done = run(*arguments)
     assert done.exit_code == (130 if error is KeyboardInterrupt else 1)
-    assert [file.name for file in tmp_path.iterdir()] == ["toy"]
+    assert [file.name for file in tmp_path.glob("[!.]*")] == ["toy"]
     assert {file.name: file.read_bytes() for file in (tmp_path / "toy").iterdir()} == before
 
 
@@ -400,7 +400,7 @@ def test_what_cannot_be_honoured_is_one_error_and_leaves_nothing(
     assert done.exit_code == 2, done.output
     assert words in done.output
     assert "Traceback" not in done.output
-    assert not list(tmp_path.glob("out/*"))
+    assert not list(tmp_path.glob("out/[!.]*"))
 
 
 def test_a_model_without_samples_of_its_own_asks_for_them(tmp_path):
