@@ -80,6 +80,7 @@ def infer(words, bundle, as_json, stream, max_tokens, stop, **options) -> None:
             if stream and not as_json:
                 say(piece if number else piece.lstrip(), nl=False)
         answer, manifest = pieces.answer, session.bundle.manifest
+    assert answer is not None, "a stream that ran to its end holds its answer"
     if as_json:
         show_json(answer_facts(answer, manifest))
         return

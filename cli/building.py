@@ -99,15 +99,15 @@ def build(
     stays portable: copy it there, and type visistage build BUNDLE, which needs neither torch nor
     transformers. Engines are compiled one at a time, each in a process of its own.
     """
-    model, bundle = _subject(subject, model_option)
-    if bundle is not None:
+    model, unfinished = _subject(subject, model_option)
+    if unfinished is not None:
         given = {p for p in ctx.params if _typed(ctx, p)} - {"subject", "as_json", "capabilities"}
         for option in sorted(given):
             raise click.UsageError(
-                f"{bundle} is a bundle, whose {option} was decided when it was built. Leave "
+                f"{unfinished} is a bundle, whose {option} was decided when it was built. Leave "
                 f"--{option.replace('_', '-')} out, or name a model."
             )
-        _finish(bundle, capabilities, as_json)
+        _finish(unfinished, capabilities, as_json)
         return
     note(f"building a bundle of {model}")
     from ..compile.engines.engines import compile_engines, why_portable

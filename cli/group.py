@@ -18,6 +18,8 @@ import errno
 import io
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
@@ -65,16 +67,22 @@ class Commands(click.Group):
         self.show_traceback = ctx.params.get("traceback", False)
         return super().invoke(ctx)
 
-    def main(self, *args, standalone_mode: bool = True, **extra) -> Any:
+    def main(  # type: ignore[override]
+        self, args: Any = None, prog_name: str | None = None, *more: Any, **extra: Any
+    ) -> Any:
         """Run the command line and exit; see the module for how it ends."""
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
+        standalone = extra.pop("standalone_mode", True)
+        run: Callable[[], Any] = partial(
+            super().main, args, prog_name, *more, standalone_mode=False, **extra
+        )
+        if not standalone:
+            return run()
         prepare_streams()
         Loudness.quiet = False
         sys.excepthook = _show_bug
         try:
             Output().flush()  # a closed stdout is told before any work
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = run()
             Output().flush()
         except (click.Abort, KeyboardInterrupt):
             say("interrupted; run the same command again to go on", err=True)

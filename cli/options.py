@@ -104,7 +104,7 @@ def _set_loudness(ctx: click.Context, param: click.Parameter, value: bool) -> No
         logging.getLogger().setLevel(logging.INFO)
 
 
-_loudness = {"is_flag": True, "expose_value": False, "callback": _set_loudness}
+_loudness: dict[str, Any] = {"is_flag": True, "expose_value": False, "callback": _set_loudness}
 quiet = click.option("-q", "--quiet", help="Only results and errors.", **_loudness)
 verbose = click.option("-v", "--verbose", help="What libraries log, too.", **_loudness)
 

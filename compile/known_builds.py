@@ -82,7 +82,9 @@ def note_build(out: Path, key: str | None, bundle: Bundle) -> None:
     name = bundle.path.relative_to(out).as_posix()
     noted[key] = [name, sha256(bundle.path / MANIFEST)]
     with contextlib.suppress(OSError):  # it is found the longer way then
-        write_file(out / FILE, json.dumps(dict(list(noted.items())[-MOST_NOTED:]), indent=0))
+        text = json.dumps(dict(list(noted.items())[-MOST_NOTED:]), indent=0)
+    with contextlib.suppress(OSError):  # the bundle is there all the same
+        write_file(out / FILE, text)
 
 
 def _read(out: Path) -> dict[str, Any]:

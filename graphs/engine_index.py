@@ -105,7 +105,7 @@ class Engines(EngineIndex):
         Raises:
             EngineError: it is not a file of the folder's own.
         """
-        return file_inside(self.folder, fact.file, EngineError, f"{compile_again(self.folder.parent)}")
+        return file_inside(self.folder, fact.file, EngineError, compile_again(self.folder.parent))
 
     def check(self, *, rehash: bool = False) -> None:
         """Make sure that every engine is the file that was compiled.
@@ -118,7 +118,7 @@ class Engines(EngineIndex):
             files,
             self.folder / ENGINES_STAMP,
             rehash=rehash,
-            fix=f"{compile_again(self.folder.parent)}",
+            fix=compile_again(self.folder.parent),
         )
 
     def gpus(self) -> str:
@@ -158,4 +158,4 @@ def engines_folder(bundle: Bundle) -> Path:
     Raises:
         EngineError: it is a link or a file.
     """
-    return folder_inside(bundle.path, ENGINES_FOLDER, EngineError, f"{compile_again(bundle.path)}")
+    return folder_inside(bundle.path, ENGINES_FOLDER, EngineError, compile_again(bundle.path))

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from ...graphs.errors import CapacityError
 from ...graphs.foreign_text import escape_json, printable, shortened
@@ -134,7 +134,12 @@ def console(*, err: bool = False, **options: Any) -> Console:
                 yield part if part.control else Segment(printable(part.text), part.style)
 
     made = CleanConsole(
-        file=Output(err=err), stderr=err, highlight=False, markup=False, emoji=False, **options
+        file=cast(TextIO, Output(err=err)),
+        stderr=err,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        **options,
     )
     if not made.is_terminal and "width" not in options:
         made.width = PIPE_WIDTH
