@@ -170,6 +170,29 @@ def test_what_ctrl_c_leaves_half_done_is_forgotten(session, monkeypatch, at):
     assert session.infer(picture(1), "How many?", max_tokens=4).tokens == wanted
 
 
+MEMORY = """
+import sys
+import numpy as np, psutil
+from visistage import runtime
+
+make = lambda n: np.random.default_rng(n).integers(0, 256, (240, 320, 3), dtype=np.uint8)
+images, me, sizes = [make(n) for n in range(50)], psutil.Process(), []
+with runtime.load(sys.argv[1], threads=1) as session:
+    for number in range(1, 1001):
+        session.infer(images[number % 50], f"Question {number % 7}?", max_tokens=2)
+        if number in (100, 1000):
+            sizes.append(me.memory_info().rss)
+print(sizes[1] / sizes[0])
+"""
+
+
+def test_a_thousand_questions_take_no_more_memory_than_a_hundred(path):
+    code = [sys.executable, "-c", MEMORY, str(path)]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.02
+
+
 def test_a_closed_session_says_so(path):
     session = runtime.load(path, threads=1)
     stream = session.stream(None, "Why?")
