@@ -125,6 +125,8 @@ class ChatTemplate:
                 f"{_short(error)}. "
                 "Check the roles and contents, or correct chat_template.jinja."
             ) from error
+        finally:
+            budget.refill(())  # it holds what it has weighed
         return "".join(pieces)
 
 
