@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
@@ -39,6 +40,9 @@ T = TypeVar("T")
 MAX_BYTES = 16 << 20
 MAX_DEPTH = 64
 """Levels of lists and objects; ours have ten at most."""
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""Half of a character, as JSON spells it; most are beside their other half."""
 
 _KINDS = {
     bool: "true or false",
@@ -133,8 +137,8 @@ def parse_json(
     """Return the plain data of a JSON text; ``where`` names it in errors.
 
     Raises:
-        error: no UTF-8, no JSON, a repeated key, a number that is not finite, or more levels than
-            ``MAX_DEPTH``.
+        error: no UTF-8, no JSON, a repeated key, a number that is not finite, half of a character,
+            or more levels than ``MAX_DEPTH``.
     """
     try:
         text = text if isinstance(text, str) else text.decode("utf-8-sig")
@@ -142,6 +146,8 @@ def parse_json(
             text, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite
         )
         _check_depth(data)
+        if _HALF.search(text):
+            _check_characters(data)
     except (ValueError, RecursionError) as failure:  # UnicodeDecodeError is a ValueError
         reason = "it is nested too deeply" if isinstance(failure, RecursionError) else failure
         raise error(f"{where} is not JSON as it should be: {reason}. {remedy}") from None
@@ -372,6 +378,14 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text[:40]} is no finite number")
     return number
+
+
+def _check_characters(data: Any) -> None:
+    """Refuse text that no UTF-8 holds: it could neither be printed nor written."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a character") from None
 
 
 def _check_depth(data: Any) -> None:

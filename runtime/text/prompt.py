@@ -8,7 +8,9 @@ The ids are those of ``LlavaProcessor.apply_chat_template(..., tokenize=True)``,
 repeated image ids taken as one gap. This module does not know how many rows an image takes.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -321,7 +323,8 @@ class PromptEncoder:
     def _ids(self, text: str) -> list[int]:
         # As Hugging Face processors do: the tokenizer adds a BOS unless the template wrote one.
         add = self._bos is None or not text.startswith(self._bos)
-        ids = self.tokenizer.encode(text, add_special_tokens=add).ids
+        with _no_panic():
+            ids = self.tokenizer.encode(text, add_special_tokens=add).ids
         beyond = [] if self._vocab is None else [i for i in ids if i >= self._vocab]
         if self._vocab is not None and beyond:
             raise PromptError(
@@ -361,9 +364,38 @@ def _read_tokenizer(path: Path) -> Tokenizer:
             "transformers' AutoTokenizer and save_pretrained() it here."
         )
     try:
-        return Tokenizer.from_file(str(path))
+        with _no_panic():
+            tokenizer = Tokenizer.from_file(str(path))
+            unknown = _unknown_specials(tokenizer)
+            if unknown:
+                raise ValueError(f"its post-processor adds {show(unknown[0])}, which it lacks")
+            return tokenizer
     except Exception as error:  # the library raises bare Exception
         raise ModelError(f"{path} is not a tokenizer ({error}). Fetch it again.") from error
+
+
+def _unknown_specials(tokenizer: Tokenizer) -> list[str]:
+    """Return special tokens that a post-processor adds and lacks: the library panics at them."""
+    processor = tokenizer.post_processor
+    state = {} if processor is None else json.loads(processor.__getstate__())
+    return [
+        piece["SpecialToken"]["id"]
+        for holder in [state, *state.get("processors", ())]
+        if holder.get("type") == "TemplateProcessing"
+        for piece in [*holder["single"], *holder["pair"]]
+        if "SpecialToken" in piece and piece["SpecialToken"]["id"] not in holder["special_tokens"]
+    ]
+
+
+@contextmanager
+def _no_panic() -> Iterator[None]:
+    """Turn a panic of the tokenizers library, which is no ``Exception``, into an error."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(f"tokenizer.json cannot work: {error}. Fetch it again.") from None
 
 
 def _content(token: Any) -> str | None:
