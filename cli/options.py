@@ -115,7 +115,28 @@ def as_json(command: Any) -> Any:
     return option(quiet(verbose(command)))
 
 
-bundle_argument = click.argument("bundle", required=False, type=BUNDLE)
+NAMED = "visistage.bundle"
+"""Key under which a command's context holds the bundle that --bundle names."""
+
+
+def _set_bundle(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        ctx.meta[NAMED] = value
+
+
+def bundle_argument(command: Any) -> Any:
+    """Give a command the argument BUNDLE, which may be an option instead, or left out."""
+    option = click.option(
+        "--bundle",
+        "bundle_option",
+        type=BUNDLE,
+        expose_value=False,
+        callback=_set_bundle,
+        help="The same as BUNDLE.",
+    )
+    return click.argument("bundle", required=False, type=BUNDLE)(option(command))
+
+
 bundle_option = click.option("--bundle", type=BUNDLE, help="A folder, or a name in ./engines.")
 model_option = click.option("--model", "model_option", type=MODEL, help="The same as MODEL.")
 max_tokens_option = click.option(
@@ -162,6 +183,8 @@ def bundle_at(given: str | None) -> Path:
     """
     from ..graphs.bundle import BUNDLES_FOLDER, bundles_in, default_bundle, find_bundle
 
+    context = click.get_current_context(silent=True)
+    given = given if given is not None or context is None else context.meta.get(NAMED)
     named = Path(given) if given is not None else default_bundle()
     found = bundles_called(str(named))
     if not found:

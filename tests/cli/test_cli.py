@@ -199,6 +199,8 @@ def test_bundles_have_short_names(several, name, found, note):
     assert json.loads(done.stdout)["path"] == f"engines/{found}"
     assert f"bundle engines/{found}" in done.stderr
     assert note in done.stderr
+    if name is not None:
+        assert ok("inspect", "--bundle", name, "--json").stdout == done.stdout
     assert not ok("inspect", *([name] if name else []), "--json", "-q").stderr
 
 

@@ -20,6 +20,7 @@ from ...graphs.chain.chain import AppendedRows, Chain
 from ...graphs.chain.executor import Kept
 from ...graphs.chain.torch_reference import TorchExecutor, load_weights
 from ...graphs.contract import INVISIBLE
+from ...graphs.errors import DataError, ImageError, PromptError
 from ...graphs.linears import linear_groups
 from ...graphs.modules.ops import Eager
 from ...graphs.modules.quantized import INPUT_SCALE, WEIGHT
@@ -45,11 +46,18 @@ class PreparedPrompt:
 
 
 def prepare_prompts(session: Session, samples: Sequence[Sample]) -> list[PreparedPrompt]:
-    """Preprocess and tokenise with the bundle's own files."""
+    """Preprocess and tokenise with the bundle's own files.
+
+    Raises:
+        DataError: naming the first sample that cannot be asked.
+    """
     prompts = []
     for sample in samples:
-        opened = session.open(sample.image)
-        encoded = session.encoder.encode(sample.prompt, images=1).segments
+        try:
+            opened = session.open(sample.image)
+            encoded = session.encoder.encode(sample.prompt, images=1).segments
+        except (ImageError, PromptError) as error:
+            raise DataError(f"{sample.name}: {error}") from None
         parts = tuple(None if part.is_image else part.ids for part in encoded)
         prompts.append(PreparedPrompt(sample, opened, parts))
     return prompts
