@@ -33,8 +33,9 @@ from .page.calibration_page import write_report
 from .plan_search.chooser import Chooser
 from .plan_search.goal import SelectionGoal
 from .plan_search.measure_plans import Origin, PlanBundles
+from .plan_search.measured_file import MeasuredFile
 from .run.collect_ranges import calibrated_ranges, plan_alone
-from .sample_prompts import prepare
+from .sample_prompts import order_hash, prepare
 from .samples import Sample
 
 PLAN_FILE = "plan.yaml"
@@ -76,13 +77,19 @@ def calibrate(
     with progress.step("hash weights"):
         facts = fits(checkpoint, texts)
 
-    # No key of an earlier run: what an interrupted calibration had measured is not kept.
+    # No key of an earlier run: of an interrupted calibration only measurements are kept.
     staging = Staging(Path(out) / checkpoint.name, uuid.uuid4().hex, Progress(), mark=FACTS)
+    measured = MeasuredFile(
+        staging.final.with_name(f".{checkpoint.name}.measured.json"),
+        [sorted(facts.items()), order_hash(prompts)],
+    )
     with staging, _removed_unless_finished(staging.folder):
         dynamics: dict[str, Any] = {}
         choice: dict[str, Any] = {}
         if isinstance(plan, SelectionGoal):
-            bundles = PlanBundles(origin, staging.folder / "bundles", plan.precision, progress)
+            bundles = PlanBundles(
+                origin, staging.folder / "bundles", plan.precision, progress, measured
+            )
             chooser = Chooser(checkpoint, texts, facts, bundles, plan, progress)
             named = {name for name, _ in unreadable}
             readable = [sample for sample in samples if Path(sample.name).name not in named]
@@ -106,6 +113,7 @@ def calibrate(
             save_plan(given, staging.folder / PLAN_FILE)
             write_report(calibration, staging.folder)
             staging.finish()
+    measured.remove()
     return staging.final, calibration
 
 

@@ -25,6 +25,7 @@ from ...graphs.progress import Progress
 from ...pages.units import show_seconds
 from ..samples import Sample
 from .agreement import Agreement, DenseAnswer, agreement, dense_answers
+from .measured_file import MeasuredFile
 
 Found = TypeVar("Found")
 
@@ -50,6 +51,7 @@ class PlanBundles:
         folder: for plans and bundles; removed between two calls.
         precision: of the plans' bundles; the dense answers are always those of an FP32 bundle.
         progress: sees a step for every bundle.
+        measured: what earlier runs measured; gets what this one does.
 
     Attributes:
         ranges: must be set before plans are measured in a quantised precision: of rows that none
@@ -62,8 +64,10 @@ class PlanBundles:
         folder: Path,
         precision: str = "fp32",
         progress: Progress | None = None,
+        measured: MeasuredFile | None = None,
     ):
         self.origin, self.folder, self.precision = origin, folder, precision
+        self.measured = measured
         self.progress = progress or Progress()
         self.ranges: Calibration | None = None
         self._choosing: list[DenseAnswer] = []
@@ -121,10 +125,28 @@ class PlanBundles:
             return found
 
         asked = len(self._choosing) + len(self._held)
+        key = self._key(plan)
         with self.progress.step(f"{plan.name}{which}", asked) as outcome:
-            found = self._with_bundle(plan, run, self.precision, self.ranges)
+            known = self.measured.find(key) if self.measured else None
+            if known is not None:
+                found, *confirmed = known
+                self._confirmed |= dict.fromkeys([plan.hash], *confirmed) if confirmed else {}
+                outcome.append("measured before, ")
+            else:
+                found = self._with_bundle(plan, run, self.precision, self.ranges)
+                confirmed = [self._confirmed[plan.hash]] if self._held else []
+                if self.measured:
+                    self.measured.add(key, [found, *confirmed])
             outcome.append(_agrees(found))
         return found
+
+    def _key(self, plan: StagePlan) -> list:
+        """Return all that a measurement depends on besides the checkpoint, as JSON."""
+        asked = [
+            [[answer.sample.prompt, answer.tokens] for answer in answers]
+            for answers in (self._choosing, self._held)
+        ]
+        return [plan.hash, self.precision, self.ranges and self.ranges.hash, asked]
 
     def confirm(self, plan: StagePlan) -> Agreement:
         """Return the agreement of a measured plan on the samples held out."""

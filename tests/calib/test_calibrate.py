@@ -18,6 +18,7 @@ from visistage.calib.plan_search import chooser as choosing
 from visistage.calib.plan_search import measure_plans as bundles
 from visistage.calib.plan_search.dynamics import Dynamics, PromptReading
 from visistage.calib.plan_search.measure_plans import Origin, PlanBundles, text_blind_plans
+from visistage.calib.plan_search.measured_file import MeasuredFile
 from visistage.calib.plan_search.thresholds import suggest_thresholds
 from visistage.calib.run.collect_ranges import calibrated_ranges
 from visistage.calib.run.layerwise import run_layerwise
@@ -124,6 +125,34 @@ def test_the_choice_was_measured_on_some_and_confirmed_on_others(chosen):
     assert [row["shallow"] for row in chosen["dynamics"]["text_blind"]] == [1]
     assert chosen["dynamics"]["prompts"] == choice["samples"]["choosing"]
     assert chosen["dynamics"]["layers"] == LAYERS
+
+
+def test_what_was_measured_outlives_a_run_that_ends_early(folder, tmp_path, monkeypatch):
+    noise = np.random.default_rng(3).integers(0, 256, (40, 40, 3), np.uint8)
+    samples = [Sample("x:1", Image.fromarray(noise), "Why?", "")] * 2
+    dense = preset("dense", LAYERS, TOKENS)
+    answers, found = {}, []
+    for run in range(3):
+        file = MeasuredFile(tmp_path / "measured.json", ["checkpoint", run // 2])
+        measuring = PlanBundles(Origin(str(folder / "toy")), tmp_path / "work", measured=file)
+        if not answers:
+            measuring.refer(dense, samples, [1], 3)
+            answers = {name: getattr(measuring, name) for name in ("_choosing", "_held")}
+        vars(measuring).update(answers)
+        if run:
+            monkeypatch.setattr(bundles, "make_bundle", _not_again)
+        if run == 2:
+            with pytest.raises(AssertionError, match="built again"):  # another checkpoint
+                measuring.measure(dense)
+            break
+        found.append((measuring.measure(dense), measuring.confirm(dense)))
+    assert found[0] == found[1]
+    (tmp_path / "measured.json").write_text("[")
+    assert MeasuredFile(tmp_path / "measured.json", []).find("x") is None
+
+
+def _not_again(*_args, **_options):
+    raise AssertionError("built again")
 
 
 def test_a_measured_agreement_is_that_of_the_real_bundle(folder, tmp_path):
