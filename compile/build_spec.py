@@ -44,7 +44,7 @@ from .export.static_shapes import resolve_contexts, resolve_parts
 from .export.texts import TextFacts, text_facts
 from .planfile import resolve_plan
 from .quantize.calibration_file import Calibration
-from .quantize.quantize import CALIBRATIONS, QuantisedTensors, input_shifts, resolve
+from .quantize.quantize import CALIBRATIONS, QuantisedTensors, check_sizes, input_shifts, resolve
 
 DEFAULT_PLAN = "visipruner"
 
@@ -152,6 +152,8 @@ def resolve_build(
     config = checkpoint.config
     quant_config = parse_quant_config(precision) if is_quantised(precision) else None
     known = _calibration(checkpoint, quant_config, calibration)
+    if known is not None:
+        check_sizes(known, config)
     if known is None or plan is not None:
         staged = resolve_plan(plan or DEFAULT_PLAN, config.text.layers, config.visual_tokens)
     else:

@@ -95,6 +95,7 @@ class Steps:
         remedy: what to do where the folder cannot be written.
 
     Attributes:
+        key: hash of ``inputs`` and our own code.
         lock: file that is locked for as long as the context lasts.
         files: every file that steps wrote, by name.
         ran: names of the steps that ran, those found done left out.
@@ -106,11 +107,11 @@ class Steps:
     ):
         self.folder, self.progress, self.remedy = folder, progress, remedy
         self.lock = folder / ".lock"
-        key = hashlib.sha256(json.dumps([sources_hash(), inputs]).encode()).hexdigest()
+        self.key = hashlib.sha256(json.dumps([sources_hash(), inputs]).encode()).hexdigest()
         self.files: dict[str, FileFact] = {}
         self.ran: set[str] = set()
         self.outcome = ""
-        self._notes = BuildNotes(key, hashlib.sha256(origin.encode()).hexdigest())
+        self._notes = BuildNotes(self.key, hashlib.sha256(origin.encode()).hexdigest())
 
     def __enter__(self: AnySteps) -> AnySteps:
         busy = f"another build is writing {self.folder}. Wait for it, or stop it"
@@ -131,7 +132,7 @@ class Steps:
         """Keep what an earlier run of this build left whole, and remove what another left."""
         self.folder.mkdir(exist_ok=True)
         noted = BuildNotes.read(self.folder)
-        if noted is None or noted.key != self._notes.key:
+        if noted is None or noted.key != self.key:
             for entry in self.folder.iterdir():
                 if entry != self.lock:
                     _remove(entry)
@@ -219,7 +220,7 @@ class Staging(Steps):
         noted = BuildNotes.read(self.final)
         return (
             noted is not None
-            and noted.key == self._notes.key
+            and noted.key == self.key
             and any(self.mark in note.files for note in noted.steps.values())
             and not noted.damaged(self.final)
         )
@@ -234,8 +235,7 @@ class Staging(Steps):
                     f"{self.final} holds other files ({entries[0]}), which would be lost. {OUT}"
                 )
         noted = BuildNotes.read(self.final)
-        mine = self._notes
-        if noted is not None and (noted.origin != mine.origin and noted.key != mine.key):
+        if noted is not None and noted.key != self.key and noted.origin != self._notes.origin:
             raise CapacityError(
                 f"{self.final} was built from another checkpoint of the same name, and would be "
                 f"lost. {self.again}"

@@ -3,7 +3,7 @@
     python tests/kill_builds.py --times 100 --seed 0
 
 Each build is a process forked from this one, which has built once: what is killed is the build,
-not Python's start, nor torch's first trace. About half of the builds are killed a second time while
+not Python's start, nor torch's first trace. Half of the builds may be killed a second time, while
 they resume.
 """
 
@@ -72,19 +72,21 @@ def main() -> int:
         wanted = contents(Path(scratch) / "whole")
         for _ in range(options.times):
             out = Path(scratch) / "out"
-            while not build(model, out, chance.uniform(0, usual)):
-                kills += 1
-                partial = next(out.glob("*/*.partial"), None)
-                notes = partial and BuildNotes.read(partial)
-                steps_done[len(notes.steps) if notes else 0] += 1
-                if chance.random() < 0.5:
-                    assert build(model, out, None)
-                    break
+            while build(model, out, chance.uniform(0, usual)):
+                shutil.rmtree(out)  # too late to be killed
+            killed = 1
+            if chance.random() < 0.5:
+                killed += not build(model, out, chance.uniform(0, usual))
+            kills += killed
+            partial = next(out.glob("*/*.partial"), None)
+            notes = partial and BuildNotes.read(partial)
+            steps_done[len(notes.steps) if notes else 0] += 1
+            assert build(model, out, None)
             equal += contents(out) == wanted
             shutil.rmtree(out)
     found = ", ".join(f"{count} after {steps}" for steps, count in sorted(steps_done.items()))
-    print(f"{kills} kills (steps that were noted then: {found})")
-    print(f"{equal} of {options.times} builds came out equal, seed {options.seed}")
+    print(f"{kills} kills (steps noted when the last resume began: {found})")
+    print(f"{equal} of {options.times} killed builds came out equal, seed {options.seed}")
     return int(equal != options.times)
 
 

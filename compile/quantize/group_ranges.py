@@ -6,7 +6,6 @@ keeps them in files.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from ...graphs.quantization import OBSERVERS, Scheme
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 VECTORS = ("absmax", "factors", "aware")
 """The fields that are arrays."""
 
@@ -84,8 +84,13 @@ class GroupRanges:
         )
         if any(set(OBSERVERS) != set(numbers) for numbers in by_observer):
             raise ValueError("an observer is missing or unknown")
-        if not all(math.isfinite(number) for numbers in by_observer for number in numbers.values()):
-            raise ValueError("a threshold or an error is not finite")
+        numbers = [number for numbers in by_observer for number in numbers.values()]
+        if not all(0 <= number <= FLOAT32_MAX for number in numbers):
+            raise ValueError("a threshold or an error is negative, or not finite")
+        if not all(np.isfinite(v).all() and (v >= 0).all() for v in vectors.values()):
+            raise ValueError("a range or a factor is negative, or not finite")
+        if not ((group.factors > 0).all() and (group.aware > 0).all()):
+            raise ValueError("a factor is 0")
         return group
 
 

@@ -130,6 +130,29 @@ def resolve(
     )
 
 
+def check_sizes(calibration: Calibration, config: ModelConfig) -> None:
+    """Refuse a calibration of a model of another size, before ``check_fits`` reads every weight.
+
+    Raises:
+        DataError: names the ranges that do not fit.
+    """
+    text, plan = config.text, calibration.plan
+    found = {name: ranges.absmax.shape for name, ranges in calibration.groups.items()}
+    wrong = [
+        group.name for group in linear_groups(config) if found.get(group.name) != (group.inputs,)
+    ]
+    if calibration.cache is not None and calibration.cache.shape != (2, text.layers, text.kv_heads):
+        wrong.append("the cache")
+    if (plan.layers, plan.visual_tokens) != (text.layers, config.visual_tokens):
+        wrong.append("the plan")
+    if wrong:
+        raise DataError(
+            f"the calibration of '{calibration.model}' does not fit: it was made for a model of "
+            f"another size, in {wrong[0]}. Calibrate what you build: visistage calibrate MODEL "
+            "--data DIR"
+        )
+
+
 def input_shifts(fallback: Fp32Fallback) -> dict[str, int]:
     """Return exponents by which inputs come scaled, by the name of the layer that reads them."""
     blocks = ((MLP_OUTPUT, fallback.mlp_shift), (ATTENTION_OUTPUT, fallback.attention_shift))

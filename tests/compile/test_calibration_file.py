@@ -217,6 +217,23 @@ def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"thresholds": dict.fromkeys(OBSERVERS, -1.0)},
+        {"smoothed_thresholds": dict.fromkeys(OBSERVERS, 1e39)},
+        {"errors": dict.fromkeys(OBSERVERS, -1.0)},
+        {"absmax": np.full(8, np.nan, np.float32)},
+        {"factors": np.zeros(8, np.float32)},
+        {"aware": np.full(8, -1, np.float32)},
+    ],
+)
+def test_thresholds_and_factors_that_no_weight_could_take_are_refused(tmp_path, spoilt):
+    calibration(groups={"g": ranges(**spoilt)}).save(tmp_path)
+    with pytest.raises(DataError, match=rf"{FACTS} is damaged or no calibration"):
+        Calibration.load(tmp_path)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
 def test_ranges_of_caches_that_are_none_are_not_saved(tmp_path, bad):
     with pytest.raises(DataError, match="negative, or not finite"):

@@ -264,6 +264,18 @@ def test_a_calibration_of_something_else_is_refused_by_name(model, calibration, 
     assert not list((tmp_path / "out").rglob(MANIFEST))
 
 
+@pytest.mark.parametrize(
+    "size", [{"layers": 5}, {"hidden": 32}, {"kv_heads": 1}, {"image_size": 48}]
+)
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_a_calibration_of_another_size_is_refused(calibration, tmp_path, size, precision):
+    other = toy.make_checkpoint(tmp_path / "other", **size)
+    with pytest.raises(DataError, match="made for a model of another size"):
+        make_bundle(
+            str(other), precision=precision, calibration=calibration[0], out=tmp_path / "out"
+        )
+
+
 def test_a_calibration_for_another_plan_is_refused(model, calibration, tmp_path):
     with pytest.raises(DataError, match="under 'dense' layers see other rows"):
         make_bundle(
