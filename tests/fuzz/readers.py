@@ -112,9 +112,20 @@ def _rehash(bundle: Path, file: Path) -> None:
         (bundle / MANIFEST).write_text(json.dumps(data))
 
 
-def _ask(bundle: Path, question: Any = "What?", **options: Any) -> None:
+def _ask(bundle: Path) -> None:
     with load(bundle, threads=1) as session:
-        session.infer(seeds()["image"], question, **({"max_tokens": 2} | options))
+        session.infer(seeds()["image"], "What?", max_tokens=2)
+
+
+def _refused(bundle: Path, file: str) -> Act:
+    """Return what asks a bundle that must not answer, if its manifest lists ``file``."""
+    listed = file in json.loads((seeds()["bundle"] / MANIFEST).read_text())["files"]
+
+    def act() -> None:
+        _ask(bundle)
+        assert not listed, "an answer from a file that is not the bundle's"
+
+    return act
 
 
 def bundle_json(rng: random.Random, folder: Path) -> tuple[str, Act]:
@@ -133,7 +144,7 @@ def bundle_bytes(rng: random.Random, folder: Path) -> tuple[str, Act]:
     file = rng.choice(sorted(f for f in bundle.iterdir() if f.is_file() and f.stat().st_size))
     name, content = mutated_bytes(file.read_bytes(), rng)
     file.write_bytes(content)
-    return f"{file.name}: {name}", lambda: _ask(bundle)
+    return f"{file.name}: {name}", _refused(bundle, file.name)
 
 
 def bundle_names(rng: random.Random, folder: Path) -> tuple[str, Act]:
@@ -144,11 +155,11 @@ def bundle_names(rng: random.Random, folder: Path) -> tuple[str, Act]:
         outside = folder / "outside.bin"
         shutil.move(file, outside)
         file.symlink_to(outside)
-        return f"{file.name}: a link", lambda: _ask(bundle)
+        return f"{file.name}: a link", _refused(bundle, file.name)
     kind, hostile = rng.choice(sorted(HOSTILE_NAMES.items()))
     text = json.dumps(json.loads((bundle / MANIFEST).read_text()))
     (bundle / MANIFEST).write_text(text.replace(json.dumps(file.name), json.dumps(hostile)))
-    return f"{file.name}: {kind}", lambda: _ask(bundle)
+    return f"{file.name}: {kind}", _refused(bundle, file.name)
 
 
 def image(rng: random.Random, folder: Path) -> tuple[str, Act]:
