@@ -61,12 +61,14 @@ def serve(seed: int) -> None:
     import resource
 
     from visistage.runtime.hardware import peak_memory
+    from visistage.tests.fuzz.readers import seeds
 
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not an answer
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
+        seeds()  # takes long, and counts to no case
         for line in sys.stdin:
             reader, number = json.loads(line)
             before = peak_memory() or 0
@@ -99,7 +101,7 @@ class Child:
             ]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **pipes)
-            wait_first = 120.0  # imports
+            wait_first = 300.0  # imports, seeds
         else:
             wait_first = 0.0
         assert self.process.stdin is not None
