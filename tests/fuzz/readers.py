@@ -176,7 +176,7 @@ def image(rng: random.Random, folder: Path) -> tuple[str, Act]:
     try:
         made.convert(mode).save(stream, kind)
     except (OSError, ValueError, KeyError):
-        mode = "RGB"
+        mode, kind = "RGB", "PNG"
         stream = io.BytesIO()
         made.save(stream, kind)
     content, names = stream.getvalue(), []
