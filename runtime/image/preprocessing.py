@@ -4,13 +4,12 @@ Hugging Face describes the same steps in two files and with many switches; here 
 short list of steps in their order. This module reads and checks; ``image.py`` applies them.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from ...graphs.errors import BundleError, ModelError
-from ...graphs.fields import from_json, to_json
+from ...graphs.fields import from_json, is_number, to_json
 
 _MAX_EDGE = 16_384  # of a configured size; a typing error there must not ask for gigabytes
 _BICUBIC = 3  # as configs and Pillow number it
@@ -192,9 +191,6 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
     def whole(value: Any, low: int, high: int) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
-    def real(value: Any) -> bool:
-        return isinstance(value, (int, float)) and type(value) is not bool and math.isfinite(value)
-
     def all_of(value: Any, count: int, test: Any) -> bool:
         return isinstance(value, tuple) and len(value) == count and all(map(test, value))
 
@@ -207,9 +203,9 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
         "size": lambda v: v is None or edge(v) or all_of(v, 2, edge),
         "resample": lambda v: whole(v, 0, 5),
         "crop_size": lambda v: v is None or all_of(v, 2, edge),
-        "rescale_factor": lambda v: v is None or (real(v) and v > 0),
-        "mean": lambda v: v is None or all_of(v, 3, real),
-        "std": lambda v: v is None or all_of(v, 3, lambda s: real(s) and s > 0),
+        "rescale_factor": lambda v: v is None or (is_number(v) and v > 0),
+        "mean": lambda v: v is None or all_of(v, 3, is_number),
+        "std": lambda v: v is None or all_of(v, 3, lambda s: is_number(s) and s > 0),
     }
     for name, test in tests.items():
         if not test(values[name]):

@@ -167,6 +167,11 @@ def test_facts_are_readable_json_with_sorted_keys(tmp_path):
             "rows: found 'all', expected one of stage, dense",
         ),
         (FACTS, lambda old: old.replace(b'"alpha": 0.5', b'"alpha": NaN'), "NaN"),
+        (
+            FACTS,
+            lambda old: re.sub(rb'"minmax": [\d.]+', b'"minmax": 1' + b"0" * 400, old, count=1),
+            "or not finite",
+        ),
         (FACTS, lambda old: old.replace(b'"layers": 8', b'"layers": 9'), "stages"),
         (FACTS, lambda old: old.replace(b'"count": 2', b'"count": 3'), "count is 3"),
         (ARRAYS, lambda old: old[:-1], "its hash is not the one noted"),
