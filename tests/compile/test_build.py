@@ -232,7 +232,7 @@ def test_a_7b_on_this_cpu_is_refused_before_it_is_fetched(tmp_path, monkeypatch)
         raise AssertionError("nothing may be fetched or made")
 
     monkeypatch.setattr(building, "open_checkpoint", fetch)
-    with pytest.raises(CapacityError, match=r"26\.\d GiB.*TARGET=cuda.*int8"):
+    with pytest.raises(CapacityError, match=r"26\.\d GiB.*--target cuda.*int8"):
         make_bundle("llava-7b", out=tmp_path, dummy_weights=True)
     assert not list(tmp_path.iterdir())
 
