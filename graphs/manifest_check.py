@@ -21,8 +21,8 @@ from .targets import TARGETS
 if TYPE_CHECKING:
     from .bundle import GraphFact, Manifest, TensorRef
 
-STORED = ("float32", "float16", "bfloat16", "int8")
-"""Types of tensors that the runtime maps itself."""
+TABLES = ("float32", "float16", "bfloat16")
+"""Types that an embedding may be stored in."""
 
 MOST_SHIFT = 32
 _SHA256_CHARS = 64
@@ -132,9 +132,7 @@ class _Check:
 
     def _tensors(self) -> None:
         manifest, text = self.manifest, self.manifest.config.text
-        self._placed("embedding", manifest.embedding, (text.vocab, text.hidden))
-        if manifest.embedding.dtype == "int8":
-            self._reject("embedding.dtype", "int8", f"one of {', '.join(STORED[:-1])}")
+        self._placed("embedding", manifest.embedding, (text.vocab, text.hidden), *TABLES)
         if manifest.prefix is not None:
             ids = manifest.prefix.ids
             if not ids or not all(0 <= id_ < text.vocab for id_ in ids):
@@ -150,11 +148,9 @@ class _Check:
             of_heads = (2, text.layers, text.kv_heads)
             self._placed("cache_scales", scales, of_heads, manifest.dtype)
 
-    def _placed(
-        self, at: str, ref: TensorRef, shape: tuple[int, ...], dtype: str | None = None
-    ) -> None:
+    def _placed(self, at: str, ref: TensorRef, shape: tuple[int, ...], *dtypes: str) -> None:
         """Check the type and shape of a stored tensor, and that it lies within its file."""
-        self._word(f"{at}.dtype", ref.dtype, STORED if dtype is None else (dtype,))
+        self._word(f"{at}.dtype", ref.dtype, dtypes)
         self._equal(f"{at}.shape", ref.shape, shape)
         self._least(f"{at}.offset", ref.offset, 0)
         end = ref.offset + math.prod(shape) * int(DTYPES[ref.dtype].nbytes)

@@ -29,7 +29,14 @@ from PIL import Image
 
 from ..graphs.bundle import MANIFEST, Bundle
 from ..graphs.chain.executor import Rows
-from ..graphs.errors import BundleError, CapacityError, PromptError, TargetError, VisistageError
+from ..graphs.errors import (
+    BundleError,
+    CapacityError,
+    ImageError,
+    PromptError,
+    TargetError,
+    VisistageError,
+)
 from ..graphs.fields import show
 from .answer import DECODED, Answer
 from .autotune import choose_fused_prefill
@@ -328,9 +335,20 @@ class Session:
         return opened
 
     def encode_image(self, opened: OpenedImage) -> Rows:
-        """Return the visual rows (1, N, D) of an image, from the cache or the vision encoder."""
+        """Return the visual rows (1, N, D) of an image, from the cache or the vision encoder.
+
+        Raises:
+            ImageError: it is prepared in another size than the encoder takes.
+        """
         rows = self.visual_rows.get(opened.key)
         if rows is None:
+            vision = self.bundle.manifest.config.vision
+            wanted = (vision.channels, vision.image_size, vision.image_size)
+            if opened.pixels.shape != wanted:  # the checkpoint's preprocessing crops nothing
+                raise ImageError(
+                    f"the image is prepared as {opened.pixels.shape}, the vision encoder takes "
+                    f"{wanted}. Crop the image to a square"
+                )
             rows = self.executor.encode(opened.pixels[None])
             self.visual_rows.put(opened.key, rows, rows.nbytes)
         return rows

@@ -27,6 +27,7 @@ import torch
 from ...graphs.config import ModelConfig
 from ...graphs.dtypes import DTYPES
 from ...graphs.errors import CapacityError, ModelError
+from ...graphs.fields import read_json
 from ...graphs.files import sync
 from ...graphs.progress import Advance, no_advance
 from ..disk import locked, require_disk_space, writing
@@ -256,10 +257,10 @@ def _write_config(folder: Path, known_model: KnownModel, dtype: str) -> None:
 
 def _complete(path: Path, facts: dict) -> bool:
     try:
-        noted = json.loads((path / DUMMY_NOTE).read_text())
+        noted = read_json(path / DUMMY_NOTE, ModelError, "")
         sizes = noted.pop("files")
         return noted == facts and all((path / k).stat().st_size == v for k, v in sizes.items())
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (OSError, ModelError, ValueError, AttributeError, KeyError, TypeError):
         return False
 
 

@@ -6,7 +6,6 @@ to transformers' defaults is spelled out where it differs from Llama-7B's.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from ...graphs.config import DEFAULT_ENCODER, ModelConfig
 from ...graphs.errors import ModelError
+from ...graphs.fields import read_json
 
 ALIASES: Mapping[str, str] = {
     "llava-7b": "llava-hf/llava-1.5-7b-hf",
@@ -119,12 +119,6 @@ def model_config(model: str) -> ModelConfig:
     if known in KNOWN_MODELS:
         return ModelConfig.from_hf(dict(KNOWN_MODELS[known].config))
     folder = Path(__file__).parents[2] / "demo" / "model" if model == DEMO else Path(model)
-    file = folder / "config.json"
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{file}: cannot read the model's sizes: {error}. Give a folder with a config.json, or "
-            f"one of {', '.join([DEMO, *KNOWN_MODELS])}."
-        ) from None
-    return ModelConfig.from_hf(data)
+    known_names = ", ".join([DEMO, *KNOWN_MODELS])
+    remedy = f"Give a folder with the config.json of a model, or one of {known_names}."
+    return ModelConfig.from_hf(read_json(folder / "config.json", ModelError, remedy))

@@ -117,7 +117,8 @@ class Sampling:
             if config[name] is not None and not name.startswith("_"):
                 near = difflib.get_close_matches(name, _HARMLESS, n=1)
                 hint = f" (did it mean {near[0]}?)" if near else ""
-                logger.warning("generation_config.json: unknown field %s is not used%s", name, hint)
+                text = "generation_config.json: unknown field %s is not used%s"
+                logger.warning(text, name if name.isidentifier() else show(name), hint)
 
         def read(name: str, default: Any) -> Any:
             return default if config.get(name) is None else config[name]

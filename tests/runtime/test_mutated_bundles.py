@@ -47,7 +47,7 @@ def load(bundle):
     json.dumps(bundle_facts(opened))
     Console(file=io.StringIO()).print(bundle_table(opened))
     with runtime.load(bundle.path) as session:
-        session.infer(np.zeros((8, 8, 3), np.uint8), "What?", max_tokens=2)
+        session.infer(np.zeros((8, 24, 3), np.uint8), "What?", max_tokens=2)
 
 
 def show_engines(bundle):
