@@ -163,7 +163,7 @@ def check_format(
         error: the format is not ``number``, or ``data`` is no mapping.
     """
     found = data.get("format") if isinstance(data, Mapping) else data
-    if not is_int(found) or found != number:
+    if not isinstance(data, Mapping) or not is_int(found) or found != number:
         at = f"{where} " if where else ""
         raise error(f"{at}has format {show(found)}, this version reads format {number}. {remedy}")
     return {key: value for key, value in data.items() if key != "format"}

@@ -212,3 +212,8 @@ def test_junk_is_an_error_or_a_value_that_comes_back(key, value):
     else:
         assert read(to_json(found)) == found
     assert message.isprintable()
+
+
+def test_a_bare_number_is_no_format():
+    with pytest.raises(DataError, match="has format 1"):
+        check_format(1, 1, DataError, "")
