@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import random
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from typing import Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from visistage.graphs.errors import VisistageError
+from visistage.runtime.hardware import cores
 
 SECONDS = 20.0
 """A case may take; on a machine with other work, ten times what the slowest takes."""
@@ -91,14 +94,8 @@ class Child:
     def ask(self, reader: str, number: int) -> dict[str, Any]:
         """Return how a case ended."""
         if self.process is None:
-            command = [
-                sys.executable,
-                "-m",
-                "visistage.tests.fuzz",
-                "--serve",
-                "--seed",
-                str(self.seed),
-            ]
+            serve = ["-m", "visistage.tests.fuzz", "--serve", f"--seed={self.seed}"]
+            command = [sys.executable, *serve]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **pipes)
             wait_first = 300.0  # imports, seeds
@@ -125,7 +122,13 @@ class Child:
 
 
 def run(
-    cases: int, seed: int, only: tuple[str, ...] = (), first: int = 0, *, show: bool = False
+    cases: int,
+    seed: int,
+    only: tuple[str, ...] = (),
+    first: int = 0,
+    processes: int = 1,
+    *,
+    show: bool = False,
 ) -> tuple[dict[str, Counter], list[dict[str, Any]], float]:
     """Run cases in turns over the readers.
 
@@ -137,13 +140,24 @@ def run(
     names = only or tuple(READERS)
     ends: dict[str, Counter] = {name: Counter() for name in names}
     findings, slowest = [], 0.0
-    child = Child(seed)
+    children = queue.SimpleQueue[Child]()
+    for _ in range(processes):
+        children.put(Child(seed))
+
+    def ask(index: int) -> tuple[str, int, dict[str, Any]]:
+        reader, number = names[index % len(names)], first + index // len(names)
+        child = children.get()
+        try:
+            return reader, number, child.ask(reader, number)
+        finally:
+            children.put(child)
+
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeRemainingColumn(), disable=not show) as bar:
-        task = bar.add_task("cases", total=cases)
-        for index in range(cases):
-            reader, number = names[index % len(names)], first + index // len(names)
-            facts = child.ask(reader, number)
+    with (
+        Progress(*columns, TimeRemainingColumn(), disable=not show) as bar,
+        ThreadPoolExecutor(processes) as pool,
+    ):
+        for reader, number, facts in bar.track(pool.map(ask, range(cases)), cases, None, "cases"):
             ends[reader][facts["end"]] += 1
             slowest = max(slowest, facts["seconds"])
             if facts["end"] not in ("result", "message"):
@@ -153,8 +167,8 @@ def run(
                     f"{reader} {number}: {facts['end']}: {facts['case'][:80]!a}: {last[0][:200]!a}",
                     markup=False,
                 )
-            bar.advance(task)
-    child.close()
+    for _ in range(processes):
+        children.get().close()
     return ends, findings, slowest
 
 
@@ -165,10 +179,17 @@ def run(
 @click.option(
     "--first", type=click.IntRange(0), default=0, help="Number of the first case of each."
 )
+@click.option("--processes", type=click.IntRange(1), default=cores(), show_default="cores")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON of findings.")
 @click.option("--serve", "serving", is_flag=True, hidden=True)
 def main(
-    cases: int, seed: int, only: tuple[str, ...], first: int, out: Path | None, serving: bool
+    cases: int,
+    seed: int,
+    only: tuple[str, ...],
+    first: int,
+    processes: int,
+    out: Path | None,
+    serving: bool,
 ) -> None:
     """Give hostile inputs to every reader; exit code 1 if any ended otherwise than it should."""
     if serving:
@@ -180,7 +201,7 @@ def main(
     if unknown:
         raise click.BadParameter(f"no reader {sorted(unknown)[0]!r}: {', '.join(READERS)}")
     begun = time.monotonic()
-    ends, findings, slowest = run(cases, seed, only, first, show=True)
+    ends, findings, slowest = run(cases, seed, only, first, processes, show=True)
     if out is not None:
         out.write_text(json.dumps(findings, indent=1))
     for reader, counts in ends.items():
