@@ -67,6 +67,7 @@ def test_data_is_in_the_wheel(installed):
     pages = ("calib/page", "tools/explain", "tools/profile")
     data |= {f"{folder}/page.{kind}" for folder in pages for kind in ("css", "html")}
     data |= {"tools/explain/page.js", "pages/base.css", "pages/base.html", "pages/chart.css"}
+    data |= {"pages/letters.html"}
     data |= {f"tools/profile/{name}.onnx" for name in ("matmul", "matmul-fp16")}
     data |= {"tools/estimate/measured.json"}
     assert {name for name in installed if not name.endswith(".py")} == data | {"py.typed"}

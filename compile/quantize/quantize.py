@@ -138,8 +138,10 @@ def check_sizes(calibration: Calibration, config: ModelConfig) -> None:
     """
     text, plan = config.text, calibration.plan
     found = {name: ranges.absmax.shape for name, ranges in calibration.groups.items()}
-    wrong = [
-        group.name for group in linear_groups(config) if found.get(group.name) != (group.inputs,)
+    wrong = [  # one with a plan alone has no ranges
+        group.name
+        for group in linear_groups(config)
+        if found and found.get(group.name) != (group.inputs,)
     ]
     if calibration.cache is not None and calibration.cache.shape != (2, text.layers, text.kv_heads):
         wrong.append("the cache")

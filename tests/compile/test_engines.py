@@ -38,7 +38,7 @@ from visistage.runtime.session import load
 from visistage.tests.support import toy
 
 RTX = find_trt_variant(TENSORRT_RTX)
-pytestmark = pytest.mark.skipif(RTX is None, reason="pip install 'visistage[rtx]' (Linux only)")
+pytestmark = pytest.mark.skipif(RTX is None, reason="pip install -e '.[rtx]' (Linux only)")
 
 SMS = [(8, 6), (12, 0)]
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"

@@ -139,7 +139,7 @@ def test_every_remedy_follows_from_its_tensor():
     ],
 )
 def test_what_nothing_helps_is_refused_by_name(tensor):
-    with pytest.raises(TargetError, match="PRECISION=fp32") as refusal:
+    with pytest.raises(TargetError, match="--precision fp32") as refusal:
         decide({tensor: 2 * SAFE_MAX})
     assert tensor in str(refusal.value)
 
@@ -306,7 +306,7 @@ def test_a_planted_overflow_without_remedy_is_refused(tmp_path, part, factor, te
     with pytest.raises(TargetError) as refusal:
         make_bundle(str(path), plan=PLAN, target="rtx", out=tmp_path / "out")
     assert tensor in str(refusal.value)
-    assert "PRECISION=fp32" in str(refusal.value)
+    assert "--precision fp32" in str(refusal.value)
     assert not list(tmp_path.rglob("manifest.json"))
     make_bundle(str(path), plan=PLAN, target="rtx", precision="fp32", out=tmp_path / "out")
 

@@ -460,7 +460,7 @@ def test_a_device_keeps_integers_and_says_the_same(bundles, monkeypatch):
 
 
 @pytest.mark.skipif(
-    find_trt_variant(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]' (Linux only)"
+    find_trt_variant(TENSORRT_RTX) is None, reason="pip install -e '.[rtx]' (Linux only)"
 )
 def test_engines_take_caches_of_integers_and_hand_rows_back(bundles, tmp_path):
     bundle = bundles("rtx")
@@ -478,7 +478,7 @@ def test_engines_take_caches_of_integers_and_hand_rows_back(bundles, tmp_path):
 
 
 @pytest.mark.skipif(
-    find_trt_variant(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]' (Linux only)"
+    find_trt_variant(TENSORRT_RTX) is None, reason="pip install -e '.[rtx]' (Linux only)"
 )
 def test_tensorrt_still_refuses_to_update_integers_in_place(bundles, tmp_path):
     """Why engines hand rows back; where this fails, ``ops.LlmRows`` may go."""

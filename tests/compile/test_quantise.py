@@ -384,7 +384,7 @@ def engine_facts(wide, precision, out):
 
 
 @pytest.mark.skipif(
-    find_trt_variant(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]' (Linux only)"
+    find_trt_variant(TENSORRT_RTX) is None, reason="pip install -e '.[rtx]' (Linux only)"
 )
 def test_engines_of_every_scheme_keep_their_weights_in_integers(wide, tmp_path):
     """What the compiler stores is what its kernels read: restored weights would be as large as

@@ -20,6 +20,10 @@ def test_a_finding_is_noticed(monkeypatch):
     from visistage.tests.fuzz import __main__ as fuzz
     from visistage.tests.fuzz import readers
 
+    class Long(fuzz.VisistageError):
+        def __str__(self):  # or it would be cut
+            return "x" * 9999
+
     def planted(error):
         def fail():
             raise error
@@ -27,6 +31,6 @@ def test_a_finding_is_noticed(monkeypatch):
         return lambda rng, folder: ("planted", fail)
 
     monkeypatch.setitem(readers.READERS, "bug", planted(KeyError("x")))
-    monkeypatch.setitem(readers.READERS, "long", planted(fuzz.VisistageError("x" * 9999)))
+    monkeypatch.setitem(readers.READERS, "long", planted(Long()))
     assert fuzz.check("bug", 0, 0, None)["end"] == "traceback"
     assert fuzz.check("long", 0, 0, None)["end"] == "long message"

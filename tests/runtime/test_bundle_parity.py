@@ -10,7 +10,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.export import export, graphs_of
-from visistage.compile.export.weights import convert, link_files, place
+from visistage.compile.export.weights import WAYS, bring_files, convert, place
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.contract import MANY_ROWS
 from visistage.graphs.errors import CapacityError
@@ -298,7 +298,7 @@ def test_every_graph_equals_its_module(
     plan = preset(name, 8, config.visual_tokens, **options)
     graphs = graphs_of(config, plan, dtype, lowering)
     placement = place(opened, [name for graph in graphs for name in graph.weights], dtype)
-    link_files(placement, tmp_path)
+    bring_files(placement, tmp_path, WAYS["copy"])
     convert(opened, placement, dtype, tmp_path)
     weights = {name: opened.load(name) for name in opened.tensors}
     generator = np.random.default_rng(9)

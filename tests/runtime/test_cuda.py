@@ -337,7 +337,9 @@ def test_a_provider_that_did_not_start_is_said(cuda_bundle):
     fact = cuda_bundle.manifest.graphs["select0"]
     file = cuda_bundle.file(fact.file)
     compiled = Compiled("select0", None, file, fact.spec, 0, (), 0)
-    with pytest.raises(EngineError, match=r"could not start CUDA.*TARGET=cpu"):
+    with pytest.raises(
+        EngineError, match=r"could not start CUDA.*build for the CPU: visistage build"
+    ):
         OrtApi(stream=STREAM).load(compiled)
 
 
@@ -527,7 +529,7 @@ def test_an_engine_that_cannot_be_read_says_what_the_library_said(compiled):
         api_of(Trt()).load(compiled)
 
 
-@pytest.mark.skipif(find_trt_variant(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]'")
+@pytest.mark.skipif(find_trt_variant(TENSORRT_RTX) is None, reason="pip install -e '.[rtx]'")
 def test_the_real_library_takes_a_mapped_file(compiled):
     """Without a driver it reads the header and refuses; with one, too: this is no engine."""
     compiled.file.write_bytes(b"rubbish" * 1000)

@@ -643,7 +643,7 @@ def test_engines_for_another_machine_are_refused(monkeypatch, bundles, change, e
 def test_a_library_that_is_missing_is_named(monkeypatch, bundles):
     stand_in(monkeypatch)
     monkeypatch.setattr(engine_trt, "find_trt_variant", lambda backend: None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'visistage\[rtx\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install -e '.\[rtx\]'"):
         load(bundles("pruned").path)
 
 

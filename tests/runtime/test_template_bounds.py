@@ -18,8 +18,9 @@ SECONDS, MEBIBYTES = 3.0, 500
 """Of processor time for a template, on a slow machine; of all of them together."""
 
 RENDER = """
-import json, resource, time
+import json, time
 from visistage.graphs.errors import PromptError
+from visistage.runtime.hardware import peak_memory
 from visistage.runtime.text.template import ChatTemplate
 from visistage.tests.support.hostile import COSTLY
 for name, source in COSTLY.items():
@@ -31,7 +32,7 @@ for name, source in COSTLY.items():
         said = str(error)
     except BaseException as error:
         said = repr(error)
-    mebibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    mebibytes = peak_memory() / 2**20
     print(json.dumps([name, said, time.process_time() - start, mebibytes]), flush=True)
 """
 HARMLESS = ("escape", "long tilde", "comment", "blank lines", "long and", "outputs")

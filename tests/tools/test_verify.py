@@ -70,7 +70,7 @@ PRODUCT = {  # gate and up are harmless, their product leaves FP16, its projecti
     "layers.3.mlp.down_proj": 2.0**-10,
 }
 needs_rtx = pytest.mark.skipif(
-    find_trt_variant(TENSORRT_RTX) is None, reason="pip install 'visistage[rtx]'"
+    find_trt_variant(TENSORRT_RTX) is None, reason="pip install -e '.[rtx]'"
 )
 
 
