@@ -157,7 +157,9 @@ def run(
         Progress(*columns, TimeRemainingColumn(), disable=not show) as bar,
         ThreadPoolExecutor(processes) as pool,
     ):
-        for reader, number, facts in bar.track(pool.map(ask, range(cases)), cases, None, "cases"):
+        for reader, number, facts in bar.track(
+            pool.map(ask, range(cases)), total=cases, description="cases"
+        ):
             ends[reader][facts["end"]] += 1
             slowest = max(slowest, facts["seconds"])
             if facts["end"] not in ("result", "message"):
