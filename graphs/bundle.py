@@ -317,15 +317,20 @@ def default_bundle() -> Path:
     return Path(os.environ.get(BUNDLE_VARIABLE) or BUNDLES_FOLDER)
 
 
+DEPTH = 3
+"""Levels that are searched for bundles, for ``./engines/MODEL/NAME``: never a whole disk."""
+
+
 def bundles_in(path: Path) -> list[Path]:
-    """Return ``path`` if it is a bundle, else the bundles below it, the newest first."""
+    """Return ``path`` if it is a bundle, else those up to ``DEPTH`` below it, the newest first."""
     if os.path.isfile(path / MANIFEST):
         return [path]
     if not os.path.isdir(path):
         return []
     found = [
         file
-        for file in path.glob("*/**/" + MANIFEST)
+        for depth in range(1, DEPTH + 1)
+        for file in path.glob("*/" * depth + MANIFEST)
         if not any(part.endswith(".partial") for part in file.parts)
     ]
     return [file.parent for file in sorted(found, key=_age)]

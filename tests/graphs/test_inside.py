@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 from visistage.graphs import bundle as bundles
-from visistage.graphs.bundle import FileFact, changed_files, sha256
+from visistage.graphs.bundle import MANIFEST, FileFact, bundles_in, changed_files, sha256
 from visistage.graphs.errors import BundleError
 from visistage.graphs.inside import file_inside, folder_inside, is_plain
 from visistage.graphs.onnx_locations import external_files
@@ -157,3 +157,13 @@ def test_what_is_no_graph_is_refused(content, tmp_path):
     file.write_bytes(content)
     with pytest.raises(BundleError, match="no ONNX graph"):
         external_files(file, "")
+
+
+def test_bundles_are_searched_for_a_few_levels_only(tmp_path):
+    """A place such as / or the home would be walked for minutes."""
+    places = [tmp_path / "/".join("abcdef"[:depth]) for depth in range(1, 6)]
+    for place in places:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / MANIFEST).write_text("{}")
+    assert set(bundles_in(tmp_path)) == set(places[:3])
+    assert bundles_in(places[3]) == [places[3]]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...compile.checkpoint.known_models import model_config
 from ...compile.planfile import resolve_plan
-from ...graphs.bundle import MANIFEST, Bundle
+from ...graphs.bundle import Bundle, bundles_in
 from ...graphs.commands import visistage
 from ...graphs.config import ModelConfig
 from ...graphs.errors import TargetError
@@ -77,7 +76,7 @@ def estimate_target(
         VisistageError: an unknown model, plan or precision.
     """
     path = Path(name)
-    if os.path.isdir(path) and any(path.glob("**/" + MANIFEST)):
+    if bundles_in(path):
         bundle = Bundle.open(path)
         for option, value in (("plan", plan), ("precision", precision), ("prefix", prefix)):
             if value is not None:
