@@ -195,11 +195,11 @@ def estimate(subject, device, as_json, plan, precision, prefix, threads, **promp
     visistage estimate llava-7b --device orin-nano-8 --precision w4 --plan visipruner:t=14
     visistage estimate demo/visipruner --device cpu --json
     """
-    if not is_model(subject) and bundles_called(subject):
-        subject = str(bundle_at(subject))
-    elif device == "cpu":
+    if device == "cpu":
         note("measuring this machine")
         note(busy_machine())
+    if not is_model(subject) and bundles_called(subject):
+        subject = str(bundle_at(subject))
     from ..tools.estimate.estimate_target import estimate_target
     from ..tools.estimate.predict import PromptLengths, estimate
     from .show.estimate_view import estimate_table
