@@ -38,7 +38,7 @@ REFUSALS = {
     )
     if hasattr(errno, name)
 }
-"""What a file system refuses for reasons that are not in our code."""
+"""Errors of a file system for reasons that are not in our code."""
 
 COMPILE_MODULES = (
     "huggingface_hub",

@@ -6,7 +6,7 @@ import re
 
 MOST_CHARACTERS = 1600
 MOST_LINES = 20
-"""Of a message: what a terminal shows at once."""
+"""Length of a message: what a terminal shows at once."""
 
 _LINE_SEPARATORS = re.compile("[\u2028\u2029]")
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

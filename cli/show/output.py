@@ -24,7 +24,7 @@ PIPE_WIDTH = 160
 
 
 LINE_CHARACTERS = 300
-"""Of a note: a few lines of a terminal."""
+"""Length of a note: a few lines of a terminal."""
 
 
 class Loudness:

@@ -138,7 +138,7 @@ def copy(source: Path, destination: Path) -> bool:
 
 Bring = Callable[[Path, Path], bool]
 WAYS: dict[str, tuple[Bring, ...]] = {"copy": (clone, copy), "link": (hard_link, copy)}
-"""How files get into a bundle, the first that can; ``auto`` is decided by ``choose_ways``."""
+"""Ways of files into a bundle, the first that can; ``auto`` is decided by ``choose_ways``."""
 
 DONE = {clone: "cloned", copy: "copied", hard_link: "hard links"}
 LINKED = "onnx and polygraphy refuse hard links, they take --weights copy"

@@ -25,13 +25,13 @@ from jinja2.visitor import NodeTransformer
 from ...graphs.errors import PromptError
 
 MOST_STEPS, STEPS_PER_CHARACTER = 300_000, 20
-"""Of a rendering, and for each character of its messages: some templates look at every one."""
+"""Steps of a rendering, and for each character of its messages: some templates look at each."""
 
 NODES_PER_STEP, BYTES_PER_STEP = 8, 500
 """Parts of a tree, and bytes of what is read or made, that cost about as much time as a step."""
 
 MOST_BYTES, BYTES_PER_CHARACTER = 32_000_000, 600
-"""Of all values that a rendering makes together, likewise."""
+"""Bytes of all values that a rendering makes together, likewise."""
 
 MOST_SECONDS = 10.0
 MOST_DEPTH, MOST_BITS, MOST_WIDTH, MOST_POWER = 32, 4096, 1000, 64

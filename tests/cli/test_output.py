@@ -1,4 +1,4 @@
-"""What is written where: hostile text, narrow encodings, full and closed outputs, odd places."""
+"""Outputs and their places: hostile text, narrow encodings, full and closed streams, odd files."""
 
 import json
 import os
