@@ -33,7 +33,7 @@ MAX_SIDE, MAX_RATIO = 32_768, 1_000
 """Longest side in pixels, and how many times it may be the shorter one."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""Formats, of many that Pillow opens: EPS would start a program, others had holes time and again."""
+"""Formats, of many that Pillow opens: EPS would start a program, others had holes often."""
 
 _FOREIGN = {  # what a file of another format begins with
     b"\0\0\0\x0cjP  ": "JPEG 2000",
