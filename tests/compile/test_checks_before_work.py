@@ -1,4 +1,4 @@
-"""What makes a bundle unusable is refused before the first step, and what is usable is not."""
+"""Checks before the first step: the unusable is refused there, and the usable is not."""
 
 import json
 import shutil
@@ -162,7 +162,7 @@ def test_no_end_token_at_all_is_refused(model, tmp_path):
 
 
 def test_a_prompt_with_a_token_beyond_the_embedding_is_refused(model, tmp_path):
-    """Of a bundle whose tokenizer was exchanged, say; its build would have been refused."""
+    """Refuse them in a bundle whose tokenizer was exchanged, say; its build would not begin."""
     plain = PromptEncoder.from_files(model, vocab=300)
     add_token(model, 300)
     encoder = PromptEncoder.from_files(model, vocab=300)

@@ -61,7 +61,7 @@ def holds(bundle, contents=CONTENTS) -> bool:
 
 
 def whole(bundle) -> bool:
-    """Whether a finished bundle is what its manifest says."""
+    """Return whether a finished bundle is what its manifest says."""
     try:
         hashes = json.loads((bundle / MANIFEST).read_text())
     except ValueError:

@@ -1,4 +1,4 @@
-"""Where bundles and calibrations go: folders that cannot be, names that collide, shared weights."""
+"""Folders of bundles and calibrations: some cannot be, names collide, weights are shared."""
 
 import os
 import shutil
@@ -234,7 +234,7 @@ def test_an_explicit_copy_mends_a_bundle_of_links(model, tmp_path):
 
 
 def test_bringing_a_file_never_writes_through_a_link(model, tmp_path):
-    """What an interrupted run left under the name may be the checkpoint's own file."""
+    """Expect the checkpoint's own file under the name, left by an interrupted run."""
     stored = tmp_path / "model.safetensors"
     data = (model / "model.safetensors").read_bytes()
     stored.write_bytes(data)

@@ -5,7 +5,7 @@ from visistage.tests.fuzz.__main__ import run
 from visistage.tests.fuzz.readers import READERS
 
 CASES = 8
-"""Of each reader; with this seed each has inputs that are good enough, and others."""
+"""Cases of each reader; with this seed each has inputs that are good enough, and others."""
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from visistage.tests.support.stand_ins import stand_in, write_engines
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
 MOST_CHARACTERS = 2000
 CASES = int(os.environ.get("VISISTAGE_MUTATIONS", "150"))
-"""Of each file; VISISTAGE_MUTATIONS=100000 tries all."""
+"""Mutations of each file; VISISTAGE_MUTATIONS=100000 tries all."""
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ NOTES += [(".stamp.json", Bundle.check)]
 
 @pytest.mark.parametrize(("name", "read"), NOTES)
 def test_damaged_notes_count_for_nothing(bundles, name, read, measured):
-    """What they are for is measured, or hashed, again: not even an error of ours comes."""
+    """Measure, or hash, again what they are for: not even an error of ours comes."""
     bundle = bundles["dense"]
     time.sleep(2 * SETTLED_NS / 1e9)  # before that there is no stamp
     read(bundle)
