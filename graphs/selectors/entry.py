@@ -1,0 +1,71 @@
+"""The contract of entry selectors: what one reads of an image, and what it answers.
+
+A selector runs on the host, once per image, where the vision encoder ends. It sees no question, so
+its rows are the same for every question about an image. A greedy loop over rows takes 1 to 4 ms
+there for 576 patches; in a graph it would be hundreds of small operators in a row. It computes in
+FP32, as the encoder's outputs come: in FP64 only rows would change places whose scores differ by
+less than two executors do, for twice the time.
+
+Ties go to the lowest index. A row of zeros has the cosine 0 with every row, itself included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class EncoderReadings:
+    """The vision encoder's outputs for one image of N patches; what is not read is None."""
+
+    features: np.ndarray | None
+    """(N, h) float32: features of the patches, as the projector takes them, without class row."""
+    class_row: np.ndarray | None
+    """(h,) float32: features of the class row; None where the encoder has none (SigLIP)."""
+    saliency: np.ndarray | None
+    """(N,) float32: attention of the class row to each patch in the layer that made the features,
+    mean over heads; without a class row the mean attention that a patch receives."""
+    keys: np.ndarray | None
+    """(N, d) float32: key states of that layer, mean over heads."""
+    rows: np.ndarray | None
+    """(N, D) float32: rows after the projector."""
+    image: str
+    """Digest of the image, hexadecimal."""
+
+    @property
+    def patches(self) -> int:
+        """Count of patches, N, in whatever was read."""
+        found = (self.features, self.saliency, self.keys, self.rows)
+        return next(len(values) for values in found if values is not None)
+
+
+READINGS = tuple(field.name for field in fields(EncoderReadings) if field.name != "image")
+"""Names of what a selector may read."""
+
+
+@dataclass(frozen=True)
+class Entered:
+    """The K rows of an image that enter the decoder."""
+
+    index: np.ndarray
+    """(K,) int64, ascending: the patch whose place each row takes; -1 is the class row."""
+    features: np.ndarray | None = None
+    """(K, h) float32 where rows were merged before the projector; None: rows ``index`` as is."""
+
+
+class EntrySelector:
+    """One rule; a subclass in a file of its own, and an entry of ``ENTRY_SELECTORS``."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]]
+    """Names in ``READINGS``."""
+    needs_renumbering: ClassVar[bool] = False
+    """Whether a row may enter that has no place of its own among the patches."""
+
+    def choose(self, given: EncoderReadings, keep: int) -> Entered:
+        """Return the ``keep`` rows that enter, 1 to N; ``given`` is left as it is."""
+        raise NotImplementedError
