@@ -1,10 +1,11 @@
 """The contract of entry selectors: what one reads of an image, and what it answers.
 
 A selector runs on the host, once per image, where the vision encoder ends. It sees no question, so
-its rows are the same for every question about an image. A greedy loop over rows takes 1 to 4 ms
-there for 576 patches; in a graph it would be hundreds of small operators in a row. It computes in
-FP32, as the encoder's outputs come: in FP64 only rows would change places whose scores differ by
-less than two executors do, for twice the time.
+its rows are the same for every question about an image. A greedy loop over 576 patches takes 1 to
+4 ms there, and the cosines of all pairs about as much; in a graph the loop would be hundreds of
+small operators in a row. Selectors compute in FP32, as the encoder's outputs come: FP64 takes twice
+as long for the cosines and would only decide between rows whose scores differ by less than those of
+two executors.
 
 Ties go to the lowest index. A row of zeros has the cosine 0 with every row, itself included.
 """
