@@ -8,8 +8,8 @@ row (0 at first), K times the row j of the largest gain is chosen:
 m only rises, so gains only fall, and a gain computed earlier bounds the present one from above.
 That holds for rounded numbers too, as a row's sum always runs in the same order. So a block of rows
 with the largest bounds is followed alone until its best gain could be beaten from outside, and the
-choices are those of the plain loop, bit for bit: 1.4 to 4 ms for 64 to 192 of 576 rows, after 4 ms
-for S at a width of 1024, where the plain loop takes 18 to 53 (one thread of an AMD EPYC).
+choices are those of the plain loop, bit for bit: 1.5 to 3.6 ms for 64 to 192 of 576 rows, after
+4 ms for S at a width of 1024, where the plain loop takes 18 to 53 (one thread of an AMD EPYC).
 
 Source: docs/methods.md, "Entry selectors".
 """
@@ -77,6 +77,6 @@ def covering(similarity: np.ndarray, saliency: np.ndarray, keep: int) -> np.ndar
 
 def gains(tile: np.ndarray, covered: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the gains (n,) of rows with the cosines ``tile`` (n, N) and the saliency (n,)."""
-    uncovered = tile - covered
-    np.maximum(uncovered, 0, out=uncovered)
+    uncovered = np.maximum(tile, covered)  # max(0, S - m) is max(S, m) - m to the bit, but slower
+    uncovered -= covered
     return uncovered.sum(1) * weights
