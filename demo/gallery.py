@@ -8,12 +8,16 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass
+from itertools import islice, product
 from pathlib import Path
 
 from .questions import KINDS, ask
 from .scenes import make_scene, render_scene
 
 IMAGES_FOLDER = Path(__file__).parent / "pictures"
+
+GENERAL = ("What is shown in this picture?", "Which colours do you see, and where?")
+"""Asked about the bundled images where a model has no questions of its own."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,18 @@ def bundled() -> list[BundledImage]:
     return [
         BundledImage(IMAGES_FOLDER / name, tuple((q["question"], q["answer"]) for q in questions))
         for name, questions in index.items()
+    ]
+
+
+def demo_questions() -> list[tuple[Path, str]]:
+    """Return every bundled image with each of its questions."""
+    return [(image.path, question) for image in bundled() for question, _ in image.questions]
+
+
+def general_questions(count: int) -> list[tuple[Path, str]]:
+    """Return up to ``count`` bundled images with a general question, all images with the first."""
+    return [
+        (image.path, question) for question, image in islice(product(GENERAL, bundled()), count)
     ]
 
 

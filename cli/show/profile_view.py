@@ -74,6 +74,7 @@ def closing_lines(facts: dict[str, Any]) -> list[str]:
             )
     elif facts["how_to_compare"]:
         lines.append(f"nothing to compare with; build it: {facts['how_to_compare']}")
+    lines += _answer_lines(facts)
     if facts["beaten"]:
         lines.append(
             f"{', '.join(facts['beaten'])} beat the roofline: it was measured too low. Something "
@@ -85,6 +86,16 @@ def closing_lines(facts: dict[str, Any]) -> list[str]:
         lines.append(f"nothing by Polygraphy: {facts['polygraphy']['reason']}")
     lines.append(_power_line(facts))
     return lines
+
+
+def _answer_lines(facts: dict[str, Any]) -> list[str]:
+    """Say that pruning changed no answer, or that it is not known; a finding says that it did."""
+    compared, hint = facts["answers"], facts["dense_hint"]
+    if compared and not compared["changed"]:
+        return [f"{compared['dense']} gives the same {compared['asked']} answers about images"]
+    if hint and not facts["how_to_compare"]:
+        return [f"not known whether pruning changes answers; build the unpruned model: {hint}"]
+    return []
 
 
 def _power_line(facts: dict[str, Any]) -> str:

@@ -236,7 +236,20 @@ def test_a_forked_process_is_told_to_load_its_own(path):
     assert "runtime.load" in done.stdout
 
 
-@pytest.mark.parametrize("call", [runtime.infer, runtime.Session.infer, runtime.Session.stream])
+CALLS = (runtime.infer, runtime.Session.infer, runtime.Session.stream)
+
+
+def test_calls_that_answer_take_the_same_options():
+    """Names, defaults and types are written three times, for readers; and must not drift apart."""
+
+    def options(call):
+        found = inspect.signature(call).parameters
+        return [found[name] for name in found if name not in ("self", "bundle")]
+
+    assert options(CALLS[0]) == options(CALLS[1]) == options(CALLS[2])
+
+
+@pytest.mark.parametrize("call", CALLS)
 def test_options_are_spelt_out(call):
     found = inspect.signature(call).parameters
     assert {name: found[name].default for name in OPTIONS} == OPTIONS

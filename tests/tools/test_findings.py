@@ -1,6 +1,7 @@
 """What nobody wants of pruning, or of a measurement, is told first."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -8,30 +9,52 @@ from visistage.cli.main import main
 from visistage.runtime import hardware
 from visistage.runtime.image import image
 from visistage.runtime.image.preprocessing import Preprocessing
-from visistage.tools.findings import findings
+from visistage.tools.findings import AnswerPair, changed_answers, slower
 
 FASTER = {"first token": (10.0, 12.0), "later token": (3.0, 3.0)}
 
 
 @pytest.mark.parametrize(
-    ("times", "answers", "words"),
+    ("times", "words"),
     [
-        (FASTER, None, []),
-        ({"first token": (10.1, 10.0)}, None, []),
-        (
-            {**FASTER, "later token": (3.3, 3.0)},
-            None,
-            ["than dense: later token 3.3 ms for"],
-        ),
-        (FASTER, ("two", "three"), ["Pruning changed the answer: 'two', dense says 'three'."]),
-        ({"first token": (20.0, 10.0)}, ("", "a"), ["Pruning changed", "first token 20.0 ms for"]),
-        ({"first token": (20.0, 0.0)}, None, []),
+        (FASTER, []),
+        ({"first token": (10.1, 10.0)}, []),
+        ({**FASTER, "later token": (3.3, 3.0)}, ["than dense: later token 3.3 ms for 3.0 ms."]),
+        ({"first token": (20.0, 0.0)}, []),
     ],
 )
-def test_findings(times, answers, words):
-    found = findings(times, answers, "dense")
+def test_slower_times_are_told(times, words):
+    found = slower(times, "dense")
     assert len(found) == len(words)
     assert all(word in sentence for word, sentence in zip(words, found, strict=True))
+
+
+def pair(question, pruned, dense):
+    """Two answers whose tokens are the letters of their texts."""
+    said = (SimpleNamespace(text=text, tokens=tuple(text)) for text in (pruned, dense))
+    return AnswerPair(question, *said)
+
+
+SAME, CHANGED = pair("Which?", "red", "red"), pair("How many?", "two", "three")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "found"),
+    [
+        ([], []),
+        ([SAME, SAME], []),
+        ([CHANGED], ["Pruning changed the answer: 'two', the unpruned model says 'three'."]),
+        (
+            [SAME, CHANGED, SAME, pair("Why?", "", "x")],
+            [
+                "Pruning changed 2 of 4 answers. The first, to 'How many?': 'two', the unpruned "
+                "model says 'three'."
+            ],
+        ),
+    ],
+)
+def test_changed_answers_are_counted_and_the_first_is_told(pairs, found):
+    assert changed_answers(pairs) == found
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -21,15 +22,18 @@ from visistage.cli.main import main
 from visistage.cli.show.profile_view import closing_lines
 from visistage.compile.build import make_bundle
 from visistage.compile.export.export import prefix_node_names
+from visistage.demo.gallery import IMAGES_FOLDER, bundled
 from visistage.graphs.bundle import ANY_CONTEXT, Bundle
 from visistage.graphs.errors import BundleError, CapacityError, PromptError
 from visistage.graphs.plan.call_cost import GraphCall, Work, question_calls, token_calls
 from visistage.runtime.hardware import peak_memory
 from visistage.runtime.session import Session
 from visistage.tests.support import toy
+from visistage.tools.findings import answer_words
 from visistage.tools.profile import peak_memory as memory
 from visistage.tools.profile import polygraphy_runs as stock
 from visistage.tools.profile import roofline
+from visistage.tools.profile.answers import MAX_TOKENS, image_questions
 from visistage.tools.profile.machine import clock_words, clocks, machine_facts, parse_power_mode
 from visistage.tools.profile.operators import OTHER, operator_times
 from visistage.tools.profile.power import (
@@ -54,6 +58,7 @@ from visistage.tools.profile.timing import (
     measure_bundles,
     prompts,
     repeated,
+    time_questions,
     timed_calls,
 )
 
@@ -168,7 +173,14 @@ def test_bundles_take_turns_in_alternating_order(bundles, monkeypatch):
     with Session(bundles["pruned"]) as one, Session(bundles["dense"]) as two:
         measure_bundles({"a": one, "b": two}, Settings(2, 1, 5))
         assert asked == [two, one, one, two, two, one]
-        assert one.eos  # the model's own end is back
+
+
+def test_a_model_that_ends_every_answer_at_once_is_timed_all_the_same(bundles):
+    with Session(bundles["pruned"]) as session:
+        session.eos = ends = frozenset(range(bundles["pruned"].manifest.config.text.vocab))
+        for answer in time_questions(session, next(prompts()), 5):
+            assert answer.later == 4
+        assert session.eos == ends  # the model's own end is back
 
 
 def test_a_watched_executor_is_left_as_it_was(bundles):
@@ -609,6 +621,90 @@ def test_a_peak_is_that_of_the_child_alone(bundles):
 def test_a_child_that_dies_says_why(bundles):
     with pytest.raises(CapacityError, match="unknown back end 'none'"):
         memory.footprint(bundles["dense"].path, tokens=2, backend="none")
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+ONE_KEPT, ALL_KEPT = "visipruner:shallow=0,t=0,e=1,keep=1", "fastv:k=1,r=0"
+BRIEF = Settings(repetitions=1, warm_up=0, tokens=6)
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    """Bundles of one checkpoint: the unpruned model's, one of a plan that takes nearly all that
+    is seen, and one that selects all tokens."""
+    folder = tmp_path_factory.mktemp("answers")
+    checkpoint = toy.make_checkpoint(folder / "toy", scale=2.0)
+    plans = {"dense": "dense", "one": ONE_KEPT, "all": ALL_KEPT}
+    return {
+        name: make_bundle(str(checkpoint), plan=plan, out=folder / "engines").path
+        for name, plan in plans.items()
+    }
+
+
+def test_changed_answers_are_the_headline_everywhere(answered, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("visistage.tools.profile.profile.busy_machine", lambda: "Busy.")
+    flags = ("--repetitions", 1, "--warm-up", 0, "--tokens", 6, "--no-operators")
+    done = run(answered["one"], *flags)
+    assert done.exit_code == 0, done.output
+    headline = re.match(r"Pruning changed ([1-4]) of 4 answers\. The first, to '", done.stdout)
+    assert headline, done.stdout
+    assert "gives the same" not in done.stdout
+
+    found = json.loads(run(answered["one"], *flags, "--json").stdout)
+    assert found["findings"][0].startswith(headline[0])
+    assert "Busy." in found["findings"]  # times may mean nothing then, answers do
+    answers = found["answers"]
+    assert (answers["dense"], answers["asked"]) == ("dense-fp32-cpu", 4)
+    changed = [asked for asked in answers["questions"] if not asked["same"]]
+    assert answers["changed"] == len(changed) == int(headline[1])
+    for name in ("plan", "dense"):
+        bundle = Bundle.open(answered["one" if name == "plan" else "dense"])
+        with Session(bundle) as session:
+            said = session.infer(
+                IMAGES_FOLDER / changed[0]["image"], changed[0]["question"], max_tokens=MAX_TOKENS
+            )
+        assert changed[0][name] == answer_words(said)
+
+    html = (tmp_path / "profile.html").read_text(encoding="utf-8")
+    assert html.index("Pruning changed") < html.index("to the first token of a new image")
+    assert html.count('<th scope="row">scene-') == len(changed)
+
+
+def test_equal_answers_are_no_headline(answered):
+    facts = profile(answered["all"], settings=BRIEF, operators=False)
+    assert facts["answers"]["asked"] == 4
+    assert facts["answers"]["changed"] == 0
+    assert not [finding for finding in facts["findings"] if "answer" in finding]
+    assert "dense-fp32-cpu gives the same 4 answers about images" in closing_lines(facts)
+    html = render_profile(facts)
+    assert "gives the same 4 answers" in html
+    assert "Changed answers" not in html
+
+
+def test_answers_are_compared_with_the_unpruned_model_whatever_times_are(answered, tmp_path):
+    """``--against`` another plan: its answers may be as wrong."""
+    facts = profile(answered["one"], against=answered["all"], settings=BRIEF, operators=False)
+    assert facts["findings"][0].startswith("Pruning changed")
+    assert facts["answers"]["dense"] == "dense-fp32-cpu"
+    assert facts["runs"]["against"]["name"] == answered["all"].name
+
+    alone = shutil.copytree(answered["one"], tmp_path / "one")
+    facts = profile(alone, against=answered["all"], settings=BRIEF, operators=False)
+    assert facts["answers"] is None
+    assert any("not known whether pruning changes" in line for line in closing_lines(facts))
+    assert "Not known whether pruning changes answers" in render_profile(facts)
+    facts = profile(alone, against=answered["dense"], settings=BRIEF, operators=False)
+    assert facts["answers"]["changed"]
+    assert facts["dense_hint"] is None
+
+
+def test_the_demo_is_asked_its_own_questions():
+    asked = image_questions("demo")
+    assert len(asked) == len(set(asked)) == sum(len(image.questions) for image in bundled())
+    general = image_questions("llava-7b")
+    assert [image for image, _ in general] == [image.path for image in bundled()]
 
 
 # --- stock commands -------------------------------------------------------------------------------

@@ -33,10 +33,17 @@ def dense_bundle(bundle: Bundle, given: Path | None) -> Bundle | None:
             other = Bundle.open(manifest.parent)
         except BundleError:
             continue  # of another version, or half written
-        alike = other.manifest.target == bundle.manifest.target and other.manifest.plan.is_dense
-        if alike and _precision(other) == _precision(bundle) and same_model(bundle, other):
+        if is_unpruned(bundle, other):
             return other
     return None
+
+
+def is_unpruned(bundle: Bundle, other: Bundle) -> bool:
+    """Return whether ``other`` is ``bundle`` without its plan, and differs in nothing else."""
+    ours, theirs = bundle.manifest, other.manifest
+    alike = ours.target == theirs.target and _precision(bundle) == _precision(other)
+    pruned = theirs.plan.is_dense and not ours.plan.is_dense
+    return alike and pruned and same_model(bundle, other)
 
 
 def same_model(one: Bundle, other: Bundle) -> bool:

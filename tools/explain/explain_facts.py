@@ -9,7 +9,7 @@ import numpy as np
 
 from ... import __version__
 from ...graphs.plan.cost import Geometry, Load, cost_of
-from ..findings import findings
+from ..findings import AnswerPair, answer_words, changed_answers, slower
 from .trace import LayerTrace, Trace
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def explain_facts(question: str, run: Run, dense: Run | None, hint: str | None) 
     manifest, plan = run.manifest, run.manifest.plan
     kept, facts = run.trace.kept, run.trace.answer.plan
     phases = _phases(run)
+    pair = dense and AnswerPair(question, run.trace.answer, dense.trace.answer)
     layers = [
         _layer(index, phases[index], run, dense) for index in range(manifest.config.text.layers)
     ]
@@ -67,8 +68,8 @@ def explain_facts(question: str, run: Run, dense: Run | None, hint: str | None) 
         "answer": _answer(run),
         "dense": dense and {"bundle": dense.name, **_answer(dense)},
         "dense_hint": hint,
-        "same_answer": dense and run.trace.answer.tokens == dense.trace.answer.tokens,
-        "findings": dense and _findings(run, dense),
+        "same_answer": pair and pair.same,
+        "findings": dense and pair and [*changed_answers([pair]), *_slower(run, dense)],
         "layers": layers,
         "stages": [_stage(index, stage, layers) for index, stage in enumerate(plan.stages)],
         "fusion": _fusion(run, dense),
@@ -78,21 +79,13 @@ def explain_facts(question: str, run: Run, dense: Run | None, hint: str | None) 
     }
 
 
-def _findings(run: Run, dense: Run) -> list[str]:
-    ours, theirs = run.trace, dense.trace
-    times = {"first token": (ours.timing.first_token_ms, theirs.timing.first_token_ms)}
-    changed = ours.answer.tokens != theirs.answer.tokens
-    return findings(times, (ours.answer.text, theirs.answer.text) if changed else None)
+def _slower(run: Run, dense: Run) -> list[str]:
+    ours, theirs = run.trace.timing, dense.trace.timing
+    return slower({"first token": (ours.first_token_ms, theirs.first_token_ms)})
 
 
 def _answer(run: Run) -> dict[str, Any]:
-    answer = run.trace.answer
-    return {
-        "text": answer.text,
-        "tokens": list(answer.tokens),
-        "finish": answer.finish,
-        "timing": asdict(run.trace.timing),
-    }
+    return {**answer_words(run.trace.answer), "timing": asdict(run.trace.timing)}
 
 
 def _phases(run: Run) -> list[str]:

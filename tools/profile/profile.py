@@ -1,6 +1,7 @@
 """``visistage profile``: a bundle, and beside it another, timed part by part; the whole path.
 
-bundle ─▶ memory (own process) ─▶ peaks ─▶ questions in turns ─▶ sweep ─▶ operators ─▶ facts
+bundle ─▶ answers ─▶ memory (own process) ─▶ peaks ─▶ questions in turns ─▶ sweep ─▶ operators
+       ─▶ facts
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from ...graphs.progress import Progress
 from ...graphs.targets import ONNXRUNTIME, find_target
 from ...runtime.hardware import busy_machine
 from ...runtime.session import Session
-from ..explain.dense import dense_bundle, how_to_build
-from ..findings import findings
+from ..explain.dense import dense_bundle, how_to_build, is_unpruned
+from ..findings import changed_answers, slower
+from .answers import answer_pairs, answers_to, comparison_facts, image_questions
 from .machine import cores, machine_facts
 from .operators import operator_times
 from .peak_memory import footprint
@@ -80,9 +82,18 @@ def profile(
     bundle = Bundle.open(path)
     other = baseline_bundle(bundle, against)
     bundles = {PLAN: bundle} | ({AGAINST: other} if other else {})
+    dense = other if other and is_unpruned(bundle, other) else dense_bundle(bundle, None)
+    questions = image_questions(bundle.manifest.model) if dense else []
+    progress.start("answers", 2 * len(questions))
     with Session(bundle, backend=backend, threads=threads) as session:
         threads = threads or session.executor.threads  # as many for both bundles
+        answers = answers_to(questions, session, progress)
     options: dict[str, Any] = {"backend": backend, "threads": threads}
+    pairs = []
+    if dense:
+        with Session(dense, **options) as session:
+            unpruned = answers_to(questions, session, progress)
+        pairs = answer_pairs(questions, answers, unpruned)
     few = {"tokens": min(settings.tokens, MOST_TOKENS), **options}
 
     memory = _each(bundles, "memory", progress, lambda one: footprint(one.path, **few))
@@ -107,7 +118,13 @@ def profile(
         "no_peaks": None if timed.peaks else _why_no_peaks(bundle),
         "runs": runs,
         "speed_up": speed_up(runs[PLAN], runs[AGAINST]) if other else None,
-        "findings": [*filter(None, [busy]), *(_findings(runs) if other else [])],
+        "findings": [
+            *changed_answers(pairs),
+            *filter(None, [busy]),
+            *(_slower(runs) if other else []),
+        ],
+        "answers": dense and comparison_facts(questions, pairs, dense),
+        "dense_hint": None if dense else _how_to_compare(bundle),
         "how_to_compare": None if other else _how_to_compare(bundle),
         "power": power_facts(timed.meter),
         "dominant": dominant(runs[PLAN]),
@@ -142,7 +159,7 @@ def baseline_bundle(bundle: Bundle, given: Path | None) -> Bundle | None:
     return other
 
 
-def _findings(runs: Mapping[str, dict[str, Any]]) -> list[str]:
+def _slower(runs: Mapping[str, dict[str, Any]]) -> list[str]:
     kinds = {
         "first token": ("cold", "first_token"),
         "second question": ("again", "first_token"),
@@ -152,7 +169,7 @@ def _findings(runs: Mapping[str, dict[str, Any]]) -> list[str]:
         title: (runs[PLAN][kind][name]["median"], runs[AGAINST][kind][name]["median"])
         for title, (kind, name) in kinds.items()
     }
-    return findings(times, beside=runs[AGAINST]["name"])
+    return slower(times, runs[AGAINST]["name"])
 
 
 def _how_to_compare(bundle: Bundle) -> str | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -245,24 +245,24 @@ def measure_bundles(
     series = {name: TimedSeries() for name in sessions}
     source = prompts()
     order = list(sessions)
-    with _endless(sessions.values()):
-        for repetition in range(settings.warm_up + settings.repetitions):
-            prompt = next(source)
-            for name in order if repetition % 2 else reversed(order):
-                cold, again = time_questions(sessions[name], prompt, settings.tokens)
-                if repetition >= settings.warm_up:
-                    series[name].cold.append(cold)
-                    series[name].again.append(again)
-            advance(1)
+    for repetition in range(settings.warm_up + settings.repetitions):
+        prompt = next(source)
+        for name in order if repetition % 2 else reversed(order):
+            cold, again = time_questions(sessions[name], prompt, settings.tokens)
+            if repetition >= settings.warm_up:
+                series[name].cold.append(cold)
+                series[name].again.append(again)
+        advance(1)
     return series
 
 
 def time_questions(
     session: Session, prompt: ProfilePrompt, tokens: int
 ) -> tuple[TimedAnswer, TimedAnswer]:
-    """Ask both questions of one prompt."""
-    cold = _ask(session, prompt.image, prompt.first, tokens)
-    return cold, _ask(session, prompt.image, prompt.second, tokens)
+    """Ask both questions of one prompt; answers end by their length alone."""
+    with _endless(session):
+        cold = _ask(session, prompt.image, prompt.first, tokens)
+        return cold, _ask(session, prompt.image, prompt.second, tokens)
 
 
 def _ask(session: Session, image: bytes, text: str, tokens: int) -> TimedAnswer:
@@ -293,16 +293,13 @@ def _ask(session: Session, image: bytes, text: str, tokens: int) -> TimedAnswer:
 
 
 @contextmanager
-def _endless(sessions: Collection[Session]) -> Iterator[None]:
-    """Let answers end by their length alone until the block ends."""
-    ends = [session.eos for session in sessions]
-    for session in sessions:
-        session.eos = frozenset()
+def _endless(session: Session) -> Iterator[None]:
+    """Let no token end an answer until the block ends."""
+    eos, session.eos = session.eos, frozenset()
     try:
         yield
     finally:
-        for session, eos in zip(sessions, ends, strict=True):
-            session.eos = eos
+        session.eos = eos
 
 
 def _spreads(questions: Sequence[TimedAnswer]) -> dict[str, Spread]:

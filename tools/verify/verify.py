@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
-from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import psutil
 from ... import __version__
 from ...calib.samples import Sample, demo_samples, read_samples
 from ...compile.checkpoint.known_models import DEMO
-from ...demo.gallery import bundled
+from ...demo.gallery import general_questions
 from ...graphs.bundle import MANIFEST, Bundle, sha256
 from ...graphs.commands import install
 from ...graphs.errors import (
@@ -50,9 +49,6 @@ from .verify_target import VERIFY_MAX_TOKENS, VerifyTarget
 
 DEFAULT_SAMPLES = 6
 """Prompts asked by default."""
-
-GENERAL = ("What is shown in this picture?", "Which colours do you see, and where?")
-"""Asked about the package's images where a model has no questions of its own."""
 
 SMALL_BYTES = 256 << 20
 """Weights of a model that one thread is enough for."""
@@ -142,8 +138,7 @@ def chosen(model: str, data: Path | None, count: int | None) -> list[Sample]:
     if model == DEMO:
         return demo_samples(count)
     return [
-        Sample(f"{image.path.name}, {text}", image.path, text, "")
-        for text, image in islice(product(GENERAL, bundled()), count)
+        Sample(f"{image.name}, {text}", image, text, "") for image, text in general_questions(count)
     ]
 
 
