@@ -17,8 +17,8 @@ from ..graphs.plan.plan import StagePlan
 from .image.overlay import Grid, dimmed, image_uri, seen
 
 DECODED: MutableMapping[str, Any] = WeakValueDictionary()
-"""Images by key (``session.OpenedImage``) for as long as somebody holds them: an answer does not,
-for programs keep answers by the thousand."""
+"""Images by key (``opened_image.OpenedImage``) for as long as somebody holds them: an answer does
+not, for programs keep answers by the thousand."""
 
 _FINISHES = {
     "eos": "the model ended it",
@@ -86,7 +86,7 @@ def plan_facts(
     trigger, exit_ = last_layers(plan, done)
     kept = None
     if done.kept:
-        kept = tuple(int(at) for at in done.kept[-1].order[0] if at != INVISIBLE)
+        kept = tuple(int(at) for at in done.kept[-1][0] if at != INVISIBLE)
     layers = [
         count
         for stage, count in zip(plan.stages, done.visual_tokens, strict=True)

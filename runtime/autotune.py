@@ -197,13 +197,15 @@ class TrialPrompt:
     def separate(self) -> None:
         """Run stage 0 on image and question, one after the other."""
         self._rewind()
-        self.chain.append(0, self.image)
-        np.asarray(self.chain.append(0, self.question).rows)  # waits
+        self.chain.append(0, [self.image])
+        (done,) = self.chain.append(0, [self.question])
+        np.asarray(done.result.rows)  # waits
 
     def fused(self) -> None:
         """Run stage 0 on image and question in one call."""
         self._rewind()
-        np.asarray(self.chain.append_fused(0, [self.image, self.question])[-1].rows)
+        done = self.chain.append(0, [self.image, self.question])
+        np.asarray(done[-1].result.rows)
 
     def _rewind(self) -> None:
         for slots in self.chain.slots:

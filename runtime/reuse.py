@@ -1,36 +1,40 @@
 """Reuse of what was computed before: the prefix once, each image once, a question its own rows.
 
-Stage 0 may be rewound to any point of what it holds, because rows see only rows before them. So a
-new question on the same image starts after the image; another image that was seen before is copied
-back instead of computed (docs/design.md, "Append rows").
+A stage may be rewound to any point of what it holds, because rows see only rows before them; and
+where every cut up to a stage is blind to the question, so are the image's rows there. So a new
+question on the same image starts after the image in each of these stages; another image that was
+seen before is copied back instead of computed (docs/design.md, "Append rows").
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from ..graphs.bundle import Bundle
-from ..graphs.chain.chain import AppendedRows, Chain, Prefilled
+from ..graphs.chain.chain import AppendedRows, Chain, Prefilled, PrefilledPart
 from ..graphs.chain.executor import Rows, StageResult
+from ..graphs.errors import CapacityError
 from ..graphs.plan.plan import StagePlan
 from .backends.backend import Backend
 from .backends.feeds import Embedding, map_tensor
-
-Value = TypeVar("Value")
+from .image_cache import ByteCache, CachedPrefix, HeldSlots
 
 
 @dataclass(frozen=True)
 class PromptImage:
-    """An image in a prompt: the key of its pixels, and a function for its visual rows (1, N, D)."""
+    """An image in a prompt: the key of its pixels, and a function for its visual rows (1, N, D).
+
+    ``known``: what the stages made of a prompt up to it, by its key (``Context.computed``), where
+    that comes from a file.
+    """
 
     key: str
     rows: Callable[[], Rows]
+    known: tuple[str, CachedPrefix] | None = None
 
 
 PromptPart = Sequence[int] | PromptImage
@@ -38,82 +42,14 @@ PromptPart = Sequence[int] | PromptImage
 
 
 @dataclass(frozen=True)
-class PrefilledPart:
-    """A part of a prompt after stage 0: its rows, their result, and the first slot they took."""
-
-    segment: AppendedRows
-    result: StageResult
-    start: int
-
-    @property
-    def end(self) -> int:
-        """The first slot after it."""
-        return self.start + self.segment.count
-
-
-@dataclass(frozen=True)
-class CachedPrefix:
-    """Stage 0 up to and including an image: its parts, and its caches from slot ``begin`` on."""
-
-    parts: tuple[PrefilledPart, ...]
-    begin: int
-    caches: dict[str, Any]
-
-    @property
-    def end(self) -> int:
-        """The first slot after it."""
-        return self.parts[-1].end
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes this takes in the cache."""
-        rows = sum(part.result.rows.nbytes for part in self.parts)
-        return rows + sum(cache.nbytes for cache in self.caches.values())
-
-
-class ByteCache(Generic[Value]):
-    """Keeps the values last used whose sizes together stay within ``limit`` bytes.
-
-    A value larger than the limit is not kept at all.
+class PendingPrefix:
+    """A prompt up to an image whose caches only the stages themselves hold: (first slot, one past
+    the last) in each of them, and the rows that the next one needs.
     """
 
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.nbytes = 0
-        self._items: OrderedDict[str, tuple[Value, int]] = OrderedDict()
-
-    def get(self, key: str) -> Value | None:
-        """Return the value, now the most recently used; None when it is not (or no longer) here."""
-        if key not in self._items:
-            return None
-        self._items.move_to_end(key)
-        return self._items[key][0]
-
-    def put(self, key: str, value: Value, nbytes: int) -> None:
-        """Keep ``value``, dropping the least recently used until it fits."""
-        self.drop(key)
-        if nbytes > self.limit:
-            return
-        while self.nbytes + nbytes > self.limit:
-            self.drop(next(iter(self._items)))
-        self._items[key] = (value, nbytes)
-        self.nbytes += nbytes
-
-    def drop(self, key: str) -> None:
-        """Forget ``key`` if it is here."""
-        _, nbytes = self._items.pop(key, (None, 0))
-        self.nbytes -= nbytes
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._items.clear()
-        self.nbytes = 0
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._items
-
-    def __len__(self) -> int:
-        return len(self._items)
+    begin: int
+    spans: tuple[tuple[int, int], ...]
+    parts: tuple[PrefilledPart, ...]
 
 
 class Context:
@@ -125,11 +61,12 @@ class Context:
     def __init__(self, bundle: Bundle, executor: Backend, cache_bytes: int, *, fused: bool = False):
         self.executor, self.fused = executor, fused
         self.visual_tokens = bundle.manifest.config.visual_tokens
+        self.max_positions = bundle.manifest.config.text.max_positions
         self.embed = Embedding(bundle, executor.rows_dtype)
         self.chain = Chain(bundle.manifest.plan, executor, padding=executor.padding)
         self.cached: ByteCache[CachedPrefix] = ByteCache(cache_bytes)
-        self.pending: dict[str, CachedPrefix] = {}  # whose caches only stage 0 itself holds
-        self.current_key: str | None = None  # of the parts up to an image that stage 0 holds now
+        self.pending: dict[str, PendingPrefix] = {}
+        self.current_key: str | None = None  # of the parts up to an image that the stages hold now
         self.length = 0  # rows of the prompt and the answer so far, pruned ones counted
         self.prefix = bundle.manifest.prefix
         self.prefix_rows = 0  # rows of the prefix in the first slots of every stage
@@ -157,27 +94,54 @@ class Context:
             self.reset()
 
     def advance(self, parts: Sequence[PromptPart]) -> None:
-        """Bring stage 0 to the end of the last image of ``parts``, computing only what is new."""
-        self._advance(*self._after_prefix(parts))
+        """Bring every stage that is blind to questions to the end of the last image of ``parts``,
+        computing only what is new.
+        """
+        begin, rest = self.after_prefix(parts)
+        self._run(begin, rest[: max(_images(rest), default=-1) + 1])
+
+    def check_room(self, parts: Sequence[PromptPart], max_tokens: int) -> None:
+        """Refuse a prompt that, with its answer, is longer than the model's context.
+
+        Raises:
+            CapacityError: says how many tokens there is room for.
+        """
+        rows, context = self.rows_of(parts), self.max_positions
+        if rows + max_tokens > context:
+            advice = (
+                f"Ask for at most {context - rows} tokens"
+                if rows < context
+                else "Shorten the prompt"
+            )
+            raise CapacityError(
+                f"the prompt takes {rows} rows ({self.visual_rows_of(parts)} of them visual) and "
+                f"max_tokens {max_tokens}, the model's context is {context}. {advice}"
+            )
+
+    def opening_key(self, parts: Sequence[PromptPart]) -> str:
+        """Return the key of ``parts``, which end in their only image."""
+        begin, rest = self.after_prefix(parts)
+        return _chain_keys(begin, self.chain.plan.blind_stages, rest)[-1]
+
+    def computed(self, parts: Sequence[PromptPart]) -> CachedPrefix:
+        """Advance to the end of ``parts``, which end in their only image; return what is there."""
+        self.advance(parts)
+        key = self.opening_key(parts)
+        pending, cached = self.pending.get(key), self.cached.get(key)
+        if pending is not None:
+            return self._copied(pending)
+        assert cached is not None, "what is not pending was copied back"
+        return cached
 
     def prefill(self, parts: Sequence[PromptPart]) -> Prefilled:
         """Run a whole prompt, whose last part is text; the result has its last row's logits."""
-        begin, rest = self._after_prefix(parts)
-        fused = self.fused and len(rest) > 1 and isinstance(rest[-2], PromptImage)
-        done = self._advance(begin, rest, rest[-1] if fused else None)
-        for part in rest[len(done) :]:
-            done += self._append(part, padded=part is rest[-1])
+        begin, rest = self.after_prefix(parts)
+        done, stages = self._run(begin, rest)
         self.length = self.rows_of(parts)
-        seen = visual_rows(self.chain.plan, self.visual_rows_of(rest))
-        text = self.length - seen[0]
-        for stage, visual in enumerate(seen[1:], start=1):
+        for stage in range(stages, len(self.chain.slots)):
             self.chain.slots[stage].rewind(begin)
-            self._trim(stage, visual + text)
-        prefilled = self.chain.finish(
-            [part.segment for part in done],
-            [part.result for part in done],
-            [part.start for part in done],
-        )
+            self._trim(stage, begin, rest)
+        prefilled = self.chain.finish(done, stages - 1)
         prefilled.logits = np.asarray(prefilled.logits)
         return prefilled
 
@@ -188,13 +152,12 @@ class Context:
         return np.asarray(self.chain.decode(AppendedRows(False, self.embed([token]), at, at)))[0]
 
     def keep(self) -> None:
-        """Copy what was computed for images out of stage 0, before something else goes there.
+        """Copy what was computed for images out of the stages, before something else goes there.
 
         An answer leaves those slots alone, so this can wait until its last token is out.
         """
-        for key, cached in self.pending.items():
-            caches = self.executor.snapshot(0, cached.begin, cached.end)
-            whole = replace(cached, caches=caches)
+        for key, pending in self.pending.items():
+            whole = self._copied(pending)
             self.cached.put(key, whole, whole.nbytes)
         self.pending.clear()
 
@@ -209,32 +172,105 @@ class Context:
         self.cached.clear()
         self.reset()
 
-    def _advance(
-        self, begin: int, parts: Sequence[PromptPart], question: PromptPart | None = None
-    ) -> list[PrefilledPart]:
-        """Do as ``advance``; ``question``: goes in one call with the last image if that is new."""
+    def _run(self, begin: int, parts: Sequence[PromptPart]) -> tuple[list[PrefilledPart], int]:
+        """Take ``parts`` through the stages that are blind to what is asked about their images.
+
+        Returns what the last of these stages made of them, as far as a next one needs it, and the
+        number of these stages.
+        """
         self.keep()
         self._hold_prefix(begin)
-        last = max((i for i, part in enumerate(parts) if isinstance(part, PromptImage)), default=-1)
-        keys = _chain_keys(begin, parts[: last + 1])
-        done = self._resume(begin, keys)
-        self._trim(0, self.visual_tokens)
-        for index in range(len(done), last + 1):
-            fused = [question] if index == last and question is not None else []
-            done += self._append(parts[index], *fused)
-            if isinstance(parts[index], PromptImage):
-                # Stage 0's input rows are not needed again; its slots and its output rows are.
-                bare = [
-                    replace(part, segment=replace(part.segment, rows=None))
-                    for part in done[: index + 1]
-                ]
-                self.pending[keys[index]] = CachedPrefix(tuple(bare), begin, {})
-                self.current_key = keys[index]
+        images = _images(parts)
+        stages = self.chain.plan.blind_stages_of(len(images))
+        opening = images[-1] + 1 if images else 0
+        keys = _chain_keys(begin, stages, parts[:opening])
+        for part in parts:
+            if isinstance(part, PromptImage) and part.known and part.known[0] in keys:
+                key, prefix = part.known
+                if key not in self.cached:
+                    self.cached.put(key, prefix, prefix.nbytes)
+        known, done = self._resume(begin, stages, keys)
+        resumed = [slots.used for slots in self.chain.slots[:stages]]
+        for stage in range(stages):
+            self._trim(stage, begin, parts)
+        new = [self._segment(begin, parts, index) for index in range(known, len(parts))]
+        # Padding among rows that are copied out would take slots from every later question.
+        padded = len(parts) > opening and (not known or known == opening)
+        passed = [self._enter(new)]
+        for stage in range(1, stages):
+            passed.append(self.chain.cross(stage - 1, passed[-1], padded=padded))
+        for index in images:
+            if index >= known:
+                self._suspend(keys[index], begin, done, passed, new[: index - known + 1], resumed)
+        return [*done, *passed[-1]], stages
+
+    def _enter(self, segments: Sequence[AppendedRows]) -> list[PrefilledPart]:
+        """Append segments to stage 0, each in a call of its own unless ``fused`` joins the last."""
+        calls = [[segment] for segment in segments]
+        if self.fused and [segment.visual for segment in segments[-2:]] == [True, False]:
+            calls[-2:] = [[*calls[-2], *calls[-1]]]
+        done = []
+        for call in calls:
+            question = call is calls[-1] and len(call) == 1 and not call[0].visual
+            done += self.chain.append(0, call, padded=question)
         return done
 
-    def _trim(self, stage: int, extra: int) -> None:
-        """Give up slots that an earlier prompt needed, if ``extra`` more rows leave most free."""
+    def _segment(self, begin: int, parts: Sequence[PromptPart], index: int) -> AppendedRows:
+        """Return the rows of a part with their places in the prompt."""
+        part, first = parts[index], begin + self.rows_of(parts[:index])
+        visual = isinstance(part, PromptImage)
+        rows = part.rows() if isinstance(part, PromptImage) else self.embed(part)
+        order = np.arange(first, first + rows.shape[1], dtype=np.int32)[None]
+        return AppendedRows(visual, rows, order, order)
+
+    def _suspend(
+        self,
+        key: str,
+        begin: int,
+        done: Sequence[PrefilledPart],
+        passed: Sequence[Sequence[PrefilledPart]],
+        segments: Sequence[AppendedRows],
+        resumed: Sequence[int],
+    ) -> None:
+        """Note where the stages hold a prompt up to an image, the last of ``segments``.
+
+        ``passed``: what each stage was given since it was ``resumed`` there, in the order of slots.
+        """
+        texts = sum(not segment.visual for segment in segments)
+        spans, mine = [], passed[0][: len(segments)]
+        for stage, parts in enumerate(passed):
+            if stage:  # visual rows first, then all text
+                mine = parts[: texts + sum(part.segment.visual for part in parts)]
+            start = begin if resumed[stage] > begin or not mine else mine[0].start
+            spans.append((start, mine[-1].end if mine else resumed[stage]))
+        last = len(passed) == len(self.chain.slots)
+        needed = () if last else (*done, *(_bare(part) for part in mine))
+        self.pending[key] = PendingPrefix(begin, tuple(spans), needed)
+        # Behind padding it may be used once more only after it was copied.
+        self.current_key = key if all(start == begin for start, _ in spans) else None
+
+    def _copied(self, pending: PendingPrefix) -> CachedPrefix:
+        """Copy what the stages hold."""
+        held = []
+        for stage, (start, stop) in enumerate(pending.spans):
+            slots = self.chain.slots[stage]
+            order, visual = slots.order[0, start:stop], slots.visual[0, start:stop]
+            caches = self.executor.snapshot(stage, start, stop) if stop > start else {}
+            held.append(HeldSlots(order.copy(), visual.copy(), caches))
+        rows, positions = None, np.zeros(0, np.int32)
+        if pending.parts:
+            positions = np.concatenate([part.segment.positions[0] for part in pending.parts])
+            rows = self.executor.concatenate([part.result.rows for part in pending.parts])
+            # A slice of a call's result would keep all of it alive.
+            rows = self.executor.take(rows, np.arange(len(positions)))
+        return CachedPrefix(pending.begin, tuple(held), rows, positions)
+
+    def _trim(self, stage: int, begin: int, parts: Sequence[PromptPart]) -> None:
+        """Give up slots that an earlier prompt needed, if ``parts`` leave most of them free."""
+        visual = visual_rows(self.chain.plan, self.visual_rows_of(parts))
+        text = begin + self.rows_of(parts) - visual[0]
         slots = self.chain.slots[stage]
+        extra = visual[stage] + text if stage else self.visual_tokens
         slots.shrink(self.executor.trim_slots(stage, slots.used, slots.used + extra))
 
     def _map_prefix(self, bundle: Bundle) -> list[dict[str, np.ndarray]]:
@@ -265,7 +301,7 @@ class Context:
                 self.executor.restore(index, 0, self.saved[index])
         self.prefix_rows = begin
 
-    def _after_prefix(self, parts: Sequence[PromptPart]) -> tuple[int, list[PromptPart]]:
+    def after_prefix(self, parts: Sequence[PromptPart]) -> tuple[int, list[PromptPart]]:
         """Return the slot where this prompt starts, and what of it is not prefix."""
         head = parts[0]
         if self.prefix is None or isinstance(head, PromptImage):
@@ -276,47 +312,32 @@ class Context:
         rest = head[len(ids) :]
         return len(ids), [*([rest] if len(rest) else []), *parts[1:]]
 
-    def _resume(self, begin: int, keys: list[str]) -> list[PrefilledPart]:
-        """Rewind stage 0 to the end of the longest run of parts that it holds or that is kept."""
-        slots = self.chain.slots[0]
-        for key in reversed(keys):
+    def _resume(
+        self, begin: int, stages: int, keys: Sequence[str]
+    ) -> tuple[int, list[PrefilledPart]]:
+        """Rewind the stages to the end of the longest run of parts that they hold or that is kept.
+
+        Returns the number of these parts, and what the last of the stages made of them.
+        """
+        for count in range(len(keys), 0, -1):
+            key = keys[count - 1]
             cached = self.cached.get(key)
             if cached is None:
                 continue
-            if self.current_key != key:
-                slots.rewind(begin)
-                self.chain.reserve(0, cached.end - begin)
-                for part in cached.parts:
-                    slots.write(part.segment)
-                self.executor.restore(0, begin, cached.caches)
-                self.current_key = key
-            slots.rewind(cached.end)
-            return list(cached.parts)
-        slots.rewind(begin)
+            for stage, held in enumerate(cached.stages):
+                slots = self.chain.slots[stage]
+                if self.current_key != key:
+                    slots.rewind(begin)
+                    self.chain.reserve(stage, len(held.order))
+                    slots.fill(held.order, held.visual)
+                    self.executor.restore(stage, begin, held.caches)
+                slots.rewind(begin + len(held.order))
+            self.current_key = key
+            return count, cached.parts()
+        for slots in self.chain.slots[:stages]:
+            slots.rewind(begin)
         self.current_key = None
-        return []
-
-    def _append(self, *parts: PromptPart, padded: bool = False) -> list[PrefilledPart]:
-        """Append parts to stage 0, several in one call."""
-        slots = self.chain.slots[0]
-        start = slots.used
-        first = int(slots.order[0, :start].max(initial=-1)) + 1
-        segments: list[AppendedRows] = []
-        for part in parts:
-            rows = part.rows() if isinstance(part, PromptImage) else self.embed(part)
-            order = np.arange(first, first + rows.shape[1], dtype=np.int32)[None]
-            segments.append(AppendedRows(isinstance(part, PromptImage), rows, order, order))
-            first += rows.shape[1]
-        if len(segments) > 1:
-            results = self.chain.append_fused(0, segments)
-        else:
-            append = self.chain.append_padded if padded else self.chain.append
-            results = [append(0, segments[0])]
-        done = []
-        for segment, result in zip(segments, results, strict=True):
-            done.append(PrefilledPart(segment, result, start))
-            start += segment.count
-        return done
+        return 0, []
 
 
 def visual_rows(plan: StagePlan, visual_tokens: int) -> list[int]:
@@ -330,9 +351,22 @@ def visual_rows(plan: StagePlan, visual_tokens: int) -> list[int]:
     return counts
 
 
-def _chain_keys(begin: int, parts: Sequence[PromptPart]) -> list[str]:
-    """Return the key of everything up to each part: ids, images and, by their counts, positions."""
-    digest = hashlib.sha256(str(begin).encode())
+def _images(parts: Sequence[PromptPart]) -> list[int]:
+    """Return the places of the images among ``parts``."""
+    return [index for index, part in enumerate(parts) if isinstance(part, PromptImage)]
+
+
+def _bare(part: PrefilledPart) -> PrefilledPart:
+    """Return a part without what no later stage needs of it."""
+    result = StageResult(part.result.rows, None, None)
+    return replace(part, segment=replace(part.segment, rows=None), result=result)
+
+
+def _chain_keys(begin: int, stages: int, parts: Sequence[PromptPart]) -> list[str]:
+    """Return the key of everything up to each part: ids, images and, by their counts, positions;
+    and of the number of stages that it went through.
+    """
+    digest = hashlib.sha256(f"{begin} {stages}".encode())
     keys = []
     for part in parts:
         text = f"image:{part.key}" if isinstance(part, PromptImage) else f"ids:{list(part)}"

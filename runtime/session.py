@@ -18,20 +18,16 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..graphs.bundle import MANIFEST, Bundle
 from ..graphs.chain.executor import Rows
 from ..graphs.errors import (
     BundleError,
-    CapacityError,
     ImageError,
     PromptError,
     TargetError,
@@ -42,36 +38,24 @@ from .answer import DECODED, Answer
 from .autotune import choose_fused_prefill
 from .backends.backend import BackendOptions
 from .backends.registry import find_backend
-from .image.image import MAX_PIXELS, Preprocessing, load_image, pixel_key, preprocess, warm_up
-from .reuse import ByteCache, Context, PromptImage, PromptPart
+from .image.image import MAX_PIXELS, Preprocessing, load_image, pixel_key, warm_up
+from .image_cache import ByteCache, CachedPrefix, default_cache_bytes
+from .image_file import ImageLayout, layout_of, read_image, write_image
+from .opened_image import LoadedImage, Opened, OpenedImage, Source
+from .reuse import Context, PromptImage, PromptPart
 from .stream import AnswerRequest, Stream
 from .text.detokenize import checked_stops
 from .text.generation import GenerationRules
 from .text.prompt import MAX_IMAGES, PromptEncoder, Segment
 from .text.sampling import Sampling, whole_number
 
-DEFAULT_CACHE_BYTES = 512 << 20
+ROWS_SHARE = 8
+"""Of the bytes for images, one part in so many is for what the vision encoder made of them."""
+
 DEFAULT_MAX_TOKENS = 128
 
 
-@dataclass(frozen=True)
-class OpenedImage:
-    """A decoded image; its key stands for what it shows."""
-
-    key: str
-    image: Image.Image
-    preprocessing: Preprocessing
-
-    @cached_property
-    def pixels(self) -> np.ndarray:
-        """(3, H, W) float32, as the vision encoder takes them; made when first needed."""
-        return preprocess(self.image, self.preprocessing)
-
-
 _loaded: weakref.WeakSet[Session] = weakref.WeakSet()
-
-Source = Any
-"""A path, bytes, file object, PIL image, uint8 array, or an ``OpenedImage``."""
 
 Images = Source | Sequence[Source] | None
 """One image, several (a list or a tuple), or none."""
@@ -86,8 +70,9 @@ class Session:
             graphs of any bundle on this CPU.
         threads: of the CPU; None: as many as were found fastest here.
         memory_limit: bytes that the weights may take; None: what is available now.
-        cache_bytes: for images seen before: half for what the vision encoder made of them, half
-            for what stage 0 did. 0 computes every image anew.
+        cache_bytes: for images seen before: an eighth for what the vision encoder made of them, the
+            rest for what the stages did. 0 computes every image anew. None: as much as the weights
+            take, or 64 MiB, and at most a sixteenth of the memory that is free.
         max_pixels: of the largest image that is decoded, width x height.
         profile: a folder for ONNX Runtime's times of every operator (``executor.end_profiles``).
 
@@ -102,11 +87,12 @@ class Session:
         backend: str | None = None,
         threads: int | None = None,
         memory_limit: int | None = None,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        cache_bytes: int | None = None,
         max_pixels: int = MAX_PIXELS,
         profile: Path | None = None,
     ):
-        cache_bytes = whole_number("cache_bytes", cache_bytes, 0, TargetError)
+        if cache_bytes is not None:
+            whole_number("cache_bytes", cache_bytes, 0, TargetError)
         self.max_pixels = whole_number("max_pixels", max_pixels, 1, TargetError)
         for name, value in (("threads", threads), ("memory_limit", memory_limit)):
             if value is not None:
@@ -131,8 +117,11 @@ class Session:
         self.executor = row.open(bundle, options)
         self.fused_prefill = choose_fused_prefill(bundle, self.executor)
         fused = self.fused_prefill is not None and self.fused_prefill.fused
-        self.context = Context(bundle, self.executor, cache_bytes // 2, fused=fused)
-        self.visual_rows: ByteCache[Rows] = ByteCache(cache_bytes // 2)
+        if cache_bytes is None:
+            cache_bytes = default_cache_bytes(self.executor.free_bytes(), manifest.weight_bytes)
+        self.visual_rows: ByteCache[Rows] = ByteCache(cache_bytes // ROWS_SHARE)
+        rest = cache_bytes - self.visual_rows.limit
+        self.context = Context(bundle, self.executor, rest, fused=fused)
         self.turn = 0  # counts what was asked: a newer question ends a stream
         self._lock, self._process, self._closed = threading.RLock(), os.getpid(), False
         _loaded.add(self)
@@ -183,17 +172,39 @@ class Session:
             self.context.reset()
             raise
 
-    def open(self, image: Source) -> OpenedImage:
-        """Run an image through the vision encoder and stage 0, so that questions need not."""
+    def open(self, image: Source) -> Opened:
+        """Run an image through the vision encoder and the stages that are blind to questions, so
+        that questions need not.
+        """
         with self.taking_turns():
             opened = self.decode_image(image)
-            parts = self._located(self.encoder.image_segments(), [opened])
-            self.turn += 1  # a stream that is under way would go on in another image
-            with self.computing():
-                self.context.ensure_capacity(parts, 0)
-                self.context.advance(parts)
-                self.context.keep()
+            self._computed(opened)
         return opened
+
+    def save_image(self, image: Source, file: str | os.PathLike) -> None:
+        """Write what ``open`` computes of an image to a safetensors file, for ``load_image``.
+
+        Raises:
+            ImageError: the image cannot be used, or the file not be written.
+        """
+        with self.taking_turns():
+            opened = self.decode_image(image)
+            cached = self._computed(opened)
+            rows = self.encode_image(opened)
+            write_image(Path(file), self._image_layout(), opened.key, rows, cached)
+
+    def load_image(self, file: str | os.PathLike) -> LoadedImage:
+        """Read a file of ``save_image``: questions about it are answered as about the image, whose
+        pixels need not be here.
+
+        Raises:
+            ImageError: the file is damaged, or was saved by another bundle.
+        """
+        with self.taking_turns():
+            layout = self._image_layout()
+            key, rows, cached = read_image(Path(file), layout)
+            known = self.context.opening_key(self._opening(key)), cached
+            return LoadedImage(key, Path(file), layout.origin, rows, known)
 
     def infer(
         self,
@@ -298,7 +309,7 @@ class Session:
             opened = self._decode_images(image)
             preprocess_ms = (time.perf_counter() - started) * 1e3
             parts = self.prompt_parts(prompt, opened)
-            self._check_capacity(parts, limit)
+            self.context.check_room(parts, limit)
             self.turn += 1
             with self.computing():
                 self.context.ensure_capacity(parts, limit)
@@ -316,16 +327,18 @@ class Session:
         """
         with self.taking_turns():
             parts = self.prompt_parts(prompt, self._decode_images(image))
-            self._check_capacity(parts, len(tokens))
+            self.context.check_room(parts, len(tokens))
             self.turn += 1
             with self.computing():
                 self.context.ensure_capacity(parts, len(tokens))
                 first = self.context.prefill(parts).logits[0]
                 return np.stack([first, *(self.context.decode(token) for token in tokens)])
 
-    def decode_image(self, image: Source) -> OpenedImage:
+    def decode_image(self, image: Source) -> Opened:
         """Decode an image, and preprocess it if its visual rows are not known."""
-        if isinstance(image, OpenedImage):
+        if isinstance(image, LoadedImage):
+            image.origin.check(image.file, self._image_layout().origin)
+        if isinstance(image, (OpenedImage, LoadedImage)):
             return image
         decoded = load_image(image, max_pixels=self.max_pixels)
         key = pixel_key(decoded, self.preprocessing)
@@ -334,12 +347,14 @@ class Session:
             _ = opened.pixels  # now, while preprocessing is what is timed
         return opened
 
-    def encode_image(self, opened: OpenedImage) -> Rows:
+    def encode_image(self, opened: Opened) -> Rows:
         """Return the visual rows (1, N, D) of an image, from the cache or the vision encoder.
 
         Raises:
             ImageError: it is prepared in another size than the encoder takes.
         """
+        if isinstance(opened, LoadedImage):
+            return opened.visual_rows
         rows = self.visual_rows.get(opened.key)
         if rows is None:
             vision = self.bundle.manifest.config.vision
@@ -358,39 +373,45 @@ class Session:
         image = [] if self.encoder.image_token_id is None else [self.encoder.image_token_id]
         return [id_ for part in parts for id_ in (image if isinstance(part, PromptImage) else part)]
 
-    def prompt_parts(self, prompt: str, opened: Sequence[OpenedImage]) -> list[PromptPart]:
+    def prompt_parts(self, prompt: str, opened: Sequence[Opened]) -> list[PromptPart]:
         """Return the token ids and images of a prompt in their order."""
         return self._located(self.encoder.encode(prompt, images=len(opened)).segments, opened)
 
-    def _located(
-        self, segments: Sequence[Segment], opened: Sequence[OpenedImage]
-    ) -> list[PromptPart]:
+    def _located(self, segments: Sequence[Segment], opened: Sequence[Opened]) -> list[PromptPart]:
         """Put the images into their places among ``segments``."""
-        images = (PromptImage(image.key, partial(self.encode_image, image)) for image in opened)
+        images = (
+            PromptImage(image.key, partial(self.encode_image, image), image.known)
+            for image in opened
+        )
         return [next(images) if segment.is_image else segment.ids for segment in segments]
 
-    def _decode_images(self, image: Images) -> list[OpenedImage]:
+    def _opening(self, key: str) -> list[PromptPart]:
+        """Return a prompt up to its image, whose rows are not asked for."""
+        segments = self.encoder.image_segments()
+        return [*(part.ids for part in segments[:-1]), PromptImage(key, lambda: None)]
+
+    def _image_layout(self) -> ImageLayout:
+        return layout_of(self.bundle, self.context, self._opening(""))
+
+    def _computed(self, opened: Opened) -> CachedPrefix:
+        """Bring the stages to the end of an image, and keep what they hold."""
+        parts = self._located(self.encoder.image_segments(), [opened])
+        self.turn += 1  # a stream that is under way would go on in another image
+        with self.computing():
+            self.context.ensure_capacity(parts, 0)
+            cached = self.context.computed(parts)
+            self.context.keep()
+        return cached
+
+    def _decode_images(self, image: Images) -> list[Opened]:
         images = [] if image is None else image if isinstance(image, (list, tuple)) else [image]
         if len(images) > MAX_IMAGES:
             raise PromptError(f"{len(images)} images were given; at most {MAX_IMAGES} can be.")
         opened = [self.decode_image(source) for source in images]
         self.asked = opened  # held until the next question, for those who draw what was seen
-        DECODED.update({image.key: image for image in opened})
+        pictures = [image for image in opened if isinstance(image, OpenedImage)]
+        DECODED.update({image.key: image for image in pictures})
         return opened
-
-    def _check_capacity(self, parts: Sequence[PromptPart], max_tokens: int) -> None:
-        rows = self.context.rows_of(parts)
-        context = self.bundle.manifest.config.text.max_positions
-        if rows + max_tokens > context:
-            advice = (
-                f"Ask for at most {context - rows} tokens"
-                if rows < context
-                else "Shorten the prompt"
-            )
-            raise CapacityError(
-                f"the prompt takes {rows} rows ({self.context.visual_rows_of(parts)} of them "
-                f"visual) and max_tokens {max_tokens}, the model's context is {context}. {advice}"
-            )
 
 
 def load(
@@ -399,7 +420,7 @@ def load(
     backend: str | None = None,
     threads: int | None = None,
     memory_limit: int | None = None,
-    cache_bytes: int = DEFAULT_CACHE_BYTES,
+    cache_bytes: int | None = None,
     max_pixels: int = MAX_PIXELS,
     profile: Path | None = None,
 ) -> Session:

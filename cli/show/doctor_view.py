@@ -19,6 +19,7 @@ from ...pages.units import show_bytes
 from ...runtime.backends.registry import backend_of
 from ...runtime.device.tensorrt import find_trt_variant
 from ...runtime.hardware import GpuInfo, cores, find_gpu
+from ...runtime.image_cache import FREE_SHARE
 
 COMPILE_EXTRA = (
     "torch",
@@ -45,6 +46,7 @@ def doctor_facts() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "cores": cores(),
         "memory_bytes": psutil.virtual_memory().total,
+        "image_cache_bytes": psutil.virtual_memory().available // FREE_SHARE,
         "onnxruntime": ort,
         "providers": providers,
         "openvino": _version("openvino"),
@@ -69,6 +71,8 @@ def doctor_table() -> RenderableType:
     head.add_row("python", f"{facts['python']}, {facts['machine']}")
     memory = show_bytes(facts["memory_bytes"])
     head.add_row("machine", f"{facts['cores']} cores, {memory} of memory")
+    cache = show_bytes(facts["image_cache_bytes"])
+    head.add_row("image cache", f"at most {cache} by default (runtime.load's cache_bytes)")
     providers = f" ({', '.join(facts['providers'])})" if facts["providers"] else ""
     head.add_row("onnxruntime", (facts["onnxruntime"] or "not installed") + providers)
     head.add_row("openvino", facts["openvino"] or "not installed")

@@ -29,11 +29,12 @@ from ...graphs.dtypes import BY_SAFETENSORS
 from ...graphs.errors import MissingDependencyError, ModelError, nearest
 from ...graphs.fields import show
 from ...graphs.progress import Advance, no_advance
+from ...graphs.safetensors_header import TensorInfo
 from ..disk import require_disk_space
 from .dummy import make_dummy
 from .foreign_formats import reject_file, reject_foreign_folder
 from .known_models import ALIASES, DEMO, KNOWN_MODELS
-from .safetensors_file import FLOAT_DTYPES, TensorInfo, read_checkpoint_json, read_tensors
+from .safetensors_file import FLOAT_DTYPES, read_checkpoint_json, read_tensors
 
 logger = logging.getLogger(__name__)
 

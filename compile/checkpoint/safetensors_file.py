@@ -1,66 +1,30 @@
 """Tensors of a checkpoint folder: where each one is, in one safetensors file or in many shards.
 
-    8 bytes            n, little endian
-    n bytes            JSON: {"name": {"dtype", "shape", "data_offsets": [begin, end]}, ...}
-    the rest           the tensors' bytes, without gaps
-
-Headers only are read. Files come from strangers and downloads break off, so everything a header
-claims is checked against the file: a ``TensorInfo`` never points outside it. Refused are pickles,
-quantised weights, shards that are missing or outside the folder, and tensors that do not fit the
-config. Format: the README of safetensors.
+Headers only are read (``graphs.safetensors_header``). Refused are pickles, quantised weights,
+shards that are missing or outside the folder, and tensors that do not fit the config.
 """
 
 from __future__ import annotations
 
-import math
-import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ...graphs.config import ModelConfig
 from ...graphs.errors import ModelError
-from ...graphs.fields import is_int, parse_json, read_json, show
+from ...graphs.fields import read_json
+from ...graphs.safetensors_header import TensorInfo, read_safetensors
 from .names import EMBEDDING, HEAD_WEIGHT, canonical, tensor_shapes
 
 SINGLE = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 64 << 20
-MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
-
 FLOAT_DTYPES = ("F32", "F16", "BF16")
-ITEM_BITS = {
-    "F32": 32,
-    "F16": 16,
-    "BF16": 16,
-    "F64": 64,
-    "C64": 64,
-    "BOOL": 8,
-    **{f"{kind}{bits}": bits for kind in "IU" for bits in (8, 16, 32, 64)},
-    **{f"F8_{kind}": 8 for kind in ("E4M3", "E5M2", "E8M0", "E4M3FNUZ", "E5M2FNUZ")},
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "F4": 4,
-}
 _QUANTISED = ("I8", "U8", "I32", "I16", "F8_E4M3", "F8_E5M2", "F4")
 _FILE = re.compile(r"[^/\\\0]+\.safetensors")  # in the folder itself
 # Buffers that older transformers saved, and parts of vision encoders that LLaVA never reads.
 _UNREAD = (".position_ids", ".rotary_emb.inv_freq", ".masked_bias")
 _AGAIN = "Download it again, or save the model again with save_pretrained."
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Place of the bytes of one tensor."""
-
-    file: Path
-    offset: int  # bytes from the start of the file
-    nbytes: int
-    dtype: str  # as safetensors spells it: "F32", "F16", "BF16", ...
-    shape: tuple[int, ...]
 
 
 def read_tensors(folder: Path, config: ModelConfig) -> dict[str, TensorInfo]:
@@ -119,56 +83,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     Raises:
         ModelError: the file cannot be read, is cut short, or its header contradicts itself.
     """
-    try:
-        size = os.path.getsize(file)
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                claim = f"a header of {length} bytes" if size >= 8 else "8 bytes for its length"
-                _broken(file, f"has {size} bytes, but should hold {claim} (at most 100 MB)")
-            text = stream.read(length)
-    except OSError as error:
-        raise ModelError(
-            f"cannot read {file}: {error.strerror or error}. Check the file, or download the "
-            "checkpoint again."
-        ) from error
-    if not text.startswith(b"{"):
-        _broken(file, "has a header that is no JSON object")
-    entries = parse_json(text, ModelError, _AGAIN, f"the header of {file}")
-    entries.pop("__metadata__", None)
-    start = 8 + length
-    found = {name: _tensor(file, start, name, entry) for name, entry in entries.items()}
-    ordered = dict(sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
-    end = start
-    for name, info in ordered.items():
-        if info.offset != end:
-            _broken(file, f"has overlapping tensors or a gap before {show(name)}")
-        end += info.nbytes
-    if end != size:
-        _broken(file, f"has {size} bytes, but its header speaks of {end}")
-    return ordered
-
-
-def _tensor(file: Path, start: int, name: str, entry: Any) -> TensorInfo:
-    if not isinstance(entry, Mapping) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        _broken(file, f"describes {show(name)} without exactly dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
-        _broken(file, f"gives {show(name)} the unknown type {show(dtype)}")
-    for field, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or len(numbers) > 8 or not all(map(_is_size, numbers)):
-            _broken(file, f"gives {show(name)} the {field} {show(numbers)}")
-    if len(offsets) != 2 or math.prod(shape) * ITEM_BITS[dtype] != 8 * (offsets[1] - offsets[0]):
-        _broken(file, f"gives {show(name)} the bytes {show(offsets)} for {dtype} {show(shape)}")
-    return TensorInfo(file, start + offsets[0], offsets[1] - offsets[0], dtype, tuple(shape))
-
-
-def _broken(file: Path, finding: str) -> NoReturn:
-    raise ModelError(f"{file} {finding}: the file is corrupt or incomplete. {_AGAIN}")
-
-
-def _is_size(value: Any) -> bool:
-    return is_int(value) and value >= 0
+    return read_safetensors(file, ModelError, _AGAIN).tensors
 
 
 def _stored(folder: Path) -> dict[str, TensorInfo]:

@@ -46,6 +46,25 @@ class AppendedRows:
         return self.order.shape[1]
 
 
+@dataclass(frozen=True)
+class PrefilledPart:
+    """A part of a prompt after a stage: its rows, their result, and the first slot they took."""
+
+    segment: AppendedRows
+    result: StageResult
+    start: int
+
+    @property
+    def end(self) -> int:
+        """The first slot after it."""
+        return self.start + self.segment.count
+
+    @property
+    def leaving(self) -> AppendedRows:
+        """The rows as the stage left them."""
+        return replace(self.segment, rows=self.result.rows)
+
+
 @dataclass
 class StageSlots:
     """Contents of the slots of one stage's cache: (B, S) arrays and the next free slot."""
@@ -76,6 +95,13 @@ class StageSlots:
         self.used = stop
         return start
 
+    def fill(self, order: np.ndarray, visual: np.ndarray) -> None:
+        """Note rows (n,) of both kinds in the next free slots, of every sample alike."""
+        stop = self.used + len(order)
+        self.order[:, self.used : stop] = order
+        self.visual[:, self.used : stop] = visual
+        self.used = stop
+
     def rewind(self, used: int) -> None:
         """Forget every slot from ``used`` on."""
         self.order[:, used:] = INVISIBLE
@@ -87,13 +113,14 @@ class StageSlots:
 class Prefilled:
     """Facts known once a prompt has gone through every stage.
 
-    kept: one for each selection that took place. visual_tokens: for each stage, the visual rows
-    that went through it, padding included. Where the plan decides per prompt and there was
-    something to decide on: decision, and the stage after which its selection took place.
+    kept: for each selection that took place, the orders (B, K) of the rows it left.
+    visual_tokens: for each stage, the visual rows that went through it, padding included. Where the
+    plan decides per prompt and there was something to decide on: decision, and the stage after
+    which its selection took place.
     """
 
-    logits: Any
-    kept: list[Kept] = field(default_factory=list)
+    logits: Any = None
+    kept: list[np.ndarray] = field(default_factory=list)
     visual_tokens: list[int] = field(default_factory=list)
     decision: Decision | None = None
     selected_after: int | None = None
@@ -102,8 +129,8 @@ class Prefilled:
 class Chain:
     """Runs prompts and decode steps through the stages of ``plan`` on ``executor``.
 
-    Stage 0 may be advanced alone (prefix, images) and rewound, so that an image is paid once and
-    a question costs its own rows.
+    Stages that are blind to the question (``StagePlan.blind_stages``) may be advanced alone
+    (prefix, images) and rewound, so that an image is paid once and a question costs its own rows.
 
     ``padding``: how many padding rows the executor wants before so many rows of a stage; by
     default none.
@@ -135,84 +162,72 @@ class Chain:
         if slots.used + extra > slots.order.shape[1]:
             slots.grow(self.executor.ensure_slots(stage, slots.used + extra))
 
-    def append(self, stage: int, segment: AppendedRows, decoding: bool = False) -> StageResult:
-        """Append one segment to one stage."""
-        return self._append(stage, [segment], decoding=decoding)[0]
+    def append(
+        self, stage: int, parts: Sequence[AppendedRows], *, padded: bool = False
+    ) -> list[PrefilledPart]:
+        """Append segments to a stage in one call; several only where it has no gates.
 
-    def append_padded(self, stage: int, segment: AppendedRows) -> StageResult:
-        """Append text that no visual row follows, with the padding that the executor wants."""
-        return self._append(stage, [segment], self.padding(stage, segment.count))[0]
-
-    def append_fused(self, stage: int, parts: Sequence[AppendedRows]) -> list[StageResult]:
-        """Append several segments in one call of a stage without gates; return a result for each.
-
-        Only the last one's ``queries`` and ``logits`` say anything of its rows.
+        ``padded``: with the padding that the executor wants, for a call that ends in a question.
+        Of each part's result, ``queries`` and ``logits`` are those of the call's last row.
         """
-        whole, _ = self._append(stage, parts)
-        stops = np.cumsum([part.count for part in parts])
-        return [
-            whole._replace(rows=whole.rows[:, int(stop) - part.count : int(stop)])
-            for part, stop in zip(parts, stops, strict=True)
-        ]
+        count = sum(part.count for part in parts)
+        padding = self.padding(stage, count) if padded else 0
+        whole, start = self._append(stage, parts, padding)
+        if len(parts) == 1:
+            return [PrefilledPart(parts[0], whole, start)]
+        done, at = [], 0
+        for part in parts:
+            result = whole._replace(rows=whole.rows[:, at : at + part.count])
+            done.append(PrefilledPart(part, result, start + at))
+            at += part.count
+        return done
 
-    def finish(
+    def cross(
         self,
-        segments: Sequence[AppendedRows],
-        results: Sequence[StageResult],
-        visual_start: Sequence[int],
-    ) -> Prefilled:
-        """Take stage 0's results on to the logits of the last row.
+        stage: int,
+        parts: Sequence[PrefilledPart],
+        done: Prefilled | None = None,
+        *,
+        padded: bool = True,
+    ) -> list[PrefilledPart]:
+        """Take parts that ``stage`` has seen over the edge behind it and through the next stage.
 
-        ``segments`` are those of this prompt that later stages have not seen, ``results`` their
-        stage-0 outputs, ``visual_start`` the first slot of each in stage 0.
+        Visual rows that go on come first, then all text; nothing is called where nothing goes on.
+        ``done`` notes what the edge decides; ``padded``: as in ``append``.
         """
-        done = Prefilled(logits=results[-1].logits)
-        whole = list(zip(segments, results, visual_start, strict=True))
-        text = self._joined([(s, r) for s, r, _ in whole if not s.visual])
-        seen = [item for item in whole if item[0].visual]
-        visual = self._joined([(s, r) for s, r, _ in seen]) if seen else None
-        slots = _slot_numbers([(start, s.count) for s, _, start in seen], self.batch)
-        if visual is not None and self.plan.probe is not None:
+        visual = self._over_edge(stage, parts, done or Prefilled())
+        text = [part.leaving for part in parts if not part.segment.visual]
+        moved = text if visual is None else [visual, *text]
+        return self.append(stage + 1, moved, padded=padded) if moved else []
+
+    def finish(self, parts: Sequence[PrefilledPart], stage: int = 0) -> Prefilled:
+        """Take ``parts`` from the end of ``stage`` to the logits of the last row.
+
+        They are those of the prompt that later stages have not seen; stages up to ``stage``, which
+        are blind to the question, may have seen more of it than is among them.
+        """
+        seen = [int(slots.visual.sum(1).max()) for slots in self.slots[: stage + 1]]
+        done = Prefilled(visual_tokens=seen)
+        for count, slots, edge in zip(seen[1:], self.slots[1:], self.plan.edges, strict=False):
+            if edge.op == "select" and count:
+                done.kept.append(slots.order[:, slots.visual[0]])
+        if self.plan.probe is not None and seen[0]:
             assert self.batch == 1, "a plan that decides per prompt takes them one by one"
             done.decision = Decision(self.plan.probe)
-        result = results[-1]
-        for index, edge in enumerate(self.plan.edges):
-            done.visual_tokens.append(visual.count if visual else 0)
-            if visual is not None and edge.op == "select":
-                kept = self._select(index, result.queries[-1], visual, slots, text.order[:, -1])
-                done.kept.append(kept)
-                visual = AppendedRows(True, kept.rows, kept.positions, kept.order)
-            elif visual is not None and edge.op == "probe":
-                self._read(index, done, result.queries, visual, slots, text.order[:, -1])
-                visual = self._decided(index, done, visual)
-            elif edge.op == "drop":
-                visual = None
-            stage = index + 1
-            parts = [text] if visual is None else [visual, text]
-            padding = self.padding(stage, sum(part.count for part in parts))
-            result, start = self._append(stage, parts, padding)
-            count = 0
-            if visual is not None:
-                count = visual.count
-                slots = _slot_numbers([(start, count)], self.batch)
-                visual = replace(visual, rows=result.rows[:, :count])
-            text = replace(text, rows=result.rows[:, count:])
-        done.visual_tokens.append(visual.count if visual else 0)
-        done.logits = result.logits
+        for index in range(stage, len(self.plan.edges)):
+            parts = self.cross(index, parts, done)
+            seen.append(sum(part.segment.count for part in parts if part.segment.visual))
+        done.logits = parts[-1].result.logits
         return done
 
     def prefill(self, segments: Sequence[AppendedRows]) -> Prefilled:
         """Run a whole prompt; its last segment must be text."""
-        results, starts = [], []
-        for segment in segments:
-            starts.append(self.slots[0].used)
-            results.append(self.append(0, segment))
-        return self.finish(segments, results, starts)
+        return self.finish([part for segment in segments for part in self.append(0, [segment])])
 
     def decode(self, segment: AppendedRows) -> Any:
         """Run one step of text rows through every stage; return the logits (B, V)."""
         for stage in range(len(self.plan.stages)):
-            result = self.append(stage, segment, decoding=True)
+            result, _ = self._append(stage, [segment], decoding=True)
             segment = replace(segment, rows=result.rows)
         return result.logits
 
@@ -250,13 +265,31 @@ class Chain:
         )
         return result, write_index + padding
 
-    def _joined(self, parts: Sequence[tuple[AppendedRows, StageResult]]) -> AppendedRows:
-        """Return one segment from several of the same kind, carrying their stage-0 outputs."""
+    def _over_edge(
+        self, stage: int, parts: Sequence[PrefilledPart], done: Prefilled
+    ) -> AppendedRows | None:
+        """Return the visual rows that go on behind ``stage``; None where vision has left."""
+        seen = [part for part in parts if part.segment.visual]
+        op = self.plan.edges[stage].op
+        if not seen or op == "drop":
+            return None
+        visual = self._joined([part.leaving for part in seen])
+        slots = _slot_numbers([(part.start, part.segment.count) for part in seen], self.batch)
+        queries, query_order = parts[-1].result.queries, parts[-1].segment.order[:, -1]
+        if op == "probe":
+            self._read(stage, done, queries, visual, slots, query_order)
+            return self._decided(stage, done, visual)
+        kept = self._select(stage, queries[-1], visual, slots, query_order)
+        done.kept.append(kept.order)
+        return AppendedRows(True, kept.rows, kept.positions, kept.order)
+
+    def _joined(self, parts: Sequence[AppendedRows]) -> AppendedRows:
+        """Return one segment from several of the same kind."""
         return AppendedRows(
-            parts[0][0].visual,
-            self.executor.concatenate([result.rows for _, result in parts]),
-            np.concatenate([segment.positions for segment, _ in parts], 1),
-            np.concatenate([segment.order for segment, _ in parts], 1),
+            parts[0].visual,
+            self.executor.concatenate([part.rows for part in parts]),
+            np.concatenate([part.positions for part in parts], 1),
+            np.concatenate([part.order for part in parts], 1),
         )
 
     def _stage_gates(self, stage: int, visual_call: bool, decoding: bool) -> np.ndarray | None:
@@ -310,14 +343,11 @@ class Chain:
         decision = done.decision
         assert decision is not None
         if decision.kept is not None and not done.kept:
-            assert decision.norms is not None
             done.selected_after = stage
             visual = self._padded(
                 visual, decision.kept, decision.probe.rows_for(len(decision.kept))
             )
-            done.kept.append(
-                Kept(visual.rows, visual.positions, visual.order, decision.norms[None])
-            )
+            done.kept.append(visual.order)
         return None if decision.exit is not None or not visual.count else visual
 
     def _padded(self, visual: AppendedRows, kept: np.ndarray, count: int) -> AppendedRows:

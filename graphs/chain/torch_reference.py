@@ -205,7 +205,7 @@ def run(
             at = np.full((batch, 1), length + step, np.int32)
             logits = chain.decode(AppendedRows(False, executor.embed(tokens[-1][:, None]), at, at))
     kept = [
-        _kept(done.kept[-1].order[sample] if done.kept else None, spans[sample])
+        _kept(done.kept[-1][sample] if done.kept else None, spans[sample])
         for sample in range(batch)
     ]
     chosen = torch.stack(tokens, 1) if tokens else torch.zeros((batch, 0), dtype=torch.long)

@@ -170,12 +170,15 @@ def question_calls(
         calls += [GraphCall(VISION, 0, 0), GraphCall("stage0", visual, slots(0, prefix + visual))]
     held = prefix + visual + text
     calls.append(GraphCall("stage0", text, slots(0, held)))
+    known = plan.blind_stages if cached else 0  # stages that hold the image's rows already
     for index, edge in enumerate(plan.edges):
-        if edge.op == "select" and visual:
+        new = index + 1 >= known
+        if edge.op == "select" and visual and new:
             calls.append(GraphCall(f"select{index}", 0, slots(index, held)))
         kept = min(visual, plan.stages[index + 1].visual_tokens)
         held = prefix + kept + text
-        calls.append(GraphCall(f"stage{index + 1}", kept + text, slots(index + 1, held)))
+        rows = kept + text if new else text
+        calls.append(GraphCall(f"stage{index + 1}", rows, slots(index + 1, held)))
     return calls
 
 

@@ -137,6 +137,23 @@ class StagePlan:
         return range(max(start, self.probe.first), stop)
 
     @property
+    def blind_stages(self) -> int:
+        """Leading stages whose visual rows are the same whatever is asked about an image."""
+        return self.blind_stages_of(1)
+
+    def blind_stages_of(self, images: int) -> int:
+        """Return the leading stages whose rows up to any of so many images no later row changes.
+
+        A selection is among the rows of all images of a prompt, so with several it ends them.
+        """
+        count = 1
+        for edge in self.edges:
+            if not edge.question_blind or (edge.op == "select" and images > 1):
+                break
+            count += 1
+        return count
+
+    @property
     def is_dense(self) -> bool:
         """True for the unpruned model."""
         return not self.edges and not self.stages[0].gated_layers

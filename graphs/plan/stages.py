@@ -37,6 +37,9 @@ Op = Literal["select", "drop", "probe"]
 
 Score = Literal["value_norm", "attention"]
 
+BLIND_SCORES: frozenset[str] = frozenset()
+"""Scores of visual rows alone, which are the same whatever is asked."""
+
 MODES: tuple[str, ...] = get_args(Mode)
 NORMS: tuple[str, ...] = get_args(Norm)
 OPS: tuple[str, ...] = get_args(Op)
@@ -79,6 +82,11 @@ class Edge:
     # Of a select: what the last prompt row ranks them by, and K for all images of a prompt.
     score: Score | None = field(default=None, metadata={"omit": True})
     keep: int | None = field(default=None, metadata={"omit": True})
+
+    @property
+    def question_blind(self) -> bool:
+        """True where the visual rows that go on are the same whatever is asked."""
+        return self.op == "drop" or self.score in BLIND_SCORES
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,9 @@ class Backend(Executor, Protocol):
         Attention pays for all there are. The first ``used`` slots keep what they hold.
         """
 
+    def free_bytes(self) -> int:
+        """Return how much memory is free where caches are."""
+
     def padding(self, stage: int, count: int) -> int:
         """Return how many padding rows it wants before ``count`` rows of a question."""
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from ...graphs.bundle import Bundle
 from ...graphs.contract import cache_names
@@ -62,6 +63,9 @@ class HostExecutor(PromptCalls):
 
     def prepare(self, needs: Sequence[int]) -> bool:
         return False  # caches grow as they are needed
+
+    def free_bytes(self) -> int:
+        return psutil.virtual_memory().available
 
     def padding(self, stage: int, count: int) -> int:
         return 0  # unless a library makes calls of some sizes dearer

@@ -67,6 +67,9 @@ class DeviceExecutor(PromptCalls):
         ]
         return changed
 
+    def free_bytes(self) -> int:
+        return self.device.free_bytes()
+
     def padding(self, stage: int, count: int) -> int:
         if not self.engine_set.stages[stage].captures:
             return 0
@@ -103,8 +106,10 @@ class DeviceExecutor(PromptCalls):
         with self._timed(graph):
             return call(feeds, sizes)
 
-    def take(self, rows: DeviceArray, index: np.ndarray) -> DeviceArray:
+    def take(self, rows: np.ndarray | DeviceArray, index: np.ndarray):
         """Take rows ``index`` along Q; neighbours are copied together."""
+        if isinstance(rows, np.ndarray):  # not uploaded yet
+            return rows[:, index]
         out = self.memory.empty((1, len(index), *rows.shape[2:]), rows.dtype)
         row = nbytes_of(rows.shape[2:], rows.dtype)
         breaks = np.flatnonzero(np.diff(index) != 1) + 1

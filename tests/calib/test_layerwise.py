@@ -228,7 +228,8 @@ def test_readings_are_those_of_the_chain(checkpoint, weights):
         judge = ChainJudge(checkpoint, weights, PLANS["dense"])
         segments = judge.segments(prompt)
         with torch.no_grad():
-            queries = [judge.chain.append(0, segment).queries for segment in segments][-1]
+            passed = [judge.chain.append(0, [segment]) for segment in segments]
+            queries = passed[-1][-1].result.queries
         slots = judge.chain.slots[0]
         visual = np.flatnonzero(slots.visual[0])[None]
         for layer in range(LAYERS):

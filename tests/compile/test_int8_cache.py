@@ -261,7 +261,7 @@ def test_what_a_bundle_keeps_is_a_quarter(bundles):
             session.open(picture(1))
             caches[name] = sum(c.nbytes for s in session.executor.caches for c in s.values())
             kept = session.context.cached.get(session.context.current_key)
-            cached[name] = sum(cache.nbytes for cache in kept.caches.values())
+            cached[name] = sum(c.nbytes for held in kept.stages for c in held.caches.values())
     assert caches["float"] == 4 * caches["pruned"] > 0
     assert cached["float"] == 4 * cached["pruned"] > 0
     rows = [bundle_facts(bundles(n))["stages"][0]["kv_bytes_per_row"] for n in ("float", "pruned")]

@@ -46,6 +46,23 @@ def test_facts():
         PLAN.visual_tokens_in(8)
 
 
+def test_stages_are_blind_to_questions_up_to_the_first_cut_that_looks_at_one(monkeypatch):
+    dropped = replace(PLAN, stages=(Stage((0, 6), N, dense(6)), STAGES[2]), edges=(DROP,))
+    looser = with_stage(1, visual_tokens=6)[1:2]
+    twice = replace(
+        PLAN,
+        stages=(STAGES[0], *looser, Stage((6, 8), 4, dense(2))),
+        edges=(replace(SELECT, keep=6), SELECT),
+    )
+    assert [plan.blind_stages for plan in (PLAN, dropped, twice)] == [1, 2, 1]
+    assert dropped.blind_stages_of(2) == 2
+    monkeypatch.setattr("visistage.graphs.plan.stages.BLIND_SCORES", frozenset(["value_norm"]))
+    assert [plan.blind_stages for plan in (PLAN, dropped, twice)] == [3, 2, 3]
+    assert [PLAN.blind_stages_of(images) for images in (0, 1, 2)] == [3, 3, 1]
+    attention = replace(twice, edges=(twice.edges[0], replace(SELECT, score="attention")))
+    assert attention.blind_stages == 2
+
+
 def test_facts_of_plans_without_a_selection():
     dense_plan = StagePlan("dense", 8, N, (Stage((0, 8), N, dense(8)),))
     assert dense_plan.is_dense

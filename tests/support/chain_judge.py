@@ -99,7 +99,7 @@ class ChainJudge:
         for step, token in enumerate(prompt.answer_ids):
             row = self.executor.embed(torch.tensor([[token]]))
             logits.append(self.chain.decode(self.segment(row, at + step)))
-        return torch.cat(logits), [kept.order[0] for kept in done.kept]
+        return torch.cat(logits), [order[0] for order in done.kept]
 
     @torch.no_grad()
     def hold(self, prefix):

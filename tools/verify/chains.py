@@ -33,7 +33,8 @@ from .token_choices import ProbeReading, Selection, SelectionMargins, forced_rea
 from .verify_report import require_memory
 
 if TYPE_CHECKING:
-    from ...runtime.session import OpenedImage, Session
+    from ...runtime.opened_image import Opened
+    from ...runtime.session import Session
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class PreparedPrompt:
     """A sample as both sides take it: its image, and ids with None for the image."""
 
     sample: Sample
-    opened: OpenedImage
+    opened: Opened
     parts: tuple[tuple[int, ...] | None, ...]
 
 
@@ -233,7 +234,7 @@ class TorchChain:
             logits.append(chain.decode(AppendedRows(False, row, at, at))[0])
         kept = None
         if done.kept:  # a plan that decides per prompt may pad what it keeps
-            kept = tuple(int(at) for at in done.kept[-1].order[0] if at != INVISIBLE)
+            kept = tuple(int(at) for at in done.kept[-1][0] if at != INVISIBLE)
         return Trajectory(
             torch.stack(logits).float().numpy(),
             tuple(int(row.argmax()) for row in logits),

@@ -1,0 +1,259 @@
+"""Files of images that were computed before: ``Session.save_image`` writes them.
+
+One safetensors file holds the image's visual rows, and its keys and values in every stage that is
+blind to the question:
+
+    visual_rows        (1, n, D), as they entered stage 0
+    stageI.order       (n,) int32, orders of the rows in the slots of stage I
+    key.L, value.L     (1, G, n, d) of each layer of these stages
+    rows, positions    (1, n, D) and (n,) int32, as the last of these stages left them: for the
+                       next stage, where there is one
+
+The metadata says what it was computed by, and the SHA-256 of all else. A file is read only where
+all of that is the same here, and every size what it must be: sizes are compared before anything is
+read, and what is damaged is refused. What a hash is worth: docs/security.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ..graphs.bundle import MANIFEST, Bundle, sha256
+from ..graphs.contract import cache_names
+from ..graphs.dtypes import BY_SAFETENSORS, DTYPES
+from ..graphs.errors import ImageError
+from ..graphs.fields import Words, show
+from ..graphs.files import check_place, replacing
+from ..graphs.safetensors_header import Header, TensorInfo, read_safetensors, write_header
+from .image_cache import CachedPrefix, HeldSlots
+from .opened_image import SAVE_AGAIN, ImageOrigin
+from .reuse import Context, PromptImage, PromptPart, visual_rows
+
+FORMAT = "visistage image 1"
+MAX_HEADER_BYTES = 1 << 20
+_KEY = re.compile("[0-9a-f]{64}")
+
+Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Type, as NumPy has it, and shape of every tensor of a file by its name."""
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """Contents that a session expects of a file.
+
+    Attributes:
+        origin: what an image is computed by here.
+        begin: the first slot of the image's own part of the prompt.
+        text: rows of that part before the image.
+        span: positions that an image takes.
+        layers: of each stage that is blind to the question.
+        visual: visual rows in each of them.
+        shape: G and d of a layer's cache, and D of a row.
+        cache_dtype, rows_dtype: types of caches and rows.
+        last: whether no stage follows.
+    """
+
+    origin: ImageOrigin
+    begin: int
+    text: int
+    span: int
+    layers: Sequence[tuple[int, int]]
+    visual: Sequence[int]
+    shape: tuple[int, int, int]
+    cache_dtype: str
+    rows_dtype: str
+    last: bool
+
+    def shapes(self) -> Shapes:
+        """Return the tensors of a file, in their order."""
+        groups, width, hidden = self.shape
+        found: dict[str, tuple[str, tuple[int, ...]]] = {
+            "visual_rows": (self.rows_dtype, (1, self.visual[0], hidden))
+        }
+        for stage, (layers, visual) in enumerate(zip(self.layers, self.visual, strict=True)):
+            count = self.text + visual
+            if count:
+                found[_order_name(stage)] = ("int32", (count,))
+                for name in (name for pair in cache_names(layers) for name in pair):
+                    found[name] = (self.cache_dtype, (1, groups, count, width))
+        if not self.last:
+            count = self.text + self.visual[-1]
+            found["rows"] = (self.rows_dtype, (1, count, hidden))
+            found["positions"] = ("int32", (count,))
+        return found
+
+    def visual_slots(self, stage: int) -> np.ndarray:
+        """Return which slots of a stage are visual: stage 0 has the image last, others first."""
+        text, visual = np.zeros(self.text, bool), np.ones(self.visual[stage], bool)
+        return np.concatenate([visual, text] if stage else [text, visual])
+
+
+def layout_of(bundle: Bundle, context: Context, opening: Sequence[PromptPart]) -> ImageLayout:
+    """Return what files of images hold for ``bundle``; ``opening``: a prompt up to its image."""
+    manifest = bundle.manifest
+    plan, text = manifest.plan, manifest.config.text
+    begin, rest = context.after_prefix(opening)
+    stages = plan.stages[: plan.blind_stages]
+    origin = ImageOrigin(
+        sha256(bundle.path / MANIFEST),
+        plan.hash,
+        _hash(manifest.preprocessing),
+        _hash([list(part) for part in opening if not isinstance(part, PromptImage)]),
+    )
+    return ImageLayout(
+        origin,
+        begin=begin,
+        text=context.rows_of(rest[:-1]),
+        span=context.visual_tokens,
+        layers=[stage.layers for stage in stages],
+        visual=visual_rows(plan, context.visual_tokens)[: len(stages)],
+        shape=(text.kv_heads, text.head_dim, text.hidden),
+        cache_dtype=manifest.cache_dtype,
+        rows_dtype=str(np.dtype(context.executor.rows_dtype)),
+        last=len(stages) == len(plan.stages),
+    )
+
+
+def write_image(
+    file: Path, layout: ImageLayout, key: str, visual_rows: Any, cached: CachedPrefix
+) -> None:
+    """Write a file in one step; arrays may be a device's.
+
+    Raises:
+        ImageError: it cannot be written.
+    """
+    given = {"visual_rows": visual_rows, "rows": cached.rows, "positions": cached.positions}
+    for stage, held in enumerate(cached.stages):
+        given |= {_order_name(stage): held.order, **held.caches}
+    wanted = layout.shapes()
+    arrays = {}
+    for name, (dtype, shape) in wanted.items():
+        arrays[name] = np.ascontiguousarray(given[name], np.dtype(dtype).newbyteorder("<"))
+        assert arrays[name].shape == shape, (name, arrays[name].shape, shape)
+    told = {"format": FORMAT, "image": key, **asdict(layout.origin)}
+    told["sha256"] = _digest(told, arrays.values())
+    spelt = {
+        name: (DTYPES[dtype].safetensors or "", shape) for name, (dtype, shape) in wanted.items()
+    }
+    try:
+        place = check_place(file)
+        if place is None:
+            raise ImageError(f"{file} is no file, but a pipe or a device. Name another")
+        with replacing(place) as partial, partial.open("wb") as stream:
+            stream.write(write_header(spelt, told))
+            for array in arrays.values():
+                stream.write(array.reshape(-1).view(np.uint8).data)
+    except OSError as error:
+        raise ImageError(
+            f"{file} cannot be written: {error.strerror or error}. Name another file"
+        ) from error
+
+
+def read_image(file: Path, layout: ImageLayout) -> tuple[str, np.ndarray, CachedPrefix]:
+    """Read a file; return the image's key, its visual rows, and what the stages made of it.
+
+    Raises:
+        ImageError: it is no such file, belongs to another bundle, plan, preprocessing or prompt,
+            or is damaged.
+    """
+    header = read_safetensors(file, ImageError, SAVE_AGAIN, MAX_HEADER_BYTES)
+    told = _check_metadata(file, header, layout.origin)
+    wanted = layout.shapes()
+    _check_shapes(file, header, wanted)
+    try:
+        arrays = {name: _read(header.tensors[name]) for name in wanted}
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{file} cannot be read: {error}. {SAVE_AGAIN}") from None
+    if _digest(told, arrays.values()) != header.metadata["sha256"]:
+        _refuse(file, "is damaged: its contents are not those that were saved")
+    stages = []
+    for stage, layers in enumerate(layout.layers):
+        visual = layout.visual_slots(stage)
+        order = arrays.get(_order_name(stage), np.zeros(0, np.int32))
+        names = [name for pair in cache_names(layers) for name in pair if name in arrays]
+        stages.append(HeldSlots(order, visual, {name: arrays[name] for name in names}))
+        _check_order(file, layout, order, visual)
+    if not all(np.isfinite(a).all() for a in arrays.values() if a.dtype.kind == "f"):
+        _refuse(file, "holds numbers that are not finite")
+    positions = arrays.get("positions", np.zeros(0, np.int32))
+    cached = CachedPrefix(layout.begin, tuple(stages), arrays.get("rows"), positions)
+    return told["image"], arrays["visual_rows"], cached
+
+
+def _check_metadata(file: Path, header: Header, origin: ImageOrigin) -> dict[str, str]:
+    """Return what the metadata says beside the hash, all of which must be as it is here."""
+    told = dict(header.metadata)
+    told.pop("sha256", None)
+    names = {field.name for field in fields(ImageOrigin)}
+    if told.get("format") != FORMAT or set(header.metadata) != {
+        "format",
+        "image",
+        "sha256",
+        *names,
+    }:
+        found = show(told.get("format", "no format"))
+        _refuse(file, f"is no image that this version saved: found {found}, expected {FORMAT!r}")
+    if not _KEY.fullmatch(told["image"]):
+        _refuse(file, f"has the key {show(told['image'])}, expected a SHA-256")
+    ImageOrigin(**{name: told[name] for name in names}).check(file, origin)
+    return told
+
+
+def _check_shapes(file: Path, header: Header, wanted: Shapes) -> None:
+    here = {name: (_spelt(dtype), shape) for name, (dtype, shape) in wanted.items()}
+    found = {name: (info.dtype, info.shape) for name, info in header.tensors.items()}
+    for name in (*here, *found):
+        if found.get(name) != here.get(name):
+            there, expected = (show(known.get(name, Words("nothing"))) for known in (found, here))
+            _refuse(file, f"has {show(name)} as {there}, expected {expected}")
+
+
+def _check_order(file: Path, layout: ImageLayout, order: np.ndarray, visual: np.ndarray) -> None:
+    """Refuse orders that leave their place in the prompt, or do not rise."""
+    text, image = order[~visual], order[visual]
+    first = layout.begin + layout.text
+    fits = np.array_equal(text, np.arange(layout.begin, first))
+    if len(image):
+        fits &= bool(first <= image[0] and image[-1] < first + layout.span)
+        fits &= bool((np.diff(image) > 0).all())
+    if not fits:
+        _refuse(file, "has rows at places where a prompt has others")
+
+
+def _read(info: TensorInfo) -> np.ndarray:
+    dtype = np.dtype(BY_SAFETENSORS[info.dtype].name)
+    count = info.nbytes // dtype.itemsize
+    array = np.fromfile(info.file, dtype.newbyteorder("<"), count, offset=info.offset)
+    return array.reshape(info.shape).astype(dtype, copy=False)
+
+
+def _spelt(dtype: str) -> str:
+    """Return a type as safetensors spells it."""
+    return DTYPES[dtype].safetensors or dtype
+
+
+def _digest(told: Mapping[str, str], arrays: Any) -> str:
+    digest = hashlib.sha256(json.dumps(dict(told), sort_keys=True).encode())
+    for array in arrays:
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _hash(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _order_name(stage: int) -> str:
+    return f"stage{stage}.order"
+
+
+def _refuse(file: Path, finding: str) -> NoReturn:
+    raise ImageError(f"{file} {finding}. {SAVE_AGAIN}")

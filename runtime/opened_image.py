@@ -1,0 +1,100 @@
+"""Images as a session holds them: decoded, or loaded from a file of what was computed of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from PIL import Image
+
+from ..graphs.errors import ImageError
+from ..graphs.fields import show
+from .image.image import Preprocessing, preprocess
+from .image_cache import CachedPrefix
+
+SAVE_AGAIN = "Save the image again: session.save_image('photo.jpg', 'photo.safetensors')"
+
+
+@dataclass(frozen=True)
+class OpenedImage:
+    """A decoded image; its key stands for what it shows."""
+
+    key: str
+    image: Image.Image
+    preprocessing: Preprocessing
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """(3, H, W) float32, as the vision encoder takes them; made when first needed."""
+        return preprocess(self.image, self.preprocessing)
+
+    @property
+    def known(self) -> None:
+        """None: nothing was computed of it elsewhere."""
+        return None
+
+
+@dataclass(frozen=True)
+class ImageOrigin:
+    """Hashes of all that decides what an image becomes: the bundle's manifest, its plan and
+    preprocessing, and the prompt's tokens before the image.
+    """
+
+    bundle: str
+    plan: str
+    preprocessing: str
+    prompt: str
+
+    def check(self, file: Path, here: ImageOrigin) -> None:
+        """Refuse what ``file`` holds where an image becomes something else.
+
+        Raises:
+            ImageError: naming the first thing that differs.
+        """
+        for name in ("preprocessing", "plan", "prompt", "bundle"):  # a bundle has one of each
+            found, wanted = getattr(self, name), getattr(here, name)
+            if found != wanted:
+                raise ImageError(
+                    f"{file} was saved with another {name}: found {show(found[:12])}, here it is "
+                    f"{show(wanted[:12])}. {SAVE_AGAIN}"
+                )
+
+
+@dataclass(frozen=True)
+class LoadedImage:
+    """An image as it was computed before, without its pixels.
+
+    ``visual_rows`` entered stage 0; ``known`` is what the stages made of them behind the tokens
+    that its key in the cache stands for.
+    """
+
+    key: str
+    file: Path
+    origin: ImageOrigin
+    visual_rows: np.ndarray
+    known: tuple[str, CachedPrefix]
+
+    @property
+    def image(self) -> NoReturn:
+        """Refuse: a file of this kind holds no picture.
+
+        Raises:
+            ImageError: always.
+        """
+        raise ImageError(
+            f"{self.file} holds what the model computed of an image, not the image: nothing can be "
+            "drawn on it. Open the picture itself: session.open('photo.jpg')"
+        )
+
+    pixels = image
+
+
+Opened = OpenedImage | LoadedImage
+
+Source = Any
+"""A path, bytes, file object, PIL image, uint8 array, or what a session's ``open`` or
+``load_image`` returned.
+"""
