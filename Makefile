@@ -87,5 +87,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_OPTIONS) -c constraints.txt torch
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q $(PIP_OPTIONS) \
-		-c constraints.txt -e '.[compile,openvino,rtx,dev]'
+		-c constraints.txt -e '.[compile,openvino,rtx,easy-vqa,dev]'
 	@touch $@

@@ -1,6 +1,7 @@
-"""Accuracy of the demo model under several plans, on questions about scenes it never saw.
+"""Accuracy of a demo model under several plans, on questions about images it never saw.
 
-    python -m visistage.bench.accuracy [--samples 2000]
+    python -m visistage.bench.accuracy [--samples 2000] [--series demo-576]
+    python -m visistage.bench.accuracy --series easy-vqa --samples 9673
 
 Every plan answers the same questions; agreement counts equal answers with the dense plan. Adaptive
 plans are compared with the exact one, too: same answers, same layers, same tokens kept.
@@ -14,12 +15,14 @@ from typing import Any
 import click
 
 from ..compile.build import make_bundle
+from ..demo.easy_vqa import blind_easy_vqa
 from ..demo.heldout import blind_accuracy
+from ..demo.worlds import WORLDS
 from ..graphs.bundle import Bundle
 from ..graphs.plan.cost import reduction_percent
 from ..runtime import Answer
 from .record import dry_option, save
-from .turns import accuracy_facts, ask_all, mean
+from .turns import EASY_VQA, SERIES, accuracy_facts, ask_all, mean
 
 EXACT, ADAPTIVE = "visipruner-code", "visipruner-adaptive"
 
@@ -47,18 +50,23 @@ PLANS = (
 
 @click.command()
 @click.option("--samples", default=2000, show_default=True)
+@click.option("--series", type=click.Choice([*SERIES]), default="demo", show_default=True)
 @click.option("--plan", "plans", multiple=True, help="Besides dense, instead of the usual ones.")
 @click.option("--out", default="engines", show_default=True, help="Folder of the bundles.")
 @dry_option
-def main(samples: int, plans: tuple[str, ...], out: str, dry: bool) -> None:
+def main(samples: int, series: str, plans: tuple[str, ...], out: str, dry: bool) -> None:
     """Build, ask (one plan a core), compare, record."""
-    blind = blind_accuracy(samples)
+    if series == EASY_VQA:
+        blind = blind_easy_vqa()
+    else:
+        blind = blind_accuracy(samples, world=WORLDS[series])
     rows: list[dict[str, Any]] = [
         {"plan": "without the picture", "accuracy": blind.pop("all"), "by_type": blind}
     ]
     plans = tuple(dict.fromkeys(("dense", *plans))) if plans else PLANS
-    bundles = [make_bundle("demo", plan=plan, out=Path(out)) for plan in plans]
-    asked = dict(zip(plans, ask_all([bundle.path for bundle in bundles], samples), strict=True))
+    bundles = [make_bundle(SERIES[series], plan=plan, out=Path(out)) for plan in plans]
+    answered = ask_all([bundle.path for bundle in bundles], samples, series)
+    asked = dict(zip(plans, answered, strict=True))
     for plan, bundle in zip(plans, bundles, strict=True):
         answers = asked[plan][1]
         row = {"plan": plan, **_costs(bundle, answers)}
@@ -66,7 +74,7 @@ def main(samples: int, plans: tuple[str, ...], out: str, dry: bool) -> None:
         if bundle.manifest.plan.kind == "adaptive" and exact_of(plan) in asked:
             row["exact"] = _exactness(answers, asked[exact_of(plan)][1])
         rows.append(row)
-    save("accuracy-demo", rows, dry=dry)
+    save(f"accuracy-{series}", rows, dry=dry)
 
 
 def exact_of(plan: str) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 
 import click
 
-from ..demo.heldout import held_out
 from ..runtime import Session, load
 from .peer_models import PLANS, PRECISIONS, PeerCheckpoint, bundle
 from .record import save, spread
@@ -35,7 +34,7 @@ SECOND = "Is there a red circle?"
 def main(model: str, rounds: int, tokens: int) -> None:
     """Build, ask in turns, record."""
     subject = PeerCheckpoint.named(model)
-    scenes = list(held_out(1 + rounds, SERIES, subject.side))
+    scenes = list(subject.scenes(1 + rounds, SERIES))
     rows: list[dict[str, Any]] = []
     for precision in PRECISIONS:
         for plan in PLANS:

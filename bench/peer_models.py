@@ -9,7 +9,7 @@ A folder appears under its name when it is whole.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -23,10 +23,11 @@ from ..calib.plan_search.measure_plans import Origin
 from ..calib.samples import Sample
 from ..compile.build import make_bundle
 from ..compile.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from ..compile.checkpoint.known_models import DEMO
+from ..compile.checkpoint.known_models import OWN_MODELS
 from ..compile.checkpoint.names import canonical, published_name
 from ..compile.checkpoint.safetensors_file import read_header
-from ..demo.heldout import held_out
+from ..demo.heldout import HeldOutSample, held_out
+from ..demo.worlds import DEMO, WORLDS
 from ..graphs.progress import Progress
 from ..graphs.quantization import is_quantised
 from .environments import LLAMA_CPP, OPENVINO, OWN, ROOT, Environment, run_in
@@ -54,8 +55,8 @@ class PeerCheckpoint:
 
     @classmethod
     def named(cls, model: str, minutes: float = 20) -> PeerCheckpoint:
-        """Open ``demo``, or random weights in a published geometry."""
-        origin = Origin(model, dummy_weights=model != DEMO)
+        """Open a demo model, or random weights in a published geometry."""
+        origin = Origin(model, dummy_weights=model not in OWN_MODELS)
         checkpoint = open_checkpoint(model, dummy_weights=origin.dummy_weights)
         return cls(origin, checkpoint, minutes)
 
@@ -63,6 +64,11 @@ class PeerCheckpoint:
     def side(self) -> int:
         """Pixels of an image that the vision encoder takes."""
         return self.checkpoint.config.vision.image_size
+
+    def scenes(self, count: int, series: int) -> Iterator[HeldOutSample]:
+        """Yield held-out scenes: its own where it is a demo model, else the demo's."""
+        world = WORLDS.get(self.origin.model, DEMO)
+        return held_out(count, series, self.side, world)
 
 
 def hugging_face(subject: PeerCheckpoint) -> Path:
@@ -146,7 +152,7 @@ def bundle(plan: str, precision: str, target: str, subject: PeerCheckpoint) -> P
         out = ROOT / "calibrations" / plan.replace(":", "-")
         calibration = out / subject.checkpoint.name
         if not calibration.is_dir():
-            scenes = held_out(CALIBRATION_SAMPLES, CALIBRATION_SERIES, subject.side)
+            scenes = subject.scenes(CALIBRATION_SAMPLES, CALIBRATION_SERIES)
             samples = [
                 Sample(f"scene {number}", scene.image, scene.question, scene.answer)
                 for number, scene in enumerate(scenes)

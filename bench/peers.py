@@ -30,7 +30,6 @@ import numpy as np
 
 from ..compile.export.texts import text_facts
 from ..compile.planfile import resolve_plan
-from ..demo.heldout import held_out
 from ..graphs.errors import VisistageError
 from ..graphs.plan.call_cost import COUNTS, total_work, vision_work
 from ..graphs.plan.cost import plan_loads
@@ -218,7 +217,7 @@ def questions(
 ) -> Iterator[tuple[np.ndarray, list[PeerQuestion]]]:
     """Yield an image (H, W, 3) uint8 and two questions about it, ``rounds`` times, none twice."""
     encoder = PromptEncoder.from_files(subject.checkpoint.path)
-    scenes = held_out(2 * rounds, SERIES, subject.side)
+    scenes = subject.scenes(2 * rounds, SERIES)
     for number in range(rounds):
         shown, other = next(scenes), next(scenes)
         texts = {"cold": shown.question, "second": other.question}

@@ -1,4 +1,4 @@
-"""The same held-out questions to bundles of the demo: for their answers, or in turns for time."""
+"""The same held-out questions to bundles of a demo: for their answers, or in turns for time."""
 
 from __future__ import annotations
 
@@ -12,22 +12,38 @@ from pathlib import Path
 from typing import Any
 
 from ..calib.evaluate import EvaluationReport, evaluate
-from ..calib.samples import evaluation_samples
+from ..calib.samples import Sample, evaluation_samples
+from ..demo.easy_vqa import easy_vqa_samples
 from ..runtime import Answer, load
 
 Asked = tuple[EvaluationReport, list[Answer]]
 
 
-def ask_all(paths: Sequence[Path], samples: int) -> list[Asked]:
+EASY_VQA = "easy-vqa"
+SERIES = {"demo": "demo", "demo-576": "demo-576", EASY_VQA: "demo"}
+"""Series of questions, and the model that each is put to."""
+
+
+def series_samples(series: str, count: int) -> list[Sample]:
+    """Return at most ``count`` questions of one of ``SERIES``, none of them trained on."""
+    if series != EASY_VQA:
+        return evaluation_samples(series, None, count)
+    return [
+        Sample(f"easy-VQA {number}", made.image, made.question, made.answer, made.kind)
+        for number, made in enumerate(easy_vqa_samples(count))
+    ]
+
+
+def ask_all(paths: Sequence[Path], samples: int, series: str = "demo") -> list[Asked]:
     """Ask every bundle ``samples`` questions, a bundle a core; one thread each."""
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(_ask, paths, repeat(samples)))
+        return list(pool.map(_ask, paths, repeat(samples), repeat(series)))
 
 
-def _ask(path: Path, samples: int) -> Asked:
+def _ask(path: Path, samples: int, series: str) -> Asked:
     answers: list[Answer] = []
     with load(path, threads=1) as session:
-        report = evaluate(session, evaluation_samples("demo", None, samples), heard=answers.append)
+        report = evaluate(session, series_samples(series, samples), heard=answers.append)
     print(path, report.overall.share, flush=True)
     return report, answers
 

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..compile.checkpoint.known_models import DEMO
 from ..demo.heldout import held_out
+from ..demo.worlds import WORLDS
 from ..graphs.errors import DataError
 from ..graphs.fields import Words, from_json, parse_json, reject
 
 REMEDY = 'Write one object a line: {"image": "photo.jpg", "prompt": "...", "answer": "..."}'
 MAX_LINE_CHARACTERS = 1 << 20
+_OWN = " and ".join(f"'{model}'" for model in WORLDS)
 
 EVALUATION_SCENES = 200
 """Held-out scenes of the demo that an evaluation asks by default."""
@@ -81,28 +82,28 @@ def read_samples(
     return samples[:limit]
 
 
-def demo_samples(count: int, series: int = 0) -> list[Sample]:
-    """Return held-out scenes of the demo, one question each."""
+def demo_samples(count: int, series: int = 0, model: str = "demo") -> list[Sample]:
+    """Return held-out scenes of a model of ``WORLDS``, one question each."""
     return [
         Sample(f"scene {number}", made.image, made.question, made.answer, made.kind)
-        for number, made in enumerate(held_out(count, series))
+        for number, made in enumerate(held_out(count, series, world=WORLDS[model]))
     ]
 
 
 def evaluation_samples(model: str, data: Path | None, count: int | None) -> list[Sample]:
-    """Return the samples of ``data``, or the held-out scenes of the demo model.
+    """Return the samples of ``data``, or the held-out scenes of a demo model.
 
     Raises:
         DataError: unusable data, or none for a model that brings none.
     """
     if data is not None:
         return read_samples(data, count)
-    if model != DEMO:
+    if model not in WORLDS:
         raise DataError(
-            f"there are no questions for model '{model}' in this package, only for '{DEMO}'. "
+            f"there are no questions for model '{model}' in this package, only for {_OWN}. "
             "Give a JSONL file: --data questions.jsonl"
         )
-    return demo_samples(count or EVALUATION_SCENES)
+    return demo_samples(count or EVALUATION_SCENES, model=model)
 
 
 def calibration_samples(
@@ -115,13 +116,13 @@ def calibration_samples(
     """
     if data is not None:
         return read_samples(data, count, answers=False), (samples_file(data).name,)
-    if model != DEMO:
+    if model not in WORLDS:
         raise DataError(
-            f"there are no samples for model '{model}' in this package, only for '{DEMO}'. Give "
+            f"there are no samples for model '{model}' in this package, only for {_OWN}. Give "
             "images and prompts of the kind that it will be asked: --data questions.jsonl"
         )
-    samples = demo_samples(count or CALIBRATION_SCENES, CALIBRATION_SERIES)
-    return samples, (f"demo scenes, series {CALIBRATION_SERIES}",)
+    samples = demo_samples(count or CALIBRATION_SCENES, CALIBRATION_SERIES, model)
+    return samples, (f"{model} scenes, series {CALIBRATION_SERIES}",)
 
 
 def samples_file(path: str | Path) -> Path:

@@ -69,9 +69,9 @@ def _plans() -> Iterable[str]:
 
 
 def _models() -> Collection[str]:
-    from ..compile.checkpoint.known_models import ALIASES, DEMO, KNOWN_MODELS
+    from ..compile.checkpoint.known_models import ALIASES, KNOWN_MODELS, OWN_MODELS
 
-    return dict.fromkeys([DEMO, *ALIASES, *KNOWN_MODELS])
+    return dict.fromkeys([*OWN_MODELS, *ALIASES, *KNOWN_MODELS])
 
 
 def _bundles() -> Iterable[str]:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ..graphs.bundle import MANIFEST, Bundle, sha256
-from ..graphs.errors import BundleError
+from ..graphs.errors import BundleError, ModelError
 from ..graphs.files import write_file
-from .checkpoint.known_models import ALIASES, DEMO
+from .checkpoint.known_models import ALIASES, OWN_MODELS, own_folder
 from .steps import sources_hash
 
 FILE = ".builds.json"
@@ -36,13 +36,16 @@ def request_key(request: Mapping[str, Any]) -> str | None:
     None where that cannot be told without opening the model.
     """
     model = str(request["model"])
-    folder = Path(__file__).parents[1] / "demo" / "model" if model == DEMO else Path(model)
+    try:
+        folder = own_folder(model) if model in OWN_MODELS else Path(model)
+    except ModelError:
+        return None
     if request.get("dummy_weights"):
         geometry = {repository: alias for alias, repository in ALIASES.items()}.get(model, model)
         folder = DUMMIES / geometry
     if not os.path.isfile(folder / "config.json"):
         return None
-    usual = DEMO if model == DEMO else folder.resolve().name
+    usual = model if model in OWN_MODELS else folder.resolve().name
     usual += "-dummy" if request.get("dummy_weights") else ""
     name = request.get("name") or usual
     places = [folder, Path(request.get("calibration") or CALIBRATIONS / name)]

@@ -7,28 +7,36 @@ balanced where wording alone could give them away: yes against no, left against 
 from __future__ import annotations
 
 import random
+from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass
+from itertools import product
 
-from .scenes import COLOURS, LETTERS, SHAPES, SIZES, Scene, Thing, pick
+from .scenes import COLOURS, LETTERS, SHAPES, Scene, Thing, pick
+from .worlds import World
 
 _CLEAR = 0.07  # least distance of a centre from a dividing line that is asked about
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question in words, its answer, its kind, and the things it is about."""
+    """One question in words, its answer and kind, the things it is about, and what it calls them.
+
+    `names` are phrases of the text, in the order of `about` where each names one thing; the noun of
+    a count, and what is asked to exist, may name any number.
+    """
 
     text: str
     answer: str
     kind: str
     about: tuple[Thing, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
     """Return a question of `kind` about `scene`, or None where the scene allows none."""
     made = _MAKERS[kind](scene, rng)
-    return None if made is None else Question(made[0], made[1], kind, tuple(made[2]))
+    return None if made is None else Question(made[0], made[1], kind, *map(tuple, made[2:]))
 
 
 def ask_any(scene: Scene, rng: random.Random, kinds: tuple[str, ...] | None = None) -> Question:
@@ -49,13 +57,7 @@ def referring(scene: Scene, thing: Thing, without: str = "", sized: bool = True)
         sized: whether phrases may say the size.
     """
     phrases = []
-    for names in (
-        ("shape",),
-        ("colour",),
-        ("colour", "shape"),
-        ("size", "shape"),
-        ("size", "colour"),
-    ):
+    for names in scene.world.phrases:
         if without in names or ("size" in names and not sized):
             continue
         same = [t for t in scene.things if all(getattr(t, n) == getattr(thing, n) for n in names)]
@@ -84,7 +86,7 @@ def _colour(scene: Scene, rng: random.Random):
         "Which color does the {} have?",
         "Tell me the color of the {}.",
     )
-    return pick(rng, forms).format(name), thing.colour, [thing]
+    return pick(rng, forms).format(name), thing.colour, [thing], [name]
 
 
 def _shape(scene: Scene, rng: random.Random):
@@ -97,25 +99,31 @@ def _shape(scene: Scene, rng: random.Random):
         "Which shape does the {} have?",
         "What is the shape of the {}?",
     )
-    return pick(rng, forms).format(name), thing.shape, [thing]
+    return pick(rng, forms).format(name), thing.shape, [thing], [name]
+
+
+def _values(world: World) -> dict[str, list[str]]:
+    """Return every value of each attribute."""
+    return {"colour": list(COLOURS), "shape": list(SHAPES), "size": list(world.radii)}
 
 
 def _count(scene: Scene, rng: random.Random):
-    about = pick(rng, ("all", "colour", "colour", "shape", "shape", "size"))
-    if about == "all":
-        noun, found = "objects", list(scene.things)
-    else:
-        tally = Counter(getattr(t, about) for t in scene.things)
-        values = {"colour": list(COLOURS), "shape": SHAPES, "size": list(SIZES)}[about]
-        draw = rng.random()
-        wanted = 0 if draw < 0.15 else 1 if draw < 0.4 else 2 if draw < 0.7 else 3
-        fitting = [v for v in values if min(tally[v], 3) == wanted]
+    about, found, words = pick(rng, scene.world.counted), list(scene.things), ["object"]
+    if about:
+        tally = Counter(tuple(getattr(t, name) for name in about) for t in scene.things)
+        wanted = bisect(scene.world.tallies, rng.random())
+        most = len(scene.world.tallies)
+        values = list(product(*(_values(scene.world)[name] for name in about)))
+        fitting = [v for v in values if min(tally[v], most) == wanted]
+        if len(about) > 1 and not wanted:  # each of its words fits something that is there
+            seen = [set(column) for column in zip(*tally, strict=True)]
+            fitting = [v for v in fitting if all(map(set.__contains__, seen, v))]
         value = pick(rng, fitting or [v for v in values if tally[v]])
-        noun = f"{value}s" if about == "shape" else f"{value} objects"
-        found = [t for t in scene.things if getattr(t, about) == value]
-        noun = noun.replace("crosss", "crosses")
+        words = [*value] if "shape" in about else [*value, "object"]
+        found = [t for t in found if tuple(getattr(t, name) for name in about) == value]
+    noun = f"{' '.join(words)}s".replace("crosss", "crosses")
     forms = ("How many {} are there?", "How many {} do you see?", "Count the {}.")
-    return pick(rng, forms).format(noun), str(len(found)), found
+    return pick(rng, forms).format(noun), str(len(found)), found, [noun]
 
 
 def _yes_no(scene: Scene, rng: random.Random):
@@ -125,7 +133,7 @@ def _yes_no(scene: Scene, rng: random.Random):
         made = _existence(scene, rng, wanted)
     else:
         made = _attribute(scene, rng, about, wanted)
-    return None if made is None else (made[0], "yes" if wanted else "no", made[1])
+    return None if made is None else (made[0], "yes" if wanted else "no", *made[1:])
 
 
 def _existence(scene: Scene, rng: random.Random, wanted: bool):
@@ -140,7 +148,7 @@ def _existence(scene: Scene, rng: random.Random, wanted: bool):
     article = "an" if colour == "orange" else "a"
     forms = ("Is there {} {} {}?", "Do you see {} {} {}?", "Does the picture show {} {} {}?")
     found = [t for t in scene.things if (t.colour, t.shape) == (colour, shape)]
-    return pick(rng, forms).format(article, colour, shape), found
+    return pick(rng, forms).format(article, colour, shape), found, [f"{colour} {shape}"]
 
 
 def _attribute(scene: Scene, rng: random.Random, about: str, wanted: bool):
@@ -150,12 +158,12 @@ def _attribute(scene: Scene, rng: random.Random, about: str, wanted: bool):
     thing, name = found
     value = getattr(thing, about)
     if not wanted:
-        values = {"colour": list(COLOURS), "shape": SHAPES, "size": list(SIZES)}[about]
+        values = _values(scene.world)[about]
         present = [getattr(t, about) for t in scene.things if getattr(t, about) != value]
         absent = [v for v in values if v != value]
         value = pick(rng, present if present and rng.random() < 0.5 else absent)
     text = f"Is the {name} a {value}?" if about == "shape" else f"Is the {name} {value}?"
-    return text, [thing]
+    return text, [thing], [name]
 
 
 def _position(scene: Scene, rng: random.Random):
@@ -166,7 +174,7 @@ def _position(scene: Scene, rng: random.Random):
     thing, name = found
     forms = ("Where is the {}?", "In which corner is the {}?", "Where do you see the {}?")
     answer = f"{'top' if thing.y < 0.5 else 'bottom'} {'left' if thing.x < 0.5 else 'right'}"
-    return pick(rng, forms).format(name), answer, [thing]
+    return pick(rng, forms).format(name), answer, [thing], [name]
 
 
 def _relation(scene: Scene, rng: random.Random):
@@ -180,21 +188,17 @@ def _relation(scene: Scene, rng: random.Random):
         return None
     text = "Is the {} left or right of the {}?" if across else "Is the {} above or below the {}?"
     words = ("left", "right") if across else ("above", "below")
-    return text.format(pick(rng, phrases), pick(rng, others)), words[apart > 0], [one, other]
+    names = [pick(rng, phrases), pick(rng, others)]
+    return text.format(*names), words[apart > 0], [one, other], names
 
 
 def _reading(scene: Scene, rng: random.Random):
-    printed = [t for t in scene.things if t.letter]
+    printed = [t for t in scene.things if t.word]
     found = _target(scene, rng, things=printed) if printed else None
     if found is None:
         return None
     thing, name = found
-    forms = (
-        "Which letter is on the {}?",
-        "What letter does the {} carry?",
-        "Read the letter on the {}.",
-    )
-    return pick(rng, forms).format(name), thing.letter, [thing]
+    return pick(rng, scene.world.reading).format(name), thing.word, [thing], [name]
 
 
 _MAKERS = {

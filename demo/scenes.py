@@ -1,10 +1,10 @@
-"""Scenes of three to six flat shapes, and how they are drawn.
+"""Scenes of flat shapes, and how they are drawn; `worlds.py` says how many and how large.
 
 A scene is data: positions and sizes are fractions of the image, so that one scene can be drawn at
 any size. The inventory of a scene (the multiset of size, colour and shape) decides whether it is
 held out, not a seed: no inventory seen in training occurs among the held-out scenes.
 
-    x, y in (0, 1), y downwards            radius: small 0.085, large 0.14 of the side
+    x, y in (0, 1), y downwards            radius: a fraction of the side
     +-------------------+
     |  ■            ★   |
     |        ●K         |
@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
+from .worlds import DEMO, World
+
 COLOURS = {
     "red": (205, 40, 40),
     "green": (45, 150, 60),
@@ -32,7 +34,6 @@ COLOURS = {
     "black": (25, 25, 25),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
-SIZES = {"small": 0.085, "large": 0.14}
 PRINTABLE = ("circle", "square", "diamond")
 
 # Five columns by seven rows, one number a row, the leftmost column in the highest bit.
@@ -50,34 +51,33 @@ GLYPHS = {
 }
 LETTERS = tuple(GLYPHS)
 
-_GAP = 0.025
+_CELLS = {1: 0.155, 2: 0.105, 3: 0.075}
+"""Side of a letter's cells as a fraction of the thing's radius, by the number of letters."""
+
 _HELD_OUT_OF = 8
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its shape, colour, size and centre."""
+    """One object: its shape, colour and size, its centre and radius, and what is printed on it."""
 
     shape: str
     colour: str
     size: str
     x: float
     y: float
-    letter: str | None = None
-
-    @property
-    def radius(self) -> float:
-        """Return the radius as a fraction of the image's side."""
-        return SIZES[self.size]
+    radius: float
+    word: str | None = None
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The objects of one image, the tint of its background and the seed of its paint."""
+    """The objects of one image, the tint of its background, the seed of its paint, and its kind."""
 
     things: tuple[Thing, ...]
     background: tuple[int, int, int]
     paint_seed: int = 0
+    world: World = DEMO
 
 
 def pick(rng: random.Random, items):
@@ -85,17 +85,21 @@ def pick(rng: random.Random, items):
     return items[int(rng.random() * len(items))]
 
 
-def make_scene(rng: random.Random, things: int | None = None, held_out: bool = False) -> Scene:
+def make_scene(
+    rng: random.Random, things: int | None = None, held_out: bool = False, world: World = DEMO
+) -> Scene:
     """Draw scenes until one falls on the wanted side of the split.
 
     Args:
         rng: the source of chance; only `random()` is called.
-        things: number of objects, three to six where None.
+        things: number of objects, any that `world` has where None.
         held_out: draw a scene that training never sees.
+        world: what scenes are like.
     """
+    span = world.most - world.fewest + 1
     while True:
-        count = things if things is not None else 3 + int(rng.random() * 4)
-        scene = _attempt(rng, count)
+        count = things if things is not None else world.fewest + int(rng.random() * span)
+        scene = _attempt(rng, count, world)
         if scene is not None and is_held_out(scene) == held_out:
             return scene
 
@@ -106,38 +110,51 @@ def is_held_out(scene: Scene) -> bool:
     return zlib.crc32("|".join(inventory).encode()) % _HELD_OUT_OF == 0
 
 
-def _attempt(rng: random.Random, count: int) -> Scene | None:
+def _attempt(rng: random.Random, count: int, world: World) -> Scene | None:
     things: list[Thing] = []
     for _ in range(count):
         repeat = pick(rng, things) if things else None
-        colour = repeat.colour if repeat and rng.random() < 0.3 else pick(rng, list(COLOURS))
-        shape = repeat.shape if repeat and rng.random() < 0.3 else pick(rng, SHAPES)
-        size = pick(rng, list(SIZES))
-        place = _place(rng, SIZES[size], things)
+        again = repeat and rng.random() < world.repeat
+        colour = repeat.colour if again else pick(rng, list(COLOURS))
+        again = repeat and rng.random() < world.repeat
+        shape = repeat.shape if again else pick(rng, SHAPES)
+        size = pick(rng, list(world.radii))
+        radius = world.radii[size]
+        place = _place(rng, radius, things, world.gap)
         if place is None:
             return None
-        letter = None
-        if size == "large" and shape in PRINTABLE and rng.random() < 0.7:
-            letter = pick(rng, LETTERS)
-        things.append(Thing(shape, colour, size, *place, letter))
+        word = None
+        if size in world.printed and shape in PRINTABLE and rng.random() < 0.7:
+            fewest, most = world.printed[size]
+            letters = fewest if fewest == most else fewest + int(rng.random() * (most - fewest + 1))
+            word = "".join(pick(rng, LETTERS) for _ in range(letters))
+        things.append(Thing(shape, colour, size, *place, radius, word))
     grey = 150 + int(rng.random() * 40)
     background = tuple(grey + int(rng.random() * 13) - 6 for _ in range(3))
-    return Scene(tuple(things), background, int(rng.random() * 2**31))
+    return Scene(tuple(things), background, int(rng.random() * 2**31), world)
 
 
-def _place(rng: random.Random, radius: float, things: list[Thing]) -> tuple[float, float] | None:
+def _place(
+    rng: random.Random, radius: float, things: list[Thing], gap: float
+) -> tuple[float, float] | None:
     margin = radius + 0.01
     for _ in range(40):
         x = round(margin + rng.random() * (1 - 2 * margin), 4)
         y = round(margin + rng.random() * (1 - 2 * margin), 4)
-        if all(math.hypot(x - t.x, y - t.y) > radius + t.radius + _GAP for t in things):
+        if all(math.hypot(x - t.x, y - t.y) > radius + t.radius + gap for t in things):
             return x, y
     return None
 
 
-def render_scene(scene: Scene, size: int = 96, oversample: int = 3) -> Image.Image:
-    """Draw `scene` as a square RGB image of `size` pixels, smoothed by `oversample`."""
-    side = size * oversample
+def render_scene(scene: Scene, size: int | None = None, oversample: int = 3) -> Image.Image:
+    """Draw `scene` as a square RGB image, smoothed by `oversample`.
+
+    Args:
+        scene: what to draw.
+        size: side in pixels, that of its world where None.
+        oversample: how many times finer it is drawn first.
+    """
+    side = (size or scene.world.side) * oversample
     image = Image.new("RGB", (side, side), scene.background)
     draw = ImageDraw.Draw(image)
     rng = random.Random(scene.paint_seed)
@@ -145,13 +162,14 @@ def render_scene(scene: Scene, size: int = 96, oversample: int = 3) -> Image.Ima
         base = COLOURS[thing.colour]
         fill = tuple(max(0, min(255, c + int(rng.random() * 21) - 10)) for c in base)
         _draw_shape(draw, thing, side, fill)
-        if thing.letter:
-            _draw_letter(draw, thing, side, base)
+        if thing.word:
+            _draw_word(draw, thing, side, base)
     return image.reduce(oversample) if oversample > 1 else image
 
 
-def render_owners(scene: Scene, size: int = 96) -> Image.Image:
+def render_owners(scene: Scene) -> Image.Image:
     """Draw each pixel's object as a number: 0 is the background, i + 1 is `scene.things[i]`."""
+    size = scene.world.side
     owners = Image.new("L", (size, size), 0)
     draw = ImageDraw.Draw(owners)
     for index, thing in enumerate(scene.things):
@@ -184,12 +202,14 @@ _OUTLINES = {
 }
 
 
-def _draw_letter(draw: ImageDraw.ImageDraw, thing: Thing, side: int, base) -> None:
+def _draw_word(draw: ImageDraw.ImageDraw, thing: Thing, side: int, base) -> None:
     ink = (20, 20, 20) if sum(base) > 380 else (250, 250, 250)
-    cell = thing.radius * side * 0.155
-    left, top = thing.x * side - 2.5 * cell, thing.y * side - 3.5 * cell
-    for row, bits in enumerate(GLYPHS[thing.letter]):
-        for column in range(5):
-            if bits >> (4 - column) & 1:
-                x, y = left + column * cell, top + row * cell
-                draw.rectangle((x, y, x + cell, y + cell), fill=ink)
+    cell = thing.radius * side * _CELLS[len(thing.word)]
+    left = thing.x * side - (3 * len(thing.word) - 0.5) * cell
+    top = thing.y * side - 3.5 * cell
+    for place, letter in enumerate(thing.word):
+        for row, bits in enumerate(GLYPHS[letter]):
+            for column in range(5):
+                if bits >> (4 - column) & 1:
+                    x, y = left + (6 * place + column) * cell, top + row * cell
+                    draw.rectangle((x, y, x + cell, y + cell), fill=ink)

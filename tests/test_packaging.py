@@ -73,6 +73,11 @@ def test_data_is_in_the_wheel(installed):
     assert {name for name in installed if not name.endswith(".py")} == data | {"py.typed"}
 
 
+def test_the_larger_demo_stays_in_the_repository(wheel, installed):
+    assert not any(name.startswith("demo/model-") for name in installed)
+    assert sum(entry.compress_size for entry in wheel.infolist()) < 8_000_000
+
+
 def test_nothing_else_is_installed(wheel):
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert tops == {"visistage", f"visistage-{visistage.__version__}.dist-info"}

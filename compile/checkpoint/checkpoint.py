@@ -1,7 +1,7 @@
 """Models by any name: each becomes a folder of safetensors with a checked table of tensors.
 
     llava-7b, llava-13b         aliases of published checkpoints
-    demo                        the model inside the package
+    demo, demo-576              a model of our own
     ./my-llava                  a folder
     org/name                    a checkpoint on the Hugging Face hub
 
@@ -33,7 +33,7 @@ from ...graphs.safetensors_header import TensorInfo
 from ..disk import require_disk_space
 from .dummy import make_dummy
 from .foreign_formats import reject_file, reject_foreign_folder
-from .known_models import ALIASES, DEMO, KNOWN_MODELS
+from .known_models import ALIASES, KNOWN_MODELS, OWN_MODELS, own_folder
 from .safetensors_file import FLOAT_DTYPES, read_checkpoint_json, read_tensors
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def open_checkpoint(
     """Find ``model``, download or make it if need be, and check all but the weights' values.
 
     Args:
-        model: an alias, ``demo``, a folder, or a hub id ``org/name``.
+        model: an alias, one of ``OWN_MODELS``, a folder, or a hub id ``org/name``.
         revision: branch, tag or commit of a hub checkpoint.
         offline: use what the hub's cache already holds; no connection is made.
         dummy_weights: random weights of that model's shape instead, made below ``cache``.
@@ -159,7 +159,7 @@ def open_checkpoint(
         ModelError: unknown, unreachable, incomplete, corrupt or unsupported.
         CapacityError: the disk has no space for the download or the dummy weights.
     """
-    if revision is not None and (dummy_weights or model == DEMO or os.path.isdir(model)):
+    if revision is not None and (dummy_weights or model in OWN_MODELS or os.path.isdir(model)):
         raise ModelError(
             f"{model!r} has no revisions, only checkpoints on the hub do. Leave out --revision."
         )
@@ -168,14 +168,8 @@ def open_checkpoint(
         folder = make_dummy(geometry, Path(cache) / "dummy" / geometry, progress=progress)
         return open_folder(folder, name=f"{geometry}-dummy", origin=f"dummy weights of {geometry}")
     repository = ALIASES.get(model, model)
-    if model == DEMO:
-        folder = Path(__file__).resolve().parents[2] / "demo" / "model"
-        if not folder.is_dir():
-            raise ModelError(
-                "this installation lacks the demo model (demo/model in the package). Reinstall "
-                "visistage, or name another model: llava-7b"
-            )
-        name, origin = DEMO, "the demo model"
+    if model in OWN_MODELS:
+        folder, name, origin = own_folder(model), model, f"the {model} model"
     elif model and model not in ALIASES and os.path.isdir(os.path.expanduser(model)):
         folder = Path(os.path.expanduser(model))
         name = origin = folder.resolve().name or "model"
@@ -235,7 +229,7 @@ def _map(file: Path) -> mmap.mmap:
 
 
 def _unknown(model: str) -> NoReturn:
-    known = [*ALIASES, DEMO]
+    known = [*ALIASES, *OWN_MODELS]
     if os.path.isfile(model):
         reject_file(Path(model))
     if model in KNOWN_MODELS:

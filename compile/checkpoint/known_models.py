@@ -22,7 +22,31 @@ ALIASES: Mapping[str, str] = {
 """Short names of checkpoints on the hub."""
 
 DEMO = "demo"
-"""The model that comes with the package, in ``demo/model``."""
+"""The model that comes with the package."""
+
+OWN_MODELS: Mapping[str, str] = {DEMO: "model", "demo-576": "model-576"}
+"""Models of the source repository, and their folders in ``demo``; a wheel has the first alone."""
+
+
+def own_folder(model: str) -> Path:
+    """Return the folder of one of ``OWN_MODELS``.
+
+    Raises:
+        ModelError: this installation lacks it.
+    """
+    folder = Path(__file__).resolve().parents[2] / "demo" / OWN_MODELS[model]
+    if folder.is_dir():
+        return folder
+    place = f"demo/{folder.name}"
+    if model == DEMO:
+        raise ModelError(
+            f"this installation lacks the demo model ({place} in the package). Reinstall "
+            "visistage, or name another model: llava-7b"
+        )
+    raise ModelError(
+        f"this installation has no model {model}: it lies in visistage's source repository "
+        f"({place}), not in the package. Run this in a clone of it, or name another model: {DEMO}"
+    )
 
 
 @dataclass(frozen=True)
@@ -118,7 +142,7 @@ def model_config(model: str) -> ModelConfig:
     known = next((name for name, hub in ALIASES.items() if hub == model), model)
     if known in KNOWN_MODELS:
         return ModelConfig.from_hf(dict(KNOWN_MODELS[known].config))
-    folder = Path(__file__).parents[2] / "demo" / "model" if model == DEMO else Path(model)
-    known_names = ", ".join([DEMO, *KNOWN_MODELS])
+    folder = own_folder(model) if model in OWN_MODELS else Path(model)
+    known_names = ", ".join([*OWN_MODELS, *KNOWN_MODELS])
     remedy = f"Give a folder with the config.json of a model, or one of {known_names}."
     return ModelConfig.from_hf(read_json(folder / "config.json", ModelError, remedy))

@@ -14,16 +14,19 @@ import numpy as np
 import torch
 
 from ..scenes import make_scene, render_scene
+from ..worlds import DEMO, World
 from . import packed
 from .batches import normalise_pixels
-from .supervision import CLASSES, NUMBERS, patch_targets
+from .supervision import PLACES, patch_classes, patch_targets
 
 
 @torch.no_grad()
-def align_projector(model, images: int = 600, ridge: float = 1e-4) -> dict[str, float]:
+def align_projector(
+    model, world: World = DEMO, images: int = 600, ridge: float = 1e-4
+) -> dict[str, float]:
     """Set the projector of `model`; return how well each fact is read (R squared)."""
     rng = random.Random("align")
-    scenes = [make_scene(rng) for _ in range(images)]
+    scenes = [make_scene(rng, world=world) for _ in range(images)]
     features = []
     for first in range(0, images, 50):
         part = scenes[first : first + 50]
@@ -31,7 +34,7 @@ def align_projector(model, images: int = 600, ridge: float = 1e-4) -> dict[str, 
         pixels = normalise_pixels(torch.from_numpy(pixels))
         features.append(packed.encoder_features(model, pixels)[:, 1:].flatten(0, 1))
     features = torch.cat(features).double()
-    facts, names = _facts(np.concatenate([patch_targets(s) for s in scenes]))
+    facts, names = _facts(np.concatenate([patch_targets(s) for s in scenes]), world)
     mean = features.mean(0)
     centred = features - mean
     cover = centred.T @ centred / len(centred)
@@ -57,10 +60,10 @@ def align_projector(model, images: int = 600, ridge: float = 1e-4) -> dict[str, 
     return dict(zip(names, fit.tolist(), strict=True))
 
 
-def _facts(targets: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def _facts(targets: np.ndarray, world: World) -> tuple[np.ndarray, list[str]]:
     """Return columns of facts about each patch, with names, from the rows of `patch_targets`."""
     seen, columns, names = targets[:, 0] > 0, [targets[:, 0], targets[:, 1]], ["present", "centre"]
-    for place, (name, classes) in enumerate(CLASSES.items()):
+    for place, (name, classes) in enumerate(patch_classes(world).items()):
         if place < 2:
             continue
         for value in range(classes):
@@ -68,7 +71,7 @@ def _facts(targets: np.ndarray) -> tuple[np.ndarray, list[str]]:
             if column.any():
                 columns.append(column)
                 names.append(f"{name} {value}")
-    for place, name in zip(range(-NUMBERS, 0), ("dx", "dy", "x", "y"), strict=True):
+    for place, name in zip(range(-PLACES, 0), ("dx", "dy", "x", "y"), strict=True):
         middle = 0.5 if name in "xy" else 0.0
         column = np.where(seen, targets[:, place] - middle, 0)
         columns += [column, -column]

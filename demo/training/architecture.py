@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import (
     CLIPImageProcessor,
@@ -17,23 +18,25 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..worlds import DEMO, PATCH, World
 from .tokenizer import CHAT_TEMPLATE, SPECIALS
 
-IMAGE_SIZE, PATCH = 96, 8
-GRID = IMAGE_SIZE // PATCH
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def build_config() -> LlavaConfig:
-    """Return the configuration: four used vision layers (and one unused), eight decoder layers."""
+def build_config(world: World = DEMO) -> LlavaConfig:
+    """Return the configuration: four used vision layers (and one unused), eight decoder layers.
+
+    `world` decides the side of the images and with it the number of visual tokens.
+    """
     begin, end, pad, image = (SPECIALS.index(t) for t in ("<s>", "</s>", "<pad>", "<image>"))
     vision = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=512,
         num_hidden_layers=5,
         num_attention_heads=4,
-        image_size=IMAGE_SIZE,
+        image_size=world.side,
         patch_size=PATCH,
         projection_dim=128,
     )
@@ -55,7 +58,7 @@ def build_config() -> LlavaConfig:
         vision_config=vision,
         text_config=text,
         image_token_index=image,
-        image_seq_length=GRID * GRID,
+        image_seq_length=(world.side // PATCH) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         bos_token_id=begin,
@@ -65,10 +68,10 @@ def build_config() -> LlavaConfig:
     )
 
 
-def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
+def build_model(world: World = DEMO, seed: int = 0) -> LlavaForConditionalGeneration:
     """Return the untrained model, every matrix drawn with a spread of 1 / sqrt(fan in)."""
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(build_config()).float()
+    model = LlavaForConditionalGeneration(build_config(world)).float()
     for name, weight in model.named_parameters():
         if weight.ndim < 2 or "embed" in name:
             if "embed" in name:
@@ -83,7 +86,25 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
     return model
 
 
-def save(model: LlavaForConditionalGeneration, tokenizer: Tokenizer, out: Path) -> None:
+@torch.no_grad()
+def start_from(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Take the weights of a saved model, position embeddings stretched to the grid of `model`."""
+    source = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    weights = source.state_dict()
+    name = "model.vision_tower.embeddings.position_embedding.weight"
+    wanted = model.get_parameter(name)
+    if wanted.shape != weights[name].shape:
+        first, grid = weights[name][:1], weights[name][1:]
+        side = round(len(grid) ** 0.5)
+        grid = grid.T.reshape(1, -1, side, side)
+        grid = F.interpolate(grid, size=round((len(wanted) - 1) ** 0.5), mode="bicubic")
+        weights[name] = torch.cat((first, grid.flatten(2)[0].T))
+    model.load_state_dict(weights)
+
+
+def save(
+    model: LlavaForConditionalGeneration, tokenizer: Tokenizer, out: Path, world: World = DEMO
+) -> None:
     """Write `out` in the layout of a Hugging Face LLaVA checkpoint, weights in FP16."""
     out.mkdir(parents=True, exist_ok=True)
     fast = PreTrainedTokenizerFast(
@@ -97,8 +118,8 @@ def save(model: LlavaForConditionalGeneration, tokenizer: Tokenizer, out: Path) 
         padding_side="left",
     )
     images = CLIPImageProcessor(
-        size={"shortest_edge": IMAGE_SIZE},
-        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        size={"shortest_edge": world.side},
+        crop_size={"height": world.side, "width": world.side},
         image_mean=list(MEAN),
         image_std=list(STD),
     )
@@ -118,7 +139,7 @@ def save(model: LlavaForConditionalGeneration, tokenizer: Tokenizer, out: Path) 
         max_new_tokens=16,
         do_sample=False,
     )
-    half = build_model()
+    half = build_model(world)
     half.load_state_dict(model.state_dict())
     half.generation_config = model.generation_config
     half.half().save_pretrained(out)

@@ -33,18 +33,18 @@ def _member(rank: int, task, size: int, meeting: str, args) -> None:
     dist.destroy_process_group()
 
 
-def average(weights: list[torch.nn.Parameter], number: float) -> float:
-    """Replace every gradient by its mean over the processes; return the mean of `number`."""
+def average(weights: list[torch.nn.Parameter]) -> None:
+    """Replace every gradient by its mean over the processes; one that is missing counts as 0."""
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
     if not dist.is_initialized():
-        return number
-    flat = torch.cat([w.grad.flatten() for w in weights] + [torch.tensor([number])])
+        return
+    flat = torch.cat([w.grad.flatten() for w in weights])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    start = 0
-    for weight in weights:
-        weight.grad.copy_(flat[start : start + weight.numel()].view_as(weight))
-        start += weight.numel()
-    return flat[-1].item()
+    for weight, part in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
+        weight.grad.copy_(part.view_as(weight))
 
 
 def broadcast(model: torch.nn.Module) -> None:

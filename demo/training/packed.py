@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,9 @@ def forward(
     staging: TrainStages = DENSE_STAGES,
     last_row=None,
     log=None,
+    states=None,
+    entering=None,
+    close_up=False,
 ):
     """Return final hidden states of all suffix rows, one (B, Q, T, D) for each of `suffixes`.
 
@@ -91,21 +93,32 @@ def forward(
         staging: the layers that read the image.
         last_row: (B,) index of the last prompt row within T; only for `staging.top`.
         log: where given, a list that takes each layer's attention masses, one a band.
+        states: where given, a list that takes the text rows after each layer, one a band.
+        entering: (B, n) the visual rows that come in, in ascending order; all where None.
+        close_up: whether what comes in is numbered anew, the text right after it.
     """
     lm = model.model.language_model
     heads = lm.config.num_attention_heads
     batch, visual, width = features.shape
     front, head = prefix_ids.shape[0], width // heads
-    start = front + visual
+    start, places = front + visual, torch.arange(front + visual).expand(batch, -1)
+    if entering is not None:
+        features = features.gather(1, entering[..., None].expand(-1, -1, width))
+        visual = entering.shape[1]
+        if close_up:
+            start = front + visual
+        moved = torch.arange(front, start).expand(batch, -1) if close_up else front + entering
+        places = torch.cat((places[:, :front], moved), 1)
     image = torch.cat((lm.embed_tokens(prefix_ids).expand(batch, -1, -1), features), 1)
     text = torch.cat([lm.embed_tokens(ids).view(batch, -1, width) for ids in suffixes], 1)
     longest = max(ids.shape[2] for ids in suffixes)
     tables = rope_tables(start + longest, head, lm.config.rope_parameters["rope_theta"])
+    tables = [table.to(features.dtype) for table in tables]
     text_cos, text_sin = (
         torch.cat([x[start : start + i.shape[2]].repeat(i.shape[1], 1) for i in suffixes])
         for x in tables
     )
-    cos, sin = (x[:start].expand(batch, 1, -1, -1) for x in tables)
+    cos, sin = (x[places][:, None] for x in tables)
     lengths = [ids.shape[1] * ids.shape[2] for ids in suffixes]
 
     def split(x):
@@ -141,19 +154,19 @@ def forward(
             chosen = chosen.sort(-1).values + front
 
         text = finish(layer, text, torch.cat(mixes, 2))
+        if states is not None:
+            states.append(text.split(lengths, 1))
         if index == len(lm.layers) - 1:
             break
         alone = index >= staging.last or (index == staging.select_after and not staging.keep)
         stop = front if alone else None
         qp = _rotate(split(attn.q_proj(p[:, :stop])), cos[:, :, :stop], sin[:, :, :stop])
-        if index == 0 and staging.blind:
-            mass = qp @ kp.transpose(-1, -2) * head**-0.5
-            later = torch.ones(mass.shape[-2:]).triu(1).bool()
-            mass = mass.masked_fill(later, -1e9).softmax(-1)
-            mixed = mass[..., :front] @ vp[:, :, :front]
-        else:
-            seen = kp[:, :, :stop], vp[:, :, :stop]
-            mixed = F.scaled_dot_product_attention(qp, *seen, is_causal=True)
+        # Written out: on a CPU the fused kernel's backward pass in BF16 is five times slower.
+        mass = qp @ kp[:, :, :stop].transpose(-1, -2) * head**-0.5
+        later = torch.ones(mass.shape[-2:]).triu(1).bool()
+        mass = mass.masked_fill(later, -1e9).softmax(-1)
+        seen = front if index == 0 and staging.blind else mass.shape[-1]
+        mixed = mass[..., :seen] @ vp[:, :, :seen]
         image = finish(layer, image[:, :stop], mixed)
         cos, sin = cos[:, :, :stop], sin[:, :, :stop]
         if chosen is not None:

@@ -27,7 +27,10 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(vocab_size: int = 512) -> Tokenizer:
-    """Train the tokenizer on a few thousand generated questions; the same on every run."""
+    """Train the tokenizer on a few thousand of the demo's questions; the same on every run.
+
+    Other worlds use it as it is: their numbers and words are spelled in several tokens.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

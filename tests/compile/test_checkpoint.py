@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from visistage.compile.checkpoint import checkpoint as module
+from visistage.compile.checkpoint import known_models
 from visistage.compile.checkpoint.checkpoint import open_checkpoint, open_folder
 from visistage.compile.checkpoint.names import canonical, published_name, tensor_shapes
 from visistage.compile.checkpoint.safetensors_file import read_header
@@ -518,14 +519,23 @@ def test_revisions_belong_to_the_hub(toy):
 def test_the_demo_lies_in_the_package(toy, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     package = tmp_path / "package"
-    monkeypatch.setattr(
-        module, "__file__", str(package / "compile" / "checkpoint" / "checkpoint.py")
-    )
+    place = package / "compile" / "checkpoint" / "known_models.py"
+    monkeypatch.setattr(known_models, "__file__", str(place))
     with pytest.raises(ModelError, match=r"lacks the demo model.*llava-7b"):
         open_checkpoint("demo")
     shutil.copytree(toy, package / "demo" / "model")
     (tmp_path / "demo").mkdir()  # a folder of that name is not meant
     assert open_checkpoint("demo").name == "demo"
+
+
+@pytest.mark.parametrize(
+    "use", [open_checkpoint, known_models.model_config], ids=["open", "only its sizes"]
+)
+def test_the_larger_demo_lies_in_the_repository_alone(use, monkeypatch, tmp_path):
+    place = tmp_path / "compile" / "checkpoint" / "known_models.py"
+    monkeypatch.setattr(known_models, "__file__", str(place))
+    with pytest.raises(ModelError, match=r"no model demo-576.*source repository.*clone.*: demo$"):
+        use("demo-576")
 
 
 # --- the hub --------------------------------------------------------------------------------------

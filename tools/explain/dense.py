@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+from ...demo.worlds import WORLDS
 from ...graphs.bundle import MANIFEST, Bundle, Manifest
 from ...graphs.commands import rebuild_command, visistage
 from ...graphs.dtypes import DTYPES
@@ -67,7 +68,7 @@ def how_to_build(manifest: Manifest) -> str:
     if not calibrated:
         return command
     # Ranges are of the rows that a plan's layers see: dense ones take a calibration of their own.
-    data = None if manifest.model == "demo" else "SAMPLES"
+    data = None if manifest.model in WORLDS else "SAMPLES"
     calibrate = visistage("calibrate", manifest.model, plan="dense", data=data, out=folder)
     return f"{calibrate} && {command}"
 

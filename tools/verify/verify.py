@@ -16,8 +16,9 @@ import psutil
 
 from ... import __version__
 from ...calib.samples import Sample, demo_samples, read_samples
-from ...compile.checkpoint.known_models import DEMO
+from ...compile.checkpoint.known_models import own_folder
 from ...demo.gallery import general_questions
+from ...demo.worlds import WORLDS
 from ...graphs.bundle import MANIFEST, Bundle, sha256
 from ...graphs.commands import install
 from ...graphs.errors import (
@@ -25,6 +26,7 @@ from ...graphs.errors import (
     DataError,
     ImageError,
     MissingDependencyError,
+    ModelError,
     PromptError,
     TargetError,
     VisistageError,
@@ -135,16 +137,22 @@ def chosen(model: str, data: Path | None, count: int | None) -> list[Sample]:
     if data is not None:
         # By file and line alone: a report must not name this machine's folders.
         return [replace(s, name=Path(s.name).name) for s in read_samples(data, count)]
-    if model == DEMO:
-        return demo_samples(count)
+    if model in WORLDS:
+        return demo_samples(count, model=model)
     return [
         Sample(f"{image.name}, {text}", image, text, "") for image, text in general_questions(count)
     ]
 
 
 def checkpoint_at_hand(model: str) -> str | None:
-    """Return the name of the package's own checkpoint of ``model``, where torch can read it."""
-    return DEMO if model == DEMO and importlib.util.find_spec("torch") else None
+    """Return the name of our own checkpoint of ``model``, where it is and torch can read it."""
+    if model not in WORLDS or not importlib.util.find_spec("torch"):
+        return None
+    try:
+        own_folder(model)
+    except ModelError:
+        return None
+    return model
 
 
 def run_check(check: Check, folders: dict[str, str] | None = None) -> CheckRecord:
