@@ -15,7 +15,6 @@ from ..scenes import Scene, make_scene, pick, render_scene
 from ..worlds import DEMO, World
 from .architecture import MEAN, STD
 from .supervision import fact_classes, patch_owners, patch_targets, thing_facts
-from .tokenizer import build_tokenizer
 
 NEGATED = 3
 """How many times more often a negated question of easy-VQA is drawn than another one."""
@@ -86,16 +85,17 @@ _BANDS = 4  # questions are padded to the longest of their quarter
 
 
 class Batches(IterableDataset):
-    """An endless stream of batches by one recipe; never a held-out scene."""
+    """An endless stream of batches by one recipe; never a held-out scene.
 
-    def __init__(self, mix: BatchMix, seed: str):
-        self.mix, self.seed = mix, seed
-        self.tokenizer = None
+    `tokenizer` is needed where there are questions.
+    """
+
+    def __init__(self, mix: BatchMix, seed: str, tokenizer=None):
+        self.mix, self.seed, self.tokenizer = mix, seed, tokenizer
 
     def __iter__(self):
         torch.set_num_threads(1)
         rng = random.Random(f"train {self.seed}")
-        self.tokenizer = build_tokenizer() if self.mix.questions else None
         if self.mix.easy_vqa:
             source = EasyQuestions("train", self.mix.world.side)
             while True:
@@ -244,6 +244,8 @@ def normalise_pixels(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
-def stream(mix: BatchMix, seed: str):
+def stream(mix: BatchMix, seed: str, tokenizer=None):
     """Return an iterator over batches, made in a process of their own."""
-    return iter(DataLoader(Batches(mix, seed), batch_size=None, num_workers=1, prefetch_factor=4))
+    batches = Batches(mix, seed, tokenizer)
+    workers = {"num_workers": 1, "prefetch_factor": 4, "multiprocessing_context": "fork"}
+    return iter(DataLoader(batches, batch_size=None, **workers))

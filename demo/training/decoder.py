@@ -144,7 +144,7 @@ def train_decoder(model, tokenizer, state: TrainState, rank: int, recipe: r.Reci
     few = BatchMix(options.batch, 16, things=recipe.few, world=world)
     easy = BatchMix(options.batch, 24, world=world, easy_vqa=True)
     source, early, outside = (
-        stream(composed, f"{name} {rank} {state.step}")
+        stream(composed, f"{name} {rank} {state.step}", tokenizer)
         for name, composed in (("decoder", mix), ("early", few), ("easy-VQA", easy))
     )
     tests = _prepare_tests(tokenizer, recipe, 280) if rank == 0 else {}

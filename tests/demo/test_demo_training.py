@@ -49,9 +49,8 @@ def drawn(tokenizer):
     """A batch of each world: two scenes, twelve questions each."""
     batches = {}
     for world in WORLDS.values():
-        source = Batches(BatchMix(2, 12, weights=RECIPES["demo"].kinds, world=world), "test")
-        source.tokenizer = tokenizer
-        batches[world.name] = source._drawn(random.Random(3))
+        mix = BatchMix(2, 12, weights=RECIPES["demo"].kinds, world=world)
+        batches[world.name] = Batches(mix, "test", tokenizer)._drawn(random.Random(3))
     return batches
 
 
@@ -110,8 +109,7 @@ def test_facts_of_things_and_patches(world):
 @worlds
 def test_phrases_end_where_they_are_marked_and_name_what_is_meant(world, tokenizer):
     rng, seen = random.Random(2), set()
-    source = Batches(BatchMix(1, 1, world=world), "x")
-    source.tokenizer = tokenizer
+    source = Batches(BatchMix(1, 1, world=world), "x", tokenizer)
     for index in range(280):
         scene = make_scene(rng, world=world)
         question = ask(scene, KINDS[index % 7], rng)
@@ -153,8 +151,7 @@ def test_phrases_end_where_they_are_marked_and_name_what_is_meant(world, tokeniz
 def test_only_the_second_phrase_is_sought_from_the_end(tokenizer):
     """In "the red object ... the object": the first name's words occur in the second one, too."""
     rng, found = random.Random(4), 0
-    source = Batches(BatchMix(1, 1), "x")
-    source.tokenizer = tokenizer
+    source = Batches(BatchMix(1, 1), "x", tokenizer)
     while found < 20:
         scene = make_scene(rng)
         question = ask(scene, "relation", rng)
