@@ -48,9 +48,14 @@ LOADING = ("backend", "threads", "memory_limit", "max_pixels")
     show_default=True,
     help="Width x height of the largest image that is decoded.",
 )
+@click.option(
+    "--save-image",
+    type=click.Path(path_type=Path),
+    help="Write what was computed of the image to NAME.safetensors, to be asked about again.",
+)
 @click.option("--stream/--no-stream", default=True, help="Print the answer as it comes.")
 @as_json
-def infer(words, bundle, as_json, stream, max_tokens, stop, **options) -> None:
+def infer(words, bundle, save_image, as_json, stream, max_tokens, stop, **options) -> None:
     """Ask a question about images.
 
     Words that are files are images, the one other word is the question, in any order. '-' is read
@@ -63,6 +68,8 @@ def infer(words, bundle, as_json, stream, max_tokens, stop, **options) -> None:
     visistage infer "What changed?" before.png after.png --max-tokens 200
     visistage infer "Write a haiku." --temperature 0.7 --seed 1
     visistage infer photo.jpg - --bundle demo < question.txt
+    visistage infer photo.jpg "What is this?" --save-image photo.safetensors
+    visistage infer photo.safetensors "And where?"
     visistage infer photo.jpg "How many people?" --bundle llava-7b/dense --json
     """
     bundle, images, prompt = split_words(words, bundle)
@@ -72,6 +79,10 @@ def infer(words, bundle, as_json, stream, max_tokens, stop, **options) -> None:
 
     load = {name: options.pop(name) for name in LOADING}
     sources = _read_images(images)
+    if save_image is not None and len(sources) != 1:
+        raise click.UsageError(
+            f"--save-image is for one image, found {len(sources)}. Leave it out."
+        )
     with runtime.load(path, **load) as session:
         sampling = _sampling(session.sampling, options)
         limits = {"max_tokens": max_tokens, "stop": stop}
@@ -80,6 +91,8 @@ def infer(words, bundle, as_json, stream, max_tokens, stop, **options) -> None:
             if stream and not as_json:
                 say(piece if number else piece.lstrip(), nl=False)
         answer, manifest = pieces.answer, session.bundle.manifest
+        if save_image is not None:
+            session.save_image(sources[0], save_image)
     assert answer is not None, "a stream that ran to its end holds its answer"
     if as_json:
         show_json(answer_facts(answer, manifest))

@@ -34,7 +34,7 @@ from ..graphs.fields import Words, show
 from ..graphs.files import check_place, replacing
 from ..graphs.safetensors_header import Header, TensorInfo, read_safetensors, write_header
 from .image_cache import CachedPrefix, HeldSlots
-from .opened_image import SAVE_AGAIN, ImageOrigin
+from .opened_image import SAVE_AGAIN, SUFFIX, ImageOrigin
 from .reuse import Context, PromptImage, PromptPart, visual_rows
 
 FORMAT = "visistage image 1"
@@ -128,8 +128,10 @@ def write_image(
     """Write a file in one step; arrays may be a device's.
 
     Raises:
-        ImageError: it cannot be written.
+        ImageError: it cannot be written, or has another suffix.
     """
+    if file.suffix != SUFFIX:
+        raise ImageError(f"{file} would not be known again: its name must end in {SUFFIX}")
     given = {"visual_rows": visual_rows, "rows": cached.rows, "positions": cached.positions}
     for stage, held in enumerate(cached.stages):
         given |= {_order_name(stage): held.order, **held.caches}

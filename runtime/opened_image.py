@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,9 @@ from ..graphs.errors import ImageError
 from ..graphs.fields import show
 from .image.image import Preprocessing, preprocess
 from .image_cache import CachedPrefix
+
+SUFFIX = ".safetensors"
+"""Last part of the names of saved images; a session takes the path of such a file for an image."""
 
 SAVE_AGAIN = "Save the image again: session.save_image('photo.jpg', 'photo.safetensors')"
 
@@ -84,17 +88,32 @@ class LoadedImage:
         Raises:
             ImageError: always.
         """
-        raise ImageError(
-            f"{self.file} holds what the model computed of an image, not the image: nothing can be "
-            "drawn on it. Open the picture itself: session.open('photo.jpg')"
-        )
+        raise _no_picture(self.file)
 
     pixels = image
+
+
+def check_picture(source: Source) -> None:
+    """Refuse an image without pixels, where they are to be shown.
+
+    Raises:
+        ImageError: it is a ``LoadedImage``, or the path of such a file.
+    """
+    file = source.file if isinstance(source, LoadedImage) else source
+    if isinstance(file, (str, os.PathLike)) and Path(file).suffix == SUFFIX:
+        raise _no_picture(file)
+
+
+def _no_picture(file: str | os.PathLike) -> ImageError:
+    return ImageError(
+        f"{os.fspath(file)} holds what the model computed of an image, not the image: nothing can "
+        "be drawn on it. Name the picture itself"
+    )
 
 
 Opened = OpenedImage | LoadedImage
 
 Source = Any
-"""A path, bytes, file object, PIL image, uint8 array, or what a session's ``open`` or
-``load_image`` returned.
+"""A path (of a picture, or of a file of ``save_image``), bytes, file object, PIL image or uint8
+array; or what a session's ``open`` or ``load_image`` returned.
 """

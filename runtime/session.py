@@ -41,7 +41,7 @@ from .backends.registry import find_backend
 from .image.image import MAX_PIXELS, Preprocessing, load_image, pixel_key, warm_up
 from .image_cache import ByteCache, CachedPrefix, default_cache_bytes
 from .image_file import ImageLayout, layout_of, read_image, write_image
-from .opened_image import LoadedImage, Opened, OpenedImage, Source
+from .opened_image import SUFFIX, LoadedImage, Opened, OpenedImage, Source
 from .reuse import Context, PromptImage, PromptPart
 from .stream import AnswerRequest, Stream
 from .text.detokenize import checked_stops
@@ -182,7 +182,7 @@ class Session:
         return opened
 
     def save_image(self, image: Source, file: str | os.PathLike) -> None:
-        """Write what ``open`` computes of an image to a safetensors file, for ``load_image``.
+        """Write what ``open`` computes of an image to a file NAME.safetensors, for ``load_image``.
 
         Raises:
             ImageError: the image cannot be used, or the file not be written.
@@ -336,6 +336,8 @@ class Session:
 
     def decode_image(self, image: Source) -> Opened:
         """Decode an image, and preprocess it if its visual rows are not known."""
+        if isinstance(image, (str, os.PathLike)) and Path(image).suffix == SUFFIX:
+            return self.load_image(image)
         if isinstance(image, LoadedImage):
             image.origin.check(image.file, self._image_layout().origin)
         if isinstance(image, (OpenedImage, LoadedImage)):

@@ -542,6 +542,22 @@ def no_sessions(monkeypatch):
         session.close()
 
 
+def test_infer_saves_an_image_and_takes_it_for_one(at, tmp_path):
+    file = tmp_path / "photo.safetensors"
+    first = ok("infer", "photo.png", "What?", "--max-tokens", 4, "--save-image", file, "--json")
+    again = ok("infer", file, "What?", "--max-tokens", 4, "--json")
+    answers = [json.loads(done.stdout) for done in (first, again)]
+    assert answers[0]["tokens"] == answers[1]["tokens"]
+    assert "vision" not in answers[1]["timings"]["graphs_ms"]
+    wrong = run("infer", "What?", "--save-image", file)
+    assert wrong.exit_code == 2
+    assert "for one image, found 0" in wrong.stderr
+    file.write_bytes(b"spoilt")
+    wrong = run("infer", file, "What?")
+    assert "photo.safetensors has 6 bytes" in wrong.stderr
+    assert "Save the image again" in wrong.stderr
+
+
 def test_infer_finds_the_bundle_and_keeps_its_session(at, no_sessions, monkeypatch):
     first = runtime.infer("photo.png", "What?", max_tokens=4)
     assert isinstance(first, runtime.Answer)

@@ -14,6 +14,7 @@ from visistage.runtime.session import load
 from visistage.tests.support import toy
 from visistage.tests.support.asking import picture
 from visistage.tests.support.stand_ins import stand_in, write_engines
+from visistage.tools.explain.explanation import explain
 
 PLANS = ("dense", "visipruner:shallow=1,t=1,e=2,keep=4", "exit-only")
 PRUNED = PLANS[1]
@@ -75,6 +76,8 @@ def test_a_loaded_image_answers_like_the_picture(bundles, tmp_path, plan, cache_
         assert len(answers[0].shown) == 1
         assert "<img" not in answers[0]._repr_html_()
         session.save_image(image, tmp_path / "again.safetensors")
+        assert ask(session, str(file), OTHER).tokens == wanted[1]
+        assert session.open(file).key == image.key
     assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
 
 
@@ -114,8 +117,11 @@ def test_what_needs_the_picture_says_so(bundles, saved):
     with load(bundles(PRUNED).path) as session:
         image = session.load_image(saved)
     for name in ("image", "pixels"):
-        with pytest.raises(ImageError, match=r"not the image.*Open the picture"):
+        with pytest.raises(ImageError, match=r"not the image.*Name the picture"):
             getattr(image, name)
+    for given in (image, saved, str(saved)):
+        with pytest.raises(ImageError, match=r"image\.safetensors holds what the model computed"):
+            explain(bundles(PRUNED).path, [given], QUESTION)
 
 
 def refused(session, file, says):
@@ -232,11 +238,15 @@ def test_metadata_of_others_is_refused(bundles, saved, tmp_path):
 
 def test_what_cannot_be_written_says_so(bundles, tmp_path):
     with load(bundles(PRUNED).path) as session:
-        for place in (tmp_path, tmp_path / "no" / "image.safetensors"):
+        folder, pipe = tmp_path / "folder.safetensors", tmp_path / "pipe.safetensors"
+        folder.mkdir()
+        for place in (folder, tmp_path / "no" / "image.safetensors"):
             with pytest.raises(ImageError, match="cannot be written"):
                 session.save_image(picture(1), place)
+        with pytest.raises(ImageError, match=r"must end in \.safetensors"):
+            session.save_image(picture(1), tmp_path / "image.bin")
         if hasattr(os, "mkfifo"):
-            os.mkfifo(tmp_path / "pipe")
+            os.mkfifo(pipe)
             with pytest.raises(ImageError, match="a pipe or a device"):
-                session.save_image(picture(1), tmp_path / "pipe")
-    assert {file.name for file in tmp_path.iterdir()} <= {"pipe"}
+                session.save_image(picture(1), pipe)
+    assert set(tmp_path.iterdir()) <= {folder, pipe}

@@ -13,6 +13,7 @@ from ...graphs.bundle import Bundle
 from ...graphs.errors import PromptError
 from ...runtime.image.image import load_image
 from ...runtime.image.overlay import Grid, cropped_share, ghost_uri, heat_uri, image_uri, seen
+from ...runtime.opened_image import check_picture
 from ...runtime.session import DEFAULT_MAX_TOKENS, Session
 from .dense import dense_bundle, how_to_build
 from .explain_facts import Run, explain_facts
@@ -54,6 +55,8 @@ def explain(
     """
     if not images:
         raise PromptError("explain shows what becomes of an image: name at least one")
+    for image in images:
+        check_picture(image)
     loaded = [load_image(image) for image in images]
     bundle = Bundle.open(path)
     bundles = {"plan": bundle, "dense": dense_bundle(bundle, dense)}
