@@ -142,9 +142,9 @@ def _batches(point: ScalingPoint, tokens: int, threads: int) -> Iterator:
         started = time.perf_counter()
         chain, segments, at = Chain(manifest.plan, executor, batch), [], 0
         for part in prompt.segments:
-            encoded = (
-                executor.encode(pixels) if part.is_image else np.repeat(embed(part.ids), batch, 0)
-            )
+            encoded = np.repeat(embed(part.ids), batch, 0)
+            if part.is_image:
+                encoded = executor.encode(pixels).rows
             segments.append(appended(part.is_image, encoded, at))
             at += segments[-1].count
         logits = chain.prefill(segments).logits

@@ -349,6 +349,11 @@ class ModelConfig:
         """
         return self.vision.tokens - (self.select == "default")
 
+    @property
+    def has_class_row(self) -> bool:
+        """Whether a row that no visual token comes from says something of the whole image."""
+        return self.vision.kind == "clip" and self.select == "default"
+
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> ModelConfig:
         """Read the ``config.json`` of a ``LlavaForConditionalGeneration``.

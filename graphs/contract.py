@@ -19,6 +19,8 @@ from .plan.plan import StagePlan
 from .plan.stages import Edge
 from .precision import NO_FALLBACK, Fp32Fallback
 from .quantization import CacheScheme
+from .selectors.entry import READINGS
+from .selectors.registry import ENTRY_SELECTORS
 
 INVISIBLE = 2**31 - 1
 """Order of a slot that no row may see: empty, or padding."""
@@ -31,6 +33,16 @@ SLOT_STEP = 64
 
 ANY_CONTEXT = 0
 """Key of the one variant of a graph without a cache."""
+
+VISION = "vision"
+"""Name of the graph of encoder and projector, or of the encoder alone where a projection follows
+the choice of rows."""
+
+PROJECT = "project"
+"""Name of the graph that projects the rows that a plan's entry chose."""
+
+ENTRY = "entry"
+"""Name of the time that the entry's selector takes on the host, among those of graphs."""
 
 PROBE = "probe"
 """Name of the graph that reads a layer in plans that decide per prompt."""
@@ -285,7 +297,9 @@ def graph_specs(
 ) -> dict[str, GraphSpec]:
     """Return the contract of every graph of a bundle, in the order in which a prompt meets them."""
     text = config.text
-    specs = {"vision": vision_spec(config, dtype, fallback)}
+    specs = {VISION: vision_spec(config, plan, dtype, fallback)}
+    if projects_later(plan):
+        specs[PROJECT] = project_spec(config, plan, dtype, fallback)
     for name, part in zip(part_names(parts), parts, strict=True):
         specs[name] = stage_spec(text, plan, part, dtype, rows_back, fallback, cache)
         if part.ends(plan) and probed(plan, part.stage):
@@ -296,17 +310,57 @@ def graph_specs(
     return specs
 
 
-def vision_spec(config: ModelConfig, dtype: str, fallback: Fp32Fallback = NO_FALLBACK) -> GraphSpec:
-    """Return the contract of encoder and projector: pixels in, one row per visual token out."""
-    vision = config.vision
-    side = vision.image_size
+def projects_later(plan: StagePlan) -> bool:
+    """Return whether only chosen rows are projected: no selector has to see them projected."""
+    return plan.entry is not None and "rows" not in ENTRY_SELECTORS[plan.entry.selector].reads
+
+
+def vision_readings(plan: StagePlan) -> tuple[str, ...]:
+    """Return what the vision graph hands out: names of ``EncoderReadings``, in their order.
+
+    Without an entry that is the visual rows alone.
+    """
+    if plan.entry is None:
+        return ("rows",)
+    reads = {*ENTRY_SELECTORS[plan.entry.selector].reads}
+    if projects_later(plan):
+        reads.add("features")
+    return tuple(name for name in READINGS if name in reads)
+
+
+def vision_spec(
+    config: ModelConfig, plan: StagePlan, dtype: str, fallback: Fp32Fallback = NO_FALLBACK
+) -> GraphSpec:
+    """Return the contract of the encoder: pixels in, out what the plan's entry reads.
+
+    Without an entry the projector is in it, and one row per visual token comes out.
+    """
+    vision, tokens = config.vision, config.visual_tokens
+    side, width = vision.image_size, vision.hidden * len(config.feature_layers)
+    outputs = {
+        "rows": TensorSpec(
+            "visual_rows", fallback.rows_dtype(dtype), ("B", tokens, config.text.hidden)
+        ),
+        "features": TensorSpec("features", dtype, ("B", tokens, width)),
+        "class_row": TensorSpec("class_row", dtype, ("B", width)),
+        "saliency": TensorSpec("saliency", "float32", ("B", tokens)),
+        "keys": TensorSpec("keys", "float32", ("B", tokens, vision.hidden // vision.heads)),
+    }
+    names = vision_readings(plan)
+    if not config.has_class_row:
+        names = tuple(name for name in names if name != "class_row")
     return GraphSpec(
         inputs=(TensorSpec("pixels", "float32", ("B", vision.channels, side, side)),),
-        outputs=(
-            TensorSpec(
-                "visual_rows",
-                fallback.rows_dtype(dtype),
-                ("B", config.visual_tokens, config.text.hidden),
-            ),
-        ),
+        outputs=tuple(outputs[name] for name in names),
     )
+
+
+def project_spec(
+    config: ModelConfig, plan: StagePlan, dtype: str, fallback: Fp32Fallback = NO_FALLBACK
+) -> GraphSpec:
+    """Return the contract of the projector alone: features of chosen rows in, visual rows out."""
+    width = config.vision.hidden * len(config.feature_layers)
+    rows = TensorSpec(
+        "visual_rows", fallback.rows_dtype(dtype), ("B", plan.entering, config.text.hidden)
+    )
+    return GraphSpec((TensorSpec("features", dtype, ("B", plan.entering, width)),), (rows,))

@@ -59,10 +59,11 @@ class Called:
 class PlanFacts:
     """The plan's treatment of this prompt.
 
-    trigger, exit: last layer with all visual tokens, last layer with any. ``visual_tokens``: of all
-    images, as they entered; ``kept``: their positions after the last selection (None where none
-    took place). ``visual_tokens_per_layer``: rows that ran, padding included. ``visual_flops``:
-    their FLOPs in the prefill, as the graphs run it, and ``dense_visual_flops`` without pruning.
+    trigger, exit: last layer with all visual tokens that entered, last layer with any.
+    ``visual_tokens``: of all images, before any selection; ``kept``: positions of those left by the
+    last selection, be it the entry's (None where none took place). ``visual_tokens_per_layer``:
+    rows that ran, padding included. ``visual_flops``: their FLOPs in the prefill, as the graphs run
+    it, and ``dense_visual_flops`` without pruning.
     ``called``: in plans that decide per prompt; ``deviations``: where the plan did otherwise.
     """
 
@@ -80,11 +81,16 @@ class PlanFacts:
 
 
 def plan_facts(
-    plan: StagePlan, geometry: Geometry, done: Prefilled, visual_tokens: int, prompt_rows: int
+    plan: StagePlan,
+    geometry: Geometry,
+    done: Prefilled,
+    visual_tokens: int,
+    prompt_rows: int,
+    entered: Sequence[int],
 ) -> PlanFacts:
-    """Return the facts of one prompt, from its prefill."""
+    """Return the facts of one prompt, from its prefill; ``entered``: positions of visual rows."""
     trigger, exit_ = last_layers(plan, done)
-    kept = None
+    kept = None if plan.entry is None or not entered else tuple(entered)
     if done.kept:
         kept = tuple(int(at) for at in done.kept[-1][0] if at != INVISIBLE)
     layers = [
@@ -137,18 +143,24 @@ def _deviations(
 
 @dataclass(frozen=True)
 class ShownTokens:
-    """The visual tokens of an image of a prompt: its key, their rows, and their places in it."""
+    """The visual tokens of an image of a prompt: its key, and their places in the image.
+
+    positions, patches: (K0,) of the rows that entered; count: N. A class row has the patch -1.
+    """
 
     key: str
-    start: int
+    positions: np.ndarray
+    patches: np.ndarray
     count: int
     grid: Grid
 
     def kept(self, kept: tuple[int, ...] | None) -> np.ndarray:
         """Return which (rows, columns) of the image are of tokens that were ``kept``; None: all."""
-        tokens = np.ones(self.count, bool)
+        here = self.patches >= 0
         if kept is not None:
-            tokens = np.isin(np.arange(self.start, self.start + self.count), kept)
+            here &= np.isin(self.positions, kept)
+        tokens = np.zeros(self.count, bool)
+        tokens[self.patches[here]] = True
         return self.grid.cells(tokens)
 
 

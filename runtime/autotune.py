@@ -175,7 +175,8 @@ class TrialPrompt:
     def __init__(self, bundle: Bundle, executor: Backend, question_rows: int):
         manifest = bundle.manifest
         config, self.executor = manifest.config, executor
-        visual, self.stop = config.visual_tokens, config.visual_tokens + question_rows
+        visual = manifest.plan.entering
+        self.stop = visual + question_rows
         side = config.vision.image_size
         self.pixels = np.zeros((1, config.vision.channels, side, side), np.float32)
         rows = np.random.default_rng(0).standard_normal((1, self.stop, config.text.hidden)) / 32

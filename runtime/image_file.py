@@ -4,6 +4,7 @@ One safetensors file holds the image's visual rows, and its keys and values in e
 blind to the question:
 
     visual_rows        (1, n, D), as they entered stage 0
+    patches            (n,) int32, the patches that they stand for
     stageI.order       (n,) int32, orders of the rows in the slots of stage I
     key.L, value.L     (1, G, n, d) of each layer of these stages
     rows, positions    (1, n, D) and (n,) int32, as the last of these stages left them: for the
@@ -27,6 +28,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..graphs.bundle import MANIFEST, Bundle, sha256
+from ..graphs.chain.executor import Encoded
 from ..graphs.contract import cache_names
 from ..graphs.dtypes import BY_SAFETENSORS, DTYPES
 from ..graphs.errors import ImageError
@@ -54,6 +56,7 @@ class ImageLayout:
         begin: the first slot of the image's own part of the prompt.
         text: rows of that part before the image.
         span: positions that an image takes.
+        tokens: N of an image.
         layers: of each stage that is blind to the question.
         visual: visual rows in each of them.
         shape: G and d of a layer's cache, and D of a row.
@@ -65,6 +68,7 @@ class ImageLayout:
     begin: int
     text: int
     span: int
+    tokens: int
     layers: Sequence[tuple[int, int]]
     visual: Sequence[int]
     shape: tuple[int, int, int]
@@ -76,7 +80,8 @@ class ImageLayout:
         """Return the tensors of a file, in their order."""
         groups, width, hidden = self.shape
         found: dict[str, tuple[str, tuple[int, ...]]] = {
-            "visual_rows": (self.rows_dtype, (1, self.visual[0], hidden))
+            "visual_rows": (self.rows_dtype, (1, self.visual[0], hidden)),
+            "patches": ("int32", (self.visual[0],)),
         }
         for stage, (layers, visual) in enumerate(zip(self.layers, self.visual, strict=True)):
             count = self.text + visual
@@ -111,10 +116,11 @@ def layout_of(bundle: Bundle, context: Context, opening: Sequence[PromptPart]) -
     return ImageLayout(
         origin,
         begin=begin,
-        text=context.rows_of(rest[:-1]),
-        span=context.visual_tokens,
+        text=context.text_rows_of(rest),
+        span=plan.span,
+        tokens=plan.visual_tokens,
         layers=[stage.layers for stage in stages],
-        visual=visual_rows(plan, context.visual_tokens)[: len(stages)],
+        visual=visual_rows(plan, images=1)[: len(stages)],
         shape=(text.kv_heads, text.head_dim, text.hidden),
         cache_dtype=manifest.cache_dtype,
         rows_dtype=str(np.dtype(context.executor.rows_dtype)),
@@ -123,7 +129,7 @@ def layout_of(bundle: Bundle, context: Context, opening: Sequence[PromptPart]) -
 
 
 def write_image(
-    file: Path, layout: ImageLayout, key: str, visual_rows: Any, cached: CachedPrefix
+    file: Path, layout: ImageLayout, key: str, encoded: Encoded, cached: CachedPrefix
 ) -> None:
     """Write a file in one step; arrays may be a device's.
 
@@ -132,7 +138,12 @@ def write_image(
     """
     if file.suffix != SUFFIX:
         raise ImageError(f"{file} would not be known again: its name must end in {SUFFIX}")
-    given = {"visual_rows": visual_rows, "rows": cached.rows, "positions": cached.positions}
+    given = {
+        "visual_rows": encoded.rows,
+        "patches": encoded.patches[0],
+        "rows": cached.rows,
+        "positions": cached.positions,
+    }
     for stage, held in enumerate(cached.stages):
         given |= {_order_name(stage): held.order, **held.caches}
     wanted = layout.shapes()
@@ -159,8 +170,8 @@ def write_image(
         ) from error
 
 
-def read_image(file: Path, layout: ImageLayout) -> tuple[str, np.ndarray, CachedPrefix]:
-    """Read a file; return the image's key, its visual rows, and what the stages made of it.
+def read_image(file: Path, layout: ImageLayout) -> tuple[str, Encoded, CachedPrefix]:
+    """Read a file; return the image's key, what entered of it, and what the stages made of that.
 
     Raises:
         ImageError: it is no such file, belongs to another bundle, plan, preprocessing or prompt,
@@ -187,7 +198,10 @@ def read_image(file: Path, layout: ImageLayout) -> tuple[str, np.ndarray, Cached
         _refuse(file, "holds numbers that are not finite")
     positions = arrays.get("positions", np.zeros(0, np.int32))
     cached = CachedPrefix(layout.begin, tuple(stages), arrays.get("rows"), positions)
-    return told["image"], arrays["visual_rows"], cached
+    patches = arrays["patches"]
+    if patches.min() < -1 or patches.max() >= layout.tokens or (np.diff(patches) <= 0).any():
+        _refuse(file, f"has rows of patches that an image of {layout.tokens} has not")
+    return told["image"], Encoded(arrays["visual_rows"], patches[None]), cached
 
 
 def _check_metadata(file: Path, header: Header, origin: ImageOrigin) -> dict[str, str]:

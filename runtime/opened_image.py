@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image
 
+from ..graphs.chain.executor import Encoded
 from ..graphs.errors import ImageError
 from ..graphs.fields import show
 from .image.image import Preprocessing, preprocess
@@ -71,14 +72,14 @@ class ImageOrigin:
 class LoadedImage:
     """An image as it was computed before, without its pixels.
 
-    ``visual_rows`` entered stage 0; ``known`` is what the stages made of them behind the tokens
+    ``encoded`` entered stage 0; ``known`` is what the stages made of them behind the tokens
     that its key in the cache stands for.
     """
 
     key: str
     file: Path
     origin: ImageOrigin
-    visual_rows: np.ndarray
+    encoded: Encoded
     known: tuple[str, CachedPrefix]
 
     @property

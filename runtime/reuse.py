@@ -16,24 +16,28 @@ import numpy as np
 
 from ..graphs.bundle import Bundle
 from ..graphs.chain.chain import AppendedRows, Chain, Prefilled, PrefilledPart
-from ..graphs.chain.executor import Rows, StageResult
+from ..graphs.chain.enter import places_of
+from ..graphs.chain.executor import Encoded, StageResult
 from ..graphs.errors import CapacityError
 from ..graphs.plan.plan import StagePlan
 from .backends.backend import Backend
 from .backends.feeds import Embedding, map_tensor
 from .image_cache import ByteCache, CachedPrefix, HeldSlots
 
+PATCHES_BYTES = 1 << 20
+"""Limit of what is remembered of the patches that entered: their places, for people to see."""
+
 
 @dataclass(frozen=True)
 class PromptImage:
-    """An image in a prompt: the key of its pixels, and a function for its visual rows (1, N, D).
+    """An image in a prompt: the key of its pixels, and a function for its rows that enter.
 
     ``known``: what the stages made of a prompt up to it, by its key (``Context.computed``), where
     that comes from a file.
     """
 
     key: str
-    rows: Callable[[], Rows]
+    encoded: Callable[[], Encoded]
     known: tuple[str, CachedPrefix] | None = None
 
 
@@ -60,25 +64,48 @@ class Context:
 
     def __init__(self, bundle: Bundle, executor: Backend, cache_bytes: int, *, fused: bool = False):
         self.executor, self.fused = executor, fused
-        self.visual_tokens = bundle.manifest.config.visual_tokens
         self.max_positions = bundle.manifest.config.text.max_positions
         self.embed = Embedding(bundle, executor.rows_dtype)
         self.chain = Chain(bundle.manifest.plan, executor, padding=executor.padding)
         self.cached: ByteCache[CachedPrefix] = ByteCache(cache_bytes)
         self.pending: dict[str, PendingPrefix] = {}
         self.current_key: str | None = None  # of the parts up to an image that the stages hold now
-        self.length = 0  # rows of the prompt and the answer so far, pruned ones counted
+        self.patches: ByteCache[np.ndarray] = ByteCache(PATCHES_BYTES)  # of images by their key
+        self.length = 0  # positions of the prompt and the answer so far
         self.prefix = bundle.manifest.prefix
         self.prefix_rows = 0  # rows of the prefix in the first slots of every stage
         self.saved = self._map_prefix(bundle) if self.prefix else []
 
-    def rows_of(self, parts: Sequence[PromptPart]) -> int:
-        """Return how many rows a prompt takes before pruning."""
-        return sum(self.visual_tokens if isinstance(p, PromptImage) else len(p) for p in parts)
+    def positions_of(self, parts: Sequence[PromptPart]) -> int:
+        """Return how many positions a prompt takes: all its rows before pruning, unless the plan
+        renumbers those that enter.
+        """
+        return self.text_rows_of(parts) + self.chain.plan.span * len(_images(parts))
 
-    def visual_rows_of(self, parts: Sequence[PromptPart]) -> int:
-        """Return how many of them are visual."""
-        return self.visual_tokens * sum(isinstance(part, PromptImage) for part in parts)
+    def text_rows_of(self, parts: Sequence[PromptPart]) -> int:
+        """Return how many rows of a prompt are text."""
+        return sum(len(part) for part in parts if not isinstance(part, PromptImage))
+
+    def entered(self, parts: Sequence[PromptPart]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return of each image of the prompt that stage 0 holds the positions of its rows, and the
+        patches that they stand for (``Encoded``).
+        """
+        slots, out = self.chain.slots[0], []
+        visual = np.sort(slots.order[0, slots.visual[0]])
+        for index in _images(parts):
+            part, first = parts[index], self.positions_of(parts[:index])
+            assert isinstance(part, PromptImage)
+            inside = (visual >= first) & (visual < first + self.chain.plan.span)
+            out.append((visual[inside], self._patches_of(part, visual[inside] - first)))
+        return out
+
+    def _patches_of(self, image: PromptImage, places: np.ndarray) -> np.ndarray:
+        """Return the patches of an image's rows at ``places``, counted from its first position."""
+        plan = self.chain.plan
+        if plan.span == plan.visual_tokens:
+            return places
+        known = self.patches.get(image.key)
+        return image.encoded().patches[0] if known is None else known
 
     def ensure_capacity(self, parts: Sequence[PromptPart], max_tokens: int) -> None:
         """Have the executor choose engines in which prompt and answer fit.
@@ -87,9 +114,8 @@ class Context:
             CapacityError: it has none.
         """
         self.keep()
-        visual = self.visual_rows_of(parts)
-        text = self.rows_of(parts) - visual + max_tokens
-        needs = [text + rows for rows in visual_rows(self.chain.plan, visual)]
+        text = self.text_rows_of(parts) + max_tokens
+        needs = [text + rows for rows in visual_rows(self.chain.plan, len(_images(parts)))]
         if self.executor.prepare(needs):
             self.reset()
 
@@ -106,16 +132,17 @@ class Context:
         Raises:
             CapacityError: says how many tokens there is room for.
         """
-        rows, context = self.rows_of(parts), self.max_positions
+        rows, context = self.positions_of(parts), self.max_positions
         if rows + max_tokens > context:
             advice = (
                 f"Ask for at most {context - rows} tokens"
                 if rows < context
                 else "Shorten the prompt"
             )
+            visual = rows - self.text_rows_of(parts)
             raise CapacityError(
-                f"the prompt takes {rows} rows ({self.visual_rows_of(parts)} of them visual) and "
-                f"max_tokens {max_tokens}, the model's context is {context}. {advice}"
+                f"the prompt takes {rows} rows ({visual} of them visual) and max_tokens "
+                f"{max_tokens}, the model's context is {context}. {advice}"
             )
 
     def opening_key(self, parts: Sequence[PromptPart]) -> str:
@@ -137,7 +164,7 @@ class Context:
         """Run a whole prompt, whose last part is text; the result has its last row's logits."""
         begin, rest = self.after_prefix(parts)
         done, stages = self._run(begin, rest)
-        self.length = self.rows_of(parts)
+        self.length = self.positions_of(parts)
         for stage in range(stages, len(self.chain.slots)):
             self.chain.slots[stage].rewind(begin)
             self._trim(stage, begin, rest)
@@ -217,11 +244,14 @@ class Context:
 
     def _segment(self, begin: int, parts: Sequence[PromptPart], index: int) -> AppendedRows:
         """Return the rows of a part with their places in the prompt."""
-        part, first = parts[index], begin + self.rows_of(parts[:index])
-        visual = isinstance(part, PromptImage)
-        rows = part.rows() if isinstance(part, PromptImage) else self.embed(part)
-        order = np.arange(first, first + rows.shape[1], dtype=np.int32)[None]
-        return AppendedRows(visual, rows, order, order)
+        part, first = parts[index], begin + self.positions_of(parts[:index])
+        if isinstance(part, PromptImage):
+            rows, patches = part.encoded()
+            self.patches.put(part.key, patches[0], patches.nbytes)
+            order = first + places_of(self.chain.plan, patches)
+            return AppendedRows(True, rows, order, order)
+        order = np.arange(first, first + len(part), dtype=np.int32)[None]
+        return AppendedRows(False, self.embed(part), order, order)
 
     def _suspend(
         self,
@@ -267,10 +297,10 @@ class Context:
 
     def _trim(self, stage: int, begin: int, parts: Sequence[PromptPart]) -> None:
         """Give up slots that an earlier prompt needed, if ``parts`` leave most of them free."""
-        visual = visual_rows(self.chain.plan, self.visual_rows_of(parts))
-        text = begin + self.rows_of(parts) - visual[0]
+        visual = visual_rows(self.chain.plan, len(_images(parts)))
+        text = begin + self.text_rows_of(parts)
         slots = self.chain.slots[stage]
-        extra = visual[stage] + text if stage else self.visual_tokens
+        extra = visual[stage] + text if stage else self.chain.plan.entering
         slots.shrink(self.executor.trim_slots(stage, slots.used, slots.used + extra))
 
     def _map_prefix(self, bundle: Bundle) -> list[dict[str, np.ndarray]]:
@@ -340,9 +370,9 @@ class Context:
         return 0, []
 
 
-def visual_rows(plan: StagePlan, visual_tokens: int) -> list[int]:
-    """Return the most visual rows that each stage may hold of a prompt with so many tokens."""
-    counts = [visual_tokens]
+def visual_rows(plan: StagePlan, images: int) -> list[int]:
+    """Return the most visual rows that each stage may hold of a prompt with so many images."""
+    counts = [plan.entering * images]
     for stage, edge in zip(plan.stages[1:], plan.edges, strict=True):
         if edge.op == "select":
             counts.append(min(counts[-1], stage.visual_tokens))

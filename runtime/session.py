@@ -25,7 +25,7 @@ from types import NoneType
 import numpy as np
 
 from ..graphs.bundle import MANIFEST, Bundle
-from ..graphs.chain.executor import Rows
+from ..graphs.chain.executor import Encoded
 from ..graphs.errors import (
     BundleError,
     ImageError,
@@ -119,7 +119,7 @@ class Session:
         fused = self.fused_prefill is not None and self.fused_prefill.fused
         if cache_bytes is None:
             cache_bytes = default_cache_bytes(self.executor.free_bytes(), manifest.weight_bytes)
-        self.visual_rows: ByteCache[Rows] = ByteCache(cache_bytes // ROWS_SHARE)
+        self.visual_rows: ByteCache[Encoded] = ByteCache(cache_bytes // ROWS_SHARE)
         rest = cache_bytes - self.visual_rows.limit
         self.context = Context(bundle, self.executor, rest, fused=fused)
         self.turn = 0  # counts what was asked: a newer question ends a stream
@@ -190,8 +190,8 @@ class Session:
         with self.taking_turns():
             opened = self.decode_image(image)
             cached = self._computed(opened)
-            rows = self.encode_image(opened)
-            write_image(Path(file), self._image_layout(), opened.key, rows, cached)
+            encoded = self.encode_image(opened)
+            write_image(Path(file), self._image_layout(), opened.key, encoded, cached)
 
     def load_image(self, file: str | os.PathLike) -> LoadedImage:
         """Read a file of ``save_image``: questions about it are answered as about the image, whose
@@ -202,9 +202,9 @@ class Session:
         """
         with self.taking_turns():
             layout = self._image_layout()
-            key, rows, cached = read_image(Path(file), layout)
+            key, encoded, cached = read_image(Path(file), layout)
             known = self.context.opening_key(self._opening(key)), cached
-            return LoadedImage(key, Path(file), layout.origin, rows, known)
+            return LoadedImage(key, Path(file), layout.origin, encoded, known)
 
     def infer(
         self,
@@ -349,16 +349,16 @@ class Session:
             _ = opened.pixels  # now, while preprocessing is what is timed
         return opened
 
-    def encode_image(self, opened: Opened) -> Rows:
-        """Return the visual rows (1, N, D) of an image, from the cache or the vision encoder.
+    def encode_image(self, opened: Opened) -> Encoded:
+        """Return the visual rows of an image that enter, from the cache or the vision encoder.
 
         Raises:
             ImageError: it is prepared in another size than the encoder takes.
         """
         if isinstance(opened, LoadedImage):
-            return opened.visual_rows
-        rows = self.visual_rows.get(opened.key)
-        if rows is None:
+            return opened.encoded
+        encoded = self.visual_rows.get(opened.key)
+        if encoded is None:
             vision = self.bundle.manifest.config.vision
             wanted = (vision.channels, vision.image_size, vision.image_size)
             if opened.pixels.shape != wanted:  # the checkpoint's preprocessing crops nothing
@@ -366,9 +366,9 @@ class Session:
                     f"the image is prepared as {opened.pixels.shape}, the vision encoder takes "
                     f"{wanted}. Crop the image to a square"
                 )
-            rows = self.executor.encode(opened.pixels[None])
-            self.visual_rows.put(opened.key, rows, rows.nbytes)
-        return rows
+            encoded = self.executor.encode(opened.pixels[None], (opened.key,))
+            self.visual_rows.put(opened.key, encoded, encoded.rows.nbytes)
+        return encoded
 
     def ids_of(self, parts: Sequence[PromptPart]) -> list[int]:
         """Return a prompt's ids with the image token once for each image, as penalties see it."""
@@ -390,7 +390,8 @@ class Session:
     def _opening(self, key: str) -> list[PromptPart]:
         """Return a prompt up to its image, whose rows are not asked for."""
         segments = self.encoder.image_segments()
-        return [*(part.ids for part in segments[:-1]), PromptImage(key, lambda: None)]
+        image = PromptImage(key, lambda: Encoded(None, np.zeros((1, 0), np.int64)))
+        return [*(part.ids for part in segments[:-1]), image]
 
     def _image_layout(self) -> ImageLayout:
         return layout_of(self.bundle, self.context, self._opening(""))

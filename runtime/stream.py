@@ -114,7 +114,9 @@ class Stream(Iterator[str]):
         per_token = (total_ms - first_ms) / (len(tokens) - 1) if len(tokens) > 1 else None
         manifest = session.bundle.manifest
         grid = Grid.of(manifest.config)
-        starts = [context.rows_of(parts[:at]) for at in range(len(parts))]
+        keys = [part.key for part in parts if isinstance(part, PromptImage)]
+        tokens_of_image = manifest.config.visual_tokens
+        offered, entered = tokens_of_image * len(keys), context.entered(parts)
         self.answer = Answer(
             text="".join(pieces).strip(),
             tokens=tuple(tokens),
@@ -124,13 +126,13 @@ class Stream(Iterator[str]):
                 manifest.plan,
                 Geometry.of(manifest.config.text),
                 done,
-                visual_tokens=context.visual_rows_of(parts),
-                prompt_rows=context.rows_of(parts),
+                visual_tokens=offered,
+                prompt_rows=context.text_rows_of(parts) + offered,
+                entered=[int(at) for positions, _ in entered for at in positions],
             ),
             shown=tuple(
-                ShownTokens(part.key, start, context.visual_tokens, grid)
-                for part, start in zip(parts, starts, strict=True)
-                if isinstance(part, PromptImage)
+                ShownTokens(key, positions, patches, tokens_of_image, grid)
+                for key, (positions, patches) in zip(keys, entered, strict=True)
             ),
         )
         if rest:

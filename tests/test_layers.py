@@ -19,6 +19,7 @@ LIBRARIES = {  # of a room, a folder or a module; the longest name that fits cou
     "demo.training": TORCH | {"PIL", "tokenizers"},
     "graphs": set(),
     "graphs.chain": {"numpy"},
+    "graphs.chain.torch_encoder": TORCH,
     "graphs.chain.torch_reference": TORCH,
     "graphs.modules": TORCH,
     "graphs.plan.gates": {"numpy"},

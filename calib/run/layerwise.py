@@ -15,6 +15,7 @@ no observer sees them.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,13 +31,16 @@ from ...compile.layer_stream import Streamed, without_weights
 from ...compile.planfile import check_fit
 from ...compile.quantize.fake_quantized import FakeQuantised
 from ...compile.quantize.fp16_ranges import dense_pieces
+from ...graphs.chain.executor import Encoded
+from ...graphs.chain.torch_encoder import chosen_rows
 from ...graphs.config import ModelConfig
+from ...graphs.contract import projects_later, vision_readings
 from ...graphs.errors import PlanError
 from ...graphs.modules.decoder import Body, Head, Linear, Logits
 from ...graphs.modules.ops import Eager
 from ...graphs.modules.quantized import round_caches
 from ...graphs.modules.select import Prober, Selector
-from ...graphs.modules.vision import Vision
+from ...graphs.modules.vision import Projection, Projector, Vision
 from ...graphs.plan.plan import StagePlan
 from ...graphs.progress import Advance, no_advance
 from ...graphs.quantization import CacheScheme
@@ -126,13 +130,13 @@ def run_layerwise(
     def stream_of(module: nn.Module) -> Streamed:
         return Streamed(checkpoint, module, advance, (Linear,), observer.given, fake_quantised)
 
-    visual = _visual_rows(stream_of, config, prompts, observer)
+    visual = _visual_rows(stream_of, config, plan, prompts, observer)
     prefix = prefix_cache(checkpoint, prefix_ids, advance) if prefix_ids else None
     if prefix is not None and fake_quantised is not None:
         prefix = fake_quantised.prefix(prefix)
     table = checkpoint.load(EMBEDDING)
     states = [
-        prompt_state(prompt, rows, table, prefix_ids, text.max_positions)
+        prompt_state(prompt, rows, plan, table, prefix_ids, text.max_positions)
         for prompt, rows in zip(prompts, visual, strict=True)
     ]
     checkpoint.release()
@@ -184,31 +188,48 @@ def _loaded(
 def _visual_rows(
     stream_of: Callable[[nn.Module], Streamed],
     config: ModelConfig,
+    plan: StagePlan,
     prompts: Sequence[SamplePrompt],
     observer: LayerObserver,
-) -> list[list[Tensor]]:
-    """Return the visual rows (1, N, D) of each image of each prompt.
+) -> list[list[Encoded]]:
+    """Return what enters the decoder of each image of each prompt.
 
     All images go through one piece of the vision encoder before the next is loaded.
     """
-    module = without_weights(lambda: Vision(config, Eager()))
-    stream = stream_of(module)
-    images = [
-        torch.from_numpy(part)[None]
-        for prompt in prompts
-        for part in prompt.parts
-        if isinstance(part, np.ndarray)
+    arrays = [part for prompt in prompts for part in prompt.parts if isinstance(part, np.ndarray)]
+    images = [torch.from_numpy(array)[None] for array in arrays]
+
+    def through(module: Vision | Projection, given: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+        stream = stream_of(module)
+
+        def call(piece: nn.Module, *states: Sequence[Tensor]) -> Any:
+            counts = [config.vision.tokens] * len(images)
+            if isinstance(piece, Projector):
+                rows = config.visual_tokens if module is vision else plan.entering
+                counts = [rows] * len(images)
+            kinds = [np.full(count, ENCODER) for count in counts]
+            with _loaded(stream, piece, observer, kinds) as run:
+                done = [run(*args) for args in zip(*states, strict=True)]
+            return tuple(zip(*done, strict=True)) if isinstance(done[0], tuple) else done
+
+        return module.compose(call, given)
+
+    if not images:
+        return [[] for _ in prompts]
+    vision = without_weights(lambda: Vision(config, Eager(), readings=vision_readings(plan)))
+    encoded = [
+        chosen_rows(config, plan, outputs, [hashlib.sha256(array).hexdigest()])
+        for array, *outputs in zip(arrays, *through(vision, images), strict=True)
     ]
-
-    def call(piece: nn.Module, *states: list[Tensor]) -> list[Tensor]:
-        last = piece is module.multi_modal_projector
-        kind = np.full(config.visual_tokens if last else config.vision.tokens, ENCODER)
-        with _loaded(stream, piece, observer, [kind] * len(images)) as run:
-            return [run(*args) for args in zip(*states, strict=True)]
-
-    rows = iter(module.compose(call, images) if images else ())
+    if projects_later(plan):
+        projection = without_weights(lambda: Projection(config, Eager()))
+        (projected,) = through(projection, [rows for rows, _ in encoded])
+        encoded = [
+            Encoded(rows, patches) for rows, (_, patches) in zip(projected, encoded, strict=True)
+        ]
+    each = iter(encoded)
     return [
-        [next(rows) for part in prompt.parts if isinstance(part, np.ndarray)] for prompt in prompts
+        [next(each) for part in prompt.parts if isinstance(part, np.ndarray)] for prompt in prompts
     ]
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ...graphs.chain.chain import AppendedRows, StageSlots
+from ...graphs.chain.enter import places_of
+from ...graphs.chain.executor import Encoded
 from ...graphs.config import TextConfig
 from ...graphs.errors import CapacityError, PromptError
 from ...graphs.modules.decoder import Head
@@ -233,7 +235,8 @@ class PromptState:
 
 def prompt_state(
     prompt: SamplePrompt,
-    visual: Sequence[Tensor],
+    visual: Sequence[Encoded],
+    plan: StagePlan,
     table: Tensor,
     prefix_ids: Sequence[int],
     max_rows: int,
@@ -242,7 +245,8 @@ def prompt_state(
 
     Args:
         prompt: texts and images.
-        visual: rows (1, N, D) of each of its images.
+        visual: what enters of each of its images.
+        plan: says at which positions.
         table: the embedding, (V, D).
         prefix_ids: what a prompt that begins so need not run.
         max_rows: the model's context.
@@ -265,13 +269,16 @@ def prompt_state(
     images, segments, at = iter(visual), [], begin
     for part in parts:
         if isinstance(part, np.ndarray):
-            segments.append(segment_of(True, next(images), at))
+            rows, patches = next(images)
+            order = at + places_of(plan, patches)
+            segments.append(AppendedRows(True, rows, order, order))
+            at += plan.span
         elif len(part):  # all of a text may have been prefix
-            segments.append(segment_of(False, embedded(part), at))
-        at = begin + sum(segment.count for segment in segments)
+            segments.append(segment_of(embedded(part), at))
+            at += len(part)
     answer = None
     if prompt.answer_ids:
-        answer = segment_of(False, embedded(prompt.answer_ids), at)
+        answer = segment_of(embedded(prompt.answer_ids), at)
         at += answer.count
     if at > max_rows:
         raise CapacityError(
@@ -281,7 +288,7 @@ def prompt_state(
     return PromptState(begin, segments, answer)
 
 
-def segment_of(visual: bool, rows: Tensor, at: int) -> AppendedRows:
-    """Return rows at consecutive places of a prompt, from ``at`` on."""
+def segment_of(rows: Tensor, at: int) -> AppendedRows:
+    """Return text rows at consecutive places of a prompt, from ``at`` on."""
     order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
-    return AppendedRows(visual, rows, order, order)
+    return AppendedRows(False, rows, order, order)

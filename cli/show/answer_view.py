@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ...graphs.contract import PROBE
+from ...graphs.contract import ENTRY, PROBE, PROJECT, VISION, projects_later
 from ...graphs.plan.cost import Cost, Geometry, Load, cost_of, plan_loads, reduction_percent
 
 if TYPE_CHECKING:
@@ -63,7 +63,9 @@ def answer_table(answer: Answer, manifest: Manifest) -> RenderableType:
     table.add_column(style="dim")
     if facts.visual_tokens:
         table.add_row("preprocess", _ms(timings.preprocess_ms), "")
-    for name in manifest.graphs:  # in the order of the chain; what did not run had been paid for
+    # In the order of the chain; what did not run had been paid for.
+    first, *others = manifest.graphs
+    for name in (first, ENTRY, *others):
         if name in timings.graphs_ms:
             table.add_row(name, _ms(timings.graphs_ms[name]), _what(name, manifest, facts))
     table.add_row("first token", _ms(timings.first_token_ms), "from the question to here")
@@ -98,8 +100,14 @@ def _plan_lines(answer: Answer, manifest: Manifest) -> list[str]:
 
 def _what(name: str, manifest: Manifest, facts: PlanFacts) -> str:
     """Describe a graph, and the visual rows a stage had."""
-    if name == "vision":
-        return "vision encoder and projector"
+    plan = manifest.plan
+    if name == VISION:
+        return "vision encoder" if projects_later(plan) else "vision encoder and projector"
+    if name == PROJECT:
+        return "projector"
+    if name == ENTRY:
+        assert plan.entry is not None
+        return f"{plan.entry.selector}, {plan.entry.keep} of {plan.visual_tokens} rows enter"
     stages = {f"stage{index}": stage for index, stage in enumerate(manifest.plan.stages)}
     if name not in stages:
         return "selection" if name.startswith("select") else "probes" if name == PROBE else ""

@@ -18,10 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...graphs.config import ModelConfig, TextConfig
 from ...graphs.contract import (
     PROBE,
+    PROJECT,
+    VISION,
     GraphSpec,
     StagePart,
     graph_specs,
     part_names,
+    projects_later,
+    vision_readings,
     whole_stages,
 )
 from ...graphs.linears import linear_groups
@@ -30,7 +34,7 @@ from ...graphs.modules.ops import Llm, LlmConditional, LlmRows, Portable
 from ...graphs.modules.quantized import is_cache_scale, replace_linears, round_caches
 from ...graphs.modules.rope import frequencies
 from ...graphs.modules.select import Prober, Selector
-from ...graphs.modules.vision import Vision
+from ...graphs.modules.vision import Projection, Vision
 from ...graphs.plan.plan import StagePlan
 from ...graphs.precision import NO_FALLBACK, Fp32Fallback
 from ...graphs.quantization import FLOAT, Quantization
@@ -42,7 +46,7 @@ FREQUENCIES = "head.inverse_frequencies"
 
 LAYER_WEIGHT = re.compile(r"(?:^|\.)(layers\.\d+)\.")
 
-Pieces = Vision | DecoderStage | Selector | Prober
+Pieces = Vision | Projection | DecoderStage | Selector | Prober
 """Modules that a graph is made from."""
 
 
@@ -111,7 +115,9 @@ def graphs_of(
         out.append(Graph(name, module, specs[name], ops.opset))
 
     with FakeTensorMode():
-        add("vision", Vision(config, ops, fallback))
+        add(VISION, Vision(config, ops, fallback, vision_readings(plan)))
+        if projects_later(plan):
+            add(PROJECT, Projection(config, ops, fallback))
         for name, part in zip(part_names(parts), parts, strict=True):
             index = part.stage
             own = LlmConditional(in_order=index == 0) if lowering == LLM_CONDITIONAL else ops
@@ -141,8 +147,8 @@ def export(
     inputs = [stitcher.input(spec) for spec in graph.spec.inputs]
     if isinstance(module, DecoderStage):
         outputs = _stage(module, stitcher, inputs)
-    elif isinstance(module, Vision):
-        outputs = [module.compose(stitcher.call, *inputs)]
+    elif isinstance(module, Vision | Projection):
+        outputs = list(module.compose(stitcher.call, *inputs))
     else:
         value = [] if any(value.name == "value" for value in inputs) else [None]
         outputs = list(stitcher.call(module, *inputs[:2], *value, *inputs[2:]))

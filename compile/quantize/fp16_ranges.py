@@ -119,7 +119,7 @@ def measure_ranges(
     vision = without_weights(lambda: Vision(config, recorder.ops))
     vision_encoder = Streamed(checkpoint, vision, progress, OBSERVED, recorder.hook)
     pixels = range_images(config, Preprocessing.from_dict(texts.preprocessing))
-    visual = vision.compose(vision_encoder, pixels)
+    (visual,) = vision.compose(vision_encoder, pixels)
 
     rows, order = _prompts(checkpoint, texts.encoder, visual)
     plan = preset("dense", config.text.layers, config.visual_tokens)

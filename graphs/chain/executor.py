@@ -17,6 +17,10 @@ Rows = Any
 """Hidden states (B, Q, D) in whatever form the executor keeps them."""
 
 
+ANY_IMAGE = "00"
+"""Digest of an image that nobody has taken one of."""
+
+
 class StageResult(NamedTuple):
     """Result of one call of a stage."""
 
@@ -32,6 +36,15 @@ class Kept(NamedTuple):
     positions: np.ndarray
     order: np.ndarray
     scores: np.ndarray
+
+
+class Encoded(NamedTuple):
+    """The rows of an image that enter stage 0, (B, K0, D), and the patches they stand for, (B, K0)
+    int64: 0 to N - 1, ascending; -1: the class row.
+    """
+
+    rows: Rows
+    patches: np.ndarray
 
 
 class Executor(Protocol):

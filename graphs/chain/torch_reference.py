@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,6 +176,7 @@ def run(
     spans: Sequence[Sequence[Span]],
     plan: StagePlan,
     max_new_tokens: int = 0,
+    entered: Sequence[Sequence[Sequence[int]]] | None = None,
 ) -> ChainResult:
     """Run ``plan`` over embedded prompts.
 
@@ -185,40 +187,49 @@ def run(
         spans: per sample, the (start, stop) of each image's visual rows.
         plan: its depth must be the model's; K may not exceed a sample's visual rows.
         max_new_tokens: greedy tokens to decode after the prompt.
+        entered: of a plan with an entry: per sample and image, the indices of the rows within its
+            span that enter, ascending. What selectors read is not here, so the caller chooses.
 
     Raises:
         PlanError: the plan does not fit the model or the spans.
-        PromptError: a span leaves the prompt, overlaps another, or ends it.
+        PromptError: a span leaves the prompt, overlaps another, or ends it; or ``entered`` does
+            not fit plan and spans.
     """
     text = TextConfig.from_hf(dict(config))
     batch, length, _ = embeds.shape
     _check(plan, text, spans, batch, length)
+    _check_entered(plan, spans, entered)
     if plan.probe is not None and batch > 1:
-        return _one_by_one(weights, config, embeds, spans, plan, max_new_tokens)
+        return _one_by_one(weights, config, embeds, spans, plan, max_new_tokens, entered)
     executor = TorchExecutor(text, plan, weights, batch)
     chain = Chain(plan, executor, batch)
-    done = chain.prefill(segments(embeds, spans))
+    chosen: Sequence[Any] = entered or [None] * batch
+    places = [_places(plan, length, *own) for own in zip(spans, chosen, strict=True)]
+    whole = segments(embeds, spans, places)
+    done = chain.prefill(whole)
     tokens, logits = [], done.logits
+    following = whole[-1].order[:, -1:] + 1
     for step in range(max_new_tokens):
         tokens.append(logits.argmax(-1))
         if step + 1 < max_new_tokens:
-            at = np.full((batch, 1), length + step, np.int32)
+            at = following + step
             logits = chain.decode(AppendedRows(False, executor.embed(tokens[-1][:, None]), at, at))
     kept = [
-        _kept(done.kept[-1][sample] if done.kept else None, spans[sample])
+        _kept(done.kept[-1][sample] if done.kept else None, spans[sample], places[sample])
         for sample in range(batch)
     ]
-    chosen = torch.stack(tokens, 1) if tokens else torch.zeros((batch, 0), dtype=torch.long)
+    answers = torch.stack(tokens, 1) if tokens else torch.zeros((batch, 0), dtype=torch.long)
     trigger, exit_ = last_layers(plan, done)
-    return ChainResult(done.logits, kept, trigger, exit_, chosen)
+    return ChainResult(done.logits, kept, trigger, exit_, answers)
 
 
-def _one_by_one(weights, config, embeds, spans, plan, max_new_tokens) -> ChainResult:
+def _one_by_one(weights, config, embeds, spans, plan, max_new_tokens, entered) -> ChainResult:
     """Run prompts that may go different ways through the stages."""
-    results = [
-        run(weights, config, embeds[i : i + 1], spans[i : i + 1], plan, max_new_tokens)
-        for i in range(len(spans))
-    ]
+    results = []
+    for i in range(len(spans)):
+        one = slice(i, i + 1)
+        own = entered and entered[one]
+        results.append(run(weights, config, embeds[one], spans[one], plan, max_new_tokens, own))
     return ChainResult(
         torch.cat([result.logits for result in results]),
         [result.kept[0] for result in results],
@@ -228,12 +239,21 @@ def _one_by_one(weights, config, embeds, spans, plan, max_new_tokens) -> ChainRe
     )
 
 
-def segments(embeds: Tensor, spans: Sequence[Sequence[Span]]) -> list[AppendedRows]:
+def segments(
+    embeds: Tensor,
+    spans: Sequence[Sequence[Span]],
+    places: Sequence[np.ndarray] | None = None,
+) -> list[AppendedRows]:
     """Cut each prompt into text, image, text, ...; align the samples by left padding.
 
     Samples with fewer images get calls that are padding from end to end.
+
+    places: by sample, the position (S,) of each row, -1 where it does not enter; by default all
+        rows enter, at their own places.
     """
     batch, length, _ = embeds.shape
+    if places is None:
+        places = [np.arange(length)] * batch
     images = max((len(runs) for runs in spans), default=0)
     cuts = []
     for runs in spans:
@@ -243,25 +263,60 @@ def segments(embeds: Tensor, spans: Sequence[Sequence[Span]]) -> list[AppendedRo
         cuts.append(list(pairwise(edges)))
     out = []
     for index in range(2 * images + 1):
-        pieces = [sample[index] for sample in cuts]
-        count = max(stop - start for start, stop in pieces)
+        pieces = [
+            [at for at in range(*sample[index]) if own[at] >= 0]
+            for sample, own in zip(cuts, places, strict=True)
+        ]
+        count = max(map(len, pieces))
         if count == 0:
             continue
         order = np.full((batch, count), INVISIBLE, np.int32)
         rows = embeds.new_zeros((batch, count, embeds.shape[2]))
-        for sample, (start, stop) in enumerate(pieces):
-            if stop > start:
-                order[sample, count - (stop - start) :] = np.arange(start, stop)
-                rows[sample, count - (stop - start) :] = embeds[sample, start:stop]
+        for sample, piece in enumerate(pieces):
+            if piece:
+                order[sample, count - len(piece) :] = places[sample][piece]
+                rows[sample, count - len(piece) :] = embeds[sample, piece]
         positions = np.where(order == INVISIBLE, 0, order).astype(np.int32)
         out.append(AppendedRows(index % 2 == 1, rows, positions, order))
     return out
 
 
-def _kept(order: np.ndarray | None, spans: Sequence[Span]) -> list[int]:
+def _places(
+    plan: StagePlan, length: int, spans: Sequence[Span], entered: Sequence[Sequence[int]] | None
+) -> np.ndarray:
+    """Return the position of each of a prompt's rows, -1 where it does not enter."""
+    enters = np.ones(length, bool)
+    for (start, stop), chosen in zip(spans, entered or (), strict=False):
+        enters[start:stop] = False
+        enters[[start + at for at in chosen]] = True
+    renumbered = plan.span != plan.visual_tokens
+    places = np.cumsum(enters) - 1 if renumbered else np.arange(length)
+    return np.where(enters, places, -1)
+
+
+def _kept(order: np.ndarray | None, spans: Sequence[Span], places: np.ndarray) -> list[int]:
     if order is None:
-        return [at for start, stop in spans for at in range(start, stop)]
+        return [int(at) for start, stop in spans for at in places[start:stop] if at >= 0]
     return [int(at) for at in order if at != INVISIBLE]
+
+
+def _check_entered(plan: StagePlan, spans, entered) -> None:
+    if (plan.entry is None) != (entered is None):
+        needs = "needs" if entered is None else "takes no"
+        raise PromptError(
+            f"plan '{plan.name}' {needs} entered: the indices of the rows of each image that "
+            "enter, for each sample"
+        )
+    for sample, (own, chosen) in enumerate(zip(spans, entered or (), strict=False)):
+        fits = len(entered) == len(spans) and len(own) == len(chosen)
+        for (start, stop), index in zip(own, chosen, strict=False):
+            rising = all(a < b for a, b in pairwise([-1, *index, stop - start]))
+            fits = fits and rising and len(index) == plan.entering
+        if not fits:
+            raise PromptError(
+                f"entered[{sample}]: found {list(map(list, chosen))}, expected {plan.entering} "
+                "ascending indices within each image's span"
+            )
 
 
 def _check(plan, text, spans, batch, length) -> None:

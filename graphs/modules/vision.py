@@ -1,7 +1,8 @@
 """Pixels to visual rows: the CLIP or SigLIP encoder, the chosen hidden states, the projector.
 
 Only the layers up to the deepest chosen hidden state are built. Parameter names are the
-checkpoint's own.
+checkpoint's own. For a plan with an entry, the encoder hands out what its selector reads, and the
+projector is a graph of its own where it comes after the choice.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class EncoderAttention(nn.Module):
         self.v_proj = Linear(ops, width, width, bias=True)
         self.out_proj = Linear(ops, width, width, bias=True)
 
-    def forward(self, x: Tensor, batch: int, tokens: int) -> Tensor:
-        """Return (B*T, D) for x: (B*T, D)."""
+    def forward(self, x: Tensor, batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (B*T, D) for x: (B*T, D), and queries and keys (B, H, T, d)."""
 
         def heads(projected: Tensor) -> Tensor:
             shape = (batch, tokens, self.heads, projected.shape[-1] // self.heads)
@@ -50,7 +51,7 @@ class EncoderAttention(nn.Module):
 
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         out = self.ops.attend(q, k, v, None)
-        return self.out_proj(self.ops.reshape(out.transpose(1, 2), x.shape))
+        return self.out_proj(self.ops.reshape(out.transpose(1, 2), x.shape)), q, k
 
 
 class EncoderMLP(nn.Module):
@@ -68,24 +69,45 @@ class EncoderMLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm transformer layer of a vision encoder."""
+    """Pre-norm transformer layer of a vision encoder.
 
-    def __init__(self, vision: VisionConfig, ops: Eager):
+    ``reads``: which of ``saliency`` (B, T) and ``keys`` (B, T, d), both FP32, it returns besides.
+    """
+
+    def __init__(self, vision: VisionConfig, ops: Eager, reads: tuple[str, ...] = ()):
         super().__init__()
-        self.ops = ops
-        self.kind = (vision, ops.name)
+        self.ops, self.reads = ops, reads
+        self.has_class_token = vision.kind == "clip"
+        self.kind = (vision, ops.name, *reads)
         self.self_attn = EncoderAttention(vision, ops)
         self.layer_norm1 = nn.LayerNorm(vision.hidden, eps=vision.eps)
         self.mlp = EncoderMLP(vision, ops)
         self.layer_norm2 = nn.LayerNorm(vision.hidden, eps=vision.eps)
 
-    def forward(self, states: Tensor) -> Tensor:
-        """Return (B, T, D) for (B, T, D)."""
+    def forward(self, states: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return (B, T, D) for (B, T, D), and what is read of the attention behind it."""
         batch, tokens, width = states.shape
         x = self.ops.reshape(states, (batch * tokens, width))
-        x = x + self.self_attn(self.layer_norm1(x), batch, tokens)
+        mixed, query, key = self.self_attn(self.layer_norm1(x), batch, tokens)
+        x = x + mixed
         x = x + self.mlp(self.layer_norm2(x))
-        return self.ops.reshape(x, (batch, tokens, width))
+        out = self.ops.reshape(x, (batch, tokens, width))
+        readings = []
+        if "saliency" in self.reads:
+            readings.append(_saliency(query, key, self.has_class_token))
+        if "keys" in self.reads:
+            readings.append(key.float().mean(1))
+        return (out, *readings) if readings else out
+
+
+def _saliency(query: Tensor, key: Tensor, has_class_token: bool) -> Tensor:
+    """Return the attention (B, T) that each token receives, mean over heads, for (B, H, T, d).
+
+    From the class token; where there is none, from all tokens, as peers do for SigLIP.
+    """
+    asking = query[:, :, :1] if has_class_token else query
+    scores = asking.float() * query.shape[-1] ** -0.5 @ key.float().transpose(-1, -2)
+    return scores.softmax(-1).mean((1, 2))
 
 
 class Embeddings(nn.Module):
@@ -127,42 +149,47 @@ class Stem(nn.Module):
 
 
 class _EncoderLayers(nn.Module):
-    def __init__(self, vision: VisionConfig, ops: Eager, depth: int):
+    def __init__(self, vision: VisionConfig, ops: Eager, depth: int, reads: tuple[str, ...]):
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(vision, ops) for _ in range(depth))
+        self.layers = nn.ModuleList(
+            EncoderLayer(vision, ops, reads if layer == depth - 1 else ()) for layer in range(depth)
+        )
 
 
 class VisionEncoder(nn.Module):
-    """An encoder's pieces under the checkpoint's names; ``Vision`` runs them."""
+    """An encoder's pieces under the checkpoint's names; ``Vision`` runs them.
 
-    def __init__(self, vision: VisionConfig, ops: Eager, depth: int):
+    ``reads``: what is read of the last layer's attention (``EncoderLayer``).
+    """
+
+    def __init__(self, vision: VisionConfig, ops: Eager, depth: int, reads: tuple[str, ...] = ()):
         super().__init__()
         self.embeddings = Embeddings(vision)
         if vision.kind == "clip":
             self.pre_layrnorm = nn.LayerNorm(vision.hidden, eps=vision.eps)  # sic, in checkpoints
-        self.encoder = _EncoderLayers(vision, ops, depth)
+        self.encoder = _EncoderLayers(vision, ops, depth, reads)
 
 
 class Projector(nn.Module):
     """The chosen hidden states, side by side, through two projections to the decoder's width.
 
-    ``wide``: the decoder takes its rows in FP32 whatever the weights are.
+    ``wide``: the decoder takes its rows in FP32 whatever the weights are. ``whole``: takes states
+    with their first row, which the model may leave out.
     """
 
-    def __init__(self, config: ModelConfig, ops: Eager, wide: bool = False):
+    def __init__(self, config: ModelConfig, ops: Eager, wide: bool = False, whole: bool = True):
         super().__init__()
         self.wide, self.ops = wide, ops
-        self.kind = (config.projector_activation, config.select, wide, ops.name)
+        self.skip = _first_row(config) if whole else 0
+        self.kind = (config.projector_activation, self.skip, wide, ops.name)
         self.activation = config.projector_activation
-        self.skip = 1 if config.select == "default" else 0  # CLIP: its class token
         width = config.vision.hidden * len(config.feature_layers)
         self.linear_1 = Linear(ops, width, config.text.hidden, config.projector_bias)
         self.linear_2 = Linear(ops, config.text.hidden, config.text.hidden, config.projector_bias)
 
     def forward(self, *states: Tensor) -> Tensor:
         """Return visual rows (B, N, D') for states (B, T, D) each."""
-        chosen = [state[:, self.skip :] for state in states]
-        features = torch.cat(chosen, dim=-1) if len(chosen) > 1 else chosen[0]
+        features = _side_by_side([state[:, self.skip :] for state in states])
         batch, tokens, width = features.shape
         x = self.linear_1(self.ops.reshape(features, (batch * tokens, width)))
         x = self.linear_2(activate(self.activation, x))
@@ -170,26 +197,101 @@ class Projector(nn.Module):
         return rows.float() if self.wide else rows
 
 
-class Vision(nn.Module):
-    """The ``vision`` graph: ``contract.vision_spec``."""
+class Readings(nn.Module):
+    """What a selector reads of the encoder, in the order of ``names``."""
 
-    def __init__(self, config: ModelConfig, ops: Eager, fallback: Fp32Fallback = NO_FALLBACK):
+    def __init__(self, config: ModelConfig, names: tuple[str, ...]):
+        super().__init__()
+        self.names, self.skip = names, _first_row(config)
+        self.states = len(config.feature_layers)
+        self.kind = (names, self.skip, self.states)
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """Return the readings, for the chosen states (B, T, D) and those of the last layer."""
+        states, attention = given[: self.states], list(given[self.states :])
+        out = []
+        for name in self.names:
+            if name == "features":
+                out.append(_side_by_side([state[:, self.skip :] for state in states]))
+            elif name == "class_row":
+                out.append(_side_by_side([state[:, 0] for state in states]))
+            else:
+                out.append(attention.pop(0)[:, self.skip :])
+        return tuple(out)
+
+
+def _first_row(config: ModelConfig) -> int:
+    """Return the index of a state's first row that becomes a visual token."""
+    return 1 if config.select == "default" else 0  # CLIP: behind its class token
+
+
+def _side_by_side(features: list[Tensor]) -> Tensor:
+    return torch.cat(features, dim=-1) if len(features) > 1 else features[0]
+
+
+class Vision(nn.Module):
+    """The ``vision`` graph: ``contract.vision_spec``, for ``contract.vision_readings``."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Eager,
+        fallback: Fp32Fallback = NO_FALLBACK,
+        readings: tuple[str, ...] = ("rows",),
+    ):
         super().__init__()
         self.chosen = config.feature_states
-        self.vision_tower = VisionEncoder(config.vision, ops, config.encoder_depth)
-        self.multi_modal_projector = Projector(config, ops, fallback.rows)
+        self.projects = "rows" in readings
+        names = tuple(
+            name
+            for name in readings
+            if name != "rows" and (config.has_class_row or name != "class_row")
+        )
+        attention = tuple(name for name in ("saliency", "keys") if name in names)
+        self.vision_tower = VisionEncoder(config.vision, ops, config.encoder_depth, attention)
+        if self.projects:
+            self.multi_modal_projector = Projector(config, ops, fallback.rows)
+        self.readings = Readings(config, names) if names else None
 
-    def compose(self, call: Call, pixels: Any) -> Any:
+    def compose(self, call: Call, pixels: Any) -> tuple[Any, ...]:
         """Run the encoder as calls of its pieces, as ``decoder.DecoderStage.compose``."""
         vision_encoder = self.vision_tower
         stem = Stem(vision_encoder.embeddings, getattr(vision_encoder, "pre_layrnorm", None))
         hidden = [call(stem, pixels)]
+        attention: tuple[Any, ...] = ()
         for index, layer in enumerate(vision_encoder.encoder.layers):
-            hidden.append(call(layer, hidden[-1]))
+            state = call(layer, hidden[-1])
+            if layer.reads:
+                state, *rest = state
+                attention = tuple(rest)
+            hidden.append(state)
             if index not in self.chosen:
                 hidden[index] = None  # layer streaming holds those of many images at once
-        return call(self.multi_modal_projector, *(hidden[index] for index in self.chosen))
+        states = [hidden[index] for index in self.chosen]
+        out: tuple[Any, ...] = ()
+        if self.readings is not None:
+            out = tuple(call(self.readings, *states, *attention))
+        if self.projects:
+            out += (call(self.multi_modal_projector, *states),)
+        return out
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return visual rows (B, N, D) for pixels: (B, C, H, W) float32."""
-        return self.compose(direct, pixels)
+    def forward(self, pixels: Tensor) -> Any:
+        """Return visual rows (B, N, D) for pixels (B, C, H, W) float32, or a tuple of readings."""
+        out = self.compose(direct, pixels)
+        return out[0] if len(out) == 1 else out
+
+
+class Projection(nn.Module):
+    """The ``project`` graph: ``contract.project_spec``."""
+
+    def __init__(self, config: ModelConfig, ops: Eager, fallback: Fp32Fallback = NO_FALLBACK):
+        super().__init__()
+        self.multi_modal_projector = Projector(config, ops, fallback.rows, whole=False)
+
+    def compose(self, call: Call, features: Any) -> tuple[Any, ...]:
+        """Run the projector as a call of a piece."""
+        return (call(self.multi_modal_projector, features),)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return visual rows (B, K, D) for features (B, K, h)."""
+        return self.compose(direct, features)[0]

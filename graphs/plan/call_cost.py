@@ -19,12 +19,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..config import ModelConfig
-from ..contract import PROBE, stage_of
+from ..contract import PROBE, VISION, projects_later, stage_of
 from ..quantization import SCALE_BLOCK, parse_quant_config
 from .cost import Geometry
 from .plan import StagePlan
-
-VISION = "vision"
 
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "w8": 1.0, "w4": 0.5 + 2 / SCALE_BLOCK}
 """Bytes of one weight of a linear layer by precision, INT4's scales included."""
@@ -91,9 +89,9 @@ COUNTS = Sizes(1, 1, 1)
 
 
 def work_of(call: GraphCall, config: ModelConfig, plan: StagePlan, sizes: Sizes) -> Work:
-    """Return the work of a call, whose graph is a stage, a selection, the probe or ``vision``."""
+    """Return the work of a call, whatever its graph."""
     if call.graph == VISION:
-        return vision_work(config, sizes)
+        return vision_work(config, sizes, plan.entering if projects_later(plan) else None)
     geometry = Geometry.of(config.text)
     if call.graph == PROBE or call.graph.startswith("select"):  # one query against one layer
         query, kv = geometry.widths
@@ -139,8 +137,11 @@ def head_work(geometry: Geometry, sizes: Sizes) -> Work:
     return Work(2 * geometry.head_weights, geometry.head_weights * sizes.weight)
 
 
-def vision_work(config: ModelConfig, sizes: Sizes) -> Work:
-    """Return the work of vision encoder, as far as it is read, and projector for one image."""
+def vision_work(config: ModelConfig, sizes: Sizes, projected: int | None = None) -> Work:
+    """Return the work of vision encoder, as far as it is read, and projector for one image.
+
+    ``projected``: rows that are projected; by default all visual tokens.
+    """
     vision, tokens = config.vision, config.vision.tokens
     h, d = vision.hidden, config.text.hidden
     layer = 4 * h * h + 2 * h * vision.intermediate
@@ -148,7 +149,8 @@ def vision_work(config: ModelConfig, sizes: Sizes) -> Work:
     projector = h * len(config.feature_layers) * d + d * d
     depth = config.encoder_depth
     attention = depth * 4 * tokens * tokens * h
-    linear = vision.patches * patch + depth * tokens * layer + config.visual_tokens * projector
+    rows = config.visual_tokens if projected is None else projected
+    linear = vision.patches * patch + depth * tokens * layer + rows * projector
     weights = patch + depth * layer + projector
     return Work(2 * linear + attention, weights * sizes.encoder, attention_flops=attention)
 
@@ -163,9 +165,11 @@ def question_calls(
     """Return the calls of one question about one image, up to the first token.
 
     ``prefix`` rows are held already; ``visual`` is N; ``cached``: the image was seen before. A
-    plan that decides per prompt is taken as if nothing triggered.
+    plan that decides per prompt is taken as if nothing triggered. What a selector of the entry
+    does takes a thousandth of its encoder's work, and is left out.
     """
     calls = []
+    visual = min(visual, plan.entering)
     if visual and not cached:
         calls += [GraphCall(VISION, 0, 0), GraphCall("stage0", visual, slots(0, prefix + visual))]
     held = prefix + visual + text

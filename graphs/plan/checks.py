@@ -12,7 +12,8 @@ from typing import Any
 
 from ..errors import PlanError
 from ..fields import Words, check_word, is_int, is_number, reject
-from .stages import MAX_KEEP, MODES, NORMS, OPS, SCORES, Edge, Probe, Stage
+from ..selectors.registry import ENTRY_SELECTORS
+from .stages import MAX_KEEP, MODES, NORMS, OPS, POSITIONS, SCORES, Edge, Entry, Probe, Stage
 
 MAX_NAME = 100
 """Longest name of a plan: it becomes part of a directory's."""
@@ -56,6 +57,23 @@ def check_labels(name: Any, note: Any) -> None:
     require(fits, "name", name, wanted, "Rename the plan.")
     fits = isinstance(note, str) and note.isprintable() and len(note) <= 500
     require(fits, "note", note, "one printable line of up to 500 characters", "Shorten it.")
+
+
+def check_entry(entry: Entry, visual_tokens: int) -> None:
+    """Refuse an entry that no selector of this version can make of N ``visual_tokens``."""
+    fix = "Write selector and keep."
+    require(isinstance(entry, Entry), "entry", entry, "a selector and what it keeps", fix)
+    names = tuple(ENTRY_SELECTORS)
+    check_word("entry.selector", entry.selector, names, PlanError, "Write one of them.")
+    fits = is_count(entry.keep) and entry.keep <= visual_tokens
+    require(fits, "entry.keep", entry.keep, f"1 to {visual_tokens}", "Keep fewer of an image.")
+    check_word("entry.positions", entry.positions, POSITIONS, PlanError, "Write one of them.")
+    if ENTRY_SELECTORS[entry.selector].needs_renumbering:
+        wanted = f"renumbered, as not every row of {entry.selector} has a place of its own"
+        fits = entry.positions == "renumbered"
+        require(fits, "entry.positions", entry.positions, wanted, "Write renumbered.")
+    fix = "Late injection is not supported yet."
+    require(is_int(entry.layer) and entry.layer == 0, "entry.layer", entry.layer, "0", fix)
 
 
 def check_stage(at: str, stage: Stage, start: int, first: bool) -> None:
@@ -130,7 +148,7 @@ def check_edge(index: int, edge: Edge, before: Stage, after: Stage, probing: boo
     require((edge.op == "probe") == probing, f"{at}.op", edge.op, wanted, fix)
 
 
-def check_probe(probe: Probe, first: Stage, visual_tokens: int) -> None:
+def check_probe(probe: Probe, first: Stage) -> None:
     """Refuse numbers of a probe that make no sense; ``first`` is the plan's first stage."""
     fix = "Write first, cosine and contribution."
     require(isinstance(probe, Probe), "probe", probe, "the numbers of a probe", fix)
@@ -153,7 +171,7 @@ def check_probe(probe: Probe, first: Stage, visual_tokens: int) -> None:
     ascending = ascending and list(sizes) == sorted(set(sizes))
     wanted = "positive integers, ascending"
     require(ascending, "probe.buckets", sizes, wanted, "Sort them, each once.")
-    wanted = f"at most {visual_tokens}, all that an image has"
+    entering = first.visual_tokens
+    wanted = f"at most {entering}, all that an image has"
     largest = max(sizes, default=0)
-    fits = largest <= visual_tokens
-    require(fits, "probe.buckets", largest, wanted, f"End with {visual_tokens}.")
+    require(largest <= entering, "probe.buckets", largest, wanted, f"End with {entering}.")

@@ -2,6 +2,8 @@
 
     layers [0, 19): 576 visual tokens -- select 64 --> [19, 28): 64 -- drop --> [28, 32): 0
 
+An entry lets fewer than all visual tokens of an image into the first stage.
+
 It knows nothing about weights, files or devices; ``compile/planfile.py`` reads and writes YAML,
 ``checks.py`` says what is wrong with its parts.
 
@@ -21,6 +23,7 @@ from ..fields import Words, from_json, is_int, to_json
 from .checks import (
     LATER,
     check_edge,
+    check_entry,
     check_flags,
     check_labels,
     check_probe,
@@ -28,7 +31,7 @@ from .checks import (
     is_count,
     require,
 )
-from .stages import Edge, Probe, Stage
+from .stages import Edge, Entry, Probe, Stage
 
 PLAN_VERSION = 1
 """Version of the dict form. Readers refuse others."""
@@ -41,8 +44,8 @@ class StagePlan:
     """The ordered stages of a decoder and the edges between them.
 
     A plan with a ``probe`` decides per prompt: every edge is a ``probe``, and every stage has room
-    for all N visual tokens. It is *exact* where an edge follows each probed layer and nothing is
-    padded, *adaptive* otherwise. All other plans are *static*.
+    for all visual tokens that enter. It is *exact* where an edge follows each probed layer and
+    nothing is padded, *adaptive* otherwise. All other plans are *static*.
 
     Raises:
         PlanError: on construction, when a field contradicts another or asks for something that
@@ -58,6 +61,7 @@ class StagePlan:
     calibrated: bool = False
     note: str = ""
     probe: Probe | None = field(default=None, metadata={"omit": True})
+    entry: Entry | None = field(default=None, metadata={"omit": True})  # None: all N enter
 
     def __post_init__(self) -> None:
         check_labels(self.name, self.note)
@@ -65,6 +69,8 @@ class StagePlan:
         for name in ("layers", "visual_tokens"):
             value = getattr(self, name)
             require(is_count(value), name, value, "a positive integer", "Take it from the model.")
+        if self.entry is not None:
+            check_entry(self.entry, self.visual_tokens)
         self._check_stages()
         self._check_edges()
 
@@ -81,8 +87,10 @@ class StagePlan:
         require(start == self.layers, field, last, wanted, f"Write [{last[0]}, {self.layers}].")
         found = self.stages[0].visual_tokens
         wanted = f"all visual_tokens={self.visual_tokens} of an image"
-        fix = "Pruning before the decoder and late injection are not supported yet."
-        fits = found == self.visual_tokens
+        fix = "Write that number, or an entry: {selector: scope, keep: K} with fewer."
+        if self.entry is not None:
+            wanted, fix = f"entry.keep={self.entry.keep}", "Write the same number twice."
+        fits = found == self.entering
         require(fits, "stages[0].visual_tokens", found, wanted, fix)
 
     def _check_edges(self) -> None:
@@ -98,7 +106,7 @@ class StagePlan:
         if self.probe is not None:
             wanted, fix = "none in a plan without edges", "Add an edge, or remove it."
             require(len(self.edges) > 0, "probe", Words("one"), wanted, fix)
-            check_probe(self.probe, self.stages[0], self.visual_tokens)
+            check_probe(self.probe, self.stages[0])
 
     @property
     def kind(self) -> Literal["static", "exact", "adaptive"]:
@@ -110,8 +118,20 @@ class StagePlan:
         return "exact" if single and reaches_the_end and not self.probe.buckets else "adaptive"
 
     @property
+    def entering(self) -> int:
+        """Visual tokens of one image that enter stage 0: all N, or what the entry keeps."""
+        return self.visual_tokens if self.entry is None else self.entry.keep
+
+    @property
+    def span(self) -> int:
+        """Positions that one image takes, those of rows that do not enter included."""
+        renumbered = self.entry is not None and self.entry.positions == "renumbered"
+        return self.entering if renumbered else self.visual_tokens
+
+    @property
     def trigger(self) -> int | None:
-        """t: the last layer with all N visual tokens (a selection that keeps all N ends it too).
+        """t: the last layer with all visual tokens that entered (a selection that keeps all ends it
+        too).
 
         None where every prompt has its own.
         """
@@ -156,7 +176,7 @@ class StagePlan:
     @property
     def is_dense(self) -> bool:
         """True for the unpruned model."""
-        return not self.edges and not self.stages[0].gated_layers
+        return not self.edges and not self.stages[0].gated_layers and self.entry is None
 
     @property
     def hash(self) -> str:

@@ -1,4 +1,4 @@
-"""The parts of a plan: stages, the edges between them, and a probe. Frozen data.
+"""The parts of a plan: an entry, stages, the edges between them, and a probe. Frozen data.
 
 Layers are absolute, counted from 0, ranges half-open. The plan that holds the parts checks them.
 
@@ -40,10 +40,15 @@ Score = Literal["value_norm", "attention"]
 BLIND_SCORES: frozenset[str] = frozenset()
 """Scores of visual rows alone, which are the same whatever is asked."""
 
+Positions = Literal["original", "renumbered"]
+"""Positions of rows that enter: those of the patches they stand for, as if the others were still
+between them, or one after another."""
+
 MODES: tuple[str, ...] = get_args(Mode)
 NORMS: tuple[str, ...] = get_args(Norm)
 OPS: tuple[str, ...] = get_args(Op)
 SCORES: tuple[str, ...] = get_args(Score)
+POSITIONS: tuple[str, ...] = get_args(Positions)
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,19 @@ class Stage:
         if not self.gated_layers:
             del data["norm"]
         return data
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The visual rows of an image that enter the decoder: ``keep`` of N, chosen once per image.
+
+    The choice is made at the vision encoder's output, before any question is known.
+    """
+
+    selector: str  # a name of ``selectors.registry.ENTRY_SELECTORS``
+    keep: int  # K0, visual tokens of stage 0
+    positions: Positions = "original"
+    layer: int = 0  # late injection is not supported yet
 
 
 @dataclass(frozen=True)

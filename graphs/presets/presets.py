@@ -15,23 +15,24 @@ from ..errors import PlanError, nearest
 from ..fields import from_json, split_options
 from ..plan.checks import is_count
 from ..plan.plan import StagePlan
+from .entering import entering_presets
 from .per_prompt import VisiPrunerAdaptive, VisiPrunerCode, VisiPrunerPaper
 from .request import Layer, Preset, Request
 from .static import Dense, ExitOnly, FastV, PyramidDrop, VisiPruner
 
-PRESETS: dict[str, type[Preset]] = {
-    preset.name: preset
-    for preset in (
-        Dense,
-        VisiPruner,
-        VisiPrunerCode,
-        VisiPrunerPaper,
-        VisiPrunerAdaptive,
-        FastV,
-        PyramidDrop,
-        ExitOnly,
-    )
-}
+_ALL: tuple[type[Preset], ...] = (
+    Dense,
+    VisiPruner,
+    VisiPrunerCode,
+    VisiPrunerPaper,
+    VisiPrunerAdaptive,
+    FastV,
+    PyramidDrop,
+    ExitOnly,
+    *entering_presets(),
+)
+
+PRESETS = {preset.name: preset for preset in _ALL}
 
 LATER = ("hidrop", "vica", "embedlens")
 _REMEDY = "Write options such as t=14, cosine=0.99, deep=false or boundaries=8-16-32."

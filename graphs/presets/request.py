@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -14,7 +15,8 @@ from ..errors import PlanError
 from ..fields import reject
 from ..plan.checks import MAX_NAME
 from ..plan.plan import StagePlan
-from ..plan.stages import Edge, Mode, Norm, Probe, Score, Stage
+from ..plan.stages import POSITIONS, Edge, Entry, Mode, Norm, Probe, Score, Stage
+from ..selectors.registry import ENTRY_SELECTORS
 
 UNCALIBRATED = "uncalibrated defaults"
 """First words of the note of a plan whose numbers were not measured on this model."""
@@ -40,6 +42,14 @@ class Preset:
     measurable: ClassVar[tuple[str, ...]] = ()
     """Options that hold published thresholds, which a calibration may replace."""
 
+    entry: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata={
+            "text": "selector and count of what enters of an image, such as scope-64 (all of it)"
+        },
+    )
+
     def build(self, ask: Request) -> StagePlan:
         """Return the plan for the decoder that ``ask`` names."""
         raise NotImplementedError
@@ -58,11 +68,39 @@ class Preset:
 
 @dataclass(frozen=True)
 class Request:
-    """A preset with its options, the sizes of a decoder, and the plan that comes of them."""
+    """A preset with its options, the sizes of a decoder, and the plan that comes of them.
+
+    offered: N, visual tokens of an image.
+    """
 
     preset: Preset
     layers: int
-    visual_tokens: int
+    offered: int
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens that enter stage 0: all that a preset's edges have to do with."""
+        return self.offered if self.entry is None else self.entry.keep
+
+    @cached_property
+    def entry(self) -> Entry | None:
+        """The entry that was asked for by ``scope-64`` or ``scope-64-renumbered``."""
+        text = self.preset.entry
+        if text is None:
+            return None
+        selector, _, rest = text.partition("-")
+        keep, _, positions = rest.partition("-")
+        fits = selector in ENTRY_SELECTORS and positions in ("", *POSITIONS)
+        count = int(keep) if keep.isdecimal() and len(keep) < 10 else 0
+        if not fits or not 1 <= count <= self.offered:
+            names = ", ".join(ENTRY_SELECTORS)
+            self.reject(
+                "entry",
+                text,
+                f"a selector ({names}) and 1 to {self.offered} tokens, such as scope-64 or "
+                "scope-64-renumbered",
+            )
+        return Entry(selector, count, positions or "original")  # type: ignore[arg-type]
 
     def option(self, name: str, default: Any) -> Any:
         """Return the value of an option, or its default here."""
@@ -113,10 +151,12 @@ class Request:
         score: Score = "value_norm",
         shallow: tuple[Mode, ...] = (),
         norm: Norm = "gated",
+        **more: Any,
     ) -> StagePlan:
         """Return a plan from (stop layer, visual tokens) of each stage.
 
-        ``shallow`` are the modes of its first layers; the others are dense.
+        ``shallow`` are the modes of its first layers; the others are dense. ``more``: other fields
+        of the plan.
         """
         stages: list[Stage] = []
         edges: list[Edge] = []
@@ -128,7 +168,7 @@ class Request:
                 edges.append(Edge("select", score, count) if count else Edge("drop"))
             stages.append(Stage((start, stop), count, head + dense, norm if head else "gated"))
             start = stop
-        return self._named(stages, edges)
+        return self._named(stages, edges, **more)
 
     def probing(
         self,
@@ -154,10 +194,11 @@ class Request:
         """Return the plan, called after what was asked for."""
         given = self.preset.given().items()
         words = [self.preset.name, *(f"{name}{_as_word(value)}" for name, value in given)]
+        more.setdefault("entry", self.entry)
         return StagePlan(
             name=_short("-".join(words)),
             layers=self.layers,
-            visual_tokens=self.visual_tokens,
+            visual_tokens=self.offered,
             stages=tuple(stages),
             edges=tuple(edges),
             note=self._note(),
@@ -170,8 +211,9 @@ class Request:
             if any(name in given for name in self.preset.measurable):
                 return "thresholds chosen by hand"
             return f"{UNCALIBRATED}: as published for 7B"
-        left = [name for name in known if name not in {*given, "norm", "template"}]
-        if not known:
+        settled = {*given, "norm", "template", "entry", "positions"}
+        left = [name for name in known if name not in settled]
+        if not left and not given:
             return ""
         return f"{UNCALIBRATED}: {', '.join(left)}" if left else "chosen by hand, not calibrated"
 

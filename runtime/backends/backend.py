@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...graphs.chain.executor import Executor, Rows
+from ...graphs.chain.executor import ANY_IMAGE, Encoded, Executor
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,11 @@ class Backend(Executor, Protocol):
     def padding(self, stage: int, count: int) -> int:
         """Return how many padding rows it wants before ``count`` rows of a question."""
 
-    def encode(self, pixels: np.ndarray) -> Rows:
-        """Return the visual rows (1, N, D) of pixels (1, C, H, W) float32."""
+    def encode(self, pixels: np.ndarray, images: Sequence[str] = (ANY_IMAGE,)) -> Encoded:
+        """Return the visual rows that enter stage 0, of pixels (1, C, H, W) float32.
+
+        ``images``: the digest of what they show, by which a random choice is made.
+        """
 
     def snapshot(self, stage: int, start: int, stop: int) -> dict[str, Any]:
         """Copy a stage's cache slots [start, stop)."""

@@ -5,14 +5,24 @@ They are the same for every executor; one on a device turns them into buffers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
 from ...graphs.bundle import Bundle, TensorRef
-from ...graphs.chain.executor import Kept, Rows
-from ...graphs.contract import PROBE, GraphSpec, TensorSpec
+from ...graphs.chain.enter import choose_rows
+from ...graphs.chain.executor import ANY_IMAGE, Encoded, Kept
+from ...graphs.contract import (
+    ENTRY,
+    PROBE,
+    PROJECT,
+    VISION,
+    GraphSpec,
+    TensorSpec,
+    projects_later,
+)
 from ...graphs.errors import BundleError
 
 
@@ -108,9 +118,38 @@ class PromptCalls:
         """
         raise NotImplementedError
 
-    def encode(self, pixels: np.ndarray) -> Rows:
-        """Return the visual rows (B, N, D) of pixels (B, C, H, W) float32."""
-        return self.call_graph("vision", 0, {"pixels": pixels})["visual_rows"]
+    def timed(self, name: str) -> AbstractContextManager[None]:
+        """Count the time of a block as that of ``name``."""
+        raise NotImplementedError
+
+    def take(self, rows: Any, index: np.ndarray) -> Any:
+        """Take rows ``index`` (K,) of (B, Q, D) -> (B, K, D)."""
+        raise NotImplementedError
+
+    def encode(self, pixels: np.ndarray, images: Sequence[str] = (ANY_IMAGE,)) -> Encoded:
+        """Return the visual rows that enter stage 0, of pixels (B, C, H, W) float32.
+
+        ``images``: digests of what they show.
+        """
+        out = self.call_graph(VISION, 0, {"pixels": pixels})
+        if self.plan.entry is None:
+            rows = out["visual_rows"]
+            return Encoded(rows, np.tile(np.arange(rows.shape[1]), (len(pixels), 1)))
+        with self.timed(ENTRY):
+            chosen = [choose_rows(self.plan, out, image, at) for at, image in enumerate(images)]
+        source = "features" if projects_later(self.plan) else "visual_rows"
+        if len(chosen) == 1 and chosen[0].features is None:
+            rows = self.take(out[source], chosen[0].index)
+        else:
+            whole = np.asarray(out[source])
+            merged = [
+                whole[at, rows.index] if rows.features is None else rows.features
+                for at, rows in enumerate(chosen)
+            ]
+            rows = np.stack(merged).astype(whole.dtype)
+        if projects_later(self.plan):
+            rows = self.call_graph(PROJECT, 0, {"features": rows})["visual_rows"]
+        return Encoded(rows, np.stack([entered.index for entered in chosen]))
 
     def select(
         self, edge, probe_query, slot_order, query_order, visual_slots, rows, positions, order

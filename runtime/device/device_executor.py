@@ -19,7 +19,7 @@ from ...graphs.bundle import Bundle
 from ...graphs.chain.executor import StageResult
 from ..backends.feeds import PromptCalls, stored_cache_scales
 from .calls import BATCH
-from .engine_sets import VISION, EngineSet, EngineSets
+from .engine_sets import EngineSet, EngineSets
 from .memory import DeviceArray, Memory, nbytes_of
 from .protocol import Compiled, Device, EngineApi, Event
 
@@ -84,7 +84,7 @@ class DeviceExecutor(PromptCalls):
         return self.engine_set.stages[stage].slots  # engines are compiled for so many
 
     def append(self, stage, rows, positions, order, slot_order, write_index, gates) -> StageResult:
-        with self._timed(f"stage{stage}"):
+        with self.timed(f"stage{stage}"):
             return self.engine_set.stages[stage].append(
                 rows, positions, order, slot_order, write_index, gates
             )
@@ -97,13 +97,13 @@ class DeviceExecutor(PromptCalls):
         self, graph: str, stage: int, feeds: Mapping[str, np.ndarray | DeviceArray]
     ) -> dict[str, DeviceArray]:
         sizes = {"B": BATCH}
-        if graph == VISION:
-            call = self.engine_sets.vision
+        if graph in self.engine_sets.encoding:
+            call = self.engine_sets.encoding[graph]
         else:
             call = self.engine_set.calls[graph]
             slots, visual = self.engine_set.stages[stage].slots, feeds["visual_slots"].shape[1]
             sizes |= {"S": slots, "N": visual}
-        with self._timed(graph):
+        with self.timed(graph):
             return call(feeds, sizes)
 
     def take(self, rows: np.ndarray | DeviceArray, index: np.ndarray):
@@ -158,7 +158,8 @@ class DeviceExecutor(PromptCalls):
         self.device.close()
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def timed(self, name: str) -> Iterator[None]:
+        """Count the device's time from the block's start to its end as that of ``name``."""
         start = self.device.record()
         yield
         self._events.append((name, start, self.device.record()))

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...graphs.bundle import Manifest
-from ...graphs.contract import SLOT_STEP
+from ...graphs.contract import PROJECT, SLOT_STEP, VISION
 from ...graphs.errors import CapacityError
 from .calls import Loaded, LooseCall, share_scratch
 from .memory import Memory
 from .protocol import Compiled, EngineApi
 from .stage import DeviceStage, Workspace
 
-VISION = "vision"
+ENCODING = (VISION, PROJECT)
+"""Graphs that are the same for every context length: they see an image, and no cache."""
+
 LOAD_MARGIN = 1.2
 """A set is expected to take this much of its files' bytes, caches and scratch included."""
 
@@ -46,14 +48,13 @@ class EngineSets:
         self, manifest: Manifest, memory: Memory, api: EngineApi, compiled: Sequence[Compiled]
     ):
         self.manifest, self.memory, self.api = manifest, memory, api
-        (vision_encoder,) = [engine for engine in compiled if engine.graph == VISION]
-        rest = [engine for engine in compiled if engine is not vision_encoder]
+        rest = [engine for engine in compiled if engine.graph not in ENCODING]
         self.sets: dict[int | None, list[Compiled]] = {}
         for context in sorted({engine.context for engine in rest}, key=lambda c: c or 0):
             self.sets[context] = [engine for engine in rest if engine.context == context]
-        loaded = Loaded(vision_encoder, api.load(vision_encoder))
-        share_scratch(memory.device, [loaded])
-        self.vision = LooseCall(memory, loaded)
+        loaded = [Loaded(engine, api.load(engine)) for engine in compiled if engine not in rest]
+        share_scratch(memory.device, loaded)
+        self.encoding = {engine.compiled.graph: LooseCall(memory, engine) for engine in loaded}
         self.loaded: dict[int | None, EngineSet] = {}
         self._current: EngineSet | None = None
 
@@ -86,7 +87,7 @@ class EngineSets:
         """Free every engine."""
         self._current = None
         self.loaded.clear()
-        del self.vision
+        self.encoding.clear()
 
     def _load(self, context: int | None) -> EngineSet:
         if context not in self.loaded:

@@ -79,9 +79,9 @@ def test_plans_differ(checkpoint):
                 assert most > 0.01, (name, other)
 
 
-def moved(visual, rows, at):
+def moved(rows, at):
     order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
-    return AppendedRows(visual, rows, order + visual, order)
+    return AppendedRows(False, rows, order + 1, order)
 
 
 BUGS = {

@@ -475,7 +475,7 @@ def test_a_prompt_without_a_picture_needs_its_room_in_every_stage(machine, bundl
     bundle = bundles("pruned")
     plan, visual = bundle.manifest.plan, bundle.manifest.config.visual_tokens
     assert visual_rows(plan, 0) == [0, 0, 0]
-    assert visual_rows(plan, 2 * visual) == [2 * visual, 4, 0]
+    assert visual_rows(plan, 2) == [2 * visual, 4, 0]
     with load(bundle.path) as session:
         session.eos = frozenset()
         assert len(ask(session, None, "word " * 20, 110)) == 110
@@ -492,7 +492,7 @@ def test_caches_grow_in_the_middle_of_an_answer(machine, bundles):
         stage = session.executor.engine_set.stages[0]
         opened = session.decode_image(picture(1))
         long = "a word "
-        while session.context.rows_of(session.prompt_parts(long + "a word ", [opened])) <= 480:
+        while session.context.positions_of(session.prompt_parts(long + "a word ", [opened])) <= 480:
             long += "a word "
         sizes = []
         session.eos = frozenset()

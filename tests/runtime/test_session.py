@@ -374,7 +374,7 @@ def test_an_answer_shows_itself(session):
     masks = [place.kept(answer.plan.kept) for place in answer.shown]
     assert sum(int(mask.sum()) for mask in masks) == 4
     places = [i for mask in masks for i in np.flatnonzero(mask)]
-    starts = [place.start for place in answer.shown]
+    starts = [int(place.positions[0]) for place in answer.shown]
     assert [n - starts[n >= starts[1]] for n in answer.plan.kept] == places
     assert Tags(answer._repr_html_()).names == ["img", "img", "div", "small"]
     whole = session.infer(picture(1), "Why?", max_tokens=1)

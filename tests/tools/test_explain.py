@@ -194,7 +194,8 @@ def test_a_pruned_run_reads_what_the_stages_computed(folder, bundles, monkeypatc
         image = session.decode_image(folder / "1.png")
         parts = session.prompt_parts(QUESTION, [image])
         rows = [
-            part.rows() if hasattr(part, "rows") else session.context.embed(part) for part in parts
+            part.encoded().rows if hasattr(part, "encoded") else session.context.embed(part)
+            for part in parts
         ]
         got = trace(session, [image], QUESTION, 3)
     embeds = torch.from_numpy(np.concatenate(rows, 1))

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...graphs.contract import stage_slots
+from ...graphs.contract import VISION, stage_slots
 from ...graphs.errors import CapacityError, TargetError
 from ...graphs.plan.call_cost import (
-    VISION,
     GraphCall,
     Sizes,
     Slots,

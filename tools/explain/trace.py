@@ -90,12 +90,13 @@ def trace(session: Session, images: Sequence[Any], question: str, max_tokens: in
 
     with observed(session.executor, note):
         first = session.infer(images, question, max_tokens=1, sampling=sampling)
-    last = first.plan.prompt_rows - 1
+    last = session.context.length - 1  # position of the prompt's last row
     prefill = {stage: call for stage, call in calls if call.last == last}
-    layers, positions = _read(session, prefill, last)
+    numbers = _token_numbers(first)
+    layers = _read(session, prefill, last, numbers, first.plan.visual_tokens)
     kept = first.plan.kept
     if kept is not None:
-        kept = tuple(int(at) for at in np.searchsorted(positions, kept))
+        kept = tuple(numbers[at] for at in kept if at in numbers)
     answers = repeated(  # for the clock; the observed run was the warm-up
         lambda: session.infer(images, question, max_tokens=max_tokens, sampling=sampling),
         TIMED_RUNS,
@@ -104,23 +105,39 @@ def trace(session: Session, images: Sequence[Any], question: str, max_tokens: in
     return Trace(answers[0], layers, kept, _timing([answer.timings for answer in answers]))
 
 
-def _read(
-    session: Session, prefill: Mapping[int, TracedCall], last: int
-) -> tuple[tuple[LayerTrace, ...], np.ndarray]:
-    """Read every layer of a prefill that ends with the row ``last``.
+def _token_numbers(answer: Answer) -> dict[int, int]:
+    """Return the number of the visual token at each position, over all images.
 
-    Returns the layers, and positions (N,) of the visual tokens.
+    A class row that entered is no token of the image, and is left out.
+    """
+    numbers = {}
+    for image, shown in enumerate(answer.shown):
+        for position, patch in zip(shown.positions, shown.patches, strict=True):
+            if patch >= 0:
+                numbers[int(position)] = image * shown.count + int(patch)
+    return numbers
+
+
+def _read(
+    session: Session,
+    prefill: Mapping[int, TracedCall],
+    last: int,
+    numbers: Mapping[int, int],
+    count: int,
+) -> tuple[LayerTrace, ...]:
+    """Read every layer of a prefill that ends with the row at position ``last``.
+
+    ``numbers``: of ``count`` visual tokens by their position.
     """
     chain = session.context.chain
-    first = prefill[0].slot_order
-    positions = np.sort(first[chain.slots[0].visual[0, : len(first)] & (first <= last)])
     layers, scales = [], stored_cache_scales(session.bundle)
     for index, stage in enumerate(chain.plan.stages):
         call = prefill[index]
         slots = len(call.slot_order)
         visible = call.slot_order <= last
-        visual = np.flatnonzero(chain.slots[index].visual[0, :slots] & visible)
-        tokens = np.searchsorted(positions, call.slot_order[visual])
+        known = np.isin(call.slot_order, list(numbers))
+        visual = np.flatnonzero(chain.slots[index].visual[0, :slots] & visible & known)
+        tokens = np.array([numbers[int(at)] for at in call.slot_order[visual]], np.int64)
         caches = session.executor.snapshot(index, 0, slots)
         for layer, query in zip(range(*stage.layers), call.queries, strict=True):
             gates = None
@@ -130,8 +147,8 @@ def _read(
                 gates = Gates(pair[0], pair[1], stage.norm == "renorm")
             keys, values = _floats(caches, layer, scales[layer])
             reading = read_row(query, keys, values, visible, visual, gates)
-            layers.append(_by_token(reading, tokens, len(positions)))
-    return tuple(layers), positions
+            layers.append(_by_token(reading, tokens, count))
+    return tuple(layers)
 
 
 def _floats(

@@ -25,7 +25,7 @@ import numpy as np
 
 from ...graphs.bundle import Bundle, Manifest
 from ...graphs.commands import install
-from ...graphs.contract import GraphSpec, stage_of
+from ...graphs.contract import PROJECT, VISION, GraphSpec, stage_of
 from ...graphs.engine_index import ENGINES_FOLDER, Engines
 from ...graphs.engine_spec import Shape, engine_specs_of
 from ...graphs.plan.call_cost import GraphCall
@@ -133,8 +133,10 @@ def graph_runs(manifest: Manifest, calls: Iterable[GraphCall]) -> list[Polygraph
     runs = []
     for call in dict.fromkeys(calls):
         for name, fact in manifest.graphs.items():
-            if name.split(".")[0] != call.graph:
-                continue  # a stage in parts has several graphs
+            # A stage in parts has several graphs, and so has an image that is projected later.
+            whole = VISION if name == PROJECT else name.split(".")[0]
+            if whole != call.graph:
+                continue
             visual = manifest.config.visual_tokens
             if name.startswith("select"):
                 visual = manifest.plan.stages[stage_of(name)].visual_tokens

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ...graphs.bundle import Bundle
+from ...graphs.contract import ENTRY, PROJECT, VISION
 from .peak_memory import Footprint
 from .power import Meter
 from .roofline import Peaks, parts_of, works_of
@@ -129,7 +130,7 @@ def speed_up(plan: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
     if plan["roofline"] and against["roofline"]:  # not between precisions
 
         def decoder(run: dict[str, Any], field: str) -> float:
-            return sum(p[field] for p in run["roofline"]["prefill"] if p["graph"] != "vision")
+            return sum(p[field] for p in run["roofline"]["prefill"] if p["graph"] != VISION)
 
         measured = decoder(against, "measured_ms") / decoder(plan, "measured_ms")
         promised = decoder(against, "floor_ms") / decoder(plan, "floor_ms")
@@ -164,7 +165,9 @@ def above_roofline(runs: dict[str, Any]) -> list[str]:
 
 ROW_LABELS = {
     "preprocess": "decode and preprocess",
-    "vision": "vision encoder and projector",
+    VISION: "vision encoder and projector",
+    ENTRY: "selection at the entry",
+    PROJECT: "projector of what enters",
     "host": "between the graphs",
     FIRST_TOKEN: "first token",
     "per_token": "each later token",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...graphs.contract import PROJECT, VISION
 from ...pages.chart import Axis, Chart, of_decades
 from ...pages.page import render_page
 from .machine import machine_line
@@ -182,8 +183,10 @@ def _from_zero(most: float, title: str) -> Axis:
 
 def _kind(graph: str) -> str:
     """Return the colour of a block: by what it is, stages by their number."""
-    if graph in ("preprocess", "vision"):
+    if graph in ("preprocess", VISION):
         return graph
+    if graph == PROJECT:
+        return VISION
     if graph.startswith("stage"):
         return f"stage{min(int(graph[5:]), 3)}"
     return "select"

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...graphs.chain.executor import Encoded
+from ...graphs.contract import VISION
 from ...graphs.plan.call_cost import GraphCall
 from ...graphs.plan.plan import StagePlan
 from ...runtime.reuse import PromptImage, PromptPart
@@ -73,11 +75,11 @@ def sweep(
 
 
 def _visual_rows(session: Session) -> Any:
-    """Return the visual rows (1, N, D) of an image of noise."""
-    spec = session.bundle.manifest.graphs["vision"].spec.inputs[0]
+    """Return the visual rows (1, K0, D) that enter of an image of noise."""
+    spec = session.bundle.manifest.graphs[VISION].spec.inputs[0]
     shape = [1 if isinstance(d, str) else d for d in spec.shape]
     noise = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    return session.executor.encode(noise)
+    return session.executor.encode(noise).rows
 
 
 def _prompt(session: Session, rows: Any, count: int, key: str) -> list[PromptPart]:
@@ -85,8 +87,9 @@ def _prompt(session: Session, rows: Any, count: int, key: str) -> list[PromptPar
     whole = rows.shape[1]
     sizes = [whole] * (count // whole) or [count]
 
-    def cut(size: int) -> Any:
-        return rows if size == whole else session.executor.take(rows, np.arange(size))
+    def cut(size: int) -> Encoded:
+        index = np.arange(size)
+        return Encoded(rows if size == whole else session.executor.take(rows, index), index[None])
 
     encoded = session.encoder.encode(QUESTION, images=len(sizes))
     images = iter(

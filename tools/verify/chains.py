@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,16 +17,16 @@ from ...compile.checkpoint.checkpoint import Checkpoint
 from ...compile.checkpoint.names import EMBEDDING
 from ...graphs.bundle import Bundle, Manifest
 from ...graphs.chain.chain import AppendedRows, Chain
+from ...graphs.chain.enter import places_of
 from ...graphs.chain.executor import Kept
-from ...graphs.chain.torch_reference import TorchExecutor, load_weights
+from ...graphs.chain.torch_encoder import TorchEncoder
+from ...graphs.chain.torch_reference import TorchExecutor
 from ...graphs.contract import INVISIBLE
 from ...graphs.errors import DataError, ImageError, PromptError
 from ...graphs.linears import linear_groups
-from ...graphs.modules.ops import Eager
 from ...graphs.modules.quantized import INPUT_SCALE, WEIGHT
-from ...graphs.modules.vision import Vision
 from ...graphs.plan.plan import StagePlan
-from ...graphs.plan.stages import Probe
+from ...graphs.plan.stages import Entry, Probe
 from ...graphs.precision import NO_FALLBACK
 from .stored_graph import all_weights, quantise_module, stored_tensor
 from .token_choices import ProbeReading, Selection, SelectionMargins, forced_readings
@@ -39,11 +39,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreparedPrompt:
-    """A sample as both sides take it: its image, and ids with None for the image."""
+    """A sample as both sides take it: its image, and ids with None for the image.
+
+    entry, patches: the plan's, and what the runtime let in of the image. A greedy choice hangs on
+    every digit, so all chains make the runtime's.
+    """
 
     sample: Sample
     opened: Opened
     parts: tuple[tuple[int, ...] | None, ...]
+    entry: Entry | None
+    patches: np.ndarray
 
 
 def prepare_prompts(session: Session, samples: Sequence[Sample]) -> list[PreparedPrompt]:
@@ -52,7 +58,7 @@ def prepare_prompts(session: Session, samples: Sequence[Sample]) -> list[Prepare
     Raises:
         DataError: naming the first sample that cannot be asked.
     """
-    prompts = []
+    prompts, entry = [], session.bundle.manifest.plan.entry
     for sample in samples:
         try:
             opened = session.open(sample.image)
@@ -60,7 +66,8 @@ def prepare_prompts(session: Session, samples: Sequence[Sample]) -> list[Prepare
         except (ImageError, PromptError) as error:
             raise DataError(f"{sample.name}: {error}") from None
         parts = tuple(None if part.is_image else part.ids for part in encoded)
-        prompts.append(PreparedPrompt(sample, opened, parts))
+        patches = session.encode_image(opened).patches[0]
+        prompts.append(PreparedPrompt(sample, opened, parts, entry, patches))
     return prompts
 
 
@@ -136,6 +143,7 @@ class TorchChain:
         self.prefix = prefix
         self.config, self.plan = manifest.config, manifest.plan
         self.weights = weights
+        self._encoders: dict[Entry | None, TorchEncoder] = {}
         self.fallback = manifest.fallback if half else NO_FALLBACK
         self.prepare: Callable[[nn.Module], None] = lambda module: None
         if quantised:
@@ -223,8 +231,7 @@ class TorchChain:
         executor = SteeredExecutor(torch_executor, plan.probe, selection)
         chain = Chain(plan, executor, 1)
         start = self._restore_prefix(chain, torch_executor, prompt)
-        segments = self._embed(prompt, torch_executor, start)
-        count = start + sum(segment.count for segment in segments)
+        segments, count = self._embed(prompt, plan, torch_executor, start)
         done = chain.prefill(segments)
         logits = [done.logits[0]]
         for step in range(steps - 1):
@@ -233,6 +240,9 @@ class TorchChain:
             row = torch_executor.embed(torch.tensor([[token]]))
             logits.append(chain.decode(AppendedRows(False, row, at, at))[0])
         kept = None
+        if plan.entry is not None:
+            visual = [segment.order[0] for segment in segments if segment.visual]
+            kept = tuple(int(at) for at in np.concatenate(visual))
         if done.kept:  # a plan that decides per prompt may pad what it keeps
             kept = tuple(int(at) for at in done.kept[-1][0] if at != INVISIBLE)
         return Trajectory(
@@ -259,27 +269,34 @@ class TorchChain:
         return count
 
     def _embed(
-        self, prompt: PreparedPrompt, executor: TorchExecutor, start: int
-    ) -> list[AppendedRows]:
-        """Return the rows of the prompt from row ``start`` of its first part on, part by part."""
+        self, prompt: PreparedPrompt, plan: StagePlan, executor: TorchExecutor, start: int
+    ) -> tuple[list[AppendedRows], int]:
+        """Return the rows of the prompt from row ``start`` of its first part on, part by part, and
+        the next position.
+        """
         segments = []
         for index, part in enumerate(prompt.parts):
             if part is None:
-                rows = self._vision(torch.from_numpy(prompt.opened.pixels[None]))
+                pixels = torch.from_numpy(prompt.opened.pixels[None])
+                forced = prompt.patches if plan.entry == prompt.entry is not None else None
+                rows, patches = self._encoder(plan)(pixels, (prompt.opened.key,), forced)
+                order = start + places_of(plan, patches)
+                start += plan.span
             else:
                 rows = executor.embed(
                     torch.tensor([part if index else part[start:]], dtype=torch.long)
                 )
-            order = np.arange(start, start + rows.shape[1], dtype=np.int32)[None]
+                order = np.arange(start, start + rows.shape[1], dtype=np.int32)[None]
+                start += rows.shape[1]
             segments.append(AppendedRows(part is None, rows, order, order))
-            start += rows.shape[1]
-        return [segment for segment in segments if segment.count]
+        return [segment for segment in segments if segment.count], start
 
-    @cached_property
-    def _vision(self) -> Vision:
-        vision_encoder = Vision(self.config, Eager(), self.fallback)
-        self.prepare(vision_encoder)
-        return load_weights(vision_encoder, self.weights)
+    def _encoder(self, plan: StagePlan) -> TorchEncoder:
+        if plan.entry not in self._encoders:
+            self._encoders[plan.entry] = TorchEncoder(
+                self.config, plan, self.weights, self.fallback, self.prepare
+            )
+        return self._encoders[plan.entry]
 
 
 def fp32_bytes(checkpoint: Checkpoint) -> int:

@@ -19,13 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from ...compile.layer_stream import without_weights
-from ...graphs.contract import ORT_LLM_SINCE, PROBE, StagePart
+from ...graphs.contract import (
+    ORT_LLM_SINCE,
+    PROBE,
+    PROJECT,
+    VISION,
+    StagePart,
+    vision_readings,
+)
 from ...graphs.errors import BundleError
 from ...graphs.modules.decoder import DecoderStage
 from ...graphs.modules.ops import Eager
 from ...graphs.modules.quantized import is_cache_scale
 from ...graphs.modules.select import Prober, Selector
-from ...graphs.modules.vision import Vision
+from ...graphs.modules.vision import Projection, Vision
 from ...graphs.precision import NO_FALLBACK, Fp32Fallback
 from ...graphs.targets import PORTABLE
 from ...runtime.backends.onnx_runtime import ort
@@ -172,8 +179,8 @@ def run_module(
         outputs = list(module(**{name: inputs.get(name) for name in wanted}))
     else:
         call = _streamed(module, graph, dtype)
-        if isinstance(module, Vision):
-            outputs = [module.compose(call, *inputs.values())]
+        if isinstance(module, Vision | Projection):
+            outputs = list(module.compose(call, *inputs.values()))
         else:
             outputs = _compose_stage(module, call, inputs)
     names = [spec.name for spec in graph.spec.outputs]
@@ -189,8 +196,10 @@ def _module(graph: StoredGraph, fallback: Fp32Fallback) -> nn.Module:
     if graph.kind == "select":
         return Selector(plan.edges[graph.stage])
     module: nn.Module
-    if graph.kind == "vision":
-        module = Vision(config, Eager(), fallback)
+    if graph.kind == VISION:
+        module = Vision(config, Eager(), fallback, vision_readings(plan))
+    elif graph.kind == PROJECT:
+        module = Projection(config, Eager(), fallback)
     else:
         part = StagePart(graph.stage, graph.layers)
         module = DecoderStage(config.text, plan, part, Eager(), fallback)

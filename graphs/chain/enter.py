@@ -1,0 +1,52 @@
+"""The visual rows of an image that enter the decoder, between the encoder's graphs and stage 0.
+
+NumPy only, and the same for every executor: selectors run on the host, once per image.
+
+Source: docs/design.md, "The entry".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..plan.plan import StagePlan
+from ..selectors.entry import READINGS, EncoderReadings, Entered
+from ..selectors.registry import ENTRY_SELECTORS
+
+OUTPUTS = {name: "visual_rows" if name == "rows" else name for name in READINGS}
+"""The vision graph's outputs by what they are to a selector."""
+
+
+def choose_rows(
+    plan: StagePlan, outputs: Mapping[str, Any], image: str, sample: int = 0
+) -> Entered:
+    """Return which rows of an encoded image enter stage 0.
+
+    Args:
+        plan: one with an entry.
+        outputs: of the vision graph, (B, ...) each, wherever they are; only those that the
+            selector reads come to the host.
+        image: the digest of its pixels.
+        sample: the image's place in the batch.
+    """
+    assert plan.entry is not None
+    selector = ENTRY_SELECTORS[plan.entry.selector]
+    wanted = selector.reads or READINGS  # who reads nothing still counts the patches
+    read: dict[str, Any] = dict.fromkeys(READINGS)
+    for name in wanted:
+        if OUTPUTS[name] in outputs:
+            read[name] = np.asarray(outputs[OUTPUTS[name]])[sample].astype(np.float32)
+    return selector.choose(EncoderReadings(image=image, **read), plan.entry.keep)
+
+
+def places_of(plan: StagePlan, patches: np.ndarray) -> np.ndarray:
+    """Return the positions (B, K0) int32 of an image's rows, counted from the image's first one.
+
+    ``patches``: those that they stand for (``Encoded``).
+    """
+    if plan.span == plan.visual_tokens:
+        return patches.astype(np.int32)
+    return np.broadcast_to(np.arange(plan.entering, dtype=np.int32), patches.shape)

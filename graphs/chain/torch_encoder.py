@@ -1,0 +1,87 @@
+"""The image side of the chain in plain torch: encoder, entry and projector over given weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..contract import projects_later, vision_readings, vision_spec
+from ..modules.decoder import direct
+from ..modules.ops import Eager
+from ..modules.vision import Projection, Vision
+from ..plan.plan import StagePlan
+from ..precision import NO_FALLBACK, Fp32Fallback
+from ..selectors.entry import Entered
+from .enter import choose_rows
+from .executor import ANY_IMAGE, Encoded
+from .torch_reference import load_weights
+
+
+class TorchEncoder:
+    """Pixels to the visual rows that enter stage 0.
+
+    ``prepare`` changes modules before they are given their weights, as in ``TorchExecutor``.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        plan: StagePlan,
+        weights: Mapping[str, Tensor],
+        fallback: Fp32Fallback = NO_FALLBACK,
+        prepare: Callable[[nn.Module], None] = lambda module: None,
+    ):
+        self.config, self.plan = config, plan
+        self.vision = Vision(config, Eager(), fallback, vision_readings(plan))
+        self.projection = Projection(config, Eager(), fallback) if projects_later(plan) else None
+        for module in filter(None, (self.vision, self.projection)):
+            prepare(module)
+            load_weights(module, weights)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        pixels: Tensor,
+        images: Sequence[str] = (ANY_IMAGE,),
+        forced: np.ndarray | None = None,
+    ) -> Encoded:
+        """Return what enters of pixels (B, C, H, W).
+
+        ``images``: digests of what they show; ``forced``: patches (K0,) that enter instead of the
+        selector's own choice, where it merges none.
+        """
+        outputs = self.vision.compose(direct, pixels)
+        rows, patches = chosen_rows(self.config, self.plan, outputs, images, forced)
+        return Encoded(rows if self.projection is None else self.projection(rows), patches)
+
+
+def chosen_rows(
+    config: ModelConfig,
+    plan: StagePlan,
+    outputs: Sequence[Tensor],
+    images: Sequence[str],
+    forced: np.ndarray | None = None,
+) -> Encoded:
+    """Return what enters of the encoder's outputs, not yet projected where that comes later.
+
+    ``images``, ``forced``: as ``TorchEncoder`` takes them.
+    """
+    specs = vision_spec(config, plan, "float32").outputs
+    named = {spec.name: value for spec, value in zip(specs, outputs, strict=True)}
+    source = named["features" if projects_later(plan) else "visual_rows"]
+    if plan.entry is None:
+        return Encoded(source, np.tile(np.arange(source.shape[1]), (len(source), 1)))
+    chosen = [choose_rows(plan, named, image, at) for at, image in enumerate(images)]
+    if forced is not None:
+        chosen = [Entered(forced) if own.features is None else own for own in chosen]
+    rows = [
+        source[at, torch.from_numpy(entered.index)]
+        if entered.features is None
+        else torch.from_numpy(entered.features).to(source.dtype)
+        for at, entered in enumerate(chosen)
+    ]
+    return Encoded(torch.stack(rows), np.stack([entered.index for entered in chosen]))
