@@ -38,7 +38,7 @@ def entering_presets() -> list[type[Preset]]:
     """Return a preset for each selector, of its name."""
     return [
         type(
-            f"Entering{type(selector).__name__}",
+            f"Entering{selector.name.title()}",
             (Entering,),
             {"name": selector.name, "summary": selector.summary, "selector": selector},
         )

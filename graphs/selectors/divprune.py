@@ -11,20 +11,13 @@ from __future__ import annotations
 import numpy as np
 
 from .arithmetic import cosines
-from .entry import EncoderReadings, Entered, EntrySelector
+from .entry import EncoderReadings, Entered
 
 
-class DivPrune(EntrySelector):
-    """Farthest points, greedily."""
-
-    name = "divprune"
-    summary = "DivPrune: rows that differ most from each other, whatever they show"
-    reads = ("rows",)
-
-    def choose(self, given: EncoderReadings, keep: int) -> Entered:
-        """Return rows that lie far from each other."""
-        assert given.rows is not None
-        return Entered(np.sort(farthest(cosines(given.rows), keep)))
+def choose(given: EncoderReadings, keep: int) -> Entered:
+    """Return rows that lie far from each other."""
+    assert given.rows is not None
+    return Entered(np.sort(farthest(cosines(given.rows), keep)))
 
 
 def farthest(similarity: np.ndarray, keep: int) -> np.ndarray:

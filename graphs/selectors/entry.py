@@ -13,9 +13,11 @@ Ties go to the lowest index. A row of zeros has the cosine 0 with every row, its
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,25 @@ class Entered:
     """(K, h) float32 where rows were merged before the projector; None: rows ``index`` as is."""
 
 
+@dataclass(frozen=True)
 class EntrySelector:
-    """One rule; a subclass in a file of its own, and an entry of ``ENTRY_SELECTORS``."""
+    """One rule: a row of ``ENTRY_SELECTORS``, and a module of its name with the function ``choose``.
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    reads: ClassVar[tuple[str, ...]]
-    """Names in ``READINGS``."""
-    needs_renumbering: ClassVar[bool] = False
-    """Whether a row may enter that has no place of its own among the patches."""
+    The module is loaded when rows are chosen: commands that only name selectors start without
+    NumPy.
+
+    Attributes:
+        name: as plans write it.
+        summary: what it keeps, in a line.
+        reads: names in ``READINGS``.
+        needs_renumbering: whether a row may enter that has no place of its own among the patches.
+    """
+
+    name: str
+    summary: str
+    reads: tuple[str, ...] = ()
+    needs_renumbering: bool = False
 
     def choose(self, given: EncoderReadings, keep: int) -> Entered:
         """Return the ``keep`` rows that enter, 1 to N; ``given`` is left as it is."""
-        raise NotImplementedError
+        return import_module(f".{self.name}", __package__).choose(given, keep)

@@ -1,23 +1,34 @@
-"""Every entry selector by its name, as a plan writes it."""
+"""Every entry selector by its name, as a plan writes it; the rules are in modules of these names."""
 
 from __future__ import annotations
 
-from .cls import ClassAttention
-from .divprune import DivPrune
 from .entry import EntrySelector
-from .random_rows import RandomRows
-from .scope import Scope
-from .uniform import UniformRows
-from .visionzip import VisionZip
 
 ENTRY_SELECTORS: dict[str, EntrySelector] = {
     selector.name: selector
     for selector in (
-        Scope(),
-        DivPrune(),
-        ClassAttention(),
-        VisionZip(),
-        RandomRows(),
-        UniformRows(),
+        EntrySelector(
+            "scope",
+            "SCOPE: salient patches that resemble what the others leave uncovered",
+            ("features", "saliency"),
+        ),
+        EntrySelector(
+            "divprune",
+            "DivPrune: rows that differ most from each other, whatever they show",
+            ("rows",),
+        ),
+        EntrySelector(
+            "cls",
+            "FasterVLM: the patches with most attention of the encoder's class row",
+            ("saliency",),
+        ),
+        EntrySelector(
+            "visionzip",
+            "VisionZip: the class row, the patches it attends to most, and the rest merged",
+            ("features", "class_row", "saliency", "keys"),
+            needs_renumbering=True,
+        ),
+        EntrySelector("random", "control: patches by chance, always the same ones of an image"),
+        EntrySelector("uniform", "control: every n-th patch"),
     )
 }

@@ -19,24 +19,17 @@ from __future__ import annotations
 import numpy as np
 
 from .arithmetic import cosines
-from .entry import EncoderReadings, Entered, EntrySelector
+from .entry import EncoderReadings, Entered
 
 BLOCK = 16
 """Rows followed together. More make a step dearer, fewer leave the block sooner."""
 
 
-class Scope(EntrySelector):
-    """Greedy cover of all patches, weighted by saliency."""
-
-    name = "scope"
-    summary = "SCOPE: salient patches that resemble what the others leave uncovered"
-    reads = ("features", "saliency")
-
-    def choose(self, given: EncoderReadings, keep: int) -> Entered:
-        """Return the rows of a greedy cover."""
-        assert given.features is not None
-        assert given.saliency is not None
-        return Entered(np.sort(covering(cosines(given.features), given.saliency, keep)))
+def choose(given: EncoderReadings, keep: int) -> Entered:
+    """Return the rows of a greedy cover."""
+    assert given.features is not None
+    assert given.saliency is not None
+    return Entered(np.sort(covering(cosines(given.features), given.saliency, keep)))
 
 
 def covering(similarity: np.ndarray, saliency: np.ndarray, keep: int) -> np.ndarray:

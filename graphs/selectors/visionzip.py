@@ -5,7 +5,8 @@ target, and each other one goes to the target whose key is most similar to its o
 is its features plus the mean of those that went to it.
 
 The released code lets the merged rows follow the salient ones; here all enter in the order of
-their places, a merged row at its target's.
+their places, a merged row at its target's. ``keep`` counts every row that enters: the published 64
+is 65, for 54 salient patches, 10 merged rows and the class row.
 
 Source: docs/methods.md, "Entry selectors".
 """
@@ -15,42 +16,30 @@ from __future__ import annotations
 import numpy as np
 
 from .arithmetic import largest
-from .entry import EncoderReadings, Entered, EntrySelector
+from .entry import EncoderReadings, Entered
 
 MERGED = 10 / 64
 """Share of merged rows among those of patches, as published: 10 of 64, 20 of 128, 30 of 192."""
 
 
-class VisionZip(EntrySelector):
-    """Salient patches, the class row, and merged rows of the rest.
-
-    ``keep`` counts every row that enters: the published 64 is 65, for 54 salient patches, 10 merged
-    rows and the class row.
-    """
-
-    name = "visionzip"
-    summary = "VisionZip: the class row, the patches it attends to most, and the rest merged"
-    reads = ("features", "class_row", "saliency", "keys")
-    needs_renumbering = True
-
-    def choose(self, given: EncoderReadings, keep: int) -> Entered:
-        """Return salient patches and merged rows, after the class row where there is one."""
-        assert given.features is not None
-        assert given.saliency is not None
-        assert given.keys is not None
-        own = keep if given.class_row is None else keep - 1
-        merged = round(MERGED * own)
-        salient = largest(given.saliency, own - merged)
-        rest = np.setdiff1d(np.arange(given.patches), salient)
-        targets = rest[:: max(1, len(rest) // max(1, merged))][:merged]
-        index = np.union1d(salient, targets)
-        features = given.features[index]
-        if merged:
-            others = np.setdiff1d(rest, targets)
-            features[np.searchsorted(index, targets)] += means(given, targets, others)
-        if given.class_row is not None:
-            index, features = np.append(-1, index), np.vstack((given.class_row, features))
-        return Entered(index, features)
+def choose(given: EncoderReadings, keep: int) -> Entered:
+    """Return salient patches and merged rows, after the class row where there is one."""
+    assert given.features is not None
+    assert given.saliency is not None
+    assert given.keys is not None
+    own = keep if given.class_row is None else keep - 1
+    merged = round(MERGED * own)
+    salient = largest(given.saliency, own - merged)
+    rest = np.setdiff1d(np.arange(given.patches), salient)
+    targets = rest[:: max(1, len(rest) // max(1, merged))][:merged]
+    index = np.union1d(salient, targets)
+    features = given.features[index]
+    if merged:
+        others = np.setdiff1d(rest, targets)
+        features[np.searchsorted(index, targets)] += means(given, targets, others)
+    if given.class_row is not None:
+        index, features = np.append(-1, index), np.vstack((given.class_row, features))
+    return Entered(index, features)
 
 
 def means(given: EncoderReadings, targets: np.ndarray, others: np.ndarray) -> np.ndarray:
