@@ -351,7 +351,7 @@ class ModelConfig:
 
     @property
     def has_class_row(self) -> bool:
-        """Whether a row that no visual token comes from says something of the whole image."""
+        """True where the encoder has a class token, which becomes no visual token."""
         return self.vision.kind == "clip" and self.select == "default"
 
     @classmethod

@@ -19,7 +19,7 @@ from .plan.plan import StagePlan
 from .plan.stages import Edge
 from .precision import NO_FALLBACK, Fp32Fallback
 from .quantization import CacheScheme
-from .selectors.entry import READINGS
+from .selectors.entry import PROJECTED, READINGS
 from .selectors.registry import ENTRY_SELECTORS
 
 INVISIBLE = 2**31 - 1
@@ -312,7 +312,9 @@ def graph_specs(
 
 def projects_later(plan: StagePlan) -> bool:
     """Return whether only chosen rows are projected: no selector has to see them projected."""
-    return plan.entry is not None and "rows" not in ENTRY_SELECTORS[plan.entry.selector].reads
+    if plan.entry is None:
+        return False
+    return not {*ENTRY_SELECTORS[plan.entry.selector].reads} & {*PROJECTED}
 
 
 def vision_readings(plan: StagePlan) -> tuple[str, ...]:
@@ -323,8 +325,7 @@ def vision_readings(plan: StagePlan) -> tuple[str, ...]:
     if plan.entry is None:
         return ("rows",)
     reads = {*ENTRY_SELECTORS[plan.entry.selector].reads}
-    if projects_later(plan):
-        reads.add("features")
+    reads.add("features" if projects_later(plan) else "rows")
     return tuple(name for name in READINGS if name in reads)
 
 
@@ -338,6 +339,8 @@ def vision_spec(
     vision, tokens = config.vision, config.visual_tokens
     side, width = vision.image_size, vision.hidden * len(config.feature_layers)
     outputs = {
+        "similarity": TensorSpec("similarity", "float32", ("B", tokens, tokens)),
+        "row_similarity": TensorSpec("row_similarity", "float32", ("B", tokens, tokens)),
         "rows": TensorSpec(
             "visual_rows", fallback.rows_dtype(dtype), ("B", tokens, config.text.hidden)
         ),

@@ -18,7 +18,7 @@ Rows = Any
 
 
 ANY_IMAGE = "00"
-"""Digest of an image that nobody has taken one of."""
+"""Stand-in for the digest of an image where nothing depends on it."""
 
 
 class StageResult(NamedTuple):

@@ -198,7 +198,7 @@ class Projector(nn.Module):
 
 
 class Readings(nn.Module):
-    """What a selector reads of the encoder, in the order of ``names``."""
+    """Outputs of the encoder that a selector reads, in the order of ``names``."""
 
     def __init__(self, config: ModelConfig, names: tuple[str, ...]):
         super().__init__()
@@ -213,11 +213,31 @@ class Readings(nn.Module):
         for name in self.names:
             if name == "features":
                 out.append(_side_by_side([state[:, self.skip :] for state in states]))
+            elif name == "similarity":
+                out.append(cosines(_side_by_side([state[:, self.skip :] for state in states])))
             elif name == "class_row":
                 out.append(_side_by_side([state[:, 0] for state in states]))
             else:
                 out.append(attention.pop(0)[:, self.skip :])
         return tuple(out)
+
+
+class RowSimilarity(nn.Module):
+    """Cosines of all pairs of projected rows."""
+
+    kind = ()
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return (B, N, N) float32 for (B, N, D)."""
+        return cosines(rows)
+
+
+def cosines(rows: Tensor) -> Tensor:
+    """Return the cosines (B, N, N) of all pairs of rows (B, N, h) in FP32; of zeros they are 0."""
+    wide = rows.float()
+    lengths = wide.pow(2).sum(-1, keepdim=True).sqrt()
+    unit = wide / lengths.clamp_min(1e-12)
+    return unit @ unit.transpose(1, 2)
 
 
 def _first_row(config: ModelConfig) -> int:
@@ -242,16 +262,18 @@ class Vision(nn.Module):
         super().__init__()
         self.chosen = config.feature_states
         self.projects = "rows" in readings
+        after = ("row_similarity", "rows")  # the projector
         names = tuple(
             name
             for name in readings
-            if name != "rows" and (config.has_class_row or name != "class_row")
+            if name not in after and (config.has_class_row or name != "class_row")
         )
         attention = tuple(name for name in ("saliency", "keys") if name in names)
         self.vision_tower = VisionEncoder(config.vision, ops, config.encoder_depth, attention)
         if self.projects:
             self.multi_modal_projector = Projector(config, ops, fallback.rows)
         self.readings = Readings(config, names) if names else None
+        self.row_similarity = RowSimilarity() if "row_similarity" in readings else None
 
     def compose(self, call: Call, pixels: Any) -> tuple[Any, ...]:
         """Run the encoder as calls of its pieces, as ``decoder.DecoderStage.compose``."""
@@ -272,7 +294,10 @@ class Vision(nn.Module):
         if self.readings is not None:
             out = tuple(call(self.readings, *states, *attention))
         if self.projects:
-            out += (call(self.multi_modal_projector, *states),)
+            rows = call(self.multi_modal_projector, *states)
+            if self.row_similarity is not None:
+                out += (call(self.row_similarity, rows),)
+            out += (rows,)
         return out
 
     def forward(self, pixels: Tensor) -> Any:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arithmetic import cosines
 from .entry import EncoderReadings, Entered
 
 
 def choose(given: EncoderReadings, keep: int) -> Entered:
     """Return rows that lie far from each other."""
-    assert given.rows is not None
-    return Entered(np.sort(farthest(cosines(given.rows), keep)))
+    assert given.row_similarity is not None
+    return Entered(np.sort(farthest(given.row_similarity.copy(), keep)))
 
 
 def farthest(similarity: np.ndarray, keep: int) -> np.ndarray:

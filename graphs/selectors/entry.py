@@ -2,10 +2,9 @@
 
 A selector runs on the host, once per image, where the vision encoder ends. It sees no question, so
 its rows are the same for every question about an image. A greedy loop over 576 patches takes 1 to
-4 ms there, and the cosines of all pairs about as much; in a graph the loop would be hundreds of
-small operators in a row. Selectors compute in FP32, as the encoder's outputs come: FP64 takes twice
-as long for the cosines and would only decide between rows whose scores differ by less than those of
-two executors.
+4 ms there; in a graph it would be hundreds of small operators in a row. What is one product, the
+cosines of all pairs, the vision graph computes. All is in FP32: FP64 would only decide between rows
+whose scores differ by less than those of two executors.
 
 Ties go to the lowest index. A row of zeros has the cosine 0 with every row, itself included.
 """
@@ -33,6 +32,10 @@ class EncoderReadings:
     mean over heads; without a class row the mean attention that a patch receives."""
     keys: np.ndarray | None
     """(N, d) float32: key states of that layer, mean over heads."""
+    similarity: np.ndarray | None
+    """(N, N) float32: cosines of all pairs of features; of a row of zeros they are 0."""
+    row_similarity: np.ndarray | None
+    """(N, N) float32: cosines of all pairs of rows after the projector."""
     rows: np.ndarray | None
     """(N, D) float32: rows after the projector."""
     image: str
@@ -41,12 +44,15 @@ class EncoderReadings:
     @property
     def patches(self) -> int:
         """Count of patches, N, in whatever was read."""
-        found = (self.features, self.saliency, self.keys, self.rows)
-        return next(len(values) for values in found if values is not None)
+        values = (getattr(self, name) for name in READINGS if name != "class_row")
+        return next(len(value) for value in values if value is not None)
 
 
 READINGS = tuple(field.name for field in fields(EncoderReadings) if field.name != "image")
-"""Names of what a selector may read."""
+"""Names of what a selector may read, in the order in which the vision graph hands it out."""
+
+PROJECTED = ("row_similarity", "rows")
+"""Those that are known only behind the projector."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Entered:
 
 @dataclass(frozen=True)
 class EntrySelector:
-    """One rule: a row of ``ENTRY_SELECTORS``, and a module of its name with the function ``choose``.
+    """One rule: a row of ``ENTRY_SELECTORS``; its function ``choose`` is in the module of its name.
 
     The module is loaded when rows are chosen: commands that only name selectors start without
     NumPy.

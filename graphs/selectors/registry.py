@@ -1,4 +1,4 @@
-"""Every entry selector by its name, as a plan writes it; the rules are in modules of these names."""
+"""Every entry selector by its name, as a plan writes it. Modules of these names have the rules."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ ENTRY_SELECTORS: dict[str, EntrySelector] = {
         EntrySelector(
             "scope",
             "SCOPE: salient patches that resemble what the others leave uncovered",
-            ("features", "saliency"),
+            ("similarity", "saliency"),
         ),
         EntrySelector(
             "divprune",
             "DivPrune: rows that differ most from each other, whatever they show",
-            ("rows",),
+            ("row_similarity",),
         ),
         EntrySelector(
             "cls",

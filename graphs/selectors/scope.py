@@ -8,8 +8,8 @@ row (0 at first), K times the row j of the largest gain is chosen:
 m only rises, so gains only fall, and a gain computed earlier bounds the present one from above.
 That holds for rounded numbers too, as a row's sum always runs in the same order. So a block of rows
 with the largest bounds is followed alone until its best gain could be beaten from outside, and the
-choices are those of the plain loop, bit for bit: 1.5 to 3.6 ms for 64 to 192 of 576 rows, after
-4 ms for S at a width of 1024, where the plain loop takes 18 to 53 (one thread of an AMD EPYC).
+choices are those of the plain loop, bit for bit: 1.5 to 3.6 ms for 64 to 192 of 576 rows, where the
+plain loop takes 18 to 53 (one thread of an AMD EPYC).
 
 Source: docs/methods.md, "Entry selectors".
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arithmetic import cosines
 from .entry import EncoderReadings, Entered
 
 BLOCK = 16
@@ -27,9 +26,9 @@ BLOCK = 16
 
 def choose(given: EncoderReadings, keep: int) -> Entered:
     """Return the rows of a greedy cover."""
-    assert given.features is not None
+    assert given.similarity is not None
     assert given.saliency is not None
-    return Entered(np.sort(covering(cosines(given.features), given.saliency, keep)))
+    return Entered(np.sort(covering(given.similarity, given.saliency, keep)))
 
 
 def covering(similarity: np.ndarray, saliency: np.ndarray, keep: int) -> np.ndarray:

@@ -1,14 +1,16 @@
 """Each entry selector chooses what its rule says, written slowly; planted mistakes are noticed."""
 
 import hashlib
-import sys
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from visistage.graphs.modules.vision import cosines
 from visistage.graphs.selectors import arithmetic
 from visistage.graphs.selectors.divprune import farthest
 from visistage.graphs.selectors.entry import READINGS, EncoderReadings
@@ -25,8 +27,11 @@ def readings(features, saliency, keys=None, class_row=True):
     features = np.asarray(features, np.float32)
     keys = features[:, ::-1] if keys is None else keys
     first = np.linspace(-1, 1, features.shape[1], dtype=np.float32) if class_row else None
+    similarity = cosines(torch.from_numpy(features)[None])[0].numpy()
     return EncoderReadings(
         features=features,
+        similarity=similarity,
+        row_similarity=similarity,
         class_row=first,
         saliency=np.asarray(saliency, np.float32),
         keys=np.ascontiguousarray(keys, np.float32),
@@ -139,6 +144,13 @@ def test_every_answer_is_of_its_kind(name):
         assert all(np.array_equal(value, vars(given)[key]) for key, value in before.items())
 
 
+def test_cosines_are_those_of_every_pair():
+    rows = np.random.default_rng(3).normal(size=(9, 5)).astype(np.float32)
+    rows[4] = 0
+    found = cosines(torch.from_numpy(rows)[None])[0].numpy()
+    np.testing.assert_allclose(found, reference.cosines(rows), atol=1e-6)
+
+
 def golden():
     def t(shape, w, b):
         return np.sin(w * (np.arange(np.prod(shape)) + 1.0) + b).reshape(shape)
@@ -150,7 +162,7 @@ def golden():
 def test_golden_vectors():
     """Made once with other code than the selectors' and the reference's."""
     given = golden()
-    s = arithmetic.cosines(given.features)
+    s = given.similarity.copy()
     a = "0.863209 0.611858 0.705540 0.793668 0.501021 0.922775 0.263232 0.990607"
     assert " ".join(f"{value:.6f}" for value in given.saliency) == a
     scope, divprune = [7, 1, 2, 5, 3, 4, 6, 0], [5, 6, 2, 3, 4, 7, 1, 0]
@@ -187,7 +199,7 @@ def test_visionzip_divides_its_rows_as_published(class_row, published, salient, 
 def test_the_cover_is_the_plain_loops_bit_for_bit(keep):
     """At the real count, where scores lie close: bounds must not change one choice."""
     given = drawn(10, 576, 64, groups=40)
-    s, a = arithmetic.cosines(given.features), given.saliency
+    s, a = given.similarity, given.saliency
     covered, plain = np.zeros_like(a), []
     for _ in range(keep):
         gains = np.maximum(s - covered, 0).sum(1) * a
@@ -243,7 +255,6 @@ MISTAKES = [
     ("divprune", "first by the middle", "similarity.max(0)", "similarity.sum(0)"),
     ("divprune", "only the last chosen", "np.maximum(nearest, similarity[row])", "similarity[row]"),
     ("divprune", "farthest chosen", "np.maximum(nearest,", "np.minimum(nearest,"),
-    ("divprune", "zeros divided", "where=lengths > 0", "where=lengths > -1"),
     ("cls", "smallest", "largest(given.saliency", "largest(-given.saliency"),
     ("visionzip", "no class row", "given.class_row is not None", "False"),
     ("visionzip", "class row counted twice", "else keep - 1", "else keep"),
@@ -270,18 +281,19 @@ WRONG = {
 
 
 def planted(name, old, new):
-    """The selector of a copy of its module in which ``new`` stands for ``old``."""
-    kind, copies, found = type(ENTRY_SELECTORS[name]), [], 0
-    for module in (arithmetic, sys.modules[kind.__module__]):
+    """The rule of a copy of its module in which ``new`` stands for ``old``."""
+    copies, found = [], 0
+    rule = import_module(f"visistage.graphs.selectors.{name}")
+    for module in (arithmetic, rule):
         source = Path(module.__file__).read_text(encoding="utf-8")
         found += source.count(old)
         copies.append(ModuleType(module.__name__))
         copies[-1].__package__ = module.__package__
         exec(source.replace(old, WRONG.get(new, new)), vars(copies[-1]))
-    assert found, f"{kind.__module__} has no {old!r} any more"
+    assert found, f"{rule.__name__} has no {old!r} any more"
     shared, copy = map(vars, copies)
-    copy |= {step: shared[step] for step in ("cosines", "largest") if step in copy}
-    return copy[kind.__name__]()
+    copy |= {step: shared[step] for step in ("largest",) if step in copy}
+    return SimpleNamespace(choose=copy["choose"], reads=ENTRY_SELECTORS[name].reads)
 
 
 @pytest.mark.parametrize(
