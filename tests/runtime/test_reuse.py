@@ -143,7 +143,7 @@ def test_the_stages_behind_a_drop_hold_what_comes_before_an_image(bundles):
         other = replace(
             image,
             key="other",
-            rows=lambda: session.executor.encode(session.decode_image(picture(2)).pixels[None]),
+            encoded=lambda: session.executor.encode(session.decode_image(picture(2)).pixels[None]),
         )
         context.prefill([[*ids, 7, 8, 9], other, [11]])
         done, rows = rows_by_stage(session, lambda: context.prefill(list(second)))

@@ -13,12 +13,12 @@ from torch import Tensor
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.texts import text_facts
 from visistage.graphs.chain.chain import AppendedRows, Chain
-from visistage.graphs.chain.torch_reference import TorchExecutor, load_weights
-from visistage.graphs.modules.ops import Eager
-from visistage.graphs.modules.vision import Vision
+from visistage.graphs.chain.enter import places_of
+from visistage.graphs.chain.torch_encoder import TorchEncoder
+from visistage.graphs.chain.torch_reference import TorchExecutor
 from visistage.graphs.plan.plan import StagePlan
 from visistage.graphs.precision import NO_FALLBACK, Fp32Fallback
-from visistage.runtime.image.image import load_image, preprocess
+from visistage.runtime.image.image import load_image, pixel_key, preprocess
 from visistage.runtime.image.preprocessing import Preprocessing
 
 Question = tuple[Any, str, int]
@@ -39,7 +39,7 @@ class Staged:
         config = self.checkpoint.config
         self.plan, self.fallback = plan, fallback
         self.weights = {n: self.checkpoint.load(n).to(dtype) for n in self.checkpoint.tensors}
-        self.vision = load_weights(Vision(config, Eager(), fallback), self.weights)
+        self.vision = TorchEncoder(config, plan, self.weights, fallback)
         texts = text_facts(self.checkpoint)
         self.encoder = texts.encoder
         self.preprocessing = Preprocessing.from_dict(texts.preprocessing)
@@ -61,16 +61,20 @@ class Staged:
         """
         executor = self.executor()
         runner = Chain(self.plan, executor)
-        pixels = preprocess(load_image(image), self.preprocessing)
+        decoded = load_image(image)
+        pixels = preprocess(decoded, self.preprocessing)
+        key = pixel_key(decoded, self.preprocessing)
         segments, at = [], 0
         for part in self.encoder.encode(question, images=1).segments:
             if part.is_image:
-                rows = self.vision(torch.from_numpy(pixels[None]))
+                rows, patches = self.vision(torch.from_numpy(pixels[None]), [key])
+                order = at + places_of(self.plan, patches)
+                at += self.plan.span
             else:
                 rows = executor.embed(torch.tensor([part.ids]))
-            order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
+                order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
+                at += rows.shape[1]
             segments.append(AppendedRows(part.is_image, rows, order, order))
-            at += rows.shape[1]
         out, tokens = [runner.prefill(segments).logits[0]], []
         while True:
             tokens.append(int(out[-1].argmax()) if forced is None else forced[len(tokens)])
