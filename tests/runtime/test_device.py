@@ -60,6 +60,9 @@ PLANS = {
     ),
     "parts": ("fastv:k=2,r=0.75", {"contexts": (128,), "build_memory": compiler_peak(120_000)}),
     "portable": ("visipruner:shallow=1,t=1,e=2,keep=4", {"target": "orin-jp62"}),
+    "entered": ("scope:keep=6", {"contexts": (128,)}),
+    "merged": ("visionzip:keep=7", {"contexts": (128,)}),
+    "projected": ("fastv:k=2,r=0.5,entry=divprune-9", {"target": "orin-jp62"}),
 }
 
 
