@@ -107,7 +107,7 @@ def _what(name: str, manifest: Manifest, facts: PlanFacts) -> str:
         return "projector"
     if name == ENTRY:
         assert plan.entry is not None
-        return f"{plan.entry.selector}, {plan.entry.keep} of {plan.visual_tokens} rows enter"
+        return plan.entry.summary(plan.visual_tokens)
     stages = {f"stage{index}": stage for index, stage in enumerate(manifest.plan.stages)}
     if name not in stages:
         return "selection" if name.startswith("select") else "probes" if name == PROBE else ""

@@ -38,7 +38,12 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     return {
         "path": str(bundle.path),
         "model": manifest.model,
-        "plan": {"name": plan.name, "hash": plan.hash, "note": plan.note},
+        "plan": {
+            "name": plan.name,
+            "hash": plan.hash,
+            "note": plan.note,
+            "entry": to_json(plan.entry) if plan.entry else None,
+        },
         "target": manifest.target,
         "precision": manifest.precision,
         "dtype": manifest.dtype,
@@ -72,12 +77,13 @@ def bundle_table(bundle: Bundle) -> RenderableType:
     head = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     head.add_column(style="dim")
     head.add_column()
-    plan, prefix = facts["plan"], facts["prefix_rows"]
+    plan, prefix, entry = facts["plan"], facts["prefix_rows"], bundle.manifest.plan.entry
     for name, value in (
         ("bundle", facts["path"]),
         ("model", f"{facts['model']}, {facts['layers']} layers, context {facts['context']}"),
         ("plan", f"{plan['name']} {plan['hash'][:12]}"),
         ("", plan["note"]),
+        ("", entry.summary(facts["visual_tokens"]) if entry else ""),
         ("target", f"{facts['target']}, {facts['precision']}, lowering {facts['lowering']}"),
         *quantisation_rows(facts["quantization"]),
         ("in FP32", _always(bundle)),

@@ -18,6 +18,7 @@ from rich.text import Text
 from ...compile.checkpoint.known_models import model_config
 from ...compile.planfile import modes_text, resolve_plan
 from ...graphs.errors import PlanError
+from ...graphs.fields import to_json
 from ...graphs.plan.cost import (
     FP16_BYTES,
     Accounting,
@@ -105,6 +106,7 @@ def plan_json(
         "prefix_rows": prefix,
         "visual_tokens": plan.visual_tokens,
         "text_rows": text,
+        "entry": to_json(plan.entry) if plan.entry else None,
         "accounting": accounting,
         "stages": stages,
         "totals": _totals(cost),
@@ -118,7 +120,10 @@ def plan_json(
 
 def plan_table(facts: dict[str, Any], plan: StagePlan, outcome: Outcome | None) -> RenderableType:
     """Lay out ``plan_json`` of ``plan``: a row for each stage, totals beside the dense model."""
-    parts: list[RenderableType] = [_title(facts), _stage_table(facts), _total_table(facts)]
+    parts: list[RenderableType] = [_title(facts)]
+    if plan.entry is not None:
+        parts.append(Text(plan.entry.summary(plan.visual_tokens)))
+    parts += [_stage_table(facts), _total_table(facts)]
     rows = f"{facts['prefix_rows']} prefix + {facts['visual_tokens']} visual + {facts['text_rows']}"
     parts.append(
         Text(f"For {rows} text rows. Accounting: {_ACCOUNTINGS[facts['accounting']]}.", style="dim")

@@ -91,6 +91,11 @@ class Entry:
     positions: Positions = "original"
     layer: int = 0  # late injection is not supported yet
 
+    def summary(self, visual_tokens: int) -> str:
+        """Return what becomes of an image of so many visual tokens, in words."""
+        closed = ", renumbered" if self.positions == "renumbered" else ""
+        return f"{self.keep} of {visual_tokens} visual tokens enter, by {self.selector}{closed}"
+
 
 @dataclass(frozen=True)
 class Edge:
