@@ -25,6 +25,7 @@ from types import NoneType
 import numpy as np
 
 from ..graphs.bundle import MANIFEST, Bundle
+from ..graphs.chain import enter
 from ..graphs.chain.executor import Encoded
 from ..graphs.errors import (
     BundleError,
@@ -110,6 +111,7 @@ class Session:
                 f"an encoder of {(side, side)}. {bundle.again}"
             )
         warm_up(self.preprocessing)
+        enter.warm_up(manifest.plan, manifest.config)
         vocab = manifest.config.text.vocab
         self.encoder = PromptEncoder.from_files(bundle.path, manifest.text_files, vocab)
         rules = GenerationRules.read(manifest.generation, vocab)
