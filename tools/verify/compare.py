@@ -69,8 +69,13 @@ def strict(kinds: Iterable[str]) -> set[str]:
     return set(kinds) - set(LOOSE)
 
 
-def tensor_error(name: str, got: np.ndarray, want: np.ndarray) -> TensorError:
+def tensor_error(
+    name: str, got: np.ndarray, want: np.ndarray, *, shares: bool = False
+) -> TensorError:
     """Return the error of ``got`` against ``want``, of equal shapes.
+
+    ``shares``: of attention, whose measure is their root mean square: where all patches get about
+    the same, as in noise, the spread is next to nothing.
 
     Integers count whole. INT8 is what caches hold: a number on the boundary between two steps may
     be rounded to either, so only what is beyond one step counts.
@@ -84,7 +89,7 @@ def tensor_error(name: str, got: np.ndarray, want: np.ndarray) -> TensorError:
         largest = max(largest - 1.0, 0.0)
     elif np.issubdtype(want.dtype, np.integer):
         return TensorError(name, largest, 0.0, largest)
-    spread = float(wide.std())
+    spread = float(np.sqrt(np.square(wide).mean()) if shares else wide.std())
     # A constant tensor has no spread: any error in it is as large as itself.
     scale = spread or float(np.abs(wide).max(initial=0.0)) or 1.0
     return TensorError(name, largest, spread, largest / scale)

@@ -81,7 +81,8 @@ class ComparedGraph:
                 if got[name].shape != want.shape:
                     shapes = f"{list(got[name].shape)}, expected {list(want.shape)}"
                     return CheckResult(f"{name} has the shape {shapes}", (file,))
-                errors.append(tensor_error(name + call + how, got[name], want))
+                shares = name == "saliency"
+                errors.append(tensor_error(name + call + how, got[name], want, shares=shares))
         return CheckResult(first_wrong(errors, bounds_of(kinds).graph), (file,), tuple(errors))
 
 
