@@ -152,7 +152,7 @@ def write_image(
         arrays[name] = np.ascontiguousarray(given[name], np.dtype(dtype).newbyteorder("<"))
         assert arrays[name].shape == shape, (name, arrays[name].shape, shape)
     told = {"format": FORMAT, "image": key, **asdict(layout.origin)}
-    told["sha256"] = _digest(told, arrays.values())
+    told["sha256"] = digest_of(told, arrays.values())
     spelt = {
         name: (DTYPES[dtype].safetensors or "", shape) for name, (dtype, shape) in wanted.items()
     }
@@ -185,7 +185,7 @@ def read_image(file: Path, layout: ImageLayout) -> tuple[str, Encoded, CachedPre
         arrays = {name: _read(header.tensors[name]) for name in wanted}
     except (OSError, ValueError) as error:
         raise ImageError(f"{file} cannot be read: {error}. {SAVE_AGAIN}") from None
-    if _digest(told, arrays.values()) != header.metadata["sha256"]:
+    if digest_of(told, arrays.values()) != header.metadata["sha256"]:
         _refuse(file, "is damaged: its contents are not those that were saved")
     stages = []
     for stage, layers in enumerate(layout.layers):
@@ -256,7 +256,8 @@ def _spelt(dtype: str) -> str:
     return DTYPES[dtype].safetensors or dtype
 
 
-def _digest(told: Mapping[str, str], arrays: Any) -> str:
+def digest_of(told: Mapping[str, str], arrays: Any) -> str:
+    """Return the hash of a file: of its metadata beside the hash, and of its tensors in order."""
     digest = hashlib.sha256(json.dumps(dict(told), sort_keys=True).encode())
     for array in arrays:
         digest.update(array.reshape(-1).view(np.uint8).data)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from visistage.calib.samples import read_samples
 from visistage.cli.main import main as command_line
 from visistage.compile.build import make_bundle
@@ -26,7 +27,9 @@ from visistage.compile.export.texts import text_facts
 from visistage.compile.planfile import load_plan, plan_to_yaml, resolve_plan
 from visistage.compile.quantize.calibration_file import Calibration
 from visistage.graphs.bundle import MANIFEST, sha256
-from visistage.runtime import load
+from visistage.graphs.errors import ImageError
+from visistage.graphs.safetensors_header import read_safetensors
+from visistage.runtime import image_file, load
 from visistage.runtime.image.image import load_image, preprocess
 from visistage.runtime.text.template import ChatTemplate
 from visistage.tests.support.calibrated import calibrate
@@ -74,12 +77,15 @@ def seeds() -> dict[str, Path]:
     calibrate(checkpoint, "dense", folder / "calibration")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 52, 3), dtype=np.uint8))
     image.save(folder / "image.png")
+    with load(bundle, threads=1) as session:
+        session.save_image(image, folder / "saved.safetensors")
     return {
         "checkpoint": checkpoint,
         "bundle": bundle,
         "calibration": folder / "calibration",
         "plan": folder / "plan.yaml",
         "image": folder / "image.png",
+        "saved": folder / "saved.safetensors",
     }
 
 
@@ -224,15 +230,7 @@ def safetensors(rng: random.Random, folder: Path) -> tuple[str, Act]:
     """A checkpoint whose weights have a changed header or changed bytes."""
     checkpoint = _fresh(seeds()["checkpoint"], folder)
     file = checkpoint / "model.safetensors"
-    content = file.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header, rest = content[8 : 8 + length], content[8 + length :]
-    if rng.random() < 0.6:
-        name, header = one_of(json_mutations(json.loads(header), rng), rng)
-        content = len(header).to_bytes(8, "little") + header + rest
-    else:
-        name, start = mutated_bytes(content[: 8 + length], rng)
-        content = start + rest
+    name, content = _changed_header(rng, file.read_bytes())
     file.write_bytes(content)
 
     def act() -> None:
@@ -241,6 +239,33 @@ def safetensors(rng: random.Random, folder: Path) -> tuple[str, Act]:
             opened.load(tensor)
 
     return name, act
+
+
+def _changed_header(rng: random.Random, content: bytes) -> tuple[str, bytes]:
+    length = int.from_bytes(content[:8], "little")
+    header, rest = content[8 : 8 + length], content[8 + length :]
+    if rng.random() < 0.6:
+        name, header = one_of(json_mutations(json.loads(header), rng), rng)
+        return name, len(header).to_bytes(8, "little") + header + rest
+    name, start = mutated_bytes(content[: 8 + length], rng)
+    return name, start + rest
+
+
+def saved_image(rng: random.Random, folder: Path) -> tuple[str, Act]:
+    """An image's file with a changed header, or changed bytes of a tensor under a hash that fits."""
+    file, seed = folder / "image.safetensors", seeds()["saved"]
+    if rng.random() < 0.5:
+        name, content = _changed_header(rng, seed.read_bytes())
+        file.write_bytes(content)
+    else:
+        arrays, header = load_file(seed), read_safetensors(seed, ImageError, "")
+        name = rng.choice(sorted(arrays))
+        raw = arrays[name].reshape(-1).view(np.uint8)
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        told = {key: text for key, text in header.metadata.items() if key != "sha256"}
+        told["sha256"] = image_file.digest_of(told, [arrays[one] for one in header.tensors])
+        save_file(arrays, file, metadata=told)
+    return name, lambda: _session().infer(str(file), "What?", max_tokens=2)
 
 
 def samples(rng: random.Random, folder: Path) -> tuple[str, Act]:
@@ -381,6 +406,7 @@ READERS: dict[str, Reader] = {
     "template": template,
     "checkpoint": checkpoint_json,
     "safetensors": safetensors,
+    "saved-image": saved_image,
     "samples": samples,
     "plan": plan,
     "calibration": calibration,

@@ -219,7 +219,7 @@ def test_hostile_values_are_refused(bundles, saved, tmp_path, monkeypatch):
             refused(session, file, "damaged")
             with monkeypatch.context() as patch:
                 fits = lambda *_: told["sha256"]  # noqa: E731
-                patch.setattr("visistage.runtime.image_file._digest", fits)
+                patch.setattr("visistage.runtime.image_file.digest_of", fits)
                 refused(session, file, says)
 
 
