@@ -16,7 +16,10 @@ from visistage.tests.support.asking import picture
 from visistage.tests.support.stand_ins import stand_in, write_engines
 from visistage.tools.explain.explanation import explain
 
-PLANS = ("dense", "visipruner:shallow=1,t=1,e=2,keep=4", "exit-only")
+PLANS = (
+    *("dense", "visipruner:shallow=1,t=1,e=2,keep=4", "exit-only"),
+    *("visionzip:keep=6", "visipruner:shallow=1,t=1,e=2,keep=4,entry=scope-8"),
+)
 PRUNED = PLANS[1]
 QUESTION, OTHER = "What is this?", "And what is beside it, on the left?"
 
