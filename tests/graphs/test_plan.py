@@ -56,7 +56,8 @@ def test_stages_are_blind_to_questions_up_to_the_first_cut_that_looks_at_one(mon
     )
     assert [plan.blind_stages for plan in (PLAN, dropped, twice)] == [1, 2, 1]
     assert dropped.blind_stages_of(2) == 2
-    monkeypatch.setattr("visistage.graphs.plan.stages.BLIND_SCORES", frozenset(["value_norm"]))
+    blind = property(lambda edge: edge.op == "drop" or edge.score == "value_norm")
+    monkeypatch.setattr(Edge, "question_blind", blind)
     assert [plan.blind_stages for plan in (PLAN, dropped, twice)] == [3, 2, 3]
     assert [PLAN.blind_stages_of(images) for images in (0, 1, 2)] == [3, 3, 1]
     attention = replace(twice, edges=(twice.edges[0], replace(SELECT, score="attention")))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from visistage.compile.build import make_bundle
 from visistage.graphs.chain.executor import Kept, observed
-from visistage.graphs.plan import stages
+from visistage.graphs.plan.stages import Edge
 from visistage.graphs.presets.presets import PRESETS
 from visistage.runtime.image_cache import LEAST_CACHE_BYTES, default_cache_bytes
 from visistage.runtime.reuse import PromptImage
@@ -65,7 +65,7 @@ def blind_select(executor, keep):
 @pytest.fixture
 def blind(monkeypatch):
     """Open a bundle of ``SEVERAL`` as if no question had a say in its selection."""
-    monkeypatch.setattr(stages, "BLIND_SCORES", frozenset(stages.SCORES))
+    monkeypatch.setattr(Edge, "question_blind", True)
 
     def open_(bundle, **options):
         session = load(bundle.path, **options)
