@@ -74,8 +74,9 @@ def tensor_error(
 ) -> TensorError:
     """Return the error of ``got`` against ``want``, of equal shapes.
 
-    ``shares``: of attention, whose measure is their root mean square: where all patches get about
-    the same, as in noise, the spread is next to nothing.
+    ``shares``: of attention. They are compared by their logarithms, since rounding multiplies the
+    shares themselves and the largest one is most of their spread; and over twice the spread, since
+    a logarithm is a product of query and key, with the errors of both.
 
     Integers count whole. INT8 is what caches hold: a number on the boundary between two steps may
     be rounded to either, so only what is beyond one step counts.
@@ -83,13 +84,15 @@ def tensor_error(
     assert got.shape == want.shape, (name, got.shape, want.shape)
     if not (np.isfinite(got).all() and np.isfinite(want).all()):
         return TensorError(name, None, None, None)
-    wide = want.astype(np.float64)
-    largest = float(np.abs(got.astype(np.float64) - wide).max(initial=0.0))
+    found, wide = got.astype(np.float64), want.astype(np.float64)
+    if shares:
+        found, wide = (np.log(np.maximum(values, 1e-12)) for values in (found, wide))
+    largest = float(np.abs(found - wide).max(initial=0.0))
     if want.dtype == np.int8:
         largest = max(largest - 1.0, 0.0)
     elif np.issubdtype(want.dtype, np.integer):
         return TensorError(name, largest, 0.0, largest)
-    spread = float(np.sqrt(np.square(wide).mean()) if shares else wide.std())
+    spread = float(wide.std()) * (2 if shares else 1)
     # A constant tensor has no spread: any error in it is as large as itself.
     scale = spread or float(np.abs(wide).max(initial=0.0)) or 1.0
     return TensorError(name, largest, spread, largest / scale)
