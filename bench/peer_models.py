@@ -34,7 +34,6 @@ from .environments import LLAMA_CPP, OPENVINO, OWN, ROOT, Environment, run_in
 from .runner import RUNNERS, PeerError
 
 REFERENCE = "transformers"
-PLANS = ("dense", "visipruner")
 PRECISIONS = ("fp32", "int8")
 REPORTED = {"f32": "fp32", "bf16": "bf16"}
 """OpenVINO's name of an inference precision -> the lower bound's."""
@@ -202,7 +201,19 @@ class Peer:
     keeps: bool = True
 
 
-def all_peers(targets: Sequence[str]) -> list[Peer]:
+def plans_of(visual_tokens: int) -> dict[str, str]:
+    """Return our plans for images of so many tokens, by what a key calls them."""
+    some, few = 2 * visual_tokens // 9, visual_tokens // 9
+    return {
+        "dense": "dense",
+        "visipruner": "visipruner",
+        "scope": f"scope:keep={some}",
+        "scope-few": f"scope:keep={few}",
+        "scope-visipruner": f"visipruner:entry=scope-{some}",
+    }
+
+
+def all_peers(targets: Sequence[str], visual_tokens: int) -> list[Peer]:
     """Return every peer, the reference first."""
     peers = [Peer(REFERENCE, "transformers", "hugging_face", OWN, hugging_face, keeps=False)]
     for weights, hint, prefix in product(PRECISIONS, ("f32", None), (False, True)):
@@ -227,8 +238,9 @@ def all_peers(targets: Sequence[str]) -> list[Peer]:
         peers.append(
             Peer(f"llama.cpp-{kind}", label, "llama_cpp_mtmd", LLAMA_CPP, model, {}, precision)
         )
-    for target, precision, plan in product(targets, PRECISIONS, PLANS):
-        key, words = [plan, precision], [plan, "W8A8" if precision == "int8" else "FP32"]
+    plans = plans_of(visual_tokens).items()
+    for target, precision, (name, plan) in product(targets, PRECISIONS, plans):
+        key, words = [name, precision], [plan, "W8A8" if precision == "int8" else "FP32"]
         if target != "cpu":
             key, words = [*key, target], [*words, target]
         peers.append(

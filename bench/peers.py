@@ -30,8 +30,9 @@ import numpy as np
 
 from ..compile.export.texts import text_facts
 from ..compile.planfile import resolve_plan
+from ..graphs.contract import VISION
 from ..graphs.errors import VisistageError
-from ..graphs.plan.call_cost import COUNTS, total_work, vision_work
+from ..graphs.plan.call_cost import COUNTS, GraphCall, total_work, work_of
 from ..graphs.plan.cost import plan_loads
 from ..runtime.text.prompt import Prompt, PromptEncoder
 from ..runtime.text.sampling import eos_ids
@@ -197,7 +198,8 @@ def lower_bounds(
     config = subject.checkpoint.config
     plan = resolve_plan(peer.plan, config.text.layers, config.visual_tokens)
     visual = [load.visual_tokens for load in plan_loads(plan)]
-    begun, cached_layers = (0, plan.stages[0].depth) if peer.keeps else (None, None)
+    blind = plan.stages[plan.blind_stages - 1].layers[1]  # where questions begin to decide
+    begun, cached_layers = (0, blind) if peer.keeps else (None, None)
     found: dict[str, list[float]] = defaultdict(list)
     for question in asked:
         kind = question.key[1]
@@ -205,7 +207,7 @@ def lower_bounds(
         paid = peer.keeps and kind == "second"
         works = prefill_layers(config.text, visual, prefix, rest, cached_layers if paid else begun)
         if not paid:
-            works.append(vision_work(config, COUNTS))
+            works.append(work_of(GraphCall(VISION, 0, 0), config, plan, COUNTS))
         found[kind].append(milliseconds(total_work(works), rates, precision))
         step = step_work(config.text, visual, prefix + rest)
         found["per_token"].append(milliseconds(step, rates, precision))
@@ -256,7 +258,8 @@ def chosen(peers: Iterable[Peer], only: Sequence[str]) -> list[Peer]:
 def main(model, rounds, tokens, threads, targets, only, minutes, dry) -> None:
     """Set up, ask in turns, record; every answer is a line of JSON on stdout."""
     subject = PeerCheckpoint.named(model, minutes)
-    runs = [PeerRun(peer) for peer in chosen(all_peers(targets), only)]
+    peers = all_peers(targets, subject.checkpoint.config.visual_tokens)
+    runs = [PeerRun(peer) for peer in chosen(peers, only)]
     rates = measure_rates(threads)
     every = list(questions(subject, rounds + 1))  # the first round warms up
     with ExitStack() as stack:
