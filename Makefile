@@ -5,7 +5,7 @@ PYTHON ?= python3
 MODEL  ?= demo
 OUT    ?= engines
 # Also understood: PLAN TARGET PRECISION CALIB KEEP_FLOAT NAME WEIGHTS REVISION CONTEXT BUILD_MEMORY, DUMMY=1, OFFLINE=1; TESTS (of `make test`);
-# DATA SAMPLES LOSE COST HOLDOUT CANDIDATES (of `make calibrate`);
+# DATA SAMPLES LOSE COST HOLDOUT CANDIDATES (of `make calibrate`, some of `make compare`);
 # PIP_OPTIONS (of `make setup`), such as an index with a CPU build of torch.
 
 VENV := .venv
@@ -41,7 +41,7 @@ CALIBRATE = "$(MODEL)" --out "$(OUT)" \
 	$(if $(filter-out 0 no false,$(OFFLINE)),--offline)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo engines calibrate profile test check types clean
+.PHONY: help setup demo engines calibrate profile compare tables test check types clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -63,6 +63,20 @@ calibrate: setup  ## choose a plan, measure ranges: MODEL=demo [DATA SAMPLES PLA
 
 profile: setup  ## time a bundle part by part: MODEL=llava-7b [PLAN TARGET PRECISION DUMMY OUT]
 	@bundle=$$($(BIN)/visistage engines $(ENGINES)) && $(BIN)/visistage profile "$$bundle"
+
+compare: setup  ## compare every way to prune at the same cost: MODEL=demo [DATA SAMPLES PLAN]
+	@$(BIN)/visistage compare "$(MODEL)" $(if $(DATA),--data "$(DATA)") \
+		$(if $(SAMPLES),--samples "$(SAMPLES)") $(if $(PLAN),--plan "$(PLAN)") \
+		$(if $(REVISION),--revision "$(REVISION)") \
+		$(if $(filter-out 0 no false,$(OFFLINE)),--offline)
+
+# Hours on a busy machine mean nothing: an idle one, and nothing else meanwhile.
+tables: setup  ## measure the demo again, and write every table that rests on it
+	$(BIN)/python -m visistage.bench.accuracy $(if $(SAMPLES),--samples "$(SAMPLES)")
+	$(BIN)/python -m visistage.bench.first_token
+	$(BIN)/python -m visistage.bench.quantisation
+	$(BIN)/python -m visistage.bench.compare
+	$(BIN)/python -m visistage.bench.tables
 
 test: setup  ## run the tests, or some: TESTS=tests/graphs/test_plan.py
 	$(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)

@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from ..tools.compare.compare_facts import at_target, targets
 from .record import RESULTS
 
 Row = dict[str, Any]
@@ -26,7 +27,7 @@ Cell = Callable[[Row], str]
 Columns = Sequence[tuple[str, Cell]]
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ("benchmarks", "cpu", "demo", "size", "openvino", "quantisation")
+DOCS = ("benchmarks", "compare", "cpu", "demo", "size", "openvino", "quantisation")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 README_PLANS = (
     "without the picture",
@@ -266,6 +267,55 @@ def rates(machine: Row) -> str:
     return f"{', '.join(each)} operations and {measured['bandwidth'] / 1e9:.1f} GB a second"
 
 
+# --- methods at the same cost ---------------------------------------------------------------------
+
+COMPARED: Columns = (
+    ("plan", lambda row: f"`{row['plan']}`{' (control)' if row['control'] else ''}"),
+    ("visual FLOPs", percent("visual_flops_share")),
+    ("accuracy", percent("accuracy.share")),
+    ("95 %", lambda row: "{low:.1f}–{high:.1f}".format(**_hundredfold(row["accuracy"]))),
+    ("reading", percent("by_type.reading.share")),
+    ("yes/no", percent("by_type.yes/no.share")),
+    ("= dense", percent("agreement.share")),
+    ("second question right", percent("second.accuracy.share")),
+    ("first token", cell("first_token_ms.median", ".1f", " ms")),
+    ("second question", cell("second_question_ms.median", ".1f", " ms")),
+    ("later token", cell("per_token_ms.median", ".2f", " ms")),
+    ("visual KV", cell("visual_kv_bytes", ".0f", " KiB", 1 / 1024)),
+)
+
+
+def compared(rows: list[Row]) -> str:
+    """Return what was found first, the plot, and the plans by cost, the most accurate first."""
+    about, dense, *_ = rows
+    shown = [row for target in targets(rows[1:]) for row in at_target(rows[1:], target)]
+    asked = f"{about['samples']} images, {about['second_questions']} with a second question"
+    rounds = (
+        f"{about['settings']['repetitions']} repetitions, {about['machine']['threads']} threads"
+    )
+    left_out = [f"* left out: {reason}" for reason in about["left_out"]]
+    picture = f"![Accuracy of every method at each cost](compare-{about['series']}.svg)"
+    parts = [
+        *about["findings"],
+        picture,
+        table(COMPARED, [dense, *shown]),
+        *left_out,
+        f"{asked}; {rounds}",
+    ]
+    return "\n\n".join(parts)
+
+
+def compared_kinds(rows: list[Row]) -> str:
+    """Return the accuracy of every plan by kind of question."""
+    kinds = [(kind, percent(f"by_type.{kind}.share")) for kind in rows[1]["by_type"]]
+    shown = [row for target in targets(rows[1:]) for row in at_target(rows[1:], target)]
+    return table((("plan", code("plan")), *kinds), [rows[1], *shown])
+
+
+def _hundredfold(share: Row) -> Row:
+    return {name: 100 * value for name, value in share.items()}
+
+
 # --- scaling --------------------------------------------------------------------------------------
 
 SWEEPS = {
@@ -374,6 +424,13 @@ TABLES = {
     "quantisation": Table("quantisation-demo", quantisation),
     "scaling": Table("scaling-llava-45m", scaling, command="scaling"),
 }
+for _series in ("demo", "demo-576", "easy-vqa"):
+    TABLES[f"compare-{_series}"] = Table(
+        f"compare-{_series}", compared, command=f"compare --series {_series}"
+    )
+    TABLES[f"compare-{_series}-kinds"] = Table(
+        f"compare-{_series}", compared_kinds, command=f"compare --series {_series}"
+    )
 for _model in ("llava-45m", "demo"):
     TABLES[f"peers-{_model}"] = Table(f"peers-{_model}", peers, command=f"peers --model {_model}")
     TABLES[f"back-ends-{_model}"] = Table(

@@ -12,14 +12,18 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..graphs.contract import VISION
 from ..graphs.errors import CapacityError, DataError
 from ..graphs.fields import from_json, parse_json
 from ..graphs.files import check_place
 from .samples import Sample
+
+if TYPE_CHECKING:
+    from ..runtime import Answer
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +31,36 @@ START = b'{"digest": "'
 REMEDY = "Name a new file, or one that visistage evaluate wrote: --out answers.jsonl"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Heard:
-    """An answer, as far as an evaluation needs it."""
+    """An answer, as far as an evaluation needs it.
+
+    flops_share: its visual FLOPs, of dense 1; visual_rows: cached, all layers together; encoded:
+    whether the vision encoder ran for it. None where an older version kept the answer.
+    """
 
     text: str
     first_token_ms: float
     per_token_ms: float | None
+    flops_share: float | None = None
+    visual_rows: int | None = None
+    encoded: bool | None = None
+
+    @classmethod
+    def of(cls, answer: Answer) -> Heard:
+        """Return what counts of an answer about images."""
+        times, plan = answer.timings, answer.plan
+        return cls(
+            text=answer.text,
+            first_token_ms=times.first_token_ms,
+            per_token_ms=times.per_token_ms,
+            flops_share=plan.visual_flops / max(plan.dense_visual_flops, 1),
+            visual_rows=sum(plan.visual_tokens_per_layer),
+            encoded=VISION in times.graphs_ms,
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Line(Heard):
     """A line of the file."""
 
@@ -74,10 +98,11 @@ class AnswerFile:
         return self._known.get(self._digest(sample))
 
     def add(self, sample: Sample, answer: Heard) -> None:
-        """Keep the answer to a sample, while there is room."""
+        """Keep the answer to a sample: in memory, and in the file while there is room."""
+        digest = self._digest(sample)
+        self._known[digest] = answer
         if self.full:
             return
-        digest = self._digest(sample)
         line = json.dumps({"digest": digest, "sample": sample.name, **asdict(answer)})
         try:
             with self.file.open("a", encoding="utf-8") as stream:
@@ -89,8 +114,9 @@ class AnswerFile:
     def _read(self, line: bytes, number: int) -> tuple[str, Heard]:
         where = f"{self.file}:{number}"
         data = parse_json(line, DataError, REMEDY, where)
-        found = from_json(_Line, data, DataError, REMEDY, where)
-        return found.digest, Heard(found.text, found.first_token_ms, found.per_token_ms)
+        found = from_json(_Line, data, DataError, REMEDY, where, defaults=True)
+        heard = {field.name: getattr(found, field.name) for field in fields(Heard)}
+        return found.digest, Heard(**heard)
 
     def _digest(self, sample: Sample) -> str:
         if isinstance(sample.image, Path):

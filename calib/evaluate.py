@@ -151,8 +151,7 @@ def evaluate(
         except VisistageError as error:  # one sample's trouble is not that of the others
             unreadable.append((sample.name, str(error)))
             continue
-        times = answer.timings
-        asked.append((sample, Heard(answer.text, times.first_token_ms, times.per_token_ms)))
+        asked.append((sample, Heard.of(answer)))
         if kept is not None:
             kept.add(*asked[-1])
         heard(answer)

@@ -11,7 +11,7 @@ from .asking import explain, infer
 from .building import build
 from .checking import doctor, inspect, list_bundles, verify
 from .group import Commands
-from .measuring import estimate, evaluate, profile
+from .measuring import compare, estimate, evaluate, profile
 from .options import quiet, verbose
 from .planning import calibrate, plan
 from .show.output import Spoken
@@ -47,6 +47,7 @@ for command in (
     inspect,
     explain,
     evaluate,
+    compare,
     calibrate,
     verify,
     profile,

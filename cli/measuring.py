@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -22,6 +23,7 @@ from .options import (
     threads_option,
 )
 from .show.output import note, say, show, show_json
+from .show.units import ShareParam
 
 OUT_HINT = "--out profile.html"
 
@@ -162,6 +164,91 @@ def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **optio
     write_page(render_profile(facts), out, OUT_HINT)
     commands = ", and the commands of Polygraphy for each graph" if facts["commands"] else ""
     say(f"\nthe page{commands}: {out}")
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@click.option("--data", type=click.Path(path_type=Path), help="JSONL file of samples.")
+@click.option("--samples", type=click.IntRange(1), help="Ask so many only (demo: 200).")
+@click.option(
+    "--plan",
+    "--plans",
+    "plans",
+    multiple=True,
+    type=PLAN,
+    help="Compare this one, not all; may be repeated. With options, as it is.",
+)
+@click.option(
+    "--share",
+    "shares",
+    multiple=True,
+    type=ShareParam(),
+    help="Of the visual FLOPs; may be repeated (25%, 50%, 75%).",
+)
+@click.option("--repetitions", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--out", default="comparisons", show_default=True, help="Folder of them all.")
+@click.option("--page", type=click.Path(path_type=Path), help="By default OUT/MODEL/compare.html.")
+@click.option("--revision", help="Branch, tag or commit of a model on the hub.")
+@click.option("--offline", is_flag=True, help="Use only what was downloaded before.")
+@click.option("--dummy-weights", is_flag=True, help="Random weights in the model's shape.")
+@as_json
+def compare(
+    model, data, samples, plans, shares, repetitions, out, page, as_json, **options
+) -> None:
+    """Put every way to prune side by side, at the same visual FLOPs.
+
+    Options of each preset are searched for the plans nearest to 25, 50 and 75 % of the visual
+    FLOPs of the unpruned model. Their bundles are built in OUT, timed in turns, and asked the same
+    questions, two about each image: the second one on what is cached. The table and the page hold
+    accuracy with intervals, times and bytes; controls, which look at nothing, stand among them.
+    Samples as for visistage evaluate. Answers are kept as they come: the same command goes on
+    where an earlier one was stopped. Nothing else should run meanwhile.
+
+    \b
+    visistage compare demo
+    visistage compare demo --share 15% --plan scope --plan random --plan visipruner:entry=scope
+    visistage compare demo --plan visipruner-adaptive --plan visipruner:t=2,keep=8 --samples 50
+    visistage compare llava-7b --data questions.jsonl --plan scope --plan visipruner --json
+    """
+    note(f"comparing plans of {model}")
+    note(busy_machine())
+    from ..calib.two_turns import evaluation_turns
+    from ..compile.matched_bundles import SHARES, matched_bundles
+    from ..pages.page import check_page_place, write_page
+    from ..tools.compare.compare import QUICK, compare
+    from ..tools.compare.compare_page import render_comparison
+    from .show.bar import StepBar, calibration_line
+    from .show.compare_view import comparison_table
+
+    hint = "--page compare.html"
+    if page is not None:
+        check_page_place(page, hint)
+    turns = evaluation_turns(model, data, samples)
+    try:
+        with StepBar(calibration_line) as progress:
+            compared, left_out = matched_bundles(
+                model, plans, shares or SHARES, out=out, progress=progress, **options
+            )
+            folder = compared[0].bundle.path.parent
+            facts = compare(
+                compared,
+                turns,
+                folder=folder / "answers",
+                settings=replace(QUICK, repetitions=repetitions),
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        note(f"what was built and answered is in {out}: the same command goes on from there")
+        raise
+    facts |= {"left_out": left_out, "data": data and data.name}
+    page = page or folder / "compare.html"
+    if as_json:
+        write_page(render_comparison(facts), page, hint)
+        show_json({"page": str(page), **facts})
+        return
+    show(comparison_table(facts))  # first: it took minutes, and the page's disk may be full
+    write_page(render_comparison(facts), page, hint)
+    say(f"\nthe page: {page}")
 
 
 @click.command()

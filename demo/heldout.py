@@ -48,6 +48,24 @@ def held_out(
         yield HeldOutSample(image, prompt, made.answer, made.kind, made.text, scene)
 
 
+def second_questions(count: int, seed: int = 0, world: World = DEMO) -> Iterator[Question | None]:
+    """Yield for each of `held_out(count, seed, world=world)` a question about other things.
+
+    It is of another kind and about nothing that the first one is about; None where 40 draws give
+    no such question, as after one about all things.
+    """
+    rng = random.Random(f"second {seed}")
+    for index, (scene, first) in enumerate(_series(count, f"held out {seed}", True, world)):
+        drawn = (
+            ask(scene, KINDS[(index + 1 + turn % (len(KINDS) - 1)) % len(KINDS)], rng)
+            for turn in range(40)
+        )
+        apart = (
+            made for made in drawn if made and made.about and not {*made.about} & {*first.about}
+        )
+        yield next(apart, None)
+
+
 def _series(count: int, name: str, unseen: bool, world: World) -> Iterator[tuple[Scene, Question]]:
     rng = random.Random(name)
     for index in range(count):

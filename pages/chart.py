@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 Point = tuple[float, float]
 
@@ -84,6 +85,19 @@ def of_names(names: Sequence[str], *, down: bool = False) -> Axis:
     """Return an axis with a place for each name; ``down``: the first on top when upright."""
     ends = (len(names) - 0.5, -0.5) if down else (-0.5, len(names) - 0.5)
     return Axis(*ends, tuple(enumerate(names)), ruled=False)
+
+
+STYLES = ("base.css", "chart.css")
+"""Styles of a page with charts, which a drawing by itself needs, too."""
+
+
+def svg_file(chart: Chart) -> str:
+    """Return a drawing as a file of its own, on a ground of its own, light or dark as wanted."""
+    style = "".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in STYLES)
+    head, rest = chart.svg().split(">", 1)
+    ground = '<rect width="100%" height="100%" style="fill:var(--paper)"/>'
+    named = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    return f"{named}>\n<style>{style}</style>\n{ground}{rest}\n"
 
 
 class Chart:

@@ -15,6 +15,7 @@ import jinja2
 
 from ..graphs.errors import CapacityError
 from ..graphs.files import check_place, write_to_place
+from .chart import STYLES
 from .units import flops, ms, percent, ranges, show_bytes
 
 PAGES_FOLDER = Path(__file__).parent
@@ -44,7 +45,7 @@ def render_page(
         lstrip_blocks=True,
     )
     environment.filters |= FILTERS | filters
-    shared = ("base.css", "chart.css") if charts else ("base.css",)
+    shared = STYLES if charts else ("base.css",)
     styles = [*(PAGES_FOLDER / name for name in shared), folder / "page.css"]
     style = "\n".join(file.read_text(encoding="utf-8") for file in styles)
     return environment.get_template("page.html").render(facts, style=style)

@@ -5,6 +5,7 @@ Source: docs/methods.md, "Entry selectors".
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from ..plan.plan import StagePlan
 from ..plan.stages import Entry, Positions
 from ..selectors.entry import EntrySelector
 from ..selectors.registry import ENTRY_SELECTORS
-from .request import Preset, Request, option
+from .request import Options, Preset, Request, option, steps
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class Entering(Preset):
 
     keep: int = option("K, visual tokens that enter (2 of 9)")
     positions: Positions = option("original or renumbered: where they stand (original if it can)")
+
+    @classmethod
+    def ways(cls, layers: int, visual_tokens: int) -> Iterator[list[Options]]:
+        """Move K."""
+        yield [{"keep": keep} for keep in steps(1, visual_tokens, 192)]
 
     def build(self, ask: Request) -> StagePlan:
         """Return a plan of one stage."""
@@ -40,7 +46,12 @@ def entering_presets() -> list[type[Preset]]:
         type(
             f"Entering{selector.name.title()}",
             (Entering,),
-            {"name": selector.name, "summary": selector.summary, "selector": selector},
+            {
+                "name": selector.name,
+                "summary": selector.summary,
+                "selector": selector,
+                "control": selector.control,
+            },
         )
         for selector in ENTRY_SELECTORS.values()
     ]

@@ -9,6 +9,7 @@ Source: docs/design.md, "The plan".
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from ..errors import PlanError, nearest
@@ -17,7 +18,7 @@ from ..plan.checks import is_count
 from ..plan.plan import StagePlan
 from .entering import entering_presets
 from .per_prompt import VisiPrunerAdaptive, VisiPrunerCode, VisiPrunerPaper
-from .request import Layer, Preset, Request
+from .request import Layer, Preset, Request, as_word
 from .static import Dense, ExitOnly, FastV, PyramidDrop, VisiPruner
 
 _ALL: tuple[type[Preset], ...] = (
@@ -74,6 +75,12 @@ def parse_request(text: str) -> tuple[str, dict[str, Any]]:
     name, pairs = split_options(text, PlanError, _REMEDY)
     kinds = get_type_hints(PRESETS[name]) if name in PRESETS else {}
     return name, {key: _parse(kinds.get(key), value) for key, value in pairs}
+
+
+def request_text(name: str, options: Mapping[str, Any]) -> str:
+    """Return what ``parse_request`` reads as this preset with these options."""
+    words = ",".join(f"{key}={as_word(value)}" for key, value in options.items())
+    return f"{name}:{words}" if words else name
 
 
 def _parse(kind: Any, text: str) -> Any:

@@ -6,6 +6,7 @@ It knows no method: those are in ``static.py`` and ``per_prompt.py``.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
@@ -24,6 +25,9 @@ UNCALIBRATED = "uncalibrated defaults"
 Template = Literal["7b", "13b"]
 """Whose rule layer 0 follows."""
 
+Options = dict[str, Any]
+"""Options of a preset by name."""
+
 Layer = int | Literal[False]
 """A layer where something ends, or false: it is left out."""
 
@@ -41,6 +45,10 @@ class Preset:
     summary: ClassVar[str]
     measurable: ClassVar[tuple[str, ...]] = ()
     """Options that hold published thresholds, which a calibration may replace."""
+    control: ClassVar[bool] = False
+    """Whether it is there to be beaten: what keeps rows without looking at them."""
+    joined: ClassVar[tuple[str, ...]] = ()
+    """Entry selectors that a comparison puts before it, besides comparing it alone."""
 
     entry: str | None = field(
         default=None,
@@ -53,6 +61,15 @@ class Preset:
     def build(self, ask: Request) -> StagePlan:
         """Return the plan for the decoder that ``ask`` names."""
         raise NotImplementedError
+
+    @classmethod
+    def ways(cls, layers: int, visual_tokens: int) -> Iterator[list[Options]]:
+        """Yield lists of options, from which a comparison takes the plan of a given cost.
+
+        The list nearest to what was published comes first, and the next one counts where none of
+        the first comes near that cost. Without any, the preset has no plans to choose from.
+        """
+        yield from ()
 
     @classmethod
     def options(cls) -> dict[str, str]:
@@ -132,7 +149,7 @@ class Request:
         """Refuse options that ``reason`` leaves without a meaning."""
         for name in names:
             if name in self.preset.given():
-                found = f"{name}={_as_word(self.preset.given()[name])}"
+                found = f"{name}={as_word(self.preset.given()[name])}"
                 raise PlanError(
                     f"{self.preset.name}: found {found} beside {reason}, expected one of the two. "
                     f"Remove {name}."
@@ -193,7 +210,7 @@ class Request:
     def _named(self, stages: list[Stage], edges: list[Edge], **more: Any) -> StagePlan:
         """Return the plan, called after what was asked for."""
         given = self.preset.given().items()
-        words = [self.preset.name, *(f"{name}{_as_word(value)}" for name, value in given)]
+        words = [self.preset.name, *(f"{name}{as_word(value)}" for name, value in given)]
         more.setdefault("entry", self.entry)
         return StagePlan(
             name=_short("-".join(words)),
@@ -218,6 +235,11 @@ class Request:
         return f"{UNCALIBRATED}: {', '.join(left)}" if left else "chosen by hand, not calibrated"
 
 
+def steps(low: int, high: int, most: int = 64) -> list[int]:
+    """Return at most about ``most`` integers from ``low`` to ``high``, evenly spread."""
+    return list(range(low, high + 1, max(1, (high - low) // most)))
+
+
 def repeat_mode(mode: Mode, times: int) -> tuple[Mode, ...]:
     """Return ``mode`` for so many layers."""
     return (mode,) * times
@@ -231,7 +253,8 @@ def _short(name: str) -> str:
     return f"{name[: MAX_NAME - 9]}-{digest}"
 
 
-def _as_word(value: Any) -> str:
+def as_word(value: Any) -> str:
+    """Return the value of an option as it is typed."""
     if isinstance(value, tuple):
         return "-".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -5,12 +5,13 @@ Source: docs/methods.md, "VisiPruner: static plans"; "FastV" and "PyramidDrop".
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import PlanError
 from ..plan.plan import StagePlan
 from ..plan.stages import MAX_KEEP, Mode, Norm
-from .request import Layer, Preset, Request, Template, option, repeat_mode
+from .request import Layer, Options, Preset, Request, Template, option, repeat_mode, steps
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class VisiPruner(Preset):
     """VisiPruner with t, K and e that hold for every prompt."""
 
     name = "visipruner"
+    joined = ("scope",)
     summary = "text-blind shallow layers, the top K visual tokens after layer t, none after layer e"
 
     shallow: Layer = option("first layer that is not text-blind, or false (3/16 of the depth)")
@@ -38,6 +40,17 @@ class VisiPruner(Preset):
     keep: int = option("K, visual tokens kept after t (a ninth of them)")
     norm: Norm = option("gated or renorm: what happens to the attention taken away (gated)")
     template: Template = option("7b or 13b: the rule of layer 0 (7b)")
+
+    @classmethod
+    def ways(cls, layers: int, visual_tokens: int) -> Iterator[list[Options]]:
+        """Move t; then K, too, within twice, three, four, and any number of times its default."""
+        shallow, default = 3 * layers // 16, max(1, visual_tokens // 9)
+        ends = range(27 * layers // 32)
+        at = [{"t": t} if t >= shallow else {"t": t, "shallow": t} for t in ends]
+        yield [*at]
+        for times in (2, 3, 4, visual_tokens):
+            low, high = max(1, default // times), min(default * times, visual_tokens, MAX_KEEP)
+            yield [{**options, "keep": keep} for options in at for keep in steps(low, high)]
 
     def build(self, ask: Request) -> StagePlan:
         """Return a plan of at most three stages."""
@@ -75,6 +88,12 @@ class FastV(Preset):
     k: int = option("layers with all visual tokens (3)")
     r: float = option("share of the visual tokens to remove, 0 to 1 (0.75)")
 
+    @classmethod
+    def ways(cls, layers: int, visual_tokens: int) -> Iterator[list[Options]]:
+        """Move r; where that does not do, select earlier."""
+        for k in range(min(3, layers - 1), 0, -1):
+            yield [{"k": k, "r": percent / 100} for percent in range(1, 96)]
+
     def build(self, ask: Request) -> StagePlan:
         """Return a plan of two stages."""
         k = ask.within("k", 3, 1, ask.layers - 1, f"1 to {ask.layers - 1} layers")
@@ -93,6 +112,11 @@ class PyramidDrop(Preset):
     summary = "after each quarter of the depth, keep a share of the visual tokens by attention"
 
     ratio: float = option("share kept at each of the three edges, 0 to 1 (0.5)")
+
+    @classmethod
+    def ways(cls, layers: int, visual_tokens: int) -> Iterator[list[Options]]:
+        """Move the ratio."""
+        yield [{"ratio": percent / 100} for percent in range(1, 100)]
 
     def build(self, ask: Request) -> StagePlan:
         """Return a plan of four stages."""
@@ -120,6 +144,11 @@ class ExitOnly(Preset):
     summary = "all visual tokens up to layer e, none after it"
 
     e: int = option("last layer with any visual tokens (27/32 of the depth)")
+
+    @classmethod
+    def ways(cls, layers: int, visual_tokens: int) -> Iterator[list[Options]]:
+        """Move e."""
+        yield [{"e": e} for e in range(layers - 1)]
 
     def build(self, ask: Request) -> StagePlan:
         """Return a plan of two stages; by default there is an exit, however few the layers."""

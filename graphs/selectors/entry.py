@@ -77,12 +77,14 @@ class EntrySelector:
         summary: what it keeps, in a line.
         reads: names in ``READINGS``.
         needs_renumbering: whether a row may enter that has no place of its own among the patches.
+        control: whether it looks at nothing, and is there to be beaten.
     """
 
     name: str
     summary: str
     reads: tuple[str, ...] = ()
     needs_renumbering: bool = False
+    control: bool = False
 
     def choose(self, given: EncoderReadings, keep: int) -> Entered:
         """Return the ``keep`` rows that enter, 1 to N; ``given`` is left as it is."""

@@ -28,7 +28,9 @@ ENTRY_SELECTORS: dict[str, EntrySelector] = {
             ("features", "class_row", "saliency", "keys"),
             needs_renumbering=True,
         ),
-        EntrySelector("random", "control: patches by chance, always the same ones of an image"),
-        EntrySelector("uniform", "control: every n-th patch"),
+        EntrySelector(
+            "random", "control: patches by chance, always the same ones of an image", control=True
+        ),
+        EntrySelector("uniform", "control: every n-th patch", control=True),
     )
 }

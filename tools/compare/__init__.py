@@ -1,0 +1,1 @@
+"""Plans of all methods side by side, at the same cost."""
