@@ -94,7 +94,9 @@ def plan(
 @click.option("--lose", type=ShareParam(), help="Choose the cheapest plan that loses so much (1%).")
 @click.option("--cost", type=ShareParam(), help="Choose the best plan within so much of dense.")
 @click.option("--holdout", type=ShareParam(), help="Samples that confirm what others chose (33%).")
-@click.option("--candidates", "most", type=click.IntRange(1), help="Plans to measure (12).")
+@click.option("--candidates", "most", type=click.IntRange(1), help="Plans to measure (16).")
+@click.option("--selectors", help="What may choose visual tokens to enter (scope,divprune,cls).")
+@click.option("--no-entry", is_flag=True, default=None, help="All visual tokens enter.")
 @click.option("--precision", help="Choose for fp32 (default), int8, w8, w4, or a recipe.")
 @click.option("--out", default="calibrations", show_default=True, help="Folder of them all.")
 @click.option("--revision", help="Branch, tag or commit of a model on the hub.")
@@ -102,7 +104,20 @@ def plan(
 @click.option("--dummy-weights", is_flag=True, help="Random weights in the model's shape.")
 @as_json
 def calibrate(
-    model, data, samples, plan, lose, cost, holdout, most, precision, out, as_json, **options
+    model,
+    data,
+    samples,
+    plan,
+    lose,
+    cost,
+    holdout,
+    most,
+    selectors,
+    no_entry,
+    precision,
+    out,
+    as_json,
+    **options,
 ) -> None:
     """Choose a plan from data, and measure the ranges that a quantised precision needs.
 
@@ -115,9 +130,9 @@ def calibrate(
 
     A plan is chosen by what it may lose (--lose 1% of the tokens that the dense model says) or by
     what it may cost (--cost 50% of its visual FLOPs), from bundles that are built and asked here;
-    samples held out confirm it. With --precision those bundles are quantised, and what is lost is
-    lost to rounding and pruning together. With --plan no bundle runs, and large models go through
-    small machines. The demo model needs no --data.
+    samples held out confirm it. It may be an entry alone, or dense. With --precision those bundles
+    are quantised, and what is lost is lost to rounding and pruning together. With --plan no bundle
+    runs, and large models go through small machines. The demo model needs no --data.
 
     \b
     visistage calibrate demo --lose 1%
@@ -137,7 +152,14 @@ def calibrate(
         from ..calib.plan_search.measure_plans import Origin
 
         goal = goal_or_plan(
-            plan, lose=lose, cost=cost, holdout=holdout, most=most, precision=precision
+            plan,
+            lose=lose,
+            cost=cost,
+            holdout=holdout,
+            most=most,
+            selectors=selectors,
+            no_entry=no_entry,
+            precision=precision,
         )
         folder, calibration = calibrate(
             Origin(model, **options), chosen, goal, files=files, out=out, progress=progress

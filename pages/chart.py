@@ -152,6 +152,12 @@ class Chart:
         at = f'cx="{self._x(x)}" cy="{self._y(y)}"'
         self._mark(f'<circle class="mark {kind}" {at} r="{radius:g}"', title)
 
+    def diamond(self, x: float, y: float, kind: str, title: str = "", radius: float = 4) -> None:
+        """Draw a square on its corner, ``radius`` units from its centre to a side."""
+        at, reach = f"M{self._x(x)} {self._y(y)}", f"{1.4 * radius:g}"
+        path = f"{at}m0-{reach}l{reach} {reach}l-{reach} {reach}l-{reach}-{reach}z"
+        self._mark(f'<path class="mark {kind}" d="{path}"', title)
+
     def whisker(self, x: float, low: float, high: float, kind: str) -> None:
         """Draw an upright line, for an interval."""
         at = self._x(x)

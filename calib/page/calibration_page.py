@@ -21,7 +21,7 @@ from .warnings import calibration_warnings
 TEMPLATE_FOLDER = Path(__file__).parent
 CALIBRATION_PAGE = "calibration.html"
 
-ORDER = "stKe"
+ORDER = ("precision", "entry", "s", "t", "K", "e")
 """Reasons in the order of the layers they are about; JSON sorts them otherwise."""
 
 MOST_LISTED = 200
@@ -58,18 +58,25 @@ def render_calibration(calibration: Calibration) -> str:
 def _choice(choice: Mapping[str, Any]) -> dict[str, Any] | None:
     if not choice:
         return None
-    candidates = choice["candidates"]
+    # Choices made before there were entries have neither of the two.
+    candidates = [{"entry": None, "second": None, **found} for found in choice["candidates"]]
     shares = [candidate["measured"][choice["agreement"]]["share"] for candidate in candidates]
     return {
         "precision": "fp32",
         "shipped": None,
+        "question": None,
         **choice,
+        "candidates": candidates,
         "taken": None if choice["chosen"] is None else candidates[choice["chosen"]],
-        "reasons": sorted(choice["reasons"].items(), key=lambda reason: ORDER.find(reason[0])),
+        "reasons": sorted(choice["reasons"].items(), key=lambda reason: _place(reason[0])),
         "foot": charts.FOOT,
         "below": any(share < charts.FOOT for share in shares),
         "plot": charts.pareto(choice) if candidates else "",
     }
+
+
+def _place(letter: str) -> int:
+    return ORDER.index(letter) if letter in ORDER else -1
 
 
 def _dynamics(dynamics: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[str, Any] | None:

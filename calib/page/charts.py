@@ -52,13 +52,14 @@ def pareto(choice: Facts) -> str:
         cost, share, held = candidate["cost"], candidate["measured"][kind], candidate["held_out"]
         chosen = index == choice["chosen"]
         kinds = "warm" if chosen else "amber" if candidate["verdict"] else "faint"
+        shape = chart.diamond if candidate.get("entry") else chart.dot
         words = f"{candidate['text']}: {_agreement(share)} at {percent(cost)} of the cost"
         if candidate["verdict"]:
             words += f"; {candidate['verdict']}"
         chart.whisker(cost, share["low"], share["high"], f"{kinds} thin")
         if held is not None:
             chart.dot(cost, held[kind]["share"], "cool open", f"{words}; held out", 6)
-        chart.dot(cost, share["share"], kinds, words, 6 if chosen else 4)
+        shape(cost, share["share"], kinds, words, 6 if chosen else 4)
     chart.dot(1.0, 1.0, "ink", "dense: agrees with itself", 4)
     return chart.svg()
 

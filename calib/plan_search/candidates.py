@@ -9,7 +9,7 @@
 For each t only those K and e count that no others beat in cost and in what is cut off. The
 prediction ranks plans before they are measured and decides nothing: it adds up what a dense model
 takes from the tokens that a plan would not have, and cannot know what is still needed. Hence no t
-is left out for it.
+is left out for it. Plans with an entry: ``entry_candidates.py``.
 
 Source: fixed numbers from quantiles: docs/methods.md, "VisiPruner: static plans".
 """
@@ -24,9 +24,10 @@ import numpy as np
 
 from ...compile.planfile import resolve_plan
 from ...graphs.errors import PlanError
-from ...graphs.plan.cost import Geometry, Load, cost_of
+from ...graphs.plan.call_cost import COUNTS, decoder_work, question_calls, total_work
+from ...graphs.plan.cost import PREFIX_ROWS, TEXT_ROWS, Geometry, Load, cost_of
 from ...graphs.plan.plan import StagePlan
-from ...graphs.plan.stages import MAX_KEEP, Probe
+from ...graphs.plan.stages import MAX_KEEP, Entry, Probe
 from ...graphs.presets.presets import preset
 from .agreement import Agreement
 from .dynamics import COSINES, PUBLISHED, Dynamics, quantile
@@ -55,7 +56,9 @@ class Candidate:
         shallow, t, keep, e: s, t, K (None where nothing is selected) and e.
         cost: visual FLOPs as the graphs run them, dense = 1.
         visual_flops: the same, not relative.
-        predicted: share of the visual tokens' influence that is cut off (``cut_off``).
+        predicted: share of the visual tokens' influence that is cut off (``cut_off``); with an
+            entry the share of tokens that may be lost, None where nothing is known yet.
+        entry: what enters; None: all visual tokens.
     """
 
     text: str
@@ -65,23 +68,48 @@ class Candidate:
     e: int
     cost: float
     visual_flops: float
-    predicted: float
+    predicted: float | None
+    entry: Entry | None = None
+
+    @property
+    def is_entry_alone(self) -> bool:
+        """True for a plan in which all layers see what enters."""
+        return self.entry is not None and self.text.startswith(f"{self.entry.selector}:")
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate that was measured."""
+    """A candidate that was measured.
+
+    second, second_flops: of a second question about the same image (``Pricing.second_question``).
+    """
 
     candidate: Candidate
     measured: Agreement
+    second: float
+    second_flops: float
     held_out: Agreement | None = None
     verdict: str = ""
+
+    @property
+    def loss(self) -> float:
+        """The share of tokens that disagree and half a token more, which keeps it above 0."""
+        tokens = self.measured.tokens
+        return (tokens.total - tokens.right + 0.5) / (tokens.total + 1)
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of two questions about one image: of vision in the first, all of the second."""
+        return self.candidate.visual_flops + self.second_flops
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON, without ``front``."""
         candidate = {"s" if k == "shallow" else k: v for k, v in vars(self.candidate).items()}
         return {
             **candidate,
+            "entry": self.candidate.entry and self.candidate.entry.text,
+            "second": self.second,
+            "second_flops": self.second_flops,
             "measured": self.measured.to_dict(),
             "held_out": self.held_out and self.held_out.to_dict(),
             "verdict": self.verdict,
@@ -90,17 +118,20 @@ class Tried:
 
 @dataclass(frozen=True)
 class Pricing:
-    """The cost of the visual tokens of a layer in one model, as graphs run it: all layers dense.
+    """The cost of plans in one model, as graphs run them: all layers dense.
 
-    geometry: its decoder. visual_tokens: N, of one image.
+    geometry: its decoder. visual_tokens: N, of one image. prefix, text: rows before an image, and
+    of a question.
     """
 
     geometry: Geometry
     visual_tokens: int
+    prefix: int = PREFIX_ROWS
+    text: int = TEXT_ROWS
 
-    def flops(self, t: int, keep: int | None, e: int) -> float:
+    def flops(self, t: int, keep: int | None, e: int, entry: Entry | None = None) -> float:
         """Return the visual FLOPs of a plan; text rows are not in it."""
-        counts = [(self.visual_tokens, t + 1), (keep or 0, e - t)]
+        counts = [(self.visual_tokens if entry is None else entry.keep, t + 1), (keep or 0, e - t)]
         loads = [Load("dense", tokens, layers) for tokens, layers in counts]
         return 2 * cost_of(loads, self.geometry).visual_macs
 
@@ -112,13 +143,37 @@ class Pricing:
         e: int,
         *,
         shallow: int = 0,
-        predicted: float,
+        entry: Entry | None = None,
+        predicted: float | None,
     ) -> Candidate:
         """Return a plan with its costs."""
-        flops = self.flops(t, keep, e)
+        flops = self.flops(t, keep, e, entry)
         last = self.geometry.layers - 1
         cost = flops / self.flops(last, None, last)
-        return Candidate(text, shallow, t, keep, e, cost, flops, predicted)
+        return Candidate(text, shallow, t, keep, e, cost, flops, predicted, entry)
+
+    def second_question(self, plan: StagePlan) -> tuple[float, float]:
+        """Return what a second question about a cached image takes: dense = 1, and FLOPs.
+
+        All rows of the decoder are in it: visual ones run again behind a selection that looks at
+        the question.
+        """
+        dense = preset("dense", self.geometry.layers, self.visual_tokens)
+        flops, all_flops = (
+            total_work(
+                decoder_work(call, self.geometry, asked, COUNTS)
+                for call in question_calls(
+                    asked,
+                    prefix=self.prefix,
+                    visual=self.visual_tokens,
+                    text=self.text,
+                    slots=lambda _, rows: rows,
+                    cached=True,
+                )
+            ).flops
+            for asked in (plan, dense)
+        )
+        return flops / all_flops, flops
 
     def plan(self, candidate: Candidate) -> StagePlan:
         """Return the plan of a candidate."""
@@ -163,14 +218,14 @@ def plan_candidates(dynamics: Dynamics, pricing: Pricing) -> dict[int, tuple[Can
                     text = f"visipruner:shallow=0,t={t},e={e},keep={keep}"
                     predicted = float(cut[row, e])
                     of_t.append(pricing.candidate(text, t, keep, e, predicted=predicted))
-        found[t] = front(of_t, lambda candidate: -candidate.predicted)
+        found[t] = front(of_t, lambda candidate: -(candidate.predicted or 0))
     return found
 
 
 def knee(of_t: Sequence[Candidate]) -> Candidate:
     """Return the cheapest of one t whose predicted loss is within ``KNEE_SLACK`` of the best."""
-    limit = of_t[-1].predicted + KNEE_SLACK
-    return next(candidate for candidate in of_t if candidate.predicted <= limit)
+    limit = (of_t[-1].predicted or 0) + KNEE_SLACK
+    return next(candidate for candidate in of_t if (candidate.predicted or 0) <= limit)
 
 
 def trigger_layers(dynamics: Dynamics) -> list[int]:

@@ -96,7 +96,12 @@ class Chooser:
         ]
         choice = choose_plan(
             dynamics,
-            Pricing(Geometry.of(config.text), config.visual_tokens),
+            Pricing(
+                Geometry.of(config.text),
+                config.visual_tokens,
+                len(self.texts.prefix_ids),
+                round(np.mean([len(prompt.parts[-1]) for prompt in shown])),
+            ),
             goal,
             lambda plan: bundles.candidate(plan, goal.most),
             bundles.confirm if held else None,

@@ -7,10 +7,14 @@ from typing import Any
 
 from ...graphs.errors import PlanError, TargetError
 from ...graphs.quantization import QUANTISED, QuantConfig, is_quantised, parse_quant_config
+from ...graphs.selectors.registry import ENTRY_SELECTORS
 from ..evaluate import EVALUATE_MAX_TOKENS
 from .agreement import Agreement
 
 DEFAULT_LOSE = 0.01
+
+SELECTORS = ("scope", "divprune", "cls")
+"""Entry selectors that are tried by default; controls would only win by chance."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +26,20 @@ class SelectionGoal:
         cost: share of dense visual FLOPs that the plan may take.
         holdout: share of the samples that confirm what the others chose.
         most: plans that are measured.
+        selectors: entry selectors that are tried; none: all visual tokens enter.
         max_tokens: longest answer that is compared.
         quant_config: of the precision that the plan is for; None: FP32.
 
     Raises:
-        PlanError: both a loss and a cost, neither, or no share; or stages are quantised apart.
+        PlanError: both a loss and a cost, neither, or no share; an unknown selector; or stages are
+            quantised apart.
     """
 
     lose: float | None = None
     cost: float | None = None
     holdout: float = 0.33
-    most: int = 12
+    most: int = 16
+    selectors: tuple[str, ...] = SELECTORS
     max_tokens: int = EVALUATE_MAX_TOKENS
     quant_config: QuantConfig | None = None
 
@@ -46,6 +53,13 @@ class SelectionGoal:
             raise PlanError(f"lose: found {self.lose:g}, expected 0 % to below 100 %. Type 1%.")
         if self.cost is not None and not 0 < self.cost <= 1:
             raise PlanError(f"cost: found {self.cost:g}, expected above 0 % to 100 %. Type 50%.")
+        for name in self.selectors:
+            if name not in ENTRY_SELECTORS:
+                known = ", ".join(ENTRY_SELECTORS)
+                raise PlanError(
+                    f"selectors: found {name!r}, expected names among {known}. Type "
+                    f"--selectors {','.join(SELECTORS)}, or --no-entry."
+                )
         if self.quant_config is not None and self.quant_config.stages:
             raise PlanError(
                 f"precision {self.quant_config.name} names stage{min(self.quant_config.stages)}, "
@@ -75,7 +89,8 @@ class SelectionGoal:
 def goal_or_plan(plan: str | None, **options: Any) -> str | SelectionGoal:
     """Return the plan that was named, or how to choose one.
 
-    options: ``lose``, ``cost``, ``holdout``, ``most`` and ``precision``, None where not typed.
+    options: ``lose``, ``cost``, ``holdout``, ``most``, ``selectors`` ("scope,cls"), ``no_entry``
+    and ``precision``, None where not typed.
 
     Raises:
         PlanError: a plan and a goal, or a budget that is not valid.
@@ -84,12 +99,23 @@ def goal_or_plan(plan: str | None, **options: Any) -> str | SelectionGoal:
     typed = {name: value for name, value in options.items() if value is not None}
     if plan is not None:
         if typed:
-            option = {"most": "candidates"}.get(next(iter(typed)), next(iter(typed)))
+            first = next(iter(typed))
+            option = {"most": "candidates", "no_entry": "no-entry"}.get(first, first)
             raise PlanError(
                 f"found --{option} beside --plan {plan}, expected one of the two: a plan that is "
                 f"named is not chosen. Leave out --{option} or --plan."
             )
         return plan
+    if typed.pop("no_entry", False):
+        if "selectors" in typed:
+            raise PlanError(
+                f"found --no-entry beside --selectors {typed['selectors']}, expected one of the "
+                "two. Leave out --no-entry or --selectors."
+            )
+        typed["selectors"] = ()
+    elif "selectors" in typed:
+        names = (name.strip() for name in typed["selectors"].split(","))
+        typed["selectors"] = tuple(dict.fromkeys(names))
     if "precision" in typed:
         typed["quant_config"] = _quant_config(typed.pop("precision"))
     if not {"lose", "cost"} & typed.keys():

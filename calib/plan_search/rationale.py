@@ -30,16 +30,24 @@ def rationale_for(
     taken: Tried | None,
     text_blind: Sequence[dict[str, Any]],
 ) -> dict[str, str]:
-    """Return a sentence each for s, t, K and e of the plan that was taken; None: the dense one."""
+    """Return a sentence each for s, t, K and e of the plan that was taken; None: the dense one.
+
+    "entry" comes first where an entry was measured; of a plan that is an entry alone there is
+    nothing to say of t, K and e.
+    """
     if taken is None:
         closest = max(tried, key=lambda found: found.measured.tokens.share, default=None)
-        why = "no plan that was measured keeps the budget on all samples"
+        why = "dense: nothing cheaper that was measured keeps the budget on all samples"
         if closest is not None:
             why += f"; the closest, {closest.candidate.text}, agrees on {_tokens(closest)}"
         return {"s": _shallow(0, text_blind), "t": why, "K": why, "e": why}
     candidate = taken.candidate
-    return {
-        "s": _shallow(candidate.shallow, text_blind),
+    reasons = {"s": _shallow(candidate.shallow, text_blind)}
+    if any(found.candidate.entry for found in tried):
+        reasons = {"entry": _entry(tried, taken)} | reasons
+    if candidate.is_entry_alone:
+        return reasons
+    return reasons | {
         "t": _trigger(dynamics, tried, taken),
         "K": _keep(dynamics, candidate.t, candidate.keep),
         "e": _exit(dynamics, candidate.e),
@@ -85,6 +93,47 @@ def warnings_for(
     return tuple(out)
 
 
+def _entry(tried: Sequence[Tried], taken: Tried) -> str:
+    """Return what enters, and what the nearest alternatives agree on."""
+    entry = taken.candidate.entry
+    if entry is None:
+        text = "No entry: all visual tokens of an image enter"
+        as_cheap = [
+            found for found in tried if found.candidate.entry and found.flops <= taken.flops
+        ]
+        return _and_best(text, "with an entry that is as cheap", as_cheap)
+    text = (
+        f"{entry.selector}: {entry.keep} visual tokens of an image enter (what follows about t, K "
+        "and e was read where all do)"
+    )
+    if taken.candidate.is_entry_alone:
+        text = (
+            f"{entry.selector} alone: {entry.keep} visual tokens of an image enter, and all layers "
+            f"see them; a second question takes {100 * taken.second:.0f} % of what it takes dense"
+        )
+    alone = [
+        (found.candidate.entry.keep, found)
+        for found in tried
+        if found.candidate.entry and found.candidate.is_entry_alone
+    ]
+    same = [
+        f"{found.candidate.text} {100 * found.measured.tokens.share:.1f} %"
+        for keep, found in sorted(alone, key=lambda both: -both[1].measured.tokens.share)
+        if keep == entry.keep
+    ]
+    if same:
+        text += f"; with so many, and nothing else pruned, agree: {', '.join(same)}"
+    return _and_best(text, "with fewer", [found for keep, found in alone if keep < entry.keep])
+
+
+def _and_best(text: str, which: str, found: Sequence[Tried]) -> str:
+    """Return a sentence that ends with the best of ``found``, or says that there is none."""
+    best = max(found, key=lambda one: one.measured.tokens.share, default=None)
+    if best is None:
+        return f"{text}; none {which} was measured."
+    return f"{text}; the best {which}, {best.candidate.text}, agrees on {_tokens(best)}."
+
+
 def _shallow(shallow: int, text_blind: Sequence[dict[str, Any]]) -> str:
     measured = ", ".join(
         f"s={row['shallow']}: {100 * row['tokens']['share']:.1f} %" for row in text_blind
@@ -101,7 +150,11 @@ def _shallow(shallow: int, text_blind: Sequence[dict[str, Any]]) -> str:
 def _trigger(dynamics: Dynamics, tried: Sequence[Tried], taken: Tried) -> str:
     t = taken.candidate.t
     fired = np.mean((dynamics.lowest[:, dynamics.first : t + 1] < FIRM).any(1))
-    earlier = [found for found in tried if found.candidate.t < t]
+    earlier = [
+        found
+        for found in tried
+        if found.candidate.t < t and found.candidate.entry == taken.candidate.entry
+    ]
     text = (
         f"t = {t}: up to this layer a single token has turned the last row's output beyond cosine "
         f"{FIRM:g} in {100 * fired:.0f} % of the prompts"

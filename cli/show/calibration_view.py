@@ -78,8 +78,9 @@ def calibration_table(folder: Path, calibration: Calibration, next_command: str)
 
 
 def _candidates(choice: Any) -> Table:
-    table = Table("plan", "t", "K", "e", "visual FLOPs", "choosing", "held out", "verdict")
-    for column in table.columns[1:7]:
+    costs, agreed = ("visual FLOPs", "2nd question"), ("choosing", "held out")
+    table = Table("plan", "t", "K", "e", *costs, *agreed, "verdict")
+    for column in table.columns[1:8]:
         column.justify = "right"
     for number, one in enumerate(choice["candidates"]):
         held = one["held_out"]
@@ -89,6 +90,7 @@ def _candidates(choice: Any) -> Table:
             "" if one["keep"] is None else str(one["keep"]),
             str(one["e"]),
             f"{100 * one['cost']:.1f} %",
+            f"{100 * one['second']:.0f} %" if "second" in one else "",
             _agreement(one["measured"]["tokens"]),
             _agreement(held["tokens"]) if held else "",
             one["verdict"],

@@ -92,7 +92,11 @@ def work_of(call: GraphCall, config: ModelConfig, plan: StagePlan, sizes: Sizes)
     """Return the work of a call, whatever its graph."""
     if call.graph == VISION:
         return vision_work(config, sizes, plan.entering if projects_later(plan) else None)
-    geometry = Geometry.of(config.text)
+    return decoder_work(call, Geometry.of(config.text), plan, sizes)
+
+
+def decoder_work(call: GraphCall, geometry: Geometry, plan: StagePlan, sizes: Sizes) -> Work:
+    """Return the work of a call of any graph but the vision encoder."""
     if call.graph == PROBE or call.graph.startswith("select"):  # one query against one layer
         query, kv = geometry.widths
         flops = 4 * call.slots * query

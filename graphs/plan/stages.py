@@ -91,6 +91,12 @@ class Entry:
     positions: Positions = "original"
     layer: int = 0  # late injection is not supported yet
 
+    @property
+    def text(self) -> str:
+        """The short form, as presets take it: ``scope-64``."""
+        closed = "-renumbered" if self.positions == "renumbered" else ""
+        return f"{self.selector}-{self.keep}{closed}"
+
     def summary(self, visual_tokens: int) -> str:
         """Return what becomes of an image of so many visual tokens, in words."""
         closed = ", renumbered" if self.positions == "renumbered" else ""

@@ -202,13 +202,48 @@ def test_candidates_are_in_the_table_with_their_intervals(page, calibration):
     assert [row[0] for row in rows] == [one["text"] for one in calibration.choice["candidates"]]
     for row, one in zip(rows, calibration.choice["candidates"], strict=True):
         share = one["measured"]["tokens"]
-        assert row[5].startswith(f"{100 * one['cost']:.1f} %")
+        assert row[6].startswith(f"{100 * one['cost']:.1f} %")
         numbers = (share["share"], share["low"], share["high"])
-        assert re.findall(r"[\d.]+", row[7]) == [f"{100 * number:.1f}" for number in numbers]
-        assert row[10] == one["verdict"]
-    assert rows[1][8].startswith("99.4 %")
-    assert rows[0][8] == "–"
-    assert [row[3] for row in rows] == ["4", "4", "–"]
+        assert re.findall(r"[\d.]+", row[9]) == [f"{100 * number:.1f}" for number in numbers]
+        assert row[12] == one["verdict"]
+    assert rows[1][10].startswith("99.4 %")
+    assert rows[0][10] == "–"
+    assert [row[4] for row in rows] == ["4", "4", "–"]
+
+
+def with_entries():
+    """Return a choice whose plans have an entry, as of now; the others are as of before."""
+    alone = {**candidate("scope:keep=4", 0.25, 399, 797, "chosen", True), "entry": "scope-4"}
+    old = choice()["candidates"]
+    candidates = [{**alone, "second": 0.81, "second_flops": 81e6}, *old]
+    return choice(
+        candidates=candidates, chosen=0, text="scope:keep=4", question={"prefix": 3, "text": 9},
+        reasons={"s": "nothing", "entry": "scope alone", "precision": "int8: rounded"},
+    )  # fmt: skip
+
+
+def test_an_entry_and_the_second_question_are_on_the_page(calibration):
+    plan = preset("scope", layers=LAYERS, visual_tokens=TOKENS, keep=4)
+    text = render_calibration(without(calibration, plan=plan, choice=with_entries()))
+    rows = cells(text, "candidates")
+    assert [row[1] for row in rows] == ["scope-4", "–", "–", "–"]
+    assert [row[7].split()[0] for row in rows] == ["81.0", "–", "–", "–"]
+    shown = html.unescape(re.sub("<[^>]*>", "", text)).replace("\xa0", " ")
+    assert "4 of 16 visual tokens enter, by scope, the same whatever is asked." in shown
+    assert "a second question about the same image 81 % of the dense model's" in shown
+    assert "all FLOPs of 9 more rows about the same image" in shown
+    assert re.findall(r"<div><dt>(\w+)</dt>", text) == ["precision", "entry", "s"]
+    assert "diamonds: with an entry" in shown
+    drawn = pareto(with_entries())
+    assert len(re.findall(r'<path class="mark warm" d="M[^"]*z"><title>scope:keep=4', drawn)) == 1
+
+
+def test_a_choice_made_before_there_were_entries_has_its_page(page, calibration):
+    assert "entry" not in calibration.choice["candidates"][0]
+    assert {row[1] for row in cells(page, "candidates")} == {"–"}
+    assert {row[7] for row in cells(page, "candidates")} == {"–"}
+    assert "second question about" not in page
+    assert "diamonds" not in page
 
 
 def test_the_verdict_is_the_chosen_plan_on_what_was_held_out(page):
