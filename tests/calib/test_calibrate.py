@@ -36,6 +36,7 @@ from visistage.compile.quantize.fake_quantized import FakeQuantised
 from visistage.compile.quantize.quantize import calibrated_cache_scales
 from visistage.demo.heldout import held_out
 from visistage.graphs.errors import DataError
+from visistage.graphs.plan.stages import Entry
 from visistage.graphs.presets.presets import preset
 from visistage.graphs.progress import Progress
 from visistage.graphs.quantization import parse_quant_config
@@ -200,6 +201,46 @@ def builds(patch):
 
     patch.setattr(bundles, "make_bundle", spy)
     return built
+
+
+def test_an_entry_is_chosen_after_an_interruption_and_a_build_takes_it(
+    folder, tmp_path, monkeypatch
+):
+    """At this cost nothing else is left: one layer with all tokens would take a quarter."""
+    arguments = (
+        *(folder / "toy", "--data", folder / "data", "--out", tmp_path, "--json"),
+        *("--cost", "20%", "--candidates", "3", "--selectors", "scope,divprune"),
+    )
+    built = builds(monkeypatch)
+    spy = bundles.make_bundle
+
+    def stop(*args, **options):
+        if load_plan(options["plan"]).name == "divprune-keep2":
+            raise KeyboardInterrupt
+        return spy(*args, **options)
+
+    monkeypatch.setattr(bundles, "make_bundle", stop)
+    assert run(*arguments).exit_code == 130
+    names = ["dense", "text-blind-1", "visipruner", "scope-keep2"]
+    assert [plan.name for plan, _, _ in built] == names
+
+    monkeypatch.setattr(bundles, "make_bundle", spy)
+    built.clear()
+    done = run(*arguments)
+    assert done.exit_code == 0, done.output
+    assert [plan.name for plan, _, _ in built] == ["dense", "divprune-keep2"]
+    facts = json.loads(done.stdout)
+    calibration = Calibration.load(facts["path"])
+    assert calibration.plan.entry in (Entry("scope", 2), Entry("divprune", 2))
+    assert calibration.choice == facts["choice"]
+    assert load_plan(Path(facts["path"]) / "plan.yaml") == calibration.plan
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(calibration_table(Path(facts["path"]), calibration, ""))
+    shown = console.export_text()
+    assert re.search(rf"{calibration.choice['text']} .* 12.* %.* chosen", shown)
+    assert f"{calibration.plan.entry.selector} alone: 2 visual tokens of an image enter" in shown
+    bundle = make_bundle(str(folder / "toy"), calibration=facts["path"], out=tmp_path / "engines")
+    assert bundle.manifest.plan == calibration.plan
 
 
 @pytest.fixture(scope="module")
@@ -410,6 +451,9 @@ def test_an_end_in_the_middle_leaves_what_was_there_before(folder, tmp_path, mon
         (("--plan", PLAN, "--lose", "1%"), "found --lose beside --plan"),
         (("--plan", PLAN, "--candidates", "3"), "found --candidates beside --plan"),
         (("--plan", PLAN, "--precision", "int8"), "found --precision beside --plan"),
+        (("--plan", PLAN, "--no-entry"), "found --no-entry beside --plan"),
+        (("--selectors", "scoop"), "found 'scoop', expected names among scope"),
+        (("--selectors", "scope", "--no-entry"), "found --no-entry beside --selectors"),
         (("--precision", "fp16"), "leave --precision out"),
         (("--precision", "int8:stage1=w4"), "names stage1, but which stages"),
         (("--precision", "int8:visio=w4"), "unknown option 'visio'"),
