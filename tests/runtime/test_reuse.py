@@ -11,6 +11,7 @@ import pytest
 import torch
 from visistage.compile.build import make_bundle
 from visistage.graphs.chain.executor import Kept, observed
+from visistage.graphs.contract import INVISIBLE
 from visistage.graphs.plan.stages import Edge
 from visistage.graphs.presets.presets import PRESETS
 from visistage.runtime.image_cache import LEAST_CACHE_BYTES, default_cache_bytes
@@ -151,6 +152,53 @@ def test_the_stages_behind_a_drop_hold_what_comes_before_an_image(bundles):
         done, rows = rows_by_stage(session, lambda: context.prefill(list(second)))
         assert rows == {0: [5], 1: [5]}
         assert_close(done.logits, wanted)
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_prompts_with_text_between_images_go_on_where_they_part(bundles, monkeypatch, device):
+    """From nothing, from the first image, from both, and from images that others pushed out."""
+    bundle = bundles("exit-only")
+    if device:  # small engines: padding may not pile up in front of what is kept
+        stand_in(monkeypatch)
+        bundle = write_engines(bundles("exit-only", target="rtx", contexts=(128,)))
+    head = [*bundle.manifest.prefix.ids, 7, 8, 9]
+    with load(bundle.path) as session, load(bundle.path, cache_bytes=0) as anew:
+
+        def image(number, of):
+            opened = of.decode_image(picture(number))
+            return PromptImage(opened.key, lambda: of.encode_image(opened))
+
+        def prompts(of):
+            one, two = image(1, of), image(2, of)
+            yield [head, one, [11] * 40]
+            yield [head, one, [21, 22], two, [30, 31]]
+            yield [head, one, [21, 22], two, [33] * 30]
+            yield [head, one, [12] * 50]
+            yield [head, two, one, [13, 14]]
+            yield [head, one, [21, 22], two, [34] * 20]
+            yield [[21, 22], two, [35]]
+            yield [head, two, one, [36] * 9]
+            yield [[15] * 60]
+            yield [head, one, [37] * 33]
+
+        kept, put = [], session.context.cached.put
+        session.context.cached.put = lambda *given: kept.append(given[1]) or put(*given)
+        for mine, other in zip(prompts(session), prompts(anew), strict=True):
+            found, wanted = [], []
+            for context, parts, logits in (
+                (session.context, mine, found),
+                (anew.context, other, wanted),
+            ):
+                context.ensure_capacity(parts, 3)
+                logits.append(context.prefill(parts).logits[0])
+                logits.extend(context.decode(token) for token in (5, 6))
+                context.keep()
+            limit = 1e-2 if device else TOLERANCE
+            error = np.abs(np.stack(found) - np.stack(wanted)).max()
+            assert error <= limit * np.std(wanted)
+        assert len(kept) == 5
+        for cached in kept:
+            assert all((held.order != INVISIBLE).all() for held in cached.stages)
 
 
 @pytest.mark.parametrize("device", [False, True])
