@@ -286,6 +286,8 @@ def test_findings_name_what_a_control_equals_and_lost_caches(facts, folder):
     assert findings([top, row]) == ["dense computed the image again for 1 second questions."]
     control = {**row, "method": "random", "control": True}
     assert any("random" in text for text in findings([row, row, control]))
+    many = [{**row, "method": f"m{number}"} for number in range(5)]
+    assert "as accurate as 5 of 5 methods." in findings([row, *many, control])[0]
     better = {**row, "accuracy": {**row["accuracy"], "share": 1.0}}
     assert not findings([row, better, control])
 

@@ -20,6 +20,10 @@ APART = ("reading", "yes/no")
 """Kinds of questions that are shown first: pruning hurts them most."""
 
 
+MOST_NAMED = 4
+"""Methods that a finding names; more are counted, the table has them."""
+
+
 def row_facts(
     plan: ComparedPlan,
     turns: Sequence[Turns],
@@ -125,10 +129,11 @@ def findings(rows: Sequence[Row]) -> list[str]:
             if not row["control"] and row["accuracy"]["share"] <= best["accuracy"]["share"]
         ]
         if beaten:
+            count = f"{len(beaten)} of {sum(not row['control'] for row in own)} methods"
             found.append(
                 f"At {100 * target:g} % of the visual FLOPs the control {best['method']} "
                 f"({100 * best['accuracy']['share']:.1f} %) is at least as accurate as "
-                f"{', '.join(beaten)}."
+                f"{', '.join(beaten) if len(beaten) <= MOST_NAMED else count}."
             )
     for row in rows:
         second = row["second"]

@@ -16,8 +16,8 @@ TEMPLATE_FOLDER = Path(__file__).parent
 KINDS = ("warm", "amber", "cool", "ink", "mute")
 """Colours of the shares, the least first; shares beyond share the last one."""
 
-NAMES = 190
-"""Room for the names of methods."""
+LETTER = 6.6
+"""Units of the drawing that a letter of a method's name takes."""
 
 
 def render_comparison(facts: dict[str, Any]) -> str:
@@ -55,7 +55,7 @@ def plot(rows: Sequence[Row], width: int = 960) -> Chart:
         "Accuracy of every method at each share of the visual FLOPs",
         width=width,
         height=60 + each * max(1, len(methods)),
-        left=NAMES,
+        left=24 + round(LETTER * max(map(len, methods), default=0)),
     )
     dense = rows[0]["accuracy"]["share"]
     chart.whisker(dense, y.low, y.high, "mute dashed")
