@@ -5,7 +5,7 @@ PYTHON ?= python3
 MODEL  ?= demo
 OUT    ?= engines
 # Also understood: PLAN TARGET PRECISION CALIB KEEP_FLOAT NAME WEIGHTS REVISION CONTEXT BUILD_MEMORY, DUMMY=1, OFFLINE=1; TESTS (of `make test`);
-# DATA SAMPLES LOSE COST HOLDOUT CANDIDATES (of `make calibrate`, some of `make compare`);
+# DATA SAMPLES LOSE COST HOLDOUT CANDIDATES SELECTORS NO_ENTRY (of `make calibrate`, some of `make compare`);
 # PIP_OPTIONS (of `make setup`), such as an index with a CPU build of torch.
 
 VENV := .venv
@@ -35,6 +35,8 @@ CALIBRATE = "$(MODEL)" --out "$(OUT)" \
 	$(if $(COST),--cost "$(COST)") \
 	$(if $(HOLDOUT),--holdout "$(HOLDOUT)") \
 	$(if $(CANDIDATES),--candidates "$(CANDIDATES)") \
+	$(if $(SELECTORS),--selectors "$(SELECTORS)") \
+	$(if $(filter-out 0 no false,$(NO_ENTRY)),--no-entry) \
 	$(if $(PRECISION),--precision "$(PRECISION)") \
 	$(if $(REVISION),--revision "$(REVISION)") \
 	$(if $(filter-out 0 no false,$(DUMMY)),--dummy-weights) \

@@ -7,7 +7,8 @@ on the loss of a plan that was not measured is estimated from those that were:
     a selector alone     its loss at the nearest count, times that count by the new one
     with t, K and e      that, and the loss of the same t, K and e without an entry
 
-An estimate ranks plans before they are measured and decides nothing.
+An estimate ranks plans before they are measured. One that should lose more than a cheaper plan was
+measured to lose is left out.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from ...graphs.plan.stages import Entry
 from ...graphs.selectors.registry import ENTRY_SELECTORS
 from .candidates import Candidate, Pricing, Tried
 
-FIRST_PART = 4
-"""A selector is first measured at one of so many visual tokens."""
+FIRST = 1 / 4
+"""The share of the visual tokens at which each selector is measured first."""
 
-PARTS = (2, 4, 8, 16)
-"""Parts of the visual tokens that may enter: each half of the one before."""
+SHARES = (1 / 2, 3 / 8, FIRST, 3 / 16, 1 / 8, 1 / 16)
+"""Shares of the visual tokens that may enter."""
 
 
 def entry_counts(visual_tokens: int) -> list[int]:
     """Return values of K0 to try, descending."""
-    return sorted({visual_tokens // part for part in PARTS} - {0, visual_tokens}, reverse=True)
+    return sorted({int(visual_tokens * share) for share in SHARES} - {0}, reverse=True)
 
 
 def first_entries(pricing: Pricing, selectors: Sequence[str], limit: float) -> list[Candidate]:
@@ -37,7 +38,7 @@ def first_entries(pricing: Pricing, selectors: Sequence[str], limit: float) -> l
         alone = [
             _alone(pricing, selector, count, None)
             for count in entry_counts(pricing.visual_tokens)
-            if count <= pricing.visual_tokens / FIRST_PART
+            if count <= pricing.visual_tokens * FIRST
         ]
         found += [candidate for candidate in alone if candidate.cost <= limit][:1]
     return found
@@ -46,7 +47,7 @@ def first_entries(pricing: Pricing, selectors: Sequence[str], limit: float) -> l
 def entry_candidates(
     pricing: Pricing, tried: Sequence[Tried], selectors: Sequence[str]
 ) -> list[Candidate]:
-    """Return all that are not yet tried, of selectors that were; ``predicted`` is an estimate."""
+    """Return what may pay and is not tried yet, of selectors that were, with an estimate each."""
     known = {found.candidate.text for found in tried}
     behind = [found for found in tried if found.candidate.entry is None and _cuts(found, pricing)]
     out: list[Candidate] = []
@@ -63,7 +64,15 @@ def entry_candidates(
                 for found in behind
                 if (found.candidate.keep or 0) < count
             ]
-    return [candidate for candidate in out if candidate.text not in known]
+    return [
+        candidate
+        for candidate in out
+        if candidate.text not in known
+        and not any(
+            found.candidate.cost <= candidate.cost and found.loss <= (candidate.predicted or 0)
+            for found in tried
+        )
+    ]
 
 
 def _alone(pricing: Pricing, selector: str, count: int, predicted: float | None) -> Candidate:

@@ -251,7 +251,7 @@ def rounded(folder, tmp_path_factory):
         built = builds(patch)
         done = run(
             *(folder / "toy", "--data", folder / "data", "--out", out, "--precision", "int8"),
-            *("--cost", "90%", "--candidates", "1", "--json"),
+            *("--cost", "20%", "--candidates", "2", "--selectors", "scope", "--json"),
         )
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout), built
@@ -265,16 +265,17 @@ def test_a_plan_for_int8_is_chosen_on_bundles_in_int8(rounded):
     assert {precision for _, precision, _ in others} == {"int8"}
     assert all(used.plan == plan for plan, _, used in others)
     *measured, shipped = others
-    assert [used.rows for _, _, used in measured] == ["dense"] * 3  # dense, text-blind, a candidate
+    assert [used.rows for _, _, used in measured] == ["dense"] * 4  # dense, text-blind, 2 plans
     ranges = [
         {name: group.facts() for name, group in used.groups.items()} for _, _, used in measured
     ]
-    assert ranges[0] == ranges[1] == ranges[2]
+    assert ranges[0] == ranges[1] == ranges[2] == ranges[3]
     assert measured[0][2].samples.count == facts["choice"]["samples"]["choosing"]
 
     calibration = Calibration.load(facts["path"])
     plan, _, used = shipped
     assert (plan, used.rows) == (calibration.plan, "stage")
+    assert plan.entry == Entry("scope", 2)  # at this cost nothing else is left
     assert {name: group.facts() for name, group in used.groups.items()} == {
         name: group.facts() for name, group in calibration.groups.items()
     }

@@ -4,10 +4,13 @@ import html
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from rich.console import Console
 from visistage.calib.evaluate import Share
 from visistage.calib.page.calibration_page import CALIBRATION_PAGE, render_calibration, write_report
 from visistage.calib.page.charts import cosines, histograms, pareto
@@ -19,6 +22,7 @@ from visistage.calib.plan_search.candidates import Pricing
 from visistage.calib.plan_search.choose import choose_plan
 from visistage.calib.plan_search.dynamics import Dynamics, PromptReading, spread
 from visistage.calib.plan_search.goal import SelectionGoal
+from visistage.cli.show.calibration_view import calibration_table
 from visistage.compile.checkpoint.known_models import KNOWN_MODELS
 from visistage.compile.quantize.calibration_file import Calibration, SampleFacts
 from visistage.compile.quantize.group_ranges import GroupRanges
@@ -244,6 +248,9 @@ def test_a_choice_made_before_there_were_entries_has_its_page(page, calibration)
     assert {row[7] for row in cells(page, "candidates")} == {"–"}
     assert "second question about" not in page
     assert "diamonds" not in page
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(calibration_table(Path("x"), calibration, ""))
+    assert "exit-only" in console.export_text()
 
 
 def test_the_verdict_is_the_chosen_plan_on_what_was_held_out(page):
