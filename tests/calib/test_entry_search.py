@@ -124,6 +124,14 @@ def test_what_may_be_lost_does_not_change_what_is_measured_and_a_cost_does(dynam
     assert all(one.candidate.cost <= 0.2 for one in measured)
 
 
+def test_plans_with_and_without_an_entry_take_turns(dynamics):
+    of = world(needed={"scope": 24, "divprune": 12, "cls": 24})
+    _, measure = choose(dynamics, of, lose=0.0, most=16)
+    seeds, turns = measure.plans[:8], measure.plans[8:]
+    assert [bool(plan.entry) for plan in seeds] == [False, *[True] * 3, *[False] * 4]
+    assert [bool(plan.entry) for plan in turns[:4]] == [True, False, True, False]
+
+
 def test_most_is_kept_and_nothing_is_measured_twice(dynamics):
     of = world(needed={"scope": 6, "divprune": 12, "cls": 24})
     for most in (1, 2, 4, 16, 40):
