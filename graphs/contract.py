@@ -4,7 +4,9 @@ Export, buffers and engine profiles are derived from these specs; nothing else s
 name. Dimensions are integers or symbols:
 
     B  batch              Q  rows in this call        S  slots of the stage's cache
-    N  visual rows offered to a selection             (the rest are facts of the model)
+    N  visual rows offered to a selection             T  rows of the question, where it reads them
+
+The rest are facts of the model.
 
 Source: docs/design.md, "Append rows".
 """
@@ -19,6 +21,7 @@ from .plan.plan import StagePlan
 from .plan.stages import Edge
 from .precision import NO_FALLBACK, Fp32Fallback
 from .quantization import CacheScheme
+from .selectors.edge import CACHE_READINGS, ROW_READINGS
 from .selectors.entry import PROJECTED, READINGS
 from .selectors.registry import ENTRY_SELECTORS
 
@@ -51,6 +54,9 @@ ORT_LLM_SINCE = (1, 25)
 """First ONNX Runtime that runs opset 24 (Attention, TensorScatter), all lowerings' but
 ``portable``'s."""
 
+SYMBOLS = {"visual": "N", "text": "T"}
+"""Counts of the rows that a selection reads something of, by their kind (``ROW_READINGS``)."""
+
 MANY_ROWS = 64
 """Graphs of the ``branched`` lowering take calls of more rows than this in the form for many."""
 
@@ -77,6 +83,11 @@ class GraphSpec:
     def has(self, symbol: str) -> bool:
         """Return whether a dimension of an input is left open under this symbol."""
         return any(symbol in tensor.shape for tensor in self.inputs)
+
+    @property
+    def follows_context(self) -> bool:
+        """Return whether its sizes follow from how many rows there is room for."""
+        return self.has("S") or self.has("N")
 
 
 @dataclass(frozen=True)
@@ -166,7 +177,8 @@ def stage_spec(
     """Return the contract of (part of) a stage: Q rows in, updated rows out, caches appended to.
 
     ``queries`` are the last row's, rotated, of every layer: what a selection or a probe of that
-    layer reads, and with the cache all there is to say about the row's attention.
+    layer reads, and with the cache all there is to say about the row's attention. What else the
+    edge behind reads of the rows is handed out by the part that ends the stage.
 
     Caches are returned whole, aliased to their inputs; or with ``rows_back`` only the new key and
     value rows ([B,G,Q,d]), which the caller writes at ``write_index``: the portable lowering, and
@@ -194,6 +206,8 @@ def stage_spec(
     ]
     if part.ends(plan) and part.stage == len(plan.stages) - 1:
         outputs.append(TensorSpec("logits", "float32", ("B", text.vocab)))
+    if part.ends(plan):
+        outputs += [_reading(text, name, "Q", dtype) for name in row_readings(plan, part.stage)]
     slots = "Q" if rows_back else "S"
     outputs += [TensorSpec(appended(name), cached, ("B", groups, slots, width)) for name in caches]
     return GraphSpec(tuple(inputs), tuple(outputs))
@@ -204,19 +218,26 @@ def probed(plan: StagePlan, index: int) -> bool:
     return index < len(plan.edges) and plan.edges[index].op == "select"
 
 
+def row_readings(plan: StagePlan, stage: int) -> tuple[str, ...]:
+    """Return what ``stage`` hands out of its rows for the edge behind it (``ROW_READINGS``)."""
+    return plan.edges[stage].selector.row_readings if probed(plan, stage) else ()
+
+
+def _reading(text: TextConfig, name: str, rows: str, dtype: str) -> TensorSpec:
+    """Return the tensor of one of ``ROW_READINGS``, ``rows`` counting the rows that it is of."""
+    if name == "change":
+        return TensorSpec(name, "float32", ("B", rows))
+    return TensorSpec(name, dtype, ("B", rows, text.heads, text.head_dim))
+
+
 def cache_dtype(dtype: str, cache: CacheScheme) -> str:
     """Return the type of cached keys and values in graphs whose floats are of type ``dtype``."""
     return "int8" if cache == "int8" else dtype
 
 
-def scale_specs(
-    text: TextConfig, dtype: str, cache: CacheScheme, *, values: bool = True
-) -> list[TensorSpec]:
-    """Return the last inputs of a graph that reads any layer's cache: the scales of INT8.
-
-    ``values``: whether it reads values, too.
-    """
-    names = ("key_scale", "value_scale")[: 1 + values] if cache == "int8" else ()
+def scale_specs(text: TextConfig, dtype: str, cache: CacheScheme) -> list[TensorSpec]:
+    """Return the last inputs of a graph that reads any layer's cache: the scales of INT8."""
+    names = ("key_scale", "value_scale") if cache == "int8" else ()
     return [TensorSpec(name, dtype, (text.kv_heads,)) for name in names]
 
 
@@ -227,33 +248,34 @@ def select_spec(
     fallback: Fp32Fallback = NO_FALLBACK,
     cache: CacheScheme = "float",
 ) -> GraphSpec:
-    """Return the contract of a selection: the last row scores N visual rows, the best K leave.
+    """Return the contract of a selection: N visual rows get a score, the best K leave.
 
-    ``probe_query`` is the last of the ``queries`` of the stage before.
+    ``probe_query`` is the last of the ``queries`` of the stage before, ``order`` and
+    ``query_order`` say which rows are padding (order ``INVISIBLE``), which is chosen last.
 
-    ``visual_slots`` says which slot of the probed layer's cache each offered row has; padding
-    rows carry the order ``INVISIBLE`` and are chosen last. A score of attention alone reads no
-    values, and engine compilers want no unused input.
+    ``visual_slots`` says which slot of the last layer's cache each offered row has. Of what a score
+    does not read there is no input: engine compilers want none that is unused.
     """
-    groups, width = text.kv_heads, text.head_dim
     rows = fallback.rows_dtype(dtype)
     assert edge.keep is not None
-    reads_values = edge.score == "value_norm"
     cached = cache_dtype(dtype, cache)
-    value = TensorSpec("value", cached, ("B", groups, "S", width))
+    cache_shape = ("B", text.kv_heads, "S", text.head_dim)
+    known = (
+        TensorSpec("probe_query", dtype, ("B", text.heads, text.head_dim)),
+        *(_reading(text, name, SYMBOLS[of], dtype) for name, of in ROW_READINGS.items()),
+        TensorSpec("text_order", "int32", ("B", "T")),
+        *(TensorSpec(name, cached, cache_shape) for name in CACHE_READINGS),
+        TensorSpec("slot_order", "int32", ("B", "S")),
+        TensorSpec("query_order", "int32", ("B",)),
+        TensorSpec("visual_slots", "int64", ("B", "N")),
+        TensorSpec("rows", rows, ("B", "N", text.hidden)),
+        TensorSpec("positions", "int32", ("B", "N")),
+        TensorSpec("order", "int32", ("B", "N")),
+        *scale_specs(text, dtype, cache),
+    )
+    reads = edge.selector.inputs
     return GraphSpec(
-        inputs=(
-            TensorSpec("probe_query", dtype, ("B", text.heads, width)),
-            TensorSpec("key", cached, ("B", groups, "S", width)),
-            *([value] if reads_values else []),
-            TensorSpec("slot_order", "int32", ("B", "S")),
-            TensorSpec("query_order", "int32", ("B",)),
-            TensorSpec("visual_slots", "int64", ("B", "N")),
-            TensorSpec("rows", rows, ("B", "N", text.hidden)),
-            TensorSpec("positions", "int32", ("B", "N")),
-            TensorSpec("order", "int32", ("B", "N")),
-            *scale_specs(text, dtype, cache, values=reads_values),
-        ),
+        inputs=tuple(tensor for tensor in known if tensor.name in reads),
         outputs=(
             TensorSpec("rows.out", rows, ("B", edge.keep, text.hidden)),
             TensorSpec("positions.out", "int32", ("B", edge.keep)),

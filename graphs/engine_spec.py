@@ -61,7 +61,7 @@ def engine_specs_of(manifest: Manifest) -> list[EngineSpec]:
                 out.append(
                     _engine_spec(manifest, name, file, context or None, (slots, slots, slots))
                 )
-        elif fact.spec.has("S"):
+        elif fact.spec.follows_context:
             likely, most = (_slots(manifest, name, pick(manifest.contexts)) for pick in (min, max))
             out.append(_engine_spec(manifest, name, fact.file, None, (SLOT_STEP, likely, most)))
         else:
@@ -77,7 +77,8 @@ def _engine_spec(
     visual = stage.visual_tokens if stage else 0
     # A probe reads all visual rows first, and later the few that were kept.
     offered = (1 if graph == PROBE else visual, visual, most)
-    sizes: SymbolSizes = {"B": (1, 1, 1), "S": slots, "N": offered}
+    asked = (1, min(PREFILL_QUESTION_ROWS, most), most)
+    sizes: SymbolSizes = {"B": (1, 1, 1), "S": slots, "N": offered, "T": asked}
     if spec.has("Q"):
         likely = visual if stage_of(graph) == 0 and visual else visual + PREFILL_QUESTION_ROWS
         decode = (1, 1, DECODE_ROWS)

@@ -109,7 +109,7 @@ class _Check:
             for side in ("inputs", "outputs"):
                 found, wanted = getattr(fact, side), getattr(spec, side)
                 self._equal(f"graphs.{name}.{side}", *_first_difference(found, wanted))
-            sizes = manifest.contexts if spec.has("S") else (ANY_CONTEXT,)
+            sizes = manifest.contexts if spec.follows_context else (ANY_CONTEXT,)
             sizes = sizes if self.target.static_slots else ()
             self._equal(f"graphs.{name}.variants", tuple(fact.variants), sizes)
 

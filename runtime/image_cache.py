@@ -6,7 +6,8 @@ Sizes are counted in bytes, orders and positions included, and the least recentl
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
@@ -52,6 +53,7 @@ class CachedPrefix:
         begin: the first slot, the same in each stage; what comes before is the bundle's prefix.
         stages: the slots from there on, by stage.
         rows: (1, n, D), as the last of these stages left them; None where no stage follows.
+        readings: what the edge behind it reads of them, (1, n, ...) each.
         positions: (n,) int32 of these rows.
     """
 
@@ -59,11 +61,13 @@ class CachedPrefix:
     stages: tuple[HeldSlots, ...]
     rows: Rows | None
     positions: np.ndarray
+    readings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes this takes in the cache."""
         rows = 0 if self.rows is None else self.rows.nbytes
+        rows += sum(values.nbytes for values in self.readings.values())
         return rows + self.positions.nbytes + sum(held.nbytes for held in self.stages)
 
     def parts(self) -> list[PrefilledPart]:
@@ -80,7 +84,12 @@ class CachedPrefix:
                     self.positions[None, start:stop],
                     last.order[None, start:stop],
                 ),
-                StageResult(self.rows[:, start:stop], None, None),
+                StageResult(
+                    self.rows[:, start:stop],
+                    None,
+                    None,
+                    {name: values[:, start:stop] for name, values in self.readings.items()},
+                ),
                 self.begin + int(start),
             )
             for start, stop in pairwise(cuts)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from ..graphs.chain.enter import places_of
 from ..graphs.chain.executor import Encoded, StageResult
 from ..graphs.errors import CapacityError
 from ..graphs.plan.plan import StagePlan
+from ..graphs.selectors.edge import ROW_READINGS
 from .backends.backend import Backend
 from .backends.feeds import Embedding, map_tensor
 from .image_cache import ByteCache, CachedPrefix, HeldSlots
@@ -287,13 +289,21 @@ class Context:
             order, visual = slots.order[0, start:stop], slots.visual[0, start:stop]
             caches = self.executor.snapshot(stage, start, stop) if stop > start else {}
             held.append(HeldSlots(order.copy(), visual.copy(), caches))
-        rows, positions = None, np.zeros(0, np.int32)
+        rows, positions, readings = None, np.zeros(0, np.int32), {}
         if pending.parts:
             positions = np.concatenate([part.segment.positions[0] for part in pending.parts])
-            rows = self.executor.concatenate([part.result.rows for part in pending.parts])
-            # A slice of a call's result would keep all of it alive.
-            rows = self.executor.take(rows, np.arange(len(positions)))
-        return CachedPrefix(pending.begin, tuple(held), rows, positions)
+            results = [part.result for part in pending.parts]
+            rows = self._joined([result.rows for result in results])
+            readings = {
+                name: self._joined([result.readings[name] for result in results])
+                for name in results[0].readings
+            }
+        return CachedPrefix(pending.begin, tuple(held), rows, positions, readings)
+
+    def _joined(self, parts: Sequence[Any]) -> Any:
+        """Return one copy: a slice of a call's result would keep all of it alive."""
+        whole = self.executor.concatenate(parts)
+        return self.executor.take(whole, np.arange(whole.shape[1]))
 
     def _trim(self, stage: int, begin: int, parts: Sequence[PromptPart]) -> None:
         """Give up slots that an earlier prompt needed, if ``parts`` leave most of them free."""
@@ -387,8 +397,10 @@ def _images(parts: Sequence[PromptPart]) -> list[int]:
 
 
 def _bare(part: PrefilledPart) -> PrefilledPart:
-    """Return a part without what no later stage needs of it."""
-    result = StageResult(part.result.rows, None, None)
+    """Return a part without what no later stage needs of it; a question reads its own rows."""
+    of_visual = [name for name in part.result.readings if ROW_READINGS[name] == "visual"]
+    readings = {name: part.result.readings[name] for name in of_visual}
+    result = StageResult(part.result.rows, None, None, readings)
     return replace(part, segment=replace(part.segment, rows=None), result=result)
 
 

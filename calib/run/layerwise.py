@@ -34,7 +34,7 @@ from ...compile.quantize.fp16_ranges import dense_pieces
 from ...graphs.chain.executor import Encoded
 from ...graphs.chain.torch_encoder import chosen_rows
 from ...graphs.config import ModelConfig
-from ...graphs.contract import projects_later, vision_readings
+from ...graphs.contract import projects_later, row_readings, vision_readings
 from ...graphs.errors import PlanError
 from ...graphs.modules.decoder import Body, Head, Linear, Logits
 from ...graphs.modules.ops import Eager
@@ -159,7 +159,8 @@ def run_layerwise(
             scales = None if fake_quantised is None else fake_quantised.scales_of(number)
             with _loaded(stream, body.layers[str(number)], observer, kinds) as run:
                 for place, state in enumerate(states):
-                    view = state.through(run, text, gated, saved, scales)
+                    reads = row_readings(plan, index) if ends else ()
+                    view = state.through(run, text, gated, saved, scales, reads)
                     observer.cached(number, view.key[0], view.value[0])
                     if observer.reads and gated is None and state.sees:
                         observer.read(place, number, *view.read(prober))

@@ -6,7 +6,7 @@ the rows of the stage it is in, and a cache for one layer at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,11 +19,12 @@ from ...graphs.chain.enter import places_of
 from ...graphs.chain.executor import Encoded
 from ...graphs.config import TextConfig
 from ...graphs.errors import CapacityError, PromptError
-from ...graphs.modules.decoder import Head
+from ...graphs.modules.decoder import ROW_PIECES, Head
 from ...graphs.modules.ops import Eager, Scales
 from ...graphs.modules.select import Prober, Selector
 from ...graphs.plan.gates import stage_gates
 from ...graphs.plan.plan import StagePlan
+from ...graphs.selectors.edge import ROW_READINGS, Rows
 from ..sample_prompts import SamplePrompt
 
 ENCODER, VISUAL, TEXT, ANSWER = range(4)
@@ -49,7 +50,8 @@ class _Call:
 class LastRowView(NamedTuple):
     """The last prompt row's view of one layer; shapes as ``contract.probe_spec``, B = 1.
 
-    key, value: FP32; of an INT8 cache, what it represents.
+    key, value: FP32; of an INT8 cache, what it represents. readings: what else the edge behind the
+    layer reads, by name (``contract.select_spec``).
     """
 
     query: Tensor
@@ -58,10 +60,11 @@ class LastRowView(NamedTuple):
     slot_order: Tensor
     query_order: Tensor
     visual_slots: Tensor
+    readings: Mapping[str, Tensor]
 
     def read(self, prober: Prober) -> tuple[np.ndarray, np.ndarray]:
         """Return the cosine without each visual token, and the norm of its contribution: (N,)."""
-        cosine, norm = prober(*self)
+        cosine, norm = prober(*self[:-1])
         return cosine[0].numpy(), norm[0].numpy()
 
 
@@ -140,6 +143,7 @@ class PromptState:
         gated: int | None,
         prefix: Tensor | None,
         scales: Scales | None,
+        reads: Sequence[str] = (),
     ) -> LastRowView:
         """Take every call through one layer.
 
@@ -149,6 +153,7 @@ class PromptState:
             gated: its number among the stage's gated layers; None if it has no gates.
             prefix: (2, G, P, d) keys and values of the prefix in this layer, as caches keep them.
             scales: of its cache, which is INT8; None: FP32.
+            reads: of ``ROW_READINGS``, what the edge behind it reads.
         """
         shape = (1, text.kv_heads, self._calls[-1].stop, text.head_dim)
         dtype = torch.float32 if scales is None else torch.int8
@@ -157,26 +162,46 @@ class PromptState:
             assert prefix is not None
             key[0, :, : self.begin], value[0, :, : self.begin] = prefix
         last: Tensor | None = None
+        read: dict[str, list[Tensor]] = {name: [] for name in reads}
         for call in self._calls:
             cos, sin, visible, *gates = call.shared
             gate = (None, None) if gated is None else gates[2 * gated : 2 * gated + 2]
             cache = (key[:, :, : call.stop], value[:, :, : call.stop])  # filled in place
             first = torch.tensor([call.start])
+            before = call.rows
             call.rows, query, *_ = run(call.rows, cos, sin, first, visible, None, *gate, *cache)
             if not call.is_answer:
-                last, order = query[:, :, -1], call.segments[-1].order[:, -1]
+                last, order = query[:, :, -1], call.segments[-1].order
+                for name, parts in read.items():
+                    values = ROW_PIECES[name]()(before, call.rows, query)
+                    parts += self._of(call, values, ROW_READINGS[name])
         assert last is not None
         if scales is not None:
             key, value = Eager().read(key, scales[0]), Eager().read(value, scales[1])
         visual = torch.from_numpy(np.flatnonzero(self._slots.visual[0]))[None]
+        readings = {"text_order": torch.from_numpy(order)}
+        for name, parts in read.items():
+            wanted = parts if ROW_READINGS[name] == "visual" else parts[-1:]
+            readings[name] = torch.cat(wanted, 1) if wanted else torch.empty(0)
         return LastRowView(
             last,
             key,
             value,
             torch.from_numpy(self._slots.order),
-            torch.from_numpy(order.copy()),
+            torch.from_numpy(order[:, -1].copy()),
             visual,
+            readings,
         )
+
+    @staticmethod
+    def _of(call: _Call, values: Tensor, kind: Rows) -> list[Tensor]:
+        """Return of (1, Q, ...) values of a call's rows those of its segments of one kind."""
+        counts = [segment.count for segment in call.segments]
+        return [
+            part
+            for segment, part in zip(call.segments, values.split(counts, 1), strict=True)
+            if segment.visual == (kind == "visual")
+        ]
 
     def select(self, selector: Selector, view: LastRowView) -> np.ndarray:
         """Choose the visual rows that go on, and return their order (K,).
@@ -185,8 +210,15 @@ class PromptState:
         """
         visual = self._joined(True)
         assert visual is not None
-        rows, positions, order, _ = selector(
-            *view, visual.rows, torch.from_numpy(visual.positions), torch.from_numpy(visual.order)
+        rows, positions, order, _ = selector.of(
+            {
+                **view.readings,
+                **view._asdict(),
+                "probe_query": view.query,
+                "rows": visual.rows,
+                "positions": visual.positions,
+                "order": visual.order,
+            }
         )
         self._selected = AppendedRows(True, rows, positions.numpy(), order.numpy())
         return order[0].numpy()

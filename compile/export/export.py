@@ -150,8 +150,9 @@ def export(
     elif isinstance(module, Vision | Projection):
         outputs = list(module.compose(stitcher.call, *inputs))
     else:
-        value = [] if any(value.name == "value" for value in inputs) else [None]
-        outputs = list(stitcher.call(module, *inputs[:2], *value, *inputs[2:]))
+        named = {spec.name: value for spec, value in zip(graph.spec.inputs, inputs, strict=True)}
+        ordered = module.ordered(named) if isinstance(module, Selector) else inputs
+        outputs = list(stitcher.call(module, *ordered))
     model = stitcher.model(graph.name, inputs, graph.spec, outputs)
     if target is not None:
         operators = {node.op_type for node in model.graph.all_nodes()}
@@ -171,8 +172,7 @@ def _stage(stage: DecoderStage, stitcher: Stitcher, inputs: list) -> list:
     out = stage.compose(
         stitcher.call, rows, positions, order, slot_order, write_index, gates, pairs
     )
-    extras = [out.queries] if out.logits is None else [out.queries, out.logits]
-    return [out.rows, *extras, *(value for pair in out.caches for value in pair)]
+    return [*out.singles, *(value for pair in out.caches for value in pair)]
 
 
 def _strip(model: onnx_ir.Model) -> None:

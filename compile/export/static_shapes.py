@@ -158,7 +158,7 @@ def variants_of(
     """
     if not target.static_slots:
         return {}
-    if not graph.spec.has("S"):
+    if not graph.spec.follows_context:
         return {ANY_CONTEXT: (f"{graph.name}.fixed.onnx", None)}
     stage = stage_of(graph.name)
     return {

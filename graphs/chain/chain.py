@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import INVISIBLE, PADDING_ORDER
+from ..contract import INVISIBLE, PADDING_ORDER, row_readings
 from ..plan.gates import stage_gates
 from ..plan.plan import StagePlan
 from ..plan.probing import Decision
+from ..selectors.edge import ROW_READINGS
 from .executor import Executor, Kept, Rows, StageResult
 
 
@@ -177,7 +178,9 @@ class Chain:
             return [PrefilledPart(parts[0], whole, start)]
         done, at = [], 0
         for part in parts:
-            result = whole._replace(rows=whole.rows[:, at : at + part.count])
+            own = slice(at, at + part.count)
+            readings = {name: values[:, own] for name, values in whole.readings.items()}
+            result = whole._replace(rows=whole.rows[:, own], readings=readings)
             done.append(PrefilledPart(part, result, start + at))
             at += part.count
         return done
@@ -279,7 +282,12 @@ class Chain:
         if op == "probe":
             self._read(stage, done, queries, visual, slots, query_order)
             return self._decided(stage, done, visual)
-        kept = self._select(stage, queries[-1], visual, slots, query_order)
+        read = {"probe_query": queries[-1], "text_order": parts[-1].segment.order}
+        given = {"visual": seen, "text": parts[-1:]}
+        for name in row_readings(self.plan, stage):
+            values = [part.result.readings[name] for part in given[ROW_READINGS[name]]]
+            read[name] = self.executor.concatenate(values)
+        kept = self._select(stage, read, visual, slots, query_order)
         done.kept.append(kept.order)
         return AppendedRows(True, kept.rows, kept.positions, kept.order)
 
@@ -306,16 +314,18 @@ class Chain:
             known = self._gates[stage] = (key, gates)
         return known[1]
 
-    def _select(self, edge, probe_query, visual, visual_slots, query_order) -> Kept:
+    def _select(self, edge, read, visual, visual_slots, query_order) -> Kept:
         return self.executor.select(
             edge,
-            probe_query,
-            self.slots[edge].order,
-            np.ascontiguousarray(query_order),
-            visual_slots,
-            visual.rows,
-            visual.positions,
-            visual.order,
+            {
+                **read,
+                "slot_order": self.slots[edge].order,
+                "query_order": np.ascontiguousarray(query_order),
+                "visual_slots": visual_slots,
+                "rows": visual.rows,
+                "positions": visual.positions,
+                "order": visual.order,
+            },
         )
 
     def _read(self, stage, done, queries, visual, visual_slots, query_order) -> None:

@@ -7,8 +7,9 @@ like an array. The chain (``rows.py``) owns positions, orders, slots and gates.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -27,6 +28,8 @@ class StageResult(NamedTuple):
     rows: Rows
     queries: Any  # (layers, B, H, d): the last row's, rotated
     logits: Any | None
+    readings: Mapping[str, Any] = MappingProxyType({})
+    """What the edge behind reads of the rows, (B, Q, ...) each (``contract.row_readings``)."""
 
 
 class Kept(NamedTuple):
@@ -72,15 +75,12 @@ class Executor(Protocol):
     def select(
         self,
         edge: int,
-        probe_query: Any,
-        slot_order: np.ndarray,
-        query_order: np.ndarray,
-        visual_slots: np.ndarray,
-        rows: Rows,
-        positions: np.ndarray,
-        order: np.ndarray,
+        feeds: Mapping[str, Any],
     ) -> Kept:
-        """Run one call of a selection (``contract.select_spec``)."""
+        """Run one call of a selection (``contract.select_spec``).
+
+        ``feeds``: all its inputs but caches and their scales, by name, and perhaps more.
+        """
 
     def probe(
         self,

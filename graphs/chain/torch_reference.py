@@ -20,6 +20,7 @@ from ..contract import INVISIBLE, probed, whole_stages
 from ..errors import PlanError, PromptError
 from ..modules.decoder import DecoderStage
 from ..modules.ops import Eager
+from ..modules.quantized import CACHE_SCALES
 from ..modules.select import Prober, Selector
 from ..plan.plan import StagePlan
 from ..precision import NO_FALLBACK, Fp32Fallback
@@ -104,27 +105,16 @@ class TorchExecutor:
             self.caches[stage],
         )
         self.caches[stage] = out.caches
-        return StageResult(out.rows, out.queries, out.logits)
+        return StageResult(out.rows, out.queries, out.logits, out.readings)
 
-    def select(
-        self, edge, probe_query, slot_order, query_order, visual_slots, rows, positions, order
-    ) -> Kept:
+    def select(self, edge: int, feeds: Mapping[str, Any]) -> Kept:
         """Run the selector of edge ``edge`` over the last layer's cache of the stage before it."""
         key, value = self.caches[edge][-1]
         scales = self.stages[edge].scales_of(self.layers[edge][1] - 1)
-        kept_rows, kept_positions, kept_order, scores = self.selectors[edge](
-            probe_query,
-            key,
-            value,
-            torch.from_numpy(slot_order.copy()),
-            torch.from_numpy(query_order),
-            torch.from_numpy(visual_slots.copy()),
-            rows,
-            torch.from_numpy(positions),
-            torch.from_numpy(order),
-            *(scales or ()),
-        )
-        return Kept(kept_rows, kept_positions.numpy(), kept_order.numpy(), scores.numpy())
+        given = dict(feeds) | {"key": key, "value": value}
+        given |= zip(CACHE_SCALES, scales or (), strict=False)
+        rows, *on_host = self.selectors[edge].of(given)
+        return Kept(rows, *(values.numpy() for values in on_host))
 
     def probe(self, stage, layer, query, slot_order, query_order, visual_slots):
         """Read one layer of stage ``stage``."""

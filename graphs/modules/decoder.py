@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TextConfig
-from ..contract import StagePart
+from ..contract import StagePart, row_readings
 from ..plan.plan import StagePlan
 from ..precision import NO_FALLBACK, Fp32Fallback
 from .ops import Eager, Gate, Scales, View
@@ -29,12 +29,19 @@ Call = Callable[..., Any]
 
 
 class StageOutput(NamedTuple):
-    """Result of a stage; ``logits`` only where the contract has them."""
+    """Result of a stage; ``logits`` and ``readings`` only where the contract has them."""
 
     rows: Tensor  # (B, Q, D)
     queries: Tensor  # (layers, B, H, d), rotated, of the last row
     logits: Tensor | None  # (B, V) float32, last row
+    readings: dict[str, Tensor]  # what the edge behind reads of the rows, (B, Q, ...) each
     caches: list[Cache]
+
+    @property
+    def singles(self) -> list[Tensor]:
+        """All but the caches, in the order of the contract."""
+        logits = [] if self.logits is None else [self.logits]
+        return [self.rows, self.queries, *logits, *self.readings.values()]
 
 
 def direct(piece: nn.Module, *args: Tensor | None) -> Any:
@@ -228,6 +235,30 @@ class LastQueries(nn.Module):
         return torch.stack([query[:, :, -1] for query in queries])
 
 
+class Change(nn.Module):
+    """Lengths of what a layer did to each row, in FP32."""
+
+    kind = ()
+
+    def forward(self, before: Tensor, after: Tensor, query: Tensor) -> Tensor:
+        """Return (B, Q) for rows (B, Q, D) before and after; ``query`` is left alone."""
+        return (after.float() - before.float()).pow(2).sum(-1).sqrt()
+
+
+class RowQueries(nn.Module):
+    """A layer's query of every row, row by row."""
+
+    kind = ()
+
+    def forward(self, before: Tensor, after: Tensor, query: Tensor) -> Tensor:
+        """Return (B, Q, H, d) for queries (B, H, Q, d); the rows are left alone."""
+        return query.transpose(1, 2)
+
+
+ROW_PIECES: dict[str, type[nn.Module]] = {"change": Change, "text_queries": RowQueries}
+"""What hands out each of ``selectors.edge.ROW_READINGS``, of the last layer before an edge."""
+
+
 class Logits(nn.Module):
     """Final norm and head, of the last row only."""
 
@@ -277,6 +308,8 @@ class DecoderStage(nn.Module):
         self.model = Body(text, ops, kinds, last)
         self.head = Head(text, ops)
         self.last_queries = LastQueries()
+        wanted = row_readings(plan, part.stage) if part.ends(plan) else ()
+        self.readings = nn.ModuleDict({name: ROW_PIECES[name]() for name in wanted})
         if last:
             self.lm_head = Linear(ops, text.hidden, text.vocab, bias=False)
 
@@ -299,6 +332,7 @@ class DecoderStage(nn.Module):
         grown, queries = [], []
         for layer, (key, value) in zip(self.model.layers.values(), caches, strict=True):
             gated = (None, None) if layer.mode == "dense" else (next(gate), next(gate))
+            before = rows
             rows, query, key, value = call(
                 layer, rows, cos, sin, write_index, visible, window, *gated, key, value
             )
@@ -307,7 +341,9 @@ class DecoderStage(nn.Module):
         logits = None
         if hasattr(self, "lm_head"):
             logits = call(Logits(self.model.norm, self.lm_head), rows)
-        return StageOutput(rows, call(self.last_queries, *queries), logits, grown)
+        last = call(self.last_queries, *queries)
+        readings = {n: call(piece, before, rows, query) for n, piece in self.readings.items()}
+        return StageOutput(rows, last, logits, readings, grown)
 
     def scales_of(self, layer: int) -> Scales | None:
         """Return the scales of one layer's cache; None where it is float."""

@@ -1,57 +1,27 @@
-"""The last prompt row's score of each visual token, and the tokens that survive an edge.
+"""The graphs between two stages: the visual tokens that survive an edge, and a reading of a layer.
 
-``Selector`` keeps the best K. ``Prober`` only reads, for plans that decide per prompt.
-
-No contribution tensor is formed. With ``a`` the softmax row of the last prompt row and ``o`` its
-attention output, per token j (docs/methods.md, "The contribution of a visual token", checked
-against brute force in the tests):
-
-    L2_j  = sqrt( sum_h a_hj^2 |v_hj|^2 )
-    cos_j = (O - s_j) / sqrt( O (O - 2 s_j + L2_j^2) ),   s_j = sum_h a_hj <v_hj, o_h>,  O = |o|^2
+``Selector`` keeps the best K, by a score in ``scores``. ``Prober`` only reads, for plans that
+decide per prompt.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib import import_module
+from inspect import signature
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..plan.stages import Edge
-from .ops import SOFTMAX_FLOOR, Eager
+from .last_row import cosine_without, last_row_attention, value_norm
+from .ops import Eager
+from .scores.readings import EdgeReadings
 
 UNSEEN = -1.0
 """Score of a padding row: below every real score, so that it is chosen last."""
-
-
-def last_row_attention(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
-    """Return the softmax row of one query. query: (B, H, d); key: (B, G, S, d); visible: (B, S).
-
-    Returns (B, G, H/G, S) in FP32, the heads sorted by the group whose keys they share.
-    """
-    batch, heads, width = query.shape
-    groups = key.shape[1]
-    grouped = query.float().reshape(batch, groups, heads // groups, width) * width**-0.5
-    scores = grouped @ key.float().transpose(-1, -2)
-    return torch.where(visible[:, None, None], scores, SOFTMAX_FLOOR).softmax(-1)
-
-
-def value_norm(attention: Tensor, value: Tensor) -> Tensor:
-    """Return the L2 norm (B, S) of each slot's contribution to (B, G, r, S) attention."""
-    return _squared_norm(attention, value).sqrt()
-
-
-def _squared_norm(attention: Tensor, value: Tensor) -> Tensor:
-    squared = value.float().pow(2).sum(-1)  # (B, G, S)
-    return (attention.pow(2).sum(2) * squared).sum(1)
-
-
-def cosine_without(attention: Tensor, value: Tensor) -> Tensor:
-    """Return the cosine (B, S) between the last row's output with and without each slot."""
-    wide = value.float()
-    out = attention @ wide  # (B, G, r, d)
-    total = out.pow(2).sum((1, 2, 3))[:, None]
-    along = (attention * (out @ wide.transpose(-1, -2))).sum((1, 2))
-    squared = _squared_norm(attention, value)
-    return (total - along) / (total * (total - 2 * along + squared)).clamp_min(1e-12).sqrt()
 
 
 class Selector(nn.Module):
@@ -63,36 +33,44 @@ class Selector(nn.Module):
     def __init__(self, edge: Edge, ops: Eager | None = None):
         super().__init__()
         self.ops = ops or Eager()
-        self.score, self.keep = edge.score, edge.keep
+        assert edge.keep is not None
+        self.keep = edge.keep
+        self.score = import_module(f".scores.{edge.score}", __package__).score
         self.kind = (edge.score, edge.keep, self.ops.name)
+
+    @classmethod
+    def ordered(cls, named: Mapping[str, Any]) -> list[Any]:
+        """Return the arguments of ``forward``, from what there is of them by name."""
+        return [named.get(name) for name in signature(cls.forward).parameters if name != "self"]
+
+    def of(self, named: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Run on tensors, and arrays, which are copied, by name."""
+        given = self.ordered(named)
+        return self(*(torch.tensor(v) if isinstance(v, np.ndarray) else v for v in given))
 
     def forward(
         self,
-        probe_query: Tensor,
-        key: Tensor,
+        probe_query: Tensor | None,
+        key: Tensor | None,
         value: Tensor | None,
-        slot_order: Tensor,
+        slot_order: Tensor | None,
         query_order: Tensor,
-        visual_slots: Tensor,
+        visual_slots: Tensor | None,
         rows: Tensor,
         positions: Tensor,
         order: Tensor,
         key_scale: Tensor | None = None,
         value_scale: Tensor | None = None,
+        change: Tensor | None = None,
+        text_queries: Tensor | None = None,
+        text_order: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return kept rows (B, K, D), their positions and order (B, K), and all scores (B, N)."""
-        if key_scale is not None:
-            key = self.ops.read(key, key_scale)
-        visible = slot_order <= query_order[:, None]
-        attention = last_row_attention(probe_query, key, visible)
-        if self.score == "value_norm":
-            assert value is not None
-            if value_scale is not None:
-                value = self.ops.read(value, value_scale)
-            by_slot = value_norm(attention, value)
-        else:
-            by_slot = attention.mean((1, 2))
-        scores = torch.gather(by_slot, 1, visual_slots)
+        """Return kept rows (B, K, D), their positions and order (B, K), and all scores (B, N).
+
+        What the score does not read may be None.
+        """
+        inputs = {name: value for name, value in locals().items() if name != "self"}
+        scores = self.score(EdgeReadings(inputs, self.ops))
         # Padding rows share the order of an empty slot, which no query sees.
         scores = torch.where(order <= query_order[:, None], scores, UNSEEN)
         best = torch.topk(scores, self.keep, dim=1).indices

@@ -35,7 +35,8 @@ ENCODER_FLOAT = ("w8", "w4")
 class GraphCall:
     """One call of a graph: ``rows`` of hidden states go in, its cache has ``slots``.
 
-    ``rows`` is 0 for graphs that take none: the vision encoder, and what reads a cache only.
+    ``rows`` is 0 for graphs that take none: the vision encoder, and what reads a cache only; of a
+    selection that reads the question's rows it is their number.
     """
 
     graph: str
@@ -97,11 +98,13 @@ def work_of(call: GraphCall, config: ModelConfig, plan: StagePlan, sizes: Sizes)
 
 def decoder_work(call: GraphCall, geometry: Geometry, plan: StagePlan, sizes: Sizes) -> Work:
     """Return the work of a call of any graph but the vision encoder."""
-    if call.graph == PROBE or call.graph.startswith("select"):  # one query against one layer
-        query, kv = geometry.widths
-        flops = 4 * call.slots * query
-        return Work(flops, 0, 2 * kv * call.slots * sizes.cache, attention_flops=flops)
     index = stage_of(call.graph)
+    if call.graph.startswith("select") and "key" not in plan.edges[index].selector.reads:
+        return Work()
+    if call.graph == PROBE or call.graph.startswith("select"):  # a query or more, one layer
+        query, kv = geometry.widths
+        flops = 4 * max(1, call.rows) * call.slots * query
+        return Work(flops, 0, 2 * kv * call.slots * sizes.cache, attention_flops=flops)
     last = index == len(plan.stages) - 1
     return stage_work(geometry, plan.stages[index].depth, call, sizes, head=last)
 
@@ -182,7 +185,8 @@ def question_calls(
     for index, edge in enumerate(plan.edges):
         new = index + 1 >= known
         if edge.op == "select" and visual and new:
-            calls.append(GraphCall(f"select{index}", 0, slots(index, held)))
+            asked = text if "text_queries" in edge.selector.reads else 0
+            calls.append(GraphCall(f"select{index}", asked, slots(index, held)))
         kept = min(visual, plan.stages[index + 1].visual_tokens)
         held = prefix + kept + text
         rows = kept + text if new else text

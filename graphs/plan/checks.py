@@ -12,8 +12,8 @@ from typing import Any
 
 from ..errors import PlanError
 from ..fields import Words, check_word, is_int, is_number, reject
-from ..selectors.registry import ENTRY_SELECTORS
-from .stages import MAX_KEEP, MODES, NORMS, OPS, POSITIONS, SCORES, Edge, Entry, Probe, Stage
+from ..selectors.registry import EDGE_SELECTORS, ENTRY_SELECTORS
+from .stages import MAX_KEEP, MODES, NORMS, OPS, POSITIONS, Edge, Entry, Probe, Stage
 
 MAX_NAME = 100
 """Longest name of a plan: it becomes part of a directory's."""
@@ -119,7 +119,8 @@ def check_edge(index: int, edge: Edge, before: Stage, after: Stage, probing: boo
     require(before.visual_tokens > 0, f"{at}.op", edge.op, wanted, "Merge the two stages.")
     if edge.op == "select":
         limit = min(before.visual_tokens, MAX_KEEP)
-        check_word(f"{at}.score", edge.score, SCORES, PlanError, "Write one of them.")
+        scores = tuple(EDGE_SELECTORS)
+        check_word(f"{at}.score", edge.score, scores, PlanError, "Write one of them.")
         wanted = f"1 to {limit}: what the stage before has, and at most {MAX_KEEP}"
         fits = is_count(edge.keep) and edge.keep <= limit  # type: ignore[operator]
         require(fits, f"{at}.keep", edge.keep, wanted, "To keep none, write op: drop.")
@@ -133,8 +134,8 @@ def check_edge(index: int, edge: Edge, before: Stage, after: Stage, probing: boo
         wanted = f"{left} after the {edge.op} of {at}"
     fits = after.visual_tokens == left
     require(fits, after_field, after.visual_tokens, wanted, f"Write {left}.")
-    if edge.op == "select":
-        # The last text row attends to no visual token there, so every score would be zero.
+    if edge.op == "select" and not edge.question_blind:
+        # Text rows attend to no visual token there, so every score would be zero.
         field = f"stages[{index}].modes[{before.depth - 1}]"
         wanted = f"dense: {at} scores the visual tokens in this layer, and text must see them"
         fits = before.modes[-1] == "dense"

@@ -12,6 +12,8 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from ..fields import to_json
+from ..selectors.edge import EdgeSelector
+from ..selectors.registry import EDGE_SELECTORS
 
 MAX_KEEP = 3840
 """Largest K of a selection: TensorRT's TopK goes no further."""
@@ -35,11 +37,6 @@ Norm = Literal["gated", "renorm"]
 Op = Literal["select", "drop", "probe"]
 """The operation of an edge: keep K tokens, keep none, or whatever the plan's ``Probe`` finds."""
 
-Score = Literal["value_norm", "attention"]
-
-BLIND_SCORES: frozenset[str] = frozenset()
-"""Scores of visual rows alone, which are the same whatever is asked."""
-
 Positions = Literal["original", "renumbered"]
 """Positions of rows that enter: those of the patches they stand for, as if the others were still
 between them, or one after another."""
@@ -47,7 +44,6 @@ between them, or one after another."""
 MODES: tuple[str, ...] = get_args(Mode)
 NORMS: tuple[str, ...] = get_args(Norm)
 OPS: tuple[str, ...] = get_args(Op)
-SCORES: tuple[str, ...] = get_args(Score)
 POSITIONS: tuple[str, ...] = get_args(Positions)
 
 
@@ -108,14 +104,21 @@ class Edge:
     """The operation on the visual tokens between two stages."""
 
     op: Op
-    # Of a select: what the last prompt row ranks them by, and K for all images of a prompt.
-    score: Score | None = field(default=None, metadata={"omit": True})
+    # Of a select: what ranks them, a name of ``selectors.registry.EDGE_SELECTORS``, and K for all
+    # images of a prompt.
+    score: str | None = field(default=None, metadata={"omit": True})
     keep: int | None = field(default=None, metadata={"omit": True})
 
     @property
     def question_blind(self) -> bool:
         """True where the visual rows that go on are the same whatever is asked."""
-        return self.op == "drop" or self.score in BLIND_SCORES
+        return self.op == "drop" or (self.op == "select" and self.selector.question_blind)
+
+    @property
+    def selector(self) -> EdgeSelector:
+        """The row of ``EDGE_SELECTORS`` for a select edge's score."""
+        assert self.score is not None
+        return EDGE_SELECTORS[self.score]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ..fields import from_json, split_options
 from ..plan.checks import is_count
 from ..plan.plan import StagePlan
 from .entering import entering_presets
+from .narrowing import SparseVLM, Tops, V2Drop
 from .per_prompt import VisiPrunerAdaptive, VisiPrunerCode, VisiPrunerPaper
 from .request import Layer, Preset, Request, as_word
 from .static import Dense, ExitOnly, FastV, PyramidDrop, VisiPruner
@@ -29,6 +30,9 @@ _ALL: tuple[type[Preset], ...] = (
     VisiPrunerAdaptive,
     FastV,
     PyramidDrop,
+    SparseVLM,
+    V2Drop,
+    Tops,
     ExitOnly,
     *entering_presets(),
 )

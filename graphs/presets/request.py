@@ -16,7 +16,7 @@ from ..errors import PlanError
 from ..fields import reject
 from ..plan.checks import MAX_NAME
 from ..plan.plan import StagePlan
-from ..plan.stages import POSITIONS, Edge, Entry, Mode, Norm, Probe, Score, Stage
+from ..plan.stages import POSITIONS, Edge, Entry, Mode, Norm, Probe, Stage
 from ..selectors.registry import ENTRY_SELECTORS
 
 UNCALIBRATED = "uncalibrated defaults"
@@ -165,7 +165,7 @@ class Request:
     def plan(
         self,
         counts: list[tuple[int, int]],
-        score: Score = "value_norm",
+        score: str = "value_norm",
         shallow: tuple[Mode, ...] = (),
         norm: Norm = "gated",
         **more: Any,

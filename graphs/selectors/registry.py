@@ -1,7 +1,12 @@
-"""Every entry selector by its name, as a plan writes it. Modules of these names have the rules."""
+"""Every selector by its name, as a plan writes it: those of an entry, and those of an edge.
+
+The rule of an entry selector is in the module of its name here, that of an edge selector, which is
+part of a graph, in ``graphs/modules/scores``.
+"""
 
 from __future__ import annotations
 
+from .edge import EdgeSelector
 from .entry import EntrySelector
 
 ENTRY_SELECTORS: dict[str, EntrySelector] = {
@@ -32,5 +37,31 @@ ENTRY_SELECTORS: dict[str, EntrySelector] = {
             "random", "control: patches by chance, always the same ones of an image", control=True
         ),
         EntrySelector("uniform", "control: every n-th patch", control=True),
+    )
+}
+
+EDGE_SELECTORS: dict[str, EdgeSelector] = {
+    selector.name: selector
+    for selector in (
+        EdgeSelector(
+            "value_norm",
+            "VisiPruner: norm of what a token adds to the last row's attention output",
+            ("probe_query", "key", "value"),
+        ),
+        EdgeSelector(
+            "attention",
+            "FastV, PyramidDrop: attention of the last row, mean over heads",
+            ("probe_query", "key"),
+        ),
+        EdgeSelector(
+            "v2drop",
+            "V2Drop: length of a row's change in the last layer before the edge",
+            ("change",),
+        ),
+        EdgeSelector(
+            "sparsevlm",
+            "SparseVLM: mean attention of those rows of the question that attend most to vision",
+            ("text_queries", "key"),
+        ),
     )
 }

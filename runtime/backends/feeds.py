@@ -91,6 +91,16 @@ def shape_of(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape)
 
 
+def sizes_of(spec: GraphSpec, feeds: Mapping[str, Any]) -> dict[str, int]:
+    """Return the sizes of all symbols of a graph's inputs, from arrays that it is fed."""
+    return {
+        dim: feeds[tensor.name].shape[axis]
+        for tensor in spec.inputs
+        for axis, dim in enumerate(tensor.shape)
+        if isinstance(dim, str)
+    }
+
+
 def gated_depth(spec: GraphSpec) -> int:
     """Return how many layers of a graph read values through gates."""
     return next((int(tensor.shape[0]) for tensor in spec.inputs if tensor.name == "gates"), 0)
@@ -151,19 +161,10 @@ class PromptCalls:
             rows = self.call_graph(PROJECT, 0, {"features": rows})["visual_rows"]
         return Encoded(rows, np.stack([entered.index for entered in chosen]))
 
-    def select(
-        self, edge, probe_query, slot_order, query_order, visual_slots, rows, positions, order
-    ) -> Kept:
+    def select(self, edge: int, feeds: Mapping[str, Any]) -> Kept:
         """Call a selection over the last layer's cache of stage ``edge``."""
         layer = self.plan.stages[edge].layers[1] - 1
-        feeds = self._layer_feeds(edge, layer, slot_order, query_order, visual_slots)
-        feeds |= {
-            "probe_query": probe_query,
-            "rows": rows,
-            "positions": positions,
-            "order": order,
-        }
-        out = self.call_graph(f"select{edge}", edge, feeds)
+        out = self.call_graph(f"select{edge}", edge, {**self._layer_cache(edge, layer), **feeds})
         on_host = [np.asarray(out[name]) for name in ("positions.out", "order.out", "scores")]
         return Kept(out["rows.out"], *on_host)
 
@@ -171,17 +172,15 @@ class PromptCalls:
         self, stage, layer, query, slot_order, query_order, visual_slots
     ) -> tuple[np.ndarray, np.ndarray]:
         """Call the probe of a layer of ``stage``; the decision is the host's."""
-        feeds = self._layer_feeds(stage, layer, slot_order, query_order, visual_slots)
-        out = self.call_graph(PROBE, stage, feeds | {"query": query})
-        return np.asarray(out["cosine"]), np.asarray(out["norm"])
-
-    def _layer_feeds(self, stage, layer, slot_order, query_order, visual_slots) -> dict[str, Any]:
-        key, value = self.layer_cache(stage, layer)
-        return {
-            **self.scales[layer],
-            "key": key,
-            "value": value,
+        feeds = self._layer_cache(stage, layer) | {
+            "query": query,
             "slot_order": slot_order,
             "query_order": query_order,
             "visual_slots": visual_slots,
         }
+        out = self.call_graph(PROBE, stage, feeds)
+        return np.asarray(out["cosine"]), np.asarray(out["norm"])
+
+    def _layer_cache(self, stage: int, layer: int) -> dict[str, Any]:
+        key, value = self.layer_cache(stage, layer)
+        return {**self.scales[layer], "key": key, "value": value}

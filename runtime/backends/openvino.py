@@ -22,7 +22,7 @@ import numpy as np
 from ...graphs.bundle import Bundle
 from ...graphs.chain.executor import StageResult
 from ...graphs.commands import install
-from ...graphs.contract import GraphSpec, appended
+from ...graphs.contract import GraphSpec, appended, row_readings
 from ...graphs.errors import BundleError, MissingDependencyError
 from ...graphs.targets import OPENVINO, Target, find_target
 from ..autotune import choose_threads
@@ -83,7 +83,8 @@ class OpenVinoExecutor(HostExecutor):
         padding = order.shape[1] - rows.shape[1]
         if padding:
             rows = np.pad(rows, ((0, 0), (padding, 0), (0, 0)))
-        done = []
+        wanted = ("rows.out", *row_readings(self.plan, stage))
+        done: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
         with self.timed(f"stage{stage}"):
             for start, stop in row_chunks(order):
                 at, first = slice(start, stop), write_index + start
@@ -94,9 +95,10 @@ class OpenVinoExecutor(HostExecutor):
                     call.fill(name, values)
                 call.run()
                 block[:, :, :, first : first + call.count] = call.new_rows
-                done.append(call.copy("rows.out"))
-        out = self.concatenate(done)[:, padding:]
-        return StageResult(out, call.copy("queries"), call.copy("logits"))
+                for name, parts in done.items():
+                    parts.append(call.copy(name))
+        out = {name: self.concatenate(parts)[:, padding:] for name, parts in done.items()}
+        return StageResult(out.pop("rows.out"), call.copy("queries"), call.copy("logits"), out)
 
     def call_graph(
         self, graph: str, stage: int, feeds: Mapping[str, np.ndarray]
@@ -130,7 +132,7 @@ class OpenVinoExecutor(HostExecutor):
         try:
             model = self._core.read_model(file)
             # One prompt at a time: with the batch known fewer shapes are computed in every call.
-            sizes = {"B": 1, "Q": -1, "S": -1, "N": -1}
+            sizes = {"B": 1} | dict.fromkeys("QSNT", -1)
             model.reshape({tensor.name: list(shape_of(tensor, sizes)) for tensor in spec.inputs})
             return self._core.compile_model(model, "CPU", dict(properties))
         except RuntimeError as error:

@@ -20,7 +20,7 @@ import psutil
 from ...graphs.bundle import Bundle
 from ...graphs.chain.executor import StageResult
 from ...graphs.commands import rebuild_command
-from ...graphs.contract import ORT_LLM_SINCE, GraphSpec, appended, returns_new_rows
+from ...graphs.contract import ORT_LLM_SINCE, GraphSpec, appended, returns_new_rows, row_readings
 from ...graphs.errors import BundleError, CapacityError
 from ...graphs.targets import PORTABLE, Target
 from ..autotune import choose_threads
@@ -78,7 +78,8 @@ class OrtExecutor(HostExecutor):
                 for name, cache in self.caches[stage].items():
                     cache[:, :, write_index : write_index + count] = outputs[appended(name)]
         by_layer = queries[0] if len(queries) == 1 else np.concatenate(queries)
-        return StageResult(outputs["rows.out"], by_layer, outputs.get("logits"))
+        readings = {name: outputs[name] for name in row_readings(self.plan, stage)}
+        return StageResult(outputs["rows.out"], by_layer, outputs.get("logits"), readings)
 
     def call_graph(
         self, graph: str, stage: int, feeds: Mapping[str, np.ndarray]

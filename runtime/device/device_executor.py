@@ -17,8 +17,7 @@ import numpy as np
 
 from ...graphs.bundle import Bundle
 from ...graphs.chain.executor import StageResult
-from ..backends.feeds import PromptCalls, stored_cache_scales
-from .calls import BATCH
+from ..backends.feeds import PromptCalls, sizes_of, stored_cache_scales
 from .engine_sets import EngineSet, EngineSets
 from .memory import DeviceArray, Memory, nbytes_of
 from .protocol import Compiled, Device, EngineApi, Event
@@ -96,15 +95,10 @@ class DeviceExecutor(PromptCalls):
     def call_graph(
         self, graph: str, stage: int, feeds: Mapping[str, np.ndarray | DeviceArray]
     ) -> dict[str, DeviceArray]:
-        sizes = {"B": BATCH}
-        if graph in self.engine_sets.encoding:
-            call = self.engine_sets.encoding[graph]
-        else:
-            call = self.engine_set.calls[graph]
-            slots, visual = self.engine_set.stages[stage].slots, feeds["visual_slots"].shape[1]
-            sizes |= {"S": slots, "N": visual}
+        encodes = graph in self.engine_sets.encoding
+        call = (self.engine_sets.encoding if encodes else self.engine_set.calls)[graph]
         with self.timed(graph):
-            return call(feeds, sizes)
+            return call(feeds, sizes_of(call.loaded.spec, feeds))
 
     def take(self, rows: np.ndarray | DeviceArray, index: np.ndarray):
         """Take rows ``index`` along Q; neighbours are copied together."""

@@ -16,6 +16,7 @@ import numpy as np
 from ...graphs.chain.executor import StageResult
 from ...graphs.contract import TensorSpec, appended, returns_new_rows
 from ...graphs.errors import CapacityError
+from ...graphs.selectors.edge import ROW_READINGS
 from ..backends.feeds import gated_depth, shape_of, stage_feeds
 from .calls import BATCH, Loaded, Replay
 from .memory import DeviceArray, Layers, Memory, Place, nbytes_of
@@ -75,12 +76,14 @@ class DeviceStage:
         self.rejected: str | None = None  # why nothing is captured here
         inputs = {tensor.name: tensor for part in parts for tensor in part.spec.inputs}
         outputs = {tensor.name: tensor for part in parts for tensor in part.spec.outputs}
-        self.rows_spec, self.logits_spec = inputs[ROWS_IN], outputs.get("logits")
+        self.rows_spec = inputs[ROWS_IN]
         queries = [
             tensor for part in parts for tensor in part.spec.outputs if tensor.name == "queries"
         ]
         self._outputs = [self.rows_spec, *queries]
-        self._outputs += [self.logits_spec] if self.logits_spec is not None else []
+        # Of the last part: logits, or what the edge behind reads of the rows.
+        self._extras = [n for n in ("logits", *ROW_READINGS) if n in outputs]
+        self._outputs += [outputs[name] for name in self._extras]
         self.cache_names = [n for n in inputs if n != ROWS_IN and appended(n) in outputs]
         self.cache_spec = inputs[self.cache_names[0]]  # one for all
         self.dtype = np.dtype(self.cache_spec.dtype)
@@ -139,12 +142,17 @@ class DeviceStage:
         if self.rows_back:
             for name in self.caches:
                 self._copy(name, write_index, count, self._fresh_address(name), to_cache=True)
-        out, *queries = (
+        out, *rest = (
             place.lend(shape_of(spec, {"B": BATCH, "Q": count}), np.dtype(spec.dtype))
             for place, spec in zip(self._places, self._outputs, strict=True)
         )
-        logits = queries.pop() if self.logits_spec is not None else None
-        return StageResult(out[:, padding:] if padding else out, Layers(queries), logits)
+        queries, extras = rest[: len(self.parts)], rest[len(self.parts) :]
+        readings = dict(zip(self._extras, extras, strict=True))
+        logits = readings.pop("logits", None)
+        if padding:
+            out = out[:, padding:]
+            readings = {name: values[:, padding:] for name, values in readings.items()}
+        return StageResult(out, Layers(queries), logits, readings)
 
     def cache(self, name: str) -> DeviceArray:
         """Return the whole cache of a layer, for a selection or a probe to read."""
@@ -187,8 +195,8 @@ class DeviceStage:
         for name, cache in self.caches.items():
             fixed[name] = cache.address
             fixed[appended(name)] = self._fresh_address(name) if self.rows_back else cache.address
-        if self.logits_spec is not None:
-            fixed["logits"] = outputs[-1].address
+        extras = outputs[len(self.parts) :]
+        fixed |= {name: at.address for name, at in zip(self._extras, extras, strict=True)}
         contexts = []
         hops = ("between", "in")  # the first part has read its input when the second writes it
         source = self.workspace.address("in")

@@ -183,6 +183,8 @@ def test_keeping_every_token_equals_dense(deep):
         ("visipruner", {"shallow": 2, "t": 4, "e": 6, "keep": 4}),
         ("fastv", {}),
         ("pyramiddrop", {}),
+        ("v2drop", {}),
+        ("sparsevlm", {}),
         ("exit-only", {"e": 4}),
     ],
 )

@@ -46,7 +46,7 @@ def test_facts():
         PLAN.visual_tokens_in(8)
 
 
-def test_stages_are_blind_to_questions_up_to_the_first_cut_that_looks_at_one(monkeypatch):
+def test_stages_are_blind_to_questions_up_to_the_first_cut_that_looks_at_one():
     dropped = replace(PLAN, stages=(Stage((0, 6), N, dense(6)), STAGES[2]), edges=(DROP,))
     looser = with_stage(1, visual_tokens=6)[1:2]
     twice = replace(
@@ -56,12 +56,20 @@ def test_stages_are_blind_to_questions_up_to_the_first_cut_that_looks_at_one(mon
     )
     assert [plan.blind_stages for plan in (PLAN, dropped, twice)] == [1, 2, 1]
     assert dropped.blind_stages_of(2) == 2
-    blind = property(lambda edge: edge.op == "drop" or edge.score == "value_norm")
-    monkeypatch.setattr(Edge, "question_blind", blind)
-    assert [plan.blind_stages for plan in (PLAN, dropped, twice)] == [3, 2, 3]
-    assert [PLAN.blind_stages_of(images) for images in (0, 1, 2)] == [3, 3, 1]
-    attention = replace(twice, edges=(twice.edges[0], replace(SELECT, score="attention")))
+    blind = replace(PLAN, edges=(replace(SELECT, score="v2drop"), *PLAN.edges[1:]))
+    both = replace(twice, edges=tuple(replace(edge, score="v2drop") for edge in twice.edges))
+    assert [plan.blind_stages for plan in (blind, both)] == [3, 3]
+    assert [blind.blind_stages_of(images) for images in (0, 1, 2)] == [3, 3, 1]
+    attention = replace(both, edges=(both.edges[0], replace(SELECT, score="attention")))
     assert attention.blind_stages == 2
+
+
+def test_a_score_of_visual_rows_alone_may_follow_a_text_blind_layer():
+    stages = (Stage((0, 3), N, ("text_blind",) * 3), Stage((3, 8), 4, dense(5)))
+    edge = replace(SELECT, keep=4)
+    StagePlan("early", 8, N, stages, (replace(edge, score="v2drop"),))
+    with pytest.raises(PlanError, match=r"dense: edges\[0\] scores the visual tokens"):
+        StagePlan("early", 8, N, stages, (edge,))
 
 
 def test_facts_of_plans_without_a_selection():

@@ -76,6 +76,13 @@ def test_layer_0_rules():
         ("fastv", {"k": 2, "r": 0.5}, [(2, 576), (30, 288)]),
         ("pyramiddrop", {}, [(8, 576), (8, 288), (8, 144), (8, 72)]),
         ("pyramiddrop", {"ratio": 1}, [(8, 576)] * 4),
+        ("sparsevlm", {}, [(3, 576), (4, 300), (9, 200), (16, 110)]),
+        ("sparsevlm", {"keep": (66, 30, 17)}, [(3, 576), (4, 66), (9, 30), (16, 17)]),
+        ("v2drop", {}, [(3, 576), (14, 288), (5, 144), (10, 1)]),
+        ("v2drop", {"entry": "scope-192"}, [(3, 192), (14, 96), (5, 48), (10, 1)]),
+        ("v2drop", {"before": (8,), "keep": (576,)}, [(8, 576), (24, 576)]),
+        ("tops", {}, [(12, 128), (12, 64), (8, 16)]),
+        ("tops", {"entry": "divprune-256-renumbered"}, [(12, 256), (12, 128), (8, 32)]),
         ("exit-only", {"e": 24}, [(25, 576), (7, 0)]),
         ("exit-only", {}, [(28, 576), (4, 0)]),
     ],
@@ -83,7 +90,10 @@ def test_layer_0_rules():
 def test_peers(name, options, expected):
     plan = preset(name, 32, 576, **options)
     assert counts(plan) == expected
-    assert {edge.score for edge in plan.edges if edge.op == "select"} <= {"attention"}
+    assert {edge.score for edge in plan.edges if edge.op == "select"} <= {
+        "attention",
+        name,
+    }
     assert preset("dense", 32, 576).note == ""
 
 
@@ -116,6 +126,11 @@ def test_peers(name, options, expected):
         ("visipruner", {"norm": "none"}, "norm: found 'none', expected one of gated, renorm"),
         ("visipruner", {"norm": "renorm", "shallow": 0}, "no layer is text-blind"),
         ("visipruner", {"template": "3b"}, "template: found '3b', expected one of 7b, 13b"),
+        ("v2drop", {"keep": (3, 4, 1)}, "keep: found (3, 4, 1), expected 3 counts from 576 to 1"),
+        ("v2drop", {"before": (4, 9)}, "keep (the default for 32 layers)"),
+        ("v2drop", {"before": (0,)}, "before: found (0,), expected integers from 1 to 31"),
+        ("tops", {"keep": (129, 1)}, "keep: found (129, 1), expected 2 counts from 128 to 1"),
+        ("tops", {"entry": "scope"}, "entry: found 'scope', expected a selector"),
         ("fastv", {"k": 0}, "k: found 0, expected 1 to 31 layers"),
         ("fastv", {"k": 32}, "k: found 32"),
         ("fastv", {"r": 1.0}, "r: found 1.0, expected a share that leaves 1 to 3840 of 576"),

@@ -119,7 +119,7 @@ def test_a_paid_picture_is_not_paid_again(bundles):
         assert session.infer(picture(7), "How many?", max_tokens=2).timings.graphs_ms["vision"] > 0
 
 
-@pytest.mark.parametrize("plan", ["dense", "visipruner", "fastv"])
+@pytest.mark.parametrize("plan", ["dense", "visipruner", "fastv", "v2drop", "sparsevlm"])
 def test_lowerings_and_the_torch_chain_agree(checkpoint, bundles, plan):
     """The runtime on ONNX Runtime, both lowerings, against torch stages over the whole prompt."""
     prompt, image = "What is shown in this image?", picture(8)
@@ -287,6 +287,8 @@ def test_exact_bundles_equal_the_published_method(
     [
         ("visipruner", {"shallow": 2, "t": 4, "e": 6, "keep": 4}),
         ("visipruner-adaptive", {"shallow": 2, "boundaries": (5,)}),
+        ("v2drop", {"before": (5,), "keep": (4,)}),
+        ("sparsevlm", {"before": (5,), "keep": (4,)}),
     ],
 )
 def test_every_graph_equals_its_module(

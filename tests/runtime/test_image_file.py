@@ -17,7 +17,7 @@ from visistage.tests.support.stand_ins import stand_in, write_engines
 from visistage.tools.explain.explanation import explain
 
 PLANS = (
-    *("dense", "visipruner:shallow=1,t=1,e=2,keep=4", "exit-only"),
+    *("dense", "visipruner:shallow=1,t=1,e=2,keep=4", "exit-only", "v2drop"),
     *("visionzip:keep=6", "visipruner:shallow=1,t=1,e=2,keep=4,entry=scope-8"),
 )
 PRUNED = PLANS[1]

@@ -54,7 +54,7 @@ def bundles(folder):
     return get
 
 
-@pytest.mark.parametrize("plan", ["dense", "visipruner", "adaptive"])
+@pytest.mark.parametrize("plan", ["dense", "visipruner", "adaptive", "v2drop", "sparsevlm"])
 def test_openvino_answers_like_onnxruntime(bundles, plan):
     with load(bundles(plan, "cpu").path) as wanted, load(bundles(plan).path) as session:
         for images, prompt in PROMPTS:

@@ -13,6 +13,8 @@ PLANS = {
     "dense": "dense",
     "visipruner": "visipruner:shallow=2,t=4,e=6,keep=4",
     "fastv": "fastv:k=3,r=0.75",
+    "v2drop": "v2drop:before=2-5,keep=8-3",
+    "sparsevlm": "sparsevlm:before=2-5,keep=8-3",
     "code": "visipruner-code:cosine=0.95,contribution=0.5,exit_cosine=0.9",
     "paper": "visipruner-paper:cosine=0.95,contribution=0.5,exit_cosine=0.9",
     "adaptive": "visipruner-adaptive:boundaries=3-5,cosine=0.95,contribution=0.5,exit_cosine=0.9",
@@ -32,13 +34,20 @@ def answer(session, images, prompt, new=NEW):
 
 def example_feeds(graph, rows, generator):
     stop = 9 + rows
-    sizes = {"B": 2, "Q": rows, "S": stop + 6, "N": 6}
+    sizes = {"B": 2, "Q": rows, "S": stop + 6, "N": 6, "T": 3}
     feeds = {}
     for spec in graph.spec.inputs:
         shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
         if spec.name == "gates":
             value = generator.integers(0, 2, shape)
-        elif spec.name in ("positions", "order", "slot_order", "write_index", "query_order"):
+        elif spec.name in (
+            "positions",
+            "order",
+            "slot_order",
+            "write_index",
+            "query_order",
+            "text_order",
+        ):
             value = np.zeros(shape)
         elif spec.name == "visual_slots":
             value = np.tile(np.arange(2, 8), (2, 1))
@@ -74,13 +83,12 @@ def torch_outputs(graph, config, plan, weights, feeds):
     index = int(graph.name[-1])
     if graph.name.startswith("select"):
         names = [spec.name for spec in graph.spec.outputs]
-        return dict(zip(names, Selector(plan.edges[index])(*feeds.values()), strict=True))
+        return dict(zip(names, Selector(plan.edges[index]).of(feeds), strict=True))
     part = whole_stages(plan)[index]
     module = chain.load_weights(DecoderStage(config.text, plan, part, Eager()), weights)
     values = list(feeds.values())
     gates = feeds.get("gates")
     caches = values[6:] if gates is not None else values[5:]
     out = module(*values[:5], gates, list(zip(caches[::2], caches[1::2], strict=True)))
-    flat = [t for t in (out.rows, out.queries, out.logits) if t is not None]
-    flat += [cache for pair in out.caches for cache in pair]
+    flat = [*out.singles, *(cache for pair in out.caches for cache in pair)]
     return dict(zip([spec.name for spec in graph.spec.outputs], flat, strict=True))

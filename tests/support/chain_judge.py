@@ -32,6 +32,8 @@ PLANS = {
     ),
     "fastv": preset("fastv", LAYERS, N),
     "pyramiddrop": preset("pyramiddrop", LAYERS, N),
+    "v2drop": preset("v2drop", LAYERS, N),
+    "sparsevlm": preset("sparsevlm", LAYERS, N),
     "exit-only": preset("exit-only", LAYERS, N),
 }
 

@@ -94,16 +94,25 @@ def forward(weights, config, embeds, visual, method, probe=None, kept=None):
             if method.score == "value_norm":
                 contributions = a[:, last, :, None] * v  # (H, n, d)
                 score = contributions.transpose(0, 1).reshape(n, -1).norm(dim=1)
+            elif method.score == "sparsevlm":
+                asking = (rows > rows[seen].max()) & (rows <= probe)
+                own = a.mean(0)[asking]
+                mass = own[:, seen].sum(1)
+                score = own[mass >= mass.mean()].mean(0)
             else:
                 score = a[:, last].mean(0)
-            best = score[seen].topk(method.keep).indices
-            kept = rows[seen][best].sort().values
 
+        before = x
         x = x + out @ w("self_attn.o_proj").T
         h = norm(x, w("post_attention_layernorm"), eps)
         gate = h @ w("mlp.gate_proj").T
         x = x + (gate * gate.sigmoid() * (h @ w("mlp.up_proj").T)) @ w("mlp.down_proj").T
 
+        if method and layer == method.trigger and kept is None and seen.any():
+            if method.score == "v2drop":
+                score = (x - before).norm(dim=1)
+            best = score[seen].topk(method.keep).indices
+            kept = rows[seen][best].sort().values
         if method and layer in (method.trigger, method.exit) and seen.any():
             keep = kept if layer == method.trigger and method.exit > layer else rows[:0]
             stays = ~seen | torch.isin(rows, keep)

@@ -181,11 +181,12 @@ def test_parts_of_a_stage_are_graphs_of_their_own(folder):
     assert found["answers"] == PASSED
 
 
-def test_a_selection_that_reads_no_values(folder):
-    """FastV scores by attention alone: its graph has one input less."""
-    bundle = make_bundle(
-        str(folder / "toy"), plan="fastv:k=2,r=0.75", target="rtx", out=folder / "fastv"
-    )
+@pytest.mark.parametrize(
+    "plan", ["fastv:k=2,r=0.75", "v2drop:before=2,keep=4", "sparsevlm:before=2,keep=4"]
+)
+def test_a_selection_that_reads_no_values(folder, plan):
+    """Graphs without an input for what their score does not read, or for the cache at all."""
+    bundle = make_bundle(str(folder / "toy"), plan=plan, target="rtx", out=folder / "selections")
     assert "value" not in {spec.name for spec in bundle.manifest.graphs["select0"].spec.inputs}
     report = run(bundle)
     assert report.failed is None

@@ -140,7 +140,7 @@ def graph_runs(manifest: Manifest, calls: Iterable[GraphCall]) -> list[Polygraph
             visual = manifest.config.visual_tokens
             if name.startswith("select"):
                 visual = manifest.plan.stages[stage_of(name)].visual_tokens
-            sizes = {"B": 1, "Q": call.rows, "S": call.slots, "N": visual}
+            sizes = {"B": 1, "Q": call.rows, "S": call.slots, "N": visual, "T": call.rows}
             shapes = {
                 i.name: tuple(sizes[d] if isinstance(d, str) else d for d in i.shape)
                 for i in fact.spec.inputs

@@ -163,7 +163,9 @@ def _graph_call(method: str, given: tuple) -> GraphCall:
         stage, _, _, order, slot_order = given[:5]
         return GraphCall(f"stage{stage}", order.shape[1], slot_order.shape[1])
     if method == "select":
-        return GraphCall(f"select{given[0]}", 0, given[2].shape[1])
+        edge, feeds = given
+        rows = feeds["text_order"].shape[1] if "text_queries" in feeds else 0
+        return GraphCall(f"select{edge}", rows, feeds["slot_order"].shape[1])
     if method == "probe":
         return GraphCall(PROBE, 0, given[3].shape[1])
     return GraphCall(VISION, 0, 0)

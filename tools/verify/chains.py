@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -96,10 +96,10 @@ class SteeredExecutor:
         self.ensure_slots, self.append = inner.ensure_slots, inner.append
         self.concatenate, self.take = inner.concatenate, inner.take
 
-    def select(self, edge, *given) -> Kept:
+    def select(self, edge: int, feeds: Mapping[str, Any]) -> Kept:
         """Note the scores; keep what ``forced`` does where all of it is on offer."""
-        kept = self.inner.select(edge, *given)
-        rows, positions, order = given[-3:]
+        kept = self.inner.select(edge, feeds)
+        rows, positions, order = (feeds[name] for name in ("rows", "positions", "order"))
         offered = [int(at) for at in order[0]]
         self.scores = dict(zip(offered, map(float, kept.scores[0]), strict=True))
         wanted = None if self.forced is None else self.forced.kept or ()

@@ -8,7 +8,6 @@ computes FP16 graphs in FP32 and never overflows).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -174,10 +173,10 @@ def run_module(
     module = without_weights(partial(_module, graph, fallback))
     dtype = torch.float16 if half else torch.float32
     inputs = {name: _tensor(value, None if half else dtype) for name, value in feeds.items()}
-    if isinstance(module, (Selector, Prober)):
-        # By name: a score that reads no values has no input for them.
-        wanted = inspect.signature(module.forward).parameters
-        outputs = list(module(**{name: inputs.get(name) for name in wanted}))
+    if isinstance(module, Selector):
+        outputs = list(module.of(inputs))
+    elif isinstance(module, Prober):
+        outputs = list(module(*(inputs[spec.name] for spec in graph.spec.inputs)))
     else:
         call = _streamed(module, graph, dtype)
         if isinstance(module, Vision | Projection):
@@ -214,9 +213,7 @@ def _compose_stage(stage: DecoderStage, call: Any, inputs: dict[str, Tensor]) ->
     names = ("rows", "positions", "order", "slot_order", "write_index", "gates")
     pairs = list(zip(caches[::2], caches[1::2], strict=True))
     out = stage.compose(call, caches=pairs, **{name: inputs.get(name) for name in names})
-    # Every tensor that the contract has an output for, in its order; then the caches.
-    single = [value for value in out[:-1] if value is not None]
-    return [*single, *(cache for pair in out.caches for cache in pair)]
+    return [*out.singles, *(cache for pair in out.caches for cache in pair)]
 
 
 def _streamed(module: nn.Module, graph: StoredGraph, dtype: torch.dtype) -> Any:

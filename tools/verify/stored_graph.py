@@ -34,6 +34,9 @@ CALL_ROWS = 5
 SPARE_SLOTS = 6
 """Slots beyond them that are still empty, and rows that a selection is offered beyond K."""
 
+TEXT_ROWS = 4
+"""Rows of a question, where a selection reads them."""
+
 
 class StoredWeights(Mapping[str, np.ndarray]):
     """Arrays by the checkpoint's names, mapped when read; INT4 becomes INT8, one to a byte.
@@ -123,7 +126,7 @@ class StoredGraph:
         offered = (int(keep) if self.kind == "select" else 0) + SPARE_SLOTS
         filled = FILLED if self.kind == "stage" else offered + 2
         used = filled + (rows if self.kind == "stage" else 0)
-        sizes = {"B": 1, "Q": rows, "S": used + SPARE_SLOTS, "N": offered}
+        sizes = {"B": 1, "Q": rows, "S": used + SPARE_SLOTS, "N": offered, "T": TEXT_ROWS}
         new = np.arange(filled, used) if self.kind == "stage" else np.arange(2, 2 + offered)
         slot_order = np.full(used + SPARE_SLOTS, INVISIBLE)
         slot_order[1:used] = np.arange(1, used)
@@ -134,6 +137,7 @@ class StoredGraph:
             "slot_order": slot_order,
             "write_index": filled,
             "query_order": used - 1,
+            "text_order": np.arange(used - TEXT_ROWS, used),
         }
         feeds = {}
         for spec in self.spec.inputs:
