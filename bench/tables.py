@@ -298,6 +298,7 @@ def compared(rows: list[Row]) -> str:
     parts = [
         *about["findings"],
         picture,
+        "Of each method the least share of the visual FLOPs is drawn on top; controls are open.",
         table(COMPARED, [dense, *shown]),
         *left_out,
         f"{asked}; {rounds}",

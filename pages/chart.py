@@ -97,7 +97,7 @@ def svg_file(chart: Chart) -> str:
     head, rest = chart.svg().split(">", 1)
     ground = '<rect width="100%" height="100%" style="fill:var(--paper)"/>'
     named = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
-    return f"{named}>\n<style>{style}</style>\n{ground}{rest}\n"
+    return f"{named}>\n<style>{style}.graph {{ margin: 0 }}</style>\n{ground}{rest}\n"
 
 
 class Chart:

@@ -5,6 +5,7 @@ on what is cached, and nothing that was measured is lost.
 import json
 import re
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,13 +19,14 @@ from visistage.compile.matched_bundles import matched_bundles
 from visistage.demo.heldout import held_out, second_questions
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.progress import Progress
+from visistage.pages.chart import svg_file
 from visistage.runtime import load
 from visistage.runtime.session import Session
 from visistage.tests.support import toy
 from visistage.tools.compare.asking import answers_file, ask_bundles, ask_turns
 from visistage.tools.compare.compare import in_groups
 from visistage.tools.compare.compare_facts import findings, row_facts
-from visistage.tools.compare.compare_page import render_comparison
+from visistage.tools.compare.compare_page import plot, render_comparison
 from visistage.tools.profile.timing import Spread
 
 QUESTIONS = ("What is this?", "How many dogs are there?")
@@ -162,6 +164,13 @@ def test_the_page_has_a_dot_for_each_plan_and_every_number(facts, folder):
     for row in facts["rows"]:
         assert f"<code>{row['plan']}</code>" in page
     assert "://" not in page
+
+
+def test_the_plot_is_a_file_by_itself(facts):
+    picture = ElementTree.fromstring(svg_file(plot(facts["rows"])))
+    assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+    assert len(picture.findall("{*}circle")) == len(facts["rows"]) - 1
+    assert "--paper" in picture.find("{*}style").text
 
 
 def test_a_page_escapes_what_plans_are_called(facts):
