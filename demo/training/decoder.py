@@ -128,7 +128,7 @@ def train_decoder(model, tokenizer, state: TrainState, rank: int, recipe: r.Reci
         ),
         "vision": Optimizer(
             *encoder_weights(model.model.vision_tower),
-            *(rate * r.VISION_RATE for rate in rates),
+            *(rate * recipe.vision_rate for rate in rates),
             dtype=options.dtype,
         ),
         "heads": Optimizer([], [*heads.parameters()], adam_lr=HEAD_RATE),
@@ -140,9 +140,10 @@ def train_decoder(model, tokenizer, state: TrainState, rank: int, recipe: r.Reci
         warm_heads(model, heads, world)
         data_parallel.broadcast(model)
         data_parallel.broadcast(heads)
-    mix = BatchMix(options.batch, 16, turns=0.05, weights=recipe.kinds, world=world)
-    few = BatchMix(options.batch, 16, things=recipe.few, world=world)
-    easy = BatchMix(options.batch, 24, world=world, easy_vqa=True)
+    asked = recipe.questions
+    mix = BatchMix(recipe.batch, asked, turns=0.05, weights=recipe.kinds, world=world)
+    few = BatchMix(recipe.batch, asked, things=recipe.few, world=world)
+    easy = BatchMix(recipe.batch, 24, world=world, easy_vqa=True)
     source, early, outside = (
         stream(composed, f"{name} {rank} {state.step}", tokenizer)
         for name, composed in (("decoder", mix), ("early", few), ("easy-VQA", easy))
@@ -163,8 +164,8 @@ def train_decoder(model, tokenizer, state: TrainState, rank: int, recipe: r.Reci
         data_parallel.average(parameters)
         for optimizer in optimizers.values():
             optimizer.step(r.schedule(spent))
-        seen += options.batch * options.processes
-        state.advance(options.batch * options.processes)
+        seen += recipe.batch * options.processes
+        state.advance(recipe.batch * options.processes)
         if rank:
             continue
         if batch.owners is None:

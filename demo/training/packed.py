@@ -134,7 +134,7 @@ def forward(
         attn = layer.self_attn
         p, t = layer.input_layernorm(image), layer.input_layernorm(text)
         kp, vp = _rotate(split(attn.k_proj(p)), cos, sin), split(attn.v_proj(p))
-        qt = _rotate(split(attn.q_proj(t)), text_cos, text_sin)
+        qt = _rotate(split(attn.q_proj(t)), text_cos, text_sin) * head**-0.5
         kt, vt = _rotate(split(attn.k_proj(t)), text_cos, text_sin), split(attn.v_proj(t))
 
         parts = zip(suffixes, *(x.split(lengths, 2) for x in (qt, kt, vt)), strict=True)
@@ -161,10 +161,11 @@ def forward(
         alone = index >= staging.last or (index == staging.select_after and not staging.keep)
         stop = front if alone else None
         qp = _rotate(split(attn.q_proj(p[:, :stop])), cos[:, :, :stop], sin[:, :, :stop])
+        qp = qp * head**-0.5
         # Written out: on a CPU the fused kernel's backward pass in BF16 is five times slower.
-        mass = qp @ kp[:, :, :stop].transpose(-1, -2) * head**-0.5
+        mass = qp @ kp[:, :, :stop].transpose(-1, -2)
         later = torch.ones(mass.shape[-2:]).triu(1).bool()
-        mass = mass.masked_fill(later, -1e9).softmax(-1)
+        mass = mass.masked_fill_(later, -1e9).softmax(-1)
         seen = front if index == 0 and staging.blind else mass.shape[-1]
         mixed = mass[..., :seen] @ vp[:, :, :seen]
         image = finish(layer, image[:, :stop], mixed)
@@ -179,14 +180,17 @@ def forward(
 
 
 def _read(q, k, v, kp, vp, shape, front: int, index: int, staging: TrainStages):
-    """Return the attention of rows of `shape` (Q, T) to the image and their own question."""
+    """Return what rows of `shape` (Q, T) take from the image and their own question.
+
+    `q` is scaled already. Attention masses come first, then the mixed values.
+    """
     batch, heads, _, head = q.shape
     asked, rows = shape
     blocks = (batch, heads, asked, rows, head)
     own = q.reshape(blocks) @ k.reshape(blocks).transpose(-1, -2)
-    own = own.masked_fill(torch.ones(rows, rows).triu(1).bool(), -1e9)
+    own = own.masked_fill_(torch.ones(rows, rows).triu(1).bool(), -1e9)
     scores = torch.cat((q @ kp.transpose(-1, -2), own.view(batch, heads, -1, rows)), -1)
-    mass = scores.mul(head**-0.5).softmax(-1)
+    mass = scores.softmax(-1)
     on_image, own = mass.split((kp.shape[2], rows), -1)
     mixed = (own.reshape(batch, heads, asked, rows, rows) @ v.reshape(blocks)).view(q.shape)
     if index >= staging.blind:

@@ -48,9 +48,6 @@ ASKED = {
 }
 """How often each kind is asked."""
 
-VISION_RATE = 0.3
-"""The vision encoder's learning rates as a share of the decoder's."""
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -60,23 +57,29 @@ class Recipe:
         world: what scenes and questions are like.
         out: where the model is saved.
         encoder_images: images for the vision encoder alone.
-        images: images for all of it, sixteen questions each.
+        images: images for all of it.
+        questions: questions about each image.
+        batch: images of a step in each process.
         few: number of objects in the small scenes at the beginning.
         easy_vqa: share of batches from easy-VQA's training split.
         dropout: share of batches in which only some of the visual tokens come in.
         start: folder of a model to start from, instead of from scratch.
         encoder_rate: Muon's learning rate for the vision encoder alone.
+        vision_rate: the vision encoder's later rates as a share of the decoder's.
     """
 
     world: World
     out: Path
     encoder_images: int
     images: int
+    questions: int
+    batch: int
     few: tuple[int, int]
     easy_vqa: float
     dropout: float
     start: Path | None = None
     encoder_rate: float = 0.02
+    vision_rate: float = 0.3
 
     @property
     def kinds(self) -> tuple[float, ...]:
@@ -90,6 +93,8 @@ _RECIPES = (
         Path("demo/model"),
         encoder_images=54_000,
         images=11_000,
+        questions=16,
+        batch=8,
         few=(1, 3),
         easy_vqa=0.18,
         dropout=0.2,
@@ -97,13 +102,15 @@ _RECIPES = (
     Recipe(
         CROWDED,
         Path("demo/model-576"),
-        encoder_images=30_000,
-        images=18_000,
+        encoder_images=0,  # it starts from one that has learnt, and learns on
+        images=8_000,
+        questions=32,
+        batch=4,
         few=(3, 8),
         easy_vqa=0.0,
-        dropout=0.3,
+        dropout=0.5,
         start=Path("demo/model"),
-        encoder_rate=0.01,
+        vision_rate=1.0,
     ),
 )
 RECIPES = {recipe.world.name: recipe for recipe in _RECIPES}
