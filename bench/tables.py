@@ -155,7 +155,7 @@ def by_type(rows: list[Row]) -> str:
         return text
 
     types = [(name, share(name)) for name in sorted(rows[0]["by_type"])]
-    return table((("plan", cell("plan")), *types), rows)
+    return table((("plan", cell("plan")), ("all", percent("accuracy")), *types), rows)
 
 
 def quantisation(rows: list[Row]) -> str:

@@ -92,7 +92,7 @@ _RECIPES = (
         DEMO,
         Path("demo/model"),
         encoder_images=54_000,
-        images=11_000,
+        images=14_000,
         questions=16,
         batch=8,
         few=(1, 3),
