@@ -143,5 +143,6 @@ def save(
     half.load_state_dict(model.state_dict())
     half.generation_config = model.generation_config
     half.half().save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # some versions keep it from other users
     processor.save_pretrained(out)
     images.save_pretrained(out)

@@ -44,7 +44,7 @@ ASKED = {
     "yes/no": 1.25,
     "position": 1.25,
     "relation": 2,  # half of these, and of reading, find nothing to ask about
-    "reading": 1.5,
+    "reading": 2.5,
 }
 """How often each kind is asked."""
 
@@ -92,7 +92,7 @@ _RECIPES = (
         DEMO,
         Path("demo/model"),
         encoder_images=54_000,
-        images=14_000,
+        images=18_000,
         questions=16,
         batch=8,
         few=(1, 3),

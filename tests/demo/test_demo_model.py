@@ -13,6 +13,8 @@ from visistage.calib.evaluate import evaluate
 from visistage.calib.samples import evaluation_samples
 from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.compile.checkpoint.known_models import own_folder
+from visistage.demo.gallery import bundled
 from visistage.runtime.session import load
 from visistage.tests.support import reference
 
@@ -40,11 +42,22 @@ def recorded():
     return {row["plan"]: row["accuracy"] for row in rows}
 
 
-def test_it_is_small_and_complete():
-    assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 16 << 20
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
-        file.name for file in MODEL.iterdir()
-    }
+def test_they_are_small_and_complete():
+    folders = [own_folder("demo")]
+    assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) < 16_000_000
+    for folder in folders:
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+            file.name for file in folder.iterdir()
+        }
+
+
+def test_every_bundled_picture_is_answered_right(bundles):
+    for bundle in bundles.values():
+        with load(bundle.path) as session:
+            for picture in bundled():
+                for question, answer in picture.questions:
+                    found = session.infer(picture.path, question, max_tokens=4)
+                    assert found.text.strip() == answer, (picture.path.name, question)
 
 
 def test_dense_equals_hugging_face(bundles, samples):
