@@ -90,9 +90,8 @@ def test_the_static_plan_equals_the_reference(bundles, samples):
         )
         for sample in samples[:12]:
             answer = session.infer(sample.image, sample.prompt, max_tokens=1)
-            visual_rows = torch.from_numpy(
-                session.encode_image(session.decode_image(sample.image))[0]
-            )
+            encoded = session.encode_image(session.decode_image(sample.image))
+            visual_rows = torch.from_numpy(encoded.rows[0])
             rows, visual = [], []
             for part in session.encoder.encode(sample.prompt, images=1).segments:
                 ids = list(part.ids)
