@@ -98,11 +98,10 @@ class AnswerFile:
         return self._known.get(self._digest(sample))
 
     def add(self, sample: Sample, answer: Heard) -> None:
-        """Keep the answer to a sample: in memory, and in the file while there is room."""
-        digest = self._digest(sample)
-        self._known[digest] = answer
+        """Keep the answer to a sample, while there is room."""
         if self.full:
             return
+        digest = self._digest(sample)
         line = json.dumps({"digest": digest, "sample": sample.name, **asdict(answer)})
         try:
             with self.file.open("a", encoding="utf-8") as stream:

@@ -64,7 +64,7 @@ def test_every_module_is_in_the_wheel(installed):
 def test_data_is_in_the_wheel(installed):
     data = {name for name in tracked() if name.startswith(("demo/model/", "demo/pictures/"))}
     assert any(name.endswith(".png") for name in data)
-    pages = ("calib/page", "tools/explain", "tools/profile")
+    pages = ("calib/page", "tools/compare", "tools/explain", "tools/profile")
     data |= {f"{folder}/page.{kind}" for folder in pages for kind in ("css", "html")}
     data |= {"tools/explain/page.js", "pages/base.css", "pages/base.html", "pages/chart.css"}
     data |= {"pages/letters.html"}
