@@ -208,7 +208,7 @@ class PromptState:
 
         ``view`` is of the stage's last layer.
         """
-        visual = self._joined(True)
+        visual = self._joined_visual()
         assert visual is not None
         rows, positions, order, _ = selector.of(
             {
@@ -224,14 +224,14 @@ class PromptState:
         return order[0].numpy()
 
     def leave(self, drop: bool) -> None:
-        """Gather what goes on to the next stage: [visual | text], and the answer.
+        """Gather what goes on to the next stage: [visual | text, ...], and the answer.
 
         ``drop``: the visual rows do not go on.
         """
-        visual, text = self._selected or self._joined(True), self._joined(False)
-        assert text is not None
+        visual, texts = self._selected or self._joined_visual(), self._passed(False)
         self._selected = None
-        self._parts = [[text] if visual is None or drop else [visual, text]]
+        # The last text is the question, which an edge may read: texts stay apart.
+        self._parts = [texts if visual is None or drop else [visual, *texts]]
         if self._answer is not None:
             self._answer = replace(self._answer, rows=self._calls[-1].rows)
 
@@ -242,10 +242,10 @@ class PromptState:
             rows = torch.cat((rows, self._answer.rows[0]))
         return rows[:, None]
 
-    def _joined(self, visual: bool) -> AppendedRows | None:
-        """Return the prompt's rows of one kind as they are now; None where it has none."""
-        found = [
-            (segment, rows)
+    def _passed(self, visual: bool) -> list[AppendedRows]:
+        """Return the prompt's segments of one kind as they are now."""
+        return [
+            replace(segment, rows=rows)
             for call in self._calls
             if not call.is_answer
             for segment, rows in zip(
@@ -255,13 +255,17 @@ class PromptState:
             )
             if segment.visual == visual
         ]
+
+    def _joined_visual(self) -> AppendedRows | None:
+        """Return the prompt's visual rows as they are now; None where it has none."""
+        found = self._passed(True)
         if not found:
             return None
         return AppendedRows(
-            visual,
-            torch.cat([rows for _, rows in found], 1),
-            np.concatenate([segment.positions for segment, _ in found], 1),
-            np.concatenate([segment.order for segment, _ in found], 1),
+            True,
+            torch.cat([segment.rows for segment in found], 1),
+            np.concatenate([segment.positions for segment in found], 1),
+            np.concatenate([segment.order for segment in found], 1),
         )
 
 

@@ -58,6 +58,9 @@ def example_feeds(graph, rows, generator):
         feeds["write_index"][:] = 9
         feeds["positions"][:] = np.arange(9, stop)
         feeds["order"][:] = np.arange(9, stop)
+    if "text_order" in feeds:
+        feeds["text_order"][:] = np.arange(stop - 3, stop)
+        feeds["text_order"][1, 0] = INVISIBLE
     if "slot_order" in feeds:
         feeds["slot_order"][:] = INVISIBLE
         feeds["slot_order"][:, :stop] = np.arange(stop)
