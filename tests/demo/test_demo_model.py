@@ -10,10 +10,10 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from visistage.bench.record import RESULTS
 from visistage.calib.evaluate import evaluate
-from visistage.calib.samples import evaluation_samples
+from visistage.calib.samples import calibration_samples, evaluation_samples
 from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
-from visistage.compile.checkpoint.known_models import own_folder
+from visistage.compile.checkpoint.known_models import OWN_MODELS, own_folder
 from visistage.demo.gallery import bundled
 from visistage.runtime.session import load
 from visistage.tests.support import reference
@@ -43,7 +43,7 @@ def recorded():
 
 
 def test_they_are_small_and_complete():
-    folders = [own_folder("demo")]
+    folders = [own_folder(model) for model in OWN_MODELS]
     assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) < 16_000_000
     for folder in folders:
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
@@ -58,6 +58,22 @@ def test_every_bundled_picture_is_answered_right(bundles):
                 for question, answer in picture.questions:
                     found = session.infer(picture.path, question, max_tokens=4)
                     assert found.text.strip() == answer, (picture.path.name, question)
+
+
+def test_the_larger_demo_is_built_and_asked_by_its_name(tmp_path):
+    """At LLaVA's number of visual tokens, with scenes of its own."""
+    bundle = make_bundle("demo-576", plan="visipruner", out=tmp_path)
+    assert (tmp_path / "demo-576").is_dir()
+    samples = evaluation_samples("demo-576", None, 70)
+    calibrating, files = calibration_samples("demo-576", None, 14)
+    assert samples[0].image.size == (192, 192)
+    assert not {s.image.tobytes() for s in samples} & {s.image.tobytes() for s in calibrating}
+    assert files == ("demo-576 scenes, series 1000",)
+    with load(bundle.path) as session:
+        assert session.bundle.manifest.model == "demo-576"
+        assert session.infer(samples[0].image, samples[0].prompt).plan.visual_tokens == 576
+        report = evaluate(session, samples)
+    assert report.overall.share > 0.6
 
 
 def test_dense_equals_hugging_face(bundles, samples):
