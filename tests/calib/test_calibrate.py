@@ -215,30 +215,30 @@ def test_an_entry_is_chosen_after_an_interruption_and_a_build_takes_it(
     spy = bundles.make_bundle
 
     def stop(*args, **options):
-        if load_plan(options["plan"]).name == "divprune-keep2":
+        if load_plan(options["plan"]).name == "divprune-keep3":
             raise KeyboardInterrupt
         return spy(*args, **options)
 
     monkeypatch.setattr(bundles, "make_bundle", stop)
     assert run(*arguments).exit_code == 130
-    names = ["dense", "text-blind-1", "visipruner", "scope-keep2"]
+    names = ["dense", "text-blind-1", "visipruner", "scope-keep3"]
     assert [plan.name for plan, _, _ in built] == names
 
     monkeypatch.setattr(bundles, "make_bundle", spy)
     built.clear()
     done = run(*arguments)
     assert done.exit_code == 0, done.output
-    assert [plan.name for plan, _, _ in built] == ["dense", "divprune-keep2"]
+    assert [plan.name for plan, _, _ in built] == ["dense", "divprune-keep3"]
     facts = json.loads(done.stdout)
     calibration = Calibration.load(facts["path"])
-    assert calibration.plan.entry in (Entry("scope", 2), Entry("divprune", 2))
+    assert calibration.plan.entry in (Entry("scope", 3), Entry("divprune", 3))
     assert calibration.choice == facts["choice"]
     assert load_plan(Path(facts["path"]) / "plan.yaml") == calibration.plan
     console = Console(width=200, record=True, file=StringIO())
     console.print(calibration_table(Path(facts["path"]), calibration, ""))
     shown = console.export_text()
-    assert re.search(rf"{calibration.choice['text']} .* 12.* %.* chosen", shown)
-    assert f"{calibration.plan.entry.selector} alone: 2 visual tokens of an image enter" in shown
+    assert re.search(rf"{calibration.choice['text']} .* 18\.\d.* %.* chosen", shown)
+    assert f"{calibration.plan.entry.selector} alone: 3 visual tokens of an image enter" in shown
     bundle = make_bundle(str(folder / "toy"), calibration=facts["path"], out=tmp_path / "engines")
     assert bundle.manifest.plan == calibration.plan
 
@@ -275,7 +275,7 @@ def test_a_plan_for_int8_is_chosen_on_bundles_in_int8(rounded):
     calibration = Calibration.load(facts["path"])
     plan, _, used = shipped
     assert (plan, used.rows) == (calibration.plan, "stage")
-    assert plan.entry == Entry("scope", 2)  # at this cost nothing else is left
+    assert plan.entry == Entry("scope", 3)  # at this cost nothing else is left
     assert {name: group.facts() for name, group in used.groups.items()} == {
         name: group.facts() for name, group in calibration.groups.items()
     }

@@ -80,7 +80,9 @@ def test_every_graph_of_the_demo_is_compiled_in_fp16(tmp_path, plan):
     assert layers == text.layers
     assert caches == 2 * text.layers
     for one in engines.engines:
-        assert one.nbytes == (engines.folder / one.file).stat().st_size > 1 << 20
+        weighty = one.graph.startswith(("vision", "stage"))
+        assert one.nbytes == (engines.folder / one.file).stat().st_size
+        assert one.nbytes > (1 << 20 if weighty else 1 << 16)
         assert one.decomposable_attention == 0
         assert one.precisions["HALF"] > 0
         assert one.peak_bytes >= one.peak_anonymous_bytes > 0
