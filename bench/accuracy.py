@@ -45,6 +45,16 @@ PLANS = (
     "fastv",
     "pyramiddrop",
     "exit-only",
+    "scope",
+    "scope:keep=16",
+    "divprune",
+    "divprune:keep=16",
+    "visionzip",
+    "cls",
+    "visipruner:entry=scope-32",
+    "random",
+    "random:keep=16",
+    "uniform",
 )
 
 

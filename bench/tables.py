@@ -32,17 +32,15 @@ PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 README_PLANS = (
     "without the picture",
     "dense",
+    "scope",
+    "scope:keep=16",
     "visipruner",
-    "visipruner:keep=1",
-    "visipruner:t=2,keep=16",
     "visipruner:t=2,keep=1",
-    "visipruner:t=1,keep=1",
+    "visipruner:entry=scope-32",
     "visipruner-code",
-    "visipruner-paper",
-    "visipruner-adaptive",
-    "visipruner-adaptive:cosine=0.95,exit_cosine=0.95",
     "fastv",
-    "pyramiddrop",
+    "random",
+    "random:keep=16",
 )
 
 
