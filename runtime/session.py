@@ -51,7 +51,7 @@ from .text.prompt import MAX_IMAGES, PromptEncoder, Segment
 from .text.sampling import Sampling, whole_number
 
 ROWS_SHARE = 8
-"""Of the bytes for images, one part in so many is for what the vision encoder made of them."""
+"""Divisor of the bytes for images that gives the part for what the vision encoder made of them."""
 
 DEFAULT_MAX_TOKENS = 128
 

@@ -17,7 +17,7 @@ from .architecture import MEAN, STD
 from .supervision import fact_classes, patch_owners, patch_targets, thing_facts
 
 NEGATED = 3
-"""How many times more often a negated question of easy-VQA is drawn than another one."""
+"""Ratio of draws of a negated question of easy-VQA to those of another."""
 
 
 @dataclass(frozen=True)

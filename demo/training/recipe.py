@@ -35,7 +35,7 @@ WEIGHTS = {
     "patch": 0.3,
     "projected": 0.3,
 }
-"""What each loss counts beside that of the answers; `look` and `phrase look` as sums of layers."""
+"""Weight of each loss beside that of the answers; `look` and `phrase look` are sums of layers."""
 
 ASKED = {
     "colour": 0.75,
@@ -46,7 +46,7 @@ ASKED = {
     "relation": 2,  # half of these, and of reading, find nothing to ask about
     "reading": 2.5,
 }
-"""How often each kind is asked."""
+"""Frequency of each kind of question."""
 
 
 @dataclass(frozen=True)

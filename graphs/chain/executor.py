@@ -29,7 +29,7 @@ class StageResult(NamedTuple):
     queries: Any  # (layers, B, H, d): the last row's, rotated
     logits: Any | None
     readings: Mapping[str, Any] = MappingProxyType({})
-    """What the edge behind reads of the rows, (B, Q, ...) each (``contract.row_readings``)."""
+    """Readings of the rows for the edge behind, (B, Q, ...) each (``contract.row_readings``)."""
 
 
 class Kept(NamedTuple):

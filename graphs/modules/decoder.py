@@ -256,7 +256,7 @@ class RowQueries(nn.Module):
 
 
 ROW_PIECES: dict[str, type[nn.Module]] = {"change": Change, "text_queries": RowQueries}
-"""What hands out each of ``selectors.edge.ROW_READINGS``, of the last layer before an edge."""
+"""Modules that hand out ``selectors.edge.ROW_READINGS`` of the last layer before an edge."""
 
 
 class Logits(nn.Module):

@@ -46,7 +46,7 @@ class Preset:
     measurable: ClassVar[tuple[str, ...]] = ()
     """Options that hold published thresholds, which a calibration may replace."""
     control: ClassVar[bool] = False
-    """Whether it is there to be beaten: what keeps rows without looking at them."""
+    """True for a control, which keeps rows without looking at them and is there to be beaten."""
     joined: ClassVar[tuple[str, ...]] = ()
     """Entry selectors that a comparison puts before it, besides comparing it alone."""
 

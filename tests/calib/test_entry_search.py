@@ -98,7 +98,9 @@ def test_both_are_found_together_where_each_leaves_something_to_the_other(dynami
     assert entry == Entry("divprune", 12)
     assert choice.text.startswith("visipruner:shallow=0,t=")
     assert choice.text.endswith(",entry=divprune-12")
-    alone = [one for one in choice.tried if one.candidate.entry is None and of_plan(one, of) == 1]
+    alone = [
+        tried for tried in choice.tried if tried.candidate.entry is None and of_plan(tried, of) == 1
+    ]
     assert all(taken.flops < one.flops for one in alone)
     assert set(choice.rationale) == {"entry", "s", "t", "K", "e"}
     assert "read where all do" in choice.rationale["entry"]
