@@ -101,7 +101,7 @@ def test_both_are_found_together_where_each_leaves_something_to_the_other(dynami
     alone = [
         tried for tried in choice.tried if tried.candidate.entry is None and of_plan(tried, of) == 1
     ]
-    assert all(taken.flops < one.flops for one in alone)
+    assert all(taken.flops < tried.flops for tried in alone)
     assert set(choice.rationale) == {"entry", "s", "t", "K", "e"}
     assert "read where all do" in choice.rationale["entry"]
 
@@ -122,8 +122,8 @@ def test_what_may_be_lost_does_not_change_what_is_measured_and_a_cost_does(dynam
     assert [plan.name for plan in one] == [plan.name for plan in other]
     choice, _ = choose(dynamics, of, cost=0.2)
     assert choice.tried[choice.chosen].candidate.cost <= 0.2
-    measured = [one for one in choice.tried if one.candidate.text != "visipruner"]
-    assert all(one.candidate.cost <= 0.2 for one in measured)
+    measured = [tried for tried in choice.tried if tried.candidate.text != "visipruner"]
+    assert all(tried.candidate.cost <= 0.2 for tried in measured)
 
 
 def test_plans_with_and_without_an_entry_take_turns(dynamics):
@@ -212,9 +212,9 @@ def test_of_plans_of_one_cost_that_with_the_cheaper_second_question_is_taken(dyn
         return 1.0 if plan.entry is None or plan.entry.keep >= 12 else 0.5
 
     choice, _ = choose(dynamics, of, lose=0.01)
-    fitting = [one for one in choice.tried if one.measured.tokens.share == 1]
+    fitting = [tried for tried in choice.tried if tried.measured.tokens.share == 1]
     taken = choice.tried[choice.chosen]
-    assert taken.flops == min(one.flops for one in fitting)
+    assert taken.flops == min(tried.flops for tried in fitting)
     assert taken.flops == taken.candidate.visual_flops + taken.second_flops
 
 
@@ -233,11 +233,11 @@ def test_every_candidate_with_an_entry_is_a_valid_plan_and_estimates_add_up():
         )
         tried.append(Tried(candidate, agree(share), *price.second_question(plan)))
     assert entry_counts(TOKENS) == [12, 9, 6, 4, 3, 1]
-    found = {one.text: one for one in entry_candidates(price, tried, SELECTORS)}
-    for text, one in found.items():
-        plan = price.plan(one)
-        assert (plan.trigger, plan.keep, plan.exit) == (one.t, one.keep, one.e), text
-        assert plan.entry == one.entry
+    found = {made.text: made for made in entry_candidates(price, tried, SELECTORS)}
+    for text, made in found.items():
+        plan = price.plan(made)
+        assert (plan.trigger, plan.keep, plan.exit) == (made.t, made.keep, made.e), text
+        assert plan.entry == made.entry
     loss = tried[0].loss
     assert set(found) == {
         *(f"scope:keep={count}" for count in (12, 9, 4, 3, 1)),
@@ -245,7 +245,7 @@ def test_every_candidate_with_an_entry_is_a_valid_plan_and_estimates_add_up():
     assert found["scope:keep=12"].predicted == pytest.approx(loss / 2)
     assert found["scope:keep=3"].predicted == pytest.approx(2 * loss)
     tried[0] = replace(tried[0], measured=agree(0.5))
-    found = {one.text: one for one in entry_candidates(price, tried, SELECTORS)}
+    found = {made.text: made for made in entry_candidates(price, tried, SELECTORS)}
     # K = 6 needs more than 6 to choose from, and with 9 more should be lost than by K0 = 6 alone.
     assert {text for text in found if "entry" in text} == {f"{PRUNED},entry=scope-12"}
     both = found[f"{PRUNED},entry=scope-12"].predicted
@@ -270,7 +270,7 @@ def test_the_choice_as_json_has_entry_and_second_question(dynamics):
     assert taken["entry"] == plan.entry.text
     assert taken["second"] == pytest.approx(pricing().second_question(plan)[0])
     assert data["question"] == {"prefix": 35, "text": 40}
-    entries = {one["entry"] for one in data["candidates"]}
+    entries = {candidate["entry"] for candidate in data["candidates"]}
     assert None in entries
     assert len(entries) > 3
 
