@@ -73,11 +73,14 @@ compare: setup  ## compare every way to prune at the same cost: MODEL=demo [DATA
 		$(if $(filter-out 0 no false,$(OFFLINE)),--offline)
 
 # Hours on a busy machine mean nothing: an idle one, and nothing else meanwhile.
-tables: setup  ## measure the demo again, and write every table that rests on it
-	$(BIN)/python -m visistage.bench.accuracy $(if $(SAMPLES),--samples "$(SAMPLES)")
+tables: setup  ## measure the demo models again, and write every table that rests on them
 	$(BIN)/python -m visistage.bench.first_token
 	$(BIN)/python -m visistage.bench.quantisation
-	$(BIN)/python -m visistage.bench.compare
+	$(BIN)/python -m visistage.bench.back_ends --model demo
+	set -e; for series in demo demo-576 easy-vqa; do \
+		$(BIN)/python -m visistage.bench.accuracy --series $$series $(if $(SAMPLES),--samples "$(SAMPLES)"); \
+		$(BIN)/python -m visistage.bench.compare --series $$series; \
+	done
 	$(BIN)/python -m visistage.bench.tables
 
 test: setup  ## run the tests, or some: TESTS=tests/graphs/test_plan.py

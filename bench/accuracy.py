@@ -57,6 +57,25 @@ PLANS = (
     "uniform",
 )
 
+SHORT_PLANS = (
+    "dense",
+    "visipruner",
+    EXACT,
+    "fastv",
+    "pyramiddrop",
+    *(f"{name}{at}" for name in ("scope", "random", "uniform") for at in ("", ":keep={few}")),
+    *(f"visipruner:entry=scope-{keep}" for keep in ("{some}", "{few}")),
+)
+"""Plans of the other series: `few` is a ninth of the visual tokens, `some` twice that."""
+
+
+def plans_of(series: str) -> tuple[str, ...]:
+    """Return the plans that a series is asked, unless others are typed."""
+    if series == "demo":
+        return PLANS
+    tokens = WORLDS[SERIES[series]].visual_tokens
+    return tuple(plan.format(few=tokens // 9, some=2 * tokens // 9) for plan in SHORT_PLANS)
+
 
 @click.command()
 @click.option("--samples", default=2000, show_default=True)
@@ -73,7 +92,7 @@ def main(samples: int, series: str, plans: tuple[str, ...], out: str, dry: bool)
     rows: list[dict[str, Any]] = [
         {"plan": "without the picture", "accuracy": blind.pop("all"), "by_type": blind}
     ]
-    plans = tuple(dict.fromkeys(("dense", *plans))) if plans else PLANS
+    plans = tuple(dict.fromkeys(("dense", *plans))) if plans else plans_of(series)
     bundles = [make_bundle(SERIES[series], plan=plan, out=Path(out)) for plan in plans]
     answered = ask_all([bundle.path for bundle in bundles], samples, series)
     asked = dict(zip(plans, answered, strict=True))

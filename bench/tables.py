@@ -134,6 +134,11 @@ BACK_ENDS: Columns = (
 )
 
 
+def untimed(rows: list[Row]) -> str:
+    """Return the table of accuracies and savings of a series whose first tokens are not timed."""
+    return table([column for column in ACCURACY if column[0] != "TTFT"], rows)
+
+
 def accuracy(rows: list[Row], plans: Sequence[str] | None = None) -> str:
     """Return the table of accuracies and savings, beside the times of the other record."""
     first_ms = {row["plan"]: row["p10_ms"] for row in _record("first-token-demo")["rows"]}
@@ -423,6 +428,10 @@ TABLES = {
     "quantisation": Table("quantisation-demo", quantisation),
     "scaling": Table("scaling-llava-45m", scaling, command="scaling"),
 }
+for _series in ("demo-576", "easy-vqa"):
+    _command = f"accuracy --series {_series}"
+    TABLES[f"accuracy-{_series}"] = Table(f"accuracy-{_series}", untimed, command=_command)
+    TABLES[f"accuracy-{_series}-kinds"] = Table(f"accuracy-{_series}", by_type, command=_command)
 for _series in ("demo", "demo-576", "easy-vqa"):
     TABLES[f"compare-{_series}"] = Table(
         f"compare-{_series}", compared, command=f"compare --series {_series}"

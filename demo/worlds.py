@@ -46,6 +46,11 @@ class World:
     reading: tuple[str, ...]
 
     @property
+    def visual_tokens(self) -> int:
+        """Return the number of patches of an image."""
+        return (self.side // PATCH) ** 2
+
+    @property
     def letters(self) -> int:
         """Return the number of letters in the longest word."""
         return max(most for _, most in self.printed.values())

@@ -1,6 +1,7 @@
 """Pages show what the records say, and nothing else."""
 
 from visistage.bench import tables
+from visistage.bench.accuracy import plans_of
 
 
 def test_tables_are_generated_from_records():
@@ -58,3 +59,10 @@ def test_a_comparison_has_a_row_for_each_plan_and_the_controls_among_them():
     kinds = tables.compared_kinds(rows).splitlines()
     assert kinds[0] == "| plan | reading | yes/no | count |"
     assert len(kinds) == 6
+
+
+def test_series_with_more_tokens_are_asked_at_the_same_shares():
+    assert "scope:keep=16" in plans_of("easy-vqa")
+    assert "scope:keep=64" in plans_of("demo-576")
+    assert "visipruner:entry=scope-128" in plans_of("demo-576")
+    assert len(plans_of("demo")) > len(plans_of("demo-576"))

@@ -27,6 +27,7 @@ from visistage.tests.support.asking import (
     picture,
     torch_outputs,
 )
+from visistage.tests.support.built import built_once
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -38,18 +39,8 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundles(checkpoint, tmp_path_factory):
-    """Bundles by (plan, target), each built once."""
-    built = {}
-
-    def get(plan, target="cpu"):
-        if (plan, target) not in built:
-            out = tmp_path_factory.mktemp("engines")
-            built[plan, target] = make_bundle(
-                str(checkpoint), plan=PLANS[plan], target=target, out=out
-            )
-        return built[plan, target]
-
-    return get
+    get = built_once(checkpoint, tmp_path_factory)
+    return lambda plan, target="cpu": get(PLANS[plan], target)
 
 
 class HuggingFace:

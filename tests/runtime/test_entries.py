@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from visistage.compile.build import make_bundle
 from visistage.runtime.session import load
 from visistage.tests.support import toy
 from visistage.tests.support.asking import picture
+from visistage.tests.support.built import built_once
 from visistage.tests.support.staged import Staged
 
 pytest.importorskip("onnxruntime")
@@ -22,15 +22,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundles(checkpoint, tmp_path_factory):
-    built = {}
-
-    def get(plan, target="cpu"):
-        if (plan, target) not in built:
-            out = tmp_path_factory.mktemp("engines")
-            built[plan, target] = make_bundle(str(checkpoint), plan=plan, target=target, out=out)
-        return built[plan, target]
-
-    return get
+    return built_once(checkpoint, tmp_path_factory)
 
 
 def ask(session, image, question="What is it?"):

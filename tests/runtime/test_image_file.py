@@ -13,6 +13,7 @@ from visistage.graphs.safetensors_header import read_safetensors
 from visistage.runtime.session import load
 from visistage.tests.support import toy
 from visistage.tests.support.asking import picture
+from visistage.tests.support.built import built_once
 from visistage.tests.support.stand_ins import stand_in, write_engines
 from visistage.tools.explain.explanation import explain
 
@@ -31,17 +32,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundles(checkpoint, tmp_path_factory):
-    """Bundles by plan and target, each built once."""
-    built = {}
-
-    def get(plan, **options):
-        key = plan, *options.items()
-        if key not in built:
-            out = tmp_path_factory.mktemp("engines")
-            built[key] = make_bundle(str(checkpoint), plan=plan, out=out, **options)
-        return built[key]
-
-    return get
+    return built_once(checkpoint, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from visistage.compile.build import make_bundle
 from visistage.graphs.chain.executor import Kept, observed
 from visistage.graphs.contract import INVISIBLE
 from visistage.graphs.presets.presets import PRESETS
@@ -17,6 +16,7 @@ from visistage.runtime.reuse import PromptImage
 from visistage.runtime.session import load
 from visistage.tests.support import toy
 from visistage.tests.support.asking import picture
+from visistage.tests.support.built import built_once
 from visistage.tests.support.staged import Staged
 from visistage.tests.support.stand_ins import stand_in, write_engines
 
@@ -35,17 +35,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundles(checkpoint, tmp_path_factory):
-    """Bundles by plan and target, each built once."""
-    built = {}
-
-    def get(plan, **options):
-        key = plan, *options.items()
-        if key not in built:
-            out = tmp_path_factory.mktemp("engines")
-            built[key] = make_bundle(str(checkpoint), plan=plan, out=out, **options)
-        return built[key]
-
-    return get
+    return built_once(checkpoint, tmp_path_factory)
 
 
 def fresh(session):
