@@ -3,7 +3,7 @@
     ModelConfig   image token, feature layers, projector
     ├── TextConfig    the decoder: Llama's shape, whatever its name (llama, mistral, qwen2)
     │   └── Rope
-    └── VisionConfig  the vision encoder: CLIP or SigLIP
+    └── VisionConfig  the vision encoder: CLIP or SigLIP (``vision_config.py``)
 
 ``from_hf`` reads Hugging Face configs leniently: published files omit what equals the class default
 of transformers (LLaVA-1.5's decoder is little more than "llama"), so those defaults are written
@@ -17,28 +17,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .config_fields import (
+    MAX_LAYERS,
     count,
     divides,
     flag,
     mapping,
     number,
     reject_value,
-    side,
     word,
 )
 from .errors import ModelError
 from .fields import from_json, show, to_json
+from .fusion import NO_FUSION, Fusion, read_fusion
+from .vision_config import ACTIVATIONS, DEFAULT_ENCODER, VisionConfig
 
 ARCHITECTURE = "LlavaForConditionalGeneration"
-ENCODERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
-ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "silu")
-"""Activations of vision encoders and projectors; decoders have SiLU."""
 
-MAX_LAYERS = 1024
 FULL, SLIDING = "full_attention", "sliding_attention"
 _REBUILD = "The file is damaged or from another visistage: build the bundle again."
 
@@ -165,6 +163,9 @@ class TextConfig:
     output_bias: bool = False  # of the o projection (llama with attention_bias; never qwen2)
     mlp_bias: bool = False
     activation: str = "silu"
+    # Layers at whose input rows of features are added to the visual rows. Not in the repr, by
+    # which traces are named: graphs without it keep their bytes.
+    inject: tuple[int, ...] = field(default=(), repr=False, metadata={"omit": True})
 
     def __post_init__(self) -> None:
         count("num_hidden_layers", self.layers, MAX_LAYERS)
@@ -184,6 +185,10 @@ class TextConfig:
         divides("num_key_value_heads", self.kv_heads, "num_attention_heads", self.heads)
         if self.head_dim % 2:
             reject_value("head_dim", self.head_dim, "an even number: rotary embedding turns pairs")
+        if sorted({*self.inject}) != [*self.inject]:
+            reject_value("text.inject", self.inject, "ascending layers")
+        for layer in self.inject:
+            count("text.inject", layer, self.layers - 1, least=0)
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> TextConfig:
@@ -230,81 +235,6 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class VisionConfig:
-    """A CLIP or SigLIP vision encoder; sizes of images and patches are sides in pixels."""
-
-    kind: Literal["clip", "siglip"]
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    image_size: int
-    patch_size: int
-    channels: int = 3
-    eps: float = 1e-5
-    activation: str = "quick_gelu"
-
-    def __post_init__(self) -> None:
-        word("vision_config.kind", self.kind, tuple(ENCODERS.values()))
-        count("vision_config.num_hidden_layers", self.layers, MAX_LAYERS)
-        count("vision_config.hidden_size", self.hidden)
-        count("vision_config.intermediate_size", self.intermediate)
-        count("vision_config.num_attention_heads", self.heads)
-        count("vision_config.image_size", self.image_size, 1 << 14)
-        count("vision_config.patch_size", self.patch_size, self.image_size)
-        count("vision_config.num_channels", self.channels, 16)
-        number("vision_config.layer_norm_eps", self.eps)
-        word("vision_config.hidden_act", self.activation, ACTIVATIONS)
-        divides(
-            "vision_config.num_attention_heads",
-            self.heads,
-            "vision_config.hidden_size",
-            self.hidden,
-        )
-
-    @property
-    def patches(self) -> int:
-        """Patches of one image; what does not fill a patch at the border is cut (384 / 14)."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def tokens(self) -> int:
-        """Rows of a hidden state: the patches and CLIP's class token. SigLIP has none."""
-        return self.patches + (self.kind == "clip")
-
-    @classmethod
-    def from_hf(cls, data: Mapping[str, Any]) -> VisionConfig:
-        """Read a ``clip_vision_model`` or ``siglip_vision_model`` config.
-
-        Raises:
-            ModelError: another encoder, or a malformed value; names the field.
-        """
-        given = {k: v for k, v in mapping("vision_config", data).items() if v is not None}
-        family = given.get("model_type", "clip_vision_model")
-        if not isinstance(family, str) or family not in ENCODERS:
-            raise ModelError(
-                f"vision_config.model_type is {show(family)}: this encoder is not supported, "
-                f"only "
-                f"{' and '.join(ENCODERS)} are. Use a LLaVA checkpoint with one of those."
-            )
-        clip = family == "clip_vision_model"
-        return cls(
-            kind="clip" if clip else "siglip",
-            layers=given.get("num_hidden_layers", 12),
-            hidden=given.get("hidden_size", 768),
-            intermediate=given.get("intermediate_size", 3072),
-            heads=given.get("num_attention_heads", 12),
-            image_size=side("image_size", given.get("image_size", 224)),
-            patch_size=side("patch_size", given.get("patch_size", 32 if clip else 16)),
-            channels=given.get("num_channels", 3),
-            eps=number(
-                "vision_config.layer_norm_eps", given.get("layer_norm_eps", 1e-5 if clip else 1e-6)
-            ),
-            activation=given.get("hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh"),
-        )
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """A LLaVA model: vision encoder, projector, decoder and the place of images."""
 
@@ -315,6 +245,7 @@ class ModelConfig:
     select: Literal["default", "full"] = "default"  # default: without each state's first row
     projector_activation: str = "gelu"
     projector_bias: bool = True
+    fusion: Fusion = field(default=NO_FUSION, metadata={"omit": True})
 
     def __post_init__(self) -> None:
         count("image_token_index", self.image_token_id, self.text.vocab - 1, least=0)
@@ -323,6 +254,9 @@ class ModelConfig:
         depth = self.vision.layers
         for layer in self.feature_layers:
             count("vision_feature_layer", layer, depth, least=-depth - 1)
+        self.fusion.check(depth)
+        if len(self.fusion.injected) != len(self.text.inject):
+            reject_value("fusion.injected", self.fusion.injected, "a state for each text.inject")
         word("vision_feature_select_strategy", self.select, ("default", "full"))
         word("projector_hidden_act", self.projector_activation, ACTIVATIONS)
         flag("multimodal_projector_bias", self.projector_bias)
@@ -337,9 +271,14 @@ class ModelConfig:
         return tuple(index % (self.vision.layers + 1) for index in self.feature_layers)
 
     @property
+    def feature_width(self) -> int:
+        """Width of what the projector takes: means and states side by side."""
+        return self.vision.hidden * (len(self.fusion.means) + len(self.feature_layers))
+
+    @property
     def encoder_depth(self) -> int:
         """Layers of the vision encoder that run, up to the deepest state that is read."""
-        return max(self.feature_states)
+        return max((*self.feature_states, *self.fusion.states))
 
     @property
     def visual_tokens(self) -> int:
@@ -368,14 +307,18 @@ class ModelConfig:
             text["tie_word_embeddings"] = True
         encoder = given.get("vision_config", DEFAULT_ENCODER)
         layers = given.get("vision_feature_layer", -2)
+        decoder, vision = TextConfig.from_hf(text), VisionConfig.from_hf(encoder)
+        fused = read_fusion(given, vision.layers, decoder.layers)
+        base = tuple(layers) if isinstance(layers, list | tuple) else (layers,)
         config = cls(
-            text=TextConfig.from_hf(text),
-            vision=VisionConfig.from_hf(encoder),
+            text=replace(decoder, inject=fused.layers),
+            vision=vision,
             image_token_id=_image_token(given),
-            feature_layers=tuple(layers) if isinstance(layers, list | tuple) else (layers,),
+            feature_layers=(*fused.features, *base),
             select=given.get("vision_feature_select_strategy", "default"),
             projector_activation=given.get("projector_hidden_act", "gelu"),
             projector_bias=given.get("multimodal_projector_bias", True),
+            fusion=fused.fusion,
         )
         stated = given.get("image_seq_length", _DEFAULT_SEQUENCE)
         # The class default is in many files whose model has another count, and transformers
@@ -404,15 +347,6 @@ class ModelConfig:
 
 
 _DEFAULT_SEQUENCE = 576
-DEFAULT_ENCODER = {  # what transformers builds where config.json has no vision_config at all
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
 
 
 # --- what is refused as a whole -------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from .errors import ModelError
 from .fields import is_int, is_number, show
 
+MAX_LAYERS = 1024
 MAX_COUNT = 1 << 24
 """No size of a decoder or an encoder comes near it; larger ones are damage, not models."""
 

@@ -13,10 +13,12 @@ Source: docs/design.md, "Append rows".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from .config import ModelConfig, TextConfig
+from .errors import PlanError
 from .plan.plan import StagePlan
 from .plan.stages import Edge
 from .precision import NO_FALLBACK, Fp32Fallback
@@ -24,6 +26,8 @@ from .quantization import CacheScheme
 from .selectors.edge import CACHE_READINGS, ROW_READINGS
 from .selectors.entry import PROJECTED, READINGS
 from .selectors.registry import ENTRY_SELECTORS
+
+Rows = TypeVar("Rows")
 
 INVISIBLE = 2**31 - 1
 """Order of a slot that no row may see: empty, or padding."""
@@ -113,6 +117,10 @@ class StagePart:
         gated = plan.stages[self.stage].gated_layers
         return tuple(layer for layer in gated if self.layers[0] <= layer < self.layers[1])
 
+    def injected_layers(self, text: TextConfig) -> tuple[int, ...]:
+        """Return the layers of this part at whose input features are added to visual rows."""
+        return tuple(layer for layer in text.inject if layer in range(*self.layers))
+
 
 def whole_stages(plan: StagePlan) -> list[StagePart]:
     """Return one part for every stage."""
@@ -154,6 +162,21 @@ def cache_names(layers: tuple[int, int]) -> list[tuple[str, str]]:
     return [(f"key.{layer}", f"value.{layer}") for layer in range(*layers)]
 
 
+def inject_name(layer: int) -> str:
+    """Return the name of the rows that are added to visual rows at the input of a layer."""
+    return f"inject.{layer}"
+
+
+def injected_of(tensors: Mapping[str, Rows]) -> dict[int, Rows]:
+    """Return those among named tensors that are added to visual rows, by layer."""
+    start = inject_name(0)[:-1]
+    return {
+        int(name.removeprefix(start)): rows
+        for name, rows in tensors.items()
+        if name.startswith(start)
+    }
+
+
 def appended(name: str) -> str:
     """Return the output name of a cache, or of its new rows where these are returned."""
     return f"{name}.out"
@@ -180,6 +203,10 @@ def stage_spec(
     layer reads, and with the cache all there is to say about the row's attention. What else the
     edge behind reads of the rows is handed out by the part that ends the stage.
 
+    ``inject.L`` is added to the rows at the input of layer L, before its norm and before the
+    residual is taken: features of visual rows, zeros for all others. In a call without visual rows
+    it is all zeros, which executors keep.
+
     Caches are returned whole, aliased to their inputs; or with ``rows_back`` only the new key and
     value rows ([B,G,Q,d]), which the caller writes at ``write_index``: the portable lowering, and
     engines over an INT8 cache, which their compiler does not update in place.
@@ -198,6 +225,7 @@ def stage_spec(
     ]
     if gated:
         inputs.append(TensorSpec("gates", dtype, (len(gated), 2, "B", "S")))
+    inputs += [_injected(text, layer, "Q", rows) for layer in part.injected_layers(text)]
     inputs += [TensorSpec(name, cached, ("B", groups, "S", width)) for name in caches]
 
     outputs = [
@@ -221,6 +249,11 @@ def probed(plan: StagePlan, index: int) -> bool:
 def row_readings(plan: StagePlan, stage: int) -> tuple[str, ...]:
     """Return what ``stage`` hands out of its rows for the edge behind it (``ROW_READINGS``)."""
     return plan.edges[stage].selector.row_readings if probed(plan, stage) else ()
+
+
+def _injected(text: TextConfig, layer: int, rows: int | str, dtype: str) -> TensorSpec:
+    """Return the tensor of what is added to ``rows`` rows at the input of a layer."""
+    return TensorSpec(inject_name(layer), dtype, ("B", rows, text.hidden))
 
 
 def _reading(text: TextConfig, name: str, rows: str, dtype: str) -> TensorSpec:
@@ -356,10 +389,17 @@ def vision_spec(
 ) -> GraphSpec:
     """Return the contract of the encoder: pixels in, out what the plan's entry reads.
 
-    Without an entry the projector is in it, and one row per visual token comes out.
+    Without an entry the projector is in it, and one row per visual token comes out. What is added
+    to the rows within the decoder comes out with it, for all visual tokens.
     """
+    merges = plan.entry and "features" in ENTRY_SELECTORS[plan.entry.selector].reads
+    if plan.entry and merges and config.text.inject:
+        raise PlanError(
+            f"entry {plan.entry.text} merges rows, and this model adds features of single patches "
+            "to them within the decoder. Use an entry that merges none, such as scope"
+        )
     vision, tokens = config.vision, config.visual_tokens
-    side, width = vision.image_size, vision.hidden * len(config.feature_layers)
+    side, width = vision.image_size, config.feature_width
     outputs = {
         "similarity": TensorSpec("similarity", "float32", ("B", tokens, tokens)),
         "row_similarity": TensorSpec("row_similarity", "float32", ("B", tokens, tokens)),
@@ -376,7 +416,13 @@ def vision_spec(
         names = tuple(name for name in names if name != "class_row")
     return GraphSpec(
         inputs=(TensorSpec("pixels", "float32", ("B", vision.channels, side, side)),),
-        outputs=tuple(outputs[name] for name in names),
+        outputs=(
+            *(outputs[name] for name in names),
+            *(
+                _injected(config.text, layer, tokens, fallback.rows_dtype(dtype))
+                for layer in config.text.inject
+            ),
+        ),
     )
 
 
@@ -384,7 +430,7 @@ def project_spec(
     config: ModelConfig, plan: StagePlan, dtype: str, fallback: Fp32Fallback = NO_FALLBACK
 ) -> GraphSpec:
     """Return the contract of the projector alone: features of chosen rows in, visual rows out."""
-    width = config.vision.hidden * len(config.feature_layers)
+    width = config.feature_width
     rows = TensorSpec(
         "visual_rows", fallback.rows_dtype(dtype), ("B", plan.entering, config.text.hidden)
     )

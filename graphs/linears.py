@@ -83,11 +83,14 @@ def _encoder(config: ModelConfig) -> list[Group]:
 
 
 def _projector(config: ModelConfig) -> list[Group]:
-    features = config.vision.hidden * len(config.feature_layers)
-    at, width = "multi_modal_projector.linear_", config.text.hidden
+    features = config.feature_width
+    width, own = config.text.hidden, config.vision.hidden
+    read = {"multi_modal_projector": features}
+    read |= {f"mm_projectors.{number}": own for number in range(len(config.text.inject))}
     return [
-        Group((f"{at}1",), features, (width,), None, "vision"),
-        Group((f"{at}2",), width, (width,), None, "vision"),
+        Group((f"{name}.linear_{place}",), inputs, (width,), None, "vision")
+        for name, first in read.items()
+        for place, inputs in ((1, first), (2, width))
     ]
 
 

@@ -55,6 +55,7 @@ class CachedPrefix:
         rows: (1, n, D), as the last of these stages left them; None where no stage follows.
         readings: what the edge behind it reads of them, (1, n, ...) each.
         positions: (n,) int32 of these rows.
+        inject: what later stages add to those of them that are visual, by layer.
     """
 
     begin: int
@@ -62,12 +63,13 @@ class CachedPrefix:
     rows: Rows | None
     positions: np.ndarray
     readings: Mapping[str, Any] = field(default_factory=dict)
+    inject: Mapping[int, Rows] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes this takes in the cache."""
         rows = 0 if self.rows is None else self.rows.nbytes
-        rows += sum(values.nbytes for values in self.readings.values())
+        rows += sum(values.nbytes for values in (*self.readings.values(), *self.inject.values()))
         return rows + self.positions.nbytes + sum(held.nbytes for held in self.stages)
 
     def parts(self) -> list[PrefilledPart]:
@@ -83,6 +85,7 @@ class CachedPrefix:
                     None,
                     self.positions[None, start:stop],
                     last.order[None, start:stop],
+                    self._injected(last.visual, start, stop),
                 ),
                 StageResult(
                     self.rows[:, start:stop],
@@ -94,6 +97,11 @@ class CachedPrefix:
             )
             for start, stop in pairwise(cuts)
         ]
+
+    def _injected(self, visual: np.ndarray, start: int, stop: int) -> dict[int, Rows]:
+        """Return what is added to the visual rows among [start, stop)."""
+        own = slice(int(visual[:start].sum()), int(visual[:stop].sum()))
+        return {layer: rows[:, own] for layer, rows in self.inject.items()} if visual[start] else {}
 
 
 class ByteCache(Generic[Value]):

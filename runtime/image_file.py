@@ -9,6 +9,7 @@ blind to the question:
     key.L, value.L     (1, G, n, d) of each layer of these stages
     rows, positions    (1, n, D) and (n,) int32, as the last of these stages left them: for the
                        next stage, where there is one
+    inject.L           (1, n, D), what layer L adds to the visual rows
 
 The metadata says what it was computed by, and the SHA-256 of all else. A file is read only where
 all of that is the same here, and every size what it must be: sizes are compared before anything is
@@ -28,8 +29,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..graphs.bundle import MANIFEST, Bundle, sha256
+from ..graphs.chain.chain import places_in
 from ..graphs.chain.executor import Encoded
-from ..graphs.contract import cache_names
+from ..graphs.contract import cache_names, inject_name, injected_of
 from ..graphs.dtypes import BY_SAFETENSORS, DTYPES
 from ..graphs.errors import ImageError
 from ..graphs.fields import Words, show
@@ -62,6 +64,7 @@ class ImageLayout:
         shape: G and d of a layer's cache, and D of a row.
         cache_dtype, rows_dtype: types of caches and rows.
         last: whether no stage follows.
+        inject: layers that add something to visual rows.
     """
 
     origin: ImageOrigin
@@ -75,6 +78,7 @@ class ImageLayout:
     cache_dtype: str
     rows_dtype: str
     last: bool
+    inject: tuple[int, ...] = ()
 
     def shapes(self) -> Shapes:
         """Return the tensors of a file, in their order."""
@@ -93,7 +97,18 @@ class ImageLayout:
             count = self.text + self.visual[-1]
             found["rows"] = (self.rows_dtype, (1, count, hidden))
             found["positions"] = ("int32", (count,))
+        for layer in self.inject:
+            found[inject_name(layer)] = (self.rows_dtype, (1, self.visual[0], hidden))
         return found
+
+    def injected_later(
+        self, inject: Mapping[int, np.ndarray], stages: Sequence[HeldSlots]
+    ) -> dict[int, np.ndarray]:
+        """Return what later stages add to the rows that the last of these ``stages`` left."""
+        entered, left = (held.order[held.visual][None] for held in (stages[0], stages[-1]))
+        index = places_in(entered, left)[0]
+        later = [layer for layer in inject if layer >= self.layers[-1][1]]
+        return {layer: inject[layer][:, index] for layer in later}
 
     def visual_slots(self, stage: int) -> np.ndarray:
         """Return which slots of a stage are visual: stage 0 has the image last, others first."""
@@ -125,6 +140,7 @@ def layout_of(bundle: Bundle, context: Context, opening: Sequence[PromptPart]) -
         cache_dtype=manifest.cache_dtype,
         rows_dtype=str(np.dtype(context.executor.rows_dtype)),
         last=len(stages) == len(plan.stages),
+        inject=text.inject,
     )
 
 
@@ -146,6 +162,7 @@ def write_image(
     }
     for stage, held in enumerate(cached.stages):
         given |= {_order_name(stage): held.order, **held.caches}
+    given |= {inject_name(layer): rows for layer, rows in encoded.inject.items()}
     wanted = layout.shapes()
     arrays = {}
     for name, (dtype, shape) in wanted.items():
@@ -197,11 +214,13 @@ def read_image(file: Path, layout: ImageLayout) -> tuple[str, Encoded, CachedPre
     if not all(np.isfinite(a).all() for a in arrays.values() if a.dtype.kind == "f"):
         _refuse(file, "holds numbers that are not finite")
     positions = arrays.get("positions", np.zeros(0, np.int32))
-    cached = CachedPrefix(layout.begin, tuple(stages), arrays.get("rows"), positions)
+    inject = injected_of(arrays)
+    later = layout.injected_later(inject, stages)
+    cached = CachedPrefix(layout.begin, tuple(stages), arrays.get("rows"), positions, inject=later)
     patches = arrays["patches"]
     if patches.min() < -1 or patches.max() >= layout.tokens or (np.diff(patches) <= 0).any():
         _refuse(file, f"has rows of patches that an image of {layout.tokens} has not")
-    return told["image"], Encoded(arrays["visual_rows"], patches[None]), cached
+    return told["image"], Encoded(arrays["visual_rows"], patches[None], inject), cached
 
 
 def _check_metadata(file: Path, header: Header, origin: ImageOrigin) -> dict[str, str]:

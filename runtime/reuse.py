@@ -248,10 +248,10 @@ class Context:
         """Return the rows of a part with their places in the prompt."""
         part, first = parts[index], begin + self.positions_of(parts[:index])
         if isinstance(part, PromptImage):
-            rows, patches = part.encoded()
+            rows, patches, inject = part.encoded()
             self.patches.put(part.key, patches[0], patches.nbytes)
             order = first + places_of(self.chain.plan, patches)
-            return AppendedRows(True, rows, order, order)
+            return AppendedRows(True, rows, order, order, inject)
         order = np.arange(first, first + len(part), dtype=np.int32)[None]
         return AppendedRows(False, self.embed(part), order, order)
 
@@ -289,7 +289,7 @@ class Context:
             order, visual = slots.order[0, start:stop], slots.visual[0, start:stop]
             caches = self.executor.snapshot(stage, start, stop) if stop > start else {}
             held.append(HeldSlots(order.copy(), visual.copy(), caches))
-        rows, positions, readings = None, np.zeros(0, np.int32), {}
+        rows, positions, readings, inject = None, np.zeros(0, np.int32), {}, {}
         if pending.parts:
             positions = np.concatenate([part.segment.positions[0] for part in pending.parts])
             results = [part.result for part in pending.parts]
@@ -298,7 +298,11 @@ class Context:
                 name: self._joined([result.readings[name] for result in results])
                 for name in results[0].readings
             }
-        return CachedPrefix(pending.begin, tuple(held), rows, positions, readings)
+            seen = [part.segment.inject for part in pending.parts if part.segment.visual]
+            first = self.chain.plan.stages[len(pending.spans)].layers[0]
+            later = [layer for layer in (seen[0] if seen else ()) if layer >= first]
+            inject = {layer: self._joined([own[layer] for own in seen]) for layer in later}
+        return CachedPrefix(pending.begin, tuple(held), rows, positions, readings, inject)
 
     def _joined(self, parts: Sequence[Any]) -> Any:
         """Return one copy: a slice of a call's result would keep all of it alive."""

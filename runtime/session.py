@@ -369,7 +369,8 @@ class Session:
                     f"{wanted}. Crop the image to a square"
                 )
             encoded = self.executor.encode(opened.pixels[None], (opened.key,))
-            self.visual_rows.put(opened.key, encoded, encoded.rows.nbytes)
+            nbytes = sum(rows.nbytes for rows in (encoded.rows, *encoded.inject.values()))
+            self.visual_rows.put(opened.key, encoded, nbytes)
         return encoded
 
     def ids_of(self, parts: Sequence[PromptPart]) -> list[int]:

@@ -160,7 +160,7 @@ def run_layerwise(
             with _loaded(stream, body.layers[str(number)], observer, kinds) as run:
                 for place, state in enumerate(states):
                     reads = row_readings(plan, index) if ends else ()
-                    view = state.through(run, text, gated, saved, scales, reads)
+                    view = state.through(run, number, text, gated, saved, scales, reads)
                     observer.cached(number, view.key[0], view.value[0])
                     if observer.reads and gated is None and state.sees:
                         observer.read(place, number, *view.read(prober))
@@ -224,10 +224,8 @@ def _visual_rows(
     ]
     if projects_later(plan):
         projection = without_weights(lambda: Projection(config, Eager()))
-        (projected,) = through(projection, [rows for rows, _ in encoded])
-        encoded = [
-            Encoded(rows, patches) for rows, (_, patches) in zip(projected, encoded, strict=True)
-        ]
+        (projected,) = through(projection, [own.rows for own in encoded])
+        encoded = [own._replace(rows=rows) for rows, own in zip(projected, encoded, strict=True)]
     each = iter(encoded)
     return [
         [next(each) for part in prompt.parts if isinstance(part, np.ndarray)] for prompt in prompts

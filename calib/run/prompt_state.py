@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...graphs.chain.chain import AppendedRows, StageSlots
+from ...graphs.chain.chain import AppendedRows, StageSlots, places_in
 from ...graphs.chain.enter import places_of
 from ...graphs.chain.executor import Encoded
 from ...graphs.config import TextConfig
@@ -139,6 +139,7 @@ class PromptState:
     def through(
         self,
         run: Callable[..., Any],
+        layer: int,
         text: TextConfig,
         gated: int | None,
         prefix: Tensor | None,
@@ -149,6 +150,7 @@ class PromptState:
 
         Args:
             run: the layer.
+            layer: its number.
             text: shapes of its cache.
             gated: its number among the stage's gated layers; None if it has no gates.
             prefix: (2, G, P, d) keys and values of the prefix in this layer, as caches keep them.
@@ -168,7 +170,7 @@ class PromptState:
             gate = (None, None) if gated is None else gates[2 * gated : 2 * gated + 2]
             cache = (key[:, :, : call.stop], value[:, :, : call.stop])  # filled in place
             first = torch.tensor([call.start])
-            before = call.rows
+            before = call.rows = _with_features(call, layer)
             call.rows, query, *_ = run(call.rows, cos, sin, first, visible, None, *gate, *cache)
             if not call.is_answer:
                 last, order = query[:, :, -1], call.segments[-1].order
@@ -220,7 +222,9 @@ class PromptState:
                 "order": visual.order,
             }
         )
-        self._selected = AppendedRows(True, rows, positions.numpy(), order.numpy())
+        index = torch.from_numpy(places_in(visual.order, order.numpy())[0])
+        inject = {layer: features[:, index] for layer, features in visual.inject.items()}
+        self._selected = AppendedRows(True, rows, positions.numpy(), order.numpy(), inject)
         return order[0].numpy()
 
     def leave(self, drop: bool) -> None:
@@ -266,7 +270,20 @@ class PromptState:
             torch.cat([segment.rows for segment in found], 1),
             np.concatenate([segment.positions for segment in found], 1),
             np.concatenate([segment.order for segment in found], 1),
+            {
+                layer: torch.cat([segment.inject[layer] for segment in found], 1)
+                for layer in found[0].inject
+            },
         )
+
+
+def _with_features(call: _Call, layer: int) -> Tensor:
+    """Return a call's rows with what is added to them at the input of a layer."""
+    if not any(layer in segment.inject for segment in call.segments):
+        return call.rows
+    counts = [segment.count for segment in call.segments]
+    parts = zip(call.segments, call.rows.split(counts, 1), strict=True)
+    return torch.cat([rows + segment.inject.get(layer, 0) for segment, rows in parts], 1)
 
 
 def prompt_state(
@@ -305,9 +322,9 @@ def prompt_state(
     images, segments, at = iter(visual), [], begin
     for part in parts:
         if isinstance(part, np.ndarray):
-            rows, patches = next(images)
+            rows, patches, inject = next(images)
             order = at + places_of(plan, patches)
-            segments.append(AppendedRows(True, rows, order, order))
+            segments.append(AppendedRows(True, rows, order, order, inject))
             at += plan.span
         elif len(part):  # all of a text may have been prefix
             segments.append(segment_of(embedded(part), at))

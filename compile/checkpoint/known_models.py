@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...graphs.config import DEFAULT_ENCODER, ModelConfig
+from ...graphs.config import ModelConfig
 from ...graphs.errors import ModelError
 from ...graphs.fields import read_json
+from ...graphs.vision_config import DEFAULT_ENCODER
 
 ALIASES: Mapping[str, str] = {
     "llava-7b": "llava-hf/llava-1.5-7b-hf",

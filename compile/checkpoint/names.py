@@ -9,10 +9,17 @@ the graphs' modules use (LlamaForCausalLM's names for the decoder):
     vision_tower.[vision_model.]  model.vision_tower.[vision_model.]   vision_tower.
     multi_modal_projector.        model.multi_modal_projector.         multi_modal_projector.
 
+Projectors of layer fusion as its authors release them, with ``model.`` before or without:
+
+    mm_projector_f.{0,2}.     multi_modal_projector.linear_{1,2}.
+    mm_projectors.K.{0,2}.    mm_projectors.K.linear_{1,2}.
+
 Where a tensor's bytes are is not known here.
 """
 
 from __future__ import annotations
+
+import re
 
 import torch
 from torch import nn
@@ -35,15 +42,22 @@ _PREFIXES = (  # the longer ones first
     ("model.multi_modal_projector.", "multi_modal_projector."),
 )
 _VISION_MODEL = "vision_tower.vision_model."
+_FUSED = re.compile(r"(?:model\.)?(mm_projector_f|mm_projectors\.\d+)\.([02])\.")
 
 
 def canonical(name: str) -> str:
     """Return the canonical name of a tensor that a checkpoint calls ``name``."""
+    name = _FUSED.sub(_fused, name)
     for prefix, ours in _PREFIXES:
         if name.startswith(prefix):
             name = ours + name[len(prefix) :]
             break
     return "vision_tower." + name[len(_VISION_MODEL) :] if name.startswith(_VISION_MODEL) else name
+
+
+def _fused(found: re.Match[str]) -> str:
+    projector = found[1].replace("mm_projector_f", "multi_modal_projector")
+    return f"{projector}.linear_{int(found[2]) // 2 + 1}."
 
 
 def published_name(name: str) -> str:

@@ -165,13 +165,7 @@ def export(
 
 def _stage(stage: DecoderStage, stitcher: Stitcher, inputs: list) -> list:
     """Compose a stage and put its outputs in contract order."""
-    gates = inputs[5] if stage.gated else None
-    flat = inputs[6:] if stage.gated else inputs[5:]
-    pairs = list(zip(flat[::2], flat[1::2], strict=True))
-    rows, positions, order, slot_order, write_index = inputs[:5]
-    out = stage.compose(
-        stitcher.call, rows, positions, order, slot_order, write_index, gates, pairs
-    )
+    out = stage.compose_named(stitcher.call, {value.name: value for value in inputs})
     return [*out.singles, *(value for pair in out.caches for value in pair)]
 
 

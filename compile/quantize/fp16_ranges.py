@@ -119,9 +119,13 @@ def measure_ranges(
     vision = without_weights(lambda: Vision(config, recorder.ops))
     vision_encoder = Streamed(checkpoint, vision, progress, OBSERVED, recorder.hook)
     pixels = range_images(config, Preprocessing.from_dict(texts.preprocessing))
-    (visual,) = vision.compose(vision_encoder, pixels)
+    visual, *features = vision.compose(vision_encoder, pixels)
 
-    rows, order = _prompts(checkpoint, texts.encoder, visual)
+    rows, order, chosen = _prompts(checkpoint, texts.encoder, visual)
+    inject = {}
+    for layer, added in zip(config.text.inject, features, strict=True):
+        inject[layer] = torch.zeros_like(rows)
+        inject[layer][:, chosen[0]] = added[:, chosen[1]]
     plan = preset("dense", config.text.layers, config.visual_tokens)
     stage = without_weights(
         lambda: DecoderStage(config.text, plan, whole_stages(plan)[0], recorder.ops)
@@ -131,14 +135,14 @@ def measure_ranges(
     caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.text.layers)]
     decoder = Streamed(checkpoint, stage, progress, OBSERVED, recorder.hook)
     first = torch.zeros(batch, dtype=torch.int64)
-    out = stage.compose(decoder, rows, order, order, order, first, None, caches)
+    out = stage.compose(decoder, rows, order, order, order, first, None, caches, inject)
     recorder.note("model.norm input", out.rows)  # of which that norm sees the last row only
     return {name: float(f"{value:.2g}") for name, value in recorder.ranges.items()}
 
 
 def dense_pieces(config: ModelConfig) -> int:
-    """Count the pieces that ``measure_ranges`` runs: stem, layers, projector, layers, logits."""
-    return config.encoder_depth + config.text.layers + 3
+    """Count the pieces that ``measure_ranges`` runs: stem, layers, projectors, layers, logits."""
+    return config.encoder_depth + config.text.layers + 3 + len(config.text.inject)
 
 
 def decide(ranges: Mapping[str, float]) -> Fp32Fallback:
@@ -196,16 +200,22 @@ def range_images(config: ModelConfig, preprocessing: Preprocessing) -> Tensor:
 
 def _prompts(
     checkpoint: Checkpoint, encoder: PromptEncoder, visual: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return rows (B, Q, D) of a question about each image (B, N, D), and order (B, Q) int32."""
+) -> tuple[Tensor, Tensor, tuple[slice, Tensor]]:
+    """Return rows (B, Q, D) of a question about each image (B, N, D), order (B, Q) int32, which of
+    the rows are visual, and which of the N each of these is.
+    """
     batch, count, _ = visual.shape
     table = checkpoint.load(EMBEDDING)
     half = min(count, VISUAL_ROWS // 2)
     farthest = visual.abs().amax((0, 2)).topk(half).indices
     chosen = torch.cat((torch.linspace(0, count - 1, half).round().long(), farthest)).unique()
-    rows, order, at = [], [], 0
+    rows: list[Tensor] = []
+    order, at = [], 0
+    place = slice(0)
     for segment in encoder.encode(RANGE_QUESTION, images=1).segments:
         if segment.is_image:
+            start = sum(part.shape[1] for part in rows)
+            place = slice(start, start + len(chosen))
             rows.append(visual[:, chosen])
             order.append(at + chosen)
             at += count
@@ -213,4 +223,5 @@ def _prompts(
             rows.append(table[list(segment.ids)].float().expand(batch, -1, -1))
             order.append(torch.arange(at, at + len(segment.ids)))
             at += len(segment.ids)
-    return torch.cat(rows, 1), torch.cat(order).int().expand(batch, -1)
+    whole = torch.cat(order).int().expand(batch, -1)
+    return torch.cat(rows, 1), whole, (place, chosen)

@@ -15,7 +15,7 @@ renormalised masks".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,12 +34,14 @@ class AppendedRows:
     """Rows of one kind: a stretch of text, or the visual rows of one image.
 
     positions: (B, Q) int32; order: (B, Q) int32, ``INVISIBLE`` where a row is left padding.
+    inject: of visual rows, what is added to them, (B, Q, D) each, by the layer at whose input.
     """
 
     visual: bool
     rows: Rows
     positions: np.ndarray
     order: np.ndarray
+    inject: Mapping[int, Rows] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -256,6 +258,8 @@ class Chain:
             parts = [AppendedRows(False, None, blank, blank + INVISIBLE), *parts]
         for part in parts:
             slots.write(part)
+        seen = [part for part in parts if part.visual]
+        assert all(part.visual for part in parts[bool(padding) :][: len(seen)]), "come first"
         result = self.executor.append(
             stage,
             rows[0] if len(rows) == 1 else self.executor.concatenate(rows),
@@ -265,6 +269,7 @@ class Chain:
             slots.order,
             write_index,
             self._stage_gates(stage, parts[-1].visual, decoding),
+            self._inject(stage, seen),
         )
         return result, write_index + padding
 
@@ -276,7 +281,7 @@ class Chain:
         op = self.plan.edges[stage].op
         if not seen or op == "drop":
             return None
-        visual = self._joined([part.leaving for part in seen])
+        visual = self._joined(stage + 1, [part.leaving for part in seen])
         slots = _slot_numbers([(part.start, part.segment.count) for part in seen], self.batch)
         queries, query_order = parts[-1].result.queries, parts[-1].segment.order[:, -1]
         if op == "probe":
@@ -289,16 +294,34 @@ class Chain:
             read[name] = self.executor.concatenate(values)
         kept = self._select(stage, read, visual, slots, query_order)
         done.kept.append(kept.order)
-        return AppendedRows(True, kept.rows, kept.positions, kept.order)
+        inject = self._taken(visual.inject, places_in(visual.order, kept.order))
+        return AppendedRows(True, kept.rows, kept.positions, kept.order, inject)
 
-    def _joined(self, parts: Sequence[AppendedRows]) -> AppendedRows:
-        """Return one segment from several of the same kind."""
+    def _joined(self, stage: int, parts: Sequence[AppendedRows]) -> AppendedRows:
+        """Return one segment, for ``stage``, from several of visual rows."""
         return AppendedRows(
-            parts[0].visual,
+            True,
             self.executor.concatenate([part.rows for part in parts]),
             np.concatenate([part.positions for part in parts], 1),
             np.concatenate([part.order for part in parts], 1),
+            self._inject(stage, parts, on=True),
         )
+
+    def _inject(
+        self, stage: int, parts: Sequence[AppendedRows], *, on: bool = False
+    ) -> dict[int, Rows]:
+        """Return what is added to visual ``parts`` in ``stage``; ``on``: and in later ones."""
+        first, stop = self.plan.stages[stage].layers
+        own = [part.inject for part in parts]
+        return {
+            layer: self.executor.concatenate([rows[layer] for rows in own])
+            for layer in (own[0] if own else ())
+            if first <= layer and (on or layer < stop)
+        }
+
+    def _taken(self, inject: Mapping[int, Rows], index: np.ndarray) -> dict[int, Rows]:
+        """Return rows ``index`` (K,) or (B, K) of what is added to rows."""
+        return {layer: self.executor.take(rows, index) for layer, rows in inject.items()}
 
     def _stage_gates(self, stage: int, visual_call: bool, decoding: bool) -> np.ndarray | None:
         """Return the gates of a call; the last ones again where their sources are unchanged, as in
@@ -369,7 +392,13 @@ class Chain:
             self.executor.take(visual.rows, index),
             visual.positions[:, index],
             order.astype(np.int32),
+            self._taken(visual.inject, index),
         )
+
+
+def places_in(offered: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Return the places (B, K) among rows of orders ``offered`` (B, N) of those ``kept`` (B, K)."""
+    return np.argmax(kept[:, :, None] == offered[:, None, :], -1)
 
 
 def last_layers(plan: StagePlan, done: Prefilled) -> tuple[int, int]:

@@ -44,10 +44,13 @@ class Kept(NamedTuple):
 class Encoded(NamedTuple):
     """The rows of an image that enter stage 0, (B, K0, D), and the patches they stand for, (B, K0)
     int64: 0 to N - 1, ascending; -1: the class row.
+
+    inject: what is added to these rows, (B, K0, D) each, by the decoder layer at whose input.
     """
 
     rows: Rows
     patches: np.ndarray
+    inject: Mapping[int, Rows] = MappingProxyType({})
 
 
 class Executor(Protocol):
@@ -65,11 +68,15 @@ class Executor(Protocol):
         slot_order: np.ndarray,
         write_index: int,
         gates: np.ndarray | None,
+        inject: Mapping[int, Rows],
     ) -> StageResult:
         """Run one call of a stage (``contract.stage_spec``).
 
         An executor that asked for padding (``Chain``) gets fewer rows than orders: what lacks on
         the left is padding, which it returns no rows for.
+
+        ``inject``: by layer, (B, V, D) that is added to the first V rows behind the padding, and
+        nothing to others; a layer that lacks gets nothing.
         """
 
     def select(
@@ -97,7 +104,7 @@ class Executor(Protocol):
         """Join rows along Q."""
 
     def take(self, rows: Rows, index: np.ndarray) -> Rows:
-        """Take rows ``index`` (K,) of (B, Q, D) -> (B, K, D)."""
+        """Take rows ``index`` (K,), or (B, K), of (B, Q, D) -> (B, K, D)."""
 
 
 GRAPH_CALLS = ("encode", "append", "select", "probe")

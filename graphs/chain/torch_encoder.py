@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..contract import projects_later, vision_readings, vision_spec
+from ..contract import injected_of, projects_later, vision_readings, vision_spec
 from ..modules.decoder import direct
 from ..modules.ops import Eager
 from ..modules.vision import Projection, Vision
@@ -55,8 +55,10 @@ class TorchEncoder:
         selector's own choice, where it merges none.
         """
         outputs = self.vision.compose(direct, pixels)
-        rows, patches = chosen_rows(self.config, self.plan, outputs, images, forced)
-        return Encoded(rows if self.projection is None else self.projection(rows), patches)
+        chosen = chosen_rows(self.config, self.plan, outputs, images, forced)
+        if self.projection is None:
+            return chosen
+        return chosen._replace(rows=self.projection(chosen.rows))
 
 
 def chosen_rows(
@@ -73,8 +75,9 @@ def chosen_rows(
     specs = vision_spec(config, plan, "float32").outputs
     named = {spec.name: value for spec, value in zip(specs, outputs, strict=True)}
     source = named["features" if projects_later(plan) else "visual_rows"]
+    inject = injected_of(named)
     if plan.entry is None:
-        return Encoded(source, np.tile(np.arange(source.shape[1]), (len(source), 1)))
+        return Encoded(source, np.tile(np.arange(source.shape[1]), (len(source), 1)), inject)
     chosen = [choose_rows(plan, named, image, at) for at, image in enumerate(images)]
     if forced is not None:
         chosen = [Entered(forced) if own.features is None else own for own in chosen]
@@ -84,4 +87,7 @@ def chosen_rows(
         else torch.from_numpy(entered.features).to(source.dtype)
         for at, entered in enumerate(chosen)
     ]
-    return Encoded(torch.stack(rows), np.stack([entered.index for entered in chosen]))
+    index = np.stack([entered.index for entered in chosen])
+    at = torch.from_numpy(index)[..., None]
+    taken = {layer: whole.take_along_dim(at, 1) for layer, whole in inject.items()}
+    return Encoded(torch.stack(rows), index, taken)

@@ -93,8 +93,11 @@ class TorchExecutor:
         self.caches[stage] = grown
         return slots
 
-    def append(self, stage, rows, positions, order, slot_order, write_index, gates) -> StageResult:
+    def append(
+        self, stage, rows, positions, order, slot_order, write_index, gates, inject
+    ) -> StageResult:
         """Run stage ``stage`` eagerly."""
+        missing = {layer: rows.shape[1] - given.shape[1] for layer, given in inject.items()}
         out = self.stages[stage](
             rows,
             torch.from_numpy(positions),
@@ -103,6 +106,10 @@ class TorchExecutor:
             torch.full((self.batch,), write_index),
             None if gates is None else torch.from_numpy(gates),
             self.caches[stage],
+            {
+                layer: torch.nn.functional.pad(given, (0, 0, 0, missing[layer]))
+                for layer, given in inject.items()
+            },
         )
         self.caches[stage] = out.caches
         return StageResult(out.rows, out.queries, out.logits, out.readings)
@@ -132,7 +139,8 @@ class TorchExecutor:
 
     def take(self, rows: Tensor, index: np.ndarray) -> Tensor:
         """Take rows ``index`` along Q."""
-        return rows[:, torch.from_numpy(index)]
+        at = torch.from_numpy(index)
+        return rows[:, at] if at.ndim == 1 else rows.take_along_dim(at[..., None], 1)
 
     def concatenate(self, parts: Sequence[Tensor]) -> Tensor:
         """Join rows along Q."""

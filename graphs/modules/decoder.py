@@ -11,14 +11,15 @@ shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..config import TextConfig
-from ..contract import StagePart, row_readings
+from ..contract import StagePart, cache_names, injected_of, row_readings
 from ..plan.plan import StagePlan
 from ..precision import NO_FALLBACK, Fp32Fallback
 from .ops import Eager, Gate, Scales, View
@@ -203,6 +204,16 @@ def _added(x: Tensor, update: Tensor, shift: int) -> Tensor:
     return (x.float() + update.float() * 2.0**shift).to(x.dtype)
 
 
+class Inject(nn.Module):
+    """Features added to the visual rows at the input of a layer."""
+
+    kind = ()
+
+    def forward(self, rows: Tensor, features: Tensor) -> Tensor:
+        """Return (B, Q, D) for rows and features (B, Q, D), zeros where a row gets none."""
+        return rows + features
+
+
 class Head(nn.Module):
     """Inputs that all layers of a stage share: rotary turns, visibility, the gates."""
 
@@ -298,7 +309,7 @@ class DecoderStage(nn.Module):
         super().__init__()
         stage = plan.stages[part.stage]
         self.returns_new_rows = ops.returns_new_rows
-        self.gated = bool(part.gated_layers(plan))
+        self.layers = part.layers
         last = part.ends(plan) and part.stage == len(plan.stages) - 1
         modes = dict(enumerate(stage.modes, start=stage.layers[0]))
         kinds = {
@@ -307,6 +318,7 @@ class DecoderStage(nn.Module):
         }
         self.model = Body(text, ops, kinds, last)
         self.head = Head(text, ops)
+        self.inject = Inject()
         self.last_queries = LastQueries()
         wanted = row_readings(plan, part.stage) if part.ends(plan) else ()
         self.readings = nn.ModuleDict({name: ROW_PIECES[name]() for name in wanted})
@@ -323,14 +335,20 @@ class DecoderStage(nn.Module):
         write_index: Any,
         gates: Any,
         caches: Sequence[tuple[Any, Any]],
+        inject: Mapping[int, Any] = MappingProxyType({}),
     ) -> StageOutput:
-        """Run the stage as calls of its pieces; shapes and meanings: ``contract.stage_spec``."""
+        """Run the stage as calls of its pieces; shapes and meanings: ``contract.stage_spec``.
+
+        ``inject``: what is added to the rows, by layer; nothing where a layer is not in it.
+        """
         shared = list(call(self.head, rows, positions, order, slot_order, write_index, gates))
         cos, sin, visible = shared[:3]
         window = shared[3] if self.returns_new_rows else None
         gate = iter(shared[4 if self.returns_new_rows else 3 :])
         grown, queries = [], []
-        for layer, (key, value) in zip(self.model.layers.values(), caches, strict=True):
+        for (number, layer), (key, value) in zip(self.model.layers.items(), caches, strict=True):
+            if int(number) in inject:
+                rows = call(self.inject, rows, inject[int(number)])
             gated = (None, None) if layer.mode == "dense" else (next(gate), next(gate))
             before = rows
             rows, query, key, value = call(
@@ -344,6 +362,13 @@ class DecoderStage(nn.Module):
         last = call(self.last_queries, *queries)
         readings = {n: call(piece, before, rows, query) for n, piece in self.readings.items()}
         return StageOutput(rows, last, logits, readings, grown)
+
+    def compose_named(self, call: Call, inputs: Mapping[str, Any]) -> StageOutput:
+        """Run the stage as ``compose`` does, for inputs by their names in the contract."""
+        caches = [(inputs[key], inputs[value]) for key, value in cache_names(self.layers)]
+        names = ("rows", "positions", "order", "slot_order", "write_index", "gates")
+        given = {name: inputs.get(name) for name in names}
+        return self.compose(call, **given, caches=caches, inject=injected_of(inputs))
 
     def scales_of(self, layer: int) -> Scales | None:
         """Return the scales of one layer's cache; None where it is float."""

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ModelConfig, VisionConfig
+from ..config import ModelConfig
 from ..precision import NO_FALLBACK, Fp32Fallback
+from ..vision_config import VisionConfig
 from .decoder import Call, Linear, direct
 from .ops import Eager
 
@@ -174,16 +175,23 @@ class Projector(nn.Module):
     """The chosen hidden states, side by side, through two projections to the decoder's width.
 
     ``wide``: the decoder takes its rows in FP32 whatever the weights are. ``whole``: takes states
-    with their first row, which the model may leave out.
+    with their first row, which the model may leave out. ``width``: of all states together.
     """
 
-    def __init__(self, config: ModelConfig, ops: Eager, wide: bool = False, whole: bool = True):
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Eager,
+        wide: bool = False,
+        whole: bool = True,
+        width: int | None = None,
+    ):
         super().__init__()
         self.wide, self.ops = wide, ops
         self.skip = _first_row(config) if whole else 0
         self.kind = (config.projector_activation, self.skip, wide, ops.name)
         self.activation = config.projector_activation
-        width = config.vision.hidden * len(config.feature_layers)
+        width = config.feature_width if width is None else width
         self.linear_1 = Linear(ops, width, config.text.hidden, config.projector_bias)
         self.linear_2 = Linear(ops, config.text.hidden, config.text.hidden, config.projector_bias)
 
@@ -197,13 +205,23 @@ class Projector(nn.Module):
         return rows.float() if self.wide else rows
 
 
+class Mean(nn.Module):
+    """The mean of several hidden states."""
+
+    kind = ()
+
+    def forward(self, *states: Tensor) -> Tensor:
+        """Return (B, T, D) for states (B, T, D) each."""
+        return torch.stack(states).sum(0) / len(states)
+
+
 class Readings(nn.Module):
     """Outputs of the encoder that a selector reads, in the order of ``names``."""
 
     def __init__(self, config: ModelConfig, names: tuple[str, ...]):
         super().__init__()
         self.names, self.skip = names, _first_row(config)
-        self.states = len(config.feature_layers)
+        self.states = len(config.fusion.means) + len(config.feature_layers)
         self.kind = (names, self.skip, self.states)
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
@@ -260,7 +278,7 @@ class Vision(nn.Module):
         readings: tuple[str, ...] = ("rows",),
     ):
         super().__init__()
-        self.chosen = config.feature_states
+        self.chosen, self.fusion, self.mean = config.feature_states, config.fusion, Mean()
         self.projects = "rows" in readings
         after = ("row_similarity", "rows")  # the projector
         names = tuple(
@@ -272,6 +290,11 @@ class Vision(nn.Module):
         self.vision_tower = VisionEncoder(config.vision, ops, config.encoder_depth, attention)
         if self.projects:
             self.multi_modal_projector = Projector(config, ops, fallback.rows)
+        # Of each injected state, under the released name.
+        self.mm_projectors = nn.ModuleList(
+            Projector(config, ops, fallback.rows, width=config.vision.hidden)
+            for _ in config.fusion.injected
+        )
         self.readings = Readings(config, names) if names else None
         self.row_similarity = RowSimilarity() if "row_similarity" in readings else None
 
@@ -281,15 +304,19 @@ class Vision(nn.Module):
         stem = Stem(vision_encoder.embeddings, getattr(vision_encoder, "pre_layrnorm", None))
         hidden = [call(stem, pixels)]
         attention: tuple[Any, ...] = ()
+        read = {*self.chosen, *self.fusion.states}
         for index, layer in enumerate(vision_encoder.encoder.layers):
             state = call(layer, hidden[-1])
             if layer.reads:
                 state, *rest = state
                 attention = tuple(rest)
             hidden.append(state)
-            if index not in self.chosen:
+            if index not in read:
                 hidden[index] = None  # layer streaming holds those of many images at once
-        states = [hidden[index] for index in self.chosen]
+        states = [
+            *(call(self.mean, *hidden[first : last + 1]) for first, last in self.fusion.means),
+            *(hidden[index] for index in self.chosen),
+        ]
         out: tuple[Any, ...] = ()
         if self.readings is not None:
             out = tuple(call(self.readings, *states, *attention))
@@ -298,6 +325,8 @@ class Vision(nn.Module):
             if self.row_similarity is not None:
                 out += (call(self.row_similarity, rows),)
             out += (rows,)
+        for projector, state in zip(self.mm_projectors, self.fusion.injected, strict=True):
+            out += (call(projector, hidden[state]),)
         return out
 
     def forward(self, pixels: Tensor) -> Any:

@@ -153,12 +153,14 @@ def vision_work(config: ModelConfig, sizes: Sizes, projected: int | None = None)
     h, d = vision.hidden, config.text.hidden
     layer = 4 * h * h + 2 * h * vision.intermediate
     patch = vision.channels * vision.patch_size**2 * h
-    projector = h * len(config.feature_layers) * d + d * d
+    projector = config.feature_width * d + d * d
+    injected = (h * d + d * d) * len(config.text.inject)  # of all visual tokens
     depth = config.encoder_depth
     attention = depth * 4 * tokens * tokens * h
     rows = config.visual_tokens if projected is None else projected
     linear = vision.patches * patch + depth * tokens * layer + rows * projector
-    weights = patch + depth * layer + projector
+    linear += config.visual_tokens * injected
+    weights = patch + depth * layer + projector + injected
     return Work(2 * linear + attention, weights * sizes.encoder, attention_flops=attention)
 
 

@@ -84,7 +84,7 @@ class HostExecutor(PromptCalls):
         return self.caches[stage][f"key.{layer}"], self.caches[stage][f"value.{layer}"]
 
     def take(self, rows: np.ndarray, index: np.ndarray) -> np.ndarray:
-        return rows[:, index]
+        return rows[:, index] if index.ndim == 1 else np.take_along_axis(rows, index[..., None], 1)
 
     def concatenate(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         return parts[0] if len(parts) == 1 else np.concatenate(list(parts), axis=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from ...graphs.contract import (
     VISION,
     GraphSpec,
     TensorSpec,
+    injected_of,
     projects_later,
 )
 from ...graphs.errors import BundleError
@@ -86,6 +88,29 @@ def stage_feeds(
     return feeds if gates is None else feeds | {"gates": gates}
 
 
+def inject_feeds(
+    specs: Sequence[TensorSpec], inject: Mapping[int, np.ndarray], count: int, start: int = 0
+) -> dict[str, np.ndarray]:
+    """Return what ``specs``, inputs of a stage, add to the ``count`` rows of a call, by name.
+
+    ``inject``: by layer, (B, V, D) for the rows from ``start`` on; zeros elsewhere, which are kept.
+    """
+    found = {}
+    for layer, spec in injected_of({spec.name: spec for spec in specs}).items():
+        given = inject.get(layer)
+        if given is None:
+            found[spec.name] = _zeros(shape_of(spec, {"B": 1, "Q": count}), spec.dtype)
+        else:
+            rest = count - start - given.shape[1]
+            found[spec.name] = np.pad(given, ((0, 0), (start, rest), (0, 0)))
+    return found
+
+
+@lru_cache(maxsize=8)
+def _zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
 def shape_of(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Return a tensor's shape with ``sizes`` for its symbols."""
     return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape)
@@ -133,7 +158,7 @@ class PromptCalls:
         raise NotImplementedError
 
     def take(self, rows: Any, index: np.ndarray) -> Any:
-        """Take rows ``index`` (K,) of (B, Q, D) -> (B, K, D)."""
+        """Take rows ``index`` (K,), or (B, K), of (B, Q, D) -> (B, K, D)."""
         raise NotImplementedError
 
     def encode(self, pixels: np.ndarray, images: Sequence[str] = (ANY_IMAGE,)) -> Encoded:
@@ -142,9 +167,10 @@ class PromptCalls:
         ``images``: digests of what they show.
         """
         out = self.call_graph(VISION, 0, {"pixels": pixels})
+        inject = injected_of(out)
         if self.plan.entry is None:
             rows = out["visual_rows"]
-            return Encoded(rows, np.tile(np.arange(rows.shape[1]), (len(pixels), 1)))
+            return Encoded(rows, np.tile(np.arange(rows.shape[1]), (len(pixels), 1)), inject)
         with self.timed(ENTRY):
             chosen = [choose_rows(self.plan, out, image, at) for at, image in enumerate(images)]
         source = "features" if projects_later(self.plan) else "visual_rows"
@@ -159,7 +185,9 @@ class PromptCalls:
             rows = np.stack(merged).astype(whole.dtype)
         if projects_later(self.plan):
             rows = self.call_graph(PROJECT, 0, {"features": rows})["visual_rows"]
-        return Encoded(rows, np.stack([entered.index for entered in chosen]))
+        index = np.stack([entered.index for entered in chosen])
+        taken = {layer: self.take(whole, index) for layer, whole in inject.items()}
+        return Encoded(rows, index, taken)
 
     def select(self, edge: int, feeds: Mapping[str, Any]) -> Kept:
         """Call a selection over the last layer's cache of stage ``edge``."""

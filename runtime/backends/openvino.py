@@ -28,7 +28,7 @@ from ...graphs.targets import OPENVINO, Target, find_target
 from ..autotune import choose_threads
 from .backend import BackendOptions
 from .cpu_caches import BUCKET, HostExecutor
-from .feeds import shape_of, stage_feeds
+from .feeds import inject_feeds, shape_of, stage_feeds
 
 ROW_STEP = 8
 """Numbers of rows that a question is padded to are multiples of this."""
@@ -77,12 +77,15 @@ class OpenVinoExecutor(HostExecutor):
         """Return how many rows before ``count`` rows of a question make its call one of a few."""
         return -count % ROW_STEP
 
-    def append(self, stage, rows, positions, order, slot_order, write_index, gates) -> StageResult:
+    def append(
+        self, stage, rows, positions, order, slot_order, write_index, gates, inject
+    ) -> StageResult:
         """See ``Executor``; more orders than rows: those on the left are padding."""
         block, graph = self.blocks[stage], self.stages[stage]
         padding = order.shape[1] - rows.shape[1]
         if padding:
             rows = np.pad(rows, ((0, 0), (padding, 0), (0, 0)))
+        added = inject_feeds(graph.spec.inputs, inject, order.shape[1], padding)
         wanted = ("rows.out", *row_readings(self.plan, stage))
         done: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
         with self.timed(f"stage{stage}"):
@@ -91,6 +94,7 @@ class OpenVinoExecutor(HostExecutor):
                 call = graph.call(stop - start, block)
                 call.fill("rows", rows[:, at])
                 feeds = stage_feeds(positions[:, at], order[:, at], slot_order, first, gates)
+                feeds |= {name: values[:, at] for name, values in added.items()}
                 for name, values in feeds.items():
                     call.fill(name, values)
                 call.run()

@@ -28,7 +28,7 @@ from ..hardware import cores
 from .backend import BackendOptions
 from .cpu_caches import HostExecutor
 from .denormals import AVAILABLE, flushed
-from .feeds import gated_depth, shape_of, stage_feeds
+from .feeds import gated_depth, inject_feeds, shape_of, stage_feeds
 from .onnx_runtime import ort
 
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -61,7 +61,9 @@ class OrtExecutor(HostExecutor):
             for names in map(manifest.parts_of, range(len(self.plan.stages)))
         ]
 
-    def append(self, stage, rows, positions, order, slot_order, write_index, gates) -> StageResult:
+    def append(
+        self, stage, rows, positions, order, slot_order, write_index, gates, inject
+    ) -> StageResult:
         """Call a stage, part after part; contract: ``contract.stage_spec``."""
         count = rows.shape[1]
         feeds = stage_feeds(positions, order, slot_order, write_index, gates)
@@ -70,6 +72,7 @@ class OrtExecutor(HostExecutor):
         with self.timed(f"stage{stage}"):
             for part in self.parts[stage]:
                 feeds["rows"] = outputs["rows.out"]
+                feeds |= inject_feeds(part.spec.inputs, inject, count)
                 outputs |= part.run(feeds, count)
                 queries.append(outputs["queries"])
                 if gates is not None:  # each part takes those of its own layers

@@ -82,10 +82,12 @@ class DeviceExecutor(PromptCalls):
     def trim_slots(self, stage: int, used: int, wanted: int) -> int:
         return self.engine_set.stages[stage].slots  # engines are compiled for so many
 
-    def append(self, stage, rows, positions, order, slot_order, write_index, gates) -> StageResult:
+    def append(
+        self, stage, rows, positions, order, slot_order, write_index, gates, inject
+    ) -> StageResult:
         with self.timed(f"stage{stage}"):
             return self.engine_set.stages[stage].append(
-                rows, positions, order, slot_order, write_index, gates
+                rows, positions, order, slot_order, write_index, gates, inject
             )
 
     def layer_cache(self, stage: int, layer: int) -> tuple[DeviceArray, DeviceArray]:
@@ -102,6 +104,7 @@ class DeviceExecutor(PromptCalls):
 
     def take(self, rows: np.ndarray | DeviceArray, index: np.ndarray):
         """Take rows ``index`` along Q; neighbours are copied together."""
+        index = index.reshape(-1)  # of one prompt
         if isinstance(rows, np.ndarray):  # not uploaded yet
             return rows[:, index]
         out = self.memory.empty((1, len(index), *rows.shape[2:]), rows.dtype)

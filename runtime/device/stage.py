@@ -14,7 +14,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ...graphs.chain.executor import StageResult
-from ...graphs.contract import TensorSpec, appended, returns_new_rows
+from ...graphs.contract import (
+    TensorSpec,
+    appended,
+    inject_name,
+    injected_of,
+    returns_new_rows,
+)
 from ...graphs.errors import CapacityError
 from ...graphs.selectors.edge import ROW_READINGS
 from ..backends.feeds import gated_depth, shape_of, stage_feeds
@@ -80,6 +86,8 @@ class DeviceStage:
         queries = [
             tensor for part in parts for tensor in part.spec.outputs if tensor.name == "queries"
         ]
+        # Layers at whose input features are added, and how many rows their buffers hold now.
+        self._injected = dict.fromkeys(injected_of(inputs), 0)
         self._outputs = [self.rows_spec, *queries]
         # Of the last part: logits, or what the edge behind reads of the rows.
         self._extras = [n for n in ("logits", *ROW_READINGS) if n in outputs]
@@ -119,6 +127,7 @@ class DeviceStage:
         slot_order: np.ndarray,
         write_index: int,
         gates: np.ndarray | None,
+        inject: Mapping[int, np.ndarray | DeviceArray],
     ) -> StageResult:
         """Call the stage once; with more orders than rows, those on the left are padding."""
         count, padding = order.shape[1], order.shape[1] - rows.shape[1]
@@ -136,6 +145,7 @@ class DeviceStage:
         if padding:
             device.zero(start, padding * row_nbytes)
         memory.put(start + padding * row_nbytes, rows)
+        self._put_injected(inject, padding)
         replay.run()
         if replay.rejected is not None:
             self.rejected = replay.rejected
@@ -204,6 +214,11 @@ class DeviceStage:
             last = number == len(self.parts) - 1
             to = rows.address if last else self.workspace.address(hops[number % 2])
             own = {ROWS_IN: source, ROWS_OUT: to, "queries": outputs[number].address}
+            own |= {
+                name: self.workspace.address(name)
+                for name in map(inject_name, self._injected)
+                if any(tensor.name == name for tensor in part.spec.inputs)
+            }
             if gated_depth(part.spec):
                 own["gates"] = fixed[_gates(number)]
             sizes = {"B": BATCH, "Q": count, "S": self.slots}
@@ -226,17 +241,32 @@ class DeviceStage:
                 self._copy(name, 0, before, old[name].address, to_cache=True)
         for name in ("in", "between") if len(self.parts) > 1 else ("in",):
             self.workspace.require(name, self._nbytes(self.rows_spec, slots))
+        for name in map(inject_name, self._injected):
+            self.workspace.require(name, self._nbytes(self.rows_spec, slots))
         if self.rows_back:
             self.workspace.require("fresh", aligned(nbytes) * len(self.caches))
         self._places = [Place(self.memory, self._nbytes(spec, slots)) for spec in self._outputs]
         plain = {tensor.name: tensor for tensor in self.parts[0].spec.inputs}
-        control = {n: s for n, s in plain.items() if n not in (*self.caches, ROWS_IN, "gates")}
+        known = {*self.caches, ROWS_IN, "gates", *map(inject_name, self._injected)}
+        control = {name: spec for name, spec in plain.items() if name not in known}
         for number, part in enumerate(self.parts):
             gates = [tensor for tensor in part.spec.inputs if tensor.name == "gates"]
             control |= {_gates(number): tensor for tensor in gates}
         sizes = {"B": BATCH, "Q": slots, "S": slots}
         arrays = [(shape_of(tensor, sizes), np.dtype(tensor.dtype)) for tensor in control.values()]
         self._control = dict(zip(control, self.memory.pack(arrays), strict=True))
+
+    def _put_injected(self, inject: Mapping[int, np.ndarray | DeviceArray], padding: int) -> None:
+        """Bring what is added to the rows of a call to its place, and zeros around it."""
+        row = self._nbytes(self.rows_spec, 1)
+        for layer, held in self._injected.items():
+            start, given = self.workspace.address(inject_name(layer)), inject.get(layer)
+            if held:  # of a call before; buffers are zeros otherwise
+                self.memory.device.zero(start, held * row)
+                self._injected[layer] = 0
+            if given is not None:
+                self.memory.put(start + padding * row, given)
+                self._injected[layer] = padding + given.shape[1]
 
     def _forget_replays(self) -> None:
         if self.replays:

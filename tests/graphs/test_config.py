@@ -7,8 +7,9 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from visistage.graphs.config import ModelConfig, Rope, TextConfig, VisionConfig
+from visistage.graphs.config import ModelConfig, Rope, TextConfig
 from visistage.graphs.errors import ModelError
+from visistage.graphs.vision_config import VisionConfig
 from visistage.tests.support.toy import make_config
 
 PUBLISHED = {  # llava-hf/llava-1.5-7b-hf

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.contract import INVISIBLE, PROBE, whole_stages
-from visistage.graphs.modules.decoder import DecoderStage
+from visistage.graphs.modules.decoder import DecoderStage, direct
 from visistage.graphs.modules.ops import Eager
 from visistage.graphs.modules.select import Prober, Selector
 from visistage.graphs.modules.vision import Vision
@@ -80,7 +80,8 @@ def torch_outputs(graph, config, plan, weights, feeds):
     }
     if graph.name == "vision":
         module = chain.load_weights(Vision(config, Eager()), weights)
-        return {"visual_rows": module(*feeds.values())}
+        outputs = module.compose(direct, *feeds.values())
+        return dict(zip([spec.name for spec in graph.spec.outputs], outputs, strict=True))
     if graph.name == PROBE:
         return dict(zip(("cosine", "norm"), Prober()(*feeds.values()), strict=True))
     index = int(graph.name[-1])
@@ -89,9 +90,6 @@ def torch_outputs(graph, config, plan, weights, feeds):
         return dict(zip(names, Selector(plan.edges[index]).of(feeds), strict=True))
     part = whole_stages(plan)[index]
     module = chain.load_weights(DecoderStage(config.text, plan, part, Eager()), weights)
-    values = list(feeds.values())
-    gates = feeds.get("gates")
-    caches = values[6:] if gates is not None else values[5:]
-    out = module(*values[:5], gates, list(zip(caches[::2], caches[1::2], strict=True)))
+    out = module.compose_named(direct, feeds)
     flat = [*out.singles, *(cache for pair in out.caches for cache in pair)]
     return dict(zip([spec.name for spec in graph.spec.outputs], flat, strict=True))

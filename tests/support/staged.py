@@ -67,14 +67,15 @@ class Staged:
         segments, at = [], 0
         for part in self.encoder.encode(question, images=1).segments:
             if part.is_image:
-                rows, patches = self.vision(torch.from_numpy(pixels[None]), [key])
+                rows, patches, inject = self.vision(torch.from_numpy(pixels[None]), [key])
                 order = at + places_of(self.plan, patches)
                 at += self.plan.span
             else:
                 rows = executor.embed(torch.tensor([part.ids]))
                 order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
                 at += rows.shape[1]
-            segments.append(AppendedRows(part.is_image, rows, order, order))
+                inject = {}
+            segments.append(AppendedRows(part.is_image, rows, order, order, inject))
         out, tokens = [runner.prefill(segments).logits[0]], []
         while True:
             tokens.append(int(out[-1].argmax()) if forced is None else forced[len(tokens)])

@@ -49,9 +49,13 @@ def make_config(
     select=None,
     rope=None,
     max_positions=2048,
+    encoder_layers=3,
+    fusion=(),
     **text,
 ) -> dict:
-    """The ``config.json`` of a toy; ``rope`` is transformers 5's ``rope_parameters``."""
+    """The ``config.json`` of a toy; ``rope`` is transformers 5's ``rope_parameters``, ``fusion``
+    a strategy and a set of layers.
+    """
     select = select or ("default" if encoder == "clip" else "full")
     patches = (image_size // patch) ** 2
     return {
@@ -64,6 +68,7 @@ def make_config(
         "vision_feature_select_strategy": select,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
+        **dict(zip(("layer_fusing_strategy", "layer_using_strategy"), fusion, strict=False)),
         "tie_word_embeddings": tied,
         "bos_token_id": SPECIALS["<s>"],
         "eos_token_id": SPECIALS["</s>"],
@@ -88,7 +93,7 @@ def make_config(
         },
         "vision_config": {
             "model_type": f"{encoder}_vision_model",
-            "num_hidden_layers": 3,
+            "num_hidden_layers": encoder_layers,
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_attention_heads": 4,
@@ -148,9 +153,12 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         with_bias(f"{at}.mlp.fc2", wide, vision.intermediate)
         with_bias(f"{at}.layer_norm2", wide)
     with_bias("vision_tower.post_layernorm", wide)
-    features = wide * len(config.feature_layers)
+    features = wide * (len(config.feature_layers) + len(config.fusion.means))
     with_bias("multi_modal_projector.linear_1", text.hidden, features)
     with_bias("multi_modal_projector.linear_2", text.hidden, text.hidden)
+    for number in range(len(config.fusion.injected)):
+        with_bias(f"mm_projectors.{number}.linear_1", text.hidden, wide)
+        with_bias(f"mm_projectors.{number}.linear_2", text.hidden, text.hidden)
     if not config.projector_bias:
         del found["multi_modal_projector.linear_1.bias"]
         del found["multi_modal_projector.linear_2.bias"]

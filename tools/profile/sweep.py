@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -74,26 +74,31 @@ def sweep(
     }
 
 
-def _visual_rows(session: Session) -> Any:
-    """Return the visual rows (1, K0, D) that enter of an image of noise."""
+def _visual_rows(session: Session) -> Encoded:
+    """Return the visual rows that enter of an image of noise."""
     spec = session.bundle.manifest.graphs[VISION].spec.inputs[0]
     shape = [1 if isinstance(d, str) else d for d in spec.shape]
     noise = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    return session.executor.encode(noise).rows
+    return session.executor.encode(noise)
 
 
-def _prompt(session: Session, rows: Any, count: int, key: str) -> list[PromptPart]:
+def _prompt(session: Session, encoded: Encoded, count: int, key: str) -> list[PromptPart]:
     """Return a question about ``count`` visual tokens: images, or the beginning of one."""
-    whole = rows.shape[1]
+    whole = encoded.rows.shape[1]
     sizes = [whole] * (count // whole) or [count]
 
     def cut(size: int) -> Encoded:
         index = np.arange(size)
-        return Encoded(rows if size == whole else session.executor.take(rows, index), index[None])
+        if size == whole:
+            return encoded._replace(patches=index[None])
+        rows, *inject = (
+            session.executor.take(rows, index) for rows in (encoded.rows, *encoded.inject.values())
+        )
+        return Encoded(rows, index[None], dict(zip(encoded.inject, inject, strict=True)))
 
-    encoded = session.encoder.encode(QUESTION, images=len(sizes))
+    asked = session.encoder.encode(QUESTION, images=len(sizes))
     images = iter(
         PromptImage(f"sweep {key}.{number}", partial(cut, size))
         for number, size in enumerate(sizes)
     )
-    return [next(images) if segment.is_image else segment.ids for segment in encoded.segments]
+    return [next(images) if segment.is_image else segment.ids for segment in asked.segments]

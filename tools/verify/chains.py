@@ -279,7 +279,7 @@ class TorchChain:
             if part is None:
                 pixels = torch.from_numpy(prompt.opened.pixels[None])
                 forced = prompt.patches if plan.entry == prompt.entry is not None else None
-                rows, patches = self._encoder(plan)(pixels, (prompt.opened.key,), forced)
+                rows, patches, inject = self._encoder(plan)(pixels, (prompt.opened.key,), forced)
                 order = start + places_of(plan, patches)
                 start += plan.span
             else:
@@ -288,7 +288,8 @@ class TorchChain:
                 )
                 order = np.arange(start, start + rows.shape[1], dtype=np.int32)[None]
                 start += rows.shape[1]
-            segments.append(AppendedRows(part is None, rows, order, order))
+                inject = {}
+            segments.append(AppendedRows(part is None, rows, order, order, inject))
         return [segment for segment in segments if segment.count], start
 
     def _encoder(self, plan: StagePlan) -> TorchEncoder:

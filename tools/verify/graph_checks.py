@@ -182,7 +182,8 @@ def run_module(
         if isinstance(module, Vision | Projection):
             outputs = list(module.compose(call, *inputs.values()))
         else:
-            outputs = _compose_stage(module, call, inputs)
+            out = module.compose_named(call, inputs)
+            outputs = [*out.singles, *(cache for pair in out.caches for cache in pair)]
     names = [spec.name for spec in graph.spec.outputs]
     return new_rows(
         {name: value.numpy() for name, value in zip(names, outputs, strict=True)}, graph.spec
@@ -205,15 +206,6 @@ def _module(graph: StoredGraph, fallback: Fp32Fallback) -> nn.Module:
         module = DecoderStage(config.text, plan, part, Eager(), fallback)
     quantise_module(module, graph.manifest)
     return module
-
-
-def _compose_stage(stage: DecoderStage, call: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Run a stage; return its outputs in the order of the contract."""
-    caches = [value for name, value in inputs.items() if name.startswith(("key.", "value."))]
-    names = ("rows", "positions", "order", "slot_order", "write_index", "gates")
-    pairs = list(zip(caches[::2], caches[1::2], strict=True))
-    out = stage.compose(call, caches=pairs, **{name: inputs.get(name) for name in names})
-    return [*out.singles, *(cache for pair in out.caches for cache in pair)]
 
 
 def _streamed(module: nn.Module, graph: StoredGraph, dtype: torch.dtype) -> Any:

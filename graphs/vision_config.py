@@ -1,0 +1,100 @@
+"""The vision side of a checkpoint's ``config.json``: a CLIP or SigLIP encoder, as frozen data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .config_fields import MAX_LAYERS, count, divides, mapping, number, side, word
+from .errors import ModelError
+from .fields import show
+
+ENCODERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "silu")
+"""Activations of vision encoders and projectors; decoders have SiLU."""
+
+DEFAULT_ENCODER = {  # what transformers builds where config.json has no vision_config at all
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP or SigLIP vision encoder; sizes of images and patches are sides in pixels."""
+
+    kind: Literal["clip", "siglip"]
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    image_size: int
+    patch_size: int
+    channels: int = 3
+    eps: float = 1e-5
+    activation: str = "quick_gelu"
+
+    def __post_init__(self) -> None:
+        word("vision_config.kind", self.kind, tuple(ENCODERS.values()))
+        count("vision_config.num_hidden_layers", self.layers, MAX_LAYERS)
+        count("vision_config.hidden_size", self.hidden)
+        count("vision_config.intermediate_size", self.intermediate)
+        count("vision_config.num_attention_heads", self.heads)
+        count("vision_config.image_size", self.image_size, 1 << 14)
+        count("vision_config.patch_size", self.patch_size, self.image_size)
+        count("vision_config.num_channels", self.channels, 16)
+        number("vision_config.layer_norm_eps", self.eps)
+        word("vision_config.hidden_act", self.activation, ACTIVATIONS)
+        divides(
+            "vision_config.num_attention_heads",
+            self.heads,
+            "vision_config.hidden_size",
+            self.hidden,
+        )
+
+    @property
+    def patches(self) -> int:
+        """Patches of one image; what does not fill a patch at the border is cut (384 / 14)."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def tokens(self) -> int:
+        """Rows of a hidden state: the patches and CLIP's class token. SigLIP has none."""
+        return self.patches + (self.kind == "clip")
+
+    @classmethod
+    def from_hf(cls, data: Mapping[str, Any]) -> VisionConfig:
+        """Read a ``clip_vision_model`` or ``siglip_vision_model`` config.
+
+        Raises:
+            ModelError: another encoder, or a malformed value; names the field.
+        """
+        given = {k: v for k, v in mapping("vision_config", data).items() if v is not None}
+        family = given.get("model_type", "clip_vision_model")
+        if not isinstance(family, str) or family not in ENCODERS:
+            raise ModelError(
+                f"vision_config.model_type is {show(family)}: this encoder is not supported, "
+                f"only "
+                f"{' and '.join(ENCODERS)} are. Use a LLaVA checkpoint with one of those."
+            )
+        clip = family == "clip_vision_model"
+        return cls(
+            kind="clip" if clip else "siglip",
+            layers=given.get("num_hidden_layers", 12),
+            hidden=given.get("hidden_size", 768),
+            intermediate=given.get("intermediate_size", 3072),
+            heads=given.get("num_attention_heads", 12),
+            image_size=side("image_size", given.get("image_size", 224)),
+            patch_size=side("patch_size", given.get("patch_size", 32 if clip else 16)),
+            channels=given.get("num_channels", 3),
+            eps=number(
+                "vision_config.layer_norm_eps", given.get("layer_norm_eps", 1e-5 if clip else 1e-6)
+            ),
+            activation=given.get("hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh"),
+        )
