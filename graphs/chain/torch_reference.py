@@ -7,8 +7,9 @@ stand at their spans; it stages them by a plan and returns logits and greedy tok
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from torch import Tensor
 from ..config import TextConfig
 from ..contract import INVISIBLE, probed, whole_stages
 from ..errors import PlanError, PromptError
+from ..fusion import NAMED_DEPTH, read_fusion
 from ..modules.decoder import DecoderStage
+from ..modules.features import injected_rows
 from ..modules.ops import Eager
 from ..modules.quantized import CACHE_SCALES
 from ..modules.select import Prober, Selector
@@ -175,35 +178,40 @@ def run(
     plan: StagePlan,
     max_new_tokens: int = 0,
     entered: Sequence[Sequence[Sequence[int]]] | None = None,
+    features: Sequence[Tensor] | None = None,
 ) -> ChainResult:
     """Run ``plan`` over embedded prompts.
 
     Args:
         weights: LlamaForCausalLM parameter names to tensors.
-        config: a Hugging Face Llama config as a dict.
+        config: a Hugging Face Llama config as a dict; with the fields of layer fusion, if it has
+            some, and ``vision_config`` where that encoder has not 24 layers.
         embeds: (B, S, D) float, visual rows in place.
         spans: per sample, the (start, stop) of each image's visual rows.
         plan: its depth must be the model's; K may not exceed a sample's visual rows.
         max_new_tokens: greedy tokens to decode after the prompt.
         entered: of a plan with an entry: per sample and image, the indices of the rows within its
             span that enter, ascending. What selectors read is not here, so the caller chooses.
+        features: of a model that adds features within the decoder: for each of them (B, S, h), the
+            encoder's, at the places of the visual rows; ``weights`` has the projectors.
 
     Raises:
         PlanError: the plan does not fit the model or the spans.
         PromptError: a span leaves the prompt, overlaps another, or ends it; or ``entered`` does
             not fit plan and spans.
     """
-    text = TextConfig.from_hf(dict(config))
+    text = _text_config(config)
     batch, length, _ = embeds.shape
     _check(plan, text, spans, batch, length)
     _check_entered(plan, spans, entered)
     if plan.probe is not None and batch > 1:
-        return _one_by_one(weights, config, embeds, spans, plan, max_new_tokens, entered)
+        return _one_by_one(weights, config, embeds, spans, plan, max_new_tokens, entered, features)
     executor = TorchExecutor(text, plan, weights, batch)
     chain = Chain(plan, executor, batch)
     chosen: Sequence[Any] = entered or [None] * batch
     places = [_places(plan, length, *own) for own in zip(spans, chosen, strict=True)]
-    whole = segments(embeds, spans, places)
+    inject = injected_rows(weights, config, text, features)
+    whole = segments(embeds, spans, places, inject)
     done = chain.prefill(whole)
     tokens, logits = [], done.logits
     following = whole[-1].order[:, -1:] + 1
@@ -221,13 +229,24 @@ def run(
     return ChainResult(done.logits, kept, trigger, exit_, answers)
 
 
-def _one_by_one(weights, config, embeds, spans, plan, max_new_tokens, entered) -> ChainResult:
+def _text_config(config: Mapping) -> TextConfig:
+    """Read the decoder's config, with the layers at whose input features are added."""
+    text = TextConfig.from_hf(dict(config))
+    depth = config.get("vision_config", {}).get("num_hidden_layers", NAMED_DEPTH)
+    return replace(text, inject=read_fusion(config, depth, text.layers).layers)
+
+
+def _one_by_one(
+    weights, config, embeds, spans, plan, max_new_tokens, entered, features
+) -> ChainResult:
     """Run prompts that may go different ways through the stages."""
     results = []
     for i in range(len(spans)):
         one = slice(i, i + 1)
         own = entered and entered[one]
-        results.append(run(weights, config, embeds[one], spans[one], plan, max_new_tokens, own))
+        added = features and [whole[one] for whole in features]
+        arguments = (embeds[one], spans[one], plan, max_new_tokens, own, added)
+        results.append(run(weights, config, *arguments))
     return ChainResult(
         torch.cat([result.logits for result in results]),
         [result.kept[0] for result in results],
@@ -241,6 +260,7 @@ def segments(
     embeds: Tensor,
     spans: Sequence[Sequence[Span]],
     places: Sequence[np.ndarray] | None = None,
+    inject: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> list[AppendedRows]:
     """Cut each prompt into text, image, text, ...; align the samples by left padding.
 
@@ -248,6 +268,7 @@ def segments(
 
     places: by sample, the position (S,) of each row, -1 where it does not enter; by default all
         rows enter, at their own places.
+    inject: (B, S, D) that are added to visual rows, by layer.
     """
     batch, length, _ = embeds.shape
     if places is None:
@@ -269,14 +290,24 @@ def segments(
         if count == 0:
             continue
         order = np.full((batch, count), INVISIBLE, np.int32)
-        rows = embeds.new_zeros((batch, count, embeds.shape[2]))
         for sample, piece in enumerate(pieces):
             if piece:
                 order[sample, count - len(piece) :] = places[sample][piece]
-                rows[sample, count - len(piece) :] = embeds[sample, piece]
         positions = np.where(order == INVISIBLE, 0, order).astype(np.int32)
-        out.append(AppendedRows(index % 2 == 1, rows, positions, order))
+        visual = index % 2 == 1
+        added = {layer: _cut(whole, pieces) for layer, whole in inject.items() if visual}
+        out.append(AppendedRows(visual, _cut(embeds, pieces), positions, order, added))
     return out
+
+
+def _cut(whole: Tensor, pieces: Sequence[Sequence[int]]) -> Tensor:
+    """Return rows ``pieces`` of each sample of (B, S, D), padded with zeros on the left."""
+    count = max(map(len, pieces))
+    rows = whole.new_zeros((len(pieces), count, whole.shape[2]))
+    for sample, piece in enumerate(pieces):
+        if piece:
+            rows[sample, count - len(piece) :] = whole[sample, piece]
+    return rows
 
 
 def _places(
