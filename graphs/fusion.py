@@ -60,7 +60,7 @@ NO_FUSION = Fusion()
 
 @dataclass(frozen=True)
 class ReadFusion:
-    """What a config asks for: states before ``vision_feature_layer`` at the projector, the rest of
+    """Contents of a config: states before ``vision_feature_layer`` at the projector, the rest of
     ``Fusion``, and the decoder layers that its injected states go to.
     """
 
