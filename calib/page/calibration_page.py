@@ -58,13 +58,15 @@ def render_calibration(calibration: Calibration) -> str:
 def _choice(choice: Mapping[str, Any]) -> dict[str, Any] | None:
     if not choice:
         return None
-    # Choices made before there were entries have neither of the two.
-    candidates = [{"entry": None, "second": None, **found} for found in choice["candidates"]]
+    # Older choices lack some: what had not been thought of when they were made.
+    lacking = dict.fromkeys(("entry", "second", "first_ms", "second_ms"))
+    candidates = [{**lacking, **found} for found in choice["candidates"]]
     shares = [candidate["measured"][choice["agreement"]]["share"] for candidate in candidates]
     return {
         "precision": "fp32",
         "shipped": None,
         "question": None,
+        "dense": None,
         **choice,
         "candidates": candidates,
         "taken": None if choice["chosen"] is None else candidates[choice["chosen"]],

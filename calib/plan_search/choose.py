@@ -29,6 +29,7 @@ chosen). Shares are of 1, not per cent.
                   any was measured; "precision" where it is quantised
     warnings      sentences; what should be known before the choice is trusted
     chosen        index into candidates, or null for dense
+    dense         {"first_ms", "second_ms"} of the dense model, as the candidates have them
     candidates    by cost, ascending; before there were entries without entry and second:
       text        as above
       entry       selector and count of what enters, "scope-64", or null
@@ -39,6 +40,9 @@ chosen). Shares are of 1, not per cent.
       second      a second question about the same image, kept in every stage that no question
                   decides: share of the dense model's FLOPs for it
       second_flops
+      first_ms, second_ms
+                  to the first token, least of eight on this machine: a question about a new image,
+                  and a second one about it; neither before they were measured
       predicted   share of the visual tokens' influence that the plan cuts off, from dynamics alone;
                   with an entry the share of tokens lost, estimated from other plans, or null
       measured    on the choosing samples: an Agreement, see below

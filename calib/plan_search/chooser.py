@@ -32,6 +32,7 @@ from .goal import SelectionGoal
 from .measure_plans import PlanBundles, hold_out, text_blind_plans
 from .rationale import about_precision
 from .thresholds import suggest_thresholds
+from .times import about_times
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,15 @@ class Chooser:
             {"shallow": shallow, **bundles.measure(plan).to_dict()}
             for shallow, plan in text_blind_plans(dynamics.layers, config.visual_tokens).items()
         ]
+        pricing = Pricing(
+            Geometry.of(config.text),
+            config.visual_tokens,
+            len(self.texts.prefix_ids),
+            round(np.mean([len(prompt.parts[-1]) for prompt in shown])),
+        )
         choice = choose_plan(
             dynamics,
-            Pricing(
-                Geometry.of(config.text),
-                config.visual_tokens,
-                len(self.texts.prefix_ids),
-                round(np.mean([len(prompt.parts[-1]) for prompt in shown])),
-            ),
+            pricing,
             goal,
             lambda plan: bundles.candidate(plan, goal.most),
             bundles.confirm if held else None,
@@ -114,9 +116,16 @@ class Chooser:
                 "reasons": {"precision": why, **choice.rationale},
                 "rounding": rounding.to_dict(),
             }
+        times = [bundles.times[pricing.plan(tried.candidate).hash] for tried in choice.tried]
+        for found, measured in zip(facts["candidates"], times, strict=True):
+            found |= asdict(measured)
+        usual = bundles.times[self.dense.hash]
+        facts["dense"] = asdict(usual)
+        taken = None if choice.chosen is None else times[choice.chosen]
+        facts["warnings"] += about_times(taken, usual)
         suggested = asdict(suggest_thresholds(dynamics))
-        found = dynamics.to_dict(suggested=suggested, text_blind=blind)
-        return Chosen(choice.plan, prompts, found, facts)
+        readings = dynamics.to_dict(suggested=suggested, text_blind=blind)
+        return Chosen(choice.plan, prompts, readings, facts)
 
     def _dynamics(
         self, prompts: Sequence[SamplePrompt], fake_quantised: FakeQuantised | None

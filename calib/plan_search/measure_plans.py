@@ -26,6 +26,7 @@ from ...pages.units import show_seconds
 from ..samples import Sample
 from .agreement import Agreement, DenseAnswer, agreement, dense_answers
 from .measured_file import MeasuredFile
+from .times import QuestionTimes, question_times
 
 Found = TypeVar("Found")
 
@@ -56,6 +57,8 @@ class PlanBundles:
     Attributes:
         ranges: must be set before plans are measured in a quantised precision: of rows that none
             of the plans changes, for each has rows of its own.
+        times: of every plan that was measured, by its hash; of the dense one in the precision of
+            the others.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class PlanBundles:
         self.measured = measured
         self.progress = progress or Progress()
         self.ranges: Calibration | None = None
+        self.times: dict[str, QuestionTimes] = {}
         self._choosing: list[DenseAnswer] = []
         self._held: list[DenseAnswer] = []
         self._confirmed: dict[str, Agreement] = {}
@@ -83,14 +87,14 @@ class PlanBundles:
         Raises:
             CapacityError: the machine cannot hold the dense model's bundle; says what to do.
         """
+
+        def ask(session: runtime.Session) -> tuple[DenseAnswer, ...]:
+            self.times[dense.hash] = question_times(session, samples)
+            return dense_answers(session, samples, max_tokens, self.progress.advance)
+
         with self.progress.step("dense answers", len(samples)) as outcome:
             try:
-                answers = self._with_bundle(
-                    dense,
-                    lambda session: dense_answers(
-                        session, samples, max_tokens, self.progress.advance
-                    ),
-                )
+                answers = self._with_bundle(dense, ask)
             except CapacityError as error:
                 raise CapacityError(
                     f"{error}. To calibrate without running bundles, name the plan: "
@@ -119,6 +123,8 @@ class PlanBundles:
         assert self.precision == "fp32" or self.ranges is not None
 
         def run(session: runtime.Session) -> Agreement:
+            asked = [answer.sample for answer in self._choosing]
+            self.times[plan.hash] = question_times(session, asked)
             found = agreement(session, self._choosing, self.progress.advance)
             if self._held:
                 self._confirmed[plan.hash] = agreement(session, self._held, self.progress.advance)
@@ -127,9 +133,11 @@ class PlanBundles:
         asked = len(self._choosing) + len(self._held)
         key = self._key(plan)
         with self.progress.step(f"{plan.name}{which}", asked) as outcome:
-            known = self.measured.find(key) if self.measured else None
-            if known is not None:
+            known = self.measured.find(key, Agreement) if self.measured else None
+            times = self.measured.find([key, "times"], QuestionTimes) if self.measured else None
+            if known is not None and times is not None:
                 found, *confirmed = known
+                (self.times[plan.hash],) = times
                 self._confirmed |= dict.fromkeys([plan.hash], *confirmed) if confirmed else {}
                 outcome.append("measured before, ")
             else:
@@ -137,6 +145,7 @@ class PlanBundles:
                 confirmed = [self._confirmed[plan.hash]] if self._held else []
                 if self.measured:
                     self.measured.add(key, [found, *confirmed])
+                    self.measured.add([key, "times"], [self.times[plan.hash]])
             outcome.append(_agrees(found))
         return found
 

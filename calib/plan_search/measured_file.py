@@ -8,13 +8,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...compile.steps import sources_hash
 from ...graphs.errors import DataError
 from ...graphs.fields import from_json, read_json
 from ...graphs.files import write_file
-from .agreement import Agreement
+
+Measured = TypeVar("Measured")
 
 FOUND = "It is written anew"
 
@@ -34,18 +35,18 @@ class MeasuredFile:
             data = read_json(file, DataError, FOUND) if file.is_file() else {}
             self._known = data if isinstance(data, dict) else {}
 
-    def find(self, key: Any) -> list[Agreement] | None:
-        """Return what was measured under ``key``, if anything was."""
+    def find(self, key: Any, kind: type[Measured]) -> list[Measured] | None:
+        """Return what was measured under ``key``, a dataclass ``kind`` each, if anything was."""
         noted = self._known.get(self._digest(key))
         if not isinstance(noted, list) or not noted:
             return None
         with contextlib.suppress(DataError):
-            return [from_json(Agreement, item, DataError, FOUND) for item in noted]
+            return [from_json(kind, item, DataError, FOUND) for item in noted]
         return None
 
-    def add(self, key: Any, found: Sequence[Agreement]) -> None:
+    def add(self, key: Any, found: Sequence[Any]) -> None:
         """Keep what was measured under ``key``."""
-        self._known[self._digest(key)] = [asdict(agreement) for agreement in found]
+        self._known[self._digest(key)] = [asdict(measured) for measured in found]
         with contextlib.suppress(OSError):
             write_file(self.file, json.dumps(self._known))
 

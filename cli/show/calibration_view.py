@@ -89,14 +89,18 @@ def _candidates(choice: Any) -> Table:
             str(one["t"]),
             "" if one["keep"] is None else str(one["keep"]),
             str(one["e"]),
-            f"{100 * one['cost']:.1f} %",
-            f"{100 * one['second']:.0f} %" if "second" in one else "",
+            f"{100 * one['cost']:.1f} %{_ms(one, 'first_ms')}",
+            f"{100 * one['second']:.0f} %{_ms(one, 'second_ms')}" if "second" in one else "",
             _agreement(one["measured"]["tokens"]),
             _agreement(held["tokens"]) if held else "",
             one["verdict"],
             style="bold" if number == choice["chosen"] else None,
         )
     return table
+
+
+def _ms(one: Any, name: str) -> str:
+    return f", {one[name]:.1f} ms" if name in one else ""
 
 
 def _agreement(tokens: Any) -> str:

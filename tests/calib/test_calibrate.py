@@ -16,6 +16,7 @@ from visistage.calib import calibrate as pipeline
 from visistage.calib.page.warnings import calibration_warnings
 from visistage.calib.plan_search import chooser as choosing
 from visistage.calib.plan_search import measure_plans as bundles
+from visistage.calib.plan_search.agreement import Agreement
 from visistage.calib.plan_search.dynamics import Dynamics, PromptReading
 from visistage.calib.plan_search.measure_plans import Origin, PlanBundles, text_blind_plans
 from visistage.calib.plan_search.measured_file import MeasuredFile
@@ -120,6 +121,8 @@ def test_the_choice_was_measured_on_some_and_confirmed_on_others(chosen):
     assert choice["samples"]["held_out"] >= 1
     assert 1 <= len(choice["candidates"]) <= 2
     taken = choice["candidates"][choice["chosen"]]
+    assert taken["first_ms"] > 0
+    assert {"first_ms", "second_ms"} == {*choice["dense"]}
     assert taken["cost"] <= 0.9
     assert taken["held_out"]["prompts"] == choice["samples"]["held_out"]
     assert chosen["plan"] == choice["plan"]
@@ -149,7 +152,7 @@ def test_what_was_measured_outlives_a_run_that_ends_early(folder, tmp_path, monk
         found.append((measuring.measure(dense), measuring.confirm(dense)))
     assert found[0] == found[1]
     (tmp_path / "measured.json").write_text("[")
-    assert MeasuredFile(tmp_path / "measured.json", []).find("x") is None
+    assert MeasuredFile(tmp_path / "measured.json", []).find("x", Agreement) is None
 
 
 def _not_again(*_args, **_options):
