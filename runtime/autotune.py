@@ -139,7 +139,8 @@ def choose_threads(bundle: Bundle, engine: str, load: Callable[[int], Backend]) 
 def choose_fused_prefill(bundle: Bundle, executor: Backend) -> FusedPrefillNote | None:
     """Return what was measured here before, or is now; None where there is nothing to choose."""
     manifest = bundle.manifest
-    if executor.device_name is None or manifest.plan.stages[0].gated_layers:
+    first = manifest.plan.stages[0]
+    if executor.device_name is None or first.gated_layers or not first.visual_tokens:
         return None
 
     def measure() -> dict[str, Any]:

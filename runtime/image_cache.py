@@ -54,6 +54,8 @@ class CachedPrefix:
         stages: the slots from there on, by stage.
         rows: (1, n, D), as the last of these stages left them; None where no stage follows.
         readings: what the edge behind it reads of them, (1, n, ...) each.
+        order, visual: (n,) of these rows, as in ``HeldSlots``; those of the last stage's slots,
+            unless visual rows passed it by.
         positions: (n,) int32 of these rows.
         inject: what later stages add to those of them that are visual, by layer.
     """
@@ -61,6 +63,8 @@ class CachedPrefix:
     begin: int
     stages: tuple[HeldSlots, ...]
     rows: Rows | None
+    order: np.ndarray
+    visual: np.ndarray
     positions: np.ndarray
     readings: Mapping[str, Any] = field(default_factory=dict)
     inject: Mapping[int, Rows] = field(default_factory=dict)
@@ -69,23 +73,26 @@ class CachedPrefix:
     def nbytes(self) -> int:
         """Bytes this takes in the cache."""
         rows = 0 if self.rows is None else self.rows.nbytes
-        rows += sum(values.nbytes for values in (*self.readings.values(), *self.inject.values()))
-        return rows + self.positions.nbytes + sum(held.nbytes for held in self.stages)
+        added = (*self.readings.values(), *self.inject.values())
+        rows += sum(values.nbytes for values in added)
+        rows += sum(array.nbytes for array in (self.order, self.visual, self.positions))
+        return rows + sum(held.nbytes for held in self.stages)
 
     def parts(self) -> list[PrefilledPart]:
         """Return the rows that the next stage needs, in runs of one kind."""
         if self.rows is None:
             return []
-        last = self.stages[-1]
-        cuts = [0, *(np.flatnonzero(np.diff(last.visual)) + 1), len(last.visual)]
+        # Slots that a selection will look up; of rows that passed by, any.
+        begin = self.begin
+        cuts = [0, *(np.flatnonzero(np.diff(self.visual)) + 1), len(self.visual)]
         return [
             PrefilledPart(
                 AppendedRows(
-                    bool(last.visual[start]),
+                    bool(self.visual[start]),
                     None,
                     self.positions[None, start:stop],
-                    last.order[None, start:stop],
-                    self._injected(last.visual, start, stop),
+                    self.order[None, start:stop],
+                    self._injected(start, stop),
                 ),
                 StageResult(
                     self.rows[:, start:stop],
@@ -93,13 +100,15 @@ class CachedPrefix:
                     None,
                     {name: values[:, start:stop] for name, values in self.readings.items()},
                 ),
-                self.begin + int(start),
+                begin + int(start),
+                begin + int(stop),
             )
             for start, stop in pairwise(cuts)
         ]
 
-    def _injected(self, visual: np.ndarray, start: int, stop: int) -> dict[int, Rows]:
+    def _injected(self, start: int, stop: int) -> dict[int, Rows]:
         """Return what is added to the visual rows among [start, stop)."""
+        visual = self.visual
         own = slice(int(visual[:start].sum()), int(visual[:stop].sum()))
         return {layer: rows[:, own] for layer, rows in self.inject.items()} if visual[start] else {}
 

@@ -60,7 +60,7 @@ class ImageLayout:
         span: positions that an image takes.
         tokens: N of an image.
         layers: of each stage that is blind to the question.
-        visual: visual rows in each of them.
+        visual: visual rows in each of them; the most of them entered.
         shape: G and d of a layer's cache, and D of a row.
         cache_dtype, rows_dtype: types of caches and rows.
         last: whether no stage follows.
@@ -84,8 +84,8 @@ class ImageLayout:
         """Return the tensors of a file, in their order."""
         groups, width, hidden = self.shape
         found: dict[str, tuple[str, tuple[int, ...]]] = {
-            "visual_rows": (self.rows_dtype, (1, self.visual[0], hidden)),
-            "patches": ("int32", (self.visual[0],)),
+            "visual_rows": (self.rows_dtype, (1, max(self.visual), hidden)),
+            "patches": ("int32", (max(self.visual),)),
         }
         for stage, (layers, visual) in enumerate(zip(self.layers, self.visual, strict=True)):
             count = self.text + visual
@@ -98,14 +98,15 @@ class ImageLayout:
             found["rows"] = (self.rows_dtype, (1, count, hidden))
             found["positions"] = ("int32", (count,))
         for layer in self.inject:
-            found[inject_name(layer)] = (self.rows_dtype, (1, self.visual[0], hidden))
+            found[inject_name(layer)] = (self.rows_dtype, (1, max(self.visual), hidden))
         return found
 
     def injected_later(
         self, inject: Mapping[int, np.ndarray], stages: Sequence[HeldSlots]
     ) -> dict[int, np.ndarray]:
         """Return what later stages add to the rows that the last of these ``stages`` left."""
-        entered, left = (held.order[held.visual][None] for held in (stages[0], stages[-1]))
+        first = stages[self.visual.index(max(self.visual))]
+        entered, left = (held.order[held.visual][None] for held in (first, stages[-1]))
         index = places_in(entered, left)[0]
         later = [layer for layer in inject if layer >= self.layers[-1][1]]
         return {layer: inject[layer][:, index] for layer in later}
@@ -214,9 +215,13 @@ def read_image(file: Path, layout: ImageLayout) -> tuple[str, Encoded, CachedPre
     if not all(np.isfinite(a).all() for a in arrays.values() if a.dtype.kind == "f"):
         _refuse(file, "holds numbers that are not finite")
     positions = arrays.get("positions", np.zeros(0, np.int32))
+    of_rows = (np.zeros(0, np.int32), np.zeros(0, bool))
+    if not layout.last:
+        of_rows = stages[-1].order, stages[-1].visual
     inject = injected_of(arrays)
     later = layout.injected_later(inject, stages)
-    cached = CachedPrefix(layout.begin, tuple(stages), arrays.get("rows"), positions, inject=later)
+    rows = arrays.get("rows")
+    cached = CachedPrefix(layout.begin, tuple(stages), rows, *of_rows, positions, inject=later)
     patches = arrays["patches"]
     if patches.min() < -1 or patches.max() >= layout.tokens or (np.diff(patches) <= 0).any():
         _refuse(file, f"has rows of patches that an image of {layout.tokens} has not")

@@ -89,10 +89,10 @@ class Context:
         return sum(len(part) for part in parts if not isinstance(part, PromptImage))
 
     def entered(self, parts: Sequence[PromptPart]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return of each image of the prompt that stage 0 holds the positions of its rows, and the
-        patches that they stand for (``Encoded``).
+        """Return of each image of the prompt that the stages hold the positions of its rows, and
+        the patches that they stand for (``Encoded``).
         """
-        slots, out = self.chain.slots[0], []
+        slots, out = self.chain.slots[self.chain.plan.entry_stage], []
         visual = np.sort(slots.order[0, slots.visual[0]])
         for index in _images(parts):
             part, first = parts[index], self.positions_of(parts[:index])
@@ -286,23 +286,28 @@ class Context:
         held = []
         for stage, (start, stop) in enumerate(pending.spans):
             slots = self.chain.slots[stage]
-            order, visual = slots.order[0, start:stop], slots.visual[0, start:stop]
             caches = self.executor.snapshot(stage, start, stop) if stop > start else {}
-            held.append(HeldSlots(order.copy(), visual.copy(), caches))
-        rows, positions, readings, inject = None, np.zeros(0, np.int32), {}, {}
+            places, kinds = slots.order[0, start:stop], slots.visual[0, start:stop]
+            held.append(HeldSlots(places.copy(), kinds.copy(), caches))
+        rows, readings, inject = None, {}, {}
+        order, visual, positions = np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.int32)
         if pending.parts:
-            positions = np.concatenate([part.segment.positions[0] for part in pending.parts])
+            segments = [part.segment for part in pending.parts]
+            order = np.concatenate([segment.order[0] for segment in segments])
+            visual = np.repeat([s.visual for s in segments], [s.count for s in segments])
+            positions = np.concatenate([segment.positions[0] for segment in segments])
             results = [part.result for part in pending.parts]
             rows = self._joined([result.rows for result in results])
             readings = {
                 name: self._joined([result.readings[name] for result in results])
                 for name in results[0].readings
             }
-            seen = [part.segment.inject for part in pending.parts if part.segment.visual]
+            seen = [segment.inject for segment in segments if segment.visual]
             first = self.chain.plan.stages[len(pending.spans)].layers[0]
             later = [layer for layer in (seen[0] if seen else ()) if layer >= first]
             inject = {layer: self._joined([own[layer] for own in seen]) for layer in later}
-        return CachedPrefix(pending.begin, tuple(held), rows, positions, readings, inject)
+        of_rows = order, visual, positions
+        return CachedPrefix(pending.begin, tuple(held), rows, *of_rows, readings, inject)
 
     def _joined(self, parts: Sequence[Any]) -> Any:
         """Return one copy: a slice of a call's result would keep all of it alive."""
@@ -314,7 +319,7 @@ class Context:
         visual = visual_rows(self.chain.plan, len(_images(parts)))
         text = begin + self.text_rows_of(parts)
         slots = self.chain.slots[stage]
-        extra = visual[stage] + text if stage else self.chain.plan.entering
+        extra = visual[stage] + text if stage else self.chain.plan.stages[0].visual_tokens
         slots.shrink(self.executor.trim_slots(stage, slots.used, slots.used + extra))
 
     def _map_prefix(self, bundle: Bundle) -> list[dict[str, np.ndarray]]:
@@ -386,12 +391,12 @@ class Context:
 
 def visual_rows(plan: StagePlan, images: int) -> list[int]:
     """Return the most visual rows that each stage may hold of a prompt with so many images."""
-    counts = [plan.entering * images]
-    for stage, edge in zip(plan.stages[1:], plan.edges, strict=True):
-        if edge.op == "select":
-            counts.append(min(counts[-1], stage.visual_tokens))
-        else:
-            counts.append(0 if edge.op == "drop" else counts[-1])
+    counts, arriving = [], plan.entering * images
+    for index, stage in enumerate(plan.stages):
+        edge = plan.edges[index - 1] if index else None
+        if edge is not None and edge.op in ("select", "drop"):
+            arriving = min(arriving, edge.keep or 0)
+        counts.append(arriving if stage.visual_tokens else 0)
     return counts
 
 

@@ -83,6 +83,7 @@ class PromptState:
         self._answer = answer
         self._calls: list[_Call] = []
         self._selected: AppendedRows | None = None
+        self._passing: list[AppendedRows] = []  # visual rows that the stage is not for
 
     @property
     def sees(self) -> bool:
@@ -95,7 +96,12 @@ class PromptState:
         return 0 if self._answer is None else self._answer.count
 
     def enter(self, plan: StagePlan, stage: int, head: Head) -> None:
-        """Lay out the calls and slots of a stage."""
+        """Lay out the calls and slots of a stage; visual rows may pass it by."""
+        self._passing = []
+        if not plan.stages[stage].visual_tokens:
+            self._passing = [part for parts in self._parts for part in parts if part.visual]
+            texts = [[part for part in parts if not part.visual] for parts in self._parts]
+            self._parts = [parts for parts in texts if parts]
         calls = [(parts, False) for parts in self._parts]
         if self._answer is not None:
             calls.append(([self._answer], True))
@@ -248,7 +254,7 @@ class PromptState:
 
     def _passed(self, visual: bool) -> list[AppendedRows]:
         """Return the prompt's segments of one kind as they are now."""
-        return [
+        return (self._passing if visual else []) + [
             replace(segment, rows=rows)
             for call in self._calls
             if not call.is_answer

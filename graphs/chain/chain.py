@@ -9,6 +9,9 @@ module owns positions, orders, slots and gates. One prefill reads:
     edge 1     vision leaves
     stage 2    text rows
 
+Visual rows that arrive at a stage without visual tokens pass it by: nothing is called for them,
+they take no slots, and go on as they were.
+
 Source: docs/design.md, "Append rows" and "Text-blind layers"; gates: docs/methods.md, "Gated and
 renormalised masks".
 """
@@ -51,16 +54,14 @@ class AppendedRows:
 
 @dataclass(frozen=True)
 class PrefilledPart:
-    """A part of a prompt after a stage: its rows, their result, and the first slot they took."""
+    """A part of a prompt after a stage: its rows, their result, and the slots [start, end) that
+    they took, none where they passed by.
+    """
 
     segment: AppendedRows
     result: StageResult
     start: int
-
-    @property
-    def end(self) -> int:
-        """The first slot after it."""
-        return self.start + self.segment.count
+    end: int
 
     @property
     def leaving(self) -> AppendedRows:
@@ -117,7 +118,7 @@ class Prefilled:
     """Facts known once a prompt has gone through every stage.
 
     kept: for each selection that took place, the orders (B, K) of the rows it left.
-    visual_tokens: for each stage, the visual rows that went through it, padding included. Where the
+    visual_tokens: for each stage, the visual rows that it took, padding included. Where the
     plan decides per prompt and there was something to decide on: decision, and the stage after
     which its selection took place.
     """
@@ -173,19 +174,29 @@ class Chain:
         ``padded``: with the padding that the executor wants, for a call that ends in a question.
         Of each part's result, ``queries`` and ``logits`` are those of the call's last row.
         """
-        count = sum(part.count for part in parts)
-        padding = self.padding(stage, count) if padded else 0
-        whole, start = self._append(stage, parts, padding)
-        if len(parts) == 1:
-            return [PrefilledPart(parts[0], whole, start)]
+        running = [part for part in parts if not self._passes(stage, part)]
+        whole, start = None, self.slots[stage].used
+        if running:
+            count = sum(part.count for part in running)
+            padding = self.padding(stage, count) if padded else 0
+            whole, start = self._append(stage, running, padding)
         done, at = [], 0
         for part in parts:
-            own = slice(at, at + part.count)
-            readings = {name: values[:, own] for name, values in whole.readings.items()}
-            result = whole._replace(rows=whole.rows[:, own], readings=readings)
-            done.append(PrefilledPart(part, result, start + at))
-            at += part.count
+            if whole is None or self._passes(stage, part):
+                result, count = StageResult(part.rows, None, None), 0
+            else:
+                result, count = whole, part.count
+                if len(running) > 1:
+                    own = slice(at, at + count)
+                    readings = {name: values[:, own] for name, values in whole.readings.items()}
+                    result = whole._replace(rows=whole.rows[:, own], readings=readings)
+            done.append(PrefilledPart(part, result, start + at, start + at + count))
+            at += count
         return done
+
+    def _passes(self, stage: int, part: AppendedRows) -> bool:
+        """Return whether a part passes a stage by."""
+        return part.visual and not self.plan.stages[stage].visual_tokens
 
     def cross(
         self,
@@ -221,7 +232,7 @@ class Chain:
             done.decision = Decision(self.plan.probe)
         for index in range(stage, len(self.plan.edges)):
             parts = self.cross(index, parts, done)
-            seen.append(sum(part.segment.count for part in parts if part.segment.visual))
+            seen.append(sum(part.end - part.start for part in parts if part.segment.visual))
         done.logits = parts[-1].result.logits
         return done
 
@@ -282,6 +293,8 @@ class Chain:
         if not seen or op == "drop":
             return None
         visual = self._joined(stage + 1, [part.leaving for part in seen])
+        if op == "carry":
+            return visual
         slots = _slot_numbers([(part.start, part.segment.count) for part in seen], self.batch)
         queries, query_order = parts[-1].result.queries, parts[-1].segment.order[:, -1]
         if op == "probe":

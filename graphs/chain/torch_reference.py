@@ -40,7 +40,9 @@ class ChainResult:
     logits: (B, V) of the last prompt row. kept: per sample, the absolute positions of the visual
     tokens left by the last selection (all of them where nothing was selected). trigger, exit: last
     layer with all visual tokens, last layer with any; one for each sample where the plan decides
-    per prompt and the batch has several. tokens: (B, max_new_tokens) greedy.
+    per prompt and the batch has several. tokens: (B, max_new_tokens) greedy; step_logits: (B,
+    max_new_tokens, V), those that each was chosen by. kept_at_edges: per sample, as kept, of each
+    selection that took place, in their order.
     """
 
     logits: Tensor
@@ -48,6 +50,8 @@ class ChainResult:
     trigger: int | list[int]
     exit: int | list[int]
     tokens: Tensor
+    step_logits: Tensor
+    kept_at_edges: list[list[list[int]]]
 
 
 class TorchExecutor:
@@ -213,20 +217,23 @@ def run(
     inject = injected_rows(weights, config, text, features)
     whole = segments(embeds, spans, places, inject)
     done = chain.prefill(whole)
-    tokens, logits = [], done.logits
+    tokens, logits, chosen_by = [], done.logits, []
     following = whole[-1].order[:, -1:] + 1
     for step in range(max_new_tokens):
         tokens.append(logits.argmax(-1))
+        chosen_by.append(logits)
         if step + 1 < max_new_tokens:
             at = following + step
             logits = chain.decode(AppendedRows(False, executor.embed(tokens[-1][:, None]), at, at))
+    at_edges = [[_seen(kept[sample]) for kept in done.kept] for sample in range(batch)]
     kept = [
-        _kept(done.kept[-1][sample] if done.kept else None, spans[sample], places[sample])
-        for sample in range(batch)
+        edges[-1] if edges else _all_visual(*own)
+        for edges, own in zip(at_edges, zip(spans, places, strict=True), strict=True)
     ]
     answers = torch.stack(tokens, 1) if tokens else torch.zeros((batch, 0), dtype=torch.long)
+    steps = torch.stack(chosen_by, 1) if tokens else logits.new_zeros((batch, 0, logits.shape[1]))
     trigger, exit_ = last_layers(plan, done)
-    return ChainResult(done.logits, kept, trigger, exit_, answers)
+    return ChainResult(done.logits, kept, trigger, exit_, answers, steps, at_edges)
 
 
 def _text_config(config: Mapping) -> TextConfig:
@@ -253,6 +260,8 @@ def _one_by_one(
         [result.trigger for result in results],  # type: ignore[misc]
         [result.exit for result in results],  # type: ignore[misc]
         torch.cat([result.tokens for result in results]),
+        torch.cat([result.step_logits for result in results]),
+        [result.kept_at_edges[0] for result in results],
     )
 
 
@@ -323,9 +332,13 @@ def _places(
     return np.where(enters, places, -1)
 
 
-def _kept(order: np.ndarray | None, spans: Sequence[Span], places: np.ndarray) -> list[int]:
-    if order is None:
-        return [int(at) for start, stop in spans for at in places[start:stop] if at >= 0]
+def _all_visual(spans: Sequence[Span], places: np.ndarray) -> list[int]:
+    """Return the places of all visual rows that entered."""
+    return [int(at) for start, stop in spans for at in places[start:stop] if at >= 0]
+
+
+def _seen(order: np.ndarray) -> list[int]:
+    """Return the orders (K,) of rows that are no padding."""
     return [int(at) for at in order if at != INVISIBLE]
 
 

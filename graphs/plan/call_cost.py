@@ -180,8 +180,11 @@ def question_calls(
     calls = []
     visual = min(visual, plan.entering)
     if visual and not cached:
-        calls += [GraphCall(VISION, 0, 0), GraphCall("stage0", visual, slots(0, prefix + visual))]
-    held = prefix + visual + text
+        calls.append(GraphCall(VISION, 0, 0))
+    first = min(visual, plan.stages[0].visual_tokens)
+    if first and not cached:
+        calls.append(GraphCall("stage0", first, slots(0, prefix + first)))
+    held = prefix + first + text
     calls.append(GraphCall("stage0", text, slots(0, held)))
     known = plan.blind_stages if cached else 0  # stages that hold the image's rows already
     for index, edge in enumerate(plan.edges):

@@ -22,8 +22,9 @@ LATER = {
     "absent": "Absent vision is a stage with visual_tokens: 0.",
     **{
         word: f"{word} is planned, but not supported yet."
-        for word in ("frozen", "attn_frozen", "mlp_frozen", "cross", "inject")
+        for word in ("frozen", "attn_frozen", "mlp_frozen", "cross")
     },
+    "inject": "Visual rows that come in late pass earlier stages by: visual_tokens: 0, op: carry.",
 }
 """Modes and operations that this version does not run, and what to say of them."""
 
@@ -72,8 +73,8 @@ def check_entry(entry: Entry, visual_tokens: int) -> None:
         wanted = f"renumbered, as not every row of {entry.selector} has a place of its own"
         fits = entry.positions == "renumbered"
         require(fits, "entry.positions", entry.positions, wanted, "Write renumbered.")
-    fix = "Late injection is not supported yet."
-    require(is_int(entry.layer) and entry.layer == 0, "entry.layer", entry.layer, "0", fix)
+    fix = "Write the first layer that sees an image."
+    require(is_count(entry.layer, 0), "entry.layer", entry.layer, "an integer >= 0", fix)
 
 
 def check_stage(at: str, stage: Stage, start: int, first: bool) -> None:
@@ -98,8 +99,9 @@ def check_stage(at: str, stage: Stage, start: int, first: bool) -> None:
         # One call carries visual and text rows together there, and a gate cannot tell them
         # apart: it holds for a call. With 0 visual tokens there is nothing to gate at all.
         fix = "Write dense; the text-blind layers come before the first edge."
-        fits = mode == "dense" or first
-        require(fits, field, mode, "dense in every stage after the first", fix)
+        fits = mode == "dense" or (first and tokens > 0)
+        wanted = "dense in every stage after the first, and where vision passes by"
+        require(fits, field, mode, wanted, fix)
     check_word(f"{at}.norm", stage.norm, NORMS, PlanError, "Write one of them.")
     if stage.norm == "renorm":
         fits = bool(stage.gated_layers)
@@ -111,12 +113,25 @@ def check_stage(at: str, stage: Stage, start: int, first: bool) -> None:
             require(False, field, "sink", wanted, "Write text_blind_novv.")
 
 
-def check_edge(index: int, edge: Edge, before: Stage, after: Stage, probing: bool) -> None:
-    """Refuse an edge that does not fit the stages on its sides; ``probing``: the plan decides."""
+def check_edge(
+    index: int, edge: Edge, before: Stage, after: Stage, arriving: int, probing: bool
+) -> None:
+    """Refuse an edge that does not fit the stages on its sides.
+
+    ``arriving``: visual tokens that come to the stage before, whether it takes them or not;
+    ``probing``: the plan decides.
+    """
     at, after_field = f"edges[{index}]", f"stages[{index + 1}].visual_tokens"
     check_word(f"{at}.op", edge.op, OPS, PlanError, "Write one of them.", LATER)
     wanted = "no edge after the vision has left"
-    require(before.visual_tokens > 0, f"{at}.op", edge.op, wanted, "Merge the two stages.")
+    require(arriving > 0, f"{at}.op", edge.op, wanted, "Merge the two stages.")
+    if edge.op == "carry":
+        wanted = "a stage with visual tokens on one of its sides"
+        fits = before.visual_tokens > 0 or after.visual_tokens > 0
+        require(fits, f"{at}.op", edge.op, wanted, "Merge the two stages.")
+    else:
+        wanted = "carry, as the visual tokens pass the stage before by"
+        require(before.visual_tokens > 0, f"{at}.op", edge.op, wanted, "Move the edge.")
     if edge.op == "select":
         limit = min(before.visual_tokens, MAX_KEEP)
         scores = tuple(EDGE_SELECTORS)
@@ -130,9 +145,12 @@ def check_edge(index: int, edge: Edge, before: Stage, after: Stage, probing: boo
             value = getattr(edge, key)
             require(value is None, f"{at}.{key}", value, f"none at a {edge.op}", "Remove it.")
         # A prompt whose probe finds nothing takes all its visual tokens along.
-        left = 0 if edge.op == "drop" else before.visual_tokens
+        left = 0 if edge.op == "drop" else arriving
         wanted = f"{left} after the {edge.op} of {at}"
     fits = after.visual_tokens == left
+    if edge.op == "carry":
+        fits |= after.visual_tokens == 0
+        wanted += ", or 0 where they pass by"
     require(fits, after_field, after.visual_tokens, wanted, f"Write {left}.")
     if edge.op == "select" and not edge.question_blind:
         # Text rows attend to no visual token there, so every score would be zero.
@@ -145,7 +163,7 @@ def check_edge(index: int, edge: Edge, before: Stage, after: Stage, probing: boo
         wanted = "probe, as the plan decides per prompt"
     else:
         fix = "Add probe: with first, cosine and contribution, or write select or drop."
-        wanted = "select or drop in a plan without a probe"
+        wanted = "select, drop or carry in a plan without a probe"
     require((edge.op == "probe") == probing, f"{at}.op", edge.op, wanted, fix)
 
 

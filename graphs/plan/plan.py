@@ -2,7 +2,9 @@
 
     layers [0, 19): 576 visual tokens -- select 64 --> [19, 28): 64 -- drop --> [28, 32): 0
 
-An entry lets fewer than all visual tokens of an image into the first stage.
+An entry lets fewer than all visual tokens of an image in. They may come late, or pass stages by:
+
+    layers [0, 8): 0 -- carry --> [8, 24): 576 -- drop --> [24, 32): 0
 
 It knows nothing about weights, files or devices; ``compile/planfile.py`` reads and writes YAML,
 ``checks.py`` says what is wrong with its parts.
@@ -16,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from ..errors import PlanError
@@ -90,8 +93,8 @@ class StagePlan:
         fix = "Write that number, or an entry: {selector: scope, keep: K} with fewer."
         if self.entry is not None:
             wanted, fix = f"entry.keep={self.entry.keep}", "Write the same number twice."
-        fits = found == self.entering
-        require(fits, "stages[0].visual_tokens", found, wanted, fix)
+        late = found == 0 and self._carries(0)
+        require(found == self.entering or late, "stages[0].visual_tokens", found, wanted, fix)
 
     def _check_edges(self) -> None:
         found: Any = self.edges
@@ -100,13 +103,41 @@ class StagePlan:
         fits = _is_tuple_of(self.edges, Edge) and len(self.edges) == len(self.stages) - 1
         wanted = f"{len(self.stages) - 1}, one between each two stages"
         require(fits, "edges", found, wanted, "Add or remove an edge.")
-        for i, edge in enumerate(self.edges):
+        for i, (edge, arriving) in enumerate(zip(self.edges, self.arriving, strict=False)):
             before, after = self.stages[i : i + 2]
-            check_edge(i, edge, before, after, probing=self.probe is not None)
+            check_edge(i, edge, before, after, arriving, probing=self.probe is not None)
+        if self.edges:
+            fits = self.arriving[-1] == self.stages[-1].visual_tokens
+            wanted = "drop, as no later stage takes what is carried"
+            at = f"edges[{len(self.edges) - 1}].op"
+            require(fits, at, self.edges[-1].op, wanted, "Write drop.")
+        if self.entry is not None:
+            layer = self.stages[self.entry_stage].layers[0]
+            wanted = f"{layer}, where the first stage with visual tokens begins"
+            fits = self.entry.layer == layer
+            require(fits, "entry.layer", self.entry.layer, wanted, "Write the same number twice.")
         if self.probe is not None:
             wanted, fix = "none in a plan without edges", "Add an edge, or remove it."
             require(len(self.edges) > 0, "probe", Words("one"), wanted, fix)
             check_probe(self.probe, self.stages[0])
+
+    def _carries(self, index: int) -> bool:
+        edges = self.edges if isinstance(self.edges, tuple) else ()
+        return index < len(edges) and isinstance(edges[index], Edge) and edges[index].op == "carry"
+
+    @cached_property
+    def arriving(self) -> tuple[int, ...]:
+        """Visual tokens that come to each stage: it takes them all, or none and they pass it by."""
+        counts = [self.entering]
+        for edge in self.edges:
+            kept = {"select": edge.keep or 0, "drop": 0}
+            counts.append(kept.get(edge.op, counts[-1]))
+        return tuple(counts)
+
+    @property
+    def entry_stage(self) -> int:
+        """The first stage that takes visual tokens."""
+        return next(i for i, stage in enumerate(self.stages) if stage.visual_tokens)
 
     @property
     def kind(self) -> Literal["static", "exact", "adaptive"]:
@@ -119,7 +150,7 @@ class StagePlan:
 
     @property
     def entering(self) -> int:
-        """Visual tokens of one image that enter stage 0: all N, or what the entry keeps."""
+        """Visual tokens of one image that enter the decoder: all N, or what the entry keeps."""
         return self.visual_tokens if self.entry is None else self.entry.keep
 
     @property
@@ -135,7 +166,11 @@ class StagePlan:
 
         None where every prompt has its own.
         """
-        return None if self.probe else self.stages[0].layers[1] - 1
+        if self.probe:
+            return None
+        cut = next((i for i, edge in enumerate(self.edges) if edge.op in ("select", "drop")), None)
+        whole = self.stages if cut is None else self.stages[: cut + 1]
+        return max(stage.layers[1] for stage in whole if stage.visual_tokens) - 1
 
     @property
     def exit(self) -> int | None:
@@ -164,11 +199,12 @@ class StagePlan:
     def blind_stages_of(self, images: int) -> int:
         """Return the leading stages whose rows up to any of so many images no later row changes.
 
-        A selection is among the rows of all images of a prompt, so with several it ends them.
+        A selection is among the rows of all images of a prompt, so with several it ends them; so
+        does a carry, behind which the rows of all images stand together.
         """
         count = 1
         for edge in self.edges:
-            if not edge.question_blind or (edge.op == "select" and images > 1):
+            if not edge.question_blind or (edge.op != "drop" and images > 1):
                 break
             count += 1
         return count

@@ -34,8 +34,9 @@ Mode = Literal["dense", "text_blind", "text_blind_novv", "sink", "sink_half"]
 Norm = Literal["gated", "renorm"]
 """``gated``: removed after the softmax, its mass is lost; ``renorm``: masked before the softmax."""
 
-Op = Literal["select", "drop", "probe"]
-"""The operation of an edge: keep K tokens, keep none, or whatever the plan's ``Probe`` finds."""
+Op = Literal["select", "drop", "probe", "carry"]
+"""The operation of an edge: keep K tokens, keep none, or whatever the plan's ``Probe`` finds; or
+take all of them along, be it into a stage that they pass by."""
 
 Positions = Literal["original", "renumbered"]
 """Positions of rows that enter: those of the patches they stand for, as if the others were still
@@ -52,7 +53,8 @@ class Stage:
     """A contiguous range of layers with one visual-token count; checked by the plan it is in."""
 
     layers: tuple[int, int]  # [start, stop)
-    visual_tokens: int  # per image in stage 0, per prompt after a selection
+    # Per image, after a selection per prompt. 0: there are none, or they pass the stage by.
+    visual_tokens: int
     modes: tuple[Mode, ...]  # one per layer
     norm: Norm = "gated"
 
@@ -83,20 +85,24 @@ class Entry:
     """
 
     selector: str  # a name of ``selectors.registry.ENTRY_SELECTORS``
-    keep: int  # K0, visual tokens of stage 0
+    keep: int  # K0, visual tokens that enter
     positions: Positions = "original"
-    layer: int = 0  # late injection is not supported yet
+    layer: int = 0  # the first layer that sees them
 
     @property
     def text(self) -> str:
-        """The short form, as presets take it: ``scope-64``."""
+        """The short form, as presets take it: ``scope-64``, or ``scope-64-at8``."""
         closed = "-renumbered" if self.positions == "renumbered" else ""
-        return f"{self.selector}-{self.keep}{closed}"
+        late = f"-at{self.layer}" if self.layer else ""
+        return f"{self.selector}-{self.keep}{closed}{late}"
 
     def summary(self, visual_tokens: int) -> str:
         """Return what becomes of an image of so many visual tokens, in words."""
         closed = ", renumbered" if self.positions == "renumbered" else ""
-        return f"{self.keep} of {visual_tokens} visual tokens enter, by {self.selector}{closed}"
+        late = f" before layer {self.layer}" if self.layer else ""
+        return (
+            f"{self.keep} of {visual_tokens} visual tokens enter{late}, by {self.selector}{closed}"
+        )
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,9 @@ class Edge:
     @property
     def question_blind(self) -> bool:
         """True where the visual rows that go on are the same whatever is asked."""
-        return self.op == "drop" or (self.op == "select" and self.selector.question_blind)
+        if self.op == "select":
+            return self.selector.question_blind
+        return self.op != "probe"
 
     @property
     def selector(self) -> EdgeSelector:

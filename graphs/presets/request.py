@@ -54,7 +54,8 @@ class Preset:
         default=None,
         kw_only=True,
         metadata={
-            "text": "selector and count of what enters of an image, such as scope-64 (all of it)"
+            "text": "selector and count of what enters of an image, such as scope-64, or "
+            "scope-64-at8 where layer 8 is the first to see it (all of it)"
         },
     )
 
@@ -96,28 +97,33 @@ class Request:
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens that enter stage 0: all that a preset's edges have to do with."""
+        """Visual tokens that enter: all that a preset's edges have to do with."""
         return self.offered if self.entry is None else self.entry.keep
 
     @cached_property
     def entry(self) -> Entry | None:
-        """The entry that was asked for by ``scope-64`` or ``scope-64-renumbered``."""
+        """The entry that was asked for by ``scope-64``, ``scope-64-renumbered`` or
+        ``scope-64-at8``.
+        """
         text = self.preset.entry
         if text is None:
             return None
-        selector, _, rest = text.partition("-")
+        chosen, at, layer = text.partition("-at")
+        selector, _, rest = chosen.partition("-")
         keep, _, positions = rest.partition("-")
         fits = selector in ENTRY_SELECTORS and positions in ("", *POSITIONS)
-        count = int(keep) if keep.isdecimal() and len(keep) < 10 else 0
+        count, late = _count(keep), _count(layer)
+        fits &= not at or 1 <= late < self.layers
         if not fits or not 1 <= count <= self.offered:
             names = ", ".join(ENTRY_SELECTORS)
             self.reject(
                 "entry",
                 text,
                 f"a selector ({names}) and 1 to {self.offered} tokens, such as scope-64 or "
-                "scope-64-renumbered",
+                "scope-64-renumbered, and behind it perhaps the first layer that sees them, "
+                f"from 1 to {self.layers - 1}, such as scope-64-at8",
             )
-        return Entry(selector, count, positions or "original")  # type: ignore[arg-type]
+        return Entry(selector, count, positions or "original", late)  # type: ignore[arg-type]
 
     def option(self, name: str, default: Any) -> Any:
         """Return the value of an option, or its default here."""
@@ -173,19 +179,32 @@ class Request:
         """Return a plan from (stop layer, visual tokens) of each stage.
 
         ``shallow`` are the modes of its first layers; the others are dense. ``more``: other fields
-        of the plan.
+        of the plan. Where the entry is late, stages before it see no visual tokens.
         """
+        entry: Entry | None = more.setdefault("entry", self.entry)
+        late = 0 if entry is None else entry.layer
+        if entry is not None and late and (shallow or late >= counts[0][0]):
+            self.reject("entry", entry.text, self._too_late(counts[0][0], bool(shallow)))
         stages: list[Stage] = []
         edges: list[Edge] = []
         start = 0
-        for stop, count in counts:
+        for stop, count in [(late, 0), *counts] if late else counts:
             head = () if stages else shallow
             dense = repeat_mode("dense", stop - start - len(head))
-            if stages:
+            if stages and not stages[-1].visual_tokens:
+                edges.append(Edge("carry"))
+            elif stages:
                 edges.append(Edge("select", score, count) if count else Edge("drop"))
             stages.append(Stage((start, stop), count, head + dense, norm if head else "gated"))
             start = stop
-        return self._named(stages, edges, **more)
+        return self.staged(stages, edges, **more)
+
+    @staticmethod
+    def _too_late(cut: int, shallow: bool) -> str:
+        """Return what is expected of an entry before layer ``cut``, where fewer tokens go on."""
+        if shallow:
+            return "no layer, as the text-blind layers come first (shallow=false leaves them out)"
+        return f"a layer before {cut}, from which on fewer tokens are left"
 
     def probing(
         self,
@@ -198,6 +217,9 @@ class Request:
 
         ``ends`` are the last layers of all stages but the last; without a probe there is one stage.
         """
+        if self.entry is not None and self.entry.layer:
+            wanted = "no layer where the plan decides per prompt"
+            self.reject("entry", self.entry.text, wanted)
         stages: list[Stage] = []
         ends = ends if probe else ()
         for start, stop in pairwise([0, *(end + 1 for end in ends), self.layers]):
@@ -205,10 +227,10 @@ class Request:
             modes = head + repeat_mode("dense", stop - start - len(head))
             stages.append(Stage((start, stop), self.visual_tokens, modes))
         edges = [Edge("probe")] * len(ends)
-        return self._named(stages, edges, probe=probe, decode_sees_shallow_vision=decode_sees)
+        return self.staged(stages, edges, probe=probe, decode_sees_shallow_vision=decode_sees)
 
-    def _named(self, stages: list[Stage], edges: list[Edge], **more: Any) -> StagePlan:
-        """Return the plan, called after what was asked for."""
+    def staged(self, stages: list[Stage], edges: list[Edge], **more: Any) -> StagePlan:
+        """Return the plan of these stages, called after what was asked for."""
         given = self.preset.given().items()
         words = [self.preset.name, *(f"{name}{as_word(value)}" for name, value in given)]
         more.setdefault("entry", self.entry)
@@ -233,6 +255,11 @@ class Request:
         if not left and not given:
             return ""
         return f"{UNCALIBRATED}: {', '.join(left)}" if left else "chosen by hand, not calibrated"
+
+
+def _count(text: str) -> int:
+    """Return the number that a text spells, 0 where it spells none."""
+    return int(text) if text.isdecimal() and len(text) < 10 else 0
 
 
 def steps(low: int, high: int, most: int = 64) -> list[int]:

@@ -150,7 +150,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "inject": (
         {"edges": (Edge("inject"), DROP)},  # type: ignore[arg-type]
-        "edges[0].op: found 'inject', expected one of select, drop, probe. inject is planned",
+        "edges[0].op: found 'inject', expected one of select, drop, probe, carry. Visual rows that",
     ),
     "score": ({"edges": (replace(SELECT, score=None), DROP)}, "edges[0].score: found None"),
     "keep": (

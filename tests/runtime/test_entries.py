@@ -12,6 +12,7 @@ from visistage.tests.support.staged import Staged
 pytest.importorskip("onnxruntime")
 
 PLANS = ("scope:keep=6", "visionzip:keep=7", "fastv:k=3,r=0.5,entry=divprune-9", "random:keep=5")
+LATE = "exit-only:e=5,entry=scope-6-at3"
 NEW = 12
 
 
@@ -31,7 +32,7 @@ def ask(session, image, question="What is it?"):
 
 
 @pytest.mark.parametrize("target", ["cpu-portable", "openvino"])
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", [*PLANS, LATE])
 def test_every_lowering_answers_as_torch_does(checkpoint, bundles, plan, target):
     if target == "openvino":
         pytest.importorskip("openvino")

@@ -20,6 +20,7 @@ from visistage.tools.explain.explanation import explain
 PLANS = (
     *("dense", "visipruner:shallow=1,t=1,e=2,keep=4", "exit-only", "v2drop"),
     *("visionzip:keep=6", "visipruner:shallow=1,t=1,e=2,keep=4,entry=scope-8"),
+    "exit-only:e=2,entry=uniform-8-at1",
 )
 PRUNED = PLANS[1]
 QUESTION, OTHER = "What is this?", "And what is beside it, on the left?"

@@ -62,7 +62,12 @@ def rows_by_stage(session, ask):
     return result, counts
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "exit-only:entry=divprune-6", "fastv:entry=scope-8"])
+LATE = "dense:entry=uniform-9-at3"
+
+
+@pytest.mark.parametrize(
+    "name", [*PRESETS, "exit-only:entry=divprune-6", "fastv:entry=scope-8", LATE]
+)
 def test_questions_about_a_cached_image_are_answered_like_fresh_ones(name, bundles, checkpoint):
     """Q1, long Q2, Q1; another image in between; two in one prompt: torch, fresh, and cached.
 
@@ -116,13 +121,25 @@ def test_the_stages_behind_a_drop_hold_what_comes_before_an_image(bundles):
         assert_close(done.logits, wanted)
 
 
+def test_stages_that_an_image_passes_by_run_nothing_for_it(bundles):
+    with load(bundles(LATE).path) as session:
+        _, rows = rows_by_stage(session, lambda: session.infer(picture(1), Q1, max_tokens=1))
+        count = rows[0][0]
+        assert rows == {0: [count], 1: [9 + count]}
+        _, rows = rows_by_stage(session, lambda: session.infer(picture(1), Q1, max_tokens=1))
+        assert rows == {0: [count], 1: [count]}
+
+
 @pytest.mark.parametrize("device", [False, True])
-def test_prompts_with_text_between_images_go_on_where_they_part(bundles, monkeypatch, device):
+@pytest.mark.parametrize(("plan", "copies"), [("exit-only", 5), (LATE, 6)])
+def test_prompts_with_text_between_images_go_on_where_they_part(
+    bundles, monkeypatch, device, plan, copies
+):
     """From nothing, from the first image, from both, and from images that others pushed out."""
-    bundle = bundles("exit-only")
+    bundle = bundles(plan)
     if device:  # small engines: padding may not pile up in front of what is kept
         stand_in(monkeypatch)
-        bundle = write_engines(bundles("exit-only", target="rtx", contexts=(128,)))
+        bundle = write_engines(bundles(plan, target="rtx", contexts=(128,)))
     head = [*bundle.manifest.prefix.ids, 7, 8, 9]
     with load(bundle.path) as session, load(bundle.path, cache_bytes=0) as anew:
 
@@ -158,7 +175,7 @@ def test_prompts_with_text_between_images_go_on_where_they_part(bundles, monkeyp
             limit = 1e-2 if device else TOLERANCE
             error = np.abs(np.stack(found) - np.stack(wanted)).max()
             assert error <= limit * np.std(wanted)
-        assert len(kept) == 5
+        assert len(kept) == copies
         for cached in kept:
             assert all((held.order != INVISIBLE).all() for held in cached.stages)
 
@@ -286,7 +303,7 @@ def test_what_no_later_stage_needs_is_not_kept(bundles):
             config, plan = session.bundle.manifest.config, session.bundle.manifest.plan
             kv = 2 * config.text.kv_heads * config.text.head_dim * plan.stages[0].depth * 4
             slots = config.visual_tokens * (kv + 4 + 1)
-            rows = config.visual_tokens * (config.text.hidden * 4 + 4)
+            rows = config.visual_tokens * (config.text.hidden * 4 + 4 + 4 + 1)
             assert (cached.rows is None) == (name != "visipruner")
             assert cached.nbytes == slots + rows * (name == "visipruner")
             assert session.context.cached.nbytes == cached.nbytes
