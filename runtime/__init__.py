@@ -6,7 +6,7 @@
         image = session.open("photo.jpg")                   # computed once
         answer = session.infer(image, "How many people?", temperature=0.7, seed=1)
 
-These six names are the public API. Each is looked up on first use: importing this package loads
+These seven names are the public API. Each is looked up on first use: importing this package loads
 neither ONNX Runtime nor anything else.
 """
 
@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..graphs.errors import VisistageError
     from .answer import Answer
+    from .conversation import Conversation
     from .oneshot import infer
     from .session import Session, load
     from .text.sampling import Sampling
 
-__all__ = ["Answer", "Sampling", "Session", "VisistageError", "infer", "load"]
+__all__ = ["Answer", "Conversation", "Sampling", "Session", "VisistageError", "infer", "load"]
 
 _HOMES = {
     "Answer": ".answer",
+    "Conversation": ".conversation",
     "Sampling": ".text.sampling",
     "Session": ".session",
     "VisistageError": "..graphs.errors",

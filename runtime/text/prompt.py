@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -241,12 +242,25 @@ class PromptEncoder:
         heads = [
             self.encode(text, images=1).segments[0].ids for text in ("a", "Zu", "7", "猫", "-")
         ]
-        shared = 0
-        for column in zip(*heads, strict=False):
-            if len(set(column)) > 1:
-                break
-            shared += 1
-        return heads[0][:shared]
+        return _shared(heads)
+
+    def frame_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the ids before and behind a question without an image, the same for all."""
+        whole = [
+            tuple(id_ for part in self.encode(text, images=0).segments for id_ in part.ids)
+            for text in ("a", "Zu", "7", "猫", "-")
+        ]
+        before, behind = (_shared([ids[::step] for ids in whole]) for step in (1, -1))
+        return before, behind[::-1]
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a text as it is, without a template.
+
+        Raises:
+            PromptError: a control token in it.
+        """
+        self._check_control(text)
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _control_tokens(self) -> dict[int, str]:
         literals = self._template.literals
@@ -352,6 +366,12 @@ class PromptEncoder:
         if run:
             segments.append(Segment(tuple(run)))
         return tuple(segments)
+
+
+def _shared(many: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the ids that all of ``many`` begin with."""
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*many, strict=False))
+    return tuple(column[0] for column in same)
 
 
 # --- files ---------------------------------------------------------------------------------
