@@ -41,10 +41,11 @@ def rope(x, positions, theta):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
-def forward(weights, config, embeds, visual, method, probe=None, kept=None):
+def forward(weights, config, embeds, visual, method, probe=None, kept=None, added=None):
     """One sample. embeds: (S, D); visual: (S,) bool. Returns logits of the last row and kept rows.
 
-    ``probe`` is the row that selects (the prompt's last); ``kept`` fixes an earlier selection.
+    ``added``: by layer, (S, D) that are added to the rows at its input. ``probe`` is the row that
+    selects (the prompt's last); ``kept`` fixes an earlier selection.
     """
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
@@ -58,6 +59,8 @@ def forward(weights, config, embeds, visual, method, probe=None, kept=None):
             return weights[f"model.layers.{layer}.{name}.weight"]
 
         n = len(rows)
+        if added and layer in added:
+            x = x + added[layer][rows]
         h = norm(x, w("input_layernorm"), eps)
         q = rope((h @ w("self_attn.q_proj").T).view(n, heads, width).transpose(0, 1), rows, theta)
         k = rope((h @ w("self_attn.k_proj").T).view(n, groups, width).transpose(0, 1), rows, theta)
