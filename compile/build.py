@@ -16,7 +16,14 @@ from ..graphs.bundle import MANIFEST, Bundle, GraphFact, Manifest
 from ..graphs.precision import NO_FALLBACK, Fp32Fallback
 from ..graphs.progress import Progress
 from ..graphs.targets import resolve_target
-from .build_spec import BuildSpec, check_geometry, check_memory, resolve_build, versions
+from .build_spec import (
+    BuildSpec,
+    check_geometry,
+    check_memory,
+    dummy_routing,
+    resolve_build,
+    versions,
+)
 from .checkpoint.checkpoint import open_checkpoint
 from .disk import OUT, check_folder
 from .export.export import Graph, export
@@ -91,6 +98,7 @@ def make_bundle(
         revision=revision,
         offline=offline,
         dummy_weights=dummy_weights,
+        routing=dummy_routing(model, plan) if dummy_weights else None,
         progress=progress.advance,
     )
     if name is not None:
@@ -160,7 +168,7 @@ def _write(spec: BuildSpec, work: Staging, how: str) -> None:
         return [file, *(copy for copy, _ in copies.values())]
 
     def prefix() -> list[str]:
-        cache = prefix_cache(checkpoint, texts.prefix_ids, advance)
+        cache = prefix_cache(checkpoint, spec.plan, spec.prefix_ids, advance)
         if scales is not None:
             cache = quantised_rows(cache, scales)
         return write_prefix(cache, spec.cache_dtype, folder)
@@ -171,7 +179,7 @@ def _write(spec: BuildSpec, work: Staging, how: str) -> None:
         work.step("cache scales", partial(write_scales, scales, dtype, folder))
     for graph in graphs:
         work.step(f"export {graph.name}", partial(one_graph, graph), uses=ranged)
-    if texts.prefix_ids:
+    if spec.prefix_ids:
         work.step("prefix", prefix, total=config.text.layers)
     work.step("text files", lambda: write_texts(checkpoint, texts, folder))
     work.check_unchanged()
@@ -188,7 +196,7 @@ def _write_manifest(
 ) -> list[str]:
     """Write the manifest, which names every file and its hash."""
     texts, text = spec.texts, spec.config.text
-    prefix = describe_prefix(text, texts.prefix_ids, spec.cache_dtype)
+    prefix = describe_prefix(text, spec.prefix_ids, spec.cache_dtype)
     scales = describe_scales(text, spec.dtype)
     manifest = Manifest(
         model=spec.checkpoint.name,
@@ -200,7 +208,7 @@ def _write_manifest(
         lowering=spec.target.lowering,
         graphs={graph.name: _fact(graph, spec) for graph in graphs},
         embedding=placement.embedding,
-        prefix=prefix if texts.prefix_ids else None,
+        prefix=prefix if spec.prefix_ids else None,
         preprocessing=texts.preprocessing,
         generation=texts.generation,
         text_files=texts.files,

@@ -25,6 +25,7 @@ from ..graphs.contract import StagePart, cache_dtype
 from ..graphs.errors import CapacityError, DataError, TargetError
 from ..graphs.fields import to_json
 from ..graphs.plan.plan import StagePlan
+from ..graphs.plan.routing import Routing
 from ..graphs.precision import NO_FALLBACK, Fp32Fallback
 from ..graphs.quantization import (
     FLOAT,
@@ -37,8 +38,9 @@ from ..graphs.quantization import (
 )
 from ..graphs.targets import Target
 from .checkpoint.checkpoint import Checkpoint
-from .checkpoint.known_models import KNOWN_MODELS
+from .checkpoint.known_models import ALIASES, KNOWN_MODELS, model_config
 from .checkpoint.names import tensor_shapes
+from .checkpoint.routers import check_routers
 from .export.export import Graph, graphs_of
 from .export.static_shapes import resolve_contexts, resolve_parts
 from .export.texts import TextFacts, text_facts
@@ -79,6 +81,13 @@ class BuildSpec:
     def name(self) -> str:
         """Name of the bundle's folder."""
         return f"{self.plan.name}-{self.precision}-{self.target.name}"
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Ids of rows that are computed when the bundle is built; none where a plan compares all
+        rows of a prompt, the prefix's among them.
+        """
+        return () if self.plan.whole_prompt else self.texts.prefix_ids
 
     @property
     def cache_dtype(self) -> str:
@@ -158,6 +167,7 @@ def resolve_build(
         staged = resolve_plan(plan or DEFAULT_PLAN, config.text.layers, config.visual_tokens)
     else:
         staged = known.plan
+    check_routers(checkpoint, staged, named=plan is not None)
     quantization = FLOAT
     ranges = known if known is not None and known.groups else None  # a plan alone quantises nothing
     if quant_config is not None:
@@ -188,6 +198,14 @@ def resolve_build(
         quantization=quantization,
         calibration=ranges if quant_config is not None else None,
     )
+
+
+def dummy_routing(model: str, plan: str | None) -> Routing | None:
+    """Return the routing of the plan that a checkpoint of random weights is made for."""
+    if plan is None or model not in {*KNOWN_MODELS, *ALIASES.values()}:
+        return None
+    config = model_config(model)
+    return resolve_plan(plan, config.text.layers, config.visual_tokens).routing
 
 
 def check_geometry(model: str, target: Target, precision: str) -> None:

@@ -398,6 +398,11 @@ def vision_spec(
             f"entry {plan.entry.text} merges rows, and this model adds features of single patches "
             "to them within the decoder. Use an entry that merges none, such as scope"
         )
+    if plan.whole_prompt and config.text.inject:
+        raise PlanError(
+            f"plan '{plan.name}' takes all rows of a prompt in one call, and this model adds "
+            "features to visual rows, which come first in a call. Use another routing than mod"
+        )
     vision, tokens = config.vision, config.visual_tokens
     side, width = vision.image_size, config.feature_width
     outputs = {

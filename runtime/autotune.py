@@ -139,8 +139,9 @@ def choose_threads(bundle: Bundle, engine: str, load: Callable[[int], Backend]) 
 def choose_fused_prefill(bundle: Bundle, executor: Backend) -> FusedPrefillNote | None:
     """Return what was measured here before, or is now; None where there is nothing to choose."""
     manifest = bundle.manifest
-    first = manifest.plan.stages[0]
-    if executor.device_name is None or first.gated_layers or not first.visual_tokens:
+    plan, first = manifest.plan, manifest.plan.stages[0]
+    single = first.gated_layers or not first.visual_tokens or plan.fixed_calls
+    if executor.device_name is None or single:
         return None
 
     def measure() -> dict[str, Any]:

@@ -126,7 +126,12 @@ class Context:
         computing only what is new.
         """
         begin, rest = self.after_prefix(parts)
-        self._run(begin, rest[: max(_images(rest), default=-1) + 1])
+        images = _images(rest)
+        if self.chain.plan.whole_prompt:  # without the question nothing can be computed
+            for index in images:
+                rest[index].encoded()  # type: ignore[union-attr]
+            return
+        self._run(begin, rest[: max(images, default=-1) + 1])
 
     def check_room(self, parts: Sequence[PromptPart], max_tokens: int) -> None:
         """Refuse a prompt that, with its answer, is longer than the model's context.
@@ -152,9 +157,14 @@ class Context:
         begin, rest = self.after_prefix(parts)
         return _chain_keys(begin, self.chain.plan.blind_stages, rest)[-1]
 
-    def computed(self, parts: Sequence[PromptPart]) -> CachedPrefix:
-        """Advance to the end of ``parts``, which end in their only image; return what is there."""
+    def computed(self, parts: Sequence[PromptPart]) -> CachedPrefix | None:
+        """Advance to the end of ``parts``, which end in their only image; return what is there.
+
+        None under a plan that compares all rows of a prompt.
+        """
         self.advance(parts)
+        if self.chain.plan.whole_prompt:
+            return None
         key = self.opening_key(parts)
         pending, cached = self.pending.get(key), self.cached.get(key)
         if pending is not None:
@@ -209,7 +219,7 @@ class Context:
         """
         self.keep()
         self._hold_prefix(begin)
-        images = _images(parts)
+        images = [] if self.chain.plan.whole_prompt else _images(parts)
         stages = self.chain.plan.blind_stages_of(len(images))
         opening = images[-1] + 1 if images else 0
         keys = _chain_keys(begin, stages, parts[:opening])
@@ -234,9 +244,10 @@ class Context:
         return [*done, *passed[-1]], stages
 
     def _enter(self, segments: Sequence[AppendedRows]) -> list[PrefilledPart]:
-        """Append segments to stage 0, each in a call of its own unless ``fused`` joins the last."""
-        calls = [[segment] for segment in segments]
-        if self.fused and [segment.visual for segment in segments[-2:]] == [True, False]:
+        """Append segments to stage 0, in the plan's calls; ``fused`` joins the last two."""
+        calls = self.chain.calls_of(segments)
+        kinds = [segment.visual for segment in segments[-2:]]
+        if self.fused and len(calls) > 1 and kinds == [True, False]:
             calls[-2:] = [[*calls[-2], *calls[-1]]]
         done = []
         for call in calls:

@@ -176,7 +176,7 @@ class Session:
 
     def open(self, image: Source) -> Opened:
         """Run an image through the vision encoder and the stages that are blind to questions, so
-        that questions need not.
+        that questions need not. Under a plan that compares all rows of a prompt no stage is.
         """
         with self.taking_turns():
             opened = self.decode_image(image)
@@ -192,6 +192,12 @@ class Session:
         with self.taking_turns():
             opened = self.decode_image(image)
             cached = self._computed(opened)
+            if cached is None:
+                raise ImageError(
+                    f"plan '{self.bundle.manifest.plan.name}' compares all rows of a prompt, so of "
+                    "an image alone nothing is computed that could be saved. Ask about the picture "
+                    "itself"
+                )
             encoded = self.encode_image(opened)
             write_image(Path(file), self._image_layout(), opened.key, encoded, cached)
 
@@ -399,8 +405,8 @@ class Session:
     def _image_layout(self) -> ImageLayout:
         return layout_of(self.bundle, self.context, self._opening(""))
 
-    def _computed(self, opened: Opened) -> CachedPrefix:
-        """Bring the stages to the end of an image, and keep what they hold."""
+    def _computed(self, opened: Opened) -> CachedPrefix | None:
+        """Bring the stages to the end of an image, and keep what they hold, if they hold any."""
         parts = self._located(self.encoder.image_segments(), [opened])
         self.turn += 1  # a stream that is under way would go on in another image
         with self.computing():

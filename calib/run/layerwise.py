@@ -125,13 +125,18 @@ def run_layerwise(
             f"plan '{plan.name}' decides per prompt, so its stages see other rows each time. "
             "Calibrate a static plan, such as visipruner"
         )
+    if plan.fixed_calls:
+        raise PlanError(
+            f"rows of plan '{plan.name}' compete within each call, and here an answer is one call. "
+            "Calibrate a plan whose routers are in the exact form and read one row each"
+        )
     check_fit(plan, text.layers, config.visual_tokens)
 
     def stream_of(module: nn.Module) -> Streamed:
         return Streamed(checkpoint, module, advance, (Linear,), observer.given, fake_quantised)
 
     visual = _visual_rows(stream_of, config, plan, prompts, observer)
-    prefix = prefix_cache(checkpoint, prefix_ids, advance) if prefix_ids else None
+    prefix = prefix_cache(checkpoint, plan, prefix_ids, advance) if prefix_ids else None
     if prefix is not None and fake_quantised is not None:
         prefix = fake_quantised.prefix(prefix)
     table = checkpoint.load(EMBEDDING)
@@ -236,7 +241,7 @@ def _decoder(config: ModelConfig, plan: StagePlan, cache: CacheScheme) -> tuple[
     """Return all layers of all stages, over caches of one type, and the head."""
     text = config.text
     kinds = {
-        layer: (mode, stage.norm)
+        layer: (mode, stage.norm, (0, 0), plan.routing_of(layer))
         for stage in plan.stages
         for layer, mode in enumerate(stage.modes, start=stage.layers[0])
     }

@@ -123,6 +123,8 @@ def plan_table(facts: dict[str, Any], plan: StagePlan, outcome: Outcome | None) 
     parts: list[RenderableType] = [_title(facts)]
     if plan.entry is not None:
         parts.append(Text(plan.entry.summary(plan.visual_tokens)))
+    if plan.routing is not None:
+        parts.append(Text(plan.routing.summary))
     parts += [_stage_table(facts), _total_table(facts)]
     rows = f"{facts['prefix_rows']} prefix + {facts['visual_tokens']} visual + {facts['text_rows']}"
     parts.append(

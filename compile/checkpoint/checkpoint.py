@@ -28,6 +28,7 @@ from ...graphs.config import ModelConfig
 from ...graphs.dtypes import BY_SAFETENSORS
 from ...graphs.errors import MissingDependencyError, ModelError, nearest
 from ...graphs.fields import show
+from ...graphs.plan.routing import Routing
 from ...graphs.progress import Advance, no_advance
 from ...graphs.safetensors_header import TensorInfo
 from ..disk import require_disk_space
@@ -54,8 +55,8 @@ class Checkpoint:
 
     ``name`` is fit for a directory; ``origin`` says where the model is from without naming this
     machine; ``raw`` is ``config.json``; ``tensors`` has canonical names
-    (compile/checkpoint/names.py); ``files`` are the folder's other files by name: tokenizer,
-    templates, processor configs.
+    (compile/checkpoint/names.py), those of routers among them; ``files`` are the folder's other
+    files by name: tokenizer, templates, processor configs.
     """
 
     name: str
@@ -143,6 +144,7 @@ def open_checkpoint(
     offline: bool = False,
     dummy_weights: bool = False,
     cache: Path = CHECKPOINT_CACHE,
+    routing: Routing | None = None,
     progress: Advance = no_advance,
 ) -> Checkpoint:
     """Find ``model``, download or make it if need be, and check all but the weights' values.
@@ -153,6 +155,7 @@ def open_checkpoint(
         offline: use what the hub's cache already holds; no connection is made.
         dummy_weights: random weights of that model's shape instead, made below ``cache``.
         cache: folder for dummy checkpoints.
+        routing: dummy weights have routers of its kind; other checkpoints have theirs, or none.
         progress: called with bytes of dummy weights as they are written.
 
     Raises:
@@ -165,7 +168,8 @@ def open_checkpoint(
         )
     if dummy_weights:
         geometry = {repo: alias for alias, repo in ALIASES.items()}.get(model, model)
-        folder = make_dummy(geometry, Path(cache) / "dummy" / geometry, progress=progress)
+        place = Path(cache) / "dummy" / (f"{geometry}-{routing.kind}" if routing else geometry)
+        folder = make_dummy(geometry, place, routing=routing, progress=progress)
         return open_folder(folder, name=f"{geometry}-dummy", origin=f"dummy weights of {geometry}")
     repository = ALIASES.get(model, model)
     if model in OWN_MODELS:

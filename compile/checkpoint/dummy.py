@@ -29,11 +29,12 @@ from ...graphs.dtypes import DTYPES
 from ...graphs.errors import CapacityError, ModelError
 from ...graphs.fields import read_json
 from ...graphs.files import sync
+from ...graphs.plan.routing import Routing
 from ...graphs.progress import Advance, no_advance
 from ..disk import locked, require_disk_space, writing
 from .dummy_tokenizer import SYSTEM, write_text_files
 from .known_models import KNOWN_MODELS, KnownModel
-from .names import HEAD_WEIGHT, Shapes, published_name, tensor_shapes
+from .names import HEAD_WEIGHT, Shapes, published_name, router_shapes, tensor_shapes
 from .safetensors_file import SHARD_INDEX, SINGLE
 
 DUMMY_VERSION = 1
@@ -55,6 +56,7 @@ def make_dummy(
     seed: int = 0,
     known_model: KnownModel | None = None,
     image_size: int | None = None,
+    routing: Routing | None = None,
     progress: Advance = no_advance,
 ) -> Path:
     """Make the checkpoint folder ``path``, or find it complete.
@@ -68,6 +70,7 @@ def make_dummy(
         seed: of the random numbers.
         known_model: shapes that are not listed there.
         image_size: side of the images in pixels, and so the visual tokens; None: as published.
+        routing: with routers of its kind; None: without any.
         progress: called with bytes as they are written.
 
     Raises:
@@ -92,6 +95,9 @@ def make_dummy(
     facts: dict = {"geometry": geometry, "dtype": dtype, "seed": seed, "version": DUMMY_VERSION}
     if image_size is not None:
         facts["image_size"] = image_size
+    if routing is not None:
+        shapes |= router_shapes(config.text, routing)
+        facts["routers"] = routing.kind
     if _complete(path, facts):
         return path
     if path.exists():

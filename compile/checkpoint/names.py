@@ -14,6 +14,9 @@ Projectors of layer fusion as its authors release them, with ``model.`` before o
     mm_projector_f.{0,2}.     multi_modal_projector.linear_{1,2}.
     mm_projectors.K.{0,2}.    mm_projectors.K.linear_{1,2}.
 
+A checkpoint with routers wraps its layers: ``model.layers.3.block.mlp...`` beside
+``model.layers.3.router_mlp...``; ``block.`` is left out.
+
 Where a tensor's bytes are is not known here.
 """
 
@@ -28,6 +31,7 @@ from ...graphs.config import ModelConfig, TextConfig
 from ...graphs.modules.decoder import Body, Linear
 from ...graphs.modules.ops import Eager
 from ...graphs.modules.vision import Vision, VisionEncoder
+from ...graphs.plan.routing import Routing, is_router
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -43,6 +47,7 @@ _PREFIXES = (  # the longer ones first
 )
 _VISION_MODEL = "vision_tower.vision_model."
 _FUSED = re.compile(r"(?:model\.)?(mm_projector_f|mm_projectors\.\d+)\.([02])\.")
+_WRAPPED = re.compile(r"(model\.layers\.\d+\.)block\.")
 
 
 def canonical(name: str) -> str:
@@ -52,6 +57,7 @@ def canonical(name: str) -> str:
         if name.startswith(prefix):
             name = ours + name[len(prefix) :]
             break
+    name = _WRAPPED.sub(r"\1", name)
     return "vision_tower." + name[len(_VISION_MODEL) :] if name.startswith(_VISION_MODEL) else name
 
 
@@ -83,14 +89,24 @@ def tensor_shapes(config: ModelConfig, *, whole_encoder: bool = False) -> Shapes
     return _shapes(vision) | decoder_shapes(config.text)
 
 
-def decoder_shapes(text: TextConfig) -> Shapes:
-    """Return the shapes of the decoder alone: embedding, layers, last norm, head."""
+def decoder_shapes(text: TextConfig, routing: Routing | None = None) -> Shapes:
+    """Return the shapes of the decoder alone: embedding, layers, last norm, head; with those of
+    the routers where there is a ``routing``.
+    """
     with torch.device("meta"):
         layers: dict[int, tuple] = {index: () for index in range(text.layers)}
+        for index in layers:
+            if routing is not None and routing.routes(index, text.layers):
+                layers[index] = ("dense", "gated", (0, 0), routing)
         body = Body(text, Eager(), layers, last=True)
         head = Linear(Eager(), text.hidden, text.vocab, bias=False)
     decoder = nn.ModuleDict({"model": body, "lm_head": head})
     return {EMBEDDING: (text.vocab, text.hidden)} | _shapes(decoder)
+
+
+def router_shapes(text: TextConfig, routing: Routing) -> Shapes:
+    """Return the shapes of the routers alone."""
+    return {name: s for name, s in decoder_shapes(text, routing).items() if is_router(name)}
 
 
 def _shapes(module: nn.Module) -> Shapes:

@@ -7,12 +7,14 @@ shards that are missing or outside the folder, and tensors that do not fit the c
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ...graphs.config import ModelConfig
 from ...graphs.errors import ModelError
 from ...graphs.fields import read_json
+from ...graphs.plan.routing import is_router
 from ...graphs.safetensors_header import TensorInfo, read_safetensors
 from .names import EMBEDDING, HEAD_WEIGHT, canonical, tensor_shapes
 
@@ -30,7 +32,8 @@ _AGAIN = "Download it again, or save the model again with save_pretrained."
 def read_tensors(folder: Path, config: ModelConfig) -> dict[str, TensorInfo]:
     """Return every tensor that ``config`` asks for, by canonical name, checked for shape and type.
 
-    A tied model without a head of its own gets the embedding as ``lm_head.weight``.
+    A tied model without a head of its own gets the embedding as ``lm_head.weight``. Routers are
+    returned, too, unchecked: which of them are read is a plan's business (``routers.py``).
 
     Raises:
         ModelError: no usable weights in the folder, a damaged file, or tensors that are missing,
@@ -54,15 +57,18 @@ def read_tensors(folder: Path, config: ModelConfig) -> dict[str, TensorInfo]:
     unknown = [
         spelled[name]
         for name in found
-        if name not in known and not name.endswith(_UNREAD) and ".head." not in name
+        if name not in known
+        and not name.endswith(_UNREAD)
+        and ".head." not in name
+        and not is_router(name)
     ]
     if unknown:
         raise ModelError(
-            f"{folder} holds {_few(unknown)} that no part of the model reads, as config.json has "
+            f"{folder} holds {few(unknown)} that no part of the model reads, as config.json has "
             "it: answers would differ from the checkpoint's. Check that config.json belongs to "
             "these weights, or remove the tensors and save the model again with save_pretrained."
         )
-    return {name: found[name] for name in wanted}
+    return {name: found[name] for name in (*wanted, *filter(is_router, found))}
 
 
 def read_checkpoint_json(file: Path) -> dict[str, Any]:
@@ -150,7 +156,7 @@ def _check(folder: Path, wanted: dict[str, tuple[int, ...]], found: dict[str, Te
             _quantised(folder, f"tensors named *.{marker}")
     if missing:
         raise ModelError(
-            f"{folder} lacks {_few(missing)}, which its config.json asks for. Download the "
+            f"{folder} lacks {few(missing)}, which its config.json asks for. Download the "
             "checkpoint again, or check that config.json belongs to it."
         )
     for name in wanted:
@@ -178,6 +184,7 @@ def _quantised(folder: Path, finding: str) -> NoReturn:
     )
 
 
-def _few(names: list[str], count: int = 3) -> str:
+def few(names: Sequence[str], count: int = 3) -> str:
+    """Return the first names of some tensors, and how many more there are."""
     rest = f" and {len(names) - count} more tensors" if len(names) > count else ""
     return ", ".join(names[:count]) + rest

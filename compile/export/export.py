@@ -120,7 +120,9 @@ def graphs_of(
             add(PROJECT, Projection(config, ops, fallback))
         for name, part in zip(part_names(parts), parts, strict=True):
             index = part.stage
-            own = LlmConditional(in_order=index == 0) if lowering == LLM_CONDITIONAL else ops
+            # Rows that were gathered are not the last ones of their cache.
+            ordered = index == 0 and not (plan.routing is not None and plan.routing.gathers)
+            own = LlmConditional(in_order=ordered) if lowering == LLM_CONDITIONAL else ops
             add(name, DecoderStage(config.text, plan, part, own, fallback))
             if f"select{index}" in specs and part.ends(plan):
                 add(f"select{index}", Selector(plan.edges[index], ops))

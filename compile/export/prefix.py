@@ -1,7 +1,7 @@
 """Keys and values of the rows before every image, computed once when a bundle is built.
 
-The prefix (BOS, system prompt, ``USER: ``) is the same for every question and sees no vision, so no
-plan changes it. It runs in FP32, one layer's weights in memory at a time.
+The prefix (BOS, system prompt, ``USER: ``) is the same for every question and sees no vision, so of
+a plan its routers alone change it. It runs in FP32, one layer's weights in memory at a time.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ...graphs.bundle import Prefix, TensorRef
 from ...graphs.config import TextConfig
-from ...graphs.modules.decoder import Body
+from ...graphs.modules.decoder import Body, Head
 from ...graphs.modules.ops import Eager
-from ...graphs.modules.rope import rotary
+from ...graphs.plan.plan import StagePlan
 from ...graphs.progress import Advance, no_advance
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.names import EMBEDDING
@@ -28,6 +28,7 @@ PREFIX_FILE = "prefix.bin"
 
 def prefix_cache(
     checkpoint: Checkpoint,
+    plan: StagePlan,
     ids: Sequence[int],
     progress: Advance = no_advance,
 ) -> Tensor:
@@ -35,14 +36,18 @@ def prefix_cache(
     text = checkpoint.config.text
     rows = checkpoint.load(EMBEDDING)[list(ids)].float()[None]
     positions = torch.arange(len(ids))[None]
-    view = Eager().view(positions, positions, torch.zeros(1, dtype=torch.int64))
-    cos, sin = rotary(text, positions, torch.float32)
+    first = torch.zeros(1, dtype=torch.int64)
+    shared = Head(text, Eager(), plan.routing)(rows, positions, positions, positions, first, None)
+    cos, sin, visible, *rivals = shared
     out = torch.zeros(2, text.layers, text.kv_heads, len(ids), text.head_dim)
-    body = without_weights(lambda: Body(text, Eager(), {i: () for i in range(text.layers)}))
+    plain = ("dense", "gated", (0, 0))
+    kinds = {layer: (*plain, plan.routing_of(layer)) for layer in range(text.layers)}
+    body = without_weights(lambda: Body(text, Eager(), kinds))
     call = Streamed(checkpoint, nn.ModuleDict({"model": body}), progress)
     for layer, keys, values in zip(body.layers.values(), *out, strict=True):
         cache = (keys[None], values[None])  # filled in place
-        rows, *_ = call(layer, rows, cos, sin, *view, None, None, *cache)
+        known = rivals if layer.routers else ()
+        rows, *_ = call(layer, rows, cos, sin, first, visible, None, None, None, *cache, *known)
     return out
 
 

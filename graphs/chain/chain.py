@@ -238,7 +238,14 @@ class Chain:
 
     def prefill(self, segments: Sequence[AppendedRows]) -> Prefilled:
         """Run a whole prompt; its last segment must be text."""
-        return self.finish([part for segment in segments for part in self.append(0, [segment])])
+        calls = self.calls_of(segments)
+        return self.finish([part for call in calls for part in self.append(0, call)])
+
+    def calls_of(self, segments: Sequence[AppendedRows]) -> list[list[AppendedRows]]:
+        """Return the calls of stage 0 that a prompt's segments make: one each, unless the plan
+        compares all rows of a prompt.
+        """
+        return [[*segments]] if self.plan.whole_prompt else [[segment] for segment in segments]
 
     def decode(self, segment: AppendedRows) -> Any:
         """Run one step of text rows through every stage; return the logits (B, V)."""
@@ -270,7 +277,9 @@ class Chain:
         for part in parts:
             slots.write(part)
         seen = [part for part in parts if part.visual]
-        assert all(part.visual for part in parts[bool(padding) :][: len(seen)]), "come first"
+        inject = self._inject(stage, seen)
+        first = all(part.visual for part in parts[bool(padding) :][: len(seen)])
+        assert first or not inject, "rows that something is added to come first"
         result = self.executor.append(
             stage,
             rows[0] if len(rows) == 1 else self.executor.concatenate(rows),
@@ -280,7 +289,7 @@ class Chain:
             slots.order,
             write_index,
             self._stage_gates(stage, parts[-1].visual, decoding),
-            self._inject(stage, seen),
+            inject,
         )
         return result, write_index + padding
 

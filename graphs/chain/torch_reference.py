@@ -7,7 +7,7 @@ stand at their spans; it stages them by a plan and returns logits and greedy tok
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
@@ -18,14 +18,16 @@ from torch import Tensor
 
 from ..config import TextConfig
 from ..contract import INVISIBLE, probed, whole_stages
-from ..errors import PlanError, PromptError
+from ..errors import ModelError, PlanError, PromptError
 from ..fusion import NAMED_DEPTH, read_fusion
 from ..modules.decoder import DecoderStage
 from ..modules.features import injected_rows
 from ..modules.ops import Eager
 from ..modules.quantized import CACHE_SCALES
+from ..modules.routers.notes import GateNotes
 from ..modules.select import Prober, Selector
 from ..plan.plan import StagePlan
+from ..plan.routing import is_router
 from ..precision import NO_FALLBACK, Fp32Fallback
 from .chain import AppendedRows, Chain, last_layers
 from .executor import Kept, StageResult
@@ -42,7 +44,8 @@ class ChainResult:
     layer with all visual tokens, last layer with any; one for each sample where the plan decides
     per prompt and the batch has several. tokens: (B, max_new_tokens) greedy; step_logits: (B,
     max_new_tokens, V), those that each was chosen by. kept_at_edges: per sample, as kept, of each
-    selection that took place, in their order.
+    selection that took place, in their order. gates: of a plan with routers, by their names: (B,
+    S + decoded rows) factors of each row at its position, 0 where it was skipped.
     """
 
     logits: Tensor
@@ -52,6 +55,7 @@ class ChainResult:
     tokens: Tensor
     step_logits: Tensor
     kept_at_edges: list[list[list[int]]]
+    gates: dict[str, Tensor] = field(default_factory=dict)
 
 
 class TorchExecutor:
@@ -83,6 +87,7 @@ class TorchExecutor:
             index: Selector(edge) for index, edge in enumerate(plan.edges) if probed(plan, index)
         }
         self.prober = Prober()
+        self.notes = GateNotes(self.stages)
         self.caches = [
             [
                 (self._empty(index, layer), self._empty(index, layer))
@@ -105,6 +110,7 @@ class TorchExecutor:
     ) -> StageResult:
         """Run stage ``stage`` eagerly."""
         missing = {layer: rows.shape[1] - given.shape[1] for layer, given in inject.items()}
+        self.notes.order = order
         out = self.stages[stage](
             rows,
             torch.from_numpy(positions),
@@ -167,6 +173,12 @@ class TorchExecutor:
 def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor]):
     """Set a stage's parameters to ``weights``, without copying them; return the module."""
     names = module.state_dict().keys()
+    lacking = [name for name in names if name not in weights and is_router(name)]
+    if lacking:
+        raise ModelError(
+            f"the weights lack {lacking[0]} ({len(lacking)} tensors of routers), which the plan's "
+            "routing reads. Give them under the names of docs/methods.md, or take another plan"
+        )
     tied = {"lm_head.weight": "model.embed_tokens.weight"}
     chosen = {n: weights[n if n in weights else tied[n]].detach() for n in names}
     module.load_state_dict(chosen, assign=True)
@@ -187,7 +199,8 @@ def run(
     """Run ``plan`` over embedded prompts.
 
     Args:
-        weights: LlamaForCausalLM parameter names to tensors.
+        weights: LlamaForCausalLM parameter names to tensors, and those of a plan's routers by the
+            names that they were released with (docs/methods.md, "Routed depth").
         config: a Hugging Face Llama config as a dict; with the fields of layer fusion, if it has
             some, and ``vision_config`` where that encoder has not 24 layers.
         embeds: (B, S, D) float, visual rows in place.
@@ -233,7 +246,8 @@ def run(
     answers = torch.stack(tokens, 1) if tokens else torch.zeros((batch, 0), dtype=torch.long)
     steps = torch.stack(chosen_by, 1) if tokens else logits.new_zeros((batch, 0, logits.shape[1]))
     trigger, exit_ = last_layers(plan, done)
-    return ChainResult(done.logits, kept, trigger, exit_, answers, steps, at_edges)
+    gates = executor.notes.placed(length + max(0, max_new_tokens - 1))
+    return ChainResult(done.logits, kept, trigger, exit_, answers, steps, at_edges, gates)
 
 
 def _text_config(config: Mapping) -> TextConfig:
@@ -262,6 +276,7 @@ def _one_by_one(
         torch.cat([result.tokens for result in results]),
         torch.cat([result.step_logits for result in results]),
         [result.kept_at_edges[0] for result in results],
+        {name: torch.cat([r.gates[name] for r in results]) for name in results[0].gates},
     )
 
 

@@ -19,11 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TextConfig
-from ..contract import StagePart, cache_names, injected_of, row_readings
+from ..contract import PADDING_ORDER, StagePart, cache_names, injected_of, row_readings
 from ..plan.plan import StagePlan
+from ..plan.routing import Routing
 from ..precision import NO_FALLBACK, Fp32Fallback
 from .ops import Eager, Gate, Scales, View
 from .rope import frequencies, turn
+from .routers.route import Route, added, taken
+from .routers.router import Rivals, make_router
 
 Cache = tuple[Tensor, Tensor]
 Call = Callable[..., Any]
@@ -99,19 +102,30 @@ class Attention(nn.Module):
         """Keys' and values'; None where the cache is float."""
         return None if self.key_scale is None else (self.key_scale, self.value_scale)
 
-    def forward(self, x, cos, sin, cache: Cache, view: View, gate: Gate | None):
-        """Return the update (B*Q, D), rotated queries and caches; x: (B*Q, D); cos: (B, Q, d/2)."""
-        (batch, count, _), width = cos.shape, self.text.head_dim
+    def forward(
+        self, x, cos, sin, cache: Cache, view: View, gate: Gate | None, route: Route | None = None
+    ):
+        """Return the update (B*q, D), rotated queries and caches; x: (B*Q, D); cos: (B, Q, d/2).
 
-        def heads(projected: Tensor) -> Tensor:
-            shape = (batch, count, projected.shape[-1] // width, width)
-            return self.ops.reshape(projected, shape, cos).transpose(1, 2)
+        q are the rows that ``route`` lets ask, by default all Q; all have keys and values.
+        """
+        width = self.text.head_dim
 
-        q = self.ops.rotate(heads(self.q_proj(x)), cos, sin)
-        k = self.ops.rotate(heads(self.k_proj(x)), cos, sin)
-        v = heads(self.v_proj(x))
+        def heads(projected: Tensor, like: Tensor) -> Tensor:
+            shape = (*like.shape[:2], projected.shape[-1] // width, width)
+            return self.ops.reshape(projected, shape, like).transpose(1, 2)
+
+        asks, turns = taken(self.ops, x, route, cos), (cos, sin)
+        if route is not None and route.picked is not None:
+            visible = self.ops.take(view.visible[:, 0], route.picked)
+            view = view._replace(visible=visible[:, None])
+            turns = self.ops.take(cos, route.picked), self.ops.take(sin, route.picked)
+        q = self.ops.rotate(heads(self.q_proj(asks), turns[0]), *turns)
+        k = self.ops.rotate(heads(self.k_proj(x), cos), cos, sin)
+        v = heads(self.v_proj(x), cos)
         out, keys, values = self.ops.cached_attention(q, k, v, cache, view, gate, self.scales)
-        out = self.ops.reshape(out.transpose(1, 2), (batch * count, self.text.heads * width))
+        shape = (turns[0].shape[0] * turns[0].shape[1], self.text.heads * width)
+        out = self.ops.reshape(out.transpose(1, 2), shape)
         if self.scale != 1.0:
             out = out * self.scale
         return self.o_proj(out, self.scale), q, keys, values
@@ -141,7 +155,8 @@ class DecoderLayer(nn.Module):
     """Pre-norm attention and MLP with residuals, as in Llama.
 
     ``mode`` and ``norm`` (``plan.Mode``, ``plan.Norm``) say how text sees vision here; ``shifts``
-    are ``precision.Fp32Fallback.shifts``. Rows may be of a wider type than the weights.
+    are ``precision.Fp32Fallback.shifts``; ``routing`` gives it routers, whose gates multiply what
+    the rows of a call get. Rows may be of a wider type than the weights.
     """
 
     def __init__(
@@ -151,11 +166,18 @@ class DecoderLayer(nn.Module):
         mode: str = "dense",
         norm: str = "gated",
         shifts: tuple[int, int] = (0, 0),
+        routing: Routing | None = None,
     ):
         super().__init__()
         self.mode, self.norm, self.shifts = mode, norm, shifts
         self.ops = ops
-        self.kind = (mode, norm, shifts, text, ops.name)
+        self.kind: tuple = (mode, norm, shifts, text, ops.name)
+        self.routers: tuple[str, ...] = ()
+        if routing is not None:
+            self.kind += (routing,)
+            self.routers = routing.router.gates
+            for name in dict.fromkeys(self.routers):  # under the names that checkpoints have
+                self.add_module(name, make_router(ops, text.hidden, routing))
         self.self_attn = Attention(text, ops, shifts[0])
         self.mlp = MLP(text, ops, shifts[1])
         self.input_layernorm = Norm(ops, text.hidden, text.rms_eps)
@@ -173,8 +195,14 @@ class DecoderLayer(nn.Module):
         sink_gate: Tensor | None,
         key: Tensor,
         value: Tensor,
+        real: Tensor | None = None,
+        allowed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the rows (B, Q, D), the rotated queries (B, H, Q, d), and the caches."""
+        """Return the rows (B, Q, D), the rotated queries (B, H, Q, d), and the caches.
+
+        ``real``, ``allowed``: of ``Head``, where rows compete. Where only some rows run, the last
+        row's query alone is returned.
+        """
         gate = None
         if value_gate is not None:
             sink = sink_gate if self.mode == "sink" else None
@@ -182,6 +210,7 @@ class DecoderLayer(nn.Module):
         (batch, count, _), width = cos.shape, rows.shape[-1]
         x = self.ops.reshape(rows, (batch * count, width))
         dtype = self.input_layernorm.weight.dtype  # of the weights; rows may be wider
+        attended, changed = self._routes(rows, real, allowed)
         update, query, key, value = self.self_attn(
             self.input_layernorm(x),
             cos.to(dtype),
@@ -189,19 +218,30 @@ class DecoderLayer(nn.Module):
             (key, value),
             View(write_index, visible, window),
             gate,
+            attended,
         )
-        x = _added(x, update, self.shifts[0])
-        x = _added(x, self.mlp(self.post_attention_layernorm(x)), self.shifts[1])
+        x = added(self.ops, x, update, self.shifts[0], attended, cos)
+        update = self.mlp(self.post_attention_layernorm(taken(self.ops, x, changed, cos)))
+        x = added(self.ops, x, update, self.shifts[1], changed, cos)
+        if attended is not None and attended.picked is not None:
+            query = query[:, :, :1]  # the last row is the first of those that run
         return self.ops.reshape(x, (batch, count, width), cos), query, key, value
 
+    def _routes(
+        self, rows: Tensor, real: Tensor | None, allowed: Tensor | None
+    ) -> tuple[Route | None, Route | None]:
+        """Return the ways of rows (B, Q, D) through attention and MLP; None: all run as usual.
 
-def _added(x: Tensor, update: Tensor, shift: int) -> Tensor:
-    """Add to the residual x an update that came scaled by 2**-shift; in FP32 where either is
-    wider than FP16 or was scaled to fit it.
-    """
-    if not shift:
-        return x + update.to(x.dtype)
-    return (x.float() + update.float() * 2.0**shift).to(x.dtype)
+        Both follow from the rows as they enter the layer.
+        """
+        if not self.routers:
+            return None, None
+        routes = {
+            name: self.get_submodule(name)(rows, real, allowed)
+            for name in dict.fromkeys(self.routers)
+        }
+        attended, changed = (routes[name] for name in self.routers)
+        return attended, changed
 
 
 class Inject(nn.Module):
@@ -215,22 +255,33 @@ class Inject(nn.Module):
 
 
 class Head(nn.Module):
-    """Inputs that all layers of a stage share: rotary turns, visibility, the gates."""
+    """Inputs that all layers of a stage share: rotary turns, visibility, the gates, and what rows
+    that compete (``Routing.competes``) know of each other.
+    """
 
-    def __init__(self, text: TextConfig, ops: Eager):
+    def __init__(self, text: TextConfig, ops: Eager, routing: Routing | None = None):
         super().__init__()
         self.ops = ops
-        self.kind = (text, ops.name)
+        self.kind: tuple = (text, ops.name)
+        self.rivals = None
+        if routing is not None and routing.competes:
+            self.kind += (routing,)
+            self.rivals = Rivals(routing, text.max_positions)
         inverse, self.scaling = frequencies(text)
         self.register_buffer("inverse_frequencies", inverse, persistent=False)
 
     def forward(self, rows, positions, order, slot_order, write_index, gates) -> tuple[Tensor, ...]:
-        """Return cos, sin (B, Q, d/2), visible, perhaps window, value and sink gates."""
+        """Return cos, sin (B, Q, d/2), visible, perhaps window, value and sink gates; where rows
+        compete also ``real`` and ``allowed`` of ``Router.forward``.
+        """
         cos, sin = turn(self.inverse_frequencies, self.scaling, positions, rows.dtype)
         view = self.ops.view(order, slot_order, write_index)
         window = () if view.window is None else (view.window,)
         split = () if gates is None else gates.flatten(0, 1).unbind(0)
-        return (cos, sin, view.visible, *window, *split)
+        if self.rivals is None:
+            return (cos, sin, view.visible, *window, *split)
+        real = order < PADDING_ORDER
+        return (cos, sin, view.visible, *window, *split, real, self.rivals(real))
 
 
 class LastQueries(nn.Module):
@@ -313,11 +364,11 @@ class DecoderStage(nn.Module):
         last = part.ends(plan) and part.stage == len(plan.stages) - 1
         modes = dict(enumerate(stage.modes, start=stage.layers[0]))
         kinds = {
-            layer: (modes[layer], stage.norm, fallback.shifts(layer))
+            layer: (modes[layer], stage.norm, fallback.shifts(layer), plan.routing_of(layer))
             for layer in range(*part.layers)
         }
         self.model = Body(text, ops, kinds, last)
-        self.head = Head(text, ops)
+        self.head = Head(text, ops, plan.routing)
         self.inject = Inject()
         self.last_queries = LastQueries()
         wanted = row_readings(plan, part.stage) if part.ends(plan) else ()
@@ -345,14 +396,16 @@ class DecoderStage(nn.Module):
         cos, sin, visible = shared[:3]
         window = shared[3] if self.returns_new_rows else None
         gate = iter(shared[4 if self.returns_new_rows else 3 :])
+        rivals = shared[-2:] if self.head.rivals is not None else ()
         grown, queries = [], []
         for (number, layer), (key, value) in zip(self.model.layers.items(), caches, strict=True):
             if int(number) in inject:
                 rows = call(self.inject, rows, inject[int(number)])
             gated = (None, None) if layer.mode == "dense" else (next(gate), next(gate))
+            known = rivals if layer.routers else ()
             before = rows
             rows, query, key, value = call(
-                layer, rows, cos, sin, write_index, visible, window, *gated, key, value
+                layer, rows, cos, sin, write_index, visible, window, *gated, key, value, *known
             )
             grown.append((key, value))
             queries.append(query)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -138,6 +139,20 @@ class Eager:
         cos, sin = cos[:, None], sin[:, None]
         return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
+    def best(self, scores: Tensor, share: Fraction) -> Tensor:
+        """Return the places (B, k) of the best of scores (B, Q), best first; k is a share of Q,
+        rounded up.
+        """
+        return torch.topk(scores, _share_of(share, scores.shape[1]), dim=1).indices
+
+    def take(self, x: Tensor, index: Tensor) -> Tensor:
+        """Return rows (B, k, ...) of x (B, Q, ...) at ``index`` (B, k)."""
+        return x[_samples(index), index]
+
+    def put(self, x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+        """Return x (B, Q, ...) with ``rows`` (B, k, ...) at ``index`` (B, k)."""
+        return x.index_put((_samples(index), index), rows)
+
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Return scaled products (B, G, H/G*Q, S) of queries (B, H, Q, d) and keys (B, G, S, d)."""
         return _grouped(q, k) @ k.transpose(-1, -2)
@@ -231,6 +246,28 @@ class Onnx(Eager):
         inputs = [x, weight] if bias is None else [x, weight, bias]
         shape = (x.shape[0], weight.shape[0])
         return self.trace("Gemm", inputs, x.dtype, shape, transB=1)
+
+    def best(self, scores: Tensor, share: Fraction) -> Tensor:
+        """Trace ``TopK`` of a size that is computed from that of ``scores``."""
+        count = self.trace("Shape", [scores], torch.int64, (1,), start=1, end=2)
+        count = (count * share.numerator + (share.denominator - 1)) // share.denominator
+        shape = (scores.shape[0], _share_of(share, scores.shape[1]))
+        dtypes = (scores.dtype, torch.int64)
+        _, index = torch.onnx.ops.symbolic_multi_out(
+            "TopK", [scores, count], {"axis": 1}, dtypes=dtypes, shapes=(shape, shape),
+            version=self.opset,
+        )  # fmt: skip
+        return index
+
+    def take(self, x: Tensor, index: Tensor) -> Tensor:
+        """Trace ``GatherND`` within each sample."""
+        shape = (*index.shape, *x.shape[2:])
+        return self.trace("GatherND", [x, index[:, :, None]], x.dtype, shape, batch_dims=1)
+
+    def put(self, x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+        """Trace ``ScatterND``."""
+        places = torch.stack((_samples(index).expand_as(index), index), -1)
+        return self.trace("ScatterND", [x, places, rows], x.dtype, x.shape)
 
     def fake_quantised(self, x: Tensor, scale: Tensor) -> Tensor:
         """Trace ``QuantizeLinear`` and back. Without an explicit zero point ONNX Runtime would not
@@ -421,6 +458,16 @@ class Portable(Onnx):
         probs = _softmax(scores, visible, q.shape, k.shape[1]).to(q.dtype)
         out = probs[..., :slots] @ seen_old + probs[..., slots:] @ seen_new
         return out.reshape(q.shape), *fresh
+
+
+def _share_of(share: Fraction, rows: int) -> int:
+    """Return a share of so many rows, rounded up; a size may be a symbol."""
+    return (rows * share.numerator + (share.denominator - 1)) // share.denominator
+
+
+def _samples(index: Tensor) -> Tensor:
+    """Return the number (B, 1) of each sample of ``index`` (B, k)."""
+    return torch.arange(index.shape[0], device=index.device)[:, None]
 
 
 def _sees(order: Tensor, key_order: Tensor) -> Tensor:

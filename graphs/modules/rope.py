@@ -31,15 +31,9 @@ def frequencies(text: TextConfig) -> tuple[Tensor, float]:
     return inverse.float(), float(scaling)
 
 
-def rotary(text: TextConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines (B, Q, d/2) of positions (B, Q), computed in FP32, then rounded."""
-    inverse, scaling = frequencies(text)
-    return turn(inverse, scaling, positions, dtype)
-
-
 def turn(
     inverse: Tensor, scaling: float, positions: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return ``rotary`` with frequencies already at hand."""
+    """Return cosines and sines (B, Q, d/2) of positions (B, Q), computed in FP32, then rounded."""
     angles = positions[:, :, None].float() * inverse
     return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)

@@ -16,7 +16,7 @@ Source: docs/methods.md, "Cost accounting".
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config import ModelConfig
 from ..contract import PROBE, VISION, projects_later, stage_of
@@ -106,7 +106,15 @@ def decoder_work(call: GraphCall, geometry: Geometry, plan: StagePlan, sizes: Si
         flops = 4 * max(1, call.rows) * call.slots * query
         return Work(flops, 0, 2 * kv * call.slots * sizes.cache, attention_flops=flops)
     last = index == len(plan.stages) - 1
-    return stage_work(geometry, plan.stages[index].depth, call, sizes, head=last)
+    layers = plan.stages[index].layers
+    gathers = plan.routing is not None and plan.routing.gathers
+    routed = sum(plan.routing_of(layer) is not None for layer in range(*layers)) if gathers else 0
+    work = stage_work(geometry, layers[1] - layers[0] - routed, call, sizes, head=last)
+    if plan.routing is None or not routed:
+        return work
+    few = replace(call, rows=plan.routing.gathered(call.rows))
+    rest = 2 * routed * geometry.layer_macs(0, call.rows - few.rows, 0)  # all have keys and values
+    return work + stage_work(geometry, routed, few, sizes, head=False) + Work(rest)
 
 
 def stage_work(
@@ -174,13 +182,17 @@ def question_calls(
     """Return the calls of one question about one image, up to the first token.
 
     ``prefix`` rows are held already; ``visual`` is N; ``cached``: the image was seen before. A
-    plan that decides per prompt is taken as if nothing triggered. What a selector of the entry
+    plan that decides per prompt is taken as if nothing triggered; one that compares all rows of a
+    prompt runs its prefix, too. What a selector of the entry
     does takes a thousandth of its encoder's work, and is left out.
     """
     calls = []
     visual = min(visual, plan.entering)
     if visual and not cached:
         calls.append(GraphCall(VISION, 0, 0))
+    if plan.whole_prompt:
+        rows = prefix + visual + text
+        return [*calls, GraphCall("stage0", rows, slots(0, rows))]
     first = min(visual, plan.stages[0].visual_tokens)
     if first and not cached:
         calls.append(GraphCall("stage0", first, slots(0, prefix + first)))

@@ -11,6 +11,9 @@ by 2 for FLOPs. A layer with X text rows (P before the image, T after it) and n 
     text_blind_novv      X + n         X           (X + n)^2 - T n - n^2
     no_attention         X + n         X + n       (X + n)^2 - T n - n^2
 
+Of rows that routers pick, the picked part alone has queries, pairs and an MLP; the routers' own
+products, up to d^2 / 2 a row and layer where they have a hidden layer, are left out.
+
 ``sink`` and ``sink_half`` count as ``text_blind``, as in docs/methods.md, "Cost accounting": what
 they save beyond it is under 0.1 points of a 32-layer decoder. Visual-only figures, which papers
 call FLOPs, count the visual rows' own projections, MLP and n^2 pairs.
@@ -105,11 +108,15 @@ LLAVA_13B = Geometry(layers=40, hidden=5120, intermediate=13824, vocab=32000)
 
 @dataclass(frozen=True)
 class Load:
-    """``count`` layers of one kind with ``visual_tokens`` each; both may be averages."""
+    """``count`` layers of one kind with ``visual_tokens`` each; both may be averages.
+
+    ``share``: the part of the rows, of text as of vision, that ask and have an MLP.
+    """
 
     kind: str  # a plan's mode, or no_attention
     visual_tokens: float
     count: float = 1
+    share: float = 1
 
 
 @dataclass(frozen=True)
@@ -226,8 +233,21 @@ def plan_loads(
                 kind = "dense"
             elif accounting == "paper" and blind:
                 kind = "no_attention"
-            loads.append(Load(kind, count))
+            loads.append(Load(kind, count, share=_share(plan, layer, accounting)))
     return tuple(loads)
+
+
+def _share(plan: StagePlan, layer: int, accounting: Accounting) -> float:
+    """Return the part of the rows that run in a layer with routers, as far as the plan says it.
+
+    Where each row decides for itself and all are computed, nothing is known to be saved.
+    """
+    routing = plan.routing_of(layer)
+    if routing is None:
+        return 1
+    if routing.gathers:
+        return float(routing.fraction)
+    return 1 if routing.sparsity is None or accounting == "graphs" else 1 - routing.sparsity
 
 
 def plan_cost(
@@ -301,11 +321,12 @@ def _load_cost(load: Load, geometry: Geometry, prefix: int, text: int, bytes_: f
     if load.kind == "text_blind_novv":
         visual_keys = 0  # unread
 
-    cached = 2 * geometry.widths[1] * bytes_ * load.count
+    cached, run = 2 * geometry.widths[1] * bytes_ * load.count, load.share
+    visual_macs = geometry.layer_macs(run * n, visual_keys, run * visual_pairs)
     return LoadCost(
         load,
-        visual_macs=load.count * geometry.layer_macs(n, visual_keys, visual_pairs),
-        prefill_macs=load.count * geometry.layer_macs(x + n, x + visual_keys, pairs),
+        visual_macs=load.count * visual_macs,
+        prefill_macs=load.count * geometry.layer_macs(run * (x + n), x + visual_keys, run * pairs),
         visual_kv_bytes=visual_keys * cached,
         kv_bytes=(x + visual_keys) * cached,
     )

@@ -34,6 +34,7 @@ from .checks import (
     is_count,
     require,
 )
+from .routing import Routing, check_routing
 from .stages import Edge, Entry, Probe, Stage
 
 PLAN_VERSION = 1
@@ -65,6 +66,7 @@ class StagePlan:
     note: str = ""
     probe: Probe | None = field(default=None, metadata={"omit": True})
     entry: Entry | None = field(default=None, metadata={"omit": True})  # None: all N enter
+    routing: Routing | None = field(default=None, metadata={"omit": True})  # None: all rows run
 
     def __post_init__(self) -> None:
         check_labels(self.name, self.note)
@@ -76,6 +78,9 @@ class StagePlan:
             check_entry(self.entry, self.visual_tokens)
         self._check_stages()
         self._check_edges()
+        if self.routing is not None:
+            check_routing(self.routing)
+            self._check_rivals(self.routing)
 
     def _check_stages(self) -> None:
         fits = _is_tuple_of(self.stages, Stage) and len(self.stages) > 0
@@ -120,6 +125,21 @@ class StagePlan:
             wanted, fix = "none in a plan without edges", "Add an edge, or remove it."
             require(len(self.edges) > 0, "probe", Words("one"), wanted, fix)
             check_probe(self.probe, self.stages[0])
+
+    def _check_rivals(self, routing: Routing) -> None:
+        """Refuse what rows that compete in a call cannot have."""
+        wanted = f"one with three layers or more for {routing.kind}, whose first and last have none"
+        fits = not routing.router.inner or self.layers > 2
+        require(fits, "routing", Words(f"{self.layers} layers"), wanted, "Take another kind.")
+        if not routing.competes:
+            return
+        wanted = f"none, as rows of a call compete in routing {routing.kind} ({routing.form})"
+        fix = "Remove the edges, or take routers in the exact form that read one row each."
+        require(not self.edges, "edges", Words(f"{len(self.edges)}"), wanted, fix)
+        field = f"{self.stages[0].modes[0]} and others"
+        wanted = "dense layers, as gates hold for a call of one kind of rows, and rows compete"
+        fits = not self.stages[0].gated_layers
+        require(fits, "stages[0].modes", Words(field), wanted, "Write dense.")
 
     def _carries(self, index: int) -> bool:
         edges = self.edges if isinstance(self.edges, tuple) else ()
@@ -209,10 +229,28 @@ class StagePlan:
             count += 1
         return count
 
+    def routing_of(self, layer: int) -> Routing | None:
+        """Return the routing of a layer; None where it has no routers."""
+        routed = self.routing is not None and self.routing.routes(layer, self.layers)
+        return self.routing if routed else None
+
+    @property
+    def whole_prompt(self) -> bool:
+        """True where all rows of a prompt go in one call: they are compared with each other. So
+        nothing of a prompt is known before the question.
+        """
+        return self.routing is not None and self.routing.router.whole_prompt
+
+    @property
+    def fixed_calls(self) -> bool:
+        """True where rows of a call compete, so that a prompt is to be cut into calls one way."""
+        return self.routing is not None and self.routing.competes
+
     @property
     def is_dense(self) -> bool:
         """True for the unpruned model."""
-        return not self.edges and not self.stages[0].gated_layers and self.entry is None
+        plain = not self.stages[0].gated_layers and self.routing is None
+        return plain and not self.edges and self.entry is None
 
     @property
     def hash(self) -> str:

@@ -34,8 +34,12 @@ class MatchedPlan:
 
 
 def methods() -> tuple[str, ...]:
-    """Return every preset with plans to choose from, and those that are joined with an entry."""
-    scaled = [preset for preset in PRESETS.values() if is_scaled(preset.name)]
+    """Return every preset with plans to choose from, and those that are joined with an entry.
+
+    Those that need weights of their own are left to be named.
+    """
+    plain = [preset for preset in PRESETS.values() if not preset.needs_weights]
+    scaled = [preset for preset in plain if is_scaled(preset.name)]
     joined = [f"{preset.name}:entry={name}" for preset in scaled for name in preset.joined]
     return (*(preset.name for preset in scaled), *joined)
 

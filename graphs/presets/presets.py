@@ -20,6 +20,7 @@ from .entering import entering_presets
 from .narrowing import SparseVLM, Tops, V2Drop
 from .per_prompt import VisiPrunerAdaptive, VisiPrunerCode, VisiPrunerPaper
 from .request import Layer, Preset, Request, as_word
+from .routed import Dllm, Mod, SkipGpt, SkipGptLrm
 from .static import Dense, ExitOnly, FastV, PyramidDrop, VisiPruner
 
 _ALL: tuple[type[Preset], ...] = (
@@ -34,6 +35,10 @@ _ALL: tuple[type[Preset], ...] = (
     V2Drop,
     Tops,
     ExitOnly,
+    SkipGpt,
+    SkipGptLrm,
+    Dllm,
+    Mod,
     *entering_presets(),
 )
 

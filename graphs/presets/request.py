@@ -28,6 +28,9 @@ Template = Literal["7b", "13b"]
 Options = dict[str, Any]
 """Options of a preset by name."""
 
+ROUTING_OPTIONS = ("form", "share", "sparsity")
+"""Options that a calibration has nothing to say about: routers were trained with them."""
+
 Layer = int | Literal[False]
 """A layer where something ends, or false: it is left out."""
 
@@ -47,6 +50,9 @@ class Preset:
     """Options that hold published thresholds, which a calibration may replace."""
     control: ClassVar[bool] = False
     """True for a control, which keeps rows without looking at them and is there to be beaten."""
+    needs_weights: ClassVar[bool] = False
+    """True where the checkpoint must hold weights that were trained for it: it is compared where it
+    is named."""
     joined: ClassVar[tuple[str, ...]] = ()
     """Entry selectors that a comparison puts before it, besides comparing it alone."""
 
@@ -250,7 +256,7 @@ class Request:
             if any(name in given for name in self.preset.measurable):
                 return "thresholds chosen by hand"
             return f"{UNCALIBRATED}: as published for 7B"
-        settled = {*given, "norm", "template", "entry", "positions"}
+        settled = {*given, "norm", "template", "entry", "positions", *ROUTING_OPTIONS}
         left = [name for name in known if name not in settled]
         if not left and not given:
             return ""

@@ -97,7 +97,7 @@ BUGS = {
     ),
     "another prefix": (
         "calib.run.layerwise.prefix_cache",
-        lambda checkpoint, given, progress: prefix_cache(checkpoint, given[::-1]),
+        lambda checkpoint, plan, given, progress: prefix_cache(checkpoint, plan, given[::-1]),
     ),
     "positions moved": ("calib.run.prompt_state.segment_of", moved),
     "another row selects": (

@@ -26,6 +26,7 @@ from visistage.compile.steps import Staging
 from visistage.graphs import targets
 from visistage.graphs.bundle import MANIFEST, MANIFEST_FORMAT, Bundle, sha256
 from visistage.graphs.errors import BundleError, CapacityError, TargetError
+from visistage.graphs.presets.presets import preset
 from visistage.graphs.progress import Progress
 from visistage.runtime.session import load
 from visistage.tests.support import toy
@@ -204,7 +205,8 @@ def test_the_prefix_is_what_the_model_computes(checkpoint):
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
     with torch.no_grad():
         cache = model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
-    mine = prefix_cache(opened, ids)
+    plan = preset("dense", opened.config.text.layers, opened.config.visual_tokens)
+    mine = prefix_cache(opened, plan, ids)
     for layer in range(opened.config.text.layers):
         theirs = cache.layers[layer]
         assert torch.allclose(mine[0, layer], theirs.keys[0], atol=1e-4)

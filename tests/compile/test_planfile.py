@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -68,9 +69,7 @@ def some_plans(draw):
     plan = preset(name, draw(st.integers(4, 40)), draw(st.integers(8, 700)))
     note = draw(st.text(max_size=60).filter(str.isprintable))
     fields = {"note": note, "calibrated": draw(st.booleans())}
-    return StagePlan(
-        **{**vars(plan), **fields, "name": draw(st.sampled_from(["1", "1e3", "no", "a"]))}
-    )
+    return replace(plan, **fields, name=draw(st.sampled_from(["1", "1e3", "no", "a"])))
 
 
 @given(some_plans())
@@ -298,7 +297,7 @@ def test_table_says_what_is_not_calibrated():
     assert "calibrated" not in rendered(preset("dense", 32, 576))
     hand = StagePlan("mine", 2, 9, (Stage((0, 2), 9, ("sink", "dense")),))
     assert "not calibrated" in rendered(hand, Geometry(2, 8, 16, 32))
-    measured = StagePlan(**{**vars(PLAN), "calibrated": True, "note": "on 300 pictures [bold]"})
+    measured = replace(PLAN, calibrated=True, note="on 300 pictures [bold]")
     assert plan_label(measured) is None
     assert "on 300 pictures [bold]" in rendered(measured)  # a note is no markup
 

@@ -31,9 +31,19 @@ def test_a_plan_costs_what_it_was_brought_to(method, share, geometry, tokens):
 
 
 def test_every_preset_that_is_the_same_for_every_prompt_is_compared():
-    fixed = {name for name in PRESETS if name != "dense" and preset(name, 32, 576).probe is None}
+    plain = {name for name, kind in PRESETS.items() if not kind.needs_weights}
+    fixed = {name for name in plain if name != "dense" and preset(name, 32, 576).probe is None}
     assert {name for name in methods() if ":" not in name} == fixed
     assert "visipruner:entry=scope" in methods()
+
+
+@pytest.mark.parametrize("method", ["skipgpt", "skipgpt-lrm", "dllm", "mod"])
+def test_a_method_with_weights_of_its_own_is_compared_where_it_is_named(method):
+    assert method not in methods()
+    assert is_scaled(method)
+    found = matched_plan(method, 0.75, LLAVA_7B, 576)
+    assert found.share == pytest.approx(0.75, abs=NEAR)
+    assert "capacity" in found.text
 
 
 def test_controls_are_named_and_stand_in_the_list():

@@ -176,8 +176,10 @@ class TorchChain:
                 weights.setdefault(name, shared)
         weights[EMBEDDING] = _rounded(stored_tensor(bundle, manifest.embedding), manifest, dtype)
         prefix = None
-        if manifest.quantization.quantises and manifest.prefix:
-            # Shipped as computed from float weights: rounded ones would make another.
+        apart = manifest.quantization.quantises or manifest.plan.fixed_calls
+        if apart and manifest.prefix:
+            # Shipped as computed from float weights: rounded ones would make another. And where
+            # rows of a call compete, its rows were a call of their own.
             keys = stored_tensor(bundle, manifest.prefix.keys)
             values = stored_tensor(bundle, manifest.prefix.values)
             if not manifest.quantization.quantises_cache:

@@ -113,7 +113,7 @@ def check_prefix(target: VerifyTarget) -> CheckResult:
     manifest, shipped = bundle.manifest, bundle.manifest.prefix
     if shipped is None:
         raise NothingError("the template begins with the image, or differently every time")
-    again = prefix_cache(checkpoint, shipped.ids)
+    again = prefix_cache(checkpoint, manifest.plan, shipped.ids)
     if manifest.cache_scales is not None:
         scales = stored_tensor(bundle, manifest.cache_scales).float().numpy()
         again = quantised_rows(again, scales)

@@ -1,0 +1,1 @@
+"""The routers of layers, one file for each way to compute gates: ``plan.routing.ROUTERS``."""
