@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from .config import ModelConfig, TextConfig
-from .errors import PlanError
+from .fusion import check_injected
 from .plan.plan import StagePlan
 from .plan.stages import Edge
 from .precision import NO_FALLBACK, Fp32Fallback
@@ -352,6 +352,7 @@ def graph_specs(
 ) -> dict[str, GraphSpec]:
     """Return the contract of every graph of a bundle, in the order in which a prompt meets them."""
     text = config.text
+    check_injected(text.inject, plan)
     specs = {VISION: vision_spec(config, plan, dtype, fallback)}
     if projects_later(plan):
         specs[PROJECT] = project_spec(config, plan, dtype, fallback)
@@ -392,17 +393,6 @@ def vision_spec(
     Without an entry the projector is in it, and one row per visual token comes out. What is added
     to the rows within the decoder comes out with it, for all visual tokens.
     """
-    merges = plan.entry and "features" in ENTRY_SELECTORS[plan.entry.selector].reads
-    if plan.entry and merges and config.text.inject:
-        raise PlanError(
-            f"entry {plan.entry.text} merges rows, and this model adds features of single patches "
-            "to them within the decoder. Use an entry that merges none, such as scope"
-        )
-    if plan.whole_prompt and config.text.inject:
-        raise PlanError(
-            f"plan '{plan.name}' takes all rows of a prompt in one call, and this model adds "
-            "features to visual rows, which come first in a call. Use another routing than mod"
-        )
     vision, tokens = config.vision, config.visual_tokens
     side, width = vision.image_size, config.feature_width
     outputs = {

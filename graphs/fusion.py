@@ -12,11 +12,14 @@ Source: docs/methods.md, "Layer fusion".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .config_fields import count, reject_value, word
+from .errors import PlanError
+from .plan.plan import StagePlan
+from .selectors.registry import ENTRY_SELECTORS
 
 STRATEGY, SET = "layer_fusing_strategy", "layer_using_strategy"
 """Fields of ``config.json``, as released."""
@@ -102,3 +105,29 @@ def read_fusion(given: Mapping[str, Any], depth: int, layers: int) -> ReadFusion
             SET, chosen, f"layers that a decoder of {layers} has once: it is added at {into}"
         )
     return ReadFusion(fusion=Fusion(injected=tuple(states)), layers=tuple(into))
+
+
+def check_injected(layers: Sequence[int], plan: StagePlan) -> None:
+    """Refuse a plan under which features would be lost that are added at the input of ``layers``.
+
+    Raises:
+        PlanError: visual rows come in behind one of them, or are merged before they come; or rows
+            of a call come in the order of the prompt.
+    """
+    if not layers:
+        return
+    advice = "whose features are added within the decoder. Use another entry"
+    if plan.entry and "features" in ENTRY_SELECTORS[plan.entry.selector].reads:
+        raise PlanError(f"entry {plan.entry.text} merges rows of a model {advice}, such as scope")
+    if plan.whole_prompt:
+        raise PlanError(
+            f"plan '{plan.name}' takes all rows of a prompt in one call, and this model adds "
+            "features to visual rows, which come first in a call. Use another routing than mod"
+        )
+    seen = [stage.visual_tokens for stage in plan.stages for _ in range(stage.depth)]
+    for layer in layers:
+        if not seen[layer] and any(seen[layer:]):
+            raise PlanError(
+                f"plan '{plan.name}' has no visual rows in layer {layer}, and later again, of a "
+                f"model {advice}, or layers without vision behind {max(layers)} only"
+            )

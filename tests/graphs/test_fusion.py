@@ -12,7 +12,7 @@ from visistage.graphs.contract import graph_specs, whole_stages
 from visistage.graphs.errors import ModelError, PlanError
 from visistage.graphs.fusion import read_fusion
 from visistage.graphs.plan.plan import StagePlan
-from visistage.graphs.presets.presets import preset
+from visistage.graphs.presets.presets import parse_request, preset
 from visistage.runtime.image.image import load_image, preprocess
 from visistage.tests.support import toy
 from visistage.tests.support.asking import picture
@@ -198,6 +198,13 @@ def test_what_cannot_be_fused_is_refused(checkpoint):
     assert isinstance(plan, StagePlan)
     with pytest.raises(PlanError, match="merges rows"):
         graph_specs(config, plan, "float32", whole_stages(plan), False)
+    name, options = parse_request("dense:entry=scope-9-at18")
+    late = preset(name, LAYERS, VISUAL, **options)
+    assert config.text.inject == (17,)
+    with pytest.raises(PlanError, match="no visual rows in layer 17, and later again"):
+        graph_specs(config, late, "float32", whole_stages(late), False)
+    left = preset("visipruner", LAYERS, VISUAL, shallow=3, t=9, e=14, keep=5)
+    assert graph_specs(config, left, "float32", whole_stages(left), False)
 
 
 def test_configs_without_fusion_are_what_they_were():
