@@ -162,6 +162,48 @@ def cache_names(layers: tuple[int, int]) -> list[tuple[str, str]]:
     return [(f"key.{layer}", f"value.{layer}") for layer in range(*layers)]
 
 
+def scored_layer(plan: StagePlan, edge: int) -> int:
+    """Return the layer whose attention a select edge reads: the last before it, or the next."""
+    selector = plan.edges[edge].selector
+    return plan.stages[edge].layers[1] - (not selector.next_layer)
+
+
+def ahead_of(plan: StagePlan, stage: int) -> int | None:
+    """Return the layer whose queries and keys ``stage`` computes beside its own, for its edge."""
+    ahead = probed(plan, stage) and plan.edges[stage].selector.next_layer
+    return scored_layer(plan, stage) if ahead else None
+
+
+def ahead_name(layer: int) -> str:
+    """Return the name of the cache of keys of a layer that the stage before it fills."""
+    return f"ahead.{layer}"
+
+
+def is_cache(name: str) -> bool:
+    """Return whether a stage's input of this name is a cache."""
+    return name.startswith(("key.", "value.", "ahead."))
+
+
+def part_caches(plan: StagePlan, part: StagePart) -> list[str]:
+    """Return the input names of all caches of (part of) a stage, in their order."""
+    names = [name for pair in cache_names(part.layers) for name in pair]
+    ahead = ahead_of(plan, part.stage) if part.ends(plan) else None
+    return names if ahead is None else [*names, ahead_name(ahead)]
+
+
+def stage_caches(plan: StagePlan) -> list[list[str]]:
+    """Return the input names of all caches, by stage."""
+    return [part_caches(plan, part) for part in whole_stages(plan)]
+
+
+def select_caches(plan: StagePlan, edge: int) -> dict[str, str]:
+    """Return the caches that a selection reads, by the names that its graph has for them."""
+    layer = scored_layer(plan, edge)
+    if ahead_of(plan, edge) is not None:
+        return {"key": ahead_name(layer)}
+    return {"key": f"key.{layer}", "value": f"value.{layer}"}
+
+
 def inject_name(layer: int) -> str:
     """Return the name of the rows that are added to visual rows at the input of a layer."""
     return f"inject.{layer}"
@@ -200,7 +242,8 @@ def stage_spec(
     """Return the contract of (part of) a stage: Q rows in, updated rows out, caches appended to.
 
     ``queries`` are the last row's, rotated, of every layer: what a selection or a probe of that
-    layer reads, and with the cache all there is to say about the row's attention. What else the
+    layer reads, and with the cache all there is to say about the row's attention. Those of a layer
+    ahead (``ahead_of``) are the last, its keys the last cache. What else the
     edge behind reads of the rows is handed out by the part that ends the stage.
 
     ``inject.L`` is added to the rows at the input of layer L, before its norm and before the
@@ -215,7 +258,8 @@ def stage_spec(
     gated = part.gated_layers(plan)
     rows = fallback.rows_dtype(dtype)
     groups, width = text.kv_heads, text.head_dim
-    caches = [name for pair in cache_names(part.layers) for name in pair]
+    caches = part_caches(plan, part)
+    ahead = part.ends(plan) and ahead_of(plan, part.stage) is not None
     inputs = [
         TensorSpec("rows", rows, ("B", "Q", text.hidden)),
         TensorSpec("positions", "int32", ("B", "Q")),
@@ -230,7 +274,7 @@ def stage_spec(
 
     outputs = [
         TensorSpec("rows.out", rows, ("B", "Q", text.hidden)),
-        TensorSpec("queries", dtype, (part.depth, "B", text.heads, width)),
+        TensorSpec("queries", dtype, (part.depth + ahead, "B", text.heads, width)),
     ]
     if part.ends(plan) and part.stage == len(plan.stages) - 1:
         outputs.append(TensorSpec("logits", "float32", ("B", text.vocab)))

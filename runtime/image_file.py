@@ -31,7 +31,7 @@ import numpy as np
 from ..graphs.bundle import MANIFEST, Bundle, sha256
 from ..graphs.chain.chain import places_in
 from ..graphs.chain.executor import Encoded
-from ..graphs.contract import cache_names, inject_name, injected_of
+from ..graphs.contract import inject_name, injected_of, stage_caches
 from ..graphs.dtypes import BY_SAFETENSORS, DTYPES
 from ..graphs.errors import ImageError
 from ..graphs.fields import Words, show
@@ -59,7 +59,7 @@ class ImageLayout:
         text: rows of that part before the image.
         span: positions that an image takes.
         tokens: N of an image.
-        layers: of each stage that is blind to the question.
+        layers, caches: of each stage that is blind to the question.
         visual: visual rows in each of them; the most of them entered.
         shape: G and d of a layer's cache, and D of a row.
         cache_dtype, rows_dtype: types of caches and rows.
@@ -73,6 +73,7 @@ class ImageLayout:
     span: int
     tokens: int
     layers: Sequence[tuple[int, int]]
+    caches: Sequence[Sequence[str]]
     visual: Sequence[int]
     shape: tuple[int, int, int]
     cache_dtype: str
@@ -87,11 +88,11 @@ class ImageLayout:
             "visual_rows": (self.rows_dtype, (1, max(self.visual), hidden)),
             "patches": ("int32", (max(self.visual),)),
         }
-        for stage, (layers, visual) in enumerate(zip(self.layers, self.visual, strict=True)):
+        for stage, (caches, visual) in enumerate(zip(self.caches, self.visual, strict=True)):
             count = self.text + visual
             if count:
                 found[_order_name(stage)] = ("int32", (count,))
-                for name in (name for pair in cache_names(layers) for name in pair):
+                for name in caches:
                     found[name] = (self.cache_dtype, (1, groups, count, width))
         if not self.last:
             count = self.text + self.visual[-1]
@@ -136,6 +137,7 @@ def layout_of(bundle: Bundle, context: Context, opening: Sequence[PromptPart]) -
         span=plan.span,
         tokens=plan.visual_tokens,
         layers=[stage.layers for stage in stages],
+        caches=stage_caches(plan)[: len(stages)],
         visual=visual_rows(plan, images=1)[: len(stages)],
         shape=(text.kv_heads, text.head_dim, text.hidden),
         cache_dtype=manifest.cache_dtype,
@@ -206,11 +208,11 @@ def read_image(file: Path, layout: ImageLayout) -> tuple[str, Encoded, CachedPre
     if digest_of(told, arrays.values()) != header.metadata["sha256"]:
         _refuse(file, "is damaged: its contents are not those that were saved")
     stages = []
-    for stage, layers in enumerate(layout.layers):
+    for stage, caches in enumerate(layout.caches):
         visual = layout.visual_slots(stage)
         order = arrays.get(_order_name(stage), np.zeros(0, np.int32))
-        names = [name for pair in cache_names(layers) for name in pair if name in arrays]
-        stages.append(HeldSlots(order, visual, {name: arrays[name] for name in names}))
+        held = {name: arrays[name] for name in caches if name in arrays}
+        stages.append(HeldSlots(order, visual, held))
         _check_order(file, layout, order, visual)
     if not all(np.isfinite(a).all() for a in arrays.values() if a.dtype.kind == "f"):
         _refuse(file, "holds numbers that are not finite")

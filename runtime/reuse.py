@@ -17,8 +17,9 @@ import numpy as np
 
 from ..graphs.bundle import Bundle
 from ..graphs.chain.chain import AppendedRows, Chain, Prefilled, PrefilledPart
-from ..graphs.chain.enter import places_of
+from ..graphs.chain.enter import places_of, positions_at
 from ..graphs.chain.executor import Encoded, StageResult
+from ..graphs.contract import stage_caches
 from ..graphs.errors import CapacityError
 from ..graphs.plan.plan import StagePlan
 from ..graphs.selectors.edge import ROW_READINGS
@@ -73,7 +74,8 @@ class Context:
         self.pending: dict[str, PendingPrefix] = {}
         self.current_key: str | None = None  # of the parts up to an image that the stages hold now
         self.patches: ByteCache[np.ndarray] = ByteCache(PATCHES_BYTES)  # of images by their key
-        self.length = 0  # positions of the prompt and the answer so far
+        self.length = 0  # positions of the prompt and the answer so far, those of images included
+        self.images = 0  # of that prompt
         self.prefix = bundle.manifest.prefix
         self.prefix_rows = 0  # rows of the prefix in the first slots of every stage
         self.saved = self._map_prefix(bundle) if self.prefix else []
@@ -177,6 +179,7 @@ class Context:
         begin, rest = self.after_prefix(parts)
         done, stages = self._run(begin, rest)
         self.length = self.positions_of(parts)
+        self.images = len(_images(parts))
         for stage in range(stages, len(self.chain.slots)):
             self.chain.slots[stage].rewind(begin)
             self._trim(stage, begin, rest)
@@ -187,8 +190,10 @@ class Context:
     def decode(self, token: int) -> np.ndarray:
         """Append one token; return the logits (V,) of the next."""
         at = np.full((1, 1), self.length, np.int32)
+        positions = positions_at(self.chain.plan, at, self.chain.plan.span * self.images)
         self.length += 1
-        return np.asarray(self.chain.decode(AppendedRows(False, self.embed([token]), at, at)))[0]
+        row = AppendedRows(False, self.embed([token]), positions, at)
+        return np.asarray(self.chain.decode(row))[0]
 
     def keep(self) -> None:
         """Copy what was computed for images out of the stages, before something else goes there.
@@ -262,9 +267,14 @@ class Context:
             rows, patches, inject = part.encoded()
             self.patches.put(part.key, patches[0], patches.nbytes)
             order = first + places_of(self.chain.plan, patches)
-            return AppendedRows(True, rows, order, order, inject)
+            return AppendedRows(True, rows, self._positions(order, parts[:index]), order, inject)
         order = np.arange(first, first + len(part), dtype=np.int32)[None]
-        return AppendedRows(False, self.embed(part), order, order)
+        return AppendedRows(False, self.embed(part), self._positions(order, parts[:index]), order)
+
+    def _positions(self, order: np.ndarray, before: Sequence[PromptPart]) -> np.ndarray:
+        """Return the positions of rows behind these parts."""
+        plan = self.chain.plan
+        return positions_at(plan, order, plan.span * len(_images(before)))
 
     def _suspend(
         self,
@@ -338,13 +348,11 @@ class Context:
         assert self.prefix is not None
         stored = {"key": self.prefix.keys, "value": self.prefix.values}
         arrays = {name: map_tensor(bundle, ref) for name, ref in stored.items()}
+        arrays["ahead"] = arrays["key"]
+        stages = [[name.split(".") for name in names] for names in stage_caches(self.chain.plan)]
         return [
-            {
-                f"{name}.{layer}": array[layer][None]
-                for layer in range(*stage.layers)
-                for name, array in arrays.items()
-            }
-            for stage in self.chain.plan.stages
+            {f"{kind}.{layer}": arrays[kind][int(layer)][None] for kind, layer in names}
+            for names in stages
         ]
 
     def _hold_prefix(self, begin: int) -> None:

@@ -130,6 +130,11 @@ def run_layerwise(
             f"rows of plan '{plan.name}' compete within each call, and here an answer is one call. "
             "Calibrate a plan whose routers are in the exact form and read one row each"
         )
+    if any(edge.op == "select" and edge.selector.next_layer for edge in plan.edges):
+        raise PlanError(
+            f"plan '{plan.name}' selects by the layer behind an edge, and a layer-wise run has one "
+            "layer in memory. Calibrate a plan that selects by the layer before, such as fastv"
+        )
     check_fit(plan, text.layers, config.visual_tokens)
 
     def stream_of(module: nn.Module) -> Streamed:

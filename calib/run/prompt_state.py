@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...graphs.chain.chain import AppendedRows, StageSlots, places_in
-from ...graphs.chain.enter import places_of
+from ...graphs.chain.enter import places_of, positioned, positions_at
 from ...graphs.chain.executor import Encoded
 from ...graphs.config import TextConfig
 from ...graphs.errors import CapacityError, PromptError
@@ -344,6 +344,9 @@ def prompt_state(
             f"{prompt.name}: prompt and answer take {at} rows, the model's context is {max_rows}. "
             "Shorten them, or leave the sample out"
         )
+    segments, before = positioned(plan, segments)
+    if answer is not None:
+        answer = replace(answer, positions=positions_at(plan, answer.order, before))
     return PromptState(begin, segments, answer)
 
 

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ...graphs.bundle import Bundle, GraphFact
-from ...graphs.contract import TensorSpec
+from ...graphs.contract import TensorSpec, is_cache
 from ...graphs.fields import to_json
 from ...graphs.precision import ALWAYS
 from ...pages.units import show_bytes
@@ -136,7 +136,7 @@ def _tensors(fact: GraphFact) -> tuple[str, str]:
 
 def _listed(specs: tuple[TensorSpec, ...]) -> str:
     """One line each; the caches, two for every layer, as one line."""
-    cached = [spec for spec in specs if spec.name.startswith(("key.", "value."))]
+    cached = [spec for spec in specs if is_cache(spec.name)]
     lines = [_line(spec) for spec in specs if spec not in cached]
     if cached:
         first, last = cached[0], cached[-1]

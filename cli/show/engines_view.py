@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ...graphs.bundle import Bundle
-from ...graphs.contract import GraphSpec
+from ...graphs.contract import GraphSpec, is_cache
 from ...graphs.engine_index import EngineFact, Engines
 from ...pages.units import show_bytes, show_seconds
 
@@ -98,7 +98,7 @@ def _cache_bytes(bundle: Bundle, engine: EngineFact) -> int:
         math.prod(sizes[d] if isinstance(d, str) else d for d in tensor.shape)
         * np.dtype(tensor.dtype).itemsize
         for tensor in spec.inputs
-        if tensor.name.startswith(("key.", "value."))
+        if is_cache(tensor.name)
     )
 
 

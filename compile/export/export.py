@@ -168,7 +168,7 @@ def export(
 def _stage(stage: DecoderStage, stitcher: Stitcher, inputs: list) -> list:
     """Compose a stage and put its outputs in contract order."""
     out = stage.compose_named(stitcher.call, {value.name: value for value in inputs})
-    return [*out.singles, *(value for pair in out.caches for value in pair)]
+    return [*out.singles, *out.flat_caches]
 
 
 def _strip(model: onnx_ir.Model) -> None:

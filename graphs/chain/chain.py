@@ -317,7 +317,10 @@ class Chain:
         kept = self._select(stage, read, visual, slots, query_order)
         done.kept.append(kept.order)
         inject = self._taken(visual.inject, places_in(visual.order, kept.order))
-        return AppendedRows(True, kept.rows, kept.positions, kept.order, inject)
+        positions = kept.positions
+        if self.plan.positions == "renumbered":
+            positions = _closed_up(visual, positions.shape[1])
+        return AppendedRows(True, kept.rows, positions, kept.order, inject)
 
     def _joined(self, stage: int, parts: Sequence[AppendedRows]) -> AppendedRows:
         """Return one segment, for ``stage``, from several of visual rows."""
@@ -416,6 +419,13 @@ class Chain:
             order.astype(np.int32),
             self._taken(visual.inject, index),
         )
+
+
+def _closed_up(offered: AppendedRows, count: int) -> np.ndarray:
+    """Return positions (B, K) one after another, from that of the first row offered on."""
+    real = np.where(offered.order == INVISIBLE, INVISIBLE, offered.positions)
+    first = real.min(1, keepdims=True) % INVISIBLE  # 0 for a sample without images
+    return (first + np.arange(count)).astype(np.int32)
 
 
 def places_in(offered: np.ndarray, kept: np.ndarray) -> np.ndarray:

@@ -7,16 +7,18 @@ Source: docs/design.md, "The entry".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..config import ModelConfig
-from ..contract import vision_spec
+from ..contract import INVISIBLE, vision_spec
 from ..plan.plan import StagePlan
 from ..selectors.entry import READINGS, EncoderReadings, Entered
 from ..selectors.registry import ENTRY_SELECTORS
+from .chain import AppendedRows
 from .executor import ANY_IMAGE
 
 OUTPUTS = {name: "visual_rows" if name == "rows" else name for name in READINGS}
@@ -54,6 +56,31 @@ def warm_up(plan: StagePlan, config: ModelConfig) -> None:
             for spec in specs
         }
         choose_rows(plan, blank, ANY_IMAGE)
+
+
+def positions_at(plan: StagePlan, order: np.ndarray, images: Any) -> np.ndarray:
+    """Return the positions of rows with these orders (B, Q), of a prompt or of its answer.
+
+    ``images``: orders that images before them take, one number or (B, 1).
+    """
+    return order - images if plan.positions == "separate" else order
+
+
+def positioned(
+    plan: StagePlan, segments: Sequence[AppendedRows]
+) -> tuple[list[AppendedRows], np.ndarray]:
+    """Return a prompt's segments at the positions that the plan has for them, and the orders (B, 1)
+    that images take of it, for rows of the answer (``positions_at``).
+    """
+    out, images = [], np.zeros((len(segments[0].order), 1), np.int32)
+    for segment in segments:
+        order = segment.order
+        positions = np.where(order == INVISIBLE, 0, positions_at(plan, order, images))
+        out.append(replace(segment, positions=positions.astype(np.int32)))
+        if segment.visual:
+            real = (order != INVISIBLE).any(1, keepdims=True)
+            images = images + (plan.span * real).astype(np.int32)
+    return out, images
 
 
 def places_of(plan: StagePlan, patches: np.ndarray) -> np.ndarray:

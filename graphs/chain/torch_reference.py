@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import TextConfig
-from ..contract import INVISIBLE, probed, whole_stages
+from ..contract import INVISIBLE, probed, scored_layer, whole_stages
 from ..errors import ModelError, PlanError, PromptError
 from ..fusion import NAMED_DEPTH, read_fusion
 from ..modules.decoder import DecoderStage
@@ -30,6 +30,7 @@ from ..plan.plan import StagePlan
 from ..plan.routing import is_router
 from ..precision import NO_FALLBACK, Fp32Fallback
 from .chain import AppendedRows, Chain, last_layers
+from .enter import positioned, positions_at
 from .executor import Kept, StageResult
 
 Span = tuple[int, int]
@@ -74,7 +75,7 @@ class TorchExecutor:
         fallback: Fp32Fallback = NO_FALLBACK,
         prepare: Callable[[torch.nn.Module], None] = lambda stage: None,
     ):
-        self.text, self.batch, self.fallback = text, batch, fallback
+        self.text, self.plan, self.batch, self.fallback = text, plan, batch, fallback
         self.embedding = weights["model.embed_tokens.weight"]
         self.stages = [
             DecoderStage(text, plan, part, Eager(), fallback) for part in whole_stages(plan)
@@ -95,14 +96,21 @@ class TorchExecutor:
             ]
             for index, stage in enumerate(plan.stages)
         ]
+        self.ahead = {  # keys of the layer behind a stage, where its edge reads them
+            index: self._empty(index, stage.ahead)
+            for index, stage in enumerate(self.stages)
+            if stage.ahead is not None
+        }
 
     def ensure_slots(self, stage: int, slots: int) -> int:
         """Grow to exactly ``slots``: the reference has no use for spare room."""
-        grown = []
-        for pair in self.caches[stage]:
-            extra = slots - pair[0].shape[2]
-            grown.append(tuple(torch.nn.functional.pad(c, (0, 0, 0, extra)) for c in pair))
-        self.caches[stage] = grown
+
+        def grown(cache: Tensor) -> Tensor:
+            return torch.nn.functional.pad(cache, (0, 0, 0, slots - cache.shape[2]))
+
+        self.caches[stage] = [(grown(key), grown(value)) for key, value in self.caches[stage]]
+        if stage in self.ahead:
+            self.ahead[stage] = grown(self.ahead[stage])
         return slots
 
     def append(
@@ -123,15 +131,19 @@ class TorchExecutor:
                 layer: torch.nn.functional.pad(given, (0, 0, 0, missing[layer]))
                 for layer, given in inject.items()
             },
+            self.ahead.get(stage),
         )
         self.caches[stage] = out.caches
+        if out.ahead is not None:
+            self.ahead[stage] = out.ahead
         return StageResult(out.rows, out.queries, out.logits, out.readings)
 
     def select(self, edge: int, feeds: Mapping[str, Any]) -> Kept:
-        """Run the selector of edge ``edge`` over the last layer's cache of the stage before it."""
+        """Run the selector of edge ``edge`` over the cache that it reads of the stage before it."""
+        layer = scored_layer(self.plan, edge)
         key, value = self.caches[edge][-1]
-        scales = self.stages[edge].scales_of(self.layers[edge][1] - 1)
-        given = dict(feeds) | {"key": key, "value": value}
+        scales = self.stages[edge].scales_of(layer)
+        given = dict(feeds) | {"key": self.ahead.get(edge, key), "value": value}
         given |= zip(CACHE_SCALES, scales or (), strict=False)
         rows, *on_host = self.selectors[edge].of(given)
         return Kept(rows, *(values.numpy() for values in on_host))
@@ -228,7 +240,7 @@ def run(
     chosen: Sequence[Any] = entered or [None] * batch
     places = [_places(plan, length, *own) for own in zip(spans, chosen, strict=True)]
     inject = injected_rows(weights, config, text, features)
-    whole = segments(embeds, spans, places, inject)
+    whole, images = positioned(plan, segments(embeds, spans, places, inject))
     done = chain.prefill(whole)
     tokens, logits, chosen_by = [], done.logits, []
     following = whole[-1].order[:, -1:] + 1
@@ -237,7 +249,8 @@ def run(
         chosen_by.append(logits)
         if step + 1 < max_new_tokens:
             at = following + step
-            logits = chain.decode(AppendedRows(False, executor.embed(tokens[-1][:, None]), at, at))
+            row = executor.embed(tokens[-1][:, None])
+            logits = chain.decode(AppendedRows(False, row, positions_at(plan, at, images), at))
     at_edges = [[_seen(kept[sample]) for kept in done.kept] for sample in range(batch)]
     kept = [
         edges[-1] if edges else _all_visual(*own)

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TextConfig
-from ..contract import PADDING_ORDER, StagePart, cache_names, injected_of, row_readings
+from ..contract import (
+    PADDING_ORDER,
+    StagePart,
+    ahead_name,
+    ahead_of,
+    cache_names,
+    injected_of,
+    row_readings,
+)
 from ..plan.plan import StagePlan
 from ..plan.routing import Routing
 from ..precision import NO_FALLBACK, Fp32Fallback
@@ -40,12 +48,19 @@ class StageOutput(NamedTuple):
     logits: Tensor | None  # (B, V) float32, last row
     readings: dict[str, Tensor]  # what the edge behind reads of the rows, (B, Q, ...) each
     caches: list[Cache]
+    ahead: Tensor | None = None  # the cache of a layer ahead
 
     @property
     def singles(self) -> list[Tensor]:
         """All but the caches, in the order of the contract."""
         logits = [] if self.logits is None else [self.logits]
         return [self.rows, self.queries, *logits, *self.readings.values()]
+
+    @property
+    def flat_caches(self) -> list[Tensor]:
+        """The caches, in the order of the contract."""
+        ahead = [] if self.ahead is None else [self.ahead]
+        return [*(value for pair in self.caches for value in pair), *ahead]
 
 
 def direct(piece: nn.Module, *args: Tensor | None) -> Any:
@@ -110,25 +125,46 @@ class Attention(nn.Module):
         q are the rows that ``route`` lets ask, by default all Q; all have keys and values.
         """
         width = self.text.head_dim
-
-        def heads(projected: Tensor, like: Tensor) -> Tensor:
-            shape = (*like.shape[:2], projected.shape[-1] // width, width)
-            return self.ops.reshape(projected, shape, like).transpose(1, 2)
-
         asks, turns = taken(self.ops, x, route, cos), (cos, sin)
         if route is not None and route.picked is not None:
             visible = self.ops.take(view.visible[:, 0], route.picked)
             view = view._replace(visible=visible[:, None])
             turns = self.ops.take(cos, route.picked), self.ops.take(sin, route.picked)
-        q = self.ops.rotate(heads(self.q_proj(asks), turns[0]), *turns)
-        k = self.ops.rotate(heads(self.k_proj(x), cos), cos, sin)
-        v = heads(self.v_proj(x), cos)
+        q = self.ops.rotate(_heads(self.ops, self.q_proj(asks), turns[0], width), *turns)
+        k = self.ops.rotate(_heads(self.ops, self.k_proj(x), cos, width), cos, sin)
+        v = _heads(self.ops, self.v_proj(x), cos, width)
         out, keys, values = self.ops.cached_attention(q, k, v, cache, view, gate, self.scales)
         shape = (turns[0].shape[0] * turns[0].shape[1], self.text.heads * width)
         out = self.ops.reshape(out.transpose(1, 2), shape)
         if self.scale != 1.0:
             out = out * self.scale
         return self.o_proj(out, self.scale), q, keys, values
+
+
+class AheadAttention(nn.Module):
+    """Queries and keys of a layer that is not run here, over a cache of keys alone."""
+
+    def __init__(self, text: TextConfig, ops: Eager):
+        super().__init__()
+        self.text, self.ops = text, ops
+        width, kv_width = text.heads * text.head_dim, text.kv_heads * text.head_dim
+        self.q_proj = Linear(ops, text.hidden, width, text.attention_bias)
+        self.k_proj = Linear(ops, text.hidden, kv_width, text.attention_bias)
+        self.register_parameter("key_scale", None)  # of an INT8 cache, (G,)
+
+    def forward(self, x, cos, sin, key: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """Return rotated queries (B, H, Q, d) and the cache; x: (B*Q, D); cos: (B, Q, d/2)."""
+        q, k = (
+            self.ops.rotate(_heads(self.ops, made(x), cos, self.text.head_dim), cos, sin)
+            for made in (self.q_proj, self.k_proj)
+        )
+        return q, self.ops.keep(key, k, self.key_scale, view)
+
+
+def _heads(ops: Eager, projected: Tensor, like: Tensor, width: int) -> Tensor:
+    """Return (B, heads, Q, d) of projections (B*Q, heads*d); like: (B, Q, ...)."""
+    shape = (*like.shape[:2], projected.shape[-1] // width, width)
+    return ops.reshape(projected, shape, like).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -242,6 +278,37 @@ class DecoderLayer(nn.Module):
         }
         attended, changed = (routes[name] for name in self.routers)
         return attended, changed
+
+
+class Ahead(nn.Module):
+    """The beginning of the layer behind a stage, by which the edge between them scores.
+
+    Its norm, queries and keys alone; the next stage runs the whole layer over the rows that go on.
+    """
+
+    def __init__(self, text: TextConfig, ops: Eager):
+        super().__init__()
+        self.ops = ops
+        self.kind = (text, ops.name)
+        self.self_attn = AheadAttention(text, ops)
+        self.input_layernorm = Norm(ops, text.hidden, text.rms_eps)
+
+    def forward(
+        self,
+        rows: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        write_index: Tensor,
+        visible: Tensor,
+        window: Tensor | None,
+        key: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the rotated queries (B, H, Q, d) of rows (B, Q, D), and the cache."""
+        batch, count, _ = cos.shape
+        x = self.ops.reshape(rows, (batch * count, rows.shape[-1]))
+        dtype = self.input_layernorm.weight.dtype  # of the weights; rows may be wider
+        view = View(write_index, visible, window)
+        return self.self_attn(self.input_layernorm(x), cos.to(dtype), sin.to(dtype), key, view)
 
 
 class Inject(nn.Module):
@@ -368,6 +435,9 @@ class DecoderStage(nn.Module):
             for layer in range(*part.layers)
         }
         self.model = Body(text, ops, kinds, last)
+        self.ahead = ahead_of(plan, part.stage) if part.ends(plan) else None
+        if self.ahead is not None:
+            self.model.layers[str(self.ahead)] = Ahead(text, ops)
         self.head = Head(text, ops, plan.routing)
         self.inject = Inject()
         self.last_queries = LastQueries()
@@ -387,10 +457,12 @@ class DecoderStage(nn.Module):
         gates: Any,
         caches: Sequence[tuple[Any, Any]],
         inject: Mapping[int, Any] = MappingProxyType({}),
+        ahead: Any = None,
     ) -> StageOutput:
         """Run the stage as calls of its pieces; shapes and meanings: ``contract.stage_spec``.
 
         ``inject``: what is added to the rows, by layer; nothing where a layer is not in it.
+        ``ahead``: the cache of the layer ahead, where there is one.
         """
         shared = list(call(self.head, rows, positions, order, slot_order, write_index, gates))
         cos, sin, visible = shared[:3]
@@ -398,9 +470,10 @@ class DecoderStage(nn.Module):
         gate = iter(shared[4 if self.returns_new_rows else 3 :])
         rivals = shared[-2:] if self.head.rivals is not None else ()
         grown, queries = [], []
-        for (number, layer), (key, value) in zip(self.model.layers.items(), caches, strict=True):
-            if int(number) in inject:
-                rows = call(self.inject, rows, inject[int(number)])
+        for number, (key, value) in zip(range(*self.layers), caches, strict=True):
+            layer = self.model.layers[str(number)]
+            if number in inject:
+                rows = call(self.inject, rows, inject[number])
             gated = (None, None) if layer.mode == "dense" else (next(gate), next(gate))
             known = rivals if layer.routers else ()
             before = rows
@@ -412,20 +485,31 @@ class DecoderStage(nn.Module):
         logits = None
         if hasattr(self, "lm_head"):
             logits = call(Logits(self.model.norm, self.lm_head), rows)
-        last = call(self.last_queries, *queries)
         readings = {n: call(piece, before, rows, query) for n, piece in self.readings.items()}
-        return StageOutput(rows, last, logits, readings, grown)
+        if self.ahead is not None:
+            piece = self.model.layers[str(self.ahead)]
+            query, ahead = call(piece, rows, cos, sin, write_index, visible, window, ahead)
+            queries.append(query)
+        last = call(self.last_queries, *queries)
+        return StageOutput(rows, last, logits, readings, grown, ahead)
 
     def compose_named(self, call: Call, inputs: Mapping[str, Any]) -> StageOutput:
         """Run the stage as ``compose`` does, for inputs by their names in the contract."""
         caches = [(inputs[key], inputs[value]) for key, value in cache_names(self.layers)]
         names = ("rows", "positions", "order", "slot_order", "write_index", "gates")
         given = {name: inputs.get(name) for name in names}
-        return self.compose(call, **given, caches=caches, inject=injected_of(inputs))
+        ahead = None if self.ahead is None else inputs[ahead_name(self.ahead)]
+        more = {"inject": injected_of(inputs), "ahead": ahead}
+        return self.compose(call, **given, caches=caches, **more)
 
     def scales_of(self, layer: int) -> Scales | None:
-        """Return the scales of one layer's cache; None where it is float."""
-        return self.model.layers[str(layer)].self_attn.scales
+        """Return the scales of one layer's cache, one ahead having keys alone; None where it is
+        float.
+        """
+        attention = self.model.layers[str(layer)].self_attn
+        if layer == self.ahead:
+            return None if attention.key_scale is None else (attention.key_scale, None)
+        return attention.scales
 
     def forward(self, *inputs: Any) -> StageOutput:
         """Run eagerly; inputs as in ``compose``."""

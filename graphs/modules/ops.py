@@ -181,6 +181,10 @@ class Eager:
         kept = self.scatter(cache, self.stored(rows, scale), view.write_index)
         return kept, self.read(kept, scale)
 
+    def keep(self, cache: Tensor, rows: Tensor, scale: Tensor | None, view: View) -> Tensor:
+        """Append rows to a cache that this call does not read; return what is put out for it."""
+        return self.append(cache, rows, scale, view)[0]
+
     def cached_attention(
         self,
         q: Tensor,
@@ -378,6 +382,11 @@ class LlmRows(Llm):
         fresh = (slot >= 0) & (slot < order.shape[1])
         return View(write_index, _sees(order, slot_order), torch.where(fresh, slot, -1))
 
+    def keep(self, cache: Tensor, rows: Tensor, scale: Tensor | None, view: View) -> Tensor:
+        """Return the new rows (B, G, Q, d) INT8."""
+        assert scale is not None
+        return self.stored(rows, scale)
+
     def append(
         self, cache: Tensor, rows: Tensor, scale: Tensor | None, view: View
     ) -> tuple[Tensor, Tensor]:
@@ -414,6 +423,10 @@ class Portable(Onnx):
             torch.cat((old, _sees(order, torch.gather(slot_order, 1, window))), -1),
             window,
         )
+
+    def keep(self, cache: Tensor, rows: Tensor, scale: Tensor | None, view: View) -> Tensor:
+        """Return the new rows (B, G, Q, d) as they are to be cached."""
+        return rows if scale is None else self.stored(rows, scale)
 
     def cached_attention(
         self,

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from ..config import ModelConfig
-from ..contract import PROBE, VISION, projects_later, stage_of
+from ..contract import PROBE, VISION, ahead_of, projects_later, stage_of
 from ..quantization import SCALE_BLOCK, parse_quant_config
 from .cost import Geometry
 from .plan import StagePlan
@@ -110,6 +110,8 @@ def decoder_work(call: GraphCall, geometry: Geometry, plan: StagePlan, sizes: Si
     gathers = plan.routing is not None and plan.routing.gathers
     routed = sum(plan.routing_of(layer) is not None for layer in range(*layers)) if gathers else 0
     work = stage_work(geometry, layers[1] - layers[0] - routed, call, sizes, head=last)
+    if ahead_of(plan, index) is not None:
+        work += ahead_work(geometry, call, sizes)
     if plan.routing is None or not routed:
         return work
     few = replace(call, rows=plan.routing.gathered(call.rows))
@@ -145,6 +147,12 @@ def layers_work(
         cache_bytes=depth * 2 * geometry.widths[1] * cached * sizes.cache,
         attention_flops=2 * depth * geometry.layer_macs(0, 0, pairs),
     )
+
+
+def ahead_work(geometry: Geometry, call: GraphCall, sizes: Sizes) -> Work:
+    """Return the work of a layer's queries and keys alone, for all rows of a call."""
+    weights, kv = geometry.hidden * sum(geometry.widths), geometry.widths[1]
+    return Work(2 * call.rows * weights, weights * sizes.weight, kv * call.rows * sizes.cache)
 
 
 def head_work(geometry: Geometry, sizes: Sizes) -> Work:

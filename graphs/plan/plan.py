@@ -18,11 +18,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 from ..errors import PlanError
-from ..fields import Words, from_json, is_int, to_json
+from ..fields import Words, check_word, from_json, is_int, to_json
 from .checks import (
     LATER,
     check_edge,
@@ -35,7 +34,7 @@ from .checks import (
     require,
 )
 from .routing import Routing, check_routing
-from .stages import Edge, Entry, Probe, Stage
+from .stages import ROW_POSITIONS, Edge, Entry, Probe, RowPositions, Stage
 
 PLAN_VERSION = 1
 """Version of the dict form. Readers refuse others."""
@@ -67,6 +66,7 @@ class StagePlan:
     probe: Probe | None = field(default=None, metadata={"omit": True})
     entry: Entry | None = field(default=None, metadata={"omit": True})  # None: all N enter
     routing: Routing | None = field(default=None, metadata={"omit": True})  # None: all rows run
+    positions: RowPositions = field(default="original", metadata={"omit": True})
 
     def __post_init__(self) -> None:
         check_labels(self.name, self.note)
@@ -76,6 +76,10 @@ class StagePlan:
             require(is_count(value), name, value, "a positive integer", "Take it from the model.")
         if self.entry is not None:
             check_entry(self.entry, self.visual_tokens)
+        check_word("positions", self.positions, ROW_POSITIONS, PlanError, "Write one of them.")
+        wanted = "original where an entry closes gaps, too"
+        fits = self.positions == "original" or self.span == self.visual_tokens
+        require(fits, "positions", self.positions, wanted, "Choose one of the two.")
         self._check_stages()
         self._check_edges()
         if self.routing is not None:
@@ -108,11 +112,12 @@ class StagePlan:
         fits = _is_tuple_of(self.edges, Edge) and len(self.edges) == len(self.stages) - 1
         wanted = f"{len(self.stages) - 1}, one between each two stages"
         require(fits, "edges", found, wanted, "Add or remove an edge.")
-        for i, (edge, arriving) in enumerate(zip(self.edges, self.arriving, strict=False)):
+        counts = self.arriving
+        for i, (edge, arriving) in enumerate(zip(self.edges, counts, strict=False)):
             before, after = self.stages[i : i + 2]
             check_edge(i, edge, before, after, arriving, probing=self.probe is not None)
         if self.edges:
-            fits = self.arriving[-1] == self.stages[-1].visual_tokens
+            fits = counts[-1] == self.stages[-1].visual_tokens
             wanted = "drop, as no later stage takes what is carried"
             at = f"edges[{len(self.edges) - 1}].op"
             require(fits, at, self.edges[-1].op, wanted, "Write drop.")
@@ -145,7 +150,7 @@ class StagePlan:
         edges = self.edges if isinstance(self.edges, tuple) else ()
         return index < len(edges) and isinstance(edges[index], Edge) and edges[index].op == "carry"
 
-    @cached_property
+    @property
     def arriving(self) -> tuple[int, ...]:
         """Visual tokens that come to each stage: it takes them all, or none and they pass it by."""
         counts = [self.entering]

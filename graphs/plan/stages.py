@@ -42,10 +42,20 @@ Positions = Literal["original", "renumbered"]
 """Positions of rows that enter: those of the patches they stand for, as if the others were still
 between them, or one after another."""
 
+RowPositions = Literal["original", "separate", "renumbered"]
+"""Positions of all rows of a prompt.
+
+    original    each row's place in the unpruned prompt
+    separate    text counts on as if no image stood in it, and an image from the text before it
+    renumbered  as original, but the visual rows that an edge selects close up, from the image's
+                first position on; the text behind them stays where it is
+"""
+
 MODES: tuple[str, ...] = get_args(Mode)
 NORMS: tuple[str, ...] = get_args(Norm)
 OPS: tuple[str, ...] = get_args(Op)
 POSITIONS: tuple[str, ...] = get_args(Positions)
+ROW_POSITIONS: tuple[str, ...] = get_args(RowPositions)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,12 @@ TIMES = tuple(1.02**power for power in range(-240, 340))
 """Factors of the counts that a comparison tries: 0.009 to 820."""
 
 
+def scaled_counts(counts: tuple[int, ...], of: int, times: float, entering: int) -> tuple[int, ...]:
+    """Return so many times counts published for ``of`` tokens, where ``entering`` enter."""
+    most = min(entering, MAX_KEEP)
+    return tuple(min(most, max(1, int(times * count * entering / of))) for count in counts)
+
+
 @dataclass(frozen=True)
 class _Narrowing(Preset):
     """A selection before each of some layers."""
@@ -41,8 +47,7 @@ class _Narrowing(Preset):
     @classmethod
     def scaled(cls, times: float, entering: int) -> tuple[int, ...]:
         """Return so many times the published counts, of tokens of which so many enter."""
-        most = min(entering, MAX_KEEP)
-        return tuple(min(most, max(1, int(times * n * entering / cls.of))) for n in cls.counts)
+        return scaled_counts(cls.counts, cls.of, times, entering)
 
     @classmethod
     def ways(cls, layers: int, visual_tokens: int) -> Iterator[list[Options]]:

@@ -17,6 +17,7 @@ from ..fields import from_json, split_options
 from ..plan.checks import is_count
 from ..plan.plan import StagePlan
 from .entering import entering_presets
+from .hidrop import HiDrop
 from .narrowing import SparseVLM, Tops, V2Drop
 from .per_prompt import VisiPrunerAdaptive, VisiPrunerCode, VisiPrunerPaper
 from .request import Layer, Preset, Request, as_word
@@ -34,6 +35,7 @@ _ALL: tuple[type[Preset], ...] = (
     SparseVLM,
     V2Drop,
     Tops,
+    HiDrop,
     ExitOnly,
     SkipGpt,
     SkipGptLrm,
@@ -44,7 +46,7 @@ _ALL: tuple[type[Preset], ...] = (
 
 PRESETS = {preset.name: preset for preset in _ALL}
 
-LATER = ("hidrop", "vica", "embedlens")
+LATER = ("vica", "embedlens")
 _REMEDY = "Write options such as t=14, cosine=0.99, deep=false or boundaries=8-16-32."
 
 

@@ -69,6 +69,11 @@ class Preset:
         """Return the plan for the decoder that ``ask`` names."""
         raise NotImplementedError
 
+    @property
+    def selection(self) -> str | None:
+        """What of an image enters, as ``entry`` says it; None where that option is a layer."""
+        return self.entry if isinstance(self.entry, str) else None
+
     @classmethod
     def ways(cls, layers: int, visual_tokens: int) -> Iterator[list[Options]]:
         """Yield lists of options, from which a comparison takes the plan of a given cost.
@@ -111,7 +116,7 @@ class Request:
         """The entry that was asked for by ``scope-64``, ``scope-64-renumbered`` or
         ``scope-64-at8``.
         """
-        text = self.preset.entry
+        text = self.preset.selection
         if text is None:
             return None
         chosen, at, layer = text.partition("-at")
@@ -180,15 +185,16 @@ class Request:
         score: str = "value_norm",
         shallow: tuple[Mode, ...] = (),
         norm: Norm = "gated",
+        late: int = 0,
         **more: Any,
     ) -> StagePlan:
         """Return a plan from (stop layer, visual tokens) of each stage.
 
         ``shallow`` are the modes of its first layers; the others are dense. ``more``: other fields
-        of the plan. Where the entry is late, stages before it see no visual tokens.
+        of the plan. ``late``: the first layer that visual tokens enter, if the entry does not say.
         """
         entry: Entry | None = more.setdefault("entry", self.entry)
-        late = 0 if entry is None else entry.layer
+        late = late if entry is None else entry.layer
         if entry is not None and late and (shallow or late >= counts[0][0]):
             self.reject("entry", entry.text, self._too_late(counts[0][0], bool(shallow)))
         stages: list[Stage] = []

@@ -38,11 +38,14 @@ class EdgeSelector:
         name: as plans write it.
         summary: what it ranks by, in a line.
         reads: names in ``READINGS``.
+        next_layer: whether they are those of the layer behind the edge, of all rows before it. The
+            stage before then ends in that layer's norm, queries and keys (``decoder.Ahead``).
     """
 
     name: str
     summary: str
     reads: tuple[str, ...]
+    next_layer: bool = False
 
     @property
     def question_blind(self) -> bool:

@@ -54,6 +54,12 @@ EDGE_SELECTORS: dict[str, EdgeSelector] = {
             ("probe_query", "key"),
         ),
         EdgeSelector(
+            "next_attention",
+            "HiDrop: attention of the last row in the layer behind the edge, mean over heads",
+            ("probe_query", "key"),
+            next_layer=True,
+        ),
+        EdgeSelector(
             "v2drop",
             "V2Drop: length of a row's change in the last layer before the edge",
             ("change",),

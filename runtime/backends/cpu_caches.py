@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from ...graphs.bundle import Bundle
-from ...graphs.contract import cache_names
+from ...graphs.contract import stage_caches
 from .feeds import PromptCalls, stored_cache_scales
 
 BUCKET = 128
@@ -40,7 +40,8 @@ class HostExecutor(PromptCalls):
 
     Attributes:
         caches: by stage, (B, G, S, d) views of its block by input name.
-        blocks: by stage, (2 * layers, B, G, S, d): key and value of each layer in turn.
+        blocks: by stage, (caches, B, G, S, d): key and value of each layer in turn, and perhaps
+            keys of the next.
         elapsed_ms: time of every graph by name until ``reset_elapsed``.
     """
 
@@ -50,6 +51,7 @@ class HostExecutor(PromptCalls):
         manifest = bundle.manifest
         self.plan, self.text, self.batch = manifest.plan, manifest.config.text, batch
         self.threads: int | None = threads
+        self.cache_names = stage_caches(self.plan)
         self.graphs = manifest.graphs
         self.scales = stored_cache_scales(bundle)
         self.cache_dtype = np.dtype(manifest.cache_dtype)
@@ -80,8 +82,8 @@ class HostExecutor(PromptCalls):
         held = self.blocks[stage].shape[3]
         return held if held <= 2 * _bucket(wanted) else self._resize(stage, wanted, used)
 
-    def layer_cache(self, stage: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.caches[stage][f"key.{layer}"], self.caches[stage][f"value.{layer}"]
+    def cache(self, stage: int, name: str) -> np.ndarray:
+        return self.caches[stage][name]
 
     def take(self, rows: np.ndarray, index: np.ndarray) -> np.ndarray:
         return rows[:, index] if index.ndim == 1 else np.take_along_axis(rows, index[..., None], 1)
@@ -126,13 +128,11 @@ class HostExecutor(PromptCalls):
 
     def _empty(self, stage: int, slots: int) -> np.ndarray:
         """Return zeros: a NaN in an invisible slot would poison attention (0 x NaN)."""
-        first, stop = self.plan.stages[stage].layers
-        shape = (2 * (stop - first), self.batch, self.text.kv_heads, slots, self.text.head_dim)
-        return np.zeros(shape, self.cache_dtype)
+        count, groups = len(self.cache_names[stage]), self.text.kv_heads
+        return np.zeros((count, self.batch, groups, slots, self.text.head_dim), self.cache_dtype)
 
     def _views(self, stage: int) -> dict[str, np.ndarray]:
-        names = [name for pair in cache_names(self.plan.stages[stage].layers) for name in pair]
-        return dict(zip(names, self.blocks[stage], strict=True))
+        return dict(zip(self.cache_names[stage], self.blocks[stage], strict=True))
 
 
 def _bucket(slots: int) -> int:

@@ -24,6 +24,8 @@ from ...graphs.contract import (
     TensorSpec,
     injected_of,
     projects_later,
+    scored_layer,
+    select_caches,
 )
 from ...graphs.errors import BundleError
 
@@ -142,8 +144,8 @@ class PromptCalls:
     plan: Any
     scales: list[dict[str, np.ndarray]]
 
-    def layer_cache(self, stage: int, layer: int) -> tuple[Any, Any]:
-        """Return the whole caches of a layer of ``stage``: keys and values."""
+    def cache(self, stage: int, name: str) -> Any:
+        """Return a whole cache of ``stage``, by its input name."""
         raise NotImplementedError
 
     def call_graph(self, graph: str, stage: int, feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,9 +192,10 @@ class PromptCalls:
         return Encoded(rows, index, taken)
 
     def select(self, edge: int, feeds: Mapping[str, Any]) -> Kept:
-        """Call a selection over the last layer's cache of stage ``edge``."""
-        layer = self.plan.stages[edge].layers[1] - 1
-        out = self.call_graph(f"select{edge}", edge, {**self._layer_cache(edge, layer), **feeds})
+        """Call a selection over a layer's cache of stage ``edge``."""
+        scales = self.scales[scored_layer(self.plan, edge)]
+        caches = self._caches(edge, select_caches(self.plan, edge))
+        out = self.call_graph(f"select{edge}", edge, {**scales, **caches, **feeds})
         on_host = [np.asarray(out[name]) for name in ("positions.out", "order.out", "scores")]
         return Kept(out["rows.out"], *on_host)
 
@@ -200,15 +203,19 @@ class PromptCalls:
         self, stage, layer, query, slot_order, query_order, visual_slots
     ) -> tuple[np.ndarray, np.ndarray]:
         """Call the probe of a layer of ``stage``; the decision is the host's."""
-        feeds = self._layer_cache(stage, layer) | {
-            "query": query,
-            "slot_order": slot_order,
-            "query_order": query_order,
-            "visual_slots": visual_slots,
-        }
+        own = {"key": f"key.{layer}", "value": f"value.{layer}"}
+        feeds = (
+            self.scales[layer]
+            | self._caches(stage, own)
+            | {
+                "query": query,
+                "slot_order": slot_order,
+                "query_order": query_order,
+                "visual_slots": visual_slots,
+            }
+        )
         out = self.call_graph(PROBE, stage, feeds)
         return np.asarray(out["cosine"]), np.asarray(out["norm"])
 
-    def _layer_cache(self, stage: int, layer: int) -> dict[str, Any]:
-        key, value = self.layer_cache(stage, layer)
-        return {**self.scales[layer], "key": key, "value": value}
+    def _caches(self, stage: int, names: Mapping[str, str]) -> dict[str, Any]:
+        return {graph: self.cache(stage, name) for graph, name in names.items()}

@@ -22,7 +22,7 @@ import numpy as np
 from ...graphs.bundle import Bundle
 from ...graphs.chain.executor import StageResult
 from ...graphs.commands import install
-from ...graphs.contract import GraphSpec, appended, row_readings
+from ...graphs.contract import GraphSpec, appended, is_cache, row_readings
 from ...graphs.errors import BundleError, MissingDependencyError
 from ...graphs.targets import OPENVINO, Target, find_target
 from ..autotune import choose_threads
@@ -171,7 +171,7 @@ class BoundRequest:
     Attributes:
         count: Q.
         arrays: inputs and outputs other than caches, by name.
-        new_rows: (2 * layers, 1, G, Q, d), to be written into the caches.
+        new_rows: (caches, 1, G, Q, d), to be written into the caches.
     """
 
     def __init__(self, ov: Any, model: Any, spec: GraphSpec, count: int, block: np.ndarray):
@@ -180,9 +180,7 @@ class BoundRequest:
         self.new_rows = np.empty((*block.shape[:3], count, block.shape[4]), block.dtype)
         self.arrays: dict[str, np.ndarray] = {}
         sizes = {"B": 1, "Q": count, "S": block.shape[3]}
-        caches = [
-            tensor.name for tensor in spec.inputs if tensor.name.startswith(("key.", "value."))
-        ]
+        caches = [tensor.name for tensor in spec.inputs if is_cache(tensor.name)]
         bound = dict(zip(caches, block, strict=True))
         bound |= dict(zip(map(appended, caches), self.new_rows, strict=True))
         for tensor in (*spec.inputs, *spec.outputs):

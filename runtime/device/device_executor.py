@@ -90,9 +90,8 @@ class DeviceExecutor(PromptCalls):
                 rows, positions, order, slot_order, write_index, gates, inject
             )
 
-    def layer_cache(self, stage: int, layer: int) -> tuple[DeviceArray, DeviceArray]:
-        held = self.engine_set.stages[stage]
-        return held.cache(f"key.{layer}"), held.cache(f"value.{layer}")
+    def cache(self, stage: int, name: str) -> DeviceArray:
+        return self.engine_set.stages[stage].cache(name)
 
     def call_graph(
         self, graph: str, stage: int, feeds: Mapping[str, np.ndarray | DeviceArray]

@@ -101,7 +101,7 @@ def test_peers(name, options, expected):
     ("name", "options", "message"),
     [
         ("visiprunr", {}, "Did you mean 'visipruner'?"),
-        ("hidrop", {}, "hidrop is planned, but not supported yet"),
+        ("vica", {}, "vica is planned, but not supported yet"),
         (
             "visipruner",
             {"kep": 3},

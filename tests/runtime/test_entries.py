@@ -12,7 +12,12 @@ from visistage.tests.support.staged import Staged
 pytest.importorskip("onnxruntime")
 
 PLANS = ("scope:keep=6", "visionzip:keep=7", "fastv:k=3,r=0.5,entry=divprune-9", "random:keep=5")
-LATE = "exit-only:e=5,entry=scope-6-at3"
+LATE = (
+    "exit-only:e=5,entry=scope-6-at3",
+    "hidrop:entry=2,edges=3-5,keep=6-2,exit=7",
+    "hidrop:entry=1,edges=4,keep=5,exit=8,positions=separate",
+    "hidrop:entry=2,edges=3-5,keep=6-2,exit=7,positions=renumbered",
+)
 NEW = 12
 
 
@@ -32,7 +37,7 @@ def ask(session, image, question="What is it?"):
 
 
 @pytest.mark.parametrize("target", ["cpu-portable", "openvino"])
-@pytest.mark.parametrize("plan", [*PLANS, LATE])
+@pytest.mark.parametrize("plan", [*PLANS, *LATE])
 def test_every_lowering_answers_as_torch_does(checkpoint, bundles, plan, target):
     if target == "openvino":
         pytest.importorskip("openvino")

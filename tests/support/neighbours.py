@@ -210,9 +210,74 @@ def late(sees: list[bool]) -> Method:
     return forward
 
 
+def hidrop(
+    entry: int,
+    edges: tuple[int, ...],
+    keep: tuple[int, ...],
+    exit_: int,
+    positions: str = "original",
+    bug: str = "",
+) -> Method:
+    """HiDrop; ``bug``: a mistake that a test plants."""
+
+    def forward(rows: Rows, count: int, kept: Chosen | None) -> tuple[Tensor, Chosen]:
+        text, vision = rows.only(~rows.visual), rows.only(rows.visual)
+        first, size = int(vision.place[0]), len(vision.place)
+        at = torch.arange(len(rows.place))
+        moved = at - size * (at >= first + size)
+        if positions == "separate":
+            at = moved
+        elif bug == "decoded behind the text":
+            at = torch.where(at >= count, moved, at)
+        late = bug == "edges one later"
+        done: Chosen = []
+        for layer in range(LAYERS):
+            here = text if layer < entry or not len(vision.x) else text.joined(vision)
+            if bug == "conditioned rows":
+                here = text.joined(vision)
+            if layer - late in edges:
+                k = keep[edges.index(layer - late)]
+                order = _best(here, layer - (bug == "the layer before"), count, at, k, bug)
+                order = torch.tensor(kept[len(done)]) if kept else order
+                done.append(sorted(order.tolist()))
+                vision = here.only(torch.isin(here.place, order))
+                if bug == "sorted by score":
+                    vision.x = here.x[
+                        torch.stack([(here.place == o).nonzero()[0, 0] for o in order])
+                    ]
+                if positions == "renumbered":
+                    at = at.clone()
+                    at[vision.place] = first + torch.arange(k)
+                here = text.joined(vision)
+            if layer == exit_ + (bug == "exit one later"):
+                vision = vision.only(vision.visual & False)
+                here = text
+            hole = moved if bug == "no hole" and layer < entry else at
+            here = dense_layer(here, layer, lambda r, hole=hole: hole[r.place])
+            text = here.only(~here.visual)
+            if layer >= entry or bug == "conditioned rows":
+                vision = here.only(here.visual)
+        return logits_of(text), done
+
+    return forward
+
+
+def _best(here: Rows, layer: int, count: int, at: Tensor, k: int, bug: str) -> Tensor:
+    """Return the places of the K visual rows that the prompt's last row attends to most."""
+    here = here.only(here.place < count)
+    x = norm(here.x, weight(layer, "input_layernorm"), 1e-5)
+    q = heads(x, layer, "q_proj", at[here.place])[:, -1:]
+    scores = q @ heads(x, layer, "k_proj", at[here.place]).transpose(1, 2) / q.shape[-1] ** 0.5
+    if bug == "softmax over vision":
+        scores = scores.masked_fill(~here.visual, -torch.inf)
+    mean = scores.softmax(-1).mean(0)[0][here.visual]
+    return here.place[here.visual][mean.topk(k).indices]
+
+
 def error(found, wanted: Answer) -> float:
     """The largest error of any logit of any step, in spreads of the logits."""
-    return float((found.step_logits[0] - wanted.logits).abs().max() / wanted.logits.std())
+    worst = (found.step_logits[0] - wanted.logits).abs().max()
+    return float(worst / wanted.logits.std())
 
 
 def agree(found, wanted: Answer) -> None:

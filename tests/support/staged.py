@@ -13,7 +13,7 @@ from torch import Tensor
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.texts import text_facts
 from visistage.graphs.chain.chain import AppendedRows, Chain
-from visistage.graphs.chain.enter import places_of
+from visistage.graphs.chain.enter import places_of, positioned, positions_at
 from visistage.graphs.chain.torch_encoder import TorchEncoder
 from visistage.graphs.chain.torch_reference import TorchExecutor
 from visistage.graphs.plan.plan import StagePlan
@@ -76,6 +76,7 @@ class Staged:
                 at += rows.shape[1]
                 inject = {}
             segments.append(AppendedRows(part.is_image, rows, order, order, inject))
+        segments, images = positioned(self.plan, segments)
         out, tokens = [runner.prefill(segments).logits[0]], []
         while True:
             tokens.append(int(out[-1].argmax()) if forced is None else forced[len(tokens)])
@@ -83,7 +84,8 @@ class Staged:
                 break
             position = np.full((1, 1), at + len(tokens) - 1, np.int32)
             rows = executor.embed(torch.tensor([tokens[-1:]]))
-            out.append(runner.decode(AppendedRows(False, rows, position, position))[0])
+            places = positions_at(self.plan, position, images)
+            out.append(runner.decode(AppendedRows(False, rows, places, position))[0])
         finite = all(t.isfinite().all() for stage in executor.caches for p in stage for t in p)
         return tokens, torch.stack(out), finite
 

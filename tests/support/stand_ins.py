@@ -15,7 +15,7 @@ import numpy as np
 from visistage.compile.engines import engines
 from visistage.compile.engines.worker_process import CompileOutcome
 from visistage.graphs.bundle import MANIFEST, sha256
-from visistage.graphs.contract import appended
+from visistage.graphs.contract import appended, is_cache
 from visistage.graphs.engine_index import ENGINES_FOLDER, ENGINES_INDEX, EngineFact
 from visistage.graphs.engine_spec import engine_specs_of
 from visistage.graphs.targets import find_target
@@ -187,7 +187,7 @@ class StrictContext:
             for source in compiled.spec.inputs:
                 if appended(source.name) == one.name and source.shape == one.shape:
                     same = self.bound[one.name][1] == self.bound[source.name][1]
-                    assert same == source.name.startswith(("key.", "value."))
+                    assert same == is_cache(source.name)
         bound = dict(self.bound)
         if api.device.captured is not None:
             assert self.enqueued, "an engine settles what it left for later in its first run"

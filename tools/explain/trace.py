@@ -139,7 +139,7 @@ def _read(
         visual = np.flatnonzero(chain.slots[index].visual[0, :slots] & visible & known)
         tokens = np.array([numbers[int(at)] for at in call.slot_order[visual]], np.int64)
         caches = session.executor.snapshot(index, 0, slots)
-        for layer, query in zip(range(*stage.layers), call.queries, strict=True):
+        for layer, query in zip(range(*stage.layers), call.queries, strict=False):
             gates = None
             if layer in stage.gated_layers:
                 assert call.gates is not None

@@ -17,11 +17,11 @@ from ...compile.checkpoint.checkpoint import Checkpoint
 from ...compile.checkpoint.names import EMBEDDING
 from ...graphs.bundle import Bundle, Manifest
 from ...graphs.chain.chain import AppendedRows, Chain
-from ...graphs.chain.enter import places_of
+from ...graphs.chain.enter import places_of, positioned, positions_at
 from ...graphs.chain.executor import Kept
 from ...graphs.chain.torch_encoder import TorchEncoder
 from ...graphs.chain.torch_reference import TorchExecutor
-from ...graphs.contract import INVISIBLE
+from ...graphs.contract import INVISIBLE, scored_layer
 from ...graphs.errors import DataError, ImageError, PromptError
 from ...graphs.linears import linear_groups
 from ...graphs.modules.quantized import INPUT_SCALE, WEIGHT
@@ -234,13 +234,15 @@ class TorchChain:
         chain = Chain(plan, executor, 1)
         start = self._restore_prefix(chain, torch_executor, prompt)
         segments, count = self._embed(prompt, plan, torch_executor, start)
+        segments, images = positioned(plan, segments)
         done = chain.prefill(segments)
         logits = [done.logits[0]]
         for step in range(steps - 1):
             token = int(logits[-1].argmax()) if forced is None else forced[step]
             at = np.full((1, 1), count + step, np.int32)
             row = torch_executor.embed(torch.tensor([[token]]))
-            logits.append(chain.decode(AppendedRows(False, row, at, at))[0])
+            positions = positions_at(plan, at, images)
+            logits.append(chain.decode(AppendedRows(False, row, positions, at))[0])
         kept = None
         if plan.entry is not None:
             visual = [segment.order[0] for segment in segments if segment.visual]
@@ -268,6 +270,10 @@ class TorchChain:
                 tuple(both[first + at][None].clone() for both in self.prefix)
                 for at in range(len(caches))
             ]
+            if index in executor.ahead:
+                executor.ahead[index] = self.prefix[0][scored_layer(chain.plan, index)][
+                    None
+                ].clone()
         return count
 
     def _embed(
