@@ -208,7 +208,7 @@ def test_comparisons_bring_it_to_a_cost(share):
     [
         ({"entry": 4, "edges": (4, 6), "keep": (5, 2)}, "entry: found 4, expected a layer from 0"),
         ({"exit": 6, "edges": (4, 6), "keep": (5, 2)}, "exit: found 6, expected 7 to 8"),
-        ({"edges": (4, 6), "keep": (2, 5)}, "keep: found [2, 5], expected 2 counts from 12 to 1"),
+        ({"edges": (4, 6), "keep": (2, 5)}, "keep: found (2, 5), expected 2 counts from 12 to 1"),
         ({"positions": "closed"}, "hidrop: positions: found 'closed'"),
         ({"entry": "scope-4"}, "hidrop: entry: found 'scope-4'"),
     ],

@@ -183,7 +183,7 @@ def run_module(
             outputs = list(module.compose(call, *inputs.values()))
         else:
             out = module.compose_named(call, inputs)
-            outputs = [*out.singles, *(cache for pair in out.caches for cache in pair)]
+            outputs = [*out.singles, *out.flat_caches]
     names = [spec.name for spec in graph.spec.outputs]
     return new_rows(
         {name: value.numpy() for name, value in zip(names, outputs, strict=True)}, graph.spec
