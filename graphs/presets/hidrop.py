@@ -38,12 +38,15 @@ class HiDrop(Preset):
 
     @classmethod
     def ways(cls, layers: int, visual_tokens: int) -> Iterator[list[Options]]:
-        """Move all counts alike; then vision enters earlier, too."""
+        """Move all counts alike; then vision enters earlier, too; then it stays to the end."""
         keeps = [scaled_counts(KEEP, OF, times, visual_tokens) for times in TIMES]
         entry, edges, _ = _published(layers)
         keeps = list(dict.fromkeys(keep[: len(edges)] for keep in keeps))
         yield [{"keep": keep} for keep in keeps]
-        yield [{"entry": at, "keep": keep} for at in range(entry) for keep in keeps[::4]]
+        for more in ({}, {"exit": layers}):
+            yield [
+                {"entry": at, "keep": keep, **more} for at in range(entry) for keep in keeps[::4]
+            ]
 
     def build(self, ask: Request) -> StagePlan:
         """Return a plan of one stage more than there are edges, entry and exit."""
