@@ -499,8 +499,8 @@ class DecoderStage(nn.Module):
         names = ("rows", "positions", "order", "slot_order", "write_index", "gates")
         given = {name: inputs.get(name) for name in names}
         ahead = None if self.ahead is None else inputs[ahead_name(self.ahead)]
-        more = {"inject": injected_of(inputs), "ahead": ahead}
-        return self.compose(call, **given, caches=caches, **more)
+        inject = injected_of(inputs)
+        return self.compose(call, **given, caches=caches, inject=inject, ahead=ahead)
 
     def scales_of(self, layer: int) -> Scales | None:
         """Return the scales of one layer's cache, one ahead having keys alone; None where it is

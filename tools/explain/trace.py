@@ -83,7 +83,7 @@ def trace(session: Session, images: Sequence[Any], question: str, max_tokens: in
     def note(method: str, given: tuple, result: StageResult, *_: float) -> None:
         if method != "append":
             return
-        stage, _, _, order, slot_order, _, gates, *_ = given
+        stage, _, _, order, slot_order, _, gates = given[:7]
         gates = None if gates is None else gates[:, :, 0].copy()
         queries = np.array(result.queries)[:, 0]
         calls.append((stage, TracedCall(int(order[0, -1]), queries, slot_order[0].copy(), gates)))
