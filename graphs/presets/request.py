@@ -71,7 +71,7 @@ class Preset:
 
     @property
     def selection(self) -> str | None:
-        """What of an image enters, as ``entry`` says it; None where that option is a layer."""
+        """The rows that enter, as ``entry`` has them; None where that option is a layer."""
         return self.entry if isinstance(self.entry, str) else None
 
     @classmethod
