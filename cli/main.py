@@ -13,7 +13,7 @@ from .checking import doctor, inspect, list_bundles, verify
 from .group import Commands
 from .measuring import compare, estimate, evaluate, profile
 from .options import quiet, verbose
-from .planning import calibrate, plan
+from .planning import calibrate, plan, words
 from .show.output import Spoken
 
 
@@ -49,6 +49,7 @@ for command in (
     evaluate,
     compare,
     calibrate,
+    words,
     verify,
     profile,
     estimate,

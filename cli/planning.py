@@ -97,6 +97,7 @@ def plan(
 @click.option("--candidates", "most", type=click.IntRange(1), help="Plans to measure (16).")
 @click.option("--selectors", help="What may choose visual tokens to enter (scope,divprune,cls).")
 @click.option("--no-entry", is_flag=True, default=None, help="All visual tokens enter.")
+@click.option("--depth", is_flag=True, default=None, help="Try plans with fewer layers, too.")
 @click.option("--precision", help="Choose for fp32 (default), int8, w8, w4, or a recipe.")
 @click.option("--out", default="calibrations", show_default=True, help="Folder of them all.")
 @click.option("--revision", help="Branch, tag or commit of a model on the hub.")
@@ -114,6 +115,7 @@ def calibrate(
     most,
     selectors,
     no_entry,
+    depth,
     precision,
     out,
     as_json,
@@ -159,6 +161,7 @@ def calibrate(
             most=most,
             selectors=selectors,
             no_entry=no_entry,
+            depth=depth,
             precision=precision,
         )
         folder, calibration = calibrate(
@@ -169,3 +172,41 @@ def calibrate(
         show_json(calibration_facts(folder, calibration, then))
     else:
         show(calibration_table(folder, calibration, then))
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@click.option("--data", type=click.Path(path_type=Path), help="JSONL file, or a folder with one.")
+@click.option("--samples", type=click.IntRange(1), help="Read so many only (demo: 120).")
+@click.option("--top", type=click.IntRange(1), default=20, show_default=True, help="Words to show.")
+@click.option("--revision", help="Branch, tag or commit of a model on the hub.")
+@click.option("--offline", is_flag=True, help="Use only what was downloaded before.")
+@click.option("--dummy-weights", is_flag=True, help="Random weights in the model's shape.")
+@as_json
+def words(model, data, samples, top, as_json, **options) -> None:
+    """Find the words of the vocabulary that many rows of many images resemble.
+
+    The preset embedlens tells rows apart by their ids. A row's words are the three whose input
+    embeddings have the largest cosine to it behind the projector. What it is worth to remove or
+    freeze such rows, evaluate and calibrate say.
+
+    \b
+    visistage words demo --samples 40
+    visistage words llava-7b --data photos/ --top 5 --json
+    """
+    note(f"reading images for {model}")
+    from ..calib.samples import calibration_samples
+    from .show.evaluation_view import counting
+
+    chosen, _ = calibration_samples(model, data, samples)
+    with counting(len(chosen), "reading") as advance:
+        from ..calib.words import frequent_words
+        from ..compile.checkpoint.checkpoint import open_checkpoint
+        from .show.words_view import words_facts, words_table
+
+        found = frequent_words(open_checkpoint(model, **options), chosen, top, advance)
+    facts = words_facts(model, len(chosen), found)
+    if as_json:
+        show_json(facts)
+    else:
+        show(words_table(facts))

@@ -61,6 +61,12 @@ ORT_LLM_SINCE = (1, 25)
 SYMBOLS = {"visual": "N", "text": "T"}
 """Counts of the rows that a selection reads something of, by their kind (``ROW_READINGS``)."""
 
+BY_LAYER = ("gates", "row_gain")
+"""Inputs of a stage with an entry for each of some of its layers; parts take those of their own."""
+
+NEAREST_WORDS = 3
+"""Ids of the vocabulary that the vision graph names for each row, where a selector reads them."""
+
 MANY_ROWS = 64
 """Graphs of the ``branched`` lowering take calls of more rows than this in the form for many."""
 
@@ -114,8 +120,18 @@ class StagePart:
 
     def gated_layers(self, plan: StagePlan) -> tuple[int, ...]:
         """Return the layers of this part that read values through gates."""
-        gated = plan.stages[self.stage].gated_layers
-        return tuple(layer for layer in gated if self.layers[0] <= layer < self.layers[1])
+        return self._own(plan.stages[self.stage].gated_layers)
+
+    def gained_layers(self, plan: StagePlan) -> tuple[int, ...]:
+        """Return the layers of this part whose updates of rows have gains."""
+        return self._own(plan.stages[self.stage].gained_layers)
+
+    def attention_layers(self, plan: StagePlan) -> tuple[int, ...]:
+        """Return the layers of this part that attend, and so have a cache."""
+        return self._own(plan.stages[self.stage].attention_layers)
+
+    def _own(self, layers: Sequence[int]) -> tuple[int, ...]:
+        return tuple(layer for layer in layers if self.layers[0] <= layer < self.layers[1])
 
     def injected_layers(self, text: TextConfig) -> tuple[int, ...]:
         """Return the layers of this part at whose input features are added to visual rows."""
@@ -157,15 +173,32 @@ def stage_slots(plan: StagePlan, visual_tokens: int, context: int) -> list[int]:
     return [-(-slots // SLOT_STEP) * SLOT_STEP for slots in needed]
 
 
-def cache_names(layers: tuple[int, int]) -> list[tuple[str, str]]:
-    """Return the (key, value) input names of every layer of a stage, in layer order."""
-    return [(f"key.{layer}", f"value.{layer}") for layer in range(*layers)]
+def cache_names(layers: Sequence[int]) -> list[tuple[str, str]]:
+    """Return the (key, value) input names of each of the layers, which all attend."""
+    return [(f"key.{layer}", f"value.{layer}") for layer in layers]
+
+
+def stage_parts(plan: StagePlan, stage: int, counts: Sequence[int]) -> list[StagePart]:
+    """Return the parts of a stage that hold so many layers with attention each, in turn.
+
+    Each part but the first begins with such a layer, so that what it holds follows from counts.
+    """
+    facts, parts = plan.stages[stage], []
+    starts = (facts.layers[0], *facts.attention_layers[1:], facts.layers[1])
+    at = 0
+    for count in counts:
+        parts.append(StagePart(stage, (starts[at], starts[at + count])))
+        at += count
+    return parts
 
 
 def scored_layer(plan: StagePlan, edge: int) -> int:
-    """Return the layer whose attention a select edge reads: the last before it, or the next."""
-    selector = plan.edges[edge].selector
-    return plan.stages[edge].layers[1] - (not selector.next_layer)
+    """Return the layer whose attention a select edge reads: the last before it that attends, or the
+    next.
+    """
+    before = plan.stages[edge]
+    ahead = plan.edges[edge].selector.next_layer
+    return before.layers[1] if ahead else before.attention_layers[-1]
 
 
 def ahead_of(plan: StagePlan, stage: int) -> int | None:
@@ -186,7 +219,7 @@ def is_cache(name: str) -> bool:
 
 def part_caches(plan: StagePlan, part: StagePart) -> list[str]:
     """Return the input names of all caches of (part of) a stage, in their order."""
-    names = [name for pair in cache_names(part.layers) for name in pair]
+    names = [name for pair in cache_names(part.attention_layers(plan)) for name in pair]
     ahead = ahead_of(plan, part.stage) if part.ends(plan) else None
     return names if ahead is None else [*names, ahead_name(ahead)]
 
@@ -241,10 +274,10 @@ def stage_spec(
 ) -> GraphSpec:
     """Return the contract of (part of) a stage: Q rows in, updated rows out, caches appended to.
 
-    ``queries`` are the last row's, rotated, of every layer: what a selection or a probe of that
-    layer reads, and with the cache all there is to say about the row's attention. Those of a layer
-    ahead (``ahead_of``) are the last, its keys the last cache. What else the
-    edge behind reads of the rows is handed out by the part that ends the stage.
+    ``queries`` are the last row's, rotated, of every layer that attends: what a selection or a
+    probe of that layer reads, and with the cache all there is to say about the row's attention.
+    Those of a layer ahead (``ahead_of``) are the last, its keys the last cache. What else the edge
+    behind reads of the rows is handed out by the part that ends the stage.
 
     ``inject.L`` is added to the rows at the input of layer L, before its norm and before the
     residual is taken: features of visual rows, zeros for all others. In a call without visual rows
@@ -255,7 +288,8 @@ def stage_spec(
     engines over an INT8 cache, which their compiler does not update in place.
     """
     cached = cache_dtype(dtype, cache)
-    gated = part.gated_layers(plan)
+    attending = part.attention_layers(plan)
+    gated, gained = part.gated_layers(plan), part.gained_layers(plan)
     rows = fallback.rows_dtype(dtype)
     groups, width = text.kv_heads, text.head_dim
     caches = part_caches(plan, part)
@@ -269,12 +303,14 @@ def stage_spec(
     ]
     if gated:
         inputs.append(TensorSpec("gates", dtype, (len(gated), 2, "B", "S")))
+    if gained:
+        inputs.append(TensorSpec("row_gain", dtype, (len(gained), 2, "B", "Q")))
     inputs += [_injected(text, layer, "Q", rows) for layer in part.injected_layers(text)]
     inputs += [TensorSpec(name, cached, ("B", groups, "S", width)) for name in caches]
 
     outputs = [
         TensorSpec("rows.out", rows, ("B", "Q", text.hidden)),
-        TensorSpec("queries", dtype, (part.depth + ahead, "B", text.heads, width)),
+        TensorSpec("queries", dtype, (len(attending) + ahead, "B", text.heads, width)),
     ]
     if part.ends(plan) and part.stage == len(plan.stages) - 1:
         outputs.append(TensorSpec("logits", "float32", ("B", text.vocab)))
@@ -442,6 +478,7 @@ def vision_spec(
     outputs = {
         "similarity": TensorSpec("similarity", "float32", ("B", tokens, tokens)),
         "row_similarity": TensorSpec("row_similarity", "float32", ("B", tokens, tokens)),
+        "vocabulary": TensorSpec("vocabulary", "int64", ("B", tokens, NEAREST_WORDS)),
         "rows": TensorSpec(
             "visual_rows", fallback.rows_dtype(dtype), ("B", tokens, config.text.hidden)
         ),

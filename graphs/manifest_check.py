@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .contract import ANY_CONTEXT, SLOT_STEP, StagePart, graph_specs
+from .contract import ANY_CONTEXT, SLOT_STEP, StagePart, graph_specs, stage_parts
 from .dtypes import DTYPES
 from .errors import BundleError
 from .fields import Words, check_word, reject
@@ -117,17 +117,19 @@ class _Check:
         """Return the layers of each stage's graphs: as many as it takes caches of."""
         parts = []
         for index, stage in enumerate(self.manifest.plan.stages):
-            first, stop = stage.layers
+            counts: list[int] = []
+            left = len(stage.attention_layers)
             for name in self.manifest.parts_of(index):
                 inputs = self.manifest.graphs[name].inputs
-                depth = sum(tensor.name.startswith("key.") for tensor in inputs)
-                if not 0 < depth <= stop - first:
-                    self._reject(f"graphs.{name}.inputs", Words(f"{depth} caches"), "its layers'")
-                parts.append(StagePart(index, (first, first + depth)))
-                first += depth
-            if first != stop:
-                found = Words(f"graphs up to layer {first}")
-                self._reject(f"graphs: stage {index}", found, f"graphs up to layer {stop}")
+                counts.append(sum(tensor.name.startswith("key.") for tensor in inputs))
+                left -= counts[-1]
+                if not counts[-1] or left < 0:
+                    found = Words(f"{counts[-1]} caches")
+                    self._reject(f"graphs.{name}.inputs", found, "its layers'")
+            if left:
+                found = Words(f"graphs without {left} of its caches")
+                self._reject(f"graphs: stage {index}", found, "graphs of all its layers")
+            parts += stage_parts(self.manifest.plan, index, counts)
         return parts
 
     def _tensors(self) -> None:

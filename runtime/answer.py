@@ -12,7 +12,7 @@ import numpy as np
 
 from ..graphs.chain.chain import Prefilled, last_layers
 from ..graphs.contract import INVISIBLE
-from ..graphs.plan.cost import Geometry, Load, cost_of
+from ..graphs.plan.cost import Geometry, Load, cost_of, dropped_parts
 from ..graphs.plan.plan import StagePlan
 from .image.overlay import Grid, dimmed, image_uri, seen
 
@@ -111,16 +111,19 @@ def plan_facts(
         prompt_rows=prompt_rows,
         kept=kept,
         visual_tokens_per_layer=tuple(layers),
-        visual_flops=_visual_flops(layers, geometry),
-        dense_visual_flops=_visual_flops([visual_tokens] * plan.layers, geometry),
+        visual_flops=_visual_flops(
+            [Load("dense", n, dropped=dropped_parts(plan, i)) for i, n in enumerate(layers)],
+            geometry,
+        ),
+        dense_visual_flops=_visual_flops([Load("dense", visual_tokens)] * plan.layers, geometry),
         called=called,
         deviations=_deviations(called, trigger, exit_, layers),
     )
 
 
-def _visual_flops(layers: Sequence[int], geometry: Geometry) -> int:
-    """Count every layer as a dense one with its visual rows: gates skip no work."""
-    return round(2 * cost_of([Load("dense", n) for n in layers], geometry).visual_macs)
+def _visual_flops(loads: Sequence[Load], geometry: Geometry) -> int:
+    """Count the visual rows of every layer; all are dense, as gates and gains skip no work."""
+    return round(2 * cost_of(loads, geometry).visual_macs)
 
 
 def _deviations(

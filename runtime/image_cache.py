@@ -84,7 +84,10 @@ class CachedPrefix:
             return []
         # Slots that a selection will look up; of rows that passed by, any.
         begin = self.begin
-        cuts = [0, *(np.flatnonzero(np.diff(self.visual)) + 1), len(self.visual)]
+        # What ends in an image has visual rows; text before the first of them is apart.
+        prefix = ~self.visual & (self.order < self.order[self.visual].min())
+        changes = np.diff(self.visual) | np.diff(prefix)
+        cuts = [0, *(np.flatnonzero(changes) + 1), len(self.visual)]
         return [
             PrefilledPart(
                 AppendedRows(
@@ -93,6 +96,7 @@ class CachedPrefix:
                     self.positions[None, start:stop],
                     self.order[None, start:stop],
                     self._injected(start, stop),
+                    prefix=bool(prefix[start]),
                 ),
                 StageResult(
                     self.rows[:, start:stop],

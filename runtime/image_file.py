@@ -31,12 +31,13 @@ import numpy as np
 from ..graphs.bundle import MANIFEST, Bundle, sha256
 from ..graphs.chain.chain import places_in
 from ..graphs.chain.executor import Encoded
-from ..graphs.contract import inject_name, injected_of, stage_caches
+from ..graphs.contract import INVISIBLE, inject_name, injected_of, stage_caches
 from ..graphs.dtypes import BY_SAFETENSORS, DTYPES
 from ..graphs.errors import ImageError
 from ..graphs.fields import Words, show
 from ..graphs.files import check_place, replacing
 from ..graphs.safetensors_header import Header, TensorInfo, read_safetensors, write_header
+from ..graphs.selectors.entry import PADDING
 from .image_cache import CachedPrefix, HeldSlots
 from .opened_image import SAVE_AGAIN, SUFFIX, ImageOrigin
 from .reuse import Context, PromptImage, PromptPart, visual_rows
@@ -65,6 +66,7 @@ class ImageLayout:
         cache_dtype, rows_dtype: types of caches and rows.
         last: whether no stage follows.
         inject: layers that add something to visual rows.
+        told_apart: whether some of the image's rows may be matched, and some no rows at all.
     """
 
     origin: ImageOrigin
@@ -79,6 +81,7 @@ class ImageLayout:
     cache_dtype: str
     rows_dtype: str
     last: bool
+    told_apart: bool = False
     inject: tuple[int, ...] = ()
 
     def shapes(self) -> Shapes:
@@ -88,6 +91,8 @@ class ImageLayout:
             "visual_rows": (self.rows_dtype, (1, max(self.visual), hidden)),
             "patches": ("int32", (max(self.visual),)),
         }
+        if self.told_apart:
+            found["matched"] = ("int32", (self.visual[0],))
         for stage, (caches, visual) in enumerate(zip(self.caches, self.visual, strict=True)):
             count = self.text + visual
             if count:
@@ -144,6 +149,7 @@ def layout_of(bundle: Bundle, context: Context, opening: Sequence[PromptPart]) -
         rows_dtype=str(np.dtype(context.executor.rows_dtype)),
         last=len(stages) == len(plan.stages),
         inject=text.inject,
+        told_apart=plan.tells_apart,
     )
 
 
@@ -160,6 +166,7 @@ def write_image(
     given = {
         "visual_rows": encoded.rows,
         "patches": encoded.patches[0],
+        "matched": None if encoded.matched is None else encoded.matched[0],
         "rows": cached.rows,
         "positions": cached.positions,
     }
@@ -212,22 +219,27 @@ def read_image(file: Path, layout: ImageLayout) -> tuple[str, Encoded, CachedPre
         visual = layout.visual_slots(stage)
         order = arrays.get(_order_name(stage), np.zeros(0, np.int32))
         held = {name: arrays[name] for name in caches if name in arrays}
-        stages.append(HeldSlots(order, visual, held))
+        stages.append(HeldSlots(order, visual & (order != INVISIBLE), held))
         _check_order(file, layout, order, visual)
     if not all(np.isfinite(a).all() for a in arrays.values() if a.dtype.kind == "f"):
         _refuse(file, "holds numbers that are not finite")
     positions = arrays.get("positions", np.zeros(0, np.int32))
     of_rows = (np.zeros(0, np.int32), np.zeros(0, bool))
     if not layout.last:
-        of_rows = stages[-1].order, stages[-1].visual
+        of_rows = stages[-1].order, layout.visual_slots(len(stages) - 1)
     inject = injected_of(arrays)
     later = layout.injected_later(inject, stages)
     rows = arrays.get("rows")
     cached = CachedPrefix(layout.begin, tuple(stages), rows, *of_rows, positions, inject=later)
     patches = arrays["patches"]
-    if patches.min() < -1 or patches.max() >= layout.tokens or (np.diff(patches) <= 0).any():
+    matched, real = None, patches
+    if layout.told_apart:
+        matched = arrays["matched"][None] != 0
+        real = patches[: int((patches != PADDING).sum())]  # those that are none stand behind
+    wrong = len(real) > 0 and (real.min() < -1 or real.max() >= layout.tokens)
+    if wrong or (np.diff(real) <= 0).any() or (patches[len(real) :] != PADDING).any():
         _refuse(file, f"has rows of patches that an image of {layout.tokens} has not")
-    return told["image"], Encoded(arrays["visual_rows"], patches[None], inject), cached
+    return told["image"], Encoded(arrays["visual_rows"], patches[None], inject, matched), cached
 
 
 def _check_metadata(file: Path, header: Header, origin: ImageOrigin) -> dict[str, str]:
@@ -261,6 +273,8 @@ def _check_shapes(file: Path, header: Header, wanted: Shapes) -> None:
 def _check_order(file: Path, layout: ImageLayout, order: np.ndarray, visual: np.ndarray) -> None:
     """Refuse orders that leave their place in the prompt, or do not rise."""
     text, image = order[~visual], order[visual]
+    if layout.told_apart:  # rows that are none stand behind the others
+        image = image[: int((image != INVISIBLE).sum())]
     first = layout.begin + layout.text
     fits = np.array_equal(text, np.arange(layout.begin, first))
     if len(image):

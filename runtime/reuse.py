@@ -17,7 +17,7 @@ import numpy as np
 
 from ..graphs.bundle import Bundle
 from ..graphs.chain.chain import AppendedRows, Chain, Prefilled, PrefilledPart
-from ..graphs.chain.enter import places_of, positions_at
+from ..graphs.chain.enter import entered_rows, positions_at
 from ..graphs.chain.executor import Encoded, StageResult
 from ..graphs.contract import stage_caches
 from ..graphs.errors import CapacityError
@@ -264,12 +264,15 @@ class Context:
         """Return the rows of a part with their places in the prompt."""
         part, first = parts[index], begin + self.positions_of(parts[:index])
         if isinstance(part, PromptImage):
-            rows, patches, inject = part.encoded()
-            self.patches.put(part.key, patches[0], patches.nbytes)
-            order = first + places_of(self.chain.plan, patches)
-            return AppendedRows(True, rows, self._positions(order, parts[:index]), order, inject)
+            encoded = part.encoded()
+            self.patches.put(part.key, encoded.patches[0], encoded.patches.nbytes)
+            entered = entered_rows(self.chain.plan, encoded, first)
+            positions = self._positions(entered.positions, parts[:index])
+            return replace(entered, positions=positions)
         order = np.arange(first, first + len(part), dtype=np.int32)[None]
-        return AppendedRows(False, self.embed(part), self._positions(order, parts[:index]), order)
+        positions = self._positions(order, parts[:index])
+        prefix = index < min(_images(parts), default=0)
+        return AppendedRows(False, self.embed(part), positions, order, prefix=prefix)
 
     def _positions(self, order: np.ndarray, before: Sequence[PromptPart]) -> np.ndarray:
         """Return the positions of rows behind these parts."""
@@ -374,6 +377,8 @@ class Context:
         head = parts[0]
         if self.prefix is None or isinstance(head, PromptImage):
             return 0, list(parts)
+        if self.chain.plan.freezes("prefix") and not _images(parts):
+            return 0, list(parts)  # only rows before an image are frozen
         ids = self.prefix.ids
         if tuple(head[: len(ids)]) != ids:
             return 0, list(parts)

@@ -71,6 +71,11 @@ class Candidate:
     predicted: float | None
     entry: Entry | None = None
 
+    def at(self, visual_flops: float) -> Candidate:
+        """Return the same with other costs."""
+        cost = self.cost * visual_flops / self.visual_flops
+        return replace(self, cost=cost, visual_flops=visual_flops)
+
     @property
     def is_entry_alone(self) -> bool:
         """True for a plan in which all layers see what enters."""

@@ -143,7 +143,8 @@ class Chooser:
                 fake_quantised=fake_quantised,
                 advance=self.progress.advance,
             )
-        return Dynamics.of([PromptReading(*np.stack(rows, 1)) for rows in reader.rows if rows])
+        read = Dynamics.of([PromptReading(*np.stack(rows, 1)) for rows in reader.rows if rows])
+        return replace(read, blocks=reader.blocks) if self.goal.depth else read
 
 
 class _Reader(layerwise.LayerObserver):
@@ -153,11 +154,21 @@ class _Reader(layerwise.LayerObserver):
 
     def __init__(self, prompts: int):
         self.rows: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(prompts)]
+        self.turned: dict[int, list[float]] = {}
 
     def read(self, prompt: int, layer: int, cosine: np.ndarray, norm: np.ndarray) -> None:
         """Keep one layer of a prompt."""
         assert len(self.rows[prompt]) == layer, "layers are read in their order"
         self.rows[prompt].append((cosine, norm))
+
+    def turns(self, layer: int, cosine: np.ndarray) -> None:
+        """Keep how far a layer turns a prompt's rows."""
+        self.turned.setdefault(layer, []).extend(cosine.tolist())
+
+    @property
+    def blocks(self) -> tuple[float, ...]:
+        """By layer, 1 - the mean cosine of rows before and behind it."""
+        return tuple(1 - float(np.mean(self.turned[layer])) for layer in sorted(self.turned))
 
 
 def _shown(prompt: SamplePrompt) -> str:

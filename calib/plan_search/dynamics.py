@@ -21,6 +21,8 @@ vision in shallow layers, and after the trigger the other tokens are still there
                                          kept, mass: a spread of K at t, and of the share it holds
     exits             [{cosine, contribution, exit_cosine, exit_layers, rule, e}]
     suggested         {plan, reason}     an adaptive plan with thresholds for this model, or {}
+    blocks            [L] how far each layer turns rows, where layers may be left out: 1 - the mean
+                      cosine of its input and output over the prompts' rows
     text_blind        [{shallow, tokens, answers, kl, ...}]
                                          measured: an ``agreement.Agreement`` for each, or []
 
@@ -79,6 +81,7 @@ class Dynamics:
 
     readings: tuple[PromptReading, ...]
     first: int
+    blocks: tuple[float, ...] = ()  # by layer; none where they were not read
 
     def __post_init__(self) -> None:
         if not self.readings or not any(reading.cosine.shape[1] for reading in self.readings):
@@ -187,6 +190,7 @@ class Dynamics:
                 "low": _rounded(np.quantile(mass, 0.1, axis=0)),
             },
             **self._tables(),
+            **({"blocks": _rounded(np.array(self.blocks))} if self.blocks else {}),
             "suggested": dict(suggested or {}),
             "text_blind": list(text_blind),
         }

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...graphs.errors import PlanError, TargetError
 from ...graphs.quantization import QUANTISED, QuantConfig, is_quantised, parse_quant_config
-from ...graphs.selectors.registry import ENTRY_SELECTORS
+from ...graphs.selectors.registry import COUNTING_SELECTORS
 from ..evaluate import EVALUATE_MAX_TOKENS
 from .agreement import Agreement
 
@@ -28,6 +28,7 @@ class SelectionGoal:
         most: plans that are measured.
         selectors: entry selectors that are tried; none: all visual tokens enter.
         max_tokens: longest answer that is compared.
+        depth: whether plans with fewer layers are tried.
         quant_config: of the precision that the plan is for; None: FP32.
 
     Raises:
@@ -42,6 +43,7 @@ class SelectionGoal:
     selectors: tuple[str, ...] = SELECTORS
     max_tokens: int = EVALUATE_MAX_TOKENS
     quant_config: QuantConfig | None = None
+    depth: bool = False
 
     def __post_init__(self) -> None:
         if (self.lose is None) == (self.cost is None):
@@ -54,8 +56,8 @@ class SelectionGoal:
         if self.cost is not None and not 0 < self.cost <= 1:
             raise PlanError(f"cost: found {self.cost:g}, expected above 0 % to 100 %. Type 50%.")
         for name in self.selectors:
-            if name not in ENTRY_SELECTORS:
-                known = ", ".join(ENTRY_SELECTORS)
+            if name not in COUNTING_SELECTORS:
+                known = ", ".join(COUNTING_SELECTORS)
                 raise PlanError(
                     f"selectors: found {name!r}, expected names among {known}. Type "
                     f"--selectors {','.join(SELECTORS)}, or --no-entry."
@@ -89,8 +91,8 @@ class SelectionGoal:
 def goal_or_plan(plan: str | None, **options: Any) -> str | SelectionGoal:
     """Return the plan that was named, or how to choose one.
 
-    options: ``lose``, ``cost``, ``holdout``, ``most``, ``selectors`` ("scope,cls"), ``no_entry``
-    and ``precision``, None where not typed.
+    options: ``lose``, ``cost``, ``holdout``, ``most``, ``selectors`` ("scope,cls"), ``no_entry``,
+    ``depth`` and ``precision``, None where not typed.
 
     Raises:
         PlanError: a plan and a goal, or a budget that is not valid.

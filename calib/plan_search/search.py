@@ -23,6 +23,7 @@ from .candidates import (
     published_candidate,
     spaced,
 )
+from .depth_candidates import depth_candidates
 from .dynamics import Dynamics
 from .entry_candidates import entry_candidates, first_entries
 from .goal import SelectionGoal
@@ -41,9 +42,9 @@ def measure_some(
 ) -> list[Tried]:
     """Measure up to ``goal.most`` candidates, none dearer than its cost; return them by cost.
 
-    First the uncalibrated preset, whatever it costs, to compare with; each selector alone; and the
-    knees of evenly spread t. Then, again and again, one between those neighbours on the measured
-    front between which most is lost.
+    First the uncalibrated preset, whatever it costs, to compare with; each selector alone; fewer
+    layers, where they are asked for; and the knees of evenly spread t. Then, again and again, one
+    between those neighbours on the measured front between which most is lost.
     """
     most, limit = goal.most, goal.cost or 1.0
     by_t = [
@@ -68,6 +69,8 @@ def measure_some(
     usual = published_candidate(dynamics, pricing)
     seeds = [usual] if usual is not None else []
     seeds += first_entries(pricing, goal.selectors, limit)
+    if goal.depth:
+        seeds += [found for found in depth_candidates(dynamics, pricing) if found.cost <= limit]
     for candidate in seeds[:most]:
         take(candidate)
     knees = [knee(of_t) for of_t in by_t if of_t]

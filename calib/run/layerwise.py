@@ -55,7 +55,7 @@ class LayerObserver:
     neither changed nor kept.
 
     Attributes:
-        reads: whether ``read`` is to be called, which takes a probe of every layer.
+        reads: whether ``turns`` and ``read`` are to be called, which takes a probe of every layer.
     """
 
     reads = False
@@ -78,6 +78,9 @@ class LayerObserver:
         """Take cosine (N,) and norm (N,), a ``select.Prober``'s view from the last row, of a layer
         without gates through which visual rows of a prompt run.
         """
+
+    def turns(self, layer: int, cosine: np.ndarray) -> None:
+        """Take the cosine (Q,) of each row of a prompt before a layer and behind it."""
 
     def selected(self, prompt: int, order: np.ndarray) -> None:
         """Take the orders (K,) of the tokens that a selection kept: places in the whole prompt."""
@@ -112,7 +115,8 @@ def run_layerwise(
         observer: sees every linear layer and cache, selections and logits.
         fake_quantised: what linear layers compute with, and what caches keep; the prefix is
             computed in float, as for every bundle, and cached like all rows. None: no rounding.
-        advance: called with each of the ``layerwise_pieces(config, prefix_ids)`` pieces.
+        advance: called with each of the ``layerwise_pieces(config, prefix_ids)`` pieces; of layers
+            that the plan drops whole there are none.
 
     Raises:
         PlanError: the plan decides per prompt, or is another model's.
@@ -163,16 +167,24 @@ def run_layerwise(
             state.enter(plan, index, head)
         kinds = [kind for state in states for kind in state.kinds()]
         for number in range(*stage.layers):
-            gated = stage.gated_layers.index(number) if number in stage.gated_layers else None
+            if str(number) not in body.layers:  # dropped whole
+                for state in states:
+                    state.pass_by(number)
+                continue
+            attends = number in stage.attention_layers
+            gated = number in stage.gated_layers
             ends = number == stage.layers[1] - 1
             saved = None if prefix is None else prefix[:, number]
             scales = None if fake_quantised is None else fake_quantised.scales_of(number)
             with _loaded(stream, body.layers[str(number)], observer, kinds) as run:
                 for place, state in enumerate(states):
                     reads = row_readings(plan, index) if ends else ()
-                    view = state.through(run, number, text, gated, saved, scales, reads)
-                    observer.cached(number, view.key[0], view.value[0])
-                    if observer.reads and gated is None and state.sees:
+                    view = state.through(run, text, stage, number, saved, scales, reads)
+                    if attends:
+                        observer.cached(number, view.key[0], view.value[0])
+                    if observer.reads:
+                        observer.turns(number, state.turned)
+                    if observer.reads and attends and not gated and state.sees:
                         observer.read(place, number, *view.read(prober))
                     if selector is not None and ends and state.sees:
                         observer.selected(place, state.select(selector, view))
@@ -246,9 +258,10 @@ def _decoder(config: ModelConfig, plan: StagePlan, cache: CacheScheme) -> tuple[
     """Return all layers of all stages, over caches of one type, and the head."""
     text = config.text
     kinds = {
-        layer: (mode, stage.norm, (0, 0), plan.routing_of(layer))
+        layer: (mode, stage.norm, (0, 0), plan.routing_of(layer), stage.parts_of(layer))
         for stage in plan.stages
         for layer, mode in enumerate(stage.modes, start=stage.layers[0])
+        if stage.parts_of(layer)
     }
     body = Body(text, Eager(), kinds, last=True)
     round_caches(body, cache)

@@ -13,17 +13,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
-from ...graphs.chain.chain import AppendedRows, StageSlots, places_in
-from ...graphs.chain.enter import places_of, positioned, positions_at
+from ...graphs.chain.chain import AppendedRows, StageSlots, places_in, row_kinds
+from ...graphs.chain.enter import entered_rows, positioned, positions_at
 from ...graphs.chain.executor import Encoded
 from ...graphs.config import TextConfig
+from ...graphs.contract import PADDING_ORDER
 from ...graphs.errors import CapacityError, PromptError
-from ...graphs.modules.decoder import ROW_PIECES, Head
+from ...graphs.modules.decoder import ROW_PIECES, Head, layer_controls
 from ...graphs.modules.ops import Eager, Scales
 from ...graphs.modules.select import Prober, Selector
+from ...graphs.plan.gains import stage_gains
 from ...graphs.plan.gates import stage_gates
 from ...graphs.plan.plan import StagePlan
+from ...graphs.plan.stages import Stage
 from ...graphs.selectors.edge import ROW_READINGS, Rows
 from ..sample_prompts import SamplePrompt
 
@@ -35,8 +39,8 @@ ENCODER, VISUAL, TEXT, ANSWER = range(4)
 class _Call:
     """Rows that go through a stage's layers together.
 
-    shared: cosines, sines, visibility, then value and sink gate of each gated layer
-    (``decoder.Head``). The rows take slots [start, stop).
+    shared: cosines, sines, visibility, then gates and gains of layers (``decoder.Head``). The rows
+    take slots [start, stop).
     """
 
     segments: list[AppendedRows]
@@ -84,6 +88,7 @@ class PromptState:
         self._calls: list[_Call] = []
         self._selected: AppendedRows | None = None
         self._passing: list[AppendedRows] = []  # visual rows that the stage is not for
+        self.turned = np.zeros(0, np.float32)  # (Q,) cosine of rows before and behind the layer
 
     @property
     def sees(self) -> bool:
@@ -117,13 +122,19 @@ class PromptState:
             used = slots.used
             gates = stage_gates(plan, stage, slots.visual[:, :used], parts[0].visual, is_answer)
             rows = torch.cat([part.rows for part in parts], 1)
+            facts = plan.stages[stage]
+            gains = stage_gains(facts, row_kinds(parts)) if facts.frozen else None
             shared = head(
                 rows,
                 torch.from_numpy(np.concatenate([part.positions for part in parts], 1)),
-                torch.from_numpy(np.concatenate([part.order for part in parts], 1)),
+                torch.from_numpy(
+                    # As queries, rows that only fill up see all, so that they stay finite.
+                    np.minimum(np.concatenate([part.order for part in parts], 1), PADDING_ORDER)
+                ),
                 torch.from_numpy(slots.order[:, :used].copy()),
                 torch.tensor([start]),
                 None if gates is None else torch.from_numpy(gates),
+                None if gains is None else torch.from_numpy(gains),
             )
             bare = [replace(part, rows=None) for part in parts]
             self._calls.append(_Call(bare, rows, shared, start, used, is_answer))
@@ -142,23 +153,28 @@ class PromptState:
             for call in self._calls
         ]
 
+    def pass_by(self, layer: int) -> None:
+        """Take every call past a layer that is left out: only what is added at its input counts."""
+        for call in self._calls:
+            call.rows = _with_features(call, layer)
+
     def through(
         self,
         run: Callable[..., Any],
-        layer: int,
         text: TextConfig,
-        gated: int | None,
+        stage: Stage,
+        layer: int,
         prefix: Tensor | None,
         scales: Scales | None,
         reads: Sequence[str] = (),
     ) -> LastRowView:
-        """Take every call through one layer.
+        """Take every call through one layer; of one that does not attend, the view is empty.
 
         Args:
             run: the layer.
-            layer: its number.
             text: shapes of its cache.
-            gated: its number among the stage's gated layers; None if it has no gates.
+            stage: that has it.
+            layer: its number.
             prefix: (2, G, P, d) keys and values of the prefix in this layer, as caches keep them.
             scales: of its cache, which is INT8; None: FP32.
             reads: of ``ROW_READINGS``, what the edge behind it reads.
@@ -171,19 +187,25 @@ class PromptState:
             key[0, :, : self.begin], value[0, :, : self.begin] = prefix
         last: Tensor | None = None
         read: dict[str, list[Tensor]] = {name: [] for name in reads}
+        turned: list[Tensor] = []
         for call in self._calls:
-            cos, sin, visible, *gates = call.shared
-            gate = (None, None) if gated is None else gates[2 * gated : 2 * gated + 2]
+            cos, sin, visible, *controls = call.shared
+            gates, gains = layer_controls(layer, stage.gated_layers, stage.gained_layers, controls)
             cache = (key[:, :, : call.stop], value[:, :, : call.stop])  # filled in place
             first = torch.tensor([call.start])
             before = call.rows = _with_features(call, layer)
-            call.rows, query, *_ = run(call.rows, cos, sin, first, visible, None, *gate, *cache)
+            call.rows, *attended = run(
+                call.rows, cos, sin, first, visible, None, *gates, *cache, *gains
+            )
+            query = attended[0] if attended else torch.empty(1, text.heads, 1, 0)
             if not call.is_answer:
+                turned.append(cosine_similarity(before, call.rows, dim=-1)[0])
                 last, order = query[:, :, -1], call.segments[-1].order
                 for name, parts in read.items():
                     values = ROW_PIECES[name]()(before, call.rows, query)
                     parts += self._of(call, values, ROW_READINGS[name])
         assert last is not None
+        self.turned = torch.cat(turned).numpy()
         if scales is not None:
             key, value = Eager().read(key, scales[0]), Eager().read(value, scales[1])
         visual = torch.from_numpy(np.flatnonzero(self._slots.visual[0]))[None]
@@ -318,7 +340,9 @@ def prompt_state(
     if not parts or isinstance(parts[-1], np.ndarray):
         raise PromptError(f"{prompt.name}: the prompt ends in an image. Ask something about it")
     begin, prefix = 0, tuple(prefix_ids)
-    if not isinstance(parts[0], np.ndarray) and tuple(parts[0][: len(prefix)]) == prefix:
+    known = not isinstance(parts[0], np.ndarray) and tuple(parts[0][: len(prefix)]) == prefix
+    # Where a plan freezes rows before an image, those of a prompt without one are computed anew.
+    if known and (visual or not plan.freezes("prefix")):
         begin = len(prefix)
         parts[0] = parts[0][begin:]
 
@@ -328,12 +352,12 @@ def prompt_state(
     images, segments, at = iter(visual), [], begin
     for part in parts:
         if isinstance(part, np.ndarray):
-            rows, patches, inject = next(images)
-            order = at + places_of(plan, patches)
-            segments.append(AppendedRows(True, rows, order, order, inject))
+            segments.append(entered_rows(plan, next(images), at))
             at += plan.span
         elif len(part):  # all of a text may have been prefix
-            segments.append(segment_of(embedded(part), at))
+            # An image follows the first text of a prompt that has any.
+            opens = bool(visual) and not segments
+            segments.append(replace(segment_of(embedded(part), at), prefix=opens))
             at += len(part)
     answer = None
     if prompt.answer_ids:

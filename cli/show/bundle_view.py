@@ -31,8 +31,8 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
             {
                 "layers": list(stage.layers),
                 "visual_tokens": stage.visual_tokens,
-                "kv_bytes_per_row": row * stage.depth,
-                "kv_bytes_per_prompt": row * stage.depth * rows,
+                "kv_bytes_per_row": row * len(stage.attention_layers),
+                "kv_bytes_per_prompt": row * len(stage.attention_layers) * rows,
             }
         )
     return {

@@ -28,11 +28,11 @@ MOST_SHOWN = 5
 
 
 @contextmanager
-def counting(total: int) -> Iterator[Advance]:
+def counting(total: int, doing: str = "asking") -> Iterator[Advance]:
     """Show a bar on stderr that moves with every call; nothing where there is no terminal."""
     shown = console(err=True)
     with Progress(console=shown, transient=True, disable=silent(shown)) as bar:
-        task = bar.add_task("asking", total=total)
+        task = bar.add_task(doing, total=total)
         yield lambda units: bar.advance(task, units)
 
 

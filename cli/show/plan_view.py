@@ -87,6 +87,9 @@ def plan_json(
                 "visual_tokens": _mean([item.load.visual_tokens for item in loads]),
                 "modes": modes_text(stage.modes),
                 "norm": stage.norm if stage.gated_layers else None,
+                "frozen": to_json(stage.frozen),
+                "drop_attention": list(stage.drop_attention),
+                "drop_mlp": list(stage.drop_mlp),
                 "edge": edge,
                 "prefill_macs": total_cost(loads, "prefill_macs"),
                 "visual_macs": total_cost(loads, "visual_macs"),
@@ -125,7 +128,9 @@ def plan_table(facts: dict[str, Any], plan: StagePlan, outcome: Outcome | None) 
         parts.append(Text(plan.entry.summary(plan.visual_tokens)))
     if plan.routing is not None:
         parts.append(Text(plan.routing.summary))
-    parts += [_stage_table(facts), _total_table(facts)]
+    parts.append(_stage_table(facts))
+    parts += [Text(line) for line in _left_out(plan)]
+    parts.append(_total_table(facts))
     rows = f"{facts['prefix_rows']} prefix + {facts['visual_tokens']} visual + {facts['text_rows']}"
     parts.append(
         Text(f"For {rows} text rows. Accounting: {_ACCOUNTINGS[facts['accounting']]}.", style="dim")
@@ -133,6 +138,22 @@ def plan_table(facts: dict[str, Any], plan: StagePlan, outcome: Outcome | None) 
     if plan.probe is not None:
         parts.append(Text(_decision(plan, outcome), style="dim"))
     return Group(*parts)
+
+
+def _left_out(plan: StagePlan) -> list[str]:
+    """Say which layers are left out, and which rows are frozen where, a line each."""
+    dropped: dict[str, list[int]] = {}
+    frozen: dict[str, list[int]] = {}
+    for part, layer in plan.dropped:
+        dropped.setdefault(part, []).append(layer)
+    for stage in plan.stages:
+        for item in stage.frozen:
+            frozen.setdefault(f"{item.part}, {item.rows} rows", []).extend(item.layers)
+    return [
+        f"{what}{name}: layers {', '.join(map(str, layers))}"
+        for what, found in (("left out, ", dropped), ("frozen, ", frozen))
+        for name, layers in found.items()
+    ]
 
 
 def _decision(plan: StagePlan, outcome: Outcome | None) -> str:

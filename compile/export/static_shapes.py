@@ -18,8 +18,9 @@ import torch
 
 from ...graphs.bundle import ANY_CONTEXT
 from ...graphs.config import ModelConfig, TextConfig
-from ...graphs.contract import SLOT_STEP, StagePart, stage_of, stage_slots
+from ...graphs.contract import SLOT_STEP, StagePart, stage_of, stage_parts, stage_slots
 from ...graphs.errors import CapacityError, TargetError
+from ...graphs.modules.decoder import HALVES
 from ...graphs.plan.plan import StagePlan
 from ...graphs.targets import LLM, MAX_HEAD, Target
 from ..checkpoint.names import HEAD_WEIGHT, decoder_shapes
@@ -117,31 +118,41 @@ def split(text: TextConfig, plan: StagePlan, itemsize: int, budget: int) -> list
     shapes = decoder_shapes(text)
     of_layer = [0] * text.layers
     tail = 0
+    dropped = tuple(
+        f"model.layers.{layer}.{module}."
+        for stage in plan.stages
+        for layer in range(*stage.layers)
+        for part in {*HALVES} - {*stage.parts_of(layer)}
+        for module in HALVES[part]
+    )
     for name, shape in shapes.items():
+        if name.startswith(dropped):
+            continue
         nbytes = math.prod(shape) * itemsize
         if name.startswith("model.layers."):
             of_layer[int(name.split(".")[2])] += nbytes
         elif name == HEAD_WEIGHT:
             tail = nbytes
     parts = []
-    for index, stage in enumerate(plan.stages):
+    for index in range(len(plan.stages)):
         extra = tail if index == len(plan.stages) - 1 else 0
-        parts += cut_stage(index, stage.layers, of_layer, extra, budget)
+        parts += cut_stage(plan, index, of_layer, extra, budget)
     return parts
 
 
 def cut_stage(
-    stage: int, layers: tuple[int, int], of_layer: list[int], tail: int, budget: int
+    plan: StagePlan, stage: int, of_layer: list[int], tail: int, budget: int
 ) -> list[StagePart]:
     """Return the fewest equal parts of one stage that all fit; ``tail`` weighs on the last."""
-    first, stop = layers
-    for count in range(1, stop - first + 1):
-        bounds = [first + (stop - first) * i // count for i in range(count + 1)]
-        ranges = list(pairwise(bounds))
-        sizes = [sum(of_layer[start:end]) for start, end in ranges]
+    first, stop = plan.stages[stage].layers
+    attending = len(plan.stages[stage].attention_layers)
+    for count in range(1, attending + 1):
+        bounds = [attending * i // count for i in range(count + 1)]
+        parts = stage_parts(plan, stage, [end - start for start, end in pairwise(bounds)])
+        sizes = [sum(of_layer[slice(*part.layers)]) for part in parts]
         sizes[-1] += tail
         if all(compiler_peak(size) <= budget for size in sizes):
-            return [StagePart(stage, part) for part in ranges]
+            return parts
     needed = compiler_peak(max(max(of_layer[first:stop]), of_layer[stop - 1] + tail))
     raise CapacityError(
         f"compiling one layer of stage {stage} takes about {needed / 2**30:.1f} GiB, the budget is "

@@ -90,6 +90,9 @@ def place(
 
     # The embedding is looked up by the runtime itself, in whatever type it is stored.
     info = checkpoint.tensors[EMBEDDING]
+    if EMBEDDING in converted:  # a graph reads it, too
+        ref = TensorRef(CONVERTED, spans[EMBEDDING].offset, dtype, tuple(info.shape))
+        return Placement(tuple(linked), tuple(converted), spans, ref, nbytes)
     file, start = info.file.name, info.offset
     if info.file not in linked:
         file, start = CONVERTED, reserve(info.nbytes)

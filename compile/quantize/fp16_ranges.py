@@ -135,7 +135,7 @@ def measure_ranges(
     caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.text.layers)]
     decoder = Streamed(checkpoint, stage, progress, OBSERVED, recorder.hook)
     first = torch.zeros(batch, dtype=torch.int64)
-    out = stage.compose(decoder, rows, order, order, order, first, None, caches, inject)
+    out = stage.compose(decoder, rows, order, order, order, first, None, None, caches, inject)
     recorder.note("model.norm input", out.rows)  # of which that norm sees the last row only
     return {name: float(f"{value:.2g}") for name, value in recorder.ranges.items()}
 

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from ..contract import INVISIBLE, PADDING_ORDER, row_readings
+from ..plan.gains import stage_gains
 from ..plan.gates import stage_gates
 from ..plan.plan import StagePlan
 from ..plan.probing import Decision
@@ -38,6 +39,8 @@ class AppendedRows:
 
     positions: (B, Q) int32; order: (B, Q) int32, ``INVISIBLE`` where a row is left padding.
     inject: of visual rows, what is added to them, (B, Q, D) each, by the layer at whose input.
+    prefix: whether it is text before the first image of its prompt. matched: (B, Q) bool, which
+    visual rows the entry's selector matched; None: none, or not told apart.
     """
 
     visual: bool
@@ -45,6 +48,8 @@ class AppendedRows:
     positions: np.ndarray
     order: np.ndarray
     inject: Mapping[int, Rows] = field(default_factory=dict)
+    prefix: bool = False
+    matched: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -288,7 +293,7 @@ class Chain:
             np.minimum(np.concatenate([part.order for part in parts], 1), PADDING_ORDER),
             slots.order,
             write_index,
-            self._stage_gates(stage, parts[-1].visual, decoding),
+            self._by_layer(stage, parts, decoding),
             inject,
         )
         return result, write_index + padding
@@ -348,6 +353,17 @@ class Chain:
         """Return rows ``index`` (K,) or (B, K) of what is added to rows."""
         return {layer: self.executor.take(rows, index) for layer, rows in inject.items()}
 
+    def _by_layer(
+        self, stage: int, parts: Sequence[AppendedRows], decoding: bool
+    ) -> dict[str, np.ndarray]:
+        """Return gates and gains of a call, as far as the stage takes any."""
+        facts = self.plan.stages[stage]
+        controls = {
+            "gates": self._stage_gates(stage, parts[-1].visual, decoding),
+            "row_gain": stage_gains(facts, row_kinds(parts)) if facts.frozen else None,
+        }
+        return {name: values for name, values in controls.items() if values is not None}
+
     def _stage_gates(self, stage: int, visual_call: bool, decoding: bool) -> np.ndarray | None:
         """Return the gates of a call; the last ones again where their sources are unchanged, as in
         the steps of an answer.
@@ -378,7 +394,7 @@ class Chain:
 
     def _read(self, stage, done, queries, visual, visual_slots, query_order) -> None:
         """Show the probes of a stage's layers to the decision."""
-        decision, first = done.decision, self.plan.stages[stage].layers[0]
+        decision, layers = done.decision, self.plan.stages[stage].attention_layers
         real = visual.order[0] != INVISIBLE
         for layer in self.plan.probed_layers(stage):
             if decision.settled:
@@ -386,7 +402,7 @@ class Chain:
             cosines, norms = self.executor.probe(
                 stage,
                 layer,
-                queries[layer - first],
+                queries[layers.index(layer)],
                 self.slots[stage].order,
                 np.ascontiguousarray(query_order),
                 visual_slots,
@@ -431,6 +447,24 @@ def _closed_up(offered: AppendedRows, count: int) -> np.ndarray:
 def places_in(offered: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """Return the places (B, K) among rows of orders ``offered`` (B, N) of those ``kept`` (B, K)."""
     return np.argmax(kept[:, :, None] == offered[:, None, :], -1)
+
+
+def row_kinds(parts: Sequence[AppendedRows]) -> dict[str, np.ndarray]:
+    """Return which rows of a call are of each kind of ``stages.FROZEN_ROWS``, (B, Q) bool each."""
+
+    def rows(values: Callable[[AppendedRows], Any]) -> np.ndarray:
+        return np.concatenate(
+            [np.broadcast_to(np.asarray(values(part), bool), part.order.shape) for part in parts], 1
+        )
+
+    visual = rows(lambda part: part.visual)
+    matched = rows(lambda part: part.matched if part.matched is not None else False)
+    return {
+        "visual": visual,
+        "matched": matched,
+        "unmatched": visual & ~matched,
+        "prefix": rows(lambda part: part.prefix),
+    }
 
 
 def last_layers(plan: StagePlan, done: Prefilled) -> tuple[int, int]:

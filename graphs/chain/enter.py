@@ -16,10 +16,11 @@ import numpy as np
 from ..config import ModelConfig
 from ..contract import INVISIBLE, vision_spec
 from ..plan.plan import StagePlan
-from ..selectors.entry import READINGS, EncoderReadings, Entered
+from ..plan.stages import Entry
+from ..selectors.entry import PADDING, READINGS, EncoderReadings, Entered
 from ..selectors.registry import ENTRY_SELECTORS
 from .chain import AppendedRows
-from .executor import ANY_IMAGE
+from .executor import ANY_IMAGE, Encoded, Rows
 
 OUTPUTS = {name: "visual_rows" if name == "rows" else name for name in READINGS}
 """The vision graph's outputs by what they are to a selector."""
@@ -43,8 +44,16 @@ def choose_rows(
     read: dict[str, Any] = dict.fromkeys(READINGS)
     for name in wanted:
         if OUTPUTS[name] in outputs:
-            read[name] = np.asarray(outputs[OUTPUTS[name]])[sample].astype(np.float32)
-    return selector.choose(EncoderReadings(image=image, **read), plan.entry.keep)
+            value = np.asarray(outputs[OUTPUTS[name]])[sample]
+            read[name] = value if value.dtype.kind == "i" else value.astype(np.float32)
+    return chosen_by(plan.entry, EncoderReadings(image=image, **read))
+
+
+def chosen_by(entry: Entry, given: EncoderReadings) -> Entered:
+    """Return what an entry lets in of an image."""
+    selector = ENTRY_SELECTORS[entry.selector]
+    more = {name: getattr(entry, name) for name in selector.takes}
+    return selector.choose(given, entry.keep, **more)
 
 
 def warm_up(plan: StagePlan, config: ModelConfig) -> None:
@@ -83,11 +92,25 @@ def positioned(
     return out, images
 
 
-def places_of(plan: StagePlan, patches: np.ndarray) -> np.ndarray:
-    """Return the positions (B, K0) int32 of an image's rows, counted from the image's first one.
+def encoded(rows: Rows, chosen: Sequence[Entered], inject: Mapping[int, Rows]) -> Encoded:
+    """Return ``rows`` (B, K0, D) with what is known of them, by image, and added to them."""
+    classes = [entered.matched for entered in chosen if entered.matched is not None]
+    matched = np.stack(classes) if len(classes) == len(chosen) else None
+    return Encoded(rows, np.stack([entered.index for entered in chosen]), inject, matched)
 
-    ``patches``: those that they stand for (``Encoded``).
+
+def entered_rows(plan: StagePlan, image: Encoded, first: int) -> AppendedRows:
+    """Return the rows of an image with their places in a prompt.
+
+    Args:
+        plan: says which places of the image they take.
+        image: what entered of it.
+        first: position of the image's first row.
     """
-    if plan.span == plan.visual_tokens:
-        return patches.astype(np.int32)
-    return np.broadcast_to(np.arange(plan.entering, dtype=np.int32), patches.shape)
+    patches = image.patches
+    places = patches.clip(0)
+    if plan.span != plan.visual_tokens:
+        places = np.broadcast_to(np.arange(plan.entering), patches.shape)
+    positions = (first + places).astype(np.int32)
+    order = np.where(patches == PADDING, INVISIBLE, positions).astype(np.int32)
+    return AppendedRows(True, image.rows, positions, order, image.inject, matched=image.matched)

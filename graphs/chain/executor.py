@@ -42,15 +42,17 @@ class Kept(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The rows of an image that enter stage 0, (B, K0, D), and the patches they stand for, (B, K0)
-    int64: 0 to N - 1, ascending; -1: the class row.
+    """The rows of an image that enter stage 0, (B, K0, D), the patches they stand for, (B, K0)
+    int64, and which of them were matched, (B, K0) bool, where they are told apart.
 
+    Patches: 0 to N - 1, ascending; -1: the class row; ``selectors.entry.PADDING``: no row at all.
     inject: what is added to these rows, (B, K0, D) each, by the decoder layer at whose input.
     """
 
     rows: Rows
     patches: np.ndarray
     inject: Mapping[int, Rows] = MappingProxyType({})
+    matched: np.ndarray | None = None
 
 
 class Executor(Protocol):
@@ -67,10 +69,12 @@ class Executor(Protocol):
         order: np.ndarray,
         slot_order: np.ndarray,
         write_index: int,
-        gates: np.ndarray | None,
+        by_layer: Mapping[str, np.ndarray],
         inject: Mapping[int, Rows],
     ) -> StageResult:
         """Run one call of a stage (``contract.stage_spec``).
+
+        ``by_layer``: those of ``contract.BY_LAYER`` that the stage takes.
 
         An executor that asked for padding (``Chain``) gets fewer rows than orders: what lacks on
         the left is padding, which it returns no rows for.

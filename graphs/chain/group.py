@@ -40,7 +40,8 @@ class GroupReader:
 
     def __init__(self, chain: Chain, phi: int = 0):
         plan = chain.plan
-        if len(plan.stages) > 1 or plan.stages[0].gated_layers or plan.entry is not None:
+        first = plan.stages[0]
+        if len(plan.stages) > 1 or first.gated_layers or first.frozen or plan.entry is not None:
             raise PlanError(
                 f"plan '{plan.name}' treats visual rows apart, and with group positions rows are "
                 "read at any time. Build the bundle with --plan dense"

@@ -16,7 +16,7 @@ from ..modules.vision import Projection, Vision
 from ..plan.plan import StagePlan
 from ..precision import NO_FALLBACK, Fp32Fallback
 from ..selectors.entry import Entered
-from .enter import choose_rows
+from .enter import choose_rows, encoded
 from .executor import ANY_IMAGE, Encoded
 from .torch_reference import load_weights
 
@@ -47,12 +47,12 @@ class TorchEncoder:
         self,
         pixels: Tensor,
         images: Sequence[str] = (ANY_IMAGE,),
-        forced: np.ndarray | None = None,
+        forced: Entered | None = None,
     ) -> Encoded:
         """Return what enters of pixels (B, C, H, W).
 
-        ``images``: digests of what they show; ``forced``: patches (K0,) that enter instead of the
-        selector's own choice, where it merges none.
+        ``images``: digests of what they show; ``forced``: what enters instead of the selector's own
+        choice, where it merges none.
         """
         outputs = self.vision.compose(direct, pixels)
         chosen = chosen_rows(self.config, self.plan, outputs, images, forced)
@@ -66,7 +66,7 @@ def chosen_rows(
     plan: StagePlan,
     outputs: Sequence[Tensor],
     images: Sequence[str],
-    forced: np.ndarray | None = None,
+    forced: Entered | None = None,
 ) -> Encoded:
     """Return what enters of the encoder's outputs, not yet projected where that comes later.
 
@@ -80,14 +80,13 @@ def chosen_rows(
         return Encoded(source, np.tile(np.arange(source.shape[1]), (len(source), 1)), inject)
     chosen = [choose_rows(plan, named, image, at) for at, image in enumerate(images)]
     if forced is not None:
-        chosen = [Entered(forced) if own.features is None else own for own in chosen]
+        chosen = [forced if own.features is None else own for own in chosen]
     rows = [
-        source[at, torch.from_numpy(entered.index)]
+        source[at, torch.from_numpy(entered.source)]
         if entered.features is None
         else torch.from_numpy(entered.features).to(source.dtype)
         for at, entered in enumerate(chosen)
     ]
-    index = np.stack([entered.index for entered in chosen])
-    at = torch.from_numpy(index)[..., None]
+    at = torch.from_numpy(np.stack([entered.source for entered in chosen]))[..., None]
     taken = {layer: whole.take_along_dim(at, 1) for layer, whole in inject.items()}
-    return Encoded(torch.stack(rows), index, taken)
+    return encoded(torch.stack(rows), chosen, taken)

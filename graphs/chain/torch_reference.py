@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import TextConfig
-from ..contract import INVISIBLE, probed, scored_layer, whole_stages
+from ..contract import BY_LAYER, INVISIBLE, probed, scored_layer, whole_stages
 from ..errors import ModelError, PlanError, PromptError
 from ..fusion import NAMED_DEPTH, read_fusion
 from ..modules.decoder import DecoderStage
@@ -32,6 +32,7 @@ from ..precision import NO_FALLBACK, Fp32Fallback
 from .chain import AppendedRows, Chain, last_layers
 from .enter import positioned, positions_at
 from .executor import Kept, StageResult
+from .torch_classes import entered_patches, matched_rows, told_apart
 
 Span = tuple[int, int]
 
@@ -83,7 +84,7 @@ class TorchExecutor:
         for stage in self.stages:
             prepare(stage)
             load_weights(stage, weights)
-        self.layers = [stage.layers for stage in plan.stages]
+        self.layers = [stage.attention_layers for stage in plan.stages]
         self.selectors = {
             index: Selector(edge) for index, edge in enumerate(plan.edges) if probed(plan, index)
         }
@@ -92,7 +93,7 @@ class TorchExecutor:
         self.caches = [
             [
                 (self._empty(index, layer), self._empty(index, layer))
-                for layer in range(*stage.layers)
+                for layer in stage.attention_layers
             ]
             for index, stage in enumerate(plan.stages)
         ]
@@ -114,7 +115,7 @@ class TorchExecutor:
         return slots
 
     def append(
-        self, stage, rows, positions, order, slot_order, write_index, gates, inject
+        self, stage, rows, positions, order, slot_order, write_index, by_layer, inject
     ) -> StageResult:
         """Run stage ``stage`` eagerly."""
         missing = {layer: rows.shape[1] - given.shape[1] for layer, given in inject.items()}
@@ -125,7 +126,7 @@ class TorchExecutor:
             torch.from_numpy(order),
             torch.from_numpy(slot_order.copy()),
             torch.full((self.batch,), write_index),
-            None if gates is None else torch.from_numpy(gates),
+            *(torch.from_numpy(by_layer[n]) if n in by_layer else None for n in BY_LAYER),
             self.caches[stage],
             {
                 layer: torch.nn.functional.pad(given, (0, 0, 0, missing[layer]))
@@ -150,7 +151,7 @@ class TorchExecutor:
 
     def probe(self, stage, layer, query, slot_order, query_order, visual_slots):
         """Read one layer of stage ``stage``."""
-        key, value = self.caches[stage][layer - self.layers[stage][0]]
+        key, value = self.caches[stage][self.layers[stage].index(layer)]
         readings = self.prober(
             query,
             key,
@@ -220,7 +221,8 @@ def run(
         plan: its depth must be the model's; K may not exceed a sample's visual rows.
         max_new_tokens: greedy tokens to decode after the prompt.
         entered: of a plan with an entry: per sample and image, the indices of the rows within its
-            span that enter, ascending. What selectors read is not here, so the caller chooses.
+            span that enter, ascending. What most selectors read is not here, so the caller
+            chooses; one that reads the rows and the vocabulary alone chooses where this is None.
         features: of a model that adds features within the decoder: for each of them (B, S, h), the
             encoder's, at the places of the visual rows; ``weights`` has the projectors.
 
@@ -232,15 +234,21 @@ def run(
     text = _text_config(config)
     batch, length, _ = embeds.shape
     _check(plan, text, spans, batch, length)
+    chosen = None
+    if entered is None and plan.tells_apart:
+        prompts = zip(embeds, spans, strict=True)
+        chosen = [told_apart(plan, weights, own, runs) for own, runs in prompts]
+        entered = entered_patches(chosen)
     _check_entered(plan, spans, entered)
     if plan.probe is not None and batch > 1:
         return _one_by_one(weights, config, embeds, spans, plan, max_new_tokens, entered, features)
     executor = TorchExecutor(text, plan, weights, batch)
     chain = Chain(plan, executor, batch)
-    chosen: Sequence[Any] = entered or [None] * batch
-    places = [_places(plan, length, *own) for own in zip(spans, chosen, strict=True)]
+    each: Sequence[Any] = entered or [None] * batch
+    places = [_places(plan, length, *own) for own in zip(spans, each, strict=True)]
+    matched = None if chosen is None else matched_rows(length, spans, chosen)
     inject = injected_rows(weights, config, text, features)
-    whole, images = positioned(plan, segments(embeds, spans, places, inject))
+    whole, images = positioned(plan, segments(embeds, spans, places, inject, matched))
     done = chain.prefill(whole)
     tokens, logits, chosen_by = [], done.logits, []
     following = whole[-1].order[:, -1:] + 1
@@ -298,6 +306,7 @@ def segments(
     spans: Sequence[Sequence[Span]],
     places: Sequence[np.ndarray] | None = None,
     inject: Mapping[int, Tensor] = MappingProxyType({}),
+    matched: np.ndarray | None = None,
 ) -> list[AppendedRows]:
     """Cut each prompt into text, image, text, ...; align the samples by left padding.
 
@@ -306,6 +315,7 @@ def segments(
     places: by sample, the position (S,) of each row, -1 where it does not enter; by default all
         rows enter, at their own places.
     inject: (B, S, D) that are added to visual rows, by layer.
+    matched: (B, S) bool, the visual rows that the entry's selector matched.
     """
     batch, length, _ = embeds.shape
     if places is None:
@@ -331,9 +341,13 @@ def segments(
             if piece:
                 order[sample, count - len(piece) :] = places[sample][piece]
         positions = np.where(order == INVISIBLE, 0, order).astype(np.int32)
-        visual = index % 2 == 1
+        visual, prefix = index % 2 == 1, index == 0 and images > 0
         added = {layer: _cut(whole, pieces) for layer, whole in inject.items() if visual}
-        out.append(AppendedRows(visual, _cut(embeds, pieces), positions, order, added))
+        cut = _cut(embeds, pieces)
+        classes = None
+        if matched is not None and visual:
+            classes = _cut(torch.from_numpy(matched)[..., None], pieces)[..., 0].numpy()
+        out.append(AppendedRows(visual, cut, positions, order, added, prefix, classes))
     return out
 
 
@@ -381,7 +395,10 @@ def _check_entered(plan: StagePlan, spans, entered) -> None:
         fits = len(entered) == len(spans) and len(own) == len(chosen)
         for (start, stop), index in zip(own, chosen, strict=False):
             rising = all(a < b for a, b in pairwise([-1, *index, stop - start]))
-            fits = fits and rising and len(index) == plan.entering
+            count = len(index) == plan.entering
+            if plan.tells_apart:  # fewer may be left
+                count = len(index) <= plan.entering
+            fits = fits and rising and count
         if not fits:
             raise PromptError(
                 f"entered[{sample}]: found {list(map(list, chosen))}, expected {plan.entering} "

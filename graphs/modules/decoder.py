@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..config import TextConfig
 from ..contract import (
+    BY_LAYER,
     PADDING_ORDER,
     StagePart,
     ahead_name,
@@ -187,12 +188,20 @@ class MLP(nn.Module):
         return self.down_proj(gate * up, self.scale)
 
 
+HALVES = {
+    "attention": ("input_layernorm", "self_attn"),
+    "mlp": ("post_attention_layernorm", "mlp"),
+}
+"""Modules of the two halves of a layer, the attributes of ``DecoderLayer``."""
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm attention and MLP with residuals, as in Llama.
 
     ``mode`` and ``norm`` (``plan.Mode``, ``plan.Norm``) say how text sees vision here; ``shifts``
     are ``precision.Fp32Fallback.shifts``; ``routing`` gives it routers, whose gates multiply what
-    the rows of a call get. Rows may be of a wider type than the weights.
+    the rows of a call get; ``parts`` (``plan.Part``) what of the layer runs. Rows may be of a wider
+    type than the weights.
     """
 
     def __init__(
@@ -203,11 +212,13 @@ class DecoderLayer(nn.Module):
         norm: str = "gated",
         shifts: tuple[int, int] = (0, 0),
         routing: Routing | None = None,
+        parts: tuple[str, ...] = tuple(HALVES),
     ):
         super().__init__()
+        self.attends = "attention" in parts
         self.mode, self.norm, self.shifts = mode, norm, shifts
         self.ops = ops
-        self.kind: tuple = (mode, norm, shifts, text, ops.name)
+        self.kind: tuple = (mode, norm, shifts, parts, text, ops.name)
         self.routers: tuple[str, ...] = ()
         if routing is not None:
             self.kind += (routing,)
@@ -218,6 +229,9 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(text, ops, shifts[1])
         self.input_layernorm = Norm(ops, text.hidden, text.rms_eps)
         self.post_attention_layernorm = Norm(ops, text.hidden, text.rms_eps)
+        for part in {*HALVES} - {*parts}:
+            for module in HALVES[part]:
+                setattr(self, module, None)
 
     def forward(
         self,
@@ -229,39 +243,55 @@ class DecoderLayer(nn.Module):
         window: Tensor | None,
         value_gate: Tensor | None,
         sink_gate: Tensor | None,
-        key: Tensor,
-        value: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        attention_gain: Tensor | None = None,
+        mlp_gain: Tensor | None = None,
         real: Tensor | None = None,
         allowed: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the rows (B, Q, D), the rotated queries (B, H, Q, d), and the caches.
+    ) -> tuple[Tensor, ...]:
+        """Return the rows (B, Q, D) and, where it attends, the rotated queries (B, H, Q, d) and
+        the caches.
 
-        ``real``, ``allowed``: of ``Head``, where rows compete. Where only some rows run, the last
-        row's query alone is returned.
+        The gains are (B, Q): factors of what attention and MLP add to each row. ``real``,
+        ``allowed``: of ``Head``, where rows compete. Where only some rows run, the last row's query
+        alone is returned.
         """
-        gate = None
-        if value_gate is not None:
-            sink = sink_gate if self.mode == "sink" else None
-            gate = Gate(value_gate, sink, self.norm == "renorm")
         (batch, count, _), width = cos.shape, rows.shape[-1]
         x = self.ops.reshape(rows, (batch * count, width))
-        dtype = self.input_layernorm.weight.dtype  # of the weights; rows may be wider
-        attended, changed = self._routes(rows, real, allowed)
-        update, query, key, value = self.self_attn(
-            self.input_layernorm(x),
-            cos.to(dtype),
-            sin.to(dtype),
-            (key, value),
-            View(write_index, visible, window),
-            gate,
-            attended,
-        )
-        x = added(self.ops, x, update, self.shifts[0], attended, cos)
-        update = self.mlp(self.post_attention_layernorm(taken(self.ops, x, changed, cos)))
-        x = added(self.ops, x, update, self.shifts[1], changed, cos)
-        if attended is not None and attended.picked is not None:
-            query = query[:, :, :1]  # the last row is the first of those that run
-        return self.ops.reshape(x, (batch, count, width), cos), query, key, value
+        to_attention, to_mlp = self._routes(rows, real, allowed)
+        attended: tuple[Tensor, ...] = ()
+        if self.self_attn is not None:
+            gate = None
+            if value_gate is not None:
+                sink = sink_gate if self.mode == "sink" else None
+                gate = Gate(value_gate, sink, self.norm == "renorm")
+            dtype = self.input_layernorm.weight.dtype  # of the weights; rows may be wider
+            update, query, *grown = self.self_attn(
+                self.input_layernorm(x),
+                cos.to(dtype),
+                sin.to(dtype),
+                (key, value),
+                View(write_index, visible, window),
+                gate,
+                to_attention,
+            )
+            update = self._gained(update, attention_gain)
+            x = added(self.ops, x, update, self.shifts[0], to_attention, cos)
+            if to_attention is not None and to_attention.picked is not None:
+                query = query[:, :, :1]  # the last row is the first of those that run
+            attended = (query, *grown)
+        if self.mlp is not None:
+            update = self.mlp(self.post_attention_layernorm(taken(self.ops, x, to_mlp, cos)))
+            update = self._gained(update, mlp_gain)
+            x = added(self.ops, x, update, self.shifts[1], to_mlp, cos)
+        return (self.ops.reshape(x, (batch, count, width), cos), *attended)
+
+    def _gained(self, update: Tensor, gain: Tensor | None) -> Tensor:
+        """Return (B*Q, D) for an update (B*Q, D) and a gain (B, Q) of its rows."""
+        if gain is None:
+            return update
+        return update * self.ops.reshape(gain, (gain.shape[0] * gain.shape[1], 1))
 
     def _routes(
         self, rows: Tensor, real: Tensor | None, allowed: Tensor | None
@@ -322,8 +352,8 @@ class Inject(nn.Module):
 
 
 class Head(nn.Module):
-    """Inputs that all layers of a stage share: rotary turns, visibility, the gates, and what rows
-    that compete (``Routing.competes``) know of each other.
+    """Inputs that all layers of a stage share: rotary turns, visibility, gates and gains, and what
+    rows that compete (``Routing.competes``) know of each other.
     """
 
     def __init__(self, text: TextConfig, ops: Eager, routing: Routing | None = None):
@@ -337,18 +367,39 @@ class Head(nn.Module):
         inverse, self.scaling = frequencies(text)
         self.register_buffer("inverse_frequencies", inverse, persistent=False)
 
-    def forward(self, rows, positions, order, slot_order, write_index, gates) -> tuple[Tensor, ...]:
-        """Return cos, sin (B, Q, d/2), visible, perhaps window, value and sink gates; where rows
-        compete also ``real`` and ``allowed`` of ``Router.forward``.
+    def forward(
+        self, rows, positions, order, slot_order, write_index, gates, row_gain=None
+    ) -> tuple[Tensor, ...]:
+        """Return cos, sin (B, Q, d/2), visible, perhaps window, then ``layer_controls``; where rows
+        compete at last ``real`` and ``allowed`` of ``Router.forward``.
         """
         cos, sin = turn(self.inverse_frequencies, self.scaling, positions, rows.dtype)
         view = self.ops.view(order, slot_order, write_index)
         window = () if view.window is None else (view.window,)
-        split = () if gates is None else gates.flatten(0, 1).unbind(0)
+        given = [control for control in (gates, row_gain) if control is not None]
+        split = [each for control in given for each in control.flatten(0, 1).unbind(0)]
         if self.rivals is None:
             return (cos, sin, view.visible, *window, *split)
         real = order < PADDING_ORDER
         return (cos, sin, view.visible, *window, *split, real, self.rivals(real))
+
+
+def layer_controls(
+    layer: int, gated: Sequence[int], gained: Sequence[int], controls: Sequence[Any]
+) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Return value and sink gate, and gains of attention and MLP, of one layer; None where it has
+    none.
+
+    ``controls``: two for each of the ``gated`` layers, then two for each of the ``gained`` ones.
+    """
+
+    def pair(layers: Sequence[int], first: int) -> tuple[Any, Any]:
+        if layer not in layers:
+            return None, None
+        at = first + 2 * layers.index(layer)
+        return controls[at], controls[at + 1]
+
+    return pair(gated, 0), pair(gained, 2 * len(gated))
 
 
 class LastQueries(nn.Module):
@@ -402,7 +453,10 @@ class Logits(nn.Module):
 
 
 class Body(nn.Module):
-    """Holds layers under their absolute index, so that parameter names match the checkpoint."""
+    """Holds layers under their absolute index, so that parameter names match the checkpoint.
+
+    ``layers``: by index, what else each is made of (``DecoderLayer``).
+    """
 
     def __init__(self, text: TextConfig, ops: Eager, layers: dict[int, tuple], last: bool = False):
         super().__init__()
@@ -427,12 +481,20 @@ class DecoderStage(nn.Module):
         super().__init__()
         stage = plan.stages[part.stage]
         self.returns_new_rows = ops.returns_new_rows
-        self.layers = part.layers
+        self.layers, self.attending = part.layers, part.attention_layers(plan)
+        self.gated, self.gained = part.gated_layers(plan), part.gained_layers(plan)
         last = part.ends(plan) and part.stage == len(plan.stages) - 1
         modes = dict(enumerate(stage.modes, start=stage.layers[0]))
         kinds = {
-            layer: (modes[layer], stage.norm, fallback.shifts(layer), plan.routing_of(layer))
+            layer: (
+                modes[layer],
+                stage.norm,
+                fallback.shifts(layer),
+                plan.routing_of(layer),
+                stage.parts_of(layer),
+            )
             for layer in range(*part.layers)
+            if stage.parts_of(layer)
         }
         self.model = Body(text, ops, kinds, last)
         self.ahead = ahead_of(plan, part.stage) if part.ends(plan) else None
@@ -455,6 +517,7 @@ class DecoderStage(nn.Module):
         slot_order: Any,
         write_index: Any,
         gates: Any,
+        row_gain: Any,
         caches: Sequence[tuple[Any, Any]],
         inject: Mapping[int, Any] = MappingProxyType({}),
         ahead: Any = None,
@@ -464,24 +527,33 @@ class DecoderStage(nn.Module):
         ``inject``: what is added to the rows, by layer; nothing where a layer is not in it.
         ``ahead``: the cache of the layer ahead, where there is one.
         """
-        shared = list(call(self.head, rows, positions, order, slot_order, write_index, gates))
+        placed = (positions, order, slot_order, write_index)
+        shared = list(call(self.head, rows, *placed, gates, row_gain))
         cos, sin, visible = shared[:3]
         window = shared[3] if self.returns_new_rows else None
-        gate = iter(shared[4 if self.returns_new_rows else 3 :])
-        rivals = shared[-2:] if self.head.rivals is not None else ()
+        controls = shared[4 if self.returns_new_rows else 3 :]
+        rivals: Sequence[Any] = ()
+        if self.head.rivals is not None:
+            controls, rivals = controls[:-2], controls[-2:]
         grown, queries = [], []
-        for number, (key, value) in zip(range(*self.layers), caches, strict=True):
-            layer = self.model.layers[str(number)]
+        waiting = iter(caches)
+        before, query = rows, None
+        for number in range(*self.layers):
             if number in inject:
                 rows = call(self.inject, rows, inject[number])
-            gated = (None, None) if layer.mode == "dense" else (next(gate), next(gate))
+            if str(number) not in self.model.layers:
+                continue  # dropped whole
+            layer = self.model.layers[str(number)]
+            cache = next(waiting) if layer.attends else (None, None)
+            gates, gains = layer_controls(number, self.gated, self.gained, controls)
             known = rivals if layer.routers else ()
             before = rows
-            rows, query, key, value = call(
-                layer, rows, cos, sin, write_index, visible, window, *gated, key, value, *known
-            )
-            grown.append((key, value))
-            queries.append(query)
+            given = (rows, cos, sin, write_index, visible, window, *gates, *cache, *gains, *known)
+            rows, *attended = call(layer, *given)
+            if attended:
+                query, key, value = attended
+                grown.append((key, value))
+                queries.append(query)
         logits = None
         if hasattr(self, "lm_head"):
             logits = call(Logits(self.model.norm, self.lm_head), rows)
@@ -495,8 +567,8 @@ class DecoderStage(nn.Module):
 
     def compose_named(self, call: Call, inputs: Mapping[str, Any]) -> StageOutput:
         """Run the stage as ``compose`` does, for inputs by their names in the contract."""
-        caches = [(inputs[key], inputs[value]) for key, value in cache_names(self.layers)]
-        names = ("rows", "positions", "order", "slot_order", "write_index", "gates")
+        caches = [(inputs[key], inputs[value]) for key, value in cache_names(self.attending)]
+        names = ("rows", "positions", "order", "slot_order", "write_index", *BY_LAYER)
         given = {name: inputs.get(name) for name in names}
         ahead = None if self.ahead is None else inputs[ahead_name(self.ahead)]
         inject = injected_of(inputs)

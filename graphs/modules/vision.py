@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..contract import NEAREST_WORDS
 from ..precision import NO_FALLBACK, Fp32Fallback
+from ..selectors.entry import PROJECTED
 from ..vision_config import VisionConfig
 from .decoder import Call, Linear, direct
 from .ops import Eager
@@ -250,12 +252,37 @@ class RowSimilarity(nn.Module):
         return cosines(rows)
 
 
+class NearestWords(nn.Module):
+    """Ids of the input embeddings that projected rows resemble most, by cosine.
+
+    The product is of the weights' type; lengths are in FP32.
+    """
+
+    kind = ()
+
+    def __init__(self, vocabulary: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary, width))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return (B, N, 3) int64, the nearest first, for rows (B, N, D)."""
+        unit = _unit(rows).to(self.weight.dtype)
+        lengths = torch.linalg.vector_norm(self.weight, dim=-1, dtype=torch.float32)
+        similar = (unit @ self.weight.T).float() / lengths.clamp_min(1e-12)
+        return similar.topk(NEAREST_WORDS).indices
+
+
 def cosines(rows: Tensor) -> Tensor:
     """Return the cosines (B, N, N) of all pairs of rows (B, N, h) in FP32; of zeros they are 0."""
+    unit = _unit(rows)
+    return unit @ unit.transpose(1, 2)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Return rows (B, N, h) in FP32, of length 1 or of zeros."""
     wide = rows.float()
     lengths = wide.pow(2).sum(-1, keepdim=True).sqrt()
-    unit = wide / lengths.clamp_min(1e-12)
-    return unit @ unit.transpose(1, 2)
+    return wide / lengths.clamp_min(1e-12)
 
 
 def _first_row(config: ModelConfig) -> int:
@@ -280,11 +307,10 @@ class Vision(nn.Module):
         super().__init__()
         self.chosen, self.fusion, self.mean = config.feature_states, config.fusion, Mean()
         self.projects = "rows" in readings
-        after = ("row_similarity", "rows")  # the projector
         names = tuple(
             name
             for name in readings
-            if name not in after and (config.has_class_row or name != "class_row")
+            if name not in PROJECTED and (config.has_class_row or name != "class_row")
         )
         attention = tuple(name for name in ("saliency", "keys") if name in names)
         self.vision_tower = VisionEncoder(config.vision, ops, config.encoder_depth, attention)
@@ -297,6 +323,9 @@ class Vision(nn.Module):
         )
         self.readings = Readings(config, names) if names else None
         self.row_similarity = RowSimilarity() if "row_similarity" in readings else None
+        if "vocabulary" in readings:  # under the name that the table has in checkpoints
+            words = NearestWords(config.text.vocab, config.text.hidden)
+            self.model = nn.ModuleDict({"embed_tokens": words})
 
     def compose(self, call: Call, pixels: Any) -> tuple[Any, ...]:
         """Run the encoder as calls of its pieces, as ``decoder.DecoderStage.compose``."""
@@ -324,6 +353,8 @@ class Vision(nn.Module):
             rows = call(self.multi_modal_projector, *states)
             if self.row_similarity is not None:
                 out += (call(self.row_similarity, rows),)
+            if hasattr(self, "model"):
+                out += (call(self.model["embed_tokens"], rows),)
             out += (rows,)
         for projector, state in zip(self.mm_projectors, self.fusion.injected, strict=True):
             out += (call(projector, hidden[state]),)

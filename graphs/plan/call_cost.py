@@ -106,10 +106,12 @@ def decoder_work(call: GraphCall, geometry: Geometry, plan: StagePlan, sizes: Si
         flops = 4 * max(1, call.rows) * call.slots * query
         return Work(flops, 0, 2 * kv * call.slots * sizes.cache, attention_flops=flops)
     last = index == len(plan.stages) - 1
-    layers = plan.stages[index].layers
+    stage = plan.stages[index]
     gathers = plan.routing is not None and plan.routing.gathers
-    routed = sum(plan.routing_of(layer) is not None for layer in range(*layers)) if gathers else 0
-    work = stage_work(geometry, layers[1] - layers[0] - routed, call, sizes, head=last)
+    layers = range(*stage.layers) if gathers else range(0)
+    routed = sum(plan.routing_of(layer) is not None for layer in layers)
+    attending, mlps = len(stage.attention_layers) - routed, len(stage.mlp_layers) - routed
+    work = stage_work(geometry, attending, call, sizes, head=last, mlps=mlps)
     if ahead_of(plan, index) is not None:
         work += ahead_work(geometry, call, sizes)
     if plan.routing is None or not routed:
@@ -120,30 +122,48 @@ def decoder_work(call: GraphCall, geometry: Geometry, plan: StagePlan, sizes: Si
 
 
 def stage_work(
-    geometry: Geometry, depth: int, call: GraphCall, sizes: Sizes, *, head: bool
+    geometry: Geometry,
+    depth: int,
+    call: GraphCall,
+    sizes: Sizes,
+    *,
+    head: bool,
+    mlps: int | None = None,
 ) -> Work:
-    """Return the work of a call of ``depth`` layers; ``head``: with the output projection."""
+    """Return the work of a call of ``depth`` layers; ``head``: with the output projection;
+    ``mlps``: as ``layers_work`` takes it.
+    """
     pairs, cached = call.rows * call.slots, call.slots + call.rows
-    work = layers_work(geometry, depth, call.rows, pairs, cached, sizes)
+    work = layers_work(geometry, depth, call.rows, pairs, cached, sizes, mlps)
     return work + head_work(geometry, sizes) if head else work
 
 
 def layers_work(
-    geometry: Geometry, depth: int, rows: float, pairs: float, cached: float, sizes: Sizes
+    geometry: Geometry,
+    depth: int,
+    rows: float,
+    pairs: float,
+    cached: float,
+    sizes: Sizes,
+    mlps: int | None = None,
 ) -> Work:
     """Return the work of ``depth`` decoder layers.
 
     Args:
         geometry: sizes of the decoder.
-        depth: number of layers.
+        depth: number of layers that attend.
         rows: rows that run through them.
         pairs: (row, slot) pairs that attend.
         cached: rows of keys and values that are read or written.
         sizes: bytes of the numbers.
+        mlps: number of layers with an MLP; by default the same.
     """
+    mlps = depth if mlps is None else mlps
+    attention, mlp = geometry.part_weights("attention"), geometry.part_weights("mlp")
+    attends = depth * geometry.layer_macs(rows, rows, pairs, 0)
     return Work(
-        flops=2 * depth * geometry.layer_macs(rows, rows, pairs),
-        weight_bytes=depth * geometry.layer_weights * sizes.weight,
+        flops=2 * (attends + mlps * geometry.layer_macs(0, 0, 0, rows)),
+        weight_bytes=(depth * attention + mlps * mlp) * sizes.weight,
         cache_bytes=depth * 2 * geometry.widths[1] * cached * sizes.cache,
         attention_flops=2 * depth * geometry.layer_macs(0, 0, pairs),
     )

@@ -13,17 +13,33 @@ from typing import Any
 from ..errors import PlanError
 from ..fields import Words, check_word, is_int, is_number, reject
 from ..selectors.registry import EDGE_SELECTORS, ENTRY_SELECTORS
-from .stages import MAX_KEEP, MODES, NORMS, OPS, POSITIONS, Edge, Entry, Probe, Stage
+from .stages import (
+    CLASSES,
+    FROZEN_ROWS,
+    MAX_KEEP,
+    MODES,
+    NORMS,
+    OPS,
+    PARTS,
+    POSITIONS,
+    REMOVED,
+    Edge,
+    Entry,
+    Frozen,
+    Probe,
+    Stage,
+)
 
 MAX_NAME = 100
 """Longest name of a plan: it becomes part of a directory's."""
 
 LATER = {
     "absent": "Absent vision is a stage with visual_tokens: 0.",
-    **{
-        word: f"{word} is planned, but not supported yet."
-        for word in ("frozen", "attn_frozen", "mlp_frozen", "cross")
-    },
+    **dict.fromkeys(
+        ("frozen", "attn_frozen", "mlp_frozen"),
+        "Rows are frozen by the stage's frozen: [{rows: visual, part: mlp, layers: [1]}].",
+    ),
+    "cross": "cross is planned, but not supported yet.",
     "inject": "Visual rows that come in late pass earlier stages by: visual_tokens: 0, op: carry.",
 }
 """Modes and operations that this version does not run, and what to say of them."""
@@ -75,6 +91,27 @@ def check_entry(entry: Entry, visual_tokens: int) -> None:
         require(fits, "entry.positions", entry.positions, wanted, "Write renumbered.")
     fix = "Write the first layer that sees an image."
     require(is_count(entry.layer, 0), "entry.layer", entry.layer, "an integer >= 0", fix)
+    selector, free = ENTRY_SELECTORS[entry.selector], Entry("", 0)
+    for name in ("targets", "removes"):
+        value, wanted = getattr(entry, name), f"none, as {entry.selector} knows no classes"
+        fits = name in selector.takes or value == getattr(free, name)
+        require(fits, f"entry.{name}", value, wanted, "Remove it.")
+    if selector.takes:
+        wanted = "ids of the vocabulary, ascending"
+        fits = isinstance(entry.targets, tuple) and len(entry.targets) > 0
+        fits = fits and all(is_count(target, 0) for target in entry.targets)
+        fits = fits and list(entry.targets) == sorted({*entry.targets})
+        require(fits, "entry.targets", entry.targets, wanted, "Name one or more.")
+        check_word("entry.removes", entry.removes, REMOVED, PlanError, "Write one of them.")
+        wanted = "original, as the rows that leave leave holes"
+        fits = entry.positions == "original"
+        require(fits, "entry.positions", entry.positions, wanted, "Remove it.")
+        fits = entry.removes != "none" or entry.keep == visual_tokens
+        wanted = f"{visual_tokens}: with removes: none all rows enter"
+        require(fits, "entry.keep", entry.keep, wanted, f"Write {visual_tokens}.")
+        # The released code slices the unpruned rows of an image that has not entered yet.
+        wanted = "0 where rows are told apart by targets"
+        require(entry.layer == 0, "entry.layer", entry.layer, wanted, "Remove one of the two.")
 
 
 def check_stage(at: str, stage: Stage, start: int, first: bool) -> None:
@@ -111,6 +148,64 @@ def check_stage(at: str, stage: Stage, start: int, first: bool) -> None:
             field = f"{at}.modes[{stage.modes.index('sink')}]"
             wanted = "no sink where norm is renorm"
             require(False, field, "sink", wanted, "Write text_blind_novv.")
+    check_dropped(at, stage)
+    check_frozen(at, stage, first)
+
+
+def check_dropped(at: str, stage: Stage) -> None:
+    """Refuse halves of layers that the stage does not have, or without which nothing is left."""
+    (start, stop), last = stage.layers, stage.layers[1] - 1
+    for name in ("drop_attention", "drop_mlp"):
+        layers = getattr(stage, name)
+        fits = isinstance(layers, tuple) and all(map(is_int, layers))
+        fits = fits and list(layers) == sorted({*layers})
+        fits = fits and all(start <= layer < stop for layer in layers)
+        wanted = f"layers of {start} to {last}, ascending"
+        require(fits, f"{at}.{name}", layers, wanted, "Drop the stage's own layers.")
+    for layer in stage.gated_layers:
+        field, mode = f"{at}.modes[{layer - start}]", stage.modes[layer - start]
+        wanted = f"dense: layer {layer} has no attention that could be blind"
+        require(layer not in stage.drop_attention, field, mode, wanted, "Write dense.")
+    wanted = f"at most {stage.depth - 1} of layers {start} to {last}, so that one attends"
+    fits = len(stage.attention_layers) > 0
+    fix = "Keep the attention of one, or move the edges."
+    require(fits, f"{at}.drop_attention", stage.drop_attention, wanted, fix)
+
+
+def check_frozen(at: str, stage: Stage, first: bool) -> None:
+    """Refuse frozen rows of layers outside the stage, or of rows that it does not have.
+
+    ``first``: whether the stage is the plan's first.
+    """
+    fits = isinstance(stage.frozen, tuple) and all(isinstance(f, Frozen) for f in stage.frozen)
+    fix = "Write rows, part and layers of each."
+    require(fits, f"{at}.frozen", stage.frozen, "a list of frozen rows", fix)
+    taken: set[tuple[str, str, int]] = set()
+    for i, frozen in enumerate(stage.frozen):
+        field, (start, stop) = f"{at}.frozen[{i}]", stage.layers
+        check_word(f"{field}.rows", frozen.rows, FROZEN_ROWS, PlanError, "Write one of them.")
+        check_word(f"{field}.part", frozen.part, PARTS, PlanError, "Write one of them.")
+        layers = frozen.layers
+        fits = isinstance(layers, tuple) and len(layers) > 0 and all(map(is_int, layers))
+        fits = (
+            fits and list(layers) == sorted({*layers}) and start <= layers[0] <= layers[-1] < stop
+        )
+        wanted = f"layers of {start} to {stop - 1}, ascending"
+        require(fits, f"{field}.layers", layers, wanted, "Freeze rows in the stage's own layers.")
+        missing = {*layers} & {*getattr(stage, f"drop_{frozen.part}")}
+        wanted, fix = f"layers with {frozen.part}", "Remove those that are dropped."
+        require(not missing, f"{field}.layers", layers, wanted, fix)
+        again = taken & {(frozen.rows, frozen.part, layer) for layer in layers}
+        found = Words("a layer twice") if again else Words("each once")
+        require(not again, field, found, "each half of a layer once", "Remove one.")
+        taken |= {(frozen.rows, frozen.part, layer) for layer in layers}
+        if frozen.rows in CLASSES:
+            # Classes are known of the rows that enter, and not carried over edges.
+            wanted = "visual or prefix in every stage after the first"
+            require(first, f"{field}.rows", frozen.rows, wanted, "Move it to the first stage.")
+        if frozen.rows != "prefix":
+            wanted, fix = "prefix where no visual token is", "Remove it."
+            require(stage.visual_tokens > 0, f"{field}.rows", frozen.rows, wanted, fix)
 
 
 def check_edge(
@@ -158,6 +253,18 @@ def check_edge(
         wanted = f"dense: {at} scores the visual tokens in this layer, and text must see them"
         fits = before.modes[-1] == "dense"
         require(fits, field, before.modes[-1], wanted, "Move the edge behind a dense layer.")
+    if edge.op == "select":
+        # Nothing is attended to or changed there, so there is nothing to score by.
+        ahead = edge.selector.next_layer
+        scored = before.layers[1] - (not ahead)
+        stage = after if ahead else before
+        reads = {*edge.selector.reads}
+        has = scored in stage.attention_layers
+        has |= reads == {"change"} and scored in stage.mlp_layers
+        wanted = f"layer {scored} with the attention by which {at} scores"
+        field = f"stages[{index + ahead}].drop_attention"
+        fix = "Keep that layer, or move the edge."
+        require(has, field, stage.drop_attention, wanted, fix)
     if probing:
         fix = "Write op: probe, or remove the probe."
         wanted = "probe, as the plan decides per prompt"

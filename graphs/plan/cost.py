@@ -11,8 +11,11 @@ by 2 for FLOPs. A layer with X text rows (P before the image, T after it) and n 
     text_blind_novv      X + n         X           (X + n)^2 - T n - n^2
     no_attention         X + n         X + n       (X + n)^2 - T n - n^2
 
-Of rows that routers pick, the picked part alone has queries, pairs and an MLP; the routers' own
-products, up to d^2 / 2 a row and layer where they have a hidden layer, are left out.
+Halves that a plan drops cost nothing. Rows whose attention is frozen have no query, only keys and
+values; those whose MLP is, no MLP. How many rows a selector will match is not known: they count as
+rows that are not frozen. Of rows that routers pick, the picked part alone has queries, pairs and an
+MLP; the routers' own products, up to d^2 / 2 a row and layer where they have a hidden layer, are
+left out.
 
 ``sink`` and ``sink_half`` count as ``text_blind``, as in docs/methods.md, "Cost accounting": what
 they save beyond it is under 0.1 points of a 32-layer decoder. Visual-only figures, which papers
@@ -35,6 +38,7 @@ from typing import Any, Literal, get_args
 
 from ..errors import PlanError
 from .plan import StagePlan
+from .stages import Part
 
 Accounting = Literal["modes", "paper", "graphs"]
 ACCOUNTINGS: tuple[str, ...] = get_args(Accounting)
@@ -74,22 +78,31 @@ class Geometry:
         kv = self.hidden if self.kv_width is None else self.kv_width
         return self.hidden if self.query_width is None else self.query_width, kv
 
-    def layer_macs(self, rows: float, keys: float, pairs: float) -> float:
+    def layer_macs(
+        self, rows: float, keys: float, pairs: float, mlp_rows: float | None = None
+    ) -> float:
         """Return the multiply-accumulates of one layer.
 
         Args:
-            rows: rows with queries and an MLP.
+            rows: rows with queries.
             keys: rows with keys and values.
             pairs: (query, key) pairs that attend.
+            mlp_rows: rows that go through the MLP; by default those with queries.
         """
         query, kv = self.widths
-        mlp = 3 * rows * self.hidden * self.intermediate
+        mlp_rows = rows if mlp_rows is None else mlp_rows
+        mlp = 3 * mlp_rows * self.hidden * self.intermediate
         return 2 * self.hidden * (rows * query + keys * kv) + 2 * pairs * query + mlp
 
     @property
     def layer_weights(self) -> int:
         """Weights of one layer's linear layers."""
         return int(self.layer_macs(1, 1, 0))
+
+    def part_weights(self, part: Part) -> int:
+        """Weights of one half of a layer."""
+        rows, mlp_rows = (1, 0) if part == "attention" else (0, 1)
+        return int(self.layer_macs(rows, rows, 0, mlp_rows))
 
     @property
     def head_weights(self) -> int:
@@ -117,6 +130,8 @@ class Load:
     visual_tokens: float
     count: float = 1
     share: float = 1
+    dropped: tuple[Part, ...] = ()  # halves that do not run
+    frozen: tuple[tuple[str, str], ...] = ()  # (rows, half) that get no update
 
 
 @dataclass(frozen=True)
@@ -233,7 +248,11 @@ def plan_loads(
                 kind = "dense"
             elif accounting == "paper" and blind:
                 kind = "no_attention"
-            loads.append(Load(kind, count, share=_share(plan, layer, accounting)))
+            frozen: tuple[tuple[str, str], ...] = ()
+            if accounting != "graphs":
+                frozen = tuple((f.rows, f.part) for f in stage.frozen if layer in f.layers)
+            share, dropped = _share(plan, layer, accounting), dropped_parts(plan, layer)
+            loads.append(Load(kind, count, share=share, dropped=dropped, frozen=frozen))
     return tuple(loads)
 
 
@@ -248,6 +267,11 @@ def _share(plan: StagePlan, layer: int, accounting: Accounting) -> float:
     if routing.gathers:
         return float(routing.fraction)
     return 1 if routing.sparsity is None or accounting == "graphs" else 1 - routing.sparsity
+
+
+def dropped_parts(plan: StagePlan, layer: int) -> tuple[Part, ...]:
+    """Return the halves of a layer that ``plan`` drops."""
+    return tuple(part for part, number in plan.dropped if number == layer)
 
 
 def plan_cost(
@@ -293,10 +317,14 @@ def cost_of(
     accounting: str = "modes",
 ) -> Cost:
     """Return the cost of a mix of layers, such as a published average of 10.3 tokens."""
+    loads = tuple(loads)
+    unread = 0.0
+    for load in loads:
+        unread += load.count * sum(geometry.part_weights(part) for part in load.dropped)
     return Cost(
         tuple(_load_cost(load, geometry, prefix, text, kv_element_bytes) for load in loads),
         head_macs=geometry.head_weights,
-        weight_bytes=geometry.matmul_weights * weight_element_bytes,
+        weight_bytes=(geometry.matmul_weights - unread) * weight_element_bytes,
         accounting=accounting,
     )
 
@@ -321,12 +349,33 @@ def _load_cost(load: Load, geometry: Geometry, prefix: int, text: int, bytes_: f
     if load.kind == "text_blind_novv":
         visual_keys = 0  # unread
 
+    # Rows of each kind that have queries, and that go through the MLP.
+    rows = {"visual": n, "prefix": prefix, "text": text}
+    asking, visual_asking = _running(load, "attention", rows)
+    mlp, visual_mlp = _running(load, "mlp", rows)
+    if asking < x + n:  # every row that asks, asks all
+        pairs = max(0, pairs - (x + n - asking) * (x + n))
+        visual_pairs = visual_pairs if visual_asking else 0
+    keys = x + visual_keys
+    if "attention" in load.dropped:
+        keys = visual_keys = pairs = 0
     cached, run = 2 * geometry.widths[1] * bytes_ * load.count, load.share
-    visual_macs = geometry.layer_macs(run * n, visual_keys, run * visual_pairs)
+    own = geometry.layer_macs(
+        run * visual_asking, visual_keys, run * visual_pairs, run * visual_mlp
+    )
+    every = geometry.layer_macs(run * asking, keys, run * pairs, run * mlp)
     return LoadCost(
         load,
-        visual_macs=load.count * visual_macs,
-        prefill_macs=load.count * geometry.layer_macs(run * (x + n), x + visual_keys, run * pairs),
+        visual_macs=load.count * own,
+        prefill_macs=load.count * every,
         visual_kv_bytes=visual_keys * cached,
-        kv_bytes=(x + visual_keys) * cached,
+        kv_bytes=keys * cached,
     )
+
+
+def _running(load: Load, part: str, rows: dict[str, float]) -> tuple[float, float]:
+    """Return how many rows one half of a layer updates, and how many visual ones."""
+    if part in load.dropped:
+        return 0, 0
+    left = {kind: 0 if (kind, part) in load.frozen else count for kind, count in rows.items()}
+    return sum(left.values()), left["visual"]

@@ -18,10 +18,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..errors import PlanError
 from ..fields import Words, check_word, from_json, is_int, to_json
+from ..selectors.registry import ENTRY_SELECTORS
 from .checks import (
     LATER,
     check_edge,
@@ -34,7 +35,7 @@ from .checks import (
     require,
 )
 from .routing import Routing, check_routing
-from .stages import ROW_POSITIONS, Edge, Entry, Probe, RowPositions, Stage
+from .stages import CLASSES, ROW_POSITIONS, Edge, Entry, Part, Probe, RowPositions, Stage
 
 PLAN_VERSION = 1
 """Version of the dict form. Readers refuse others."""
@@ -84,7 +85,11 @@ class StagePlan:
         self._check_edges()
         if self.routing is not None:
             check_routing(self.routing)
+            self._check_routed(self.routing)
             self._check_rivals(self.routing)
+        if self.freezes(*CLASSES):
+            wanted, fix = "an entry that tells rows apart", "Write one: {selector: embedlens, ...}."
+            require(self.tells_apart, "entry", self.entry, wanted, fix)
 
     def _check_stages(self) -> None:
         fits = _is_tuple_of(self.stages, Stage) and len(self.stages) > 0
@@ -130,6 +135,15 @@ class StagePlan:
             wanted, fix = "none in a plan without edges", "Add an edge, or remove it."
             require(len(self.edges) > 0, "probe", Words("one"), wanted, fix)
             check_probe(self.probe, self.stages[0])
+
+    def _check_routed(self, routing: Routing) -> None:
+        """Refuse layers whose halves have gates by row, and are frozen or dropped as well."""
+        for i, stage in enumerate(self.stages):
+            for name in ("frozen", "drop_attention", "drop_mlp"):
+                found = getattr(stage, name)
+                wanted = f"none in a plan with routers, as routing {routing.kind} says what runs"
+                fix = "Remove it, or the routing."
+                require(not found, f"stages[{i}].{name}", found, wanted, fix)
 
     def _check_rivals(self, routing: Routing) -> None:
         """Refuse what rows that compete in a call cannot have."""
@@ -179,6 +193,11 @@ class StagePlan:
         return self.visual_tokens if self.entry is None else self.entry.keep
 
     @property
+    def tells_apart(self) -> bool:
+        """True where the entry's selector tells matched rows of an image from others."""
+        return self.entry is not None and "targets" in ENTRY_SELECTORS[self.entry.selector].takes
+
+    @property
     def span(self) -> int:
         """Positions that one image takes, those of rows that do not enter included."""
         renumbered = self.entry is not None and self.entry.positions == "renumbered"
@@ -209,12 +228,11 @@ class StagePlan:
         """K of the first selection, None in a plan without one that is known beforehand."""
         return next((edge.keep for edge in self.edges if edge.op == "select"), None)
 
-    def probed_layers(self, stage: int) -> range:
+    def probed_layers(self, stage: int) -> list[int]:
         """Return the layers of ``stage`` whose probe can change something: an edge follows."""
         if self.probe is None or stage >= len(self.edges):
-            return range(0)
-        start, stop = self.stages[stage].layers
-        return range(max(start, self.probe.first), stop)
+            return []
+        return [n for n in self.stages[stage].attention_layers if n >= self.probe.first]
 
     @property
     def blind_stages(self) -> int:
@@ -254,8 +272,39 @@ class StagePlan:
     @property
     def is_dense(self) -> bool:
         """True for the unpruned model."""
-        plain = not self.stages[0].gated_layers and self.routing is None
+        first = self.stages[0]
+        changed = first.gated_layers or first.frozen or first.drop_attention or first.drop_mlp
+        plain = not changed and self.routing is None
         return plain and not self.edges and self.entry is None
+
+    def freezes(self, *rows: str) -> bool:
+        """Return whether any layer leaves rows of these kinds as they are."""
+        return any(item.rows in rows for stage in self.stages for item in stage.frozen)
+
+    @property
+    def prefix_rules(self) -> frozenset[tuple[str, str, int]]:
+        """Halves of layers that rows before an image do not go through, frozen or dropped. Plans
+        that agree in it share the prefix's cache.
+        """
+        frozen = {
+            ("frozen", item.part, layer)
+            for stage in self.stages
+            for item in stage.frozen
+            if item.rows == "prefix"
+            for layer in item.layers
+        }
+        return frozenset(frozen | {("dropped", part, layer) for part, layer in self.dropped})
+
+    @property
+    def dropped(self) -> tuple[tuple[Part, int], ...]:
+        """Halves of layers that are left out, in the order of layers."""
+        return tuple(
+            (part, layer)
+            for stage in self.stages
+            for layer in range(*stage.layers)
+            for part in get_args(Part)
+            if part not in stage.parts_of(layer)
+        )
 
     @property
     def hash(self) -> str:

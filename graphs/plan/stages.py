@@ -38,6 +38,17 @@ Op = Literal["select", "drop", "probe", "carry"]
 """The operation of an edge: keep K tokens, keep none, or whatever the plan's ``Probe`` finds; or
 take all of them along, be it into a stage that they pass by."""
 
+Part = Literal["attention", "mlp"]
+"""The halves of a layer; each adds its update to the rows."""
+
+FrozenRows = Literal["visual", "matched", "unmatched", "prefix"]
+"""Rows that a layer may leave as they are: visual ones, those of them that the entry's selector
+matched or did not match, or text before the first image."""
+
+Removed = Literal["matched", "unmatched", "random", "none"]
+"""Rows that an entry by classes lets go: those that are matched, those that are not, or chosen by
+chance, as many as are matched (at most as many as are not)."""
+
 Positions = Literal["original", "renumbered"]
 """Positions of rows that enter: those of the patches they stand for, as if the others were still
 between them, or one after another."""
@@ -56,6 +67,23 @@ NORMS: tuple[str, ...] = get_args(Norm)
 OPS: tuple[str, ...] = get_args(Op)
 POSITIONS: tuple[str, ...] = get_args(Positions)
 ROW_POSITIONS: tuple[str, ...] = get_args(RowPositions)
+REMOVED: tuple[str, ...] = get_args(Removed)
+PARTS: tuple[str, ...] = get_args(Part)
+FROZEN_ROWS: tuple[str, ...] = get_args(FrozenRows)
+CLASSES = ("matched", "unmatched")
+"""Those of ``FROZEN_ROWS`` that a selector of the entry tells apart."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Rows of the prompt that get no update of one half of some layers.
+
+    They serve keys and values to others as ever. Rows of the answer are never frozen.
+    """
+
+    rows: FrozenRows
+    part: Part
+    layers: tuple[int, ...]  # absolute, ascending
 
 
 @dataclass(frozen=True)
@@ -67,6 +95,10 @@ class Stage:
     visual_tokens: int
     modes: tuple[Mode, ...]  # one per layer
     norm: Norm = "gated"
+    frozen: tuple[Frozen, ...] = field(default=(), metadata={"omit": True})
+    # Layers, ascending, whose attention or MLP is left out for all rows: no weights, no cache.
+    drop_attention: tuple[int, ...] = field(default=(), metadata={"omit": True})
+    drop_mlp: tuple[int, ...] = field(default=(), metadata={"omit": True})
 
     @property
     def depth(self) -> int:
@@ -78,6 +110,26 @@ class Stage:
         """Absolute indices of the layers that take gates: every mode but ``dense``."""
         start = self.layers[0]
         return tuple(start + i for i, mode in enumerate(self.modes) if mode != "dense")
+
+    @cached_property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Absolute indices of the layers that attend, and so have a cache."""
+        return tuple(layer for layer in range(*self.layers) if layer not in self.drop_attention)
+
+    @cached_property
+    def mlp_layers(self) -> tuple[int, ...]:
+        """Absolute indices of the layers with an MLP."""
+        return tuple(layer for layer in range(*self.layers) if layer not in self.drop_mlp)
+
+    def parts_of(self, layer: int) -> tuple[Part, ...]:
+        """Return the halves of a layer that run."""
+        dropped = {"attention": self.drop_attention, "mlp": self.drop_mlp}
+        return tuple(part for part in get_args(Part) if layer not in dropped[part])
+
+    @cached_property
+    def gained_layers(self) -> tuple[int, ...]:
+        """Absolute indices of the layers that freeze rows, ascending."""
+        return tuple(sorted({layer for item in self.frozen for layer in item.layers}))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plain JSON form; ``norm`` only where it means something."""
@@ -98,6 +150,9 @@ class Entry:
     keep: int  # K0, visual tokens that enter
     positions: Positions = "original"
     layer: int = 0  # the first layer that sees them
+    # Of a selector by classes: ids of the vocabulary that make a row matched, and which rows go.
+    targets: tuple[int, ...] = field(default=(), metadata={"omit": True})
+    removes: Removed = field(default="none", metadata={"omit": True})
 
     @property
     def text(self) -> str:
@@ -110,6 +165,9 @@ class Entry:
         """Return what becomes of an image of so many visual tokens, in words."""
         closed = ", renumbered" if self.positions == "renumbered" else ""
         late = f" before layer {self.layer}" if self.layer else ""
+        if self.removes != "none":
+            few = "" if self.keep == visual_tokens else f"{self.keep} of "
+            return f"up to {few}{visual_tokens} visual tokens enter: {self.removes} rows do not"
         return (
             f"{self.keep} of {visual_tokens} visual tokens enter{late}, by {self.selector}{closed}"
         )

@@ -12,7 +12,7 @@ from typing import ClassVar
 from ..plan.plan import StagePlan
 from ..plan.stages import Entry, Positions
 from ..selectors.entry import EntrySelector
-from ..selectors.registry import ENTRY_SELECTORS
+from ..selectors.registry import COUNTING_SELECTORS
 from .request import Options, Preset, Request, option, steps
 
 
@@ -53,5 +53,5 @@ def entering_presets() -> list[type[Preset]]:
                 "control": selector.control,
             },
         )
-        for selector in ENTRY_SELECTORS.values()
+        for selector in COUNTING_SELECTORS.values()  # others have presets of their own
     ]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ..errors import PlanError
 from ..plan.cost import Geometry, dense_cost, plan_cost
 from ..plan.plan import StagePlan
-from ..selectors.registry import ENTRY_SELECTORS
+from ..selectors.registry import COUNTING_SELECTORS
 from .presets import PRESETS, parse_request, preset, request_text
 from .request import Options, steps
 
@@ -49,7 +49,7 @@ def is_scaled(method: str) -> bool:
     name, options = parse_request(method)
     if name not in PRESETS or not [*PRESETS[name].ways(32, 576)]:
         return False
-    return not options or ([*options] == ["entry"] and options["entry"] in ENTRY_SELECTORS)
+    return not options or ([*options] == ["entry"] and options["entry"] in COUNTING_SELECTORS)
 
 
 def is_control(method: str) -> bool:

@@ -10,19 +10,20 @@ Source: docs/design.md, "The plan".
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from ..errors import PlanError, nearest
 from ..fields import from_json, split_options
 from ..plan.checks import is_count
 from ..plan.plan import StagePlan
+from .embedlens import EmbedLens
 from .entering import entering_presets
 from .hidrop import HiDrop
 from .narrowing import SparseVLM, Tops, V2Drop
 from .per_prompt import VisiPrunerAdaptive, VisiPrunerCode, VisiPrunerPaper
 from .request import Layer, Preset, Request, as_word
 from .routed import Dllm, Mod, SkipGpt, SkipGptLrm
-from .static import Dense, ExitOnly, FastV, PyramidDrop, VisiPruner
+from .static import Dense, Depth, ExitOnly, FastV, PyramidDrop, VisiPruner
 
 _ALL: tuple[type[Preset], ...] = (
     Dense,
@@ -41,12 +42,14 @@ _ALL: tuple[type[Preset], ...] = (
     SkipGptLrm,
     Dllm,
     Mod,
+    EmbedLens,
+    Depth,
     *entering_presets(),
 )
 
 PRESETS = {preset.name: preset for preset in _ALL}
 
-LATER = ("vica", "embedlens")
+LATER = ("vica",)
 _REMEDY = "Write options such as t=14, cosine=0.99, deep=false or boundaries=8-16-32."
 
 
@@ -100,8 +103,10 @@ def _parse(kind: Any, text: str) -> Any:
     if kind in (bool, Layer) and text.lower() in ("false", "no", "off", "none"):
         return False
     try:
-        if kind == tuple[int, ...]:
+        if tuple[int, ...] in (kind, *get_args(kind)):
             return tuple(int(item) for item in text.split("-"))
+        if kind == tuple[float, ...]:
+            return tuple(float(item) for item in text.split("-"))
         if kind is float:
             return float(text)
         return int(text) if kind in (int, Layer) else text

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn, get_args
 
 from ..errors import PlanError
 from ..fields import reject
 from ..plan.checks import MAX_NAME
 from ..plan.plan import StagePlan
-from ..plan.stages import POSITIONS, Edge, Entry, Mode, Norm, Probe, Stage
-from ..selectors.registry import ENTRY_SELECTORS
+from ..plan.stages import POSITIONS, Edge, Entry, Frozen, Mode, Norm, Part, Probe, Stage
+from ..selectors.registry import COUNTING_SELECTORS
 
 UNCALIBRATED = "uncalibrated defaults"
 """First words of the note of a plan whose numbers were not measured on this model."""
@@ -30,6 +30,9 @@ Options = dict[str, Any]
 
 ROUTING_OPTIONS = ("form", "share", "sparsity")
 """Options that a calibration has nothing to say about: routers were trained with them."""
+
+COMMON = ("entry", "drop", "drop_attention", "drop_mlp")
+"""Options that every preset has."""
 
 Layer = int | Literal[False]
 """A layer where something ends, or false: it is left out."""
@@ -65,6 +68,16 @@ class Preset:
         },
     )
 
+    drop: tuple[int, ...] | None = field(
+        default=None, kw_only=True, metadata={"text": "layers to leave out, such as 20-21 (none)"}
+    )
+    drop_attention: tuple[int, ...] | None = field(
+        default=None, kw_only=True, metadata={"text": "layers to leave the attention of out (none)"}
+    )
+    drop_mlp: tuple[int, ...] | None = field(
+        default=None, kw_only=True, metadata={"text": "layers to leave the MLP of out (none)"}
+    )
+
     def build(self, ask: Request) -> StagePlan:
         """Return the plan for the decoder that ``ask`` names."""
         raise NotImplementedError
@@ -73,6 +86,10 @@ class Preset:
     def selection(self) -> str | None:
         """The rows that enter, as ``entry`` has them; None where that option is a layer."""
         return self.entry if isinstance(self.entry, str) else None
+
+    def default_drop(self, layers: int) -> tuple[int, ...]:
+        """Return the layers that are left out where ``drop`` is not given."""
+        return ()
 
     @classmethod
     def ways(cls, layers: int, visual_tokens: int) -> Iterator[list[Options]]:
@@ -122,11 +139,11 @@ class Request:
         chosen, at, layer = text.partition("-at")
         selector, _, rest = chosen.partition("-")
         keep, _, positions = rest.partition("-")
-        fits = selector in ENTRY_SELECTORS and positions in ("", *POSITIONS)
+        fits = selector in COUNTING_SELECTORS and positions in ("", *POSITIONS)
         count, late = _count(keep), _count(layer)
         fits &= not at or 1 <= late < self.layers
         if not fits or not 1 <= count <= self.offered:
-            names = ", ".join(ENTRY_SELECTORS)
+            names = ", ".join(COUNTING_SELECTORS)
             self.reject(
                 "entry",
                 text,
@@ -135,6 +152,14 @@ class Request:
                 f"from 1 to {self.layers - 1}, such as scope-64-at8",
             )
         return Entry(selector, count, positions or "original", late)  # type: ignore[arg-type]
+
+    def dropped(self, part: Part) -> frozenset[int]:
+        """Return the layers that are asked to run without attention, or without their MLP."""
+        layers = {*self.preset.default_drop(self.layers)}
+        for name in ("drop", f"drop_{part}"):
+            if name in self.preset.given():
+                layers |= {*self.integers(name, (), 0, self.layers - 1)}
+        return frozenset(layers)
 
     def option(self, name: str, default: Any) -> Any:
         """Return the value of an option, or its default here."""
@@ -193,7 +218,9 @@ class Request:
         ``shallow`` are the modes of its first layers; the others are dense. ``more``: other fields
         of the plan. ``late``: the first layer that visual tokens enter, if the entry does not say.
         """
-        entry: Entry | None = more.setdefault("entry", self.entry)
+        if "entry" not in more:
+            more["entry"] = self.entry
+        entry: Entry | None = more["entry"]
         late = late if entry is None else entry.layer
         if entry is not None and late and (shallow or late >= counts[0][0]):
             self.reject("entry", entry.text, self._too_late(counts[0][0], bool(shallow)))
@@ -233,7 +260,11 @@ class Request:
             wanted = "no layer where the plan decides per prompt"
             self.reject("entry", self.entry.text, wanted)
         stages: list[Stage] = []
-        ends = ends if probe else ()
+        # Nothing is probed in a layer without attention: no stage ends or stands alone there.
+        attending = {*range(self.layers)} - self.dropped("attention")
+        ends = tuple(end for end in ends if end in attending) if probe else ()
+        while ends and max(attending) <= ends[-1]:
+            ends = ends[:-1]
         for start, stop in pairwise([0, *(end + 1 for end in ends), self.layers]):
             head = () if stages else shallow
             modes = head + repeat_mode("dense", stop - start - len(head))
@@ -243,9 +274,11 @@ class Request:
 
     def staged(self, stages: list[Stage], edges: list[Edge], **more: Any) -> StagePlan:
         """Return the plan of these stages, called after what was asked for."""
+        stages = [self._without(stage) for stage in stages]
         given = self.preset.given().items()
         words = [self.preset.name, *(f"{name}{as_word(value)}" for name, value in given)]
-        more.setdefault("entry", self.entry)
+        if "entry" not in more:
+            more["entry"] = self.entry
         return StagePlan(
             name=_short("-".join(words)),
             layers=self.layers,
@@ -256,13 +289,39 @@ class Request:
             **more,
         )
 
+    def _without(self, stage: Stage) -> Stage:
+        """Return a stage without what is dropped, and without what it would have done there."""
+        gone = {part: self.dropped(part) & {*range(*stage.layers)} for part in get_args(Part)}
+        if not any(gone.values()):
+            return stage
+        modes = tuple(
+            "dense" if layer in gone["attention"] else mode
+            for layer, mode in enumerate(stage.modes, start=stage.layers[0])
+        )
+        return replace(
+            stage,
+            modes=modes,
+            norm=stage.norm if {*modes} != {"dense"} else "gated",
+            frozen=self.left(stage.frozen),
+            drop_attention=tuple(sorted(gone["attention"])),
+            drop_mlp=tuple(sorted(gone["mlp"])),
+        )
+
+    def left(self, frozen: tuple[Frozen, ...]) -> tuple[Frozen, ...]:
+        """Return what is frozen of the halves that are not dropped."""
+        kept = [
+            replace(item, layers=tuple(n for n in item.layers if n not in self.dropped(item.part)))
+            for item in frozen
+        ]
+        return tuple(item for item in kept if item.layers)
+
     def _note(self) -> str:
         known, given = self.preset.options(), self.preset.given()
         if self.preset.measurable:
             if any(name in given for name in self.preset.measurable):
                 return "thresholds chosen by hand"
             return f"{UNCALIBRATED}: as published for 7B"
-        settled = {*given, "norm", "template", "entry", "positions", *ROUTING_OPTIONS}
+        settled = {*given, "norm", "template", "positions", *COMMON, *ROUTING_OPTIONS}
         left = [name for name in known if name not in settled]
         if not left and not given:
             return ""
@@ -295,5 +354,5 @@ def _short(name: str) -> str:
 def as_word(value: Any) -> str:
     """Return the value of an option as it is typed."""
     if isinstance(value, tuple):
-        return "-".join(map(str, value))
+        return "-".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -27,6 +27,34 @@ class Dense(Preset):
 
 
 @dataclass(frozen=True)
+class Depth(Preset):
+    """A decoder with fewer layers, or halves of them; vision is as in the unpruned model.
+
+    Which layers matter least is for a calibration to say: without options the eighth before the
+    last layer goes.
+    """
+
+    name = "depth"
+    summary = "whole layers, or the attention or MLP of some, left out for all rows"
+
+    @classmethod
+    def ways(cls, layers: int, visual_tokens: int) -> Iterator[list[Options]]:
+        """Move the number of layers dropped before the last."""
+        yield [{"drop": tuple(range(first, layers - 1))} for first in range(layers - 2, 0, -1)]
+
+    def build(self, ask: Request) -> StagePlan:
+        """Return a plan of one stage."""
+        return ask.plan([(ask.layers, ask.visual_tokens)])
+
+    def default_drop(self, layers: int) -> tuple[int, ...]:
+        """Return the layers that are left out where no option names any."""
+        if {*self.given()} & {"drop", "drop_attention", "drop_mlp"}:
+            return ()
+        last = layers - 1
+        return tuple(range(max(0, last - max(1, last // 8)), last))
+
+
+@dataclass(frozen=True)
 class VisiPruner(Preset):
     """VisiPruner with t, K and e that hold for every prompt."""
 

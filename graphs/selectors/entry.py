@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +36,9 @@ class EncoderReadings:
     """(N, N) float32: cosines of all pairs of features; of a row of zeros they are 0."""
     row_similarity: np.ndarray | None
     """(N, N) float32: cosines of all pairs of rows after the projector."""
+    vocabulary: np.ndarray | None
+    """(N, 3) int64: ids of the input embeddings with the largest cosines to each of these rows,
+    the largest first."""
     rows: np.ndarray | None
     """(N, D) float32: rows after the projector."""
     image: str
@@ -51,8 +54,12 @@ class EncoderReadings:
 READINGS = tuple(field.name for field in fields(EncoderReadings) if field.name != "image")
 """Names of what a selector may read, in the order in which the vision graph hands it out."""
 
-PROJECTED = ("row_similarity", "rows")
+PROJECTED = ("row_similarity", "vocabulary", "rows")
 """Those that are known only behind the projector."""
+
+
+PADDING = -2
+"""In place of a patch: a row that only fills up the count, and that no other row sees."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,17 @@ class Entered:
     """The K rows of an image that enter the decoder."""
 
     index: np.ndarray
-    """(K,) int64, ascending: the patch whose place each row takes; -1 is the class row."""
+    """(K,) int64, ascending: the patch whose place each row takes; -1 is the class row. Behind
+    them, ``PADDING``."""
     features: np.ndarray | None = None
     """(K, h) float32 where rows were merged before the projector; None: rows ``index`` as is."""
+    matched: np.ndarray | None = None
+    """(K,) bool: the rows that a selector by classes matched."""
+
+    @property
+    def source(self) -> np.ndarray:
+        """(K,): which of an image's rows to take; of padding any."""
+        return self.index.clip(0)
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,7 @@ class EntrySelector:
         name: as plans write it.
         summary: what it keeps, in a line.
         reads: names in ``READINGS``.
+        takes: fields of a plan's entry, besides ``keep``, that it is given.
         needs_renumbering: whether a row may enter that has no place of its own among the patches.
         control: whether it looks at nothing, and is there to be beaten.
     """
@@ -83,9 +99,13 @@ class EntrySelector:
     name: str
     summary: str
     reads: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
     needs_renumbering: bool = False
     control: bool = False
 
-    def choose(self, given: EncoderReadings, keep: int) -> Entered:
-        """Return the ``keep`` rows that enter, 1 to N; ``given`` is left as it is."""
-        return import_module(f".{self.name}", __package__).choose(given, keep)
+    def choose(self, given: EncoderReadings, keep: int, **more: Any) -> Entered:
+        """Return the ``keep`` rows that enter, 1 to N; ``given`` is left as it is.
+
+        ``more``: the fields that it ``takes``.
+        """
+        return import_module(f".{self.name}", __package__).choose(given, keep, **more)

@@ -34,11 +34,20 @@ ENTRY_SELECTORS: dict[str, EntrySelector] = {
             needs_renumbering=True,
         ),
         EntrySelector(
+            "embedlens",
+            "EmbedLens: rows told apart by the words of the vocabulary that they resemble",
+            ("vocabulary",),
+            takes=("targets", "removes"),
+        ),
+        EntrySelector(
             "random", "control: patches by chance, always the same ones of an image", control=True
         ),
         EntrySelector("uniform", "control: every n-th patch", control=True),
     )
 }
+
+COUNTING_SELECTORS = {name: rule for name, rule in ENTRY_SELECTORS.items() if not rule.takes}
+"""Those of them that need only be told how many rows enter."""
 
 EDGE_SELECTORS: dict[str, EdgeSelector] = {
     selector.name: selector

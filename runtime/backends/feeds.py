@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from ...graphs.bundle import Bundle, TensorRef
-from ...graphs.chain.enter import choose_rows
+from ...graphs.chain.enter import choose_rows, encoded
 from ...graphs.chain.executor import ANY_IMAGE, Encoded, Kept
 from ...graphs.contract import (
+    BY_LAYER,
     ENTRY,
     PROBE,
     PROJECT,
@@ -78,16 +79,16 @@ def stage_feeds(
     order: np.ndarray,
     slot_order: np.ndarray,
     write_index: int,
-    gates: np.ndarray | None,
+    by_layer: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
     """Return what the host decides of a stage's call, by input name (``contract.stage_spec``)."""
-    feeds = {
+    return {
         "positions": positions,
         "order": order,
         "slot_order": slot_order,
         "write_index": np.full(len(order), write_index, np.int64),
+        **by_layer,
     }
-    return feeds if gates is None else feeds | {"gates": gates}
 
 
 def inject_feeds(
@@ -128,9 +129,9 @@ def sizes_of(spec: GraphSpec, feeds: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def gated_depth(spec: GraphSpec) -> int:
-    """Return how many layers of a graph read values through gates."""
-    return next((int(tensor.shape[0]) for tensor in spec.inputs if tensor.name == "gates"), 0)
+def layers_taking(spec: GraphSpec) -> dict[str, int]:
+    """Return how many layers of a graph each of its inputs has an entry for (``BY_LAYER``)."""
+    return {tensor.name: int(tensor.shape[0]) for tensor in spec.inputs if tensor.name in BY_LAYER}
 
 
 class PromptCalls:
@@ -177,19 +178,19 @@ class PromptCalls:
             chosen = [choose_rows(self.plan, out, image, at) for at, image in enumerate(images)]
         source = "features" if projects_later(self.plan) else "visual_rows"
         if len(chosen) == 1 and chosen[0].features is None:
-            rows = self.take(out[source], chosen[0].index)
+            rows = self.take(out[source], chosen[0].source)
         else:
             whole = np.asarray(out[source])
             merged = [
-                whole[at, rows.index] if rows.features is None else rows.features
+                whole[at, rows.source] if rows.features is None else rows.features
                 for at, rows in enumerate(chosen)
             ]
             rows = np.stack(merged).astype(whole.dtype)
         if projects_later(self.plan):
             rows = self.call_graph(PROJECT, 0, {"features": rows})["visual_rows"]
-        index = np.stack([entered.index for entered in chosen])
+        index = np.stack([entered.source for entered in chosen])
         taken = {layer: self.take(whole, index) for layer, whole in inject.items()}
-        return Encoded(rows, index, taken)
+        return encoded(rows, chosen, taken)
 
     def select(self, edge: int, feeds: Mapping[str, Any]) -> Kept:
         """Call a selection over a layer's cache of stage ``edge``."""

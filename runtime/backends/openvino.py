@@ -78,7 +78,7 @@ class OpenVinoExecutor(HostExecutor):
         return -count % ROW_STEP
 
     def append(
-        self, stage, rows, positions, order, slot_order, write_index, gates, inject
+        self, stage, rows, positions, order, slot_order, write_index, by_layer, inject
     ) -> StageResult:
         """See ``Executor``; more orders than rows: those on the left are padding."""
         block, graph = self.blocks[stage], self.stages[stage]
@@ -94,7 +94,10 @@ class OpenVinoExecutor(HostExecutor):
                 at, first = slice(start, stop), write_index + start
                 call = graph.call(stop - start, block)
                 call.fill("rows", rows[:, at])
-                feeds = stage_feeds(positions[:, at], order[:, at], slot_order, first, gates)
+                own = {name: by_layer[name] for name in by_layer if name != "row_gain"}
+                if "row_gain" in by_layer:
+                    own["row_gain"] = by_layer["row_gain"][..., at]
+                feeds = stage_feeds(positions[:, at], order[:, at], slot_order, first, own)
                 feeds |= {name: values[:, at] for name, values in added.items()}
                 for name, values in feeds.items():
                     call.fill(name, values)

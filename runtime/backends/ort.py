@@ -28,7 +28,7 @@ from ..hardware import cores
 from .backend import BackendOptions
 from .cpu_caches import HostExecutor
 from .denormals import AVAILABLE, flushed
-from .feeds import gated_depth, inject_feeds, shape_of, stage_feeds
+from .feeds import inject_feeds, layers_taking, shape_of, stage_feeds
 from .onnx_runtime import ort
 
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -62,11 +62,11 @@ class OrtExecutor(HostExecutor):
         ]
 
     def append(
-        self, stage, rows, positions, order, slot_order, write_index, gates, inject
+        self, stage, rows, positions, order, slot_order, write_index, by_layer, inject
     ) -> StageResult:
         """Call a stage, part after part; contract: ``contract.stage_spec``."""
         count = rows.shape[1]
-        feeds = stage_feeds(positions, order, slot_order, write_index, gates)
+        feeds = stage_feeds(positions, order, slot_order, write_index, by_layer)
         outputs: dict[str, np.ndarray] = {"rows.out": rows}
         queries = []
         with self.timed(f"stage{stage}"):
@@ -75,14 +75,14 @@ class OrtExecutor(HostExecutor):
                 feeds |= inject_feeds(part.spec.inputs, inject, count)
                 outputs |= part.run(feeds, count)
                 queries.append(outputs["queries"])
-                if gates is not None:  # each part takes those of its own layers
-                    feeds["gates"] = feeds["gates"][part.gated :]
+                for name, depth in part.layers_taking.items():  # each part takes those of its own
+                    feeds[name] = feeds[name][depth:]
             if self.returns_new_rows:
                 for name, cache in self.caches[stage].items():
                     cache[:, :, write_index : write_index + count] = outputs[appended(name)]
-        by_layer = queries[0] if len(queries) == 1 else np.concatenate(queries)
+        all_queries = queries[0] if len(queries) == 1 else np.concatenate(queries)
         readings = {name: outputs[name] for name in row_readings(self.plan, stage)}
-        return StageResult(outputs["rows.out"], by_layer, outputs.get("logits"), readings)
+        return StageResult(outputs["rows.out"], all_queries, outputs.get("logits"), readings)
 
     def call_graph(
         self, graph: str, stage: int, feeds: Mapping[str, np.ndarray]
@@ -137,7 +137,7 @@ class OrtStage:
 
     def __init__(self, spec: GraphSpec, session: ort.InferenceSession):
         self.spec, self.session = spec, session
-        self.gated = gated_depth(spec)
+        self.layers_taking = layers_taking(spec)
         self.bind_caches({}, aliased=False)
 
     def bind_caches(self, caches: Mapping[str, np.ndarray], *, aliased: bool) -> None:
@@ -154,7 +154,7 @@ class OrtStage:
         for tensor in self.spec.inputs:
             if tensor.name not in self.caches:
                 given = feeds[tensor.name]
-                given = given[: self.gated] if tensor.name == "gates" else given
+                given = given[: self.layers_taking.get(tensor.name)]
                 inputs[tensor.name] = np.ascontiguousarray(given, tensor.dtype)
         if rows > 1:
             return OrtCall(self, inputs).run()

@@ -83,11 +83,11 @@ class DeviceExecutor(PromptCalls):
         return self.engine_set.stages[stage].slots  # engines are compiled for so many
 
     def append(
-        self, stage, rows, positions, order, slot_order, write_index, gates, inject
+        self, stage, rows, positions, order, slot_order, write_index, by_layer, inject
     ) -> StageResult:
         with self.timed(f"stage{stage}"):
             return self.engine_set.stages[stage].append(
-                rows, positions, order, slot_order, write_index, gates, inject
+                rows, positions, order, slot_order, write_index, by_layer, inject
             )
 
     def cache(self, stage: int, name: str) -> DeviceArray:

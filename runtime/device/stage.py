@@ -15,6 +15,7 @@ import numpy as np
 
 from ...graphs.chain.executor import StageResult
 from ...graphs.contract import (
+    BY_LAYER,
     TensorSpec,
     appended,
     inject_name,
@@ -23,7 +24,7 @@ from ...graphs.contract import (
 )
 from ...graphs.errors import CapacityError
 from ...graphs.selectors.edge import ROW_READINGS
-from ..backends.feeds import gated_depth, shape_of, stage_feeds
+from ..backends.feeds import layers_taking, shape_of, stage_feeds
 from .calls import BATCH, Loaded, Replay
 from .memory import DeviceArray, Layers, Memory, Place, nbytes_of
 from .protocol import Buffer, ExecutionContext, aligned
@@ -126,7 +127,7 @@ class DeviceStage:
         order: np.ndarray,
         slot_order: np.ndarray,
         write_index: int,
-        gates: np.ndarray | None,
+        by_layer: Mapping[str, np.ndarray],
         inject: Mapping[int, np.ndarray | DeviceArray],
     ) -> StageResult:
         """Call the stage once; with more orders than rows, those on the left are padding."""
@@ -136,9 +137,8 @@ class DeviceStage:
         replay = self._replay(count)
         for place in self._places:
             place.reclaim()
-        values = stage_feeds(positions, order, slot_order, write_index, None)
-        if gates is not None:
-            values |= self._split_gates(gates)
+        own = self._by_part(by_layer)
+        values = stage_feeds(positions, order, slot_order, write_index, own)
         memory.upload(list(self._control.values()), [values[name] for name in self._control])
         start = self.workspace.address("in")
         row_nbytes = self._nbytes(self.rows_spec, 1)
@@ -219,8 +219,7 @@ class DeviceStage:
                 for name in map(inject_name, self._injected)
                 if any(tensor.name == name for tensor in part.spec.inputs)
             }
-            if gated_depth(part.spec):
-                own["gates"] = fixed[_gates(number)]
+            own |= {name: fixed[_of_part(name, number)] for name in layers_taking(part.spec)}
             sizes = {"B": BATCH, "Q": count, "S": self.slots}
             contexts.append(part.context(sizes, fixed | own))
             source = to
@@ -247,11 +246,11 @@ class DeviceStage:
             self.workspace.require("fresh", aligned(nbytes) * len(self.caches))
         self._places = [Place(self.memory, self._nbytes(spec, slots)) for spec in self._outputs]
         plain = {tensor.name: tensor for tensor in self.parts[0].spec.inputs}
-        known = {*self.caches, ROWS_IN, "gates", *map(inject_name, self._injected)}
-        control = {name: spec for name, spec in plain.items() if name not in known}
+        apart = {*self.caches, ROWS_IN, *BY_LAYER, *map(inject_name, self._injected)}
+        control = {name: tensor for name, tensor in plain.items() if name not in apart}
         for number, part in enumerate(self.parts):
-            gates = [tensor for tensor in part.spec.inputs if tensor.name == "gates"]
-            control |= {_gates(number): tensor for tensor in gates}
+            own = [tensor for tensor in part.spec.inputs if tensor.name in BY_LAYER]
+            control |= {_of_part(tensor.name, number): tensor for tensor in own}
         sizes = {"B": BATCH, "Q": slots, "S": slots}
         arrays = [(shape_of(tensor, sizes), np.dtype(tensor.dtype)) for tensor in control.values()]
         self._control = dict(zip(control, self.memory.pack(arrays), strict=True))
@@ -273,14 +272,13 @@ class DeviceStage:
             self.memory.device.synchronize()
             self.replays.clear()
 
-    def _split_gates(self, gates: np.ndarray) -> dict[str, np.ndarray]:
-        """Give each part the gates of its own layers, in a place of its own."""
-        out, at = {}, 0
+    def _by_part(self, by_layer: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Give each part the gates and gains of its own layers, in a place of its own."""
+        out, rest = {}, dict(by_layer)
         for number, part in enumerate(self.parts):
-            depth = gated_depth(part.spec)
-            if depth:
-                out[_gates(number)] = gates[at : at + depth]
-            at += depth
+            for name, depth in layers_taking(part.spec).items():
+                out[_of_part(name, number)] = rest[name][:depth]
+                rest[name] = rest[name][depth:]
         return out
 
     def _copy(self, name: str, start: int, count: int, other: int, *, to_cache: bool) -> None:
@@ -304,5 +302,5 @@ class DeviceStage:
         return nbytes_of(shape_of(spec, {"B": BATCH, "Q": count}), np.dtype(spec.dtype))
 
 
-def _gates(number: int) -> str:
-    return f"gates{number}"
+def _of_part(name: str, number: int) -> str:
+    return f"{name}{number}"

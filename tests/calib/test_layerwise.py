@@ -1,6 +1,7 @@
 """A layer-wise run computes what the chain computes, in every plan; or no range is right."""
 
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from visistage.compile.export.prefix import prefix_cache
 from visistage.compile.export.texts import text_facts
 from visistage.demo.heldout import held_out
 from visistage.graphs.chain import torch_reference as chain
-from visistage.graphs.chain.chain import AppendedRows
+from visistage.graphs.chain.enter import positioned
 from visistage.graphs.errors import CapacityError, PlanError, PromptError
 from visistage.graphs.modules.decoder import Linear
 from visistage.graphs.modules.ops import Eager
@@ -79,9 +80,9 @@ def test_plans_differ(checkpoint):
                 assert most > 0.01, (name, other)
 
 
-def moved(rows, at):
-    order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
-    return AppendedRows(False, rows, order + 1, order)
+def moved(plan, segments):
+    placed, images = positioned(plan, segments)
+    return [s if s.visual else replace(s, positions=s.positions + 1) for s in placed], images
 
 
 BUGS = {
@@ -99,7 +100,7 @@ BUGS = {
         "calib.run.layerwise.prefix_cache",
         lambda checkpoint, plan, given, progress: prefix_cache(checkpoint, plan, given[::-1]),
     ),
-    "positions moved": ("calib.run.prompt_state.segment_of", moved),
+    "positions moved": ("calib.run.prompt_state.positioned", moved),
     "another row selects": (
         "calib.run.prompt_state.LastRowView",
         lambda query, *others: LastRowView(query.flip(1), *others),

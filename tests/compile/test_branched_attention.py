@@ -187,9 +187,9 @@ def test_calls_of_the_first_stage_come_in_order(checkpoint, tmp_path, plan):
         session.eos = frozenset()
         run = session.executor.append
 
-        def append(stage, rows, positions, order, slot_order, write_index, gates):
+        def append(stage, rows, positions, order, slot_order, write_index, *more):
             seen.append(in_order(stage, order, slot_order, write_index))
-            return run(stage, rows, positions, order, slot_order, write_index, gates)
+            return run(stage, rows, positions, order, slot_order, write_index, *more)
 
         session.executor.append = append
         images = [np.full((40, 40, 3), shade, np.uint8) for shade in (10, 90, 200)]
@@ -217,9 +217,9 @@ def test_so_do_those_of_a_batch(checkpoint, monkeypatch, plan):
     spans = [[(4, 4 + count)], [(2, 2 + count), (5 + count, 5 + 2 * count)], []]
     seen, run = [], chain.TorchExecutor.append
 
-    def append(self, stage, rows, positions, order, slot_order, write_index, gates):
+    def append(self, stage, rows, positions, order, slot_order, write_index, *more):
         seen.append(in_order(stage, order, slot_order, write_index))
-        return run(self, stage, rows, positions, order, slot_order, write_index, gates)
+        return run(self, stage, rows, positions, order, slot_order, write_index, *more)
 
     monkeypatch.setattr(chain.TorchExecutor, "append", append)
     if plan == "visipruner-adaptive":  # decides for one prompt at a time

@@ -21,7 +21,7 @@ from visistage.graphs.plan.plan import StagePlan
 from visistage.graphs.plan.stages import Entry
 from visistage.graphs.presets.presets import parse_request, preset
 from visistage.graphs.selectors.entry import READINGS, EncoderReadings
-from visistage.graphs.selectors.registry import ENTRY_SELECTORS
+from visistage.graphs.selectors.registry import COUNTING_SELECTORS, ENTRY_SELECTORS
 from visistage.tests.support import toy
 
 LAYERS, PATCHES, NEW = 4, 16, 5
@@ -95,7 +95,7 @@ def test_an_entry_that_is_misspelt_says_how_it_is_written(text):
 # --- contracts ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ENTRY_SELECTORS)
+@pytest.mark.parametrize("name", COUNTING_SELECTORS)
 def test_the_encoder_hands_out_what_is_read_and_nothing_else(name):
     config, plan = model("clip").config, planned(f"{name}:keep=6")
     specs = graph_specs(config, plan, "float32", whole_stages(plan), False)
@@ -153,7 +153,8 @@ def readings(encoder):
     heads = keys[0][0].unflatten(-1, (own.config.vision.heads, -1)).mean(1)
     features = states[0, 1:] if clip else states[0]
     rows = own.theirs.model.multi_modal_projector(features[None])[0]
-    unit, unit_rows = (x / x.norm(dim=-1, keepdim=True) for x in (features, rows))
+    table = own.theirs.model.language_model.embed_tokens.weight
+    unit, unit_rows, words = (x / x.norm(dim=-1, keepdim=True) for x in (features, rows, table))
     return EncoderReadings(
         features=features,
         class_row=states[0, 0] if clip else None,
@@ -161,6 +162,7 @@ def readings(encoder):
         keys=heads[1:] if clip else heads,
         similarity=unit @ unit.T,
         row_similarity=unit_rows @ unit_rows.T,
+        vocabulary=(unit_rows @ words.T).topk(3).indices,
         rows=rows,
         image="00",
     )

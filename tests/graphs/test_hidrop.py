@@ -9,7 +9,7 @@ from visistage.graphs.contract import ahead_of, part_caches, stage_spec, whole_s
 from visistage.graphs.errors import PlanError
 from visistage.graphs.modules.decoder import Ahead
 from visistage.graphs.modules.ops import Eager
-from visistage.graphs.modules.rope import rotary
+from visistage.graphs.modules.rope import frequencies, turn
 from visistage.graphs.modules.select import Selector
 from visistage.graphs.plan.call_cost import COUNTS, GraphCall, decoder_work
 from visistage.graphs.plan.cost import LLAVA_7B, Geometry, plan_cost
@@ -113,7 +113,7 @@ def scored(positions):
     }
     piece.load_state_dict(named)
     rows, order = 2 * wave((9, 8), 0.31, 0.4)[None], torch.arange(9)[None]
-    cos, sin = rotary(text, torch.tensor([positions]), torch.float32)
+    cos, sin = turn(*frequencies(text), torch.tensor([positions]), torch.float32)
     view = Eager().view(order, order, torch.zeros(1, dtype=torch.int64))
     with torch.no_grad():
         query, key = piece(rows, cos, sin, *view, torch.zeros(1, 2, 9, 4))

@@ -124,7 +124,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "frozen": (
         {"stages": with_stage(0, modes=("frozen", *dense(3)))},
-        "frozen is planned, but not supported yet",
+        "Rows are frozen by",
     ),
     "absent": (
         {"stages": with_stage(2, modes=("absent", "absent"))},
@@ -447,7 +447,7 @@ def test_numbers_of_a_probe_are_checked(changes, message):
 
 
 def test_edges_and_probe_belong_together():
-    with pytest.raises(PlanError, match=r"edges\[0\].op: found 'probe', expected select or drop"):
+    with pytest.raises(PlanError, match=r"edges\[0\].op: found 'probe', expected select, drop or"):
         replace(PROBING, probe=None)
     drop = (Stage((0, 4), N, STAGES[0].modes), Stage((4, 8), 0, dense(4)))
     with pytest.raises(PlanError, match=r"edges\[0\].op: found 'drop', expected probe"):

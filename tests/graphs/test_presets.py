@@ -105,10 +105,10 @@ def test_peers(name, options, expected):
         (
             "visipruner",
             {"kep": 3},
-            "kep: found an unknown key, expected one of entry, shallow, t, e, keep, norm",
+            "kep: found an unknown key, expected one of entry, drop, drop_attention, drop_mlp",
         ),
         ("visipruner", {"kep": 3}, "Did you mean 'keep'?"),
-        ("dense", {"t": 3}, "t: found an unknown key, expected entry"),
+        ("dense", {"t": 3}, "t: found an unknown key, expected one of entry, drop, drop_attention"),
         ("visipruner", {"t": 27}, "t: found 27, expected a layer from 0 to 26, before e=27"),
         ("visipruner", {"t": "14"}, "t: found '14', expected an integer"),
         ("visipruner", {"t": True}, "t: found True, expected an integer"),

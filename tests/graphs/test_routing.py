@@ -14,6 +14,7 @@ from visistage.graphs.modules.ops import Eager
 from visistage.graphs.modules.routers.router import Rivals, make_router
 from visistage.graphs.plan.plan import StagePlan
 from visistage.graphs.plan.routing import ROUTERS, Routing, is_router
+from visistage.graphs.plan.stages import Frozen
 from visistage.graphs.presets.presets import parse_request, preset
 from visistage.tests.support.routed_llama import RIGHT, RoutedLlama, Rules, weights_of
 
@@ -296,6 +297,22 @@ def test_rows_that_compete_want_a_call_as_it_is(text, routing, message):
     with pytest.raises(PlanError) as error:
         replace(planned(text), routing=routing)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["skipgpt", "skipgpt-lrm", "dllm", "mod:sparsity=0.2"])
+def test_layers_with_routers_are_neither_dropped_nor_frozen(kind):
+    plan = planned(kind)
+    for text in ("drop=1", "drop_attention=1", "drop_mlp=1"):
+        joined = f"{kind},{text}" if ":" in kind else f"{kind}:{text}"
+        with pytest.raises(
+            PlanError, match=r"stages\[0\].drop_\w+: found \(1,\), expected none in"
+        ):
+            planned(joined)
+    frozen = replace(plan.stages[0], frozen=(Frozen("visual", "mlp", (1,)),))
+    with pytest.raises(
+        PlanError, match=r"stages\[0\].frozen: found .*, expected none in a plan with"
+    ):
+        replace(plan, stages=(frozen,))
 
 
 def test_rows_that_compete_want_dense_layers_and_mod_three_of_them():

@@ -42,7 +42,7 @@ def test_a_stage_does_the_operations_that_torch_counts(index, rows, slots):
     text, stage = CONFIG.text, PLAN.stages[index]
     module = DecoderStage(text, PLAN, StagePart(index, stage.layers), Eager())
     shape = (1, text.kv_heads, slots, text.head_dim)
-    caches = [torch.zeros(shape) for pair in cache_names(stage.layers) for _ in pair]
+    caches = [torch.zeros(shape) for pair in cache_names(stage.attention_layers) for _ in pair]
     gated = len(stage.gated_layers)
     gates = [torch.ones(gated, 2, 1, slots)] if gated else []
     order = torch.arange(rows, dtype=torch.int32)[None]
@@ -51,7 +51,7 @@ def test_a_stage_does_the_operations_that_torch_counts(index, rows, slots):
         *(order, order, torch.zeros(1, slots, dtype=torch.int32), torch.zeros(1, dtype=torch.long)),
     ]
     pairs = list(zip(caches[::2], caches[1::2], strict=True))
-    found = counted(lambda: module.compose(direct, *inputs, *(gates or [None]), pairs))
+    found = counted(lambda: module.compose(direct, *inputs, *(gates or [None]), None, pairs))
     assert work_of(GraphCall(f"stage{index}", rows, slots), CONFIG, PLAN, FP32).flops == found
 
 

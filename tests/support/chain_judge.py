@@ -35,6 +35,8 @@ PLANS = {
     "v2drop": preset("v2drop", LAYERS, N),
     "sparsevlm": preset("sparsevlm", LAYERS, N),
     "exit-only": preset("exit-only", LAYERS, N),
+    "frozen": preset("embedlens", LAYERS, N, freeze=(0.0, 1.0, 2.5), method="vt", exit=LAYERS - 2),
+    "depth": preset("fastv", LAYERS, N, k=3, drop=(1, 6), drop_attention=(5,), drop_mlp=(0,)),
 }
 
 

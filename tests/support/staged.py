@@ -13,7 +13,7 @@ from torch import Tensor
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.texts import text_facts
 from visistage.graphs.chain.chain import AppendedRows, Chain
-from visistage.graphs.chain.enter import places_of, positioned, positions_at
+from visistage.graphs.chain.enter import entered_rows, positioned, positions_at
 from visistage.graphs.chain.torch_encoder import TorchEncoder
 from visistage.graphs.chain.torch_reference import TorchExecutor
 from visistage.graphs.plan.plan import StagePlan
@@ -67,15 +67,15 @@ class Staged:
         segments, at = [], 0
         for part in self.encoder.encode(question, images=1).segments:
             if part.is_image:
-                rows, patches, inject = self.vision(torch.from_numpy(pixels[None]), [key])
-                order = at + places_of(self.plan, patches)
+                image = self.vision(torch.from_numpy(pixels[None]), [key])
+                segments.append(entered_rows(self.plan, image, at))
                 at += self.plan.span
             else:
                 rows = executor.embed(torch.tensor([part.ids]))
                 order = np.arange(at, at + rows.shape[1], dtype=np.int32)[None]
                 at += rows.shape[1]
-                inject = {}
-            segments.append(AppendedRows(part.is_image, rows, order, order, inject))
+                opens = not segments  # an image follows
+                segments.append(AppendedRows(False, rows, order, order, prefix=opens))
         segments, images = positioned(self.plan, segments)
         out, tokens = [runner.prefill(segments).logits[0]], []
         while True:

@@ -250,7 +250,7 @@ def _memory(target: EstimateTarget, machine: Machine, prompt: PromptLengths) -> 
     caches = 0.0
     for index, stage in enumerate(target.plan.stages):
         held = target.prefix + stage.visual_tokens + prompt.text + prompt.tokens
-        caches += row * stage.depth * slots(index, held)
+        caches += row * len(stage.attention_layers) * slots(index, held)
     weights = target.weights()
     return {
         "weight_bytes": weights,

@@ -54,6 +54,11 @@ class LayerReading:
         return self.vision / both if both else 0.0
 
 
+def unread(tokens: int) -> LayerReading:
+    """Return the reading of a layer without attention: no token changes anything."""
+    return LayerReading(np.zeros(tokens), np.ones(tokens), 0.0, 0.0, 0.0, 0.0)
+
+
 def read_row(
     query: np.ndarray,
     key: np.ndarray,

@@ -16,7 +16,7 @@ import numpy as np
 from ...graphs.chain.executor import StageResult, observed
 from ...runtime.backends.feeds import stored_cache_scales
 from ..profile.timing import repeated
-from .readings import Gates, LayerReading, read_row
+from .readings import Gates, LayerReading, read_row, unread
 
 if TYPE_CHECKING:
     from ...runtime.answer import Answer, Timings
@@ -83,8 +83,8 @@ def trace(session: Session, images: Sequence[Any], question: str, max_tokens: in
     def note(method: str, given: tuple, result: StageResult, *_: float) -> None:
         if method != "append":
             return
-        stage, _, _, order, slot_order, _, gates = given[:7]
-        gates = None if gates is None else gates[:, :, 0].copy()
+        stage, _, _, order, slot_order, _, by_layer = given[:7]
+        gates = by_layer["gates"][:, :, 0].copy() if "gates" in by_layer else None
         queries = np.array(result.queries)[:, 0]
         calls.append((stage, TracedCall(int(order[0, -1]), queries, slot_order[0].copy(), gates)))
 
@@ -139,14 +139,18 @@ def _read(
         visual = np.flatnonzero(chain.slots[index].visual[0, :slots] & visible & known)
         tokens = np.array([numbers[int(at)] for at in call.slot_order[visual]], np.int64)
         caches = session.executor.snapshot(index, 0, slots)
-        for layer, query in zip(range(*stage.layers), call.queries, strict=False):
+        queries = dict(zip(stage.attention_layers, call.queries, strict=False))  # one may be ahead
+        for layer in range(*stage.layers):
+            if layer not in queries:  # dropped: nothing is attended to
+                layers.append(_by_token(unread(len(visual)), tokens, count))
+                continue
             gates = None
             if layer in stage.gated_layers:
                 assert call.gates is not None
                 pair = call.gates[stage.gated_layers.index(layer)]
                 gates = Gates(pair[0], pair[1], stage.norm == "renorm")
             keys, values = _floats(caches, layer, scales[layer])
-            reading = read_row(query, keys, values, visible, visual, gates)
+            reading = read_row(queries[layer], keys, values, visible, visual, gates)
             layers.append(_by_token(reading, tokens, count))
     return tuple(layers)
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from ...graphs.bundle import Bundle, Manifest
 from ...graphs.commands import install
-from ...graphs.contract import PROJECT, VISION, GraphSpec, stage_of
+from ...graphs.contract import BY_LAYER, PROJECT, VISION, GraphSpec, stage_of
 from ...graphs.engine_index import ENGINES_FOLDER, Engines
 from ...graphs.engine_spec import Shape, engine_specs_of
 from ...graphs.plan.call_cost import GraphCall
@@ -88,7 +88,7 @@ class PolygraphyRun:
         slots = max(self.call.slots, 1)
         rows = self.shapes["rows"][1] if "rows" in self.shapes else 1
         known = {
-            "gates": (0, 1),
+            **dict.fromkeys(BY_LAYER, (0, 1)),
             "positions": (0, rows - 1),
             "write_index": (0, 0),
             "slot_order": (0, 0),

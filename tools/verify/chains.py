@@ -17,7 +17,7 @@ from ...compile.checkpoint.checkpoint import Checkpoint
 from ...compile.checkpoint.names import EMBEDDING
 from ...graphs.bundle import Bundle, Manifest
 from ...graphs.chain.chain import AppendedRows, Chain
-from ...graphs.chain.enter import places_of, positioned, positions_at
+from ...graphs.chain.enter import entered_rows, positioned, positions_at
 from ...graphs.chain.executor import Kept
 from ...graphs.chain.torch_encoder import TorchEncoder
 from ...graphs.chain.torch_reference import TorchExecutor
@@ -28,6 +28,7 @@ from ...graphs.modules.quantized import INPUT_SCALE, WEIGHT
 from ...graphs.plan.plan import StagePlan
 from ...graphs.plan.stages import Entry, Probe
 from ...graphs.precision import NO_FALLBACK
+from ...graphs.selectors.entry import Entered
 from .stored_graph import all_weights, quantise_module, stored_tensor
 from .token_choices import ProbeReading, Selection, SelectionMargins, forced_readings
 from .verify_report import require_memory
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 class PreparedPrompt:
     """A sample as both sides take it: its image, and ids with None for the image.
 
-    entry, patches: the plan's, and what the runtime let in of the image. A greedy choice hangs on
+    entry, entered: the plan's, and what the runtime let in of the image. A greedy choice hangs on
     every digit, so all chains make the runtime's.
     """
 
@@ -49,7 +50,7 @@ class PreparedPrompt:
     opened: Opened
     parts: tuple[tuple[int, ...] | None, ...]
     entry: Entry | None
-    patches: np.ndarray
+    entered: Entered
 
 
 def prepare_prompts(session: Session, samples: Sequence[Sample]) -> list[PreparedPrompt]:
@@ -66,8 +67,10 @@ def prepare_prompts(session: Session, samples: Sequence[Sample]) -> list[Prepare
         except (ImageError, PromptError) as error:
             raise DataError(f"{sample.name}: {error}") from None
         parts = tuple(None if part.is_image else part.ids for part in encoded)
-        patches = session.encode_image(opened).patches[0]
-        prompts.append(PreparedPrompt(sample, opened, parts, entry, patches))
+        image = session.encode_image(opened)
+        matched = None if image.matched is None else image.matched[0]
+        entered = Entered(image.patches[0], matched=matched)
+        prompts.append(PreparedPrompt(sample, opened, parts, entry, entered))
     return prompts
 
 
@@ -261,14 +264,16 @@ class TorchChain:
         count, head = len(self.ids), prompt.parts[0]
         if self.prefix is None or head is None or head[:count] != self.ids:
             return 0
+        frozen = chain.plan.freezes("prefix") and None not in prompt.parts
+        if frozen or chain.plan.prefix_rules != self.plan.prefix_rules:
+            return 0  # the bundle's was made by its own plan, for an image behind it
         order = np.arange(count, dtype=np.int32)[None]
-        for index, caches in enumerate(executor.caches):
+        for index in range(len(executor.caches)):
             chain.reserve(index, count)
             chain.slots[index].write(AppendedRows(False, None, order, order))
-            first = chain.plan.stages[index].layers[0]
             executor.caches[index] = [
-                tuple(both[first + at][None].clone() for both in self.prefix)
-                for at in range(len(caches))
+                tuple(both[layer][None].clone() for both in self.prefix)
+                for layer in chain.plan.stages[index].attention_layers
             ]
             if index in executor.ahead:
                 executor.ahead[index] = self.prefix[0][scored_layer(chain.plan, index)][
@@ -286,9 +291,9 @@ class TorchChain:
         for index, part in enumerate(prompt.parts):
             if part is None:
                 pixels = torch.from_numpy(prompt.opened.pixels[None])
-                forced = prompt.patches if plan.entry == prompt.entry is not None else None
-                rows, patches, inject = self._encoder(plan)(pixels, (prompt.opened.key,), forced)
-                order = start + places_of(plan, patches)
+                forced = prompt.entered if plan.entry == prompt.entry is not None else None
+                image = self._encoder(plan)(pixels, (prompt.opened.key,), forced)
+                segments.append(entered_rows(plan, image, start))
                 start += plan.span
             else:
                 rows = executor.embed(
@@ -296,8 +301,8 @@ class TorchChain:
                 )
                 order = np.arange(start, start + rows.shape[1], dtype=np.int32)[None]
                 start += rows.shape[1]
-                inject = {}
-            segments.append(AppendedRows(part is None, rows, order, order, inject))
+                prefix = None in prompt.parts[index:] and None not in prompt.parts[:index]
+                segments.append(AppendedRows(False, rows, order, order, prefix=prefix))
         return [segment for segment in segments if segment.count], start
 
     def _encoder(self, plan: StagePlan) -> TorchEncoder:

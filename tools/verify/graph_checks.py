@@ -23,7 +23,6 @@ from ...graphs.contract import (
     PROBE,
     PROJECT,
     VISION,
-    StagePart,
     vision_readings,
 )
 from ...graphs.errors import BundleError
@@ -202,8 +201,7 @@ def _module(graph: StoredGraph, fallback: Fp32Fallback) -> nn.Module:
     elif graph.kind == PROJECT:
         module = Projection(config, Eager(), fallback)
     else:
-        part = StagePart(graph.stage, graph.layers)
-        module = DecoderStage(config.text, plan, part, Eager(), fallback)
+        module = DecoderStage(config.text, plan, graph.part, Eager(), fallback)
     quantise_module(module, graph.manifest)
     return module
 

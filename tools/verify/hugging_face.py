@@ -2,7 +2,7 @@
 
 Both run unpruned, with weights in the type of the bundle's floats, so that in FP16 bundles it is
 the stages that are compared and not the rounding. Hugging Face does not know a bundle's integers:
-for quantised ones the stages read the checkpoint's weights here.
+for quantised ones, and those without some layers, the stages read the checkpoint's weights here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from .verify_target import VerifyTarget
 def compare_dense(target: VerifyTarget) -> CheckResult:
     """Compare greedy tokens and logits over the dense plan."""
     checkpoint, manifest = target.checkpoint, target.bundle.manifest
-    stages = target.original if manifest.quantization.quantises else target.reference
+    partial = manifest.quantization.quantises or manifest.plan.dropped
+    stages = target.original if partial else target.reference
     prompts, steps = target.prompts, target.max_tokens
     needed = fp32_bytes(checkpoint)
     require_memory("the whole model in Hugging Face, in FP32,", needed, target.free)

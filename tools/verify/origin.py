@@ -23,6 +23,7 @@ from ...compile.quantize.quantize import (
     quantised_rows,
 )
 from ...graphs.bundle import Bundle
+from ...graphs.contract import vision_readings
 from ...graphs.errors import DataError, ModelError
 from ...graphs.modules.quantized import WEIGHT, cache_scale_names, is_cache_scale
 from ...graphs.targets import find_target
@@ -135,10 +136,12 @@ def _require_unchanged(target: VerifyTarget, quantised: QuantisedWeights) -> Non
         WrongError: the first that differs.
     """
     bundle, checkpoint = target.bundle, target.checkpoint
-    embedding = stored_tensor(bundle, bundle.manifest.embedding)
-    if not _same(embedding, checkpoint.load(EMBEDDING)):
+    manifest, wanted = bundle.manifest, checkpoint.load(EMBEDDING)
+    if "vocabulary" in vision_readings(manifest.plan):  # a graph reads it, in its own type
+        wanted = wanted.to(getattr(torch, manifest.dtype))
+    if not _same(stored_tensor(bundle, manifest.embedding), wanted):
         raise WrongError(f"{EMBEDDING} is not the checkpoint's")
-    for graph_name in bundle.manifest.graphs:
+    for graph_name in manifest.graphs:
         graph = StoredGraph(bundle, graph_name)
         for name in graph.weights:
             if quantised.touches(name) or is_cache_scale(name):

@@ -17,7 +17,15 @@ import torch
 
 from ...compile.quantize.int_arithmetic import unpack_int4
 from ...graphs.bundle import Bundle, Manifest, TensorRef
-from ...graphs.contract import INVISIBLE, MANY_ROWS, GraphSpec, stage_of
+from ...graphs.contract import (
+    BY_LAYER,
+    INVISIBLE,
+    MANY_ROWS,
+    GraphSpec,
+    StagePart,
+    stage_of,
+    stage_parts,
+)
 from ...graphs.errors import BundleError
 from ...graphs.linears import linear_groups
 from ...graphs.modules.quantized import CACHE_SCALES, replace_linears, round_caches
@@ -107,10 +115,12 @@ class StoredGraph:
         return stage_of(self.name)
 
     @property
-    def layers(self) -> tuple[int, int]:
-        """First layer of a stage's graph, and one past its last: those whose caches it takes."""
-        own = [int(s.name[4:]) for s in self.spec.inputs if s.name.startswith("key.")]
-        return min(own), max(own) + 1
+    def part(self) -> StagePart:
+        """Layers of a stage's graph, which follow from the caches that each of its graphs takes."""
+        names = self.manifest.parts_of(self.stage)
+        inputs = [self.manifest.graphs[name].spec.inputs for name in names]
+        counts = [sum(tensor.name.startswith("key.") for tensor in own) for own in inputs]
+        return stage_parts(self.manifest.plan, self.stage, counts)[names.index(self.name)]
 
     @property
     def row_counts(self) -> list[int]:
@@ -120,7 +130,9 @@ class StoredGraph:
         return [CALL_ROWS]
 
     def feeds(self, rows: int = CALL_ROWS) -> dict[str, np.ndarray]:
-        """Return inputs: batch 1, a filled cache, one padded slot, half of the gates open."""
+        """Return inputs: batch 1, a filled cache, one padded slot, half of the gates open and half
+        of the gains 1.
+        """
         generator = np.random.default_rng(zlib.crc32(self.name.encode()))
         keep = next((spec.shape[1] for spec in self.spec.outputs if spec.name == "rows.out"), 0)
         offered = (int(keep) if self.kind == "select" else 0) + SPARE_SLOTS
@@ -144,7 +156,7 @@ class StoredGraph:
             shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
             if spec.name in fixed:
                 value = np.broadcast_to(fixed[spec.name], shape)
-            elif spec.name == "gates":
+            elif spec.name in BY_LAYER:
                 value = generator.integers(0, 2, shape)
             elif spec.dtype == "int8":
                 value = generator.integers(-127, 128, shape)
