@@ -102,7 +102,8 @@ _RECIPES = (
     Recipe(
         CROWDED,
         Path("demo/model-576"),
-        encoder_images=0,  # it starts from one that has learnt, and learns on
+        encoder_images=16_000,
+        encoder_rate=0.01,  # it starts from one that has learnt
         images=8_000,
         questions=32,
         batch=4,

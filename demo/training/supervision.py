@@ -26,6 +26,11 @@ PLACES = 4
 """Numbers read from a patch: the centre's offset from it, and the centre's place in the image."""
 
 
+FACT_WEIGHTS = {f"letter {place}": 3.0 for place in (1, 2, 3)}
+"""Weights of facts that are not 1: what is printed is small and most things have nothing printed,
+while counts, which are hard to tell from a patch, would take most of the gradient."""
+
+
 def fact_classes(world: World) -> dict[str, int]:
     """Return name and number of classes of each fact of a thing; a letter's last class is none."""
     counts = ("same colour", "same shape", "same size", "alike", "all")
@@ -116,7 +121,7 @@ class FactHead(torch.nn.Module):
 
 
 def class_loss(outputs: torch.Tensor, targets: torch.Tensor, classes: dict[str, int]):
-    """Return the sum over classes of cross-entropies, and each one's accuracy; -1 is ignored.
+    """Return the weighted sum of cross-entropies, and each one's accuracy; -1 is ignored.
 
     Args:
         outputs: (R, sum of classes).
@@ -129,7 +134,8 @@ def class_loss(outputs: torch.Tensor, targets: torch.Tensor, classes: dict[str, 
         known = wanted >= 0
         if not known.any():
             continue
-        loss = loss + F.cross_entropy(part, wanted, ignore_index=-1)
+        weight = FACT_WEIGHTS.get(name, 1.0)
+        loss = loss + weight * F.cross_entropy(part, wanted, ignore_index=-1)
         if name == "centre":
             known = wanted == 1
         right[name] = (part.argmax(-1) == wanted)[known].float().mean().item()

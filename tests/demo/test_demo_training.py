@@ -210,7 +210,8 @@ def test_phrase_loss_is_the_sum_of_what_is_asked_of_each_phrase(world, drawn):
                         part = out[start : start + size]
                         start += size
                         if value >= 0:
-                            losses[name].append(-part.log_softmax(-1)[int(value)])
+                            weight = 3 if name.startswith("letter") else 1
+                            losses[name].append(-weight * part.log_softmax(-1)[int(value)])
                     if mark[-1] >= 0:
                         losses["place"].append(10 * smooth(out[-2:] - mark[-4:-2]))
     wanted = sum(torch.stack(found).mean() for found in losses.values())
