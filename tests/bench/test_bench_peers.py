@@ -329,7 +329,7 @@ def test_goals_compare_with_the_fastest_of_theirs():
     def row(key, cold):
         return {"key": key, "label": key, "cold": {"median": cold}}
 
-    rows = [row("visistage-scope-fp32", 40.0), row("openvino-fp32-f32", 120.0)]
+    rows = [row(f"{tables.CHOSEN}fp32", 40.0), row("openvino-fp32-f32", 120.0)]
     rows += [row("openvino-fp32-f32-prefix", 100.0), row("openvino-fp32-default", 10.0)]
     first = tables.goals(rows)[0]
     assert first["ratio"] == pytest.approx(0.4)

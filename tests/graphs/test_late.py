@@ -7,6 +7,7 @@ import torch
 from visistage.compile.planfile import plan_from_yaml, plan_to_yaml
 from visistage.graphs.chain import chain as host
 from visistage.graphs.chain import torch_reference as chain
+from visistage.graphs.chain.enter import positioned
 from visistage.graphs.errors import PlanError
 from visistage.graphs.plan.cost import LLAVA_7B, plan_cost
 from visistage.graphs.plan.plan import StagePlan
@@ -55,17 +56,17 @@ def test_planted_mistakes_in_a_late_entry_are_noticed(bug, monkeypatch):
     if bug == "rows of stage 0":  # the text's stage runs them, too
         monkeypatch.setattr(host.Chain, "_passes", lambda self, stage, part: False)
     elif bug == "closed":
-        real = chain.segments
-        monkeypatch.setattr(chain, "segments", lambda *given: closed(real(*given)))
+        monkeypatch.setattr(chain, "positioned", closed)
     else:
         plan = carried((0, LAYERS, VISUAL))
     neighbours.differ(prompt.run(plan), wanted)
 
 
-def closed(segments):
+def closed(plan, segments):
     """The question right behind the text before the image, as if no image came."""
-    last = replace(segments[-1], positions=segments[-1].positions - VISUAL)
-    return [*segments[:-1], last]
+    placed, images = positioned(plan, segments)
+    last = replace(placed[-1], positions=placed[-1].positions - VISUAL)
+    return [*placed[:-1], last], images
 
 
 def test_a_batch_equals_its_samples():

@@ -14,7 +14,7 @@ from visistage.compile.export.static_shapes import (
     split,
 )
 from visistage.graphs.config import ModelConfig
-from visistage.graphs.contract import SLOT_STEP, StagePart, part_names, stage_of, stage_slots
+from visistage.graphs.contract import SLOT_STEP, part_names, stage_of, stage_parts, stage_slots
 from visistage.graphs.engine_spec import DECODE_ROWS, engine_specs_of
 from visistage.graphs.errors import CapacityError, TargetError
 from visistage.graphs.presets.presets import preset
@@ -219,5 +219,5 @@ def test_parts_have_the_contract_of_a_stage(tmp_path, monkeypatch):
     assert len(set(answers[0])) > 5
 
 
-def one_layer_each(stage, layers, *_):
-    return [StagePart(stage, (layer, layer + 1)) for layer in range(*layers)]
+def one_layer_each(plan, stage, *_):
+    return stage_parts(plan, stage, [1] * plan.stages[stage].depth)

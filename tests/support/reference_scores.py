@@ -66,6 +66,7 @@ def sparsevlm(given):
 RULES = {
     "value_norm": value_norm,
     "attention": attention,
+    "next_attention": attention,  # of another layer, which is not the score's business
     "v2drop": v2drop,
     "sparsevlm": sparsevlm,
 }
