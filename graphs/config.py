@@ -31,7 +31,7 @@ from .config_fields import (
     word,
 )
 from .errors import ModelError
-from .fields import from_json, show, to_json
+from .fields import from_json, is_number, show, to_json
 from .fusion import NO_FUSION, Fusion, read_fusion
 from .vision_config import ACTIVATIONS, DEFAULT_ENCODER, VisionConfig
 
@@ -94,7 +94,7 @@ class Rope:
         if given.get("rope_type") != self.type:
             reject_value("rope_parameters.rope_type", given.get("rope_type"), repr(self.type))
         for name, value in given.items():
-            if name != "rope_type" and not isinstance(value, int | float):
+            if name != "rope_type" and not (isinstance(value, bool) or is_number(value)):
                 reject_value(f"rope_parameters.{name}", value, "a number or true/false")
         for name in _ROPES[self.type]:
             number(f"rope_parameters.{name}", given.get(name))

@@ -5,7 +5,7 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from visistage.graphs.config import ModelConfig, Rope, TextConfig
 from visistage.graphs.errors import ModelError
@@ -325,6 +325,7 @@ JUNK = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(PATHS), JUNK)
+@example("text_config.rope_scaling", {"rope_type": "linear", "factor": 2.0, "other": float("nan")})
 def test_junk_is_a_model_error_or_a_config(path, value):
     try:
         config = ModelConfig.from_hf(changed(make_config(), path, value))
