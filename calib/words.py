@@ -25,7 +25,7 @@ from .sample_prompts import prepare
 from .samples import Sample
 
 READS = ("saliency", "vocabulary", "rows")
-"""What is read of each image (``selectors.entry.EncoderReadings``)."""
+"""Readings of each image (``selectors.entry.EncoderReadings``)."""
 
 
 @dataclass(frozen=True)

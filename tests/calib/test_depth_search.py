@@ -29,9 +29,9 @@ def dynamics():
 
 def test_layers_that_turn_rows_least_are_left_out_first(dynamics):
     found = depth_candidates(dynamics, pricing())
-    assert [one.text for one in found] == ["depth:drop=4", "depth:drop=2-4"]
-    assert [one.cost for one in found] == pytest.approx([0.9, 0.8])
-    assert [one.predicted for one in found] == pytest.approx(
+    assert [candidate.text for candidate in found] == ["depth:drop=4", "depth:drop=2-4"]
+    assert [candidate.cost for candidate in found] == pytest.approx([0.9, 0.8])
+    assert [candidate.predicted for candidate in found] == pytest.approx(
         [0.02 / sum(BLOCKS), 0.06 / sum(BLOCKS)]
     )
     assert depth_candidates(replace(dynamics, blocks=()), pricing()) == []

@@ -143,7 +143,7 @@ def ours(case, plan, prompt, tokens):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What becomes of an image: which of its rows stay, and which are frozen where."""
+    """The fate of an image's rows: which stay, and which are frozen where."""
 
     stays: torch.Tensor
     frozen: torch.Tensor

@@ -59,7 +59,7 @@ def test_the_chain_is_hidrop(schedule, positions, seed):
     ],
 )
 def test_mistakes_are_noticed(bug):
-    """What a developer would get wrong: docs/methods.md, "HiDrop"."""
+    """Mistakes that a developer would make: docs/methods.md, "HiDrop"."""
     schedule = SCHEDULES[0]
     found = [Prompt(seed).run(planned(*schedule)) for seed in range(4)]
     wrong = neighbours.hidrop(*schedule, bug=bug)

@@ -73,7 +73,7 @@ class Grouped:
 
 
 def wait_k(source, target, k):
-    """How many rows of the source each row of the target sees, by the rows of their units.
+    """Return how many rows of the source each row of the target sees, by the rows of their units.
 
     The first unit of either is its prompt. Unit j of the target sees the first k + j units of the
     source, and the row that predicts a token is the one before it.

@@ -93,7 +93,7 @@ class Prompt:
         return mask
 
     def run(self, plan, new=NEW):
-        """What the chain makes of it."""
+        """Run the chain over it."""
         spans = [[(self.image.start, self.image.stop)]]
         return chain.run(WEIGHTS, TEXT, self.embeds[None], spans, plan, new)
 
