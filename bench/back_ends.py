@@ -17,10 +17,11 @@ from typing import Any
 import click
 
 from ..runtime import Session, load
-from .peer_models import PLANS, PRECISIONS, PeerCheckpoint, bundle
+from .peer_models import PRECISIONS, PeerCheckpoint, bundle
 from .record import save, spread
 
 TARGETS = ("cpu", "openvino")
+PLANS = ("dense", "visipruner")
 SERIES = 4000
 """Held-out scenes that no other measurement uses."""
 

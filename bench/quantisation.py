@@ -16,7 +16,6 @@ from typing import Any
 import click
 
 from ..calib.calibrate import calibrate
-from ..calib.plan_search.goal import SelectionGoal
 from ..calib.plan_search.measure_plans import Origin
 from ..calib.run.collect_ranges import collect
 from ..calib.sample_prompts import prepare
@@ -60,13 +59,12 @@ class StepNames(Progress):
 @click.command()
 @click.option("--samples", default=2000, show_default=True)
 @click.option("--rounds", default=60, show_default=True)
-@click.option("--lose", default=2.0, show_default=True, help="Per cent that the plan may lose.")
 @click.option("--calibrate-on", "count", default=300, show_default=True)
 @click.option("--work", default=".cache/bench/quantisation", type=click.Path(path_type=Path))
 @dry_option
-def main(samples: int, rounds: int, lose: float, count: int, work: Path, dry: bool) -> None:
+def main(samples: int, rounds: int, count: int, work: Path, dry: bool) -> None:
     """Calibrate, build, ask (one bundle a core), time in turns, record."""
-    cases = list(_cases(work, count, lose))
+    cases = list(_cases(work, count))
     bundles = [_built(case, work) for case in cases]
     paths = [bundle.path for bundle in bundles]
     asked = ask_all(paths, samples)
@@ -93,14 +91,13 @@ def main(samples: int, rounds: int, lose: float, count: int, work: Path, dry: bo
     save("quantisation-demo", rows, dry=dry)
 
 
-def _cases(work: Path, count: int, lose: float) -> list[Case]:
+def _cases(work: Path, count: int) -> list[Case]:
     """Return all cases, the dense FP32 bundle first: everything is compared with it."""
     samples, files = calibration_samples("demo", None, count)
-    goal = SelectionGoal(lose=lose / 100)
     cases = []
-    for name, wanted in (("dense", "dense"), ("calibrated", goal)):
+    for plan in ("dense", "visipruner"):
         folder, made = calibrate(
-            Origin("demo"), samples, wanted, files=files, out=work / name, progress=StepNames()
+            Origin("demo"), samples, plan, files=files, out=work / plan, progress=StepNames()
         )
         last = len(made.plan.stages) - 1
         cases += [
