@@ -30,8 +30,8 @@ import numpy as np
 
 from ..compile.export.texts import text_facts
 from ..compile.planfile import resolve_plan
-from ..graphs.contract import VISION
 from ..graphs.errors import VisistageError
+from ..graphs.parts import VISION
 from ..graphs.plan.call_cost import COUNTS, GraphCall, total_work, work_of
 from ..graphs.plan.cost import plan_loads
 from ..runtime.text.prompt import Prompt, PromptEncoder

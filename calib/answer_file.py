@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..graphs.contract import VISION
 from ..graphs.errors import CapacityError, DataError
 from ..graphs.fields import from_json, parse_json
 from ..graphs.files import check_place
+from ..graphs.parts import VISION
 from .samples import Sample
 
 if TYPE_CHECKING:

@@ -19,11 +19,12 @@ import torch
 
 from .. import __version__
 from ..graphs.bundle import MANIFEST_FORMAT
+from ..graphs.caches import cache_dtype
 from ..graphs.commands import visistage
 from ..graphs.config import ModelConfig
-from ..graphs.contract import StagePart, cache_dtype
 from ..graphs.errors import CapacityError, DataError, TargetError
 from ..graphs.fields import to_json
+from ..graphs.parts import StagePart
 from ..graphs.plan.plan import StagePlan
 from ..graphs.plan.routing import Routing
 from ..graphs.precision import NO_FALLBACK, Fp32Fallback

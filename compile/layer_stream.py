@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..graphs.modules.decoder import Linear
+from ..graphs.modules.layer import Linear
 from ..graphs.progress import Advance, no_advance
 from .checkpoint.checkpoint import Checkpoint
 from .quantize.fake_quantized import FakeQuantised

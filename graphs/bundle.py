@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .caches import cache_dtype
 from .commands import rebuild_command
 from .config import ModelConfig
 from .contract import ANY_CONTEXT as ANY_CONTEXT
-from .contract import GraphSpec, TensorSpec, cache_dtype
+from .contract import GraphSpec, TensorSpec
 from .dtypes import DTYPES
 from .errors import BundleError, ModelError, PlanError, TargetError
 from .fields import check_format, from_json, read_json, to_json

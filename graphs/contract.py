@@ -17,8 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from .caches import ahead_of, appended, cache_dtype, part_caches
 from .config import ModelConfig, TextConfig
 from .fusion import check_injected
+from .parts import PROBE, PROJECT, VISION, StagePart, part_names, probed
 from .plan.plan import StagePlan
 from .plan.stages import Edge
 from .precision import NO_FALLBACK, Fp32Fallback
@@ -35,24 +37,10 @@ INVISIBLE = 2**31 - 1
 PADDING_ORDER = INVISIBLE - 1
 """Order given to a padding row as a *query*: it sees every real row, so its output stays finite."""
 
-SLOT_STEP = 64
-"""Fixed numbers of slots are multiples of this."""
 
 ANY_CONTEXT = 0
 """Key of the one variant of a graph without a cache."""
 
-VISION = "vision"
-"""Name of the graph of encoder and projector, or of the encoder alone where a projection follows
-the choice of rows."""
-
-PROJECT = "project"
-"""Name of the graph that projects the rows that a plan's entry chose."""
-
-ENTRY = "entry"
-"""Name of the time that the entry's selector takes on the host, among those of graphs."""
-
-PROBE = "probe"
-"""Name of the graph that reads a layer in plans that decide per prompt."""
 
 ORT_LLM_SINCE = (1, 25)
 """First ONNX Runtime that runs opset 24 (Attention, TensorScatter), all lowerings' but
@@ -100,143 +88,6 @@ class GraphSpec:
         return self.has("S") or self.has("N")
 
 
-@dataclass(frozen=True)
-class StagePart:
-    """Consecutive layers of one stage that make one graph: the whole stage, unless memory for
-    compiling it is short.
-    """
-
-    stage: int
-    layers: tuple[int, int]  # first, one past the last
-
-    @property
-    def depth(self) -> int:
-        """Number of layers."""
-        return self.layers[1] - self.layers[0]
-
-    def ends(self, plan: StagePlan) -> bool:
-        """Return whether the stage ends with it."""
-        return self.layers[1] == plan.stages[self.stage].layers[1]
-
-    def gated_layers(self, plan: StagePlan) -> tuple[int, ...]:
-        """Return the layers of this part that read values through gates."""
-        return self._own(plan.stages[self.stage].gated_layers)
-
-    def gained_layers(self, plan: StagePlan) -> tuple[int, ...]:
-        """Return the layers of this part whose updates of rows have gains."""
-        return self._own(plan.stages[self.stage].gained_layers)
-
-    def attention_layers(self, plan: StagePlan) -> tuple[int, ...]:
-        """Return the layers of this part that attend, and so have a cache."""
-        return self._own(plan.stages[self.stage].attention_layers)
-
-    def _own(self, layers: Sequence[int]) -> tuple[int, ...]:
-        return tuple(layer for layer in layers if self.layers[0] <= layer < self.layers[1])
-
-    def injected_layers(self, text: TextConfig) -> tuple[int, ...]:
-        """Return the layers of this part at whose input features are added to visual rows."""
-        return tuple(layer for layer in text.inject if layer in range(*self.layers))
-
-
-def whole_stages(plan: StagePlan) -> list[StagePart]:
-    """Return one part for every stage."""
-    return [StagePart(index, stage.layers) for index, stage in enumerate(plan.stages)]
-
-
-def part_names(parts: Sequence[StagePart]) -> list[str]:
-    """Return the graphs' names: ``stage1``, or ``stage1.part0``, ``stage1.part1``, and so on."""
-    names = []
-    for stage in dict.fromkeys(part.stage for part in parts):
-        count = sum(part.stage == stage for part in parts)
-        name = f"stage{stage}"
-        names += [name] if count == 1 else [f"{name}.part{number}" for number in range(count)]
-    return names
-
-
-def stage_of(graph: str) -> int:
-    """Return the stage that a graph belongs to: 1 for ``stage1.part0`` and ``select1``.
-
-    The probe reads any stage; where it runs, all have the same slots, so the first is returned.
-    """
-    if graph == PROBE:
-        return 0
-    return int(graph.split(".")[0].removeprefix("stage").removeprefix("select"))
-
-
-def stage_slots(plan: StagePlan, visual_tokens: int, context: int) -> list[int]:
-    """Return the slots that each stage needs for ``context`` rows of unpruned prompt and answer.
-
-    Rows that a stage never sees need no slot: with one image a stage that keeps K of N visual
-    tokens is N - K slots shorter. Rounded up to ``SLOT_STEP``.
-    """
-    needed = [context - visual_tokens + stage.visual_tokens for stage in plan.stages]
-    return [-(-slots // SLOT_STEP) * SLOT_STEP for slots in needed]
-
-
-def cache_names(layers: Sequence[int]) -> list[tuple[str, str]]:
-    """Return the (key, value) input names of each of the layers, which all attend."""
-    return [(f"key.{layer}", f"value.{layer}") for layer in layers]
-
-
-def stage_parts(plan: StagePlan, stage: int, counts: Sequence[int]) -> list[StagePart]:
-    """Return the parts of a stage that hold so many layers with attention each, in turn.
-
-    Each part but the first begins with such a layer, so that what it holds follows from counts.
-    """
-    facts, parts = plan.stages[stage], []
-    starts = (facts.layers[0], *facts.attention_layers[1:], facts.layers[1])
-    at = 0
-    for count in counts:
-        parts.append(StagePart(stage, (starts[at], starts[at + count])))
-        at += count
-    return parts
-
-
-def scored_layer(plan: StagePlan, edge: int) -> int:
-    """Return the layer whose attention a select edge reads: the last before it that attends, or the
-    next.
-    """
-    before = plan.stages[edge]
-    ahead = plan.edges[edge].selector.next_layer
-    return before.layers[1] if ahead else before.attention_layers[-1]
-
-
-def ahead_of(plan: StagePlan, stage: int) -> int | None:
-    """Return the layer whose queries and keys ``stage`` computes beside its own, for its edge."""
-    ahead = probed(plan, stage) and plan.edges[stage].selector.next_layer
-    return scored_layer(plan, stage) if ahead else None
-
-
-def ahead_name(layer: int) -> str:
-    """Return the name of the cache of keys of a layer that the stage before it fills."""
-    return f"ahead.{layer}"
-
-
-def is_cache(name: str) -> bool:
-    """Return whether a stage's input of this name is a cache."""
-    return name.startswith(("key.", "value.", "ahead."))
-
-
-def part_caches(plan: StagePlan, part: StagePart) -> list[str]:
-    """Return the input names of all caches of (part of) a stage, in their order."""
-    names = [name for pair in cache_names(part.attention_layers(plan)) for name in pair]
-    ahead = ahead_of(plan, part.stage) if part.ends(plan) else None
-    return names if ahead is None else [*names, ahead_name(ahead)]
-
-
-def stage_caches(plan: StagePlan) -> list[list[str]]:
-    """Return the input names of all caches, by stage."""
-    return [part_caches(plan, part) for part in whole_stages(plan)]
-
-
-def select_caches(plan: StagePlan, edge: int) -> dict[str, str]:
-    """Return the caches that a selection reads, by the names that its graph has for them."""
-    layer = scored_layer(plan, edge)
-    if ahead_of(plan, edge) is not None:
-        return {"key": ahead_name(layer)}
-    return {"key": f"key.{layer}", "value": f"value.{layer}"}
-
-
 def inject_name(layer: int) -> str:
     """Return the name of the rows that are added to visual rows at the input of a layer."""
     return f"inject.{layer}"
@@ -250,11 +101,6 @@ def injected_of(tensors: Mapping[str, Rows]) -> dict[int, Rows]:
         for name, rows in tensors.items()
         if name.startswith(start)
     }
-
-
-def appended(name: str) -> str:
-    """Return the output name of a cache, or of its new rows where these are returned."""
-    return f"{name}.out"
 
 
 def returns_new_rows(spec: GraphSpec) -> bool:
@@ -321,11 +167,6 @@ def stage_spec(
     return GraphSpec(tuple(inputs), tuple(outputs))
 
 
-def probed(plan: StagePlan, index: int) -> bool:
-    """Return whether stage ``index`` ends in a selection."""
-    return index < len(plan.edges) and plan.edges[index].op == "select"
-
-
 def row_readings(plan: StagePlan, stage: int) -> tuple[str, ...]:
     """Return what ``stage`` hands out of its rows for the edge behind it (``ROW_READINGS``)."""
     return plan.edges[stage].selector.row_readings if probed(plan, stage) else ()
@@ -341,11 +182,6 @@ def _reading(text: TextConfig, name: str, rows: str, dtype: str) -> TensorSpec:
     if name == "change":
         return TensorSpec(name, "float32", ("B", rows))
     return TensorSpec(name, dtype, ("B", rows, text.heads, text.head_dim))
-
-
-def cache_dtype(dtype: str, cache: CacheScheme) -> str:
-    """Return the type of cached keys and values in graphs whose floats are of type ``dtype``."""
-    return "int8" if cache == "int8" else dtype
 
 
 def scale_specs(text: TextConfig, dtype: str, cache: CacheScheme) -> list[TensorSpec]:

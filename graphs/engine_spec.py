@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .bundle import ANY_CONTEXT, Manifest
-from .contract import PROBE, SLOT_STEP, GraphSpec, stage_of, stage_slots
+from .caches import SLOT_STEP, stage_slots
+from .contract import GraphSpec
+from .parts import PROBE, stage_of
 
 DECODE_ROWS = 8
 """Most rows of a call in the decode profile."""

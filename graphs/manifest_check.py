@@ -10,11 +10,13 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .contract import ANY_CONTEXT, SLOT_STEP, StagePart, graph_specs, stage_parts
+from .caches import SLOT_STEP
+from .contract import ANY_CONTEXT, graph_specs
 from .dtypes import DTYPES
 from .errors import BundleError
 from .fields import Words, check_word, reject
 from .inside import is_plain
+from .parts import StagePart, stage_parts
 from .quantization import base_of
 from .targets import TARGETS
 

@@ -22,8 +22,8 @@ QUANTISED_LLM = ("int8", "w8", "w4")
 blocks, which came with opset 21."""
 
 LLM, LLM_CONDITIONAL, PORTABLE = LOWERINGS = "llm", "branched", "portable"
-"""The operators that graphs are written in (``graphs/modules/ops.py``): ``Llm``;
-``LlmBranched``; ``Portable``."""
+"""The operators that graphs are written in (``graphs/modules``): ``Llm``; ``LlmConditional``;
+``Portable``."""
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt_rtx"

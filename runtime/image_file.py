@@ -29,9 +29,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..graphs.bundle import MANIFEST, Bundle, sha256
+from ..graphs.caches import stage_caches
 from ..graphs.chain.chain import places_in
 from ..graphs.chain.executor import Encoded
-from ..graphs.contract import INVISIBLE, inject_name, injected_of, stage_caches
+from ..graphs.contract import INVISIBLE, inject_name, injected_of
 from ..graphs.dtypes import BY_SAFETENSORS, DTYPES
 from ..graphs.errors import ImageError
 from ..graphs.fields import Words, show

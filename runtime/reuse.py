@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from ..graphs.bundle import Bundle
+from ..graphs.caches import stage_caches
 from ..graphs.chain.chain import AppendedRows, Chain, Prefilled, PrefilledPart
 from ..graphs.chain.enter import entered_rows, positions_at
 from ..graphs.chain.executor import Encoded, StageResult
-from ..graphs.contract import stage_caches
 from ..graphs.errors import CapacityError
 from ..graphs.plan.plan import StagePlan
 from ..graphs.selectors.edge import ROW_READINGS

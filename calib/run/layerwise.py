@@ -36,7 +36,8 @@ from ...graphs.chain.torch_encoder import chosen_rows
 from ...graphs.config import ModelConfig
 from ...graphs.contract import projects_later, row_readings, vision_readings
 from ...graphs.errors import PlanError
-from ...graphs.modules.decoder import Body, Head, Linear, Logits
+from ...graphs.modules.decoder import Body, Head, Logits
+from ...graphs.modules.layer import Linear
 from ...graphs.modules.ops import Eager
 from ...graphs.modules.quantized import round_caches
 from ...graphs.modules.select import Prober, Selector

@@ -9,7 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ...graphs.contract import ENTRY, PROBE, PROJECT, VISION, projects_later
+from ...graphs.contract import projects_later
+from ...graphs.parts import ENTRY, PROBE, PROJECT, VISION
 from ...graphs.plan.cost import Cost, Geometry, Load, cost_of, plan_loads, reduction_percent
 
 if TYPE_CHECKING:

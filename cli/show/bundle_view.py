@@ -8,7 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ...graphs.bundle import Bundle, GraphFact
-from ...graphs.contract import TensorSpec, is_cache
+from ...graphs.caches import is_cache
+from ...graphs.contract import TensorSpec
 from ...graphs.fields import to_json
 from ...graphs.precision import ALWAYS
 from ...pages.units import show_bytes

@@ -11,7 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ...graphs.bundle import Bundle
-from ...graphs.contract import GraphSpec, is_cache
+from ...graphs.caches import is_cache
+from ...graphs.contract import GraphSpec
 from ...graphs.engine_index import EngineFact, Engines
 from ...pages.units import show_bytes, show_seconds
 

@@ -28,7 +28,8 @@ import torch
 from torch import nn
 
 from ...graphs.config import ModelConfig, TextConfig
-from ...graphs.modules.decoder import Body, Linear
+from ...graphs.modules.decoder import Body
+from ...graphs.modules.layer import Linear
 from ...graphs.modules.ops import Eager
 from ...graphs.modules.vision import Vision, VisionEncoder
 from ...graphs.plan.routing import Routing, is_router

@@ -1,7 +1,7 @@
 """Attention that asks how many rows are new, for ONNX Runtime on a CPU.
 
-Written in place of ``ops.CONDITIONAL_ATTENTION``, once a graph is flat, as an ``If`` of two forms
-of the same sum:
+Written in place of ``onnx_ops.CONDITIONAL_ATTENTION``, once a graph is flat, as an ``If`` of two
+forms of the same sum:
 
     many rows   Values under their gates, then fused attention. Where rows come in order, in
                 ``PIECES`` pieces, each over the slots that its last row may see: most of what a
@@ -23,7 +23,8 @@ import numpy as np
 import onnx_ir
 
 from ...graphs.contract import MANY_ROWS
-from ...graphs.modules.ops import CONDITIONAL_ATTENTION, SOFTMAX_FLOOR
+from ...graphs.modules.onnx_ops import CONDITIONAL_ATTENTION
+from ...graphs.modules.ops import SOFTMAX_FLOOR
 
 PIECES = 4
 
@@ -31,7 +32,7 @@ DOMAIN, _, OPERATOR = CONDITIONAL_ATTENTION.partition("::")
 
 
 def write_conditional_attention(model: onnx_ir.Model) -> None:
-    """Write out every ``ops.CONDITIONAL_ATTENTION`` of a flat graph, in place."""
+    """Write out every ``onnx_ops.CONDITIONAL_ATTENTION`` of a flat graph, in place."""
     calls = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]
     if not calls:
         return

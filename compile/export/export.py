@@ -16,25 +16,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...graphs.config import ModelConfig, TextConfig
-from ...graphs.contract import (
-    PROBE,
-    PROJECT,
-    VISION,
-    GraphSpec,
-    StagePart,
-    graph_specs,
-    part_names,
-    projects_later,
-    vision_readings,
-    whole_stages,
-)
+from ...graphs.contract import GraphSpec, graph_specs, projects_later, vision_readings
 from ...graphs.linears import linear_groups
 from ...graphs.modules.decoder import DecoderStage
-from ...graphs.modules.ops import Llm, LlmConditional, LlmRows, Portable
+from ...graphs.modules.onnx_ops import Llm, LlmConditional, LlmRows
+from ...graphs.modules.portable_ops import Portable
 from ...graphs.modules.quantized import is_cache_scale, replace_linears, round_caches
 from ...graphs.modules.rope import frequencies
 from ...graphs.modules.select import Prober, Selector
 from ...graphs.modules.vision import Projection, Vision
+from ...graphs.parts import PROBE, PROJECT, VISION, StagePart, part_names, whole_stages
 from ...graphs.plan.plan import StagePlan
 from ...graphs.precision import NO_FALLBACK, Fp32Fallback
 from ...graphs.quantization import FLOAT, Quantization
@@ -95,7 +86,7 @@ def graphs_of(
         fallback: what of an FP16 decoder must be wider.
         quantization: which linear layers and caches are integers.
         engines: layers of one input round it once (``quantized.replace_linears``), and INT8 caches
-            are returned row by row (``ops.LlmRows``).
+            are returned row by row (``onnx_ops.LlmRows``).
     """
     parts = parts or whole_stages(plan)
     cache = quantization.cache

@@ -17,10 +17,11 @@ import onnx_ir
 import torch
 
 from ...graphs.bundle import ANY_CONTEXT
+from ...graphs.caches import SLOT_STEP, stage_slots
 from ...graphs.config import ModelConfig, TextConfig
-from ...graphs.contract import SLOT_STEP, StagePart, stage_of, stage_parts, stage_slots
 from ...graphs.errors import CapacityError, TargetError
-from ...graphs.modules.decoder import HALVES
+from ...graphs.modules.layer import HALVES
+from ...graphs.parts import StagePart, stage_of, stage_parts
 from ...graphs.plan.plan import StagePlan
 from ...graphs.targets import LLM, MAX_HEAD, Target
 from ..checkpoint.names import HEAD_WEIGHT, decoder_shapes

@@ -28,12 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from ...graphs.config import ModelConfig
-from ...graphs.contract import whole_stages
 from ...graphs.errors import ModelError, TargetError
 from ...graphs.linears import ATTENTION_OUTPUT, MLP_OUTPUT, in_decoder_layer
-from ...graphs.modules.decoder import DecoderStage, Linear, Norm
+from ...graphs.modules.decoder import DecoderStage
+from ...graphs.modules.layer import Linear, Norm
 from ...graphs.modules.ops import Eager
 from ...graphs.modules.vision import Vision
+from ...graphs.parts import whole_stages
 from ...graphs.precision import HALF_MAX, SAFE_MAX, Fp32Fallback, Reason
 from ...graphs.presets.presets import preset
 from ...graphs.progress import Advance, no_advance

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..caches import scored_layer
 from ..config import TextConfig
-from ..contract import BY_LAYER, INVISIBLE, probed, scored_layer, whole_stages
+from ..contract import BY_LAYER, INVISIBLE
 from ..errors import ModelError, PlanError, PromptError
 from ..fusion import NAMED_DEPTH, read_fusion
 from ..modules.decoder import DecoderStage
@@ -26,6 +27,7 @@ from ..modules.ops import Eager
 from ..modules.quantized import CACHE_SCALES
 from ..modules.routers.notes import GateNotes
 from ..modules.select import Prober, Selector
+from ..parts import probed, whole_stages
 from ..plan.plan import StagePlan
 from ..plan.routing import is_router
 from ..precision import NO_FALLBACK, Fp32Fallback

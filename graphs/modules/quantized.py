@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..linears import Group
 from ..quantization import CacheScheme, Scheme, block_of
-from .decoder import AheadAttention, Attention, Linear
+from .layer import AheadAttention, Attention, Linear
 from .ops import Eager
 
 WEIGHT = {"w8a8": "weight_int8", "w8": "weight_int8", "w4": "weight_int4"}
@@ -70,7 +70,7 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        """Return as ``decoder.Linear`` does; ``input_scale`` is that of x as it comes, scaled."""
+        """Return as ``layer.Linear`` does; ``input_scale`` is that of x as it comes, scaled."""
         if self.input_scale is not None:
             x = self.ops.fake_quantised(x, self.input_scale)
         values = getattr(self, WEIGHT[self.scheme])

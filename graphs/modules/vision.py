@@ -18,7 +18,8 @@ from ..contract import NEAREST_WORDS
 from ..precision import NO_FALLBACK, Fp32Fallback
 from ..selectors.entry import PROJECTED
 from ..vision_config import VisionConfig
-from .decoder import Call, Linear, direct
+from .decoder import Call, direct
+from .layer import Linear
 from .ops import Eager
 
 

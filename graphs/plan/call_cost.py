@@ -18,8 +18,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from ..caches import ahead_of
 from ..config import ModelConfig
-from ..contract import PROBE, VISION, ahead_of, projects_later, stage_of
+from ..contract import projects_later
+from ..parts import PROBE, VISION, stage_of
 from ..quantization import SCALE_BLOCK, parse_quant_config
 from .cost import Geometry
 from .plan import StagePlan

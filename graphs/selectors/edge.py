@@ -39,7 +39,7 @@ class EdgeSelector:
         summary: what it ranks by, in a line.
         reads: names in ``READINGS``.
         next_layer: whether they are those of the layer behind the edge, of all rows before it. The
-            stage before then ends in that layer's norm, queries and keys (``decoder.Ahead``).
+            stage before then ends in that layer's norm, queries and keys (``layer.Ahead``).
     """
 
     name: str

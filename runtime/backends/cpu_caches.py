@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from ...graphs.bundle import Bundle
-from ...graphs.contract import stage_caches
+from ...graphs.caches import stage_caches
 from .feeds import PromptCalls, stored_cache_scales
 
 BUCKET = 128

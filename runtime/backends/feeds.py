@@ -13,22 +13,12 @@ from typing import Any
 import numpy as np
 
 from ...graphs.bundle import Bundle, TensorRef
+from ...graphs.caches import scored_layer, select_caches
 from ...graphs.chain.enter import choose_rows, encoded
 from ...graphs.chain.executor import ANY_IMAGE, Encoded, Kept
-from ...graphs.contract import (
-    BY_LAYER,
-    ENTRY,
-    PROBE,
-    PROJECT,
-    VISION,
-    GraphSpec,
-    TensorSpec,
-    injected_of,
-    projects_later,
-    scored_layer,
-    select_caches,
-)
+from ...graphs.contract import BY_LAYER, GraphSpec, TensorSpec, injected_of, projects_later
 from ...graphs.errors import BundleError
+from ...graphs.parts import ENTRY, PROBE, PROJECT, VISION
 
 
 def map_tensor(bundle: Bundle, ref: TensorRef) -> np.ndarray:

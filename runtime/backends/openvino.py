@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from ...graphs.bundle import Bundle
+from ...graphs.caches import appended, is_cache
 from ...graphs.chain.executor import StageResult
 from ...graphs.commands import install
-from ...graphs.contract import GraphSpec, appended, is_cache, row_readings
+from ...graphs.contract import GraphSpec, row_readings
 from ...graphs.errors import BundleError, MissingDependencyError
 from ...graphs.targets import OPENVINO, Target, find_target
 from ..autotune import choose_threads

@@ -18,9 +18,10 @@ import numpy as np
 import psutil
 
 from ...graphs.bundle import Bundle
+from ...graphs.caches import appended
 from ...graphs.chain.executor import StageResult
 from ...graphs.commands import rebuild_command
-from ...graphs.contract import ORT_LLM_SINCE, GraphSpec, appended, returns_new_rows, row_readings
+from ...graphs.contract import ORT_LLM_SINCE, GraphSpec, returns_new_rows, row_readings
 from ...graphs.errors import BundleError, CapacityError
 from ...graphs.targets import PORTABLE, Target
 from ..autotune import choose_threads

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...graphs.bundle import Manifest
-from ...graphs.contract import PROJECT, SLOT_STEP, VISION
+from ...graphs.caches import SLOT_STEP
 from ...graphs.errors import CapacityError
+from ...graphs.parts import PROJECT, VISION
 from .calls import Loaded, LooseCall, share_scratch
 from .memory import Memory
 from .protocol import Compiled, EngineApi

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from ...graphs.bundle import Bundle
+from ...graphs.caches import appended
 from ...graphs.commands import visistage
-from ...graphs.contract import TensorSpec, appended
+from ...graphs.contract import TensorSpec
 from ...graphs.engine_index import EngineFact, Engines, compile_again
 from ...graphs.errors import EngineError, MissingDependencyError
 from ...graphs.targets import Target, show_capability

@@ -13,15 +13,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ...graphs.caches import appended
 from ...graphs.chain.executor import StageResult
-from ...graphs.contract import (
-    BY_LAYER,
-    TensorSpec,
-    appended,
-    inject_name,
-    injected_of,
-    returns_new_rows,
-)
+from ...graphs.contract import BY_LAYER, TensorSpec, inject_name, injected_of, returns_new_rows
 from ...graphs.errors import CapacityError
 from ...graphs.selectors.edge import ROW_READINGS
 from ..backends.feeds import layers_taking, shape_of, stage_feeds

@@ -17,7 +17,7 @@ from visistage.demo.heldout import held_out
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.chain.enter import positioned
 from visistage.graphs.errors import CapacityError, PlanError, PromptError
-from visistage.graphs.modules.decoder import Linear
+from visistage.graphs.modules.layer import Linear
 from visistage.graphs.modules.ops import Eager
 from visistage.graphs.modules.vision import Vision
 from visistage.graphs.plan.gates import stage_gates

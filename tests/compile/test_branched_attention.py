@@ -38,7 +38,7 @@ TYPES = {
     "value_gate": (FLOAT, 2),
     "sink_gate": (FLOAT, 2),
 }
-"""Type and rank of what ``ops.CONDITIONAL_ATTENTION`` takes, gates last."""
+"""Type and rank of what ``onnx_ops.CONDITIONAL_ATTENTION`` takes, gates last."""
 
 
 def branched(

@@ -31,8 +31,9 @@ from visistage.compile.quantize.fp16_ranges import (
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import ModelError, TargetError
 from visistage.graphs.fields import from_json, to_json
-from visistage.graphs.modules.decoder import DecoderLayer, Linear
-from visistage.graphs.modules.ops import Eager, Llm
+from visistage.graphs.modules.layer import DecoderLayer, Linear
+from visistage.graphs.modules.onnx_ops import Llm
+from visistage.graphs.modules.ops import Eager
 from visistage.graphs.precision import HALF_MAX, NO_FALLBACK, SAFE_MAX, Fp32Fallback, Reason
 from visistage.runtime.session import load
 from visistage.tests.support.staged import Staged, compared

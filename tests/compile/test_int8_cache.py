@@ -481,7 +481,7 @@ def test_engines_take_caches_of_integers_and_hand_rows_back(bundles, tmp_path):
     find_trt_variant(TENSORRT_RTX) is None, reason="pip install -e '.[rtx]' (Linux only)"
 )
 def test_tensorrt_still_refuses_to_update_integers_in_place(bundles, tmp_path):
-    """Why engines hand rows back; where this fails, ``ops.LlmRows`` may go."""
+    """Why engines hand rows back; where this fails, ``onnx_ops.LlmRows`` may go."""
     bundle = bundles("pruned")
     (recipe,) = [one for one in engine_specs_of(bundles("rtx").manifest) if one.graph == "stage1"]
     spec = bundle.manifest.graphs["stage1"].spec

@@ -7,8 +7,9 @@ import torch
 from visistage.compile.planfile import plan_from_yaml, plan_to_yaml
 from visistage.graphs.chain import chain as host
 from visistage.graphs.chain import torch_reference as chain
-from visistage.graphs.contract import stage_parts, stage_spec, whole_stages
+from visistage.graphs.contract import stage_spec
 from visistage.graphs.errors import PlanError
+from visistage.graphs.parts import stage_parts, whole_stages
 from visistage.graphs.plan.call_cost import GraphCall, Sizes, decoder_work
 from visistage.graphs.plan.cost import LLAVA_7B, Geometry, plan_cost
 from visistage.graphs.plan.plan import StagePlan

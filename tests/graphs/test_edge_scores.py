@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from visistage.graphs.chain import torch_reference as chain
-from visistage.graphs.contract import INVISIBLE, select_spec, stage_spec, whole_stages
+from visistage.graphs.contract import INVISIBLE, select_spec, stage_spec
 from visistage.graphs.modules import scores
 from visistage.graphs.modules.select import Selector
+from visistage.graphs.parts import whole_stages
 from visistage.graphs.plan.stages import Edge
 from visistage.graphs.presets.presets import preset
 from visistage.graphs.selectors.edge import READINGS

@@ -14,9 +14,10 @@ from visistage.compile.planfile import plan_from_yaml, plan_to_yaml
 from visistage.graphs.chain import torch_encoder
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.chain.torch_encoder import TorchEncoder
-from visistage.graphs.contract import PROJECT, VISION, graph_specs, vision_readings, whole_stages
+from visistage.graphs.contract import graph_specs, vision_readings
 from visistage.graphs.errors import PlanError, PromptError
 from visistage.graphs.modules.vision import EncoderLayer
+from visistage.graphs.parts import PROJECT, VISION, whole_stages
 from visistage.graphs.plan.plan import StagePlan
 from visistage.graphs.plan.stages import Entry
 from visistage.graphs.presets.presets import parse_request, preset

@@ -8,9 +8,10 @@ import torch
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.graphs.chain import chain, run
 from visistage.graphs.config import ModelConfig
-from visistage.graphs.contract import graph_specs, whole_stages
+from visistage.graphs.contract import graph_specs
 from visistage.graphs.errors import ModelError, PlanError
 from visistage.graphs.fusion import read_fusion
+from visistage.graphs.parts import whole_stages
 from visistage.graphs.plan.plan import StagePlan
 from visistage.graphs.presets.presets import parse_request, preset
 from visistage.runtime.image.image import load_image, preprocess

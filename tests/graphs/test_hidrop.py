@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from visistage.graphs.caches import ahead_of, part_caches
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.config import TextConfig
-from visistage.graphs.contract import ahead_of, part_caches, stage_spec, whole_stages
+from visistage.graphs.contract import stage_spec
 from visistage.graphs.errors import PlanError
-from visistage.graphs.modules.decoder import Ahead
+from visistage.graphs.modules.layer import Ahead
 from visistage.graphs.modules.ops import Eager
 from visistage.graphs.modules.rope import frequencies, turn
 from visistage.graphs.modules.select import Selector
+from visistage.graphs.parts import whole_stages
 from visistage.graphs.plan.call_cost import COUNTS, GraphCall, decoder_work
 from visistage.graphs.plan.cost import LLAVA_7B, Geometry, plan_cost
 from visistage.graphs.plan.plan import StagePlan

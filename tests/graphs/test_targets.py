@@ -13,10 +13,11 @@ from visistage.compile.export.static_shapes import (
     resolve_parts,
     split,
 )
+from visistage.graphs.caches import SLOT_STEP, stage_slots
 from visistage.graphs.config import ModelConfig
-from visistage.graphs.contract import SLOT_STEP, part_names, stage_of, stage_parts, stage_slots
 from visistage.graphs.engine_spec import DECODE_ROWS, engine_specs_of
 from visistage.graphs.errors import CapacityError, TargetError
+from visistage.graphs.parts import part_names, stage_of, stage_parts
 from visistage.graphs.presets.presets import preset
 from visistage.graphs.targets import (
     BASIC_OPERATORS,

@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from visistage.compile.checkpoint.known_models import KNOWN_MODELS
+from visistage.graphs.caches import cache_names
 from visistage.graphs.config import ModelConfig
-from visistage.graphs.contract import StagePart, cache_names
 from visistage.graphs.modules.decoder import DecoderStage
 from visistage.graphs.modules.ops import Eager
 from visistage.graphs.modules.vision import Vision
+from visistage.graphs.parts import StagePart
 from visistage.graphs.plan.call_cost import (
     GraphCall,
     Sizes,

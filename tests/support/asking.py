@@ -3,11 +3,12 @@
 import numpy as np
 import torch
 from visistage.graphs.chain import torch_reference as chain
-from visistage.graphs.contract import INVISIBLE, PROBE, whole_stages
+from visistage.graphs.contract import INVISIBLE
 from visistage.graphs.modules.decoder import DecoderStage, direct
 from visistage.graphs.modules.ops import Eager
 from visistage.graphs.modules.select import Prober, Selector
 from visistage.graphs.modules.vision import Vision
+from visistage.graphs.parts import PROBE, whole_stages
 
 PLANS = {
     "dense": "dense",

@@ -15,7 +15,7 @@ import numpy as np
 from visistage.compile.engines import engines
 from visistage.compile.engines.worker_process import CompileOutcome
 from visistage.graphs.bundle import MANIFEST, sha256
-from visistage.graphs.contract import appended, is_cache
+from visistage.graphs.caches import appended, is_cache
 from visistage.graphs.engine_index import ENGINES_FOLDER, ENGINES_INDEX, EngineFact
 from visistage.graphs.engine_spec import engine_specs_of
 from visistage.graphs.targets import find_target

@@ -12,7 +12,7 @@ from visistage.bench.fit import Observation, error_of, fit, leave_one_out, valid
 from visistage.cli.main import main
 from visistage.cli.show.estimate_view import show_times
 from visistage.graphs.bundle import Bundle
-from visistage.graphs.contract import stage_slots
+from visistage.graphs.caches import stage_slots
 from visistage.graphs.errors import CapacityError, TargetError
 from visistage.graphs.plan.call_cost import GraphCall, Sizes, question_calls, work_of
 from visistage.tools.estimate import devices

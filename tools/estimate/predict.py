@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...graphs.contract import VISION, stage_slots
+from ...graphs.caches import stage_slots
 from ...graphs.errors import CapacityError, TargetError
+from ...graphs.parts import VISION
 from ...graphs.plan.call_cost import (
     GraphCall,
     Sizes,

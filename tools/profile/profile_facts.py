@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ...graphs.bundle import Bundle
-from ...graphs.contract import ENTRY, PROJECT, VISION
+from ...graphs.parts import ENTRY, PROJECT, VISION
 from .peak_memory import Footprint
 from .power import Meter
 from .roofline import Peaks, parts_of, works_of

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...graphs.contract import PROJECT, VISION
+from ...graphs.parts import PROJECT, VISION
 from ...pages.chart import Axis, Chart, of_decades
 from ...pages.page import render_page
 from .machine import machine_line

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...graphs.chain.executor import Encoded
-from ...graphs.contract import VISION
+from ...graphs.parts import VISION
 from ...graphs.plan.call_cost import GraphCall
 from ...graphs.plan.plan import StagePlan
 from ...runtime.reuse import PromptImage, PromptPart

@@ -24,8 +24,8 @@ from PIL import Image
 
 from ...graphs.chain.executor import observed
 from ...graphs.commands import rebuild_command
-from ...graphs.contract import PROBE, VISION
 from ...graphs.errors import PromptError
+from ...graphs.parts import PROBE, VISION
 from ...graphs.plan.call_cost import GraphCall
 from ...graphs.progress import Advance, no_advance
 

@@ -18,19 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ...compile.layer_stream import without_weights
-from ...graphs.contract import (
-    ORT_LLM_SINCE,
-    PROBE,
-    PROJECT,
-    VISION,
-    vision_readings,
-)
+from ...graphs.contract import ORT_LLM_SINCE, vision_readings
 from ...graphs.errors import BundleError
 from ...graphs.modules.decoder import DecoderStage
 from ...graphs.modules.ops import Eager
 from ...graphs.modules.quantized import is_cache_scale
 from ...graphs.modules.select import Prober, Selector
 from ...graphs.modules.vision import Projection, Vision
+from ...graphs.parts import PROBE, PROJECT, VISION
 from ...graphs.precision import NO_FALLBACK, Fp32Fallback
 from ...graphs.targets import PORTABLE
 from ...runtime.backends.onnx_runtime import ort

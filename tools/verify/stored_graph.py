@@ -17,18 +17,11 @@ import torch
 
 from ...compile.quantize.int_arithmetic import unpack_int4
 from ...graphs.bundle import Bundle, Manifest, TensorRef
-from ...graphs.contract import (
-    BY_LAYER,
-    INVISIBLE,
-    MANY_ROWS,
-    GraphSpec,
-    StagePart,
-    stage_of,
-    stage_parts,
-)
+from ...graphs.contract import BY_LAYER, INVISIBLE, MANY_ROWS, GraphSpec
 from ...graphs.errors import BundleError
 from ...graphs.linears import linear_groups
 from ...graphs.modules.quantized import CACHE_SCALES, replace_linears, round_caches
+from ...graphs.parts import StagePart, stage_of, stage_parts
 from ...graphs.targets import LLM_CONDITIONAL, find_target
 
 BUILD_AGAIN = "Build the bundle again: visistage build MODEL"

@@ -11,7 +11,8 @@ import onnx
 
 from ...compile.export.static_shapes import BATCH, DECOMPOSABLE
 from ...graphs.bundle import ANY_CONTEXT
-from ...graphs.contract import stage_of, stage_slots
+from ...graphs.caches import stage_slots
+from ...graphs.parts import stage_of
 from .verify_report import CheckResult
 from .verify_target import NothingError, VerifyTarget
 
