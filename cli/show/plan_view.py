@@ -32,7 +32,7 @@ from ...graphs.plan.cost import (
 )
 from ...graphs.plan.plan import StagePlan
 from ...graphs.plan.stages import Edge
-from ...graphs.presets.presets import LATER, PRESETS
+from ...graphs.presets.presets import PRESETS
 from ...graphs.presets.request import UNCALIBRATED
 
 _TOTALS = {
@@ -286,8 +286,7 @@ def preset_facts() -> dict[str, Any]:
 
 def preset_table() -> Table:
     """Tabulate the presets with their options."""
-    later = ", ".join(LATER)
-    table = Table("preset", "what it does", "options", caption=f"Planned: {later}")
+    table = Table("preset", "what it does", "options")
     for name, preset in PRESETS.items():
         options = "\n".join(f"{option}: {about}" for option, about in preset.options().items())
         table.add_row(name, preset.summary, options)

@@ -24,6 +24,7 @@ from .per_prompt import VisiPrunerAdaptive, VisiPrunerCode, VisiPrunerPaper
 from .request import Layer, Preset, Request, as_word
 from .routed import Dllm, Mod, SkipGpt, SkipGptLrm
 from .static import Dense, Depth, ExitOnly, FastV, PyramidDrop, VisiPruner
+from .vica import ViCA
 
 _ALL: tuple[type[Preset], ...] = (
     Dense,
@@ -37,6 +38,7 @@ _ALL: tuple[type[Preset], ...] = (
     V2Drop,
     Tops,
     HiDrop,
+    ViCA,
     ExitOnly,
     SkipGpt,
     SkipGptLrm,
@@ -49,25 +51,28 @@ _ALL: tuple[type[Preset], ...] = (
 
 PRESETS = {preset.name: preset for preset in _ALL}
 
-LATER = ("vica",)
 _REMEDY = "Write options such as t=14, cosine=0.99, deep=false or boundaries=8-16-32."
 
 
-def preset(name: str, layers: int, visual_tokens: int, **options: Any) -> StagePlan:
+def preset(
+    name: str, layers: Any = None, visual_tokens: Any = None, /, **options: Any
+) -> StagePlan:
     """Return the plan of preset ``name`` for ``layers`` layers and N ``visual_tokens``.
 
-    The plan is called after the preset and the options given, so that two settings never share a
-    directory: ``visipruner-t14-keep32``. Options: ``PRESETS[name].options()``.
+    Both may also be given by these names, by which a preset may have an option, too. The plan is
+    called after the preset and the options given, so that two settings never share a directory:
+    ``visipruner-t14-keep32``. Options: ``PRESETS[name].options()``.
 
     Raises:
         PlanError: an unknown preset or option, or values that contradict each other.
     """
     if name not in PRESETS:
-        if name in LATER:
-            hint = f" {name} is planned, but not supported yet."
-        else:
-            hint = nearest(name, tuple(PRESETS))
+        hint = nearest(name, tuple(PRESETS))
         raise PlanError(f"preset: found {name!r}, expected one of {', '.join(PRESETS)}.{hint}")
+    if layers is None:
+        layers = options.pop("layers", None)
+    if visual_tokens is None:
+        visual_tokens = options.pop("visual_tokens", None)
     for field, value in (("layers", layers), ("visual_tokens", visual_tokens)):
         if not is_count(value):
             raise PlanError(

@@ -66,7 +66,8 @@ def test_files_round_trip(tmp_path, suffix):
 @st.composite
 def some_plans(draw):
     name = draw(st.sampled_from(sorted(PRESETS)))
-    plan = preset(name, draw(st.integers(4, 40)), draw(st.integers(8, 700)))
+    layers = 32 if name == "vica" else draw(st.integers(4, 40))
+    plan = preset(name, layers, draw(st.integers(8, 700)))
     note = draw(st.text(max_size=60).filter(str.isprintable))
     fields = {"note": note, "calibrated": draw(st.booleans())}
     return replace(plan, **fields, name=draw(st.sampled_from(["1", "1e3", "no", "a"])))

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from visistage.graphs.errors import PlanError
 from visistage.graphs.plan.plan import StagePlan
-from visistage.graphs.presets.presets import LATER, PRESETS, parse_request, preset
+from visistage.graphs.presets.presets import PRESETS, parse_request, preset
 from visistage.graphs.presets.request import UNCALIBRATED
 
 
@@ -101,7 +101,6 @@ def test_peers(name, options, expected):
     ("name", "options", "message"),
     [
         ("visiprunr", {}, "Did you mean 'visipruner'?"),
-        ("vica", {}, "vica is planned, but not supported yet"),
         (
             "visipruner",
             {"kep": 3},
@@ -164,7 +163,11 @@ def test_many_tokens_stay_within_top_k():
 
 
 @settings(deadline=None)
-@given(st.sampled_from(sorted(PRESETS)), st.integers(4, 80), st.integers(8, 3000))
+@given(
+    st.sampled_from(sorted(set(PRESETS) - {"vica"})),  # which has to be told
+    st.integers(4, 80),
+    st.integers(8, 3000),
+)
 def test_every_preset_fits_every_decoder(name, layers, visual_tokens):
     plan = preset(name, layers, visual_tokens)
     assert (plan.layers, plan.visual_tokens, plan.name) == (layers, visual_tokens, name)
@@ -187,10 +190,6 @@ def test_any_options_give_a_plan_or_a_plan_error(options, name):
     except PlanError:
         return
     assert plan.layers == 10
-
-
-def test_presets_of_later_versions_are_not_offered():
-    assert not set(LATER) & set(PRESETS)
 
 
 def from_text(text):

@@ -14,6 +14,8 @@ pytest.importorskip("onnxruntime")
 PLANS = ("scope:keep=6", "visionzip:keep=7", "fastv:k=3,r=0.5,entry=divprune-9", "random:keep=5")
 LATE = (
     "exit-only:e=5,entry=scope-6-at3",
+    "vica:layers=0-1-4,prefix=frozen",
+    "vica:layers=2-3-6,prefix=updated,entry=scope-6",
     "hidrop:entry=2,edges=3-5,keep=6-2,exit=7",
     "hidrop:entry=1,edges=4,keep=5,exit=8,positions=separate",
     "hidrop:entry=2,edges=3-5,keep=6-2,exit=7,positions=renumbered",

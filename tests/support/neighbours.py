@@ -130,15 +130,25 @@ def heads(x: Tensor, layer: int, name: str, positions: Tensor | None) -> Tensor:
     return made if name == "q_proj" else made.repeat_interleave(HEADS // GROUPS, 0)
 
 
-def attention(rows: Rows, keys: Rows, layer: int, positions: Callable[[Rows], Tensor]) -> Tensor:
-    """Return the update (n, D) of rows that attend to keys with places not above their own."""
+def attention(
+    rows: Rows,
+    keys: Rows,
+    layer: int,
+    positions: Callable[[Rows], Tensor],
+    gate: Tensor | None = None,
+) -> Tensor:
+    """Return the update (n, D) of rows that attend to keys with places not above their own.
+
+    ``gate``: factors (m,) of what each key gets, after the softmax.
+    """
     x, of_keys = (norm(r.x, weight(layer, "input_layernorm"), 1e-5) for r in (rows, keys))
     q = heads(x, layer, "q_proj", positions(rows))
     k = heads(of_keys, layer, "k_proj", positions(keys))
     v = heads(of_keys, layer, "v_proj", None)
     hidden = keys.place[None] > rows.place[:, None]
     scores = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf)
-    out = (scores.softmax(-1) @ v).transpose(0, 1).reshape(len(rows.x), -1)
+    shares = scores.softmax(-1) if gate is None else scores.softmax(-1) * gate
+    out = (shares @ v).transpose(0, 1).reshape(len(rows.x), -1)
     return out @ weight(layer, "self_attn.o_proj").T
 
 
@@ -258,6 +268,43 @@ def hidrop(
             if layer >= entry or bug == "conditioned rows":
                 vision = here.only(here.visual)
         return logits_of(text), done
+
+    return forward
+
+
+def vica(seeing: tuple[int, ...], prefix: str = "frozen", bug: str = "") -> Method:
+    """ViCA: raw visual rows are keys and values of the layers ``seeing``, and change nowhere.
+
+    ``prefix``: frozen, or updated by attention; ``bug``: a mistake that a test plants.
+    """
+
+    def forward(rows: Rows, count: int, kept: Chosen | None) -> tuple[Tensor, Chosen]:
+        text, vision = rows.only(~rows.visual), rows.only(rows.visual)
+        first, size = int(vision.place[0]), len(vision.place)
+        before = (text.place < first)[:, None]
+        closed = torch.arange(len(rows.place))
+        closed = closed - size * (closed >= first + size)
+        for layer in range(LAYERS):
+            sees, gate = layer in seeing, None
+            keys = text.joined(vision) if sees else text
+            if bug == "gated after the softmax" and not sees:
+                keys = text.joined(vision)
+                gate = 1 - keys.visual.float()
+            hole = bug != "closed in text-only layers" or sees
+            at = places if hole else lambda r: closed[r.place]
+            update = attention(text, keys, layer, at, gate)
+            if prefix == "frozen":
+                update = update.masked_fill(before, 0)
+            if bug == "vision is updated by attention" and sees:
+                vision.x = vision.x + attention(vision, keys, layer, places)
+            if bug == "vision goes through MLPs" and sees:
+                vision.x = vision.x + mlp(vision.x, layer)
+            x = text.x + update
+            change = mlp(x, layer)
+            if bug == "the prefix's MLP is frozen":
+                change = change.masked_fill(before, 0)
+            text = Rows(x + change, text.place, text.visual)
+        return logits_of(text), []
 
     return forward
 
