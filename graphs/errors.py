@@ -9,6 +9,7 @@
     ├── ParityError                a bundle that computes something else than its checkpoint
     ├── ImageError                 an image that cannot be read, or is too large to decode
     ├── PromptError                a prompt, template or sampling option that cannot be used
+    ├── BusyError                  an engine that takes no more questions now
     ├── CapacityError              not enough slots, memory or disk for what was asked
     ├── DataError                  a file of samples (JSONL) that cannot be read
     └── MissingDependencyError     an optional library is absent; the message says how to install it
@@ -68,6 +69,10 @@ class PromptError(VisistageError):
 
 class CapacityError(VisistageError):
     """Slots, memory or disk do not suffice for what was asked."""
+
+
+class BusyError(VisistageError):
+    """An engine takes no more questions now."""
 
 
 class DataError(VisistageError):

@@ -62,15 +62,23 @@ class PendingPrefix:
 class Context:
     """Prompts through the chain, computing only what is new.
 
-    ``fused``: an image that was not seen before goes through stage 0 together with its question.
+    ``cached``: where images are kept, perhaps for other contexts, too. ``fused``: an image that was
+    not seen before goes through stage 0 together with its question.
     """
 
-    def __init__(self, bundle: Bundle, executor: Backend, cache_bytes: int, *, fused: bool = False):
+    def __init__(
+        self,
+        bundle: Bundle,
+        executor: Backend,
+        cached: ByteCache[CachedPrefix],
+        *,
+        fused: bool = False,
+    ):
         self.executor, self.fused = executor, fused
         self.max_positions = bundle.manifest.config.text.max_positions
         self.embed = Embedding(bundle, executor.rows_dtype)
         self.chain = Chain(bundle.manifest.plan, executor, padding=executor.padding)
-        self.cached: ByteCache[CachedPrefix] = ByteCache(cache_bytes)
+        self.cached = cached
         self.pending: dict[str, PendingPrefix] = {}
         self.current_key: str | None = None  # of the parts up to an image that the stages hold now
         self.patches: ByteCache[np.ndarray] = ByteCache(PATCHES_BYTES)  # of images by their key
@@ -189,11 +197,19 @@ class Context:
 
     def decode(self, token: int) -> np.ndarray:
         """Append one token; return the logits (V,) of the next."""
-        at = np.full((1, 1), self.length, np.int32)
-        positions = positions_at(self.chain.plan, at, self.chain.plan.span * self.images)
-        self.length += 1
+        positions, at = self.next_place()
         row = AppendedRows(False, self.embed([token]), positions, at)
         return np.asarray(self.chain.decode(row))[0]
+
+    def next_place(self) -> tuple[np.ndarray, np.ndarray]:
+        """Count one more row of the answer; return its position and order, (1, 1) each."""
+        at = np.full((1, 1), self.length, np.int32)
+        self.length += 1
+        return positions_at(self.chain.plan, at, self.chain.plan.span * self.images), at
+
+    def use(self, executor: Backend) -> None:
+        """Go on with another executor, whose caches hold what this one's did."""
+        self.executor = self.chain.executor = executor
 
     def keep(self) -> None:
         """Copy what was computed for images out of the stages, before something else goes there.

@@ -6,31 +6,15 @@ Only one answer can be under way: a newer question ends an older stream, which s
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..graphs.errors import VisistageError
-from ..graphs.plan.cost import Geometry
-from .answer import Answer, ShownTokens, Timings, plan_facts
-from .image.overlay import Grid
-from .reuse import PromptImage, PromptPart
-from .text.detokenize import TextStream
-from .text.sampling import Sampling, choose
+from .answer import Answer
+from .writing import AnswerRequest, AnswerWriter
 
 if TYPE_CHECKING:
     from .session import Session
-
-
-@dataclass(frozen=True)
-class AnswerRequest:
-    """A prompt, and the options of its answer, checked."""
-
-    parts: list[PromptPart]
-    max_tokens: int
-    stop: tuple[str, ...]
-    sampling: Sampling
 
 
 class Stream(Iterator[str]):
@@ -41,12 +25,10 @@ class Stream(Iterator[str]):
     ``answer`` stays None.
     """
 
-    def __init__(
-        self, session: Session, request: AnswerRequest, started: float, preprocess_ms: float
-    ):
+    def __init__(self, session: Session, request: AnswerRequest):
         self.answer: Answer | None = None
         self._session, self._turn = session, session.turn
-        self._pieces: Iterator[str] | None = self._run(request, started, preprocess_ms)
+        self._pieces: Iterator[str] | None = self._run(request)
 
     def __enter__(self) -> Stream:
         return self
@@ -74,67 +56,20 @@ class Stream(Iterator[str]):
         """End the stream here; another call changes nothing."""
         self._pieces = None
 
-    def _run(self, request: AnswerRequest, started: float, preprocess_ms: float) -> Iterator[str]:
-        session, parts, sampling = self._session, request.parts, request.sampling
-        context, executor = session.context, session.executor
+    def _run(self, request: AnswerRequest) -> Iterator[str]:
+        context, executor = self._session.context, self._session.executor
         executor.reset_elapsed()
-        done = context.prefill(parts)
-        random = sampling.rng()
-        text = TextStream(session.encoder.tokenizer, request.stop)
-        history = session.ids_of(parts)
-        tokens: list[int] = []
-        pieces: list[str] = []
-        finish = "length"
+        done = context.prefill(request.parts)
+        writer = AnswerWriter(self._session, request)
         logits = done.logits[0]
-        first_ms, graphs_ms = 0.0, {}
-        while True:
-            token = choose(logits, sampling, history, random)
-            if not tokens:
-                first_ms = (time.perf_counter() - started) * 1e3
-                graphs_ms = executor.reset_elapsed()
-            tokens.append(token)
-            history.append(token)
-            if token in session.eos:
-                finish = "eos"
-                break
-            piece = text.push(token)
+        while writer.finish is None:
+            piece = writer.take(logits)
+            if len(writer.tokens) == 1:
+                writer.note_graphs(executor.reset_elapsed())
+            if writer.finish is not None:
+                self.answer = writer.answer(context, done)
             if piece:
-                pieces.append(piece)
                 yield piece
-            if text.stopped:
-                finish = "stop"
-                break
-            if len(tokens) == request.max_tokens:
-                break
-            logits = context.decode(token)
-        rest = text.finish()
-        if rest:
-            pieces.append(rest)
-        total_ms = (time.perf_counter() - started) * 1e3
-        per_token = (total_ms - first_ms) / (len(tokens) - 1) if len(tokens) > 1 else None
-        manifest = session.bundle.manifest
-        grid = Grid.of(manifest.config)
-        keys = [part.key for part in parts if isinstance(part, PromptImage)]
-        tokens_of_image = manifest.config.visual_tokens
-        offered, entered = tokens_of_image * len(keys), context.entered(parts)
-        self.answer = Answer(
-            text="".join(pieces).strip(),
-            tokens=tuple(tokens),
-            finish=finish,
-            timings=Timings(preprocess_ms, graphs_ms, first_ms, per_token, total_ms),
-            plan=plan_facts(
-                manifest.plan,
-                Geometry.of(manifest.config.text),
-                done,
-                visual_tokens=offered,
-                prompt_rows=context.text_rows_of(parts) + offered,
-                entered=[int(at) for positions, _ in entered for at in positions],
-            ),
-            shown=tuple(
-                ShownTokens(key, positions, patches, tokens_of_image, grid)
-                for key, (positions, patches) in zip(keys, entered, strict=True)
-            ),
-        )
-        if rest:
-            yield rest
+            if writer.finish is None:
+                logits = context.decode(writer.tokens[-1])
         context.keep()

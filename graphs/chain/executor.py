@@ -68,13 +68,14 @@ class Executor(Protocol):
         positions: np.ndarray,
         order: np.ndarray,
         slot_order: np.ndarray,
-        write_index: int,
+        write_index: int | np.ndarray,
         by_layer: Mapping[str, np.ndarray],
         inject: Mapping[int, Rows],
     ) -> StageResult:
         """Run one call of a stage (``contract.stage_spec``).
 
-        ``by_layer``: those of ``contract.BY_LAYER`` that the stage takes.
+        ``by_layer``: those of ``contract.BY_LAYER`` that the stage takes. ``write_index``: (B,)
+        where lanes of several prompts are decoded together (``lanes``).
 
         An executor that asked for padding (``Chain``) gets fewer rows than orders: what lacks on
         the left is padding, which it returns no rows for.

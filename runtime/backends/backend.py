@@ -22,11 +22,14 @@ class BackendOptions:
             rearranges weights for speed (one more copy) when that fits, and maps them from disk
             otherwise. FP16 graphs on a CPU are computed in FP32, from a copy of twice the size.
         profile: a folder for ONNX Runtime's times of every operator, which take time themselves.
+        lanes: prompts whose caches lie side by side (``cpu_caches.HostExecutor.of_lanes``); None:
+            one.
     """
 
     threads: int | None = None
     memory_limit: int | None = None
     profile: Path | None = None
+    lanes: int | None = None
 
 
 class Backend(Executor, Protocol):

@@ -6,6 +6,7 @@ assignment. A cache is read, rewound and copied back without asking the library 
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -35,13 +36,50 @@ class Timed:
         self.sums[self.name] += (time.perf_counter() - self.start) * 1e3
 
 
+class CacheBlocks:
+    """Keys and values of every stage for a number of lanes, each lane one prompt's.
+
+    A stage has one block, (caches, lanes, G, S, d): key and value of each layer in turn, and
+    perhaps keys of the next. ``owners`` look into it, and are told when it is a new one.
+    """
+
+    def __init__(self, counts: Sequence[int], lanes: int, groups: int, width: int, dtype: np.dtype):
+        self.counts, self.lanes = counts, lanes
+        self.groups, self.width, self.dtype = groups, width, dtype
+        self.owners: list[HostExecutor] = []
+        self.blocks = [self._empty(stage, 0) for stage in range(len(counts))]
+
+    def slots(self, stage: int) -> int:
+        """Return how many slots each lane has in a stage."""
+        return self.blocks[stage].shape[3]
+
+    def resize(self, stage: int, slots: int, kept: int) -> int:
+        """Move the first ``kept`` slots of a stage to new ones; return their number."""
+        old = self.blocks[stage]
+        self.blocks[stage] = self._empty(stage, _bucket(slots))
+        self.blocks[stage][:, :, :, :kept] = old[:, :, :, :kept]
+        for owner in self.owners:
+            owner.look(stage)
+        return _bucket(slots)
+
+    def move(self, source: int, target: int, used: Sequence[int]) -> None:
+        """Copy the first slots, ``used`` by stage, of a lane to another one."""
+        for block, count in zip(self.blocks, used, strict=True):
+            block[:, target, :, :count] = block[:, source, :, :count]
+
+    def _empty(self, stage: int, slots: int) -> np.ndarray:
+        """Return zeros: a NaN in an invisible slot would poison attention (0 x NaN)."""
+        shape = (self.counts[stage], self.lanes, self.groups, slots, self.width)
+        return np.zeros(shape, self.dtype)
+
+
 class HostExecutor(PromptCalls):
     """The part of ``backend.Backend`` that is the same for every library on a CPU.
 
     Attributes:
+        store: the caches, perhaps of more lanes than this executor runs.
         caches: by stage, (B, G, S, d) views of its block by input name.
-        blocks: by stage, (caches, B, G, S, d): key and value of each layer in turn, and perhaps
-            keys of the next.
+        blocks: by stage, (caches, B, G, S, d), of this executor's lanes.
         elapsed_ms: time of every graph by name until ``reset_elapsed``.
     """
 
@@ -56,9 +94,37 @@ class HostExecutor(PromptCalls):
         self.scales = stored_cache_scales(bundle)
         self.cache_dtype = np.dtype(manifest.cache_dtype)
         self.rows_dtype = np.dtype(manifest.fallback.rows_dtype(manifest.dtype))
+        counts = [len(names) for names in self.cache_names]
+        groups, width = self.text.kv_heads, self.text.head_dim
+        self.store = CacheBlocks(counts, batch, groups, width, self.cache_dtype)
+        self._own(slice(0, batch))
+
+    def of_lanes(self, first: int, count: int) -> HostExecutor:
+        """Return an executor of ``count`` lanes, which shares graphs and caches with this one."""
+        other = copy.copy(self)
+        other.batch = count
+        other._own(slice(first, first + count))
+        other.split()
+        return other
+
+    def split(self) -> None:
+        """Replace what belongs to the lanes of the executor that this one is a copy of."""
+
+    def look(self, stage: int) -> None:
+        """Look into a new block of ``stage``."""
+        self.blocks[stage] = self.store.blocks[stage][:, self.lanes]
+        self.caches[stage] = dict(zip(self.cache_names[stage], self.blocks[stage], strict=True))
+        self.rebind(stage)
+
+    def _own(self, lanes: slice) -> None:
+        self.lanes = lanes
         self.elapsed_ms: dict[str, float] = defaultdict(float)
-        self.blocks = [self._empty(index, 0) for index in range(len(self.plan.stages))]
-        self.caches = [self._views(index) for index in range(len(self.plan.stages))]
+        self.blocks = [block[:, lanes] for block in self.store.blocks]
+        self.caches = [
+            dict(zip(names, block, strict=True))
+            for names, block in zip(self.cache_names, self.blocks, strict=True)
+        ]
+        self.store.owners.append(self)
 
     def activate(self) -> None:
         pass  # this CPU serves every thread
@@ -74,13 +140,18 @@ class HostExecutor(PromptCalls):
 
     def ensure_slots(self, stage: int, slots: int) -> int:
         """Grow a stage's caches to the next bucket, keeping what they hold; zeros elsewhere."""
-        held = self.blocks[stage].shape[3]
-        return held if slots <= held else self._resize(stage, slots, held)
+        held = self.store.slots(stage)
+        return held if slots <= held else self.store.resize(stage, slots, held)
 
     def trim_slots(self, stage: int, used: int, wanted: int) -> int:
-        """Give slots up where less than half of them are wanted; ``used`` of them are kept."""
-        held = self.blocks[stage].shape[3]
-        return held if held <= 2 * _bucket(wanted) else self._resize(stage, wanted, used)
+        """Give slots up where less than half of them are wanted; ``used`` of them are kept.
+
+        Other lanes may want them.
+        """
+        held = self.store.slots(stage)
+        if held <= 2 * _bucket(wanted) or self.store.lanes > 1:
+            return held
+        return self.store.resize(stage, wanted, used)
 
     def cache(self, stage: int, name: str) -> np.ndarray:
         return self.caches[stage][name]
@@ -116,23 +187,6 @@ class HostExecutor(PromptCalls):
 
     def rebind(self, stage: int) -> None:
         """Bind the caches of ``stage`` again, which have been reallocated."""
-
-    def _resize(self, stage: int, slots: int, kept: int) -> int:
-        """Move the first ``kept`` slots of a stage's caches to new ones; returns their number."""
-        old = self.blocks[stage]
-        self.blocks[stage] = self._empty(stage, _bucket(slots))
-        self.blocks[stage][:, :, :, :kept] = old[:, :, :, :kept]
-        self.caches[stage] = self._views(stage)
-        self.rebind(stage)
-        return _bucket(slots)
-
-    def _empty(self, stage: int, slots: int) -> np.ndarray:
-        """Return zeros: a NaN in an invisible slot would poison attention (0 x NaN)."""
-        count, groups = len(self.cache_names[stage]), self.text.kv_heads
-        return np.zeros((count, self.batch, groups, slots, self.text.head_dim), self.cache_dtype)
-
-    def _views(self, stage: int) -> dict[str, np.ndarray]:
-        return dict(zip(self.cache_names[stage], self.blocks[stage], strict=True))
 
 
 def _bucket(slots: int) -> int:

@@ -68,7 +68,7 @@ def stage_feeds(
     positions: np.ndarray,
     order: np.ndarray,
     slot_order: np.ndarray,
-    write_index: int,
+    write_index: int | np.ndarray,
     by_layer: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
     """Return what the host decides of a stage's call, by input name (``contract.stage_spec``)."""
@@ -82,9 +82,12 @@ def stage_feeds(
 
 
 def inject_feeds(
-    specs: Sequence[TensorSpec], inject: Mapping[int, np.ndarray], count: int, start: int = 0
+    specs: Sequence[TensorSpec],
+    inject: Mapping[int, np.ndarray],
+    call: tuple[int, int],
+    start: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Return what ``specs``, inputs of a stage, add to the ``count`` rows of a call, by name.
+    """Return what ``specs``, inputs of a stage, add to the (B, Q) rows of a call, by name.
 
     ``inject``: by layer, (B, V, D) for the rows from ``start`` on; zeros elsewhere, which are kept.
     """
@@ -92,9 +95,11 @@ def inject_feeds(
     for layer, spec in injected_of({spec.name: spec for spec in specs}).items():
         given = inject.get(layer)
         if given is None:
-            found[spec.name] = _zeros(shape_of(spec, {"B": 1, "Q": count}), spec.dtype)
+            found[spec.name] = _zeros(
+                shape_of(spec, dict(zip("BQ", call, strict=True))), spec.dtype
+            )
         else:
-            rest = count - start - given.shape[1]
+            rest = call[1] - start - given.shape[1]
             found[spec.name] = np.pad(given, ((0, 0), (start, rest), (0, 0)))
     return found
 

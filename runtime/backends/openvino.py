@@ -86,7 +86,7 @@ class OpenVinoExecutor(HostExecutor):
         padding = order.shape[1] - rows.shape[1]
         if padding:
             rows = np.pad(rows, ((0, 0), (padding, 0), (0, 0)))
-        added = inject_feeds(graph.spec.inputs, inject, order.shape[1], padding)
+        added = inject_feeds(graph.spec.inputs, inject, order.shape, padding)
         wanted = ("rows.out", *row_readings(self.plan, stage))
         done: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
         with self.timed(f"stage{stage}"):

@@ -57,10 +57,17 @@ class OrtExecutor(HostExecutor):
         widened = manifest.dtype == "float16"
         self.prepacked = _prepack(manifest.weight_bytes, widened, options.memory_limit)
         self.sessions = {name: self._load(bundle, name, options) for name in self.graphs}
+        self.part_names = [manifest.parts_of(stage) for stage in range(len(self.plan.stages))]
+        self.split()
+
+    def split(self) -> None:
+        """Bind the caches of these lanes."""
         self.parts = [
             [OrtStage(self.graphs[name].spec, self.sessions[name]) for name in names]
-            for names in map(manifest.parts_of, range(len(self.plan.stages)))
+            for names in self.part_names
         ]
+        for stage in range(len(self.parts)):
+            self.rebind(stage)
 
     def append(
         self, stage, rows, positions, order, slot_order, write_index, by_layer, inject
@@ -73,17 +80,24 @@ class OrtExecutor(HostExecutor):
         with self.timed(f"stage{stage}"):
             for part in self.parts[stage]:
                 feeds["rows"] = outputs["rows.out"]
-                feeds |= inject_feeds(part.spec.inputs, inject, count)
+                feeds |= inject_feeds(part.spec.inputs, inject, rows.shape[:2])
                 outputs |= part.run(feeds, count)
                 queries.append(outputs["queries"])
                 for name, depth in part.layers_taking.items():  # each part takes those of its own
                     feeds[name] = feeds[name][depth:]
             if self.returns_new_rows:
-                for name, cache in self.caches[stage].items():
-                    cache[:, :, write_index : write_index + count] = outputs[appended(name)]
+                self._write(stage, outputs, np.broadcast_to(write_index, len(rows)), count)
         all_queries = queries[0] if len(queries) == 1 else np.concatenate(queries)
         readings = {name: outputs[name] for name in row_readings(self.plan, stage)}
         return StageResult(outputs["rows.out"], all_queries, outputs.get("logits"), readings)
+
+    def _write(
+        self, stage: int, outputs: Mapping[str, np.ndarray], first: np.ndarray, count: int
+    ) -> None:
+        """Write ``count`` new rows of each lane, from slot ``first`` (B,) on."""
+        for name, cache in self.caches[stage].items():
+            for lane, at in enumerate(first):
+                cache[lane, :, at : at + count] = outputs[appended(name)][lane]
 
     def call_graph(
         self, graph: str, stage: int, feeds: Mapping[str, np.ndarray]
@@ -238,7 +252,7 @@ def open_bundle(bundle: Bundle, options: BackendOptions) -> OrtExecutor:
 
     engine = f"onnxruntime {ort.__version__}"
     threads = options.threads or choose_threads(bundle, engine, load)
-    return OrtExecutor(bundle, replace(options, threads=threads))
+    return OrtExecutor(bundle, replace(options, threads=threads), options.lanes or 1)
 
 
 def missing(target: Target, provider: str = CPU_PROVIDER) -> Iterator[str]:

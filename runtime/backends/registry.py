@@ -77,7 +77,7 @@ ROWS = (
     BackendRow(
         ONNXRUNTIME,
         ".ort",
-        options=("threads", "memory_limit", "profile"),
+        options=("threads", "memory_limit", "profile", "lanes"),
         place="this CPU",
         reads=lambda target: True,
     ),

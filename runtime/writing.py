@@ -1,0 +1,126 @@
+"""An answer as it is written: logits in, tokens and pieces of text out, until it ends.
+
+It knows sampling, stops and what an answer costs; who computes the logits, and when, is not its
+business: a stream computes them one by one, an engine those of many answers in one call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..graphs.chain.chain import Prefilled
+from ..graphs.plan.cost import Geometry
+from .answer import Answer, ShownTokens, Timings, plan_facts
+from .image.overlay import Grid
+from .reuse import Context, PromptImage, PromptPart
+from .text.detokenize import TextStream
+from .text.sampling import Sampling, choose
+
+if TYPE_CHECKING:
+    from .loaded import LoadedBundle
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """A prompt, and the options of its answer, checked.
+
+    started: seconds of ``time.perf_counter`` at which it was asked; preprocess_ms: what its images
+    took until then.
+    """
+
+    parts: Sequence[PromptPart]
+    max_tokens: int
+    stop: tuple[str, ...]
+    sampling: Sampling
+    started: float
+    preprocess_ms: float
+
+
+class AnswerWriter:
+    """One answer under way.
+
+    Attributes:
+        tokens: those chosen so far.
+        finish: "eos", "stop" or "length" once the answer has ended; None before.
+    """
+
+    def __init__(self, model: LoadedBundle, request: AnswerRequest):
+        self._model, self._request = model, request
+        self._random = request.sampling.rng()
+        self._text = TextStream(model.encoder.tokenizer, request.stop)
+        self._history = model.ids_of(request.parts)
+        self._pieces: list[str] = []
+        self._first_ms, self._graphs_ms = 0.0, dict[str, float]()
+        self.tokens: list[int] = []
+        self.finish: str | None = None
+
+    def take(self, logits: np.ndarray) -> str:
+        """Choose the next token by logits (V,); return the text that is now certain, perhaps "".
+
+        The last piece comes with the token that ends the answer.
+        """
+        token = choose(logits, self._request.sampling, self._history, self._random)
+        if not self.tokens:
+            self._first_ms = self._elapsed_ms()
+        self.tokens.append(token)
+        self._history.append(token)
+        piece = ""
+        if token in self._model.eos:
+            self.finish = "eos"
+        else:
+            piece = self._text.push(token)
+            if self._text.stopped:
+                self.finish = "stop"
+            elif len(self.tokens) == self._request.max_tokens:
+                self.finish = "length"
+        if self.finish is not None:
+            piece += self._text.finish()
+        if piece:
+            self._pieces.append(piece)
+        return piece
+
+    def note_graphs(self, graphs_ms: dict[str, float]) -> None:
+        """Note the milliseconds of each graph until the first token."""
+        self._graphs_ms = graphs_ms
+
+    def answer(self, context: Context, done: Prefilled) -> Answer:
+        """Return the whole, which has ended, of the prompt ``done`` that ``context`` holds."""
+        assert self.finish is not None
+        total_ms, later = self._elapsed_ms(), len(self.tokens) - 1
+        manifest, parts = self._model.bundle.manifest, self._request.parts
+        grid = Grid.of(manifest.config)
+        keys = [part.key for part in parts if isinstance(part, PromptImage)]
+        tokens_of_image = manifest.config.visual_tokens
+        offered, entered = tokens_of_image * len(keys), context.entered(parts)
+        return Answer(
+            text="".join(self._pieces).strip(),
+            tokens=tuple(self.tokens),
+            finish=self.finish,
+            timings=Timings(
+                self._request.preprocess_ms,
+                self._graphs_ms,
+                self._first_ms,
+                (total_ms - self._first_ms) / later if later else None,
+                total_ms,
+            ),
+            plan=plan_facts(
+                manifest.plan,
+                Geometry.of(manifest.config.text),
+                done,
+                visual_tokens=offered,
+                prompt_rows=context.text_rows_of(parts) + offered,
+                entered=[int(at) for positions, _ in entered for at in positions],
+            ),
+            shown=tuple(
+                ShownTokens(key, positions, patches, tokens_of_image, grid)
+                for key, (positions, patches) in zip(keys, entered, strict=True)
+            ),
+        )
+
+    def _elapsed_ms(self) -> float:
+        return (time.perf_counter() - self._request.started) * 1e3
