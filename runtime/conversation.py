@@ -13,7 +13,8 @@ from ..graphs.chain.group import GroupReader
 from ..graphs.errors import CapacityError, PromptError, VisistageError
 from ..graphs.fields import show
 from .opened_image import Source
-from .session import DEFAULT_MAX_TOKENS, Session
+from .session import Session
+from .settings import DEFAULT_MAX_TOKENS
 from .text.detokenize import TextStream
 from .text.sampling import choose, whole_number
 

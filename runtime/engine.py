@@ -43,6 +43,10 @@ DEFAULT_LANES = 8
 
 DEFAULT_QUEUE = 64
 
+ROOM = 64
+"""Tokens that answers under way have room for before a prompt is computed: caches do not grow, and
+so move, while it is."""
+
 GAP_MS = 100
 """Answers under way wait no longer than this for their next token, and one call of a stage."""
 
@@ -237,6 +241,9 @@ class Engine(LoadedBundle):
         context, ticket.began = self._contexts[lane], True
         try:
             request = ticket.request
+            for other in self._contexts[:lane]:
+                for stage in range(len(other.chain.slots)):
+                    other.chain.reserve(stage, ROOM)
             context.executor.reset_elapsed()
             context.ensure_capacity(request.parts, request.max_tokens)
             done = context.prefill(request.parts)
@@ -257,7 +264,8 @@ class Engine(LoadedBundle):
         """Write the next tokens if they are due, while a prompt is on its way."""
         if self._entering is not None and self._entering.cancelled:
             raise Cancelled("the question was cancelled")
-        if self._running and time.perf_counter() - self._stepped > self.gap:
+        due = self._running and time.perf_counter() - self._stepped > self.gap
+        if due and all(context.chain.free for context in self._contexts[: len(self._running)]):
             self._step()
 
     def _step(self) -> None:
@@ -292,8 +300,6 @@ class Engine(LoadedBundle):
 
     def _decode(self, contexts: Sequence[Context], tokens: Sequence[int]) -> np.ndarray:
         """Append one token to the prompt of each lane; return the logits (B, V)."""
-        if len(contexts) == 1:
-            return contexts[0].decode(tokens[0])[None]
         places = [context.next_place() for context in contexts]
         logits = decode_lanes(
             [context.chain for context in contexts],

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from ..graphs.bundle import MANIFEST, default_bundle, find_bundle
 from .answer import Answer
-from .session import DEFAULT_MAX_TOKENS, Images, Session, load
+from .loaded import Images, Question
+from .session import Session, load
+from .settings import DEFAULT_MAX_TOKENS
 from .text.sampling import Sampling
 
 Stamp = tuple[int, int]  # a manifest's modification time and inode
@@ -26,7 +28,7 @@ _lock = threading.Lock()
 
 def infer(
     image: Images,
-    prompt: str,
+    prompt: Question,
     *,
     bundle: str | os.PathLike | None = None,
     max_tokens: int = DEFAULT_MAX_TOKENS,

@@ -166,10 +166,14 @@ class Chain:
         ]
 
     def reserve(self, stage: int, extra: int) -> None:
-        """Make sure ``extra`` more rows fit into a stage's cache."""
+        """Make sure ``extra`` more rows fit into a stage's cache; other lanes may have grown it."""
         slots = self.slots[stage]
-        if slots.used + extra > slots.order.shape[1]:
-            slots.grow(self.executor.ensure_slots(stage, slots.used + extra))
+        slots.grow(self.executor.ensure_slots(stage, slots.used + extra))
+
+    @property
+    def free(self) -> int:
+        """Rows that still fit into every stage's cache as it is."""
+        return min(slots.order.shape[1] - slots.used for slots in self.slots)
 
     def append(
         self, stage: int, parts: Sequence[AppendedRows], *, padded: bool = False

@@ -60,7 +60,7 @@ def decode_lanes(
             positions,
             order,
             np.concatenate([lane.order for lane in slots]),
-            np.array(first, np.int64),
+            first[0] if len(first) == 1 else np.array(first, np.int64),
             controls,
             {},
         )

@@ -107,6 +107,9 @@ class TorchExecutor:
 
     def ensure_slots(self, stage: int, slots: int) -> int:
         """Grow to exactly ``slots``: the reference has no use for spare room."""
+        held = self.caches[stage][0][0].shape[2] if self.caches[stage] else slots
+        if slots <= held:
+            return held
 
         def grown(cache: Tensor) -> Tensor:
             return torch.nn.functional.pad(cache, (0, 0, 0, slots - cache.shape[2]))
