@@ -6,7 +6,7 @@
         image = session.open("photo.jpg")                   # computed once
         answer = session.infer(image, "How many people?", temperature=0.7, seed=1)
 
-These seven names are the public API. Each is looked up on first use: importing this package loads
+These eight names are the public API. Each is looked up on first use: importing this package loads
 neither ONNX Runtime nor anything else.
 """
 
@@ -19,15 +19,26 @@ if TYPE_CHECKING:
     from ..graphs.errors import VisistageError
     from .answer import Answer
     from .conversation import Conversation
+    from .engine import Engine
     from .oneshot import infer
     from .session import Session, load
     from .text.sampling import Sampling
 
-__all__ = ["Answer", "Conversation", "Sampling", "Session", "VisistageError", "infer", "load"]
+__all__ = [
+    "Answer",
+    "Conversation",
+    "Engine",
+    "Sampling",
+    "Session",
+    "VisistageError",
+    "infer",
+    "load",
+]
 
 _HOMES = {
     "Answer": ".answer",
     "Conversation": ".conversation",
+    "Engine": ".engine",
     "Sampling": ".text.sampling",
     "Session": ".session",
     "VisistageError": "..graphs.errors",

@@ -3,7 +3,7 @@
 Every prompt has a lane: an entry of the batch axis with its own slots, positions and first free
 slot. A call reads the weights once for all of them.
 
-Source: docs/design.md, "Runtime".
+Source: docs/design.md, "Lanes".
 """
 
 from __future__ import annotations
