@@ -22,7 +22,7 @@ from .protocol import (
     CaptureError,
     Compiled,
     Device,
-    Engine,
+    DeviceEngine,
     ExecutionContext,
     Shape,
 )
@@ -34,7 +34,7 @@ BATCH = 1
 class Loaded:
     """An engine on the device, with the scratch memory that it shares with others."""
 
-    def __init__(self, compiled: Compiled, engine: Engine):
+    def __init__(self, compiled: Compiled, engine: DeviceEngine):
         self.compiled, self.engine = compiled, engine
         self.scratch: Buffer | None = None
 

@@ -96,7 +96,7 @@ class OrtApi:
 
 
 class OrtEngine:
-    """``protocol.Engine``; ONNX Runtime allocates its own scratch."""
+    """``protocol.DeviceEngine``; ONNX Runtime allocates its own scratch."""
 
     scratch_bytes = 0
 

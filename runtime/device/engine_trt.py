@@ -159,7 +159,7 @@ class TrtApi:
 
 
 class TrtEngine:
-    """``protocol.Engine``; an engine whose tensors are not the contract's is an error."""
+    """``protocol.DeviceEngine``; an engine whose tensors are not the contract's is an error."""
 
     def __init__(self, api: TrtApi, compiled: Compiled, engine: Any):
         self.api, self.compiled, self.engine = api, compiled, engine

@@ -165,7 +165,7 @@ class ExecutionContext(Protocol):
         """
 
 
-class Engine(Protocol):
+class DeviceEngine(Protocol):
     """A loaded engine."""
 
     @property
@@ -179,7 +179,7 @@ class Engine(Protocol):
 class EngineApi(Protocol):
     """Loader of engines for one device."""
 
-    def load(self, compiled: Compiled) -> Engine:
+    def load(self, compiled: Compiled) -> DeviceEngine:
         """Load one.
 
         Raises:
