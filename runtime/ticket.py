@@ -37,7 +37,7 @@ class Ticket(Iterator[str]):
         piece = self._pieces.get()
         if piece is not None:
             return piece
-        self._pieces.put(None)  # whoever asks again, too
+        self._pieces.put(None)  # the next call ends as well
         if self.error is not None:
             raise self.error
         raise StopIteration
