@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from ..compile.matched_bundles import STOCK
 from ..tools.compare.compare_facts import at_target, targets
 from .record import RESULTS
 
@@ -27,7 +28,7 @@ Cell = Callable[[Row], str]
 Columns = Sequence[tuple[str, Cell]]
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ("benchmarks", "compare", "cpu", "demo", "size", "openvino", "quantisation")
+DOCS = ("benchmarks", "compare", "cpu", "demo", "methods", "size", "openvino", "quantisation")
 PAGES = (
     ROOT / "README.md",
     ROOT / "demo" / "README.md",
@@ -295,6 +296,28 @@ COMPARED: Columns = (
 )
 
 
+TRAINED: Columns = (
+    ("method", cell("method")),
+    ("plan", code("plan")),
+    ("weights", lambda row: f"**{row['weights']}**" if row["weights"] != STOCK else STOCK),
+    ("visual FLOPs", percent("visual_flops_share")),
+    ("accuracy", percent("accuracy")),
+    ("95 %", lambda row: "{low:.1f}–{high:.1f}".format(**_hundredfold(ends(row)))),
+    ("= dense", percent("agreement")),
+)
+
+
+def ends(row: Row) -> Row:
+    """Return the ends of a row's interval."""
+    return {name: row[name] for name in ("low", "high")}
+
+
+def trained(rows: list[Row]) -> str:
+    """Return accuracies with the demo's own weights and with those trained for a method."""
+    kinds = [(kind, percent(f"by_type.{kind}")) for kind in rows[0]["by_type"]]
+    return table((*TRAINED, *kinds), rows)
+
+
 def compared(rows: list[Row]) -> str:
     """Return what was found first, the plot, and the plans by cost, the most accurate first."""
     about, dense, *_ = rows
@@ -433,6 +456,7 @@ TABLES = {
     ),
     "size": Table("size-*", size),
     "quantisation": Table("quantisation-demo", quantisation),
+    "trained": Table("trained-demo", trained, command="trained"),
     "scaling": Table("scaling-llava-45m", scaling, command="scaling"),
 }
 for _series in ("demo", "demo-576", "easy-vqa"):

@@ -185,6 +185,13 @@ def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **optio
     type=ShareParam(),
     help="Of the visual FLOPs; may be repeated (25%, 50%, 75%).",
 )
+@click.option(
+    "--trained",
+    type=(PLAN, MODEL),
+    multiple=True,
+    metavar="PLAN MODEL",
+    help="A plan, and a checkpoint of MODEL's shape that was trained for it; may be repeated.",
+)
 @click.option("--repetitions", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--out", default="comparisons", show_default=True, help="Folder of them all.")
 @click.option("--page", type=click.Path(path_type=Path), help="By default OUT/MODEL/compare.html.")
@@ -193,7 +200,7 @@ def profile(bundle, against, out, as_json, repetitions, warm_up, tokens, **optio
 @click.option("--dummy-weights", is_flag=True, help="Random weights in the model's shape.")
 @as_json
 def compare(
-    model, data, samples, plans, shares, repetitions, out, page, as_json, **options
+    model, data, samples, plans, shares, trained, repetitions, out, page, as_json, **options
 ) -> None:
     """Put every way to prune side by side, at the same visual FLOPs.
 
@@ -209,6 +216,7 @@ def compare(
     visistage compare demo --share 15% --plan scope --plan random --plan visipruner:entry=scope
     visistage compare demo --plan visipruner-adaptive --plan visipruner:t=2,keep=8 --samples 50
     visistage compare llava-7b --data questions.jsonl --plan scope --plan visipruner --json
+    visistage compare demo --plan dense --trained hidrop:entry=3 demo-hidrop
     """
     note(f"comparing plans of {model}")
     note(busy_machine())
@@ -227,7 +235,13 @@ def compare(
     try:
         with StepBar(calibration_line) as progress:
             compared, left_out = matched_bundles(
-                model, plans, shares or SHARES, out=out, progress=progress, **options
+                model,
+                plans,
+                shares or SHARES,
+                out=out,
+                progress=progress,
+                trained=trained,
+                **options,
             )
             folder = compared[0].bundle.path.parent
             facts = compare(

@@ -19,6 +19,9 @@ from .checkpoint.known_models import model_config
 from .known_builds import known_build, note_build, request_key
 from .planfile import resolve_plan
 
+STOCK, TRAINED = "stock", "trained for it"
+"""Weights of a plan: the model's, or those of a checkpoint that was trained for the plan's method."""
+
 SHARES = (0.25, 0.5, 0.75)
 """Shares of the dense plan's visual FLOPs at which methods are compared."""
 
@@ -34,7 +37,7 @@ class ComparedPlan:
 
     method: as the user names it; plan: as ``resolve_plan`` takes it; target: the share of visual
     FLOPs it was brought to, None where the plan was given; share: that of its plan, None where each
-    prompt decides; control: whether it is there to be beaten.
+    prompt decides; control: whether it is there to be beaten; weights: ``STOCK`` or ``TRAINED``.
     """
 
     method: str
@@ -43,6 +46,7 @@ class ComparedPlan:
     share: float | None
     control: bool
     bundle: Bundle
+    weights: str = STOCK
 
 
 def matched_bundles(
@@ -52,6 +56,7 @@ def matched_bundles(
     *,
     out: str | Path,
     progress: Progress,
+    trained: Sequence[tuple[str, str]] = (),
     **origin: object,
 ) -> tuple[list[ComparedPlan], list[str]]:
     """Build the dense bundle and one of each method at each share; those that are there stay.
@@ -63,6 +68,8 @@ def matched_bundles(
         shares: above 0, up to 1.
         out: folder of all comparisons.
         progress: sees a step for every bundle.
+        trained: plans, each with the folder of a checkpoint of the same shape that was trained for
+            it; the plan is compared with the model's own weights, too, where these can run it.
         origin: further arguments of ``make_bundle``: what the checkpoint is.
 
     Returns:
@@ -77,9 +84,9 @@ def matched_bundles(
                 f"found the share {share:g}, expected one above 0, up to 1. Type --share 25%"
             )
 
-    def built(text: str) -> Bundle:
+    def built(text: str, checkpoint: str = model) -> Bundle:
         with progress.step(f"build {text}") as outcome:
-            request = {"model": model, "plan": text, "target": "cpu", **origin}
+            request = {"model": checkpoint, "plan": text, "target": "cpu", **origin}
             key = request_key(request)
             bundle = known_build(Path(out), key)
             if bundle is not None:
@@ -88,7 +95,7 @@ def matched_bundles(
             from .build import make_bundle  # takes seconds
 
             # Hard links: weights that are used as they are lie there once for all plans.
-            bundle = make_bundle(model, plan=text, out=out, weights="link", **origin)  # type: ignore[arg-type]
+            bundle = make_bundle(checkpoint, plan=text, out=out, weights="link", **origin)  # type: ignore[arg-type]
             note_build(Path(out), key, bundle)
             return bundle
 
@@ -100,11 +107,15 @@ def matched_bundles(
     scaled = [name for name in plans or methods() if is_scaled(name)]
     wanted: list[tuple[str, str, float | None, float | None]] = []
     left_out = []
+
+    def own_share(text: str) -> float | None:
+        plan = resolve_plan(text, geometry.layers, tokens)
+        return None if plan.probe else flops_share(plan, geometry)
+
     for name in dict.fromkeys(plans):
         if name not in scaled and name != DENSE:
-            plan = resolve_plan(name, geometry.layers, tokens)
-            own = None if plan.probe else flops_share(plan, geometry)
-            wanted.append((name, name, None, own))
+            wanted.append((name, name, None, own_share(name)))
+    fitting = [(text, folder, own_share(text)) for text, folder in trained]
     for target in sorted(set(shares)):
         for name in dict.fromkeys(scaled):
             try:
@@ -124,4 +135,12 @@ def matched_bundles(
         ComparedPlan(method, text, target, share, is_control(method), built(text))
         for method, text, target, share in wanted
     ]
+    for text, folder, own in fitting:
+        if all(row.plan != text for row in rows):
+            try:
+                rows.append(ComparedPlan(text, text, None, own, False, built(text)))
+            except ModelError as error:
+                left_out.append(f"{text}, {STOCK} weights: {error}")
+        method, bundle = f"{text}, {TRAINED}", built(text, folder)
+        rows.append(ComparedPlan(method, text, None, own, False, bundle, TRAINED))
     return rows, left_out

@@ -16,7 +16,7 @@ TORCH = {"numpy", "torch", "transformers"}
 ONNX = {"onnx", "onnx_ir", "onnxscript"}
 LIBRARIES = {  # of a room, a folder or a module; the longest name that fits counts
     "demo": {"PIL", "numpy"},
-    "demo.training": TORCH | {"PIL", "tokenizers"},
+    "demo.training": TORCH | {"PIL", "safetensors", "tokenizers"},
     "graphs": set(),
     "graphs.chain": {"numpy"},
     "graphs.chain.torch_classes": TORCH,

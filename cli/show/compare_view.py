@@ -9,15 +9,17 @@ from rich.table import Table
 from rich.text import Text
 
 from ...pages.units import show_bytes
-from ...tools.compare.compare_facts import APART, Row, at_target, targets
+from ...tools.compare.compare_facts import APART, Row, at_target, several_weights, targets
 
 
 def comparison_table(facts: dict[str, Any]) -> RenderableType:
     """Every plan by share of the visual FLOPs, the most accurate first; dense above all."""
     rows = facts["rows"]
+    named = several_weights(rows)
     kinds = [kind for kind in APART if kind in rows[0]["by_type"]]
     table = Table(
         "plan",
+        *(["weights"] if named else []),
         "FLOPs",
         "right",
         "95 %",
@@ -31,22 +33,23 @@ def comparison_table(facts: dict[str, Any]) -> RenderableType:
     )
     for column in table.columns[1:]:
         column.justify = "right"
-    table.add_row(*_cells(rows[0], kinds), style="bold")
+    table.add_row(*_cells(rows[0], kinds, named), style="bold")
     for target in targets(rows):
         table.add_section()
         for row in at_target(rows, target):
-            table.add_row(*_cells(row, kinds), style="dim" if row["control"] else None)
+            table.add_row(*_cells(row, kinds, named), style="dim" if row["control"] else None)
     asked = f"{facts['samples']} images, {facts['second_questions']} with a second question"
     lines = [Text(asked), *(Text(f"left out: {reason}") for reason in facts["left_out"])]
     alarms = [Text(finding, style="bold red") for finding in facts["findings"]]
     return Group(*alarms, table, *lines)
 
 
-def _cells(row: Row, kinds: list[str]) -> list[str]:
+def _cells(row: Row, kinds: list[str], named: bool) -> list[str]:
     right, second, kv = row["accuracy"], row["second"], row["visual_kv_bytes"]
     share = row["visual_flops_share"]
     return [
         row["plan"] + (" (control)" if row["control"] else ""),
+        *([row["weights"]] if named else []),
         "" if share is None else _percent(share),
         _percent(right["share"]),
         f"{100 * right['low']:.1f}–{100 * right['high']:.1f}",

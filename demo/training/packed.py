@@ -51,7 +51,8 @@ def rope_tables(length: int, head: int, theta: float = 10000.0):
     return angles.cos(), angles.sin()
 
 
-def _rotate(x, cos, sin):
+def rotate(x, cos, sin):
+    """Return heads `x` (..., head) turned by their positions."""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat((-b, a), -1) * sin
 
@@ -133,9 +134,9 @@ def forward(
             image, cos, sin = image[:, :front], cos[:, :, :front], sin[:, :, :front]
         attn = layer.self_attn
         p, t = layer.input_layernorm(image), layer.input_layernorm(text)
-        kp, vp = _rotate(split(attn.k_proj(p)), cos, sin), split(attn.v_proj(p))
-        qt = _rotate(split(attn.q_proj(t)), text_cos, text_sin) * head**-0.5
-        kt, vt = _rotate(split(attn.k_proj(t)), text_cos, text_sin), split(attn.v_proj(t))
+        kp, vp = rotate(split(attn.k_proj(p)), cos, sin), split(attn.v_proj(p))
+        qt = rotate(split(attn.q_proj(t)), text_cos, text_sin) * head**-0.5
+        kt, vt = rotate(split(attn.k_proj(t)), text_cos, text_sin), split(attn.v_proj(t))
 
         parts = zip(suffixes, *(x.split(lengths, 2) for x in (qt, kt, vt)), strict=True)
         mixes, masses = [], []
@@ -160,7 +161,7 @@ def forward(
             break
         alone = index >= staging.last or (index == staging.select_after and not staging.keep)
         stop = front if alone else None
-        qp = _rotate(split(attn.q_proj(p[:, :stop])), cos[:, :, :stop], sin[:, :, :stop])
+        qp = rotate(split(attn.q_proj(p[:, :stop])), cos[:, :, :stop], sin[:, :, :stop])
         qp = qp * head**-0.5
         # Written out: on a CPU the fused kernel's backward pass in BF16 is five times slower.
         mass = qp @ kp[:, :, :stop].transpose(-1, -2)

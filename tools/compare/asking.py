@@ -35,6 +35,11 @@ Pair = tuple[Heard, Heard | None]
 """The answers to a pair of questions."""
 
 
+def bundle_title(bundle: Bundle) -> str:
+    """Return the name of a bundle among those of a comparison, whose checkpoints may differ."""
+    return "-".join(bundle.path.parts[-2:])
+
+
 def answers_file(folder: Path, bundle: Bundle) -> AnswerFile:
     """Return the file that keeps the answers of a bundle to the first questions.
 
@@ -43,7 +48,7 @@ def answers_file(folder: Path, bundle: Bundle) -> AnswerFile:
     """
     folder.mkdir(parents=True, exist_ok=True)
     key = [sha256(bundle.path / MANIFEST), MAX_TOKENS]
-    return AnswerFile(folder / f"{bundle.path.name}.jsonl", key)
+    return AnswerFile(folder / f"{bundle_title(bundle)}.jsonl", key)
 
 
 def ask_turns(

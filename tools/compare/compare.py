@@ -28,7 +28,7 @@ from ...runtime import load
 from ...runtime.hardware import busy_machine, cores
 from ..profile.machine import machine_facts
 from ..profile.timing import FIRST_TOKEN, Settings, Spread, measure_bundles
-from .asking import Pair, ask_bundles
+from .asking import Pair, ask_bundles, bundle_title
 from .compare_facts import findings, row_facts
 
 TIMES = "times.partial.json"
@@ -84,7 +84,7 @@ def compare(
         return [pair for i in complete if (pair := heard[plan.bundle.path][i]) is not None]
 
     rows = [
-        row_facts(plan, asked, pairs_of(plan), pairs_of(plans[0]), times[plan.bundle.path.name])
+        row_facts(plan, asked, pairs_of(plan), pairs_of(plans[0]), times[bundle_title(plan.bundle)])
         for plan in plans
     ]
     with contextlib.suppress(OSError):
@@ -151,7 +151,7 @@ def _time_group(
 ) -> Times:
     with ExitStack() as stack:
         sessions = {
-            bundle.path.name: stack.enter_context(load(bundle.path, threads=threads))
+            bundle_title(bundle): stack.enter_context(load(bundle.path, threads=threads))
             for bundle in group
         }
         series = measure_bundles(sessions, settings, advance)

@@ -51,6 +51,7 @@ def row_facts(
     return {
         "method": plan.method,
         "plan": plan.plan,
+        "weights": plan.weights,
         "bundle": plan.bundle.path.name,
         "control": plan.control,
         "target": plan.target,
@@ -112,6 +113,11 @@ def at_target(rows: Sequence[Row], target: float | None) -> list[Row]:
     """Return the rows at a share of the visual FLOPs, the most accurate first."""
     own = [row for row in rows[1:] if row["target"] == target]
     return sorted(own, key=lambda row: -row["accuracy"]["share"])
+
+
+def several_weights(rows: Sequence[Row]) -> bool:
+    """Return whether some plan runs with weights that were trained for its method."""
+    return len({row["weights"] for row in rows}) > 1
 
 
 def findings(rows: Sequence[Row]) -> list[str]:

@@ -10,7 +10,7 @@ from ...pages.chart import Chart, of_names, of_shares
 from ...pages.page import render_page
 from ...pages.units import percent
 from ..profile.machine import machine_line
-from .compare_facts import Row, at_target, targets
+from .compare_facts import Row, at_target, several_weights, targets
 
 TEMPLATE_FOLDER = Path(__file__).parent
 KINDS = ("warm", "amber", "cool", "ink", "mute")
@@ -26,6 +26,7 @@ def render_comparison(facts: dict[str, Any]) -> str:
     shown = {
         "facts": facts,
         "dense": rows[0],
+        "named": several_weights(rows),
         "groups": [(target, at_target(rows, target)) for target in targets(rows)],
         "kinds": list(rows[0]["by_type"]),
         "legend": list(zip(KINDS, targets(rows), strict=False)),
