@@ -20,7 +20,7 @@ from .known_builds import known_build, note_build, request_key
 from .planfile import resolve_plan
 
 STOCK, TRAINED = "stock", "trained for it"
-"""Weights of a plan: the model's, or those of a checkpoint that was trained for the plan's method."""
+"""Weights of a plan: the model's own, or those of a checkpoint trained for the plan's method."""
 
 SHARES = (0.25, 0.5, 0.75)
 """Shares of the dense plan's visual FLOPs at which methods are compared."""

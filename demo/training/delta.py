@@ -1,8 +1,8 @@
-"""Weights trained for a method as their difference from the shipped demo's: a tenth of a checkpoint.
+"""Weights trained for a method as their difference from the shipped demo's, a fifth of its size.
 
-A matrix that changed is stored as codes of four bits, two a byte, with a scale for each row; what is
-new, of another shape, or no matrix, as it is. Whether the sum is what was measured is known by a
-hash, and so is the model that a delta belongs to.
+A matrix that changed is stored as codes of four bits, two a byte, with a scale for each row; what
+is new, of another shape, or no matrix, as it is. Hashes say which model a delta belongs to, and
+which weights their sum must be.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def write_delta(file: Path, base: Weights, trained: Weights, config: Mapping[str
     stored: Weights = {}
     for name, weight in trained.items():
         old = base.get(name)
-        if old is None or old.shape != weight.shape:
+        if old is not None and torch.equal(old, weight):
+            continue
+        if old is None or old.shape != weight.shape or weight.ndim < 2:
             stored[name] = weight
-        elif weight.ndim < 2 and not torch.equal(old, weight):
-            stored[name] = weight
-        elif not torch.equal(old, weight):
+        else:
             change = weight.float() - old.float()
             scales = (change.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(2.0**-24).half()
             codes = (change / scales.float()).round().clamp(-LARGEST, LARGEST).to(torch.int8) + 8

@@ -1,13 +1,13 @@
 """Fine-tuning of the shipped demo for a method, under the method's own forward pass.
 
-    python -m visistage.demo.training.finetune hidrop                      train, write the delta
-    python -m visistage.demo.training.finetune hidrop --minutes 5          ... so long; again to go on
-    python -m visistage.demo.training.finetune hidrop --apply demo-hidrop  write a whole checkpoint
+    python -m visistage.demo.training.finetune hidrop                  train, write the delta
+    python -m visistage.demo.training.finetune hidrop --minutes 5      ... a while; again to go on
+    python -m visistage.demo.training.finetune hidrop --apply FOLDER   write a whole checkpoint
 
 The decoder and the projector are trained, the vision encoder is not. SkipGPT's routers are trained
-first, with all else as it is; then the decoder, with the routers as they are. Questions are those of
-the demo's training, answers are all that is asked for. The state is saved, and the same command goes
-on from it. Rates follow the number of images, so that a busy machine makes the same weights slower.
+first, with all else as it is; then the decoder, with the routers as they are. Questions are those
+of the demo's training, the loss is that of the answers. The state is saved, and the same command
+goes on from it. Rates follow the number of images: a busy machine makes the same weights slower.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from ..heldout import held_out
-from ..worlds import DEMO
 from . import data_parallel
 from .accuracy import prepare_test
 from .batches import Band, BatchMix, normalise_pixels, stream
@@ -98,7 +97,7 @@ def optimizer_of(model, phase: str, dtype: torch.dtype) -> Optimizer:
     """Return what trains the routers, or decoder and projector; all else is held."""
     model.requires_grad_(False)
     routers, others = [], []
-    for name, weight in model.named_parameters():
+    for name, _ in model.named_parameters():
         if "vision_tower" not in name:
             (routers if any(router in name for router in ROUTERS) else others).append(name)
     for name in routers if phase == "routers" else others:
@@ -152,7 +151,9 @@ def train(rank: int, name: str, options) -> None:
                 state.save()
             if rank == 0 and (state.step % 25 == 0 or stop):
                 means = [sum(each) / len(losses) for each in zip(*losses, strict=True)]
-                log.info("%s %5d of %d images, loss %.3f + %.3f", phase, state.images, images, *means)
+                log.info(
+                    "%s %5d of %d images, loss %.3f + %.3f", phase, state.images, images, *means
+                )
                 losses.clear()
             if stop:
                 return

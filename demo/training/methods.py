@@ -1,5 +1,4 @@
-"""The forward passes of methods that the demo is fine-tuned for: what a compiled plan computes, with
-gradients.
+"""Forward passes of the methods that the demo is fine-tuned for: what their plans compute.
 
     before (B, P, D) + image (B, N, D)   ---+--- question 1: [its visual rows] + text
       shared by all questions               +--- question 2: ...                   (B, Q, K + T, D)
@@ -37,7 +36,7 @@ class ForwardRule:
         states: hidden states of the vision encoder side by side at the projector; empty: the
             configured one.
         config: fields that ``config.json`` gets.
-        apart: whether the assistant's prompt and the answer are at positions 0, 1, ... of their own.
+        apart: whether the assistant's prompt and the answer have positions 0, 1, ... of their own.
     """
 
     plan: str = "dense"
@@ -53,13 +52,11 @@ class ForwardRule:
 
 RULES = {
     "hidrop": ForwardRule(
-        "hidrop:entry=2,exit=6,edges=3-4-5,keep=24-8-2",
-        sees=frozenset(range(2, 6)),
-        keep={3: 24, 4: 8, 5: 2},
+        "hidrop:entry=4,exit=7,edges=5-6,keep=24-4",
+        sees=frozenset((4, 5, 6)),
+        keep={5: 24, 6: 4},
     ),
-    "vica": ForwardRule(
-        "vica:layers=2-3-4,prefix=updated", sees=frozenset((2, 3, 4)), frozen=True
-    ),
+    "vica": ForwardRule("vica:layers=0-2-4,prefix=updated", sees=frozenset((0, 2, 4)), frozen=True),
     "skipgpt": ForwardRule("skipgpt", routed=True),
     "fusion": ForwardRule(
         states=(1, 3, 4),
@@ -176,7 +173,9 @@ def attend(own: Heads, shared: Heads | None = None) -> torch.Tensor:
         mixed = near.softmax(-1) @ own.v
     else:
         far = own.to_shared(shared)
-        far, near = torch.cat((far, near), -1).softmax(-1).split((far.shape[-1], near.shape[-1]), -1)
+        far, near = (
+            torch.cat((far, near), -1).softmax(-1).split((far.shape[-1], near.shape[-1]), -1)
+        )
         mixed = (far.flatten(2, 3) @ shared.v[:, :, 0]).unflatten(2, far.shape[2:4]) + near @ own.v
     return mixed.permute(0, 2, 3, 1, 4).flatten(-2)
 
@@ -189,8 +188,8 @@ def strongest(
 
     Args:
         image: visual rows, shared or each question's own.
-        shared, own: heads of the layer behind the edge; visual rows stand behind ``front`` rows in
-            the former, or first in the latter.
+        shared: heads of the layer behind the edge; visual rows stand behind ``front`` rows.
+        own: of each question's rows; where visual rows are its own, they stand first.
         front: P.
         last: (B, Q) index of the prompt's last row in the text.
         keep: K.
@@ -247,7 +246,8 @@ def forward(
     )
     places = torch.arange(front + visual + ids.shape[2])[None, None]
     before = RowBlock(
-        lm.embed_tokens(prefix_ids).expand(batch, 1, -1, -1), places[..., :front].expand(batch, 1, -1)
+        lm.embed_tokens(prefix_ids).expand(batch, 1, -1, -1),
+        places[..., :front].expand(batch, 1, -1),
     )
     image = RowBlock(features[:, None], places[..., front : front + visual].expand(batch, 1, -1))
     at = places[..., front + visual :].expand(*ids.shape)

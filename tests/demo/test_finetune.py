@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def vica_plan(rule):
     kinds = [layer in rule.sees for layer in range(LAYERS)]
     cuts = [0, *(i for i in range(1, LAYERS) if kinds[i] != kinds[i - 1]), LAYERS]
     stages = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         layers = tuple(range(start, stop))
         frozen = [Frozen("visual", part, layers) for part in ("attention", "mlp")]
         frozen = frozen if kinds[start] else []
@@ -142,7 +143,7 @@ def test_a_frozen_prefix_is_the_chains_too(models, scene):
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
-        ("hidrop", {"keep": {2: 24, 3: 8, 4: 2}}),
+        ("hidrop", {"keep": {4: 24, 5: 4}}),
         ("hidrop", {"sees": frozenset(range(8))}),
         ("vica", {"frozen": False}),
         ("vica", {"sees": frozenset((1, 2, 3))}),
@@ -210,7 +211,10 @@ def test_a_delta_is_near_what_was_trained_and_says_which_weights_it_gives(run, t
     folder, _ = run
     file = folder / "vica.safetensors"
     assert delta.apply(file, tmp_path / "model") == delta.about(file)["weights"]
-    base, found = load_file(delta.MODEL / delta.WEIGHTS), load_file(tmp_path / "model" / delta.WEIGHTS)
+    base, found = (
+        load_file(delta.MODEL / delta.WEIGHTS),
+        load_file(tmp_path / "model" / delta.WEIGHTS),
+    )
     state = torch.load(folder / "state.pt", weights_only=True)["model"]
     trained = finetune.starting_model(RULES["vica"])
     trained.load_state_dict(state)
@@ -218,7 +222,9 @@ def test_a_delta_is_near_what_was_trained_and_says_which_weights_it_gives(run, t
     for name, weight in delta.file_weights(trained).items():
         change = (weight.float() - base[name].float()).norm()
         changed += bool(change)
-        assert (found[name].float() - weight.float()).norm() <= 0.2 * change, name
+        assert (
+            found[name].float() - weight.float()
+        ).norm() <= 0.2 * change + 1e-3 * weight.float().norm(), name
         assert bool(change) == ("vision_tower" not in name), name
     assert changed > 70
 
@@ -237,9 +243,15 @@ def test_a_wrong_delta_is_refused(run, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+def shipped(row):
+    return row["weights"] == "trained for it" and row["plan"] == RULES[row["method"]].plan
+
+
 def recorded():
-    rows = json.loads((RESULTS / "trained-demo.json").read_text())["rows"]
-    return {row["method"]: row for row in rows if row["weights"] == "trained for it"}
+    """Rows of shipped weights under the plan that they were trained for, by method."""
+    file = RESULTS / "trained-demo.json"
+    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+    return {row["method"]: row for row in rows if shipped(row)}
 
 
 def test_shipped_deltas_are_small_and_those_that_were_measured(tmp_path):
@@ -261,7 +273,10 @@ def test_shipped_weights_answer_as_recorded(name, tmp_path, tokenizer):
     delta.apply(delta.DELTAS / f"{name}.safetensors", tmp_path / "model")
     rule = RULES[name]
     model = finetune.starting_model(rule)
-    names = {file: memory for memory, file in zip(model.state_dict(), delta.file_weights(model), strict=True)}
+    names = {
+        file: memory
+        for memory, file in zip(model.state_dict(), delta.file_weights(model), strict=True)
+    }
     weights = load_file(tmp_path / "model" / delta.WEIGHTS)
     model.load_state_dict({names[file]: weight.float() for file, weight in weights.items()})
     test = prepare_test(tokenizer, held_out(280))

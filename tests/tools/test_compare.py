@@ -23,6 +23,7 @@ from visistage.pages.chart import svg_file
 from visistage.runtime import load
 from visistage.runtime.session import Session
 from visistage.tests.support import toy
+from visistage.tests.support.routed_checkpoint import add_routers
 from visistage.tools.compare.asking import answers_file, ask_bundles, ask_turns
 from visistage.tools.compare.compare import in_groups
 from visistage.tools.compare.compare_facts import findings, row_facts
@@ -131,7 +132,7 @@ def test_second_questions_are_asked_on_the_cached_image(facts, folder, turns, tm
 
 def test_a_plan_that_answers_everything_wrong_shows_nothing_right(facts, folder):
     row = facts["rows"][2]
-    file = folder / "out" / "toy" / "answers" / f"{row['bundle']}.jsonl"
+    file = folder / "out" / "toy" / "answers" / f"toy-{row['bundle']}.jsonl"
     whole = file.read_text()
     lines = [json.loads(line) | {"text": "wrong"} for line in whole.splitlines()]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -214,9 +215,34 @@ def test_a_question_that_fails_in_one_plan_counts_in_none(folder, turns):
     assert pairs == [None]
 
 
+def test_weights_trained_for_a_plan_stand_beside_the_models_own(folder):
+    toy.make_checkpoint(folder / "tuned", scale=2.0, seed=5)
+    add_routers(toy.make_checkpoint(folder / "routed", scale=2.0), "skipgpt")
+    trained = ("--trained", "dense", folder / "tuned", "--trained", "skipgpt")
+    options = ("--data", folder / "data.jsonl", "--repetitions", 1, "--out", folder / "out")
+    arguments = ("compare", folder / "toy", *options, "--plan", "dense", *trained)
+    done = run(*arguments, folder / "routed", "--json", "-q")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    stock, tuned, _ = found["rows"]
+    assert [row["plan"] for row in found["rows"]] == ["dense", "dense", "skipgpt"]
+    kinds = ["stock", "trained for it", "trained for it"]
+    assert [row["weights"] for row in found["rows"]] == kinds
+    assert stock["bundle"] == tuned["bundle"]  # of two checkpoints
+    assert tuned["agreement"]["right"] < stock["agreement"]["right"]
+    assert len(found["left_out"]) == 1
+    assert "skipgpt, stock weights" in found["left_out"][0]
+    page = (folder / "out" / "toy" / "compare.html").read_text()
+    assert page.count("<small>trained for it</small>") == 2 * 2
+    table = run(*arguments, folder / "routed", "-q").stdout
+    assert "weights" in table
+    assert table.count("trained for it") == 2
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (("--trained", "dense", "absent"), "absent"),
         (("--share", "0%"), "--share 25%"),
         (("--plan", "skope"), "scope"),
         (("--plan", "scope:keep=99"), "keep"),
