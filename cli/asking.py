@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from .options import (
     BUNDLE,
@@ -25,12 +26,15 @@ from .show.units import ByteSize
 OUT_HINT = "--out explain.html"
 
 
+IN_A_FILE = ("jsonl", "out", "lanes", "as_json")
+"""Options of ``infer`` for many questions."""
+
 LOADING = ("backend", "threads", "memory_limit", "max_pixels")
 """Options of ``infer`` that go to ``runtime.load``."""
 
 
 @click.command()
-@click.argument("words", nargs=-1, required=True, metavar="[IMAGE]... QUESTION")
+@click.argument("words", nargs=-1, metavar="[IMAGE]... QUESTION")
 @bundle_option
 @max_tokens_option
 @click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated.")
@@ -53,10 +57,25 @@ LOADING = ("backend", "threads", "memory_limit", "max_pixels")
     type=click.Path(path_type=Path),
     help="Write what was computed of the image to NAME.safetensors, to be asked about again.",
 )
+@click.option(
+    "--schema", metavar="JSON|FILE", help="A JSON schema that the answer follows, or its file."
+)
+@click.option(
+    "--logprobs",
+    type=click.IntRange(0, 20),
+    help="Name so many likely tokens for each of the answer's, in --json.",
+)
 @click.option("--stream/--no-stream", default=True, help="Print the answer as it comes.")
+@click.option("--jsonl", type=click.Path(path_type=Path), help="Ask every line of a file.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Where results of --jsonl go, a line each."
+)
+@click.option("--lanes", type=click.IntRange(1), help="Answers of --jsonl written at once.")
 @as_json
-def infer(words, bundle, save_image, as_json, stream, max_tokens, stop, **options) -> None:
-    """Ask a question about images.
+def infer(
+    words, bundle, save_image, as_json, stream, max_tokens, stop, jsonl, out, lanes, **options
+) -> None:
+    """Ask a question about images, or many from a file.
 
     Words that are files are images, the one other word is the question, in any order. '-' is read
     from stdin: the question where no other word is one, else an image. The answer goes to stdout,
@@ -71,7 +90,16 @@ def infer(words, bundle, save_image, as_json, stream, max_tokens, stop, **option
     visistage infer photo.jpg "What is this?" --save-image photo.safetensors
     visistage infer photo.safetensors "And where?"
     visistage infer photo.jpg "How many people?" --bundle llava-7b/dense --json
+    visistage infer photo.jpg "Describe it." --schema '{"type": "object", ...}'
+
+    \b
+    Many: {"image": "photo.jpg", "prompt": "...", "max_tokens": 20, "id": ...} a line, images
+    relative to the file. A run that was interrupted goes on where it ended.
+    visistage infer --jsonl questions.jsonl --out answers.jsonl
     """
+    if jsonl is not None or out is not None or lanes is not None:
+        _ask_file(words, bundle, jsonl, out, lanes, as_json, options)
+        return
     bundle, images, prompt = split_words(words, bundle)
     path = bundle_at(bundle)  # told before anything slow is imported
     from .. import runtime
@@ -84,8 +112,9 @@ def infer(words, bundle, save_image, as_json, stream, max_tokens, stop, **option
             f"--save-image is for one image, found {len(sources)}. Leave it out."
         )
     with runtime.load(path, **load) as session:
-        sampling = _sampling(session.sampling, options)
         limits = {"max_tokens": max_tokens, "stop": stop}
+        limits |= {"schema": _schema(options.pop("schema")), "logprobs": options.pop("logprobs")}
+        sampling = _sampling(session.sampling, options)
         pieces = session.stream(sources, prompt, sampling=sampling, **limits)
         for number, piece in enumerate(pieces):
             if stream and not as_json:
@@ -152,6 +181,59 @@ def explain(words, bundle, out, dense, as_json, **options) -> None:
         show_json({"page": str(out), **explained.facts})
     else:
         say(out)
+
+
+def _ask_file(words, bundle, jsonl, out, lanes, as_json, options) -> None:
+    """Ask every line of a file; results go to another one."""
+    if jsonl is None or out is None or words:
+        raise click.UsageError(
+            "--jsonl and --out belong together, and without other words: visistage infer --jsonl "
+            "questions.jsonl --out answers.jsonl"
+        )
+    context = click.get_current_context()
+    for name in context.params.keys() - {"words", "bundle", *IN_A_FILE, *LOADING}:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} is for one question; in a file such things are keys "
+                "of each line. Leave it out."
+            )
+    own = {name: options[name] for name in LOADING}
+    path = bundle_at(bundle)
+    from ..graphs.bundle import Bundle
+    from ..runtime.batch import BatchFile
+    from ..runtime.engine import DEFAULT_LANES, Engine
+    from .show.bar import StepBar, calibration_line
+
+    file = BatchFile(jsonl, out)
+    failed = 0
+    with (
+        Engine(Bundle.open(path), lanes=lanes or DEFAULT_LANES, **own) as engine,
+        StepBar(calibration_line) as bar,
+        bar.step("answer questions", file.total),
+    ):
+        bar.advance(file.done)
+        for result in file.run(engine):
+            failed += "error" in result
+            bar.advance()
+    facts = {"out": str(out), "questions": file.total, "known": file.done, "failed": failed}
+    if as_json:
+        show_json(facts)
+        return
+    asked = file.total - file.done
+    say(f"{out}: {asked} asked, {file.done} known before, {failed} failed")
+
+
+def _schema(given: str | None) -> str | None:
+    """Return the text of a schema that is given as itself, or as a file."""
+    if given is None or given.lstrip().startswith("{"):
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(
+            f"--schema {given}: cannot be read ({error}). Give a file, or the schema itself: "
+            '\'{"type": "object"}\''
+        ) from None
 
 
 def _read_images(images: Sequence[str]) -> list[str | bytes]:

@@ -167,11 +167,22 @@ class ShownTokens:
         return self.grid.cells(tokens)
 
 
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token with its log-probability, and those of the most likely tokens in its place."""
+
+    token: int
+    text: str
+    logprob: float
+    likely: tuple[TokenLogprob, ...] = ()
+
+
 @dataclass(frozen=True, repr=False)
 class Answer:
     """An answer; ``str(answer)`` is its text, and a notebook shows it beside what it came from.
 
-    ``finish``: "eos" (the model ended it), "stop" (a stop string) or "length" (max_tokens).
+    ``finish``: "eos" (the model ended it, or a schema left nothing to add), "stop" (a stop string)
+    or "length" (max_tokens). ``logprobs``: of its tokens, where they were asked for.
     """
 
     text: str
@@ -180,6 +191,7 @@ class Answer:
     timings: Timings
     plan: PlanFacts
     shown: tuple[ShownTokens, ...] = field(default=(), compare=False)
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -190,7 +202,9 @@ class Answer:
     def to_dict(self) -> dict[str, Any]:
         """Return the plain JSON form."""
         facts = {field.name: getattr(self, field.name) for field in fields(self)}
-        del facts["shown"]
+        del facts["shown"], facts["logprobs"]
+        if self.logprobs is not None:
+            facts["logprobs"] = [asdict(token) for token in self.logprobs]
         return {
             name: asdict(value) if name in ("timings", "plan") else value
             for name, value in facts.items()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from .image_file import ImageLayout, layout_of, read_image
 from .opened_image import SUFFIX, LoadedImage, Opened, OpenedImage, Source
 from .reuse import Context, PromptImage, PromptPart
 from .text.generation import GenerationRules
+from .text.grammar import Grammars
 from .text.messages import Message
 from .text.prompt import MAX_IMAGES, PromptEncoder, Segment
 from .text.sampling import whole_number
@@ -110,6 +111,17 @@ class LoadedBundle:
             cache_bytes = default_cache_bytes(self.executor.free_bytes(), manifest.weight_bytes)
         self.visual_rows: ByteCache[Encoded] = ByteCache(cache_bytes // ROWS_SHARE)
         self.prefix_bytes = cache_bytes - self.visual_rows.limit
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Grammars of answers by a schema; made when the first is asked for.
+
+        Raises:
+            MissingDependencyError: llguidance is not installed.
+        """
+        manifest = self.bundle.manifest
+        tokenizer = self.bundle.file(manifest.text_files["tokenizer"])
+        return Grammars(tokenizer, manifest.config.text.vocab, self.eos)
 
     def decode_image(self, image: Source) -> Opened:
         """Decode an image, and preprocess it if its visual rows are not known."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..graphs.bundle import MANIFEST, default_bundle, find_bundle
 from .answer import Answer
@@ -41,6 +42,9 @@ def infer(
     repetition_penalty: float | None = None,
     seed: int | None = None,
     sampling: Sampling | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    logprobs: int | None = None,
+    schema: Mapping[str, Any] | str | None = None,
 ) -> Answer:
     """Answer ``prompt`` about ``image``; the first call loads the bundle, later ones reuse it.
 
@@ -59,6 +63,9 @@ def infer(
         repetition_penalty: see there.
         seed: see there.
         sampling: see there.
+        logit_bias: see there.
+        logprobs: see there.
+        schema: see there.
 
     Raises:
         VisistageError: no bundle or several, or an input that cannot be used.
@@ -78,6 +85,9 @@ def infer(
             repetition_penalty=repetition_penalty,
             seed=seed,
             sampling=sampling,
+            logit_bias=logit_bias,
+            logprobs=logprobs,
+            schema=schema,
         )
 
 

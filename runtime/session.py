@@ -16,9 +16,10 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -174,6 +175,9 @@ class Session(LoadedBundle):
         repetition_penalty: float | None = None,
         seed: int | None = None,
         sampling: Sampling | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        logprobs: int | None = None,
+        schema: Mapping[str, Any] | str | None = None,
     ) -> Answer:
         """Answer ``prompt`` about ``image``; arguments and errors as in ``stream``."""
         with self.taking_turns():
@@ -190,6 +194,9 @@ class Session(LoadedBundle):
                 repetition_penalty=repetition_penalty,
                 seed=seed,
                 sampling=sampling,
+                logit_bias=logit_bias,
+                logprobs=logprobs,
+                schema=schema,
             )
             for _ in stream:
                 pass
@@ -211,6 +218,9 @@ class Session(LoadedBundle):
         repetition_penalty: float | None = None,
         seed: int | None = None,
         sampling: Sampling | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        logprobs: int | None = None,
+        schema: Mapping[str, Any] | str | None = None,
     ) -> Stream:
         """Answer piece by piece; ``stream.answer`` holds the whole once it is over.
 
@@ -234,6 +244,9 @@ class Session(LoadedBundle):
             repetition_penalty=repetition_penalty,
             seed=seed,
             sampling=sampling,
+            logit_bias=logit_bias,
+            logprobs=logprobs,
+            schema=schema,
         )
         with self.taking_turns():
             started = time.perf_counter()

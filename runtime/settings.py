@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from types import NoneType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..graphs.errors import PromptError
 from ..graphs.fields import show
 from .reuse import PromptPart
 from .text.detokenize import checked_stops
+from .text.grammar import schema_text
 from .text.sampling import Sampling, whole_number
 from .writing import AnswerRequest
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from .loaded import LoadedBundle
 
 DEFAULT_MAX_TOKENS = 128
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class AnswerSettings:
         repetition_penalty: lowers what prompt and answer hold already.
         seed: repeats a draw.
         sampling: all of these together, in place of the checkpoint's; those given count more.
+        logit_bias: numbers added to the logits of token ids, at most ``MAX_BIASES`` of them.
+        logprobs: how many of the most likely tokens the answer names for each of its own, with
+            their log-probabilities; 0 names its own only, None nothing.
+        schema: a JSON schema that the answer follows, as a mapping or as text.
 
     Raises:
         PromptError: a value that cannot be used.
@@ -51,6 +59,9 @@ class AnswerSettings:
     repetition_penalty: float | None = None
     seed: int | None = None
     sampling: Sampling | None = None
+    logit_bias: Mapping[int, float] | None = None
+    logprobs: int | None = None
+    schema: Mapping[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
         limit = whole_number("max_tokens", self.max_tokens, 1)
@@ -63,6 +74,14 @@ class AnswerSettings:
             limit = whole_number("max_new_tokens", self.max_new_tokens, 1)
         object.__setattr__(self, "max_tokens", limit)
         object.__setattr__(self, "stop", checked_stops(self.stop))
+        if self.logprobs is not None:
+            count = whole_number("logprobs", self.logprobs, 0)
+            if count > MAX_LOGPROBS:
+                raise PromptError(f"logprobs is {count}; at most {MAX_LOGPROBS} are named.")
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+        if self.schema is not None:
+            object.__setattr__(self, "schema", schema_text(self.schema))
         if not isinstance(self.sampling, (Sampling, NoneType)):
             raise PromptError(
                 f"sampling is {show(self.sampling)}; expected runtime.Sampling(temperature=0.7), "
@@ -91,4 +110,35 @@ class AnswerSettings:
         }
         sampling = (self.sampling or model.sampling).with_given(given)
         stop = checked_stops((*self.stop, *model.stops))
-        return AnswerRequest(parts, self.max_tokens, stop, sampling, started, preprocess_ms)
+        bias = self.logit_bias or {}
+        vocab = model.bundle.manifest.config.text.vocab
+        beyond = [id_ for id_ in bias if id_ >= vocab]
+        if beyond:
+            raise PromptError(f"logit_bias names token {beyond[0]}; ids end at {vocab - 1}.")
+        return AnswerRequest(
+            parts,
+            self.max_tokens,
+            stop,
+            sampling,
+            started,
+            preprocess_ms,
+            bias,
+            self.logprobs,
+            None if self.schema is None else model.grammars.answer(str(self.schema)),
+        )
+
+
+def _checked_bias(bias: Any) -> dict[int, float]:
+    """Return a bias with plain numbers; ids may be text, as JSON has them."""
+    if not isinstance(bias, Mapping) or len(bias) > MAX_BIASES:
+        raise PromptError(
+            f"logit_bias is {show(bias)}; expected at most {MAX_BIASES} numbers by token id."
+        )
+    checked = {}
+    for name, value in bias.items():
+        number = int(name) if isinstance(name, str) and name.isdecimal() else name
+        id_ = whole_number("logit_bias", number, 0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+            raise PromptError(f"logit_bias of token {id_} is {show(value)}; expected a number.")
+        checked[id_] = float(value)
+    return checked

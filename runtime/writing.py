@@ -7,18 +7,19 @@ business: a stream computes them one by one, an engine those of many answers in 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..graphs.chain.chain import Prefilled
 from ..graphs.plan.cost import Geometry
-from .answer import Answer, ShownTokens, Timings, plan_facts
+from .answer import Answer, ShownTokens, Timings, TokenLogprob, plan_facts
 from .image.overlay import Grid
 from .reuse import Context, PromptImage, PromptPart
 from .text.detokenize import TextStream
+from .text.grammar import Grammar, biased
 from .text.sampling import Sampling, choose
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class AnswerRequest:
     """A prompt, and the options of its answer, checked.
 
     started: seconds of ``time.perf_counter`` at which it was asked; preprocess_ms: what its images
-    took until then.
+    took until then. bias, logprobs: as in ``AnswerSettings``. grammar: of this answer alone.
     """
 
     parts: Sequence[PromptPart]
@@ -39,6 +40,9 @@ class AnswerRequest:
     sampling: Sampling
     started: float
     preprocess_ms: float
+    bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 class AnswerWriter:
@@ -56,6 +60,7 @@ class AnswerWriter:
         self._history = model.ids_of(request.parts)
         self._pieces: list[str] = []
         self._first_ms, self._graphs_ms = 0.0, dict[str, float]()
+        self._logprobs: list[TokenLogprob] = []
         self.tokens: list[int] = []
         self.finish: str | None = None
 
@@ -64,9 +69,12 @@ class AnswerWriter:
 
         The last piece comes with the token that ends the answer.
         """
-        token = choose(logits, self._request.sampling, self._history, self._random)
+        request = self._request
+        token = choose(self._allowed(logits), request.sampling, self._history, self._random)
         if not self.tokens:
             self._first_ms = self._elapsed_ms()
+        if request.logprobs is not None:
+            self._logprobs.append(token_logprob(self._name, logits, token, request.logprobs))
         self.tokens.append(token)
         self._history.append(token)
         piece = ""
@@ -76,13 +84,30 @@ class AnswerWriter:
             piece = self._text.push(token)
             if self._text.stopped:
                 self.finish = "stop"
-            elif len(self.tokens) == self._request.max_tokens:
+            elif request.grammar is not None and self._completes(token, request.grammar):
+                self.finish = "eos"
+            elif len(self.tokens) == request.max_tokens:
                 self.finish = "length"
         if self.finish is not None:
             piece += self._text.finish()
         if piece:
             self._pieces.append(piece)
         return piece
+
+    def _allowed(self, logits: np.ndarray) -> np.ndarray:
+        """Return the logits, biased, of the tokens that may come next."""
+        request = self._request
+        if request.bias:
+            logits = biased(logits, request.bias)
+        return logits if request.grammar is None else request.grammar.allowed(logits)
+
+    def _completes(self, token: int, grammar: Grammar) -> bool:
+        """Take a token into the grammar; return whether nothing may follow it."""
+        grammar.take(token)
+        return grammar.complete
+
+    def _name(self, token: int) -> str:
+        return self._model.encoder.tokenizer.decode([token], skip_special_tokens=False)
 
     def note_graphs(self, graphs_ms: dict[str, float]) -> None:
         """Note the milliseconds of each graph until the first token."""
@@ -120,7 +145,23 @@ class AnswerWriter:
                 ShownTokens(key, positions, patches, tokens_of_image, grid)
                 for key, (positions, patches) in zip(keys, entered, strict=True)
             ),
+            logprobs=None if self._request.logprobs is None else tuple(self._logprobs),
         )
 
     def _elapsed_ms(self) -> float:
         return (time.perf_counter() - self._request.started) * 1e3
+
+
+def token_logprob(
+    name: Callable[[int], str], logits: np.ndarray, token: int, count: int
+) -> TokenLogprob:
+    """Return the log-probability of a token under logits (V,), and the ``count`` largest.
+
+    They are those of the model, before sampling, bias or a schema change them.
+    """
+    scores = logits.astype(np.float64)
+    scores -= scores.max()
+    scores -= np.log(np.exp(scores).sum())
+    best = np.argsort(-scores, kind="stable")[:count]
+    likely = tuple(TokenLogprob(int(at), name(int(at)), float(scores[at])) for at in best)
+    return TokenLogprob(token, name(token), float(scores[token]), likely)
