@@ -30,6 +30,7 @@ LIBRARIES = {  # of a room, a folder or a module; the longest name that fits cou
     "pages": {"jinja2"},
     "runtime": {"PIL", "jinja2", "numpy", "tokenizers"},
     "runtime.backends": {"numpy", "openvino", "psutil"},
+    "runtime.text.grammar": {"llguidance", "numpy"},
     "runtime.backends.onnx_runtime": {"onnxruntime"},  # nobody else: it turns telemetry off
     "runtime.device": {"cuda", "numpy"},
     "compile": TORCH | ONNX | {"psutil", "safetensors", "tokenizers", "yaml"},

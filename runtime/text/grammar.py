@@ -85,7 +85,7 @@ class Grammars:
 
     def _compiled(self, schema: str) -> Any:
         # White space of any length could go on without end, which greedy models do.
-        form = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        form: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         compiled = self._library.LLMatcher.grammar_from_json_schema(schema, overrides=form)
         matcher = self._library.LLMatcher(self._tokens, compiled, log_level=0)
         if matcher.is_error():
