@@ -103,7 +103,7 @@ class Grammar:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing may follow."""
+        """True once nothing may follow."""
         return self._matcher.is_stopped()
 
     def allowed(self, logits: np.ndarray) -> np.ndarray:
