@@ -300,7 +300,9 @@ class Engine(LoadedBundle):
 
     def _decode(self, contexts: Sequence[Context], tokens: Sequence[int]) -> np.ndarray:
         """Append one token to the prompt of each lane; return the logits (B, V)."""
-        places = [context.next_place() for context in contexts]
+        places = [
+            context.next_places([token]) for context, token in zip(contexts, tokens, strict=True)
+        ]
         logits = decode_lanes(
             [context.chain for context in contexts],
             self._together[len(contexts) - 1],

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ..graphs.caches import stage_caches
 from ..graphs.chain.chain import AppendedRows, Chain, Prefilled, PrefilledPart
 from ..graphs.chain.enter import entered_rows, positions_at
 from ..graphs.chain.executor import Encoded, StageResult
+from ..graphs.contract import INVISIBLE
 from ..graphs.errors import CapacityError
 from ..graphs.plan.plan import StagePlan
 from ..graphs.selectors.edge import ROW_READINGS
@@ -84,6 +86,7 @@ class Context:
         self.patches: ByteCache[np.ndarray] = ByteCache(PATCHES_BYTES)  # of images by their key
         self.length = 0  # positions of the prompt and the answer so far, those of images included
         self.images = 0  # of that prompt
+        self.tail: list[int] = []  # ids of its text behind the last image, and of the answer
         self.prefix = bundle.manifest.prefix
         self.prefix_rows = 0  # rows of the prefix in the first slots of every stage
         self.saved = self._map_prefix(bundle) if self.prefix else []
@@ -188,6 +191,7 @@ class Context:
         done, stages = self._run(begin, rest)
         self.length = self.positions_of(parts)
         self.images = len(_images(parts))
+        self.tail = tail_of(parts)
         for stage in range(stages, len(self.chain.slots)):
             self.chain.slots[stage].rewind(begin)
             self._trim(stage, begin, rest)
@@ -197,15 +201,33 @@ class Context:
 
     def decode(self, token: int) -> np.ndarray:
         """Append one token; return the logits (V,) of the next."""
-        positions, at = self.next_place()
-        row = AppendedRows(False, self.embed([token]), positions, at)
+        row = AppendedRows(False, self.embed([token]), *self.next_places([token]))
         return np.asarray(self.chain.decode(row))[0]
 
-    def next_place(self) -> tuple[np.ndarray, np.ndarray]:
-        """Count one more row of the answer; return its position and order, (1, 1) each."""
-        at = np.full((1, 1), self.length, np.int32)
-        self.length += 1
+    def next_places(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Count rows of ``ids`` behind all others; return positions and orders, (1, Q) each."""
+        at = np.arange(self.length, self.length + len(ids), dtype=np.int32)[None]
+        self.length += len(ids)
+        self.tail += ids
         return positions_at(self.chain.plan, at, self.chain.plan.span * self.images), at
+
+    def go_on(self, ids: Sequence[int]) -> np.ndarray:
+        """Make ``ids`` the text behind the last image, in every stage as it is: no edge selects
+        again. Computes only what is new; returns the logits (V,) of the last row.
+        """
+        known = zip(self.tail, ids[:-1], strict=False)  # the last row has to run
+        same = len(list(takewhile(lambda pair: pair[0] == pair[1], known)))
+        self.length -= len(self.tail) - same
+        for slots in self.chain.slots:
+            order = slots.order[0, : slots.used]
+            later = (order >= self.length) & (order != INVISIBLE)
+            slots.rewind(int(np.argmax(later)) if later.any() else slots.used)
+        self.tail, new = self.tail[:same], list(ids[same:])
+        segment = AppendedRows(False, self.embed(new), *self.next_places(new))
+        for stage in range(len(self.chain.slots)):
+            (done,) = self.chain.append(stage, [segment], padded=True)
+            segment = done.leaving
+        return np.asarray(done.result.logits)[0]
 
     def use(self, executor: Backend) -> None:
         """Go on with another executor, whose caches hold what this one's did."""
@@ -226,6 +248,7 @@ class Context:
         self.chain.forget()
         self.pending.clear()
         self.current_key, self.prefix_rows = None, 0
+        self.length, self.tail = 0, []
 
     def clear(self) -> None:
         """Forget everything that was computed."""
@@ -438,6 +461,12 @@ def visual_rows(plan: StagePlan, images: int) -> list[int]:
             arriving = min(arriving, edge.keep or 0)
         counts.append(arriving if stage.visual_tokens else 0)
     return counts
+
+
+def tail_of(parts: Sequence[PromptPart]) -> list[int]:
+    """Return the ids of the text behind the last image of a prompt, or of all of it."""
+    behind = parts[max(_images(parts), default=-1) + 1 :]
+    return [id_ for part in behind for id_ in part]  # type: ignore[union-attr]
 
 
 def _images(parts: Sequence[PromptPart]) -> list[int]:

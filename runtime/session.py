@@ -16,7 +16,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,17 @@ from typing import Any
 import numpy as np
 
 from ..graphs.bundle import Bundle
+from ..graphs.chain.chain import Prefilled
 from ..graphs.errors import ImageError, VisistageError
 from .answer import Answer
 from .autotune import choose_fused_prefill
+from .chat import Chat, Selection
 from .image.image import MAX_PIXELS
 from .image_cache import ByteCache, CachedPrefix
 from .image_file import write_image
 from .loaded import Images, LoadedBundle, Question
 from .opened_image import LoadedImage, Opened, Source
-from .reuse import Context
+from .reuse import Context, PromptPart
 from .settings import DEFAULT_MAX_TOKENS, AnswerSettings
 from .stream import Stream
 from .text.sampling import Sampling
@@ -248,6 +250,18 @@ class Session(LoadedBundle):
             logprobs=logprobs,
             schema=schema,
         )
+        return self.start(image, prompt, settings)
+
+    def start(
+        self,
+        image: Images,
+        prompt: Question,
+        settings: AnswerSettings,
+        begin: Callable[[Sequence[PromptPart]], Prefilled] | None = None,
+    ) -> Stream:
+        """Begin an answer as ``stream`` does; ``begin``: what takes the prompt through the stages,
+        by default ``Context.prefill``.
+        """
         with self.taking_turns():
             started = time.perf_counter()
             self.asked, preprocess_ms = self.decode_images(image)
@@ -257,7 +271,17 @@ class Session(LoadedBundle):
             self.turn += 1
             with self.computing():
                 self.context.ensure_capacity(parts, request.max_tokens)
-            return Stream(self, request)
+            return Stream(self, request, begin or self.context.prefill)
+
+    def chat(
+        self,
+        image: Images = None,
+        *,
+        system: str | None = None,
+        selection: Selection = "reselect",
+    ) -> Chat:
+        """Begin a conversation; arguments as in ``Chat``."""
+        return Chat(self, image, system=system, selection=selection)
 
     def score(self, image: Images, prompt: Question, tokens: Sequence[int]) -> np.ndarray:
         """Return what the model would say next after each of ``tokens`` (teacher forcing).

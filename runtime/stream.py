@@ -6,11 +6,13 @@ Only one answer can be under way: a newer question ends an older stream, which s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ..graphs.chain.chain import Prefilled
 from ..graphs.errors import VisistageError
 from .answer import Answer
+from .reuse import PromptPart
 from .writing import AnswerRequest, AnswerWriter
 
 if TYPE_CHECKING:
@@ -25,10 +27,15 @@ class Stream(Iterator[str]):
     ``answer`` stays None.
     """
 
-    def __init__(self, session: Session, request: AnswerRequest):
+    def __init__(
+        self,
+        session: Session,
+        request: AnswerRequest,
+        begin: Callable[[Sequence[PromptPart]], Prefilled],
+    ):
         self.answer: Answer | None = None
         self._session, self._turn = session, session.turn
-        self._pieces: Iterator[str] | None = self._run(request)
+        self._pieces: Iterator[str] | None = self._run(request, begin)
 
     def __enter__(self) -> Stream:
         return self
@@ -56,10 +63,12 @@ class Stream(Iterator[str]):
         """End the stream here; another call changes nothing."""
         self._pieces = None
 
-    def _run(self, request: AnswerRequest) -> Iterator[str]:
+    def _run(
+        self, request: AnswerRequest, begin: Callable[[Sequence[PromptPart]], Prefilled]
+    ) -> Iterator[str]:
         context, executor = self._session.context, self._session.executor
         executor.reset_elapsed()
-        done = context.prefill(request.parts)
+        done = begin(request.parts)
         writer = AnswerWriter(self._session, request)
         logits = done.logits[0]
         while writer.finish is None:
