@@ -9,6 +9,7 @@ import click
 from .. import __version__
 from .asking import explain, infer
 from .building import build
+from .chatting import chat
 from .checking import doctor, inspect, list_bundles, verify
 from .group import Commands
 from .measuring import compare, estimate, evaluate, profile
@@ -42,6 +43,7 @@ def main(traceback: bool) -> None:
 for command in (
     build,
     infer,
+    chat,
     list_bundles,
     plan,
     inspect,

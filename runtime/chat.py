@@ -164,15 +164,16 @@ class Chat:
         if self._done is None or not self.messages:
             return self._begin(parts)
         if self._turn is None or self._turn + 1 != self.session.turn or not context.length:
-            first = self._first_turn()
-            self._done = context.prefill(self.session.prompt_parts(first, self.images))
+            begun = self._messages_selected_by()
+            self._done = context.prefill(self.session.prompt_parts(begun, self.session.asked))
         logits = context.go_on(tail_of(parts))
         return replace(self._done, logits=logits[None])
 
-    def _first_turn(self) -> list[dict[str, Any]]:
-        """Return the messages up to the first question with images, which was selected by."""
+    def _messages_selected_by(self) -> list[dict[str, Any]]:
+        """Return the messages up to the question that brought the last image, or the first."""
         asked = [at for at, message in enumerate(self.messages) if message["role"] == "user"]
-        return self.messages[: asked[0] + 1]
+        seeing = [at for at in asked if self.messages[at]["content"][0]["type"] == "image"]
+        return self.messages[: (seeing or asked[:1])[-1] + 1]
 
 
 class ChatStream(Iterator[str]):
