@@ -106,5 +106,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_OPTIONS) -c constraints.txt torch
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q $(PIP_OPTIONS) \
-		-c constraints.txt -e '.[compile,openvino,rtx,easy-vqa,dev]'
+		-c constraints.txt -e '.[compile,openvino,rtx,serve,easy-vqa,dev]'
 	@touch $@

@@ -40,17 +40,12 @@ REFUSALS = {
 }
 """Errors of a file system for reasons that are not in our code."""
 
-COMPILE_MODULES = (
-    "huggingface_hub",
-    "onnx",
-    "onnx_ir",
-    "onnxscript",
-    "safetensors",
-    "torch",
-    "transformers",
-    "yaml",
-)
-"""Modules that the extra ``compile`` installs."""
+MODULES = {
+    "compile": "huggingface_hub onnx onnx_ir onnxscript safetensors torch transformers yaml",
+    "serve": "prometheus_client starlette uvicorn",
+}
+EXTRAS = {module: extra for extra, modules in MODULES.items() for module in modules.split()}
+"""The extra that installs a module."""
 
 
 class Commands(click.Group):
@@ -134,11 +129,11 @@ def _as_failure(error: Exception) -> VisistageError:
 def _missing(error: ModuleNotFoundError) -> VisistageError:
     """Say what to install; a module that no extra brings is a bug, and stays one."""
     name = (error.name or "").partition(".")[0]
-    if name not in COMPILE_MODULES:
+    if name not in EXTRAS:
         raise error
     missing = MissingDependencyError(
         f"{name} is not installed, and this command needs it. "
-        f"Type: make setup, or {install('compile')}"
+        f"Type: make setup, or {install(EXTRAS[name])}"
     )
     missing.__cause__ = error
     return missing

@@ -15,6 +15,7 @@ from .group import Commands
 from .measuring import compare, estimate, evaluate, profile
 from .options import quiet, verbose
 from .planning import calibrate, plan, words
+from .serving import serve
 from .show.output import Spoken
 
 
@@ -44,6 +45,7 @@ for command in (
     build,
     infer,
     chat,
+    serve,
     list_bundles,
     plan,
     inspect,

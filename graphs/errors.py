@@ -7,7 +7,9 @@
     ├── BundleError                a bundle with a missing, changed or foreign file
     ├── EngineError                an engine that cannot be compiled, or not loaded here
     ├── ParityError                a bundle that computes something else than its checkpoint
-    ├── ImageError                 an image that cannot be read, or is too large to decode
+    ├── ImageError                 an image that cannot be read
+    │   ├── ImageSizeError         ... is too large to decode
+    │   └── ImageFormatError       ... is of no format that is read
     ├── PromptError                a prompt, template or sampling option that cannot be used
     ├── BusyError                  an engine that takes no more questions now
     ├── CapacityError              not enough slots, memory or disk for what was asked
@@ -61,6 +63,14 @@ class ParityError(VisistageError):
 
 class ImageError(VisistageError):
     """An image cannot be read, or would be too large once decoded."""
+
+
+class ImageSizeError(ImageError):
+    """An image has more pixels or bytes than are decoded, or too long a side."""
+
+
+class ImageFormatError(ImageError):
+    """An image is of a format that is not read."""
 
 
 class PromptError(VisistageError):

@@ -182,6 +182,11 @@ class Engine(LoadedBundle):
                 "lanes": self.lanes,
             }
 
+    @property
+    def closed(self) -> bool:
+        """Return whether no more questions are taken, be it that an error ended the thread."""
+        return self._closing
+
     def close(self, *, drain: bool = False) -> None:
         """Free graphs and caches, once what is under way is answered (``drain``) or cancelled."""
         with self._changed:

@@ -120,12 +120,12 @@ class CachedPrefix:
 class ByteCache(Generic[Value]):
     """Keeps the values last used whose sizes together stay within ``limit`` bytes.
 
-    A value larger than the limit is not kept at all.
+    A value larger than the limit is not kept at all. ``hits``: how often ``get`` found one.
     """
 
     def __init__(self, limit: int):
         self.limit = limit
-        self.nbytes = 0
+        self.nbytes = self.hits = 0
         self._items: OrderedDict[str, tuple[Value, int]] = OrderedDict()
 
     def get(self, key: str) -> Value | None:
@@ -133,6 +133,7 @@ class ByteCache(Generic[Value]):
         if key not in self._items:
             return None
         self._items.move_to_end(key)
+        self.hits += 1
         return self._items[key][0]
 
     def put(self, key: str, value: Value, nbytes: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,6 +35,12 @@ class OpenedImage:
     def pixels(self) -> np.ndarray:
         """(3, H, W) float32, as the vision encoder takes them; made when first needed."""
         return preprocess(self.image, self.preprocessing)
+
+    def without_picture(self) -> OpenedImage:
+        """Return the same for an engine alone: prepared, and the picture, which is larger, gone."""
+        slim = replace(self, image=Image.new("RGB", (1, 1)))
+        slim.__dict__["pixels"] = self.pixels
+        return slim
 
     @property
     def known(self) -> None:

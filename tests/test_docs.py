@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("bench", "calib", "cli", "compile", "demo", "docs", "examples", "graphs", "pages")
-FOLDERS += ("runtime", "tests", "tools")
+FOLDERS += ("runtime", "serve", "tests", "tools")
 TEXTS = [
     file
     for folder in FOLDERS

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("demo", "graphs", "pages", "runtime", "compile", "calib", "tools", "cli", "bench")
+ROOMS = ("demo", "graphs", "pages", "runtime", "serve", "compile", "calib", "tools", "cli", "bench")
 """From the ground up. The root holds the version, which every room may read."""
 TORCH = {"numpy", "torch", "transformers"}
 ONNX = {"onnx", "onnx_ir", "onnxscript"}
@@ -33,6 +33,7 @@ LIBRARIES = {  # of a room, a folder or a module; the longest name that fits cou
     "runtime.text.grammar": {"llguidance", "numpy"},
     "runtime.backends.onnx_runtime": {"onnxruntime"},  # nobody else: it turns telemetry off
     "runtime.device": {"cuda", "numpy"},
+    "serve": {"prometheus_client", "starlette", "uvicorn"},
     "compile": TORCH | ONNX | {"psutil", "safetensors", "tokenizers", "yaml"},
     "compile.checkpoint": TORCH | {"huggingface_hub", "safetensors", "tokenizers"},
     "compile.disk": {"filelock"},
@@ -47,7 +48,7 @@ LIBRARIES = {  # of a room, a folder or a module; the longest name that fits cou
     "__main__": set(),
 }
 LIGHT = (
-    *("runtime", "pages", "compile.engines", "compile.known_builds"),
+    *("runtime", "serve", "pages", "compile.engines", "compile.known_builds"),
     *("tools.profile", "tools.explain", "tools.estimate"),
 )
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors"}
@@ -203,6 +204,9 @@ def test_rows_name_what_exists():
         ("demo.training.train", "from ...graphs.plan import StagePlan"),
         ("tools.explain.trace", "from ...cli.main import main"),
         ("tools.profile.timing", "import torch"),
+        ("runtime.engine", "from ..serve.app import make_app"),
+        ("serve.app", "import torch"),
+        ("serve.app", "from ..compile.build import make_bundle"),
         ("cli.asking", "import torch"),
         ("cli.asking", "from ..bench.record import save"),
     ],

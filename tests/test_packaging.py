@@ -64,9 +64,15 @@ def test_every_module_is_in_the_wheel(installed):
 def test_data_is_in_the_wheel(installed):
     data = {name for name in tracked() if name.startswith(("demo/model/", "demo/pictures/"))}
     assert any(name.endswith(".png") for name in data)
-    pages = ("calib/page", "tools/compare", "tools/explain", "tools/profile")
+    pages = ("calib/page", "serve/page", "tools/compare", "tools/explain", "tools/profile")
     data |= {f"{folder}/page.{kind}" for folder in pages for kind in ("css", "html")}
-    data |= {"tools/explain/page.js", "pages/base.css", "pages/base.html", "pages/chart.css"}
+    data |= {
+        "serve/page/page.js",
+        "tools/explain/page.js",
+        "pages/base.css",
+        "pages/base.html",
+        "pages/chart.css",
+    }
     data |= {"pages/letters.html"}
     data |= {f"tools/profile/{name}.onnx" for name in ("matmul", "matmul-fp16")}
     data |= {"tools/estimate/measured.json"}

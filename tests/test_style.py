@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("demo", "graphs", "pages", "runtime", "compile", "calib", "tools", "cli")
+ROOMS = ("demo", "graphs", "pages", "runtime", "serve", "compile", "calib", "tools", "cli")
 FILES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
 TWICE: set[str] = set()
 """Public class names that stand for two things on purpose."""

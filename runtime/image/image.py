@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from ...graphs.errors import ImageError
+from ...graphs.errors import ImageError, ImageFormatError, ImageSizeError
 from .preprocessing import Preprocessing
 
 __all__ = ["FORMATS", "MAX_PIXELS", "Preprocessing", "load_image", "pixel_key", "preprocess"]
@@ -240,7 +240,7 @@ def _seekable(file: Any, max_pixels: int) -> Any:
             raise ImageError("the file object yields text; open the image in binary mode ('rb').")
         size, file = len(data), io.BytesIO(data)
     if size > most:
-        raise ImageError(
+        raise ImageSizeError(
             f"the image takes more than {most} bytes; that is none of {max_pixels} pixels or "
             "less. Pass a larger max_pixels."
         )
@@ -263,7 +263,7 @@ def _read_file(file: Any, name: str, max_pixels: int) -> Image.Image:
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(
+        raise ImageSizeError(
             f"{name} has more pixels than Pillow opens; the limit here is {max_pixels}. Scale it "
             "down, crop it, or raise max_pixels and PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
@@ -272,7 +272,7 @@ def _read_file(file: Any, name: str, max_pixels: int) -> Image.Image:
             raise _damaged(name) from error
         kind = _foreign(head) if isinstance(head, bytes) else None
         what = f"is a {kind} file, which is" if kind else "is"
-        raise ImageError(
+        raise ImageFormatError(
             f"{name} {what} not an image that can be read. Supported: {', '.join(_formats())}. "
             "Convert it to PNG or JPEG."
         ) from error
@@ -369,7 +369,7 @@ def _sixteen_to_eight_bits(image: Image.Image) -> Image.Image:
 def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
     width, height = size
     if width * height > max_pixels:
-        raise ImageError(
+        raise ImageSizeError(
             f"{name} has {width} x {height} = {width * height} pixels; the limit is {max_pixels}. "
             "Scale it down, crop it, or raise max_pixels (and PIL.Image.MAX_IMAGE_PIXELS)."
         )
@@ -381,7 +381,7 @@ def _check_source(size: tuple[int, int], max_pixels: int, name: str) -> None:
     _check_size(size, max_pixels, name)
     width, height = size
     if max(size) > MAX_SIDE or max(size) > MAX_RATIO * min(size):
-        raise ImageError(
+        raise ImageSizeError(
             f"{name} has {width} x {height} pixels; no side may be longer than {MAX_SIDE}, nor "
             f"{MAX_RATIO} times the other. Crop it."
         )

@@ -42,6 +42,11 @@ DIMMED = 0.25
 """Brightness that is left of what no kept token shows."""
 
 
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom of a part of an image, in shares of its width and height; beyond
+0 and 1 where an image is padded."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """Places of tokens: ``columns`` x ``rows`` patches that cover ``extent`` of the image's side.
@@ -102,17 +107,31 @@ def dimmed(image: Image.Image, cells: np.ndarray, extent: float) -> Image.Image:
     return Image.composite(image, Image.new("RGB", image.size), mask)
 
 
+def seen_box(size: tuple[int, int], preprocessing: Preprocessing, extent: float = 1.0) -> Box:
+    """Return where a grid's ``extent`` of the model's view lies in a (width, height) image."""
+    shown = [max(size)] * 2 if preprocessing.pad_color is not None else list(size)
+    crop, resize = preprocessing.crop_size, preprocessing.size
+    view = [float(edge) for edge in shown]
+    if crop is not None:
+        if isinstance(resize, int):
+            resized = [edge * resize / min(shown) for edge in shown]
+        else:
+            resized = view if resize is None else [float(edge) for edge in resize[::-1]]
+        view = [
+            edge * kept / whole for edge, kept, whole in zip(view, crop[::-1], resized, strict=True)
+        ]
+    left, top = ((1 - own / edge) / 2 for own, edge in zip(view, size, strict=True))
+    right, bottom = (
+        start + extent * own / edge
+        for start, own, edge in zip((left, top), view, size, strict=True)
+    )
+    return left, top, right, bottom
+
+
 def cropped_share(size: tuple[int, int], preprocessing: Preprocessing) -> float:
     """Return the share of a (width, height) image that the model does not see, in 0..1."""
-    crop, resize = preprocessing.crop_size, preprocessing.size
-    if crop is None or preprocessing.pad_color is not None:
-        return 0.0
-    width, height = map(float, size)
-    if isinstance(resize, int):
-        width, height = (edge * resize / min(size) for edge in size)
-    elif resize is not None:
-        height, width = resize
-    return 1 - min(1.0, crop[0] / height) * min(1.0, crop[1] / width)
+    left, top, right, bottom = seen_box(size, preprocessing)
+    return 1 - min(1.0, right - left) * min(1.0, bottom - top)
 
 
 def image_uri(image: Image.Image) -> str:
