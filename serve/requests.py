@@ -183,6 +183,8 @@ def _settings(fields: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
         _refuse("max_tokens", tokens, f"at most {max_tokens}, the limit here (--max-tokens)")
     if tokens is None:
         settings["max_tokens"] = min(DEFAULT_MAX_TOKENS, max_tokens)
+    if "logit_bias" in fields and not _is_bias(fields["logit_bias"]):
+        _refuse("logit_bias", fields["logit_bias"], "numbers from -100 to 100 by token id")
     if _flag(fields, "logprobs"):
         settings["logprobs"] = fields.get("top_logprobs", 0)
     elif "top_logprobs" in fields:
@@ -190,6 +192,14 @@ def _settings(fields: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
     if "response_format" in fields:
         settings |= _form(fields["response_format"])
     return settings
+
+
+def _is_bias(bias: Any) -> bool:
+    return isinstance(bias, dict) and all(
+        token.isdecimal() and len(token) < 10 and isinstance(value, (int, float))
+        and not isinstance(value, bool) and -100 <= value <= 100
+        for token, value in bias.items()
+    )  # fmt: skip
 
 
 def _form(given: Any) -> dict[str, Any]:

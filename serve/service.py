@@ -158,8 +158,9 @@ def _submit(
     except VisistageError as error:
         refusal = as_refusal(error)
         if refusal.status == 422:  # errors about a setting begin with its name
-            first = str(error).removeprefix("the ").split()[0]
-            refusal.param = PARAMS.get(first, "messages")
+            text = str(error).removeprefix("the ")
+            other = "stop" if "stop string" in text else "messages"
+            refusal.param = PARAMS.get(text.split()[0], other)
         raise refusal from error
     return ticket, boxes
 

@@ -387,7 +387,8 @@ def test_no_body_whatsoever_makes_the_server_fail(server):
         *("What?", data_uri(picture(1, 8, 8))),
         **{"model": "toy", "stream": False, "stop": ["x"], "seed": 3, "temperature": 0.5},
         **{"top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "n": 1},
-        **{"visistage": True, "user": "me", "max_tokens": 2},
+        **{"visistage": True, "user": "me", "max_tokens": 2, "logprobs": True},
+        **{"top_logprobs": 1, "logit_bias": {"7": 1}, "response_format": {"type": "text"}},
     )
     for at in range(600):
         body = whole

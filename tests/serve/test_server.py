@@ -115,6 +115,48 @@ def test_a_stream_is_the_answer_in_pieces(client):
     assert other.choices[0].message.content != whole.choices[0].message.content
 
 
+def test_an_answer_follows_a_schema_and_tells_its_probabilities(server, client, alone):
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}}
+    schema |= {"required": ["n"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "count", "schema": schema}}
+    server.engine.eos, ends = frozenset({2}), server.engine.eos
+    try:
+        body = question("How many?", data_uri(1), max_tokens=60, response_format=form)
+        answer = client.chat.completions.create(
+            model="toy", logprobs=True, top_logprobs=2, **body
+        ).choices[0]
+        streamed = list(client.chat.completions.create(model="toy", stream=True, **body))
+        free = {"type": "json_object"}
+        loose = client.chat.completions.create(model="toy", **{**body, "response_format": free})
+    finally:
+        server.engine.eos = ends
+    assert answer.finish_reason == "stop"
+    assert 0 <= json.loads(answer.message.content)["n"] <= 9
+    assert loose.choices[0].message.content.startswith("{")
+    tokens = answer.logprobs.content
+    assert "".join(token.token for token in tokens).startswith(answer.message.content[:5])
+    assert all(len(token.top_logprobs) == 2 for token in tokens)
+    assert all(token.bytes == list(token.token.encode()) for token in tokens)
+    assert all(-9999 <= other.logprob <= 0 for token in tokens for other in token.top_logprobs)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
+    assert text == answer.message.content
+    bad = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "number?"}}}
+    server.refused(question(response_format=bad), 422, "invalid_value")
+
+
+def test_a_bias_bends_an_answer_and_a_stream_tells_probabilities_at_its_end(client):
+    ask = client.chat.completions.create
+    body = question("Why?", data_uri(1), max_tokens=4, logprobs=True, logit_bias={"77": 100})
+    chunks = list(ask(model="toy", stream=True, **body))
+    told = [
+        token
+        for chunk in chunks
+        for token in (chunk.choices[0].logprobs or ()) and chunk.choices[0].logprobs.content
+    ]
+    assert [token.token for token in told] == [told[0].token] * 4
+    assert chunks[-1].choices[0].logprobs.content == told
+
+
 def test_many_callers_get_their_own_answers(server, alone):
     asked = [(at % 5, f"Question {at % 3}") for at in range(24)]
     expected = {key: alone.infer(picture(key[0]), key[1], max_tokens=5).text for key in set(asked)}
@@ -171,8 +213,13 @@ def test_refusals_reach_openais_client_as_its_errors(client):
         ({"n": 2}, "n"),
         ({"temperature": -1}, "temperature"),
         ({"max_tokens": 5000}, "max_tokens"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logprobs": True}, "logprobs"),
+        ({"response_format": {"type": "grammar"}}, "response_format"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logit_bias": {"7": 101}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        ({"logit_bias": {"100000": 1}}, "logit_bias"),
+        ({"stop": ["x"] * 100}, "stop"),
     ):
         with pytest.raises(openai.UnprocessableEntityError) as caught:
             ask(model="toy", **{**question(), **fields})

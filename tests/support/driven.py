@@ -91,9 +91,9 @@ def driven(folder):
 
     # fmt: off
     command = [
-        find(), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={folder}", "--remote-debugging-pipe",
+        find(), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+        "--hide-scrollbars", "--disable-background-networking", "--disable-component-update",
+        "--disable-sync", f"--user-data-dir={folder}", "--remote-debugging-pipe",
     ]
     # fmt: on
     running = subprocess.Popen(command, preexec_fn=take, pass_fds=(3, 4), stderr=subprocess.DEVNULL)
