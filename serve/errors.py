@@ -62,7 +62,7 @@ def as_refusal(error: VisistageError, param: str | None = None) -> RequestError:
 
 
 BUG = RequestError("the server failed; its log says how", 500, "internal_error")
-"""All that a caller learns of an error that nobody foresaw."""
+"""All that a caller learns of an error that is a bug."""
 
 
 def error_object(refusal: RequestError) -> dict[str, Any]:

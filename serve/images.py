@@ -1,8 +1,8 @@
 """The images of a request: data URIs, and addresses of hosts that the server's owner named.
 
 An address is parsed once, its host looked up once, and the connection goes to what was found: an
-address that is not on the open internet is refused, so that nobody reaches what only this machine
-can. Redirects are refused, too, and proxies are not used.
+address that is not on the open internet is refused, so that no caller reaches what only this
+machine can. Redirects are refused, too, and proxies are not used.
 """
 
 from __future__ import annotations

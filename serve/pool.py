@@ -1,6 +1,6 @@
 """The bundles of a server by their names: loaded when asked for, the least used one put away.
 
-Engines are borrowed: one that nobody has borrowed is idle, and may make room for another.
+Engines are borrowed: one that is not borrowed is idle, and may make room for another.
 """
 
 from __future__ import annotations
