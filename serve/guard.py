@@ -35,7 +35,7 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 @dataclass
 class Record:
-    """What the log says of a request."""
+    """The facts of a request that the log tells."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     started: float = field(default_factory=time.monotonic)
