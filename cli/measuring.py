@@ -23,7 +23,7 @@ from .options import (
     threads_option,
 )
 from .show.output import note, say, show, show_json
-from .show.units import ShareParam
+from .show.units import MILLISECONDS, RATE, ShareParam
 
 OUT_HINT = "--out profile.html"
 
@@ -281,10 +281,43 @@ def compare(
 )
 @click.option("--tokens", type=click.IntRange(1), default=32, show_default=True, help="An answer.")
 @click.option("--context", type=click.IntRange(64), default=1024, show_default=True)
+@click.option(
+    "--rate", type=RATE, help="Questions of all callers, such as 20/s: how many replicas?"
+)
+@click.option(
+    "--p95",
+    type=MILLISECONDS,
+    default="1s",
+    show_default=True,
+    help="With --rate: the first token of 95 % of the questions comes within this.",
+)
+@click.option(
+    "--questions-per-image",
+    type=click.FloatRange(1),
+    default=1,
+    show_default=True,
+    help="With --rate.",
+)
+@click.option(
+    "--lanes", type=click.IntRange(1, 256), default=8, show_default=True, help="With --rate."
+)
 @threads_option
 @as_json
-def estimate(subject, device, as_json, plan, precision, prefix, threads, **prompt) -> None:
-    """Estimate times and memory on a machine that is not at hand.
+def estimate(
+    subject,
+    device,
+    as_json,
+    plan,
+    precision,
+    prefix,
+    threads,
+    rate,
+    p95,
+    questions_per_image,
+    lanes,
+    **prompt,
+) -> None:
+    """Estimate times and memory on a machine that is not at hand, or how many serve a rate.
 
     From the operations and bytes of every call and the device's published peaks; nothing is run,
     but that the peaks of `cpu` are measured. Where a device was measured its efficiency is fitted,
@@ -295,6 +328,13 @@ def estimate(subject, device, as_json, plan, precision, prefix, threads, **promp
     visistage estimate llava-7b --device orin-agx-64
     visistage estimate llava-7b --device orin-nano-8 --precision w4 --plan visipruner:t=14
     visistage estimate demo/visipruner --device cpu --json
+
+    With --rate, callers, queue and lanes are simulated over the costs of every call: measured for a
+    bundle on `cpu`, estimated elsewhere.
+
+    \b
+    visistage estimate llava-7b --device h100 --rate 20/s --p95 800ms --questions-per-image 3
+    visistage estimate demo/visipruner --device cpu --rate 30/s --p95 100ms
     """
     if device == "cpu":
         note("measuring this machine")
@@ -306,6 +346,24 @@ def estimate(subject, device, as_json, plan, precision, prefix, threads, **promp
     from .show.estimate_view import estimate_table
 
     target = estimate_target(subject, plan, precision, prefix)
+    if rate is not None:
+        from ..graphs.bundle import Bundle, bundles_in
+        from ..tools.estimate.capacity import capacity
+        from ..tools.estimate.queueing import Traffic
+        from .show.estimate_view import capacity_table
+
+        lengths, bundle = PromptLengths(**prompt), None
+        if bundles_in(Path(subject)):
+            bundle = Bundle.open(subject)
+        traffic = Traffic(rate, questions_per_image, lengths.tokens)
+        found = capacity(
+            target, device, lengths, traffic, p95, lanes=lanes, bundle=bundle, threads=threads
+        )
+        if as_json:
+            show_json(found)
+        else:
+            show(capacity_table(found))
+        return
     facts = estimate(target, device, PromptLengths(**prompt), threads=threads)
     if as_json:
         show_json(facts)

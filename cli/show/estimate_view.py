@@ -129,3 +129,54 @@ def _peers(facts: dict[str, Any]) -> list[RenderableType]:
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def capacity_table(facts: dict[str, Any]) -> RenderableType:
+    """Tabulate the replicas that serve a rate, and what their callers get."""
+    origin = "measured here" if facts["measured"] else f"estimated for {facts['device']}"
+    head = Text(
+        f"{facts['rate']:g} questions a second, {facts['questions_per_image']:g} about each image, "
+        f"answers of {facts['tokens']} tokens, {facts['lanes']} lanes; costs {origin}"
+    )
+    needed = facts["needed"]
+    table = Table("", *needed)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows = {
+        f"replicas for {facts['p95_ms']:g} ms at the 95th percentile": ("replicas", "{}"),
+        "first token, median": ("first_token_p50_ms", "{:.0f} ms"),
+        "first token, 95th percentile": ("first_token_p95_ms", "{:.0f} ms"),
+        "between tokens, median": ("token_p50_ms", "{:.1f} ms"),
+        "between tokens, 95th percentile": ("token_p95_ms", "{:.1f} ms"),
+        "busy": ("utilisation", "{:.0%}"),
+    }
+    for words, (key, form) in rows.items():
+        table.add_row(words, *(form.format(found[key]) for found in needed.values()))
+    names = {
+        "vision encoder": "encode_ms",
+        "prefill, new image": "prefill_ms",
+        "prefill, known image": "question_ms",
+    }
+    for words, key in names.items():
+        table.add_row(words, *(f"{costs[key]:.1f} ms" for costs in facts["costs"].values()))
+    for count in sorted({1, facts["lanes"]}):
+        words = f"a token of {count} answer{'s' * (count != 1)}"
+        steps = (costs["step_ms"][count - 1] for costs in facts["costs"].values())
+        table.add_row(words, *(f"{ms:.1f} ms" for ms in steps))
+    lines = [Text(line) for line in _apart(facts)]
+    return Group(head, table, *lines)
+
+
+def _apart(facts: dict[str, Any]) -> list[str]:
+    """Say where machines that only encode would save some."""
+    lines = []
+    for name, found in facts["needed"].items():
+        apart = found["apart"]
+        if apart is None:
+            lines.append(f"{name}: encoding on machines of its own saves none")
+            continue
+        lines.append(
+            f"{name}: {apart['encoders']} machines that encode and {apart['replicas']} that decode "
+            f"would do; {show_bytes(facts['image_bytes'])} travel for each image"
+        )
+    return lines

@@ -43,3 +43,23 @@ class ShareParam(click.ParamType):
         if share > 1:
             self.fail(f"{value!r} is no share. Write one like 1% or 0.01.")
         return share
+
+
+class Quantity(click.ParamType):
+    """A number with a unit, such as ``20/s`` or ``800ms``; the result is in the first unit."""
+
+    def __init__(self, name: str, units: dict[str, float], example: str):
+        self.name, self.units, self.example = name, units, example
+
+    def convert(self, value, param, ctx) -> float:
+        """Return the number, above 0, or click's error for a wrong option."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(\S*)", value.strip(), re.ASCII)
+        if match is None or match[2] not in self.units or not float(match[1]):
+            self.fail(f"{value!r} is no {self.name}. Write it like {self.example}.")
+        return float(match[1]) * self.units[match[2]]
+
+
+RATE = Quantity("rate", {"/s": 1.0, "/min": 1 / 60, "/h": 1 / 3600}, "20/s or 600/min")
+MILLISECONDS = Quantity("time", {"ms": 1.0, "s": 1e3}, "800ms or 1.5s")

@@ -135,8 +135,7 @@ def estimate(
             f"an image, {prompt.text} rows of question and {prompt.tokens} tokens of answer take "
             f"{rows} rows, the context is {prompt.context}. Type: --context {-(-rows // 64) * 64}"
         )
-    on_cpu = device == CPU_DEVICE
-    machine = _this_cpu(target, threads or cores()) if on_cpu else _published(device, target)
+    machine = machine_of(target, device, threads)
     targets = {"plan": target}
     if not target.plan.is_dense:
         targets["dense"] = target.dense
@@ -166,6 +165,17 @@ def estimate(
         "memory": _memory(target, machine, prompt),
         "peers": [asdict(figure) | {"geometry": None} for figure in figures_of(device)],
     }
+
+
+def machine_of(target: EstimateTarget, device: str, threads: int | None = None) -> Machine:
+    """Return a device by its name, at the efficiency that is known of it; ``cpu`` is measured.
+
+    Raises:
+        TargetError: an unknown device, or a precision that it is not known to compute.
+    """
+    if device == CPU_DEVICE:
+        return _this_cpu(target, threads or cores())
+    return _published(device, target)
 
 
 def _this_cpu(target: EstimateTarget, threads: int) -> Machine:
