@@ -66,8 +66,8 @@ class Served:
 
 
 @dataclass(eq=False)
-class Question:
-    """One question: its arrival, whether its image is new, and its answer so far."""
+class Arrival:
+    """A question: when it came, whether its image is new, and what is left of its answer."""
 
     arrival: float
     new_image: bool
@@ -85,8 +85,8 @@ class Replica:
     clock: float = 0.0
     busy: float = 0.0
     stepped: float = 0.0
-    waiting: deque[Question] = field(default_factory=deque)
-    running: list[Question] = field(default_factory=list)
+    waiting: deque[Arrival] = field(default_factory=deque)
+    running: list[Arrival] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
 
@@ -107,7 +107,7 @@ class Replica:
         self.clock += ms
         self.busy += ms
 
-    def _prefill(self, question: Question) -> None:
+    def _prefill(self, question: Arrival) -> None:
         costs = self.costs
         self.clock = max(self.clock, question.arrival)
         if question.new_image and self.encodes:
@@ -174,7 +174,7 @@ def simulate(
             server.advance(ready)
         chosen = min(servers, key=lambda server: server.load)
         chosen.clock = max(chosen.clock, ready) if not chosen.load else chosen.clock
-        chosen.waiting.append(Question(arrival, new, traffic.tokens))
+        chosen.waiting.append(Arrival(arrival, new, traffic.tokens))
     for server in servers:
         server.advance(float("inf"))
     end = max(server.clock for server in servers)
