@@ -53,7 +53,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServiceLevel:
     """The outcome: milliseconds at the median and the 95th percentile, and busy time's share."""
 
     replicas: int
@@ -144,7 +144,7 @@ def simulate(
     encoders: int = 0,
     requests: int = REQUESTS,
     seed: int = 0,
-) -> Served:
+) -> ServiceLevel:
     """Simulate callers over some replicas.
 
     Args:
@@ -180,7 +180,7 @@ def simulate(
     end = max(server.clock for server in servers)
     firsts = [ms for server in servers for ms in server.firsts[len(server.firsts) // 10 :]]
     gaps = [ms for server in servers for ms in server.gaps[len(server.gaps) // 10 :]]
-    return Served(
+    return ServiceLevel(
         replicas,
         percentile(firsts, 50),
         percentile(firsts, 95),
@@ -199,13 +199,13 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def replicas_needed(
     costs: ServingCosts, traffic: Traffic, p95_ms: float, *, gap_ms: float, encoders: int = 0
-) -> Served | None:
+) -> ServiceLevel | None:
     """Return the fewest replicas whose first tokens keep ``p95_ms``; None: no number does.
 
     A larger number never does worse, so it is doubled until it serves, and then halved to.
     """
 
-    def served(count: int) -> Served:
+    def served(count: int) -> ServiceLevel:
         return simulate(costs, traffic, count, gap_ms=gap_ms, encoders=encoders)
 
     count, best = 1, None
@@ -232,7 +232,7 @@ def replicas_needed(
 
 def encoders_needed(
     costs: ServingCosts, traffic: Traffic, p95_ms: float, *, gap_ms: float, most: int
-) -> tuple[int, Served] | None:
+) -> tuple[int, ServiceLevel] | None:
     """Return machines that encode, and replicas apart from them, fewer than ``most`` together.
 
     None where encoding apart saves no machine.
