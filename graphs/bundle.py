@@ -153,9 +153,12 @@ class Manifest:
         """Bytes of one cached number."""
         return int(DTYPES[self.cache_dtype].nbytes)
 
-    def parts_of(self, stage: int) -> list[str]:
-        """Return the names of the graphs that make a stage, in the order of their layers."""
-        name = f"stage{stage}"
+    def parts_of(self, stage: int, kind: str = "stage") -> list[str]:
+        """Return the names of the graphs that make a stage, in the order of their layers.
+
+        ``kind``: ``parts.SERVE`` for those of visual rows that no layer changes, if there are any.
+        """
+        name = f"{kind}{stage}"
         return [graph for graph in self.graphs if graph.split(".")[0] == name]
 
     def to_json(self) -> str:

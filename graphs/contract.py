@@ -20,7 +20,7 @@ from typing import TypeVar
 from .caches import ahead_of, appended, cache_dtype, part_caches
 from .config import ModelConfig, TextConfig
 from .fusion import check_injected
-from .parts import PROBE, PROJECT, VISION, StagePart, part_names, probed
+from .parts import PROBE, PROJECT, VISION, StagePart, part_names, probed, serving_name
 from .plan.plan import StagePlan
 from .plan.stages import Edge
 from .precision import NO_FALLBACK, Fp32Fallback
@@ -167,6 +167,31 @@ def stage_spec(
     return GraphSpec(tuple(inputs), tuple(outputs))
 
 
+def serve_spec(
+    text: TextConfig,
+    plan: StagePlan,
+    part: StagePart,
+    dtype: str,
+    fallback: Fp32Fallback = NO_FALLBACK,
+    cache: CacheScheme = "float",
+) -> GraphSpec:
+    """Return the contract of (part of) a stage that visual rows serve: Q rows in, out the new rows
+    of every cache, which the caller writes to their slots, in every lowering.
+
+    The rows come out again only where features are added to them.
+    """
+    rows = fallback.rows_dtype(dtype)
+    row = TensorSpec("rows", rows, ("B", "Q", text.hidden))
+    inject = [_injected(text, layer, "Q", rows) for layer in part.injected_layers(text)]
+    shape = ("B", text.kv_heads, "Q", text.head_dim)
+    new = [
+        TensorSpec(appended(name), cache_dtype(dtype, cache), shape)
+        for name in part_caches(plan, part)
+    ]
+    out = [TensorSpec("rows.out", rows, row.shape)] if inject else []
+    return GraphSpec((row, TensorSpec("positions", "int32", ("B", "Q")), *inject), (*out, *new))
+
+
 def row_readings(plan: StagePlan, stage: int) -> tuple[str, ...]:
     """Return what ``stage`` hands out of its rows for the edge behind it (``ROW_READINGS``)."""
     return plan.edges[stage].selector.row_readings if probed(plan, stage) else ()
@@ -273,6 +298,8 @@ def graph_specs(
     if projects_later(plan):
         specs[PROJECT] = project_spec(config, plan, dtype, fallback)
     for name, part in zip(part_names(parts), parts, strict=True):
+        if part.serves(plan):
+            specs[serving_name(name)] = serve_spec(text, plan, part, dtype, fallback, cache)
         specs[name] = stage_spec(text, plan, part, dtype, rows_back, fallback, cache)
         if part.ends(plan) and probed(plan, part.stage):
             edge = plan.edges[part.stage]

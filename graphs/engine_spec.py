@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from .bundle import ANY_CONTEXT, Manifest
 from .caches import SLOT_STEP, stage_slots
 from .contract import GraphSpec
-from .parts import PROBE, stage_of
+from .parts import PROBE, serves_alone, stage_of
 
 DECODE_ROWS = 8
 """Most rows of a call in the decode profile."""
@@ -81,7 +81,10 @@ def _engine_spec(
     offered = (1 if graph == PROBE else visual, visual, most)
     asked = (1, min(PREFILL_QUESTION_ROWS, most), most)
     sizes: SymbolSizes = {"B": (1, 1, 1), "S": slots, "N": offered, "T": asked}
-    if spec.has("Q"):
+    if serves_alone(graph):  # rows of one image, or of several
+        one = manifest.plan.stages[stage_of(graph)].visual_tokens
+        profiles = [_profile(spec, sizes | {"Q": (1, one, max(one, *manifest.contexts))})]
+    elif spec.has("Q"):
         likely = visual if stage_of(graph) == 0 and visual else visual + PREFILL_QUESTION_ROWS
         decode = (1, 1, DECODE_ROWS)
         prefill = (DECODE_ROWS + 1, min(max(likely, DECODE_ROWS + 1), most), most)

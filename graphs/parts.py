@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase
 
 from .config import TextConfig
 from .plan.plan import StagePlan
@@ -20,6 +21,9 @@ ENTRY = "entry"
 
 PROBE = "probe"
 """Name of the graph that reads a layer in plans that decide per prompt."""
+
+SERVE = "serve"
+"""Name, before a stage's number, of the graph of visual rows that none of its layers changes."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class StagePart:
     def _own(self, layers: Sequence[int]) -> tuple[int, ...]:
         return tuple(layer for layer in layers if self.layers[0] <= layer < self.layers[1])
 
+    def serves(self, plan: StagePlan) -> bool:
+        """Return whether visual rows have a graph of their own here (``Stage.serves``)."""
+        return plan.stages[self.stage].serves
+
     def injected_layers(self, text: TextConfig) -> tuple[int, ...]:
         """Return the layers of this part at whose input features are added to visual rows."""
         return tuple(layer for layer in text.inject if layer in range(*self.layers))
@@ -75,14 +83,24 @@ def part_names(parts: Sequence[StagePart]) -> list[str]:
     return names
 
 
+def serving_name(stage: str) -> str:
+    """Return the name of the graph that serves visual rows beside a graph of a stage."""
+    return stage.replace("stage", SERVE)
+
+
+def serves_alone(graph: str) -> bool:
+    """Return whether a graph's rows serve keys and values alone (``contract.serve_spec``)."""
+    return graph.startswith(SERVE)
+
+
 def stage_of(graph: str) -> int:
-    """Return the stage that a graph belongs to: 1 for ``stage1.part0`` and ``select1``.
+    """Return the stage that a graph belongs to: 1 for ``stage1.part0``, ``serve1`` and ``select1``.
 
     The probe reads any stage; where it runs, all have the same slots, so the first is returned.
     """
     if graph == PROBE:
         return 0
-    return int(graph.split(".")[0].removeprefix("stage").removeprefix("select"))
+    return int(graph.split(".")[0].lstrip(ascii_lowercase))
 
 
 def stage_parts(plan: StagePlan, stage: int, counts: Sequence[int]) -> list[StagePart]:

@@ -140,7 +140,7 @@ def choose_fused_prefill(bundle: Bundle, executor: Backend) -> FusedPrefillNote 
     """Return what was measured here before, or is now; None where there is nothing to choose."""
     manifest = bundle.manifest
     plan, first = manifest.plan, manifest.plan.stages[0]
-    single = first.gated_layers or not first.visual_tokens or plan.fixed_calls
+    single = first.gated_layers or not first.visual_tokens or first.serves or plan.fixed_calls
     if executor.device_name is None or single:
         return None
 

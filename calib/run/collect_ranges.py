@@ -153,22 +153,34 @@ class Collector(LayerObserver):
         self.rows_kept = rows_kept
         self.cache = np.zeros((2, config.text.layers, config.text.kv_heads), np.float32)
         self._groups = {group.name: group for group in linear_groups(config)}
+        self._group_of = {
+            linear: name for name, group in self._groups.items() for linear in group.linears
+        }
         self._chosen: list[np.ndarray] = []
+        self._call = -1
         self._open: dict[str, _Inputs] = {}
         self._done: dict[str, _Measured] = {}
 
     def enter(self, kinds: Sequence[np.ndarray]) -> None:
         """Choose the rows to keep."""
-        self._chosen = chosen_rows(kinds, self.rows_kept)
+        self._chosen, self._call = chosen_rows(kinds, self.rows_kept), -1
+
+    def call(self) -> None:
+        """Count the call."""
+        self._call += 1
 
     def given(self, linear: str, rows: Tensor, out: Tensor) -> None:
-        """Take the inputs of a group's first layer; the others are given the same."""
-        if linear in self._groups:
-            if linear not in self._open:
-                kept = sum(map(len, self._chosen))
-                self._open[linear] = _Inputs(linear, rows.shape[1], kept)
-            inputs = self._open[linear]
-            inputs.add(rows.numpy(), self._chosen[inputs.calls])
+        """Take the inputs of the first layer of a group in a call; the others get the same."""
+        name = self._group_of.get(linear)
+        if name is None:
+            return
+        if name not in self._open:
+            kept = sum(map(len, self._chosen))
+            self._open[name] = _Inputs(name, rows.shape[1], kept)
+        inputs = self._open[name]
+        if inputs.call < self._call:
+            inputs.call = self._call
+            inputs.add(rows.numpy(), self._chosen[self._call])
 
     def leave(self, weights: Mapping[str, Tensor]) -> None:
         """Measure the groups of this piece."""
@@ -219,14 +231,20 @@ def chosen_rows(kinds: Sequence[np.ndarray], most: int) -> list[np.ndarray]:
 
 
 class _Inputs:
-    """The inputs of one group so far."""
+    """The inputs of one group so far, up to a call."""
 
     def __init__(self, name: str, width: int, kept: int):
-        self.rows = self.calls = self._filled = 0
+        self.rows = self._filled = 0
+        self.call = -1
         self.absmax = np.zeros(width, np.float32)
         self.total = np.zeros(width, np.float64)  # of |x|
         self.histogram = Histogram(f"the input of {name}")
-        self.kept = np.empty((kept, width), np.float32)
+        self._kept = np.empty((kept, width), np.float32)
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Rows (n, K) that were chosen."""
+        return self._kept[: self._filled]
 
     def add(self, rows: np.ndarray, chosen: np.ndarray) -> None:
         """Take rows (Q, K), of which ``chosen`` are kept."""
@@ -235,8 +253,8 @@ class _Inputs:
         np.maximum(self.absmax, size.max(0), out=self.absmax)
         self.total += size.sum(0, dtype=np.float64)
         stop = self._filled + len(chosen)
-        self.kept[self._filled : stop] = rows[chosen]
-        self.rows, self.calls, self._filled = self.rows + len(rows), self.calls + 1, stop
+        self._kept[self._filled : stop] = rows[chosen]
+        self.rows, self._filled = self.rows + len(rows), stop
 
 
 @dataclass(frozen=True)

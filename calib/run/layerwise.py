@@ -64,8 +64,13 @@ class LayerObserver:
     def enter(self, kinds: Sequence[np.ndarray]) -> None:
         """Begin a piece; ``kinds`` has the kind of each row of each call to come, in order."""
 
+    def call(self) -> None:
+        """Begin the next of these calls. Where a layer leaves all rows as they are, the projections
+        of keys and values are the only linear layers in it.
+        """
+
     def given(self, linear: str, rows: Tensor, out: Tensor) -> None:
-        """Take one call of a linear layer: its input (Q, K) and output."""
+        """Take what a linear layer does in this call: its input (Q, K) and output."""
 
     def leave(self, weights: Mapping[str, Tensor]) -> None:
         """End the piece; its weights by the checkpoint's names, valid until this returns."""
@@ -205,7 +210,12 @@ def _loaded(
     """Yield what runs a piece, between the observer's ``enter`` and ``leave``."""
     with stream.loaded(piece) as run:
         observer.enter(kinds)
-        yield run
+
+        def call(*given: Any) -> Any:
+            observer.call()
+            return run(*given)
+
+        yield call
         observer.leave(stream.loaded_weights(piece))
 
 

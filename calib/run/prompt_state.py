@@ -40,7 +40,7 @@ class _Call:
     """Rows that go through a stage's layers together.
 
     shared: cosines, sines, visibility, then gates and gains of layers (``decoder.Head``). The rows
-    take slots [start, stop).
+    take slots [start, stop). serves: no layer of the stage changes them (``Stage.serves``).
     """
 
     segments: list[AppendedRows]
@@ -49,6 +49,7 @@ class _Call:
     start: int
     stop: int
     is_answer: bool
+    serves: bool
 
 
 class LastRowView(NamedTuple):
@@ -107,6 +108,9 @@ class PromptState:
             self._passing = [part for parts in self._parts for part in parts if part.visual]
             texts = [[part for part in parts if not part.visual] for parts in self._parts]
             self._parts = [parts for parts in texts if parts]
+        facts = plan.stages[stage]
+        if facts.serves:
+            self._parts = [own for parts in self._parts for own in _served_apart(parts)]
         calls = [(parts, False) for parts in self._parts]
         if self._answer is not None:
             calls.append(([self._answer], True))
@@ -122,8 +126,7 @@ class PromptState:
             used = slots.used
             gates = stage_gates(plan, stage, slots.visual[:, :used], parts[0].visual, is_answer)
             rows = torch.cat([part.rows for part in parts], 1)
-            facts = plan.stages[stage]
-            gains = stage_gains(facts, row_kinds(parts)) if facts.frozen else None
+            gains = stage_gains(facts, row_kinds(parts)) if facts.masked else None
             shared = head(
                 rows,
                 torch.from_numpy(np.concatenate([part.positions for part in parts], 1)),
@@ -137,7 +140,8 @@ class PromptState:
                 None if gains is None else torch.from_numpy(gains),
             )
             bare = [replace(part, rows=None) for part in parts]
-            self._calls.append(_Call(bare, rows, shared, start, used, is_answer))
+            serves = facts.serves and parts[0].visual
+            self._calls.append(_Call(bare, rows, shared, start, used, is_answer, serves))
         self._slots = slots
         self._parts = []  # the calls hold the rows now
 
@@ -194,6 +198,12 @@ class PromptState:
             cache = (key[:, :, : call.stop], value[:, :, : call.stop])  # filled in place
             first = torch.tensor([call.start])
             before = call.rows = _with_features(call, layer)
+            if call.serves:
+                new = run(call.rows, cos, sin, *[None] * 7)
+                for held, rows in zip((key, value), new, strict=False):
+                    held[:, :, call.start : call.stop] = rows
+                turned.append(torch.ones(before.shape[1]))
+                continue
             call.rows, *attended = run(
                 call.rows, cos, sin, first, visible, None, *gates, *cache, *gains
             )
@@ -303,6 +313,12 @@ class PromptState:
                 for layer in found[0].inject
             },
         )
+
+
+def _served_apart(parts: list[AppendedRows]) -> list[list[AppendedRows]]:
+    """Return the calls of parts of which the visual ones serve a stage: those, then the text."""
+    texts = [part for part in parts if not part.visual]
+    return [*([part] for part in parts if part.visual), *([texts] if texts else [])]
 
 
 def _with_features(call: _Call, layer: int) -> Tensor:

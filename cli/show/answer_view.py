@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...graphs.contract import projects_later
-from ...graphs.parts import ENTRY, PROBE, PROJECT, VISION
+from ...graphs.parts import ENTRY, PROBE, PROJECT, SERVE, VISION, serves_alone, stage_of
 from ...graphs.plan.cost import Cost, Geometry, Load, cost_of, plan_loads, reduction_percent
 
 if TYPE_CHECKING:
@@ -109,11 +109,12 @@ def _what(name: str, manifest: Manifest, facts: PlanFacts) -> str:
     if name == ENTRY:
         assert plan.entry is not None
         return plan.entry.summary(plan.visual_tokens)
-    stages = {f"stage{index}": stage for index, stage in enumerate(manifest.plan.stages)}
-    if name not in stages:
+    if not name.startswith(("stage", SERVE)):
         return "selection" if name.startswith("select") else "probes" if name == PROBE else ""
-    start, stop = stages[name].layers
+    start, stop = plan.stages[stage_of(name)].layers
     layers = f"layers {start} to {stop - 1}" if stop - start > 1 else f"layer {start}"
+    if serves_alone(name):
+        return f"{layers}, keys and values of visual tokens"
     if not facts.visual_tokens:
         return layers
     return f"{layers}, {facts.visual_tokens_per_layer[start]} visual tokens"

@@ -24,8 +24,17 @@ from ...graphs.modules.portable_ops import Portable
 from ...graphs.modules.quantized import is_cache_scale, replace_linears, round_caches
 from ...graphs.modules.rope import frequencies
 from ...graphs.modules.select import Prober, Selector
+from ...graphs.modules.serving import ServingStage
 from ...graphs.modules.vision import Projection, Vision
-from ...graphs.parts import PROBE, PROJECT, VISION, StagePart, part_names, whole_stages
+from ...graphs.parts import (
+    PROBE,
+    PROJECT,
+    VISION,
+    StagePart,
+    part_names,
+    serving_name,
+    whole_stages,
+)
 from ...graphs.plan.plan import StagePlan
 from ...graphs.precision import NO_FALLBACK, Fp32Fallback
 from ...graphs.quantization import FLOAT, Quantization
@@ -37,7 +46,7 @@ FREQUENCIES = "head.inverse_frequencies"
 
 LAYER_WEIGHT = re.compile(r"(?:^|\.)(layers\.\d+)\.")
 
-Pieces = Vision | Projection | DecoderStage | Selector | Prober
+Pieces = Vision | Projection | DecoderStage | ServingStage | Selector | Prober
 """Modules that a graph is made from."""
 
 
@@ -113,6 +122,8 @@ def graphs_of(
             index = part.stage
             # Rows that were gathered are not the last ones of their cache.
             ordered = index == 0 and not (plan.routing is not None and plan.routing.gathers)
+            if part.serves(plan):
+                add(serving_name(name), ServingStage(config.text, plan, part, ops))
             own = LlmConditional(in_order=ordered) if lowering == LLM_CONDITIONAL else ops
             add(name, DecoderStage(config.text, plan, part, own, fallback))
             if f"select{index}" in specs and part.ends(plan):
@@ -138,12 +149,15 @@ def export(
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     stitcher = Stitcher({id(tensor): name for name, tensor in tensors.items()}, graph.opset)
     inputs = [stitcher.input(spec) for spec in graph.spec.inputs]
+    named = {spec.name: value for spec, value in zip(graph.spec.inputs, inputs, strict=True)}
     if isinstance(module, DecoderStage):
-        outputs = _stage(module, stitcher, inputs)
+        out = module.compose_named(stitcher.call, named)
+        outputs = [*out.singles, *out.flat_caches]
+    elif isinstance(module, ServingStage):
+        outputs = module.compose_named(stitcher.call, named)
     elif isinstance(module, Vision | Projection):
         outputs = list(module.compose(stitcher.call, *inputs))
     else:
-        named = {spec.name: value for spec, value in zip(graph.spec.inputs, inputs, strict=True)}
         ordered = module.ordered(named) if isinstance(module, Selector) else inputs
         outputs = list(stitcher.call(module, *ordered))
     model = stitcher.model(graph.name, inputs, graph.spec, outputs)
@@ -154,12 +168,6 @@ def export(
     prefix_node_names(model)
     _attach(model, text, weights, path.parent)
     onnx_ir.save(model, path)
-
-
-def _stage(stage: DecoderStage, stitcher: Stitcher, inputs: list) -> list:
-    """Compose a stage and put its outputs in contract order."""
-    out = stage.compose_named(stitcher.call, {value.name: value for value in inputs})
-    return [*out.singles, *out.flat_caches]
 
 
 def _strip(model: onnx_ir.Model) -> None:

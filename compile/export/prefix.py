@@ -71,7 +71,7 @@ def _prefix_gains(plan: StagePlan, count: int) -> dict[int, tuple[Tensor, Tensor
     return {
         layer: (torch.from_numpy(attention), torch.from_numpy(mlp))
         for stage in plan.stages
-        if stage.frozen
+        if stage.masked
         for layer, (attention, mlp) in zip(
             stage.gained_layers, stage_gains(stage, kinds), strict=True
         )

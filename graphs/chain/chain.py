@@ -10,7 +10,8 @@ module owns positions, orders, slots and gates. One prefill reads:
     stage 2    text rows
 
 Visual rows that arrive at a stage without visual tokens pass it by: nothing is called for them,
-they take no slots, and go on as they were.
+they take no slots, and go on as they were. Those that no layer of a stage changes serve it: their
+keys and values get slots, and nothing else runs for them.
 
 Source: docs/design.md, "Append rows" and "Text-blind layers"; gates: docs/methods.md, "Gated and
 renormalised masks".
@@ -178,34 +179,43 @@ class Chain:
     def append(
         self, stage: int, parts: Sequence[AppendedRows], *, padded: bool = False
     ) -> list[PrefilledPart]:
-        """Append segments to a stage in one call; several only where it has no gates.
+        """Append segments to a stage in one call; several only where it has no gates. Visual rows
+        that no layer changes are none of the call's.
 
         ``padded``: with the padding that the executor wants, for a call that ends in a question.
         Of each part's result, ``queries`` and ``logits`` are those of the call's last row.
         """
-        running = [part for part in parts if not self._passes(stage, part)]
-        whole, start = None, self.slots[stage].used
-        if running:
-            count = sum(part.count for part in running)
-            padding = self.padding(stage, count) if padded else 0
-            whole, start = self._append(stage, running, padding)
-        done, at = [], 0
-        for part in parts:
-            if whole is None or self._passes(stage, part):
-                result, count = StageResult(part.rows, None, None), 0
-            else:
-                result, count = whole, part.count
-                if len(running) > 1:
-                    own = slice(at, at + count)
-                    readings = {name: values[:, own] for name, values in whole.readings.items()}
-                    result = whole._replace(rows=whole.rows[:, own], readings=readings)
-            done.append(PrefilledPart(part, result, start + at, start + at + count))
-            at += count
-        return done
+        done = [self._unchanged(stage, part) for part in parts]
+        running = [part for part, own in zip(parts, done, strict=True) if own is None]
+        if not running:
+            return [part for part in done if part is not None]
+        # Padding behind rows that serve would be copied with them, where text stands before them.
+        padded = padded and (len(running) == 1 or not self.plan.stages[stage].serves)
+        count = sum(part.count for part in running)
+        whole, start = self._append(stage, running, self.padding(stage, count) if padded else 0)
+        at, rest = 0, []
+        for part in running:
+            result, own = whole, slice(at, at + part.count)
+            if len(running) > 1:
+                readings = {name: values[:, own] for name, values in whole.readings.items()}
+                result = whole._replace(rows=whole.rows[:, own], readings=readings)
+            rest.append(PrefilledPart(part, result, start + own.start, start + own.stop))
+            at = own.stop
+        ran = iter(rest)
+        return [next(ran) if own is None else own for own in done]
 
-    def _passes(self, stage: int, part: AppendedRows) -> bool:
-        """Return whether a part passes a stage by."""
-        return part.visual and not self.plan.stages[stage].visual_tokens
+    def _unchanged(self, stage: int, part: AppendedRows) -> PrefilledPart | None:
+        """Return visual rows that pass a stage by, or serve it, once they have; None: they run."""
+        facts, start = self.plan.stages[stage], self.slots[stage].used
+        if not part.visual or (facts.visual_tokens and not facts.serves):
+            return None
+        rows = part.rows
+        if facts.serves:
+            self.reserve(stage, part.count)
+            self.slots[stage].write(part)
+            inject = self._inject(stage, [part])
+            rows = self.executor.serve(stage, rows, part.positions, start, inject)
+        return PrefilledPart(part, StageResult(rows, None, None), start, self.slots[stage].used)
 
     def cross(
         self,
@@ -364,7 +374,7 @@ class Chain:
         facts = self.plan.stages[stage]
         controls = {
             "gates": self._stage_gates(stage, parts[-1].visual, decoding),
-            "row_gain": stage_gains(facts, row_kinds(parts)) if facts.frozen else None,
+            "row_gain": stage_gains(facts, row_kinds(parts)) if facts.masked else None,
         }
         return {name: values for name, values in controls.items() if values is not None}
 

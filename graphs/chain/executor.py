@@ -84,6 +84,20 @@ class Executor(Protocol):
         nothing to others; a layer that lacks gets nothing.
         """
 
+    def serve(
+        self,
+        stage: int,
+        rows: Rows,
+        positions: np.ndarray,
+        write_index: int,
+        inject: Mapping[int, Rows],
+    ) -> Rows:
+        """Write keys and values of visual rows that no layer of a stage changes to its slots from
+        ``write_index`` on (``contract.serve_spec``); return the rows.
+
+        ``inject``: as for ``append``, of all rows.
+        """
+
     def select(
         self,
         edge: int,
@@ -112,7 +126,7 @@ class Executor(Protocol):
         """Take rows ``index`` (K,), or (B, K), of (B, Q, D) -> (B, K, D)."""
 
 
-GRAPH_CALLS = ("encode", "append", "select", "probe")
+GRAPH_CALLS = ("encode", "serve", "append", "select", "probe")
 """Methods of an executor that run a graph; ``encode`` is the runtime's, for the vision encoder."""
 
 NoteCall = Callable[[str, tuple, Any, float, float], None]

@@ -51,7 +51,7 @@ def decode_lanes(
         visual = np.concatenate([lane.visual for lane in slots])
         given = {
             "gates": stage_gates(plan, stage, visual, visual_call=False, decoding=True),
-            "row_gain": stage_gains(facts, row_kinds([segment])) if facts.frozen else None,
+            "row_gain": stage_gains(facts, row_kinds([segment])) if facts.masked else None,
         }
         controls = {name: values for name, values in given.items() if values is not None}
         result = executor.append(

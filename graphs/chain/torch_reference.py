@@ -21,12 +21,13 @@ from ..config import TextConfig
 from ..contract import BY_LAYER, INVISIBLE
 from ..errors import ModelError, PlanError, PromptError
 from ..fusion import NAMED_DEPTH, read_fusion
-from ..modules.decoder import DecoderStage
+from ..modules.decoder import DecoderStage, direct
 from ..modules.features import injected_rows
 from ..modules.ops import Eager
 from ..modules.quantized import CACHE_SCALES
 from ..modules.routers.notes import GateNotes
 from ..modules.select import Prober, Selector
+from ..modules.serving import ServingStage
 from ..parts import probed, whole_stages
 from ..plan.plan import StagePlan
 from ..plan.routing import is_router
@@ -84,8 +85,12 @@ class TorchExecutor:
             DecoderStage(text, plan, part, Eager(), fallback) for part in whole_stages(plan)
         ]
         for stage in self.stages:
-            prepare(stage)
-            load_weights(stage, weights)
+            load_weights(stage, weights, prepare)
+        self.serving = {
+            part.stage: load_weights(ServingStage(text, plan, part, Eager()), weights, prepare)
+            for part in whole_stages(plan)
+            if part.serves(plan)
+        }
         self.layers = [stage.attention_layers for stage in plan.stages]
         self.selectors = {
             index: Selector(edge) for index, edge in enumerate(plan.edges) if probed(plan, index)
@@ -144,6 +149,16 @@ class TorchExecutor:
             self.ahead[stage] = out.ahead
         return StageResult(out.rows, out.queries, out.logits, out.readings)
 
+    def serve(self, stage, rows, positions, write_index, inject) -> Tensor:
+        """Run the serving stage ``stage`` eagerly, and write what it returns."""
+        at = torch.from_numpy(positions)
+        rows, new = self.serving[stage].compose(direct, rows, at, inject)
+        caches = [cache for pair in self.caches[stage] for cache in pair]
+        caches += [self.ahead[stage]] if stage in self.ahead else []
+        for cache, own in zip(caches, new, strict=True):
+            cache[:, :, write_index : write_index + own.shape[2]] = own
+        return rows
+
     def select(self, edge: int, feeds: Mapping[str, Any]) -> Kept:
         """Run the selector of edge ``edge`` over the cache that it reads of the stage before it."""
         layer = scored_layer(self.plan, edge)
@@ -188,8 +203,15 @@ class TorchExecutor:
         return torch.zeros(shape, dtype=torch.int8 if quantised else self.embedding.dtype)
 
 
-def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor]):
-    """Set a stage's parameters to ``weights``, without copying them; return the module."""
+def load_weights(
+    module: torch.nn.Module,
+    weights: Mapping[str, Tensor],
+    prepare: Callable[[torch.nn.Module], None] = lambda module: None,
+) -> Any:
+    """Set a stage's parameters to ``weights``, without copying them, once it is prepared; return
+    the module.
+    """
+    prepare(module)
     names = module.state_dict().keys()
     lacking = [name for name in names if name not in weights and is_router(name)]
     if lacking:

@@ -27,7 +27,7 @@ from ..plan.routing import Routing
 from ..precision import NO_FALLBACK, Fp32Fallback
 from .layer import Ahead, Cache, DecoderLayer, Linear, Norm
 from .ops import Eager, Scales
-from .rope import frequencies, turn
+from .rope import Rotary
 from .routers.router import Rivals
 
 Call = Callable[..., Any]
@@ -71,29 +71,27 @@ class Inject(nn.Module):
         return rows + features
 
 
-class Head(nn.Module):
+class Head(Rotary):
     """Inputs that all layers of a stage share: rotary turns, visibility, gates and gains, and what
     rows that compete (``Routing.competes``) know of each other.
     """
 
     def __init__(self, text: TextConfig, ops: Eager, routing: Routing | None = None):
-        super().__init__()
+        super().__init__(text)
         self.ops = ops
-        self.kind: tuple = (text, ops.name)
+        self.kind = (text, ops.name)
         self.rivals = None
         if routing is not None and routing.competes:
             self.kind += (routing,)
             self.rivals = Rivals(routing, text.max_positions)
-        inverse, self.scaling = frequencies(text)
-        self.register_buffer("inverse_frequencies", inverse, persistent=False)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, rows, positions, order, slot_order, write_index, gates, row_gain=None
     ) -> tuple[Tensor, ...]:
         """Return cos, sin (B, Q, d/2), visible, perhaps window, then ``layer_controls``; where rows
         compete at last ``real`` and ``allowed`` of ``Router.forward``.
         """
-        cos, sin = turn(self.inverse_frequencies, self.scaling, positions, rows.dtype)
+        cos, sin = super().forward(rows, positions)
         view = self.ops.view(order, slot_order, write_index)
         window = () if view.window is None else (view.window,)
         given = [control for control in (gates, row_gain) if control is not None]

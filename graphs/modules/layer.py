@@ -45,21 +45,50 @@ class Norm(nn.Module):
         return self.ops.rms_norm(x, self.weight, self.eps)
 
 
-class Attention(nn.Module):
+class KeyValues(nn.Module):
+    """Keys and values of rows in a layer; of a layer ahead keys alone. ``queries``: beside theirs,
+    for who attends.
+    """
+
+    def __init__(self, text: TextConfig, ops: Eager, *, queries: bool = False, values: bool = True):
+        super().__init__()
+        self.text, self.ops = text, ops
+        width, kv_width = text.heads * text.head_dim, text.kv_heads * text.head_dim
+        if queries:
+            self.q_proj = Linear(ops, text.hidden, width, text.attention_bias)
+        self.k_proj = Linear(ops, text.hidden, kv_width, text.attention_bias)
+        # Of an INT8 cache (``quantized.round_caches``), (G,) each.
+        self.register_parameter("key_scale", None)
+        if values:
+            self.v_proj = Linear(ops, text.hidden, kv_width, text.attention_bias)
+            self.register_parameter("value_scale", None)
+
+    def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return rotated keys (B, G, Q, d); x: (B*Q, D); cos, sin: (B, Q, d/2)."""
+        made = _heads(self.ops, self.k_proj(x), cos, self.text.head_dim)
+        return self.ops.rotate(made, cos, sin)
+
+    def values(self, x: Tensor, cos: Tensor) -> Tensor:
+        """Return values (B, G, Q, d); x: (B*Q, D); cos: (B, Q, d/2)."""
+        return _heads(self.ops, self.v_proj(x), cos, self.text.head_dim)
+
+    def cached(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """Return keys, and values, (B, G, Q, d) each, as the layer's caches keep them."""
+        made = [(self.keys(x, cos, sin), self.key_scale)]
+        if hasattr(self, "v_proj"):
+            made.append((self.values(x, cos), self.value_scale))
+        return tuple(
+            rows if scale is None else self.ops.stored(rows, scale) for rows, scale in made
+        )
+
+
+class Attention(KeyValues):
     """Grouped-query attention over the stage's cache. The update comes scaled by 2**-shift."""
 
     def __init__(self, text: TextConfig, ops: Eager, shift: int = 0):
-        super().__init__()
+        super().__init__(text, ops, queries=True)
         self.scale = 2.0**-shift
-        self.text, self.ops = text, ops
-        width, kv_width = text.heads * text.head_dim, text.kv_heads * text.head_dim
-        self.q_proj = Linear(ops, text.hidden, width, text.attention_bias)
-        self.k_proj = Linear(ops, text.hidden, kv_width, text.attention_bias)
-        self.v_proj = Linear(ops, text.hidden, kv_width, text.attention_bias)
-        self.o_proj = Linear(ops, width, text.hidden, text.output_bias)
-        # Of an INT8 cache (``quantized.round_caches``), (G,) each.
-        self.register_parameter("key_scale", None)
-        self.register_parameter("value_scale", None)
+        self.o_proj = Linear(ops, text.heads * text.head_dim, text.hidden, text.output_bias)
 
     @property
     def scales(self) -> Scales | None:
@@ -80,8 +109,7 @@ class Attention(nn.Module):
             view = view._replace(visible=visible[:, None])
             turns = self.ops.take(cos, route.picked), self.ops.take(sin, route.picked)
         q = self.ops.rotate(_heads(self.ops, self.q_proj(asks), turns[0], width), *turns)
-        k = self.ops.rotate(_heads(self.ops, self.k_proj(x), cos, width), cos, sin)
-        v = _heads(self.ops, self.v_proj(x), cos, width)
+        k, v = self.keys(x, cos, sin), self.values(x, cos)
         out, keys, values = self.ops.cached_attention(q, k, v, cache, view, gate, self.scales)
         shape = (turns[0].shape[0] * turns[0].shape[1], self.text.heads * width)
         out = self.ops.reshape(out.transpose(1, 2), shape)
@@ -90,24 +118,16 @@ class Attention(nn.Module):
         return self.o_proj(out, self.scale), q, keys, values
 
 
-class AheadAttention(nn.Module):
+class AheadAttention(KeyValues):
     """Queries and keys of a layer that is not run here, over a cache of keys alone."""
 
     def __init__(self, text: TextConfig, ops: Eager):
-        super().__init__()
-        self.text, self.ops = text, ops
-        width, kv_width = text.heads * text.head_dim, text.kv_heads * text.head_dim
-        self.q_proj = Linear(ops, text.hidden, width, text.attention_bias)
-        self.k_proj = Linear(ops, text.hidden, kv_width, text.attention_bias)
-        self.register_parameter("key_scale", None)  # of an INT8 cache, (G,)
+        super().__init__(text, ops, queries=True, values=False)
 
     def forward(self, x, cos, sin, key: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """Return rotated queries (B, H, Q, d) and the cache; x: (B*Q, D); cos: (B, Q, d/2)."""
-        q, k = (
-            self.ops.rotate(_heads(self.ops, made(x), cos, self.text.head_dim), cos, sin)
-            for made in (self.q_proj, self.k_proj)
-        )
-        return q, self.ops.keep(key, k, self.key_scale, view)
+        q = self.ops.rotate(_heads(self.ops, self.q_proj(x), cos, self.text.head_dim), cos, sin)
+        return q, self.ops.keep(key, self.keys(x, cos, sin), self.key_scale, view)
 
 
 def _heads(ops: Eager, projected: Tensor, like: Tensor, width: int) -> Tensor:
@@ -186,8 +206,8 @@ class DecoderLayer(nn.Module):
         rows: Tensor,
         cos: Tensor,
         sin: Tensor,
-        write_index: Tensor,
-        visible: Tensor,
+        write_index: Tensor | None,
+        visible: Tensor | None,
         window: Tensor | None,
         value_gate: Tensor | None,
         sink_gate: Tensor | None,
@@ -203,8 +223,12 @@ class DecoderLayer(nn.Module):
 
         The gains are (B, Q): factors of what attention and MLP add to each row. ``real``,
         ``allowed``: of ``Head``, where rows compete. Where only some rows run, the last row's query
-        alone is returned.
+        alone is returned. Where nothing is ``visible``, the layer leaves the rows as they are:
+        their keys and values alone are returned (``served``).
         """
+        if visible is None:
+            return served(self, rows, cos, sin) if self.attends else ()
+        assert write_index is not None
         (batch, count, _), width = cos.shape, rows.shape[-1]
         x = self.ops.reshape(rows, (batch * count, width))
         to_attention, to_mlp = self._routes(rows, real, allowed)
@@ -256,6 +280,33 @@ class DecoderLayer(nn.Module):
         }
         attended, changed = (routes[name] for name in self.routers)
         return attended, changed
+
+
+def served(
+    layer: DecoderLayer | ServingLayer, rows: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, ...]:
+    """Return keys and values of rows (B, Q, D) that a layer leaves as they are, (B, G, Q, d) each,
+    as its caches keep them; cos, sin: (B, Q, d/2).
+    """
+    batch, count, _ = cos.shape
+    x = layer.ops.reshape(rows, (batch * count, rows.shape[-1]))
+    dtype = layer.input_layernorm.weight.dtype  # of the weights; rows may be wider
+    return layer.self_attn.cached(layer.input_layernorm(x), cos.to(dtype), sin.to(dtype))
+
+
+class ServingLayer(nn.Module):
+    """The norm, keys and values of a layer, for rows that it leaves as they are."""
+
+    def __init__(self, text: TextConfig, ops: Eager, *, values: bool = True):
+        super().__init__()
+        self.ops = ops
+        self.kind = (text, ops.name, values)
+        self.self_attn = KeyValues(text, ops, values=values)
+        self.input_layernorm = Norm(ops, text.hidden, text.rms_eps)
+
+    def forward(self, rows: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """Return what ``served`` does."""
+        return served(self, rows, cos, sin)
 
 
 class Ahead(nn.Module):

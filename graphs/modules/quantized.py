@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..linears import Group
 from ..quantization import CacheScheme, Scheme, block_of
-from .layer import AheadAttention, Attention, Linear
+from .layer import KeyValues, Linear
 from .ops import Eager
 
 WEIGHT = {"w8a8": "weight_int8", "w8": "weight_int8", "w4": "weight_int4"}
@@ -111,6 +111,7 @@ def round_caches(module: nn.Module, cache: CacheScheme) -> None:
     if cache == "float":
         return
     for attention in module.modules():
-        if isinstance(attention, Attention | AheadAttention):
-            for own in CACHE_SCALES if isinstance(attention, Attention) else CACHE_SCALES[:1]:
-                setattr(attention, own, nn.Parameter(torch.empty(attention.text.kv_heads)))
+        if isinstance(attention, KeyValues):
+            for own in CACHE_SCALES:
+                if hasattr(attention, own):  # a layer ahead has no values
+                    setattr(attention, own, nn.Parameter(torch.empty(attention.text.kv_heads)))

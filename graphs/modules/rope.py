@@ -6,7 +6,7 @@ The formulas (default, linear, llama3, yarn, ...) are transformers' own; this mo
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama import LlamaConfig
 
@@ -37,3 +37,17 @@ def turn(
     """Return cosines and sines (B, Q, d/2) of positions (B, Q), computed in FP32, then rounded."""
     angles = positions[:, :, None].float() * inverse
     return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+
+
+class Rotary(nn.Module):
+    """Rotary turns of the rows of a call."""
+
+    def __init__(self, text: TextConfig):
+        super().__init__()
+        self.kind: tuple = (text,)
+        inverse, self.scaling = frequencies(text)
+        self.register_buffer("inverse_frequencies", inverse, persistent=False)
+
+    def forward(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (B, Q, d/2), in the type of the rows (B, Q, D)."""
+        return turn(self.inverse_frequencies, self.scaling, positions, rows.dtype)

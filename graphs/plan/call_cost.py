@@ -7,6 +7,7 @@ multiply-accumulate); norms, activations and softmax are left out, which is unde
 decoder's. Bytes are the weights once and the cache once; activations are not counted.
 
     decoder layer, Q rows, S slots     2 Q L + 4 Q S w      L = 2 d (w + w_kv) + 3 d m
+    the same, rows that only serve     4 Q d w_kv
     output projection, the last row    2 d V
     encoder layer, T tokens            2 T (4 h^2 + 2 h m) + 4 T^2 h
 
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 from ..caches import ahead_of
 from ..config import ModelConfig
 from ..contract import projects_later
-from ..parts import PROBE, VISION, stage_of
+from ..parts import PROBE, SERVE, VISION, serves_alone, stage_of
 from ..quantization import SCALE_BLOCK, parse_quant_config
 from .cost import Geometry
 from .plan import StagePlan
@@ -109,6 +110,9 @@ def decoder_work(call: GraphCall, geometry: Geometry, plan: StagePlan, sizes: Si
         return Work(flops, 0, 2 * kv * call.slots * sizes.cache, attention_flops=flops)
     last = index == len(plan.stages) - 1
     stage = plan.stages[index]
+    if serves_alone(call.graph):
+        caches = 2 * len(stage.attention_layers) + (ahead_of(plan, index) is not None)
+        return serving_work(geometry, caches, call.rows, sizes)
     gathers = plan.routing is not None and plan.routing.gathers
     layers = range(*stage.layers) if gathers else range(0)
     routed = sum(plan.routing_of(layer) is not None for layer in layers)
@@ -177,6 +181,13 @@ def ahead_work(geometry: Geometry, call: GraphCall, sizes: Sizes) -> Work:
     return Work(2 * call.rows * weights, weights * sizes.weight, kv * call.rows * sizes.cache)
 
 
+def serving_work(geometry: Geometry, caches: int, rows: int, sizes: Sizes) -> Work:
+    """Return the work of rows that serve so many caches, of keys or of values, and no more."""
+    kv = geometry.widths[1]
+    weights = caches * geometry.hidden * kv
+    return Work(2 * rows * weights, weights * sizes.weight, caches * kv * rows * sizes.cache)
+
+
 def head_work(geometry: Geometry, sizes: Sizes) -> Work:
     """Return the work of the output projection of one row."""
     return Work(2 * geometry.head_weights, geometry.head_weights * sizes.weight)
@@ -225,7 +236,7 @@ def question_calls(
         return [*calls, GraphCall("stage0", rows, slots(0, rows))]
     first = min(visual, plan.stages[0].visual_tokens)
     if first and not cached:
-        calls.append(GraphCall("stage0", first, slots(0, prefix + first)))
+        calls.append(_visual_call(plan, 0, first, slots(0, prefix + first)))
     held = prefix + first + text
     calls.append(GraphCall("stage0", text, slots(0, held)))
     known = plan.blind_stages if cached else 0  # stages that hold the image's rows already
@@ -237,8 +248,18 @@ def question_calls(
         kept = min(visual, plan.stages[index + 1].visual_tokens)
         held = prefix + kept + text
         rows = kept + text if new else text
+        if new and kept and plan.stages[index + 1].serves:
+            calls.append(_visual_call(plan, index + 1, kept, 0))
+            rows = text
         calls.append(GraphCall(f"stage{index + 1}", rows, slots(index + 1, held)))
     return calls
+
+
+def _visual_call(plan: StagePlan, stage: int, rows: int, slots: int) -> GraphCall:
+    """Return a call of visual rows alone; those that serve read no cache."""
+    if plan.stages[stage].serves:
+        return GraphCall(f"{SERVE}{stage}", rows, 0)
+    return GraphCall(f"stage{stage}", rows, slots)
 
 
 def token_calls(
@@ -259,7 +280,8 @@ def layers_of(call: GraphCall, config: ModelConfig, plan: StagePlan) -> int:
     """Return the layers that one call runs; a selection or a probe counts as one."""
     if call.graph == VISION:
         return config.encoder_depth
-    return plan.stages[stage_of(call.graph)].depth if call.graph.startswith("stage") else 1
+    whole = call.graph.startswith(("stage", SERVE))
+    return plan.stages[stage_of(call.graph)].depth if whole else 1
 
 
 def total_work(works: Iterable[Work]) -> Work:

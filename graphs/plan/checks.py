@@ -265,6 +265,10 @@ def check_edge(
         field = f"stages[{index + ahead}].drop_attention"
         fix = "Keep that layer, or move the edge."
         require(has, field, stage.drop_attention, wanted, fix)
+        field = f"stages[{index}].frozen"
+        wanted = f"visual rows that some layer changes, by which {at} scores"
+        fits = "change" not in reads or not before.serves
+        require(fits, field, Words("all of them"), wanted, "Take another score.")
     if probing:
         fix = "Write op: probe, or remove the probe."
         wanted = "probe, as the plan decides per prompt"

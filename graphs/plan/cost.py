@@ -24,7 +24,8 @@ call FLOPs, count the visual rows' own projections, MLP and n^2 pairs.
 Accountings:
     modes   each layer by its mode, as above: what the method needs at best. The default.
     paper   the VisiPruner paper's: no layer of a stage with text-blind layers has attention.
-    graphs  what our graphs execute today: gates zero values but skip nothing, so all are dense.
+    graphs  what our graphs execute today: gates and gains are factors and skip nothing, so all are
+            dense, but for visual rows that no layer of a stage changes.
 
 Source: docs/methods.md, "Cost accounting" and "Published cost figures", whose printed digits are
 this module's tests.
@@ -248,9 +249,12 @@ def plan_loads(
                 kind = "dense"
             elif accounting == "paper" and blind:
                 kind = "no_attention"
-            frozen: tuple[tuple[str, str], ...] = ()
-            if accounting != "graphs":
-                frozen = tuple((f.rows, f.part) for f in stage.frozen if layer in f.layers)
+            frozen = tuple(
+                (f.rows, f.part)
+                for f in stage.frozen
+                if layer in f.layers
+                and (accounting != "graphs" or (stage.serves and f.rows == "visual"))
+            )
             share, dropped = _share(plan, layer, accounting), dropped_parts(plan, layer)
             loads.append(Load(kind, count, share=share, dropped=dropped, frozen=frozen))
     return tuple(loads)

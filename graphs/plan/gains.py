@@ -16,7 +16,7 @@ def stage_gains(stage: Stage, kinds: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return the factors of what attention and MLP add to each row of a call.
 
     Args:
-        stage: one that freezes rows.
+        stage: one that freezes rows of its calls (``Stage.masked``).
         kinds: (B, Q) bool by the names of ``stages.FROZEN_ROWS``, which rows are of that kind.
 
     Returns:
@@ -24,7 +24,7 @@ def stage_gains(stage: Stage, kinds: Mapping[str, np.ndarray]) -> np.ndarray:
     """
     shape = next(iter(kinds.values())).shape
     gains = np.ones((len(stage.gained_layers), len(PARTS), *shape), np.float32)
-    for frozen in stage.frozen:
+    for frozen in stage.masked:
         for layer in frozen.layers:
             at = stage.gained_layers.index(layer), PARTS.index(frozen.part)
             gains[at][kinds[frozen.rows]] = 0.0

@@ -127,9 +127,28 @@ class Stage:
         return tuple(part for part in get_args(Part) if layer not in dropped[part])
 
     @cached_property
+    def serves(self) -> bool:
+        """True where no layer changes visual rows: they serve keys and values, and nothing else
+        needs to run for them.
+        """
+        still = {
+            (item.part, layer)
+            for item in self.frozen
+            if item.rows == "visual"
+            for layer in item.layers
+        }
+        halves = {(part, layer) for layer in range(*self.layers) for part in self.parts_of(layer)}
+        return self.visual_tokens > 0 and halves <= still
+
+    @cached_property
+    def masked(self) -> tuple[Frozen, ...]:
+        """Frozen rows among those that run through the stage; rows that serve it do not."""
+        return tuple(f for f in self.frozen if f.rows == "prefix" or not self.serves)
+
+    @cached_property
     def gained_layers(self) -> tuple[int, ...]:
-        """Absolute indices of the layers that freeze rows, ascending."""
-        return tuple(sorted({layer for item in self.frozen for layer in item.layers}))
+        """Absolute indices of the layers that leave rows of a call as they are, ascending."""
+        return tuple(sorted({layer for item in self.masked for layer in item.layers}))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plain JSON form; ``norm`` only where it means something."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +86,7 @@ class HostExecutor(PromptCalls):
     device_name: str | None = None
 
     def __init__(self, bundle: Bundle, threads: int, batch: int = 1):
-        manifest = bundle.manifest
+        manifest = self.manifest = bundle.manifest
         self.plan, self.text, self.batch = manifest.plan, manifest.config.text, batch
         self.threads: int | None = threads
         self.cache_names = stage_caches(self.plan)
@@ -165,7 +165,7 @@ class HostExecutor(PromptCalls):
     def snapshot(self, stage: int, start: int, stop: int) -> dict[str, np.ndarray]:
         return {name: c[:, :, start:stop].copy() for name, c in self.caches[stage].items()}
 
-    def restore(self, stage: int, start: int, saved: dict[str, np.ndarray]) -> None:
+    def restore(self, stage: int, start: int, saved: Mapping[str, np.ndarray]) -> None:
         for name, rows in saved.items():
             self.caches[stage][name][:, :, start : start + rows.shape[2]] = rows
 

@@ -12,13 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from ...graphs.bundle import Bundle, TensorRef
-from ...graphs.caches import scored_layer, select_caches
+from ...graphs.bundle import Bundle, Manifest, TensorRef
+from ...graphs.caches import appended, scored_layer, select_caches
 from ...graphs.chain.enter import choose_rows, encoded
 from ...graphs.chain.executor import ANY_IMAGE, Encoded, Kept
-from ...graphs.contract import BY_LAYER, GraphSpec, TensorSpec, injected_of, projects_later
+from ...graphs.contract import (
+    BY_LAYER,
+    GraphSpec,
+    TensorSpec,
+    inject_name,
+    injected_of,
+    projects_later,
+)
 from ...graphs.errors import BundleError
-from ...graphs.parts import ENTRY, PROBE, PROJECT, VISION
+from ...graphs.parts import ENTRY, PROBE, PROJECT, SERVE, VISION
 
 
 def map_tensor(bundle: Bundle, ref: TensorRef) -> np.ndarray:
@@ -133,11 +140,12 @@ class PromptCalls:
     """Calls that a prompt makes once, of any executor: encoding, selections and probes.
 
     Attributes:
-        plan: of the bundle.
+        plan, manifest: of the bundle.
         scales: ``stored_cache_scales``.
     """
 
     plan: Any
+    manifest: Manifest
     scales: list[dict[str, np.ndarray]]
 
     def cache(self, stage: int, name: str) -> Any:
@@ -186,6 +194,20 @@ class PromptCalls:
         index = np.stack([entered.source for entered in chosen])
         taken = {layer: self.take(whole, index) for layer, whole in inject.items()}
         return encoded(rows, chosen, taken)
+
+    def restore(self, stage: int, start: int, saved: Mapping[str, Any]) -> None:
+        """Write rows (B, G, n, d) to a stage's caches, by their names, from slot ``start`` on."""
+        raise NotImplementedError
+
+    def serve(self, stage, rows, positions, write_index, inject) -> Any:
+        """Call the graphs of visual rows that no layer of ``stage`` changes."""
+        added = {inject_name(layer): features for layer, features in inject.items()}
+        for graph in self.manifest.parts_of(stage, SERVE):
+            out = self.call_graph(graph, stage, {"rows": rows, "positions": positions, **added})
+            rows = out.pop("rows.out", rows)
+            new = {name.removesuffix(appended("")): own for name, own in out.items()}
+            self.restore(stage, write_index, new)
+        return rows
 
     def select(self, edge: int, feeds: Mapping[str, Any]) -> Kept:
         """Call a selection over a layer's cache of stage ``edge``."""

@@ -37,7 +37,7 @@ class DeviceExecutor(PromptCalls):
     def __init__(
         self, bundle: Bundle, device: Device, api: EngineApi, compiled: Sequence[Compiled]
     ):
-        manifest = bundle.manifest
+        manifest = self.manifest = bundle.manifest
         self.plan, self.scales = manifest.plan, stored_cache_scales(bundle)
         self.device, self.api = device, api
         self.device_name: str | None = device.name
@@ -98,7 +98,7 @@ class DeviceExecutor(PromptCalls):
     ) -> dict[str, DeviceArray]:
         encodes = graph in self.engine_sets.encoding
         call = (self.engine_sets.encoding if encodes else self.engine_set.calls)[graph]
-        with self.timed(graph):
+        with self.timed(graph.split(".")[0]):
             return call(feeds, sizes_of(call.loaded.spec, feeds))
 
     def take(self, rows: np.ndarray | DeviceArray, index: np.ndarray):

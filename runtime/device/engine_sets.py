@@ -12,14 +12,10 @@ from collections.abc import Sequence
 from ...graphs.bundle import Manifest
 from ...graphs.caches import SLOT_STEP
 from ...graphs.errors import CapacityError
-from ...graphs.parts import PROJECT, VISION
 from .calls import Loaded, LooseCall, share_scratch
 from .memory import Memory
 from .protocol import Compiled, EngineApi
 from .stage import DeviceStage, Workspace
-
-ENCODING = (VISION, PROJECT)
-"""Graphs that are the same for every context length: they see an image, and no cache."""
 
 LOAD_MARGIN = 1.2
 """A set is expected to take this much of its files' bytes, caches and scratch included."""
@@ -49,7 +45,8 @@ class EngineSets:
         self, manifest: Manifest, memory: Memory, api: EngineApi, compiled: Sequence[Compiled]
     ):
         self.manifest, self.memory, self.api = manifest, memory, api
-        rest = [engine for engine in compiled if engine.graph not in ENCODING]
+        # Graphs of images, which read no cache, are the same for every context length.
+        rest = [engine for engine in compiled if engine.spec.follows_context]
         self.sets: dict[int | None, list[Compiled]] = {}
         for context in sorted({engine.context for engine in rest}, key=lambda c: c or 0):
             self.sets[context] = [engine for engine in rest if engine.context == context]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from visistage.calib.run.layerwise import layerwise_pieces, run_layerwise
-from visistage.calib.run.prompt_state import ANSWER, ENCODER, TEXT, LastRowView
+from visistage.calib.run.prompt_state import ANSWER, ENCODER, TEXT, VISUAL, LastRowView
 from visistage.calib.sample_prompts import SamplePrompt, prepare
 from visistage.calib.samples import Sample
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
@@ -170,7 +170,8 @@ def test_observers_see_what_the_linear_layers_of_the_chain_are_given(checkpoint,
     for prompt in given:
         judge = ChainJudge(checkpoint, weights, PLANS[name])
         judge.hold(PREFIX)
-        with listening(judge.executor.stages, expected):
+        executor = judge.executor
+        with listening([*executor.stages, *executor.serving.values()], expected):
             judge.run(prompt, begin=len(PREFIX))
     head = {kind: seen.of_kind("lm_head", kind) for kind in (TEXT, ANSWER)}
     assert len(head[TEXT]) == len(given)
@@ -184,6 +185,16 @@ def test_observers_see_what_the_linear_layers_of_the_chain_are_given(checkpoint,
         mine, theirs = torch.cat(rows), torch.cat(expected[linear])
         assert mine.shape == theirs.shape
         assert (mine - theirs).abs().max() < 1e-4 * theirs.abs().max(), linear
+
+
+def test_observers_see_no_query_and_no_mlp_of_rows_that_serve(checkpoint):
+    seen = RecordingObserver()
+    run_layerwise(checkpoint, prompts()[:2], PLANS["vica"], PREFIX, observer=seen)
+    counts = {
+        name: len(seen.of_kind(f"model.layers.1.{name}", VISUAL))
+        for name in ("self_attn.k_proj", "self_attn.q_proj", "mlp.up_proj")
+    }
+    assert counts == {"self_attn.k_proj": 3 * N, "self_attn.q_proj": 0, "mlp.up_proj": 0}
 
 
 def test_observers_see_the_vision_encoder_and_the_kinds_of_rows(checkpoint, weights):

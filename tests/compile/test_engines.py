@@ -67,7 +67,11 @@ def copy(toy_bundle, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "plan", ["dense", "visipruner:entry=scope-36", "fastv", "v2drop", "sparsevlm"]
+    "plan",
+    [
+        *("dense", "visipruner:entry=scope-36", "fastv", "v2drop", "sparsevlm"),
+        "vica:layers=0-1-4,prefix=frozen",
+    ],
 )
 def test_every_graph_of_the_demo_is_compiled_in_fp16(tmp_path, plan):
     bundle = make_bundle("demo", plan=plan, target="rtx", out=tmp_path)

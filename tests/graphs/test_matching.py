@@ -37,6 +37,14 @@ def test_every_preset_that_is_the_same_for_every_prompt_is_compared():
     assert "visipruner:entry=scope" in methods()
 
 
+@pytest.mark.parametrize("share", [0.04, 0.08, 0.15])
+def test_vica_is_brought_to_what_keys_and_values_cost(share):
+    found = matched_plan("vica", share, LLAVA_7B, 576)
+    assert found.share == pytest.approx(share, abs=NEAR)
+    assert preset("vica", 32, 576, **parse_request(found.text)[1])
+    assert "vica" not in methods()
+
+
 @pytest.mark.parametrize("method", ["skipgpt", "skipgpt-lrm", "dllm", "mod"])
 def test_a_method_with_weights_of_its_own_is_compared_where_it_is_named(method):
     assert method not in methods()

@@ -7,7 +7,10 @@ from visistage.compile.planfile import plan_from_yaml, plan_to_yaml
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.chain.chain import Chain
 from visistage.graphs.config import TextConfig
+from visistage.graphs.contract import serve_spec
 from visistage.graphs.errors import PlanError
+from visistage.graphs.modules.layer import ServingLayer
+from visistage.graphs.parts import whole_stages
 from visistage.graphs.plan.cost import LLAVA_7B, LLAVA_13B, dense_cost, plan_cost
 from visistage.graphs.plan.plan import StagePlan
 from visistage.graphs.plan.stages import Edge, Frozen, Stage
@@ -78,6 +81,65 @@ def test_a_batch_equals_its_samples(layers):
         one = slice(index, index + 1)
         alone = chain.run(neighbours.WEIGHTS, text, rows[one], [own], plan, NEW)
         assert (alone.step_logits[0] - together.step_logits[index]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("prefix", RULES)
+@pytest.mark.parametrize("layers", SETS[:3], ids=str)
+def test_rows_that_serve_are_worth_rows_that_run(layers, prefix, monkeypatch):
+    """The same plan, its visual rows taken through whole layers and frozen by gains."""
+    prompt = Prompt(4)
+    served = prompt.run(planned(layers, prefix))
+    monkeypatch.setattr(Stage, "serves", False)
+    masked = prompt.run(planned(layers, prefix))
+    spread = served.step_logits.std()
+    assert (served.step_logits - masked.step_logits).abs().max() < 1e-5 * spread
+    monkeypatch.setattr(Stage, "masked", ())
+    unfrozen = prompt.run(planned(layers, prefix))
+    assert (served.step_logits - unfrozen.step_logits).abs().max() > 1e-2 * spread
+
+
+@pytest.mark.parametrize("bug", ["where the text is", "one place on", "not normalised"])
+def test_planted_mistakes_in_serving_are_noticed(bug, monkeypatch):
+    serve = chain.TorchExecutor.serve
+
+    def wrong(self, stage, rows, positions, write_index, inject):
+        if bug == "where the text is":
+            positions = positions - positions.min()
+        rows = rows.roll(int(bug == "one place on"), 1)
+        return serve(self, stage, rows, positions, write_index, inject)
+
+    layers = SETS[0]
+    wanted = neighbours.generate(Prompt(1), neighbours.vica(layers))
+    monkeypatch.setattr(chain.TorchExecutor, "serve", wrong)
+    if bug == "not normalised":
+        raw = lambda self, rows, *turns: self.self_attn.cached(rows[0], *turns)  # noqa: E731
+        monkeypatch.setattr(ServingLayer, "forward", raw)
+    neighbours.differ(Prompt(1).run(planned(layers, "frozen")), wanted)
+
+
+def test_rows_that_serve_are_chosen_by_what_text_sees_of_them():
+    """A selection behind a stage that is served, and layers that run the rows again."""
+    frozen = (Frozen("visual", "attention", (0, 1, 2)), Frozen("visual", "mlp", (0, 1, 2)))
+    for score in ("attention", "value_norm", "next_attention"):
+        first = Stage((0, 3), VISUAL, ("dense",) * 3, frozen=frozen)
+        last = Stage((3, LAYERS), 4, ("dense",) * (LAYERS - 3))
+        plan = StagePlan("made", LAYERS, VISUAL, (first, last), (Edge("select", score, 4),))
+        served = Prompt(6).run(plan)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Stage, "serves", False)
+            anew = StagePlan.from_dict(plan.to_dict())
+            masked = Prompt(6).run(anew)
+        assert served.kept == masked.kept
+        spread = served.step_logits.std()
+        assert (served.step_logits - masked.step_logits).abs().max() < 1e-5 * spread
+
+
+def test_a_score_by_changes_of_rows_that_never_change_is_refused():
+    frozen = (Frozen("visual", "attention", (0, 1)), Frozen("visual", "mlp", (0, 1)))
+    first = Stage((0, 2), VISUAL, ("dense",) * 2, frozen=frozen)
+    last = Stage((2, LAYERS), 4, ("dense",) * (LAYERS - 2))
+    with pytest.raises(PlanError, match=r"stages\[0\].frozen: found all of them, expected visual"):
+        StagePlan("made", LAYERS, VISUAL, (first, last), (Edge("select", "v2drop", 4),))
 
 
 def test_without_an_image_it_is_the_model_itself():
@@ -153,6 +215,26 @@ def test_published_sets_are_the_defaults():
     for made in (plan, larger, planned((2, 3), "updated", entry="scope-5", drop=(3,))):
         assert StagePlan.from_dict(made.to_dict()) == made
         assert plan_from_yaml(plan_to_yaml(made)) == made
+
+
+def test_what_serves_has_a_graph_of_its_own():
+    plan, text = planned((0, 1, 4), "frozen"), TextConfig.from_hf(neighbours.TEXT)
+    assert [stage.serves for stage in plan.stages] == [True, False, True, False]
+    assert [stage.gained_layers for stage in plan.stages] == [(0, 1), (2, 3), (4,), (5, 6, 7)]
+    free = planned((0, 1, 4), "updated")
+    assert not any(stage.gained_layers for stage in free.stages)
+    first, _, third, _ = whole_stages(plan)
+    assert (first.serves(plan), third.serves(plan)) == (True, True)
+    spec = serve_spec(text, plan, first, "float16", cache="int8")
+    assert [tensor.name for tensor in spec.inputs] == ["rows", "positions"]
+    assert [tensor.name for tensor in spec.outputs] == [
+        *("key.0.out", "value.0.out", "key.1.out", "value.1.out"),
+    ]
+    assert {tensor.dtype for tensor in spec.outputs} == {"int8"}
+    assert not spec.follows_context
+    dropped = planned((0, 1), "updated", drop_mlp=(1,))
+    assert dropped.stages[0].serves
+    assert not preset("embedlens", LAYERS, VISUAL, freeze=(0.0, 0.5)).stages[0].serves
 
 
 def test_an_entry_comes_in_where_vision_is_first_seen():

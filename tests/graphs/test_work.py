@@ -9,6 +9,7 @@ from visistage.graphs.caches import cache_names
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.modules.decoder import DecoderStage
 from visistage.graphs.modules.ops import Eager
+from visistage.graphs.modules.serving import ServingStage
 from visistage.graphs.modules.vision import Vision
 from visistage.graphs.parts import StagePart
 from visistage.graphs.plan.call_cost import (
@@ -54,6 +55,21 @@ def test_a_stage_does_the_operations_that_torch_counts(index, rows, slots):
     pairs = list(zip(caches[::2], caches[1::2], strict=True))
     found = counted(lambda: module.compose(direct, *inputs, *(gates or [None]), None, pairs))
     assert work_of(GraphCall(f"stage{index}", rows, slots), CONFIG, PLAN, FP32).flops == found
+
+
+def test_rows_that_serve_do_the_operations_that_torch_counts():
+    plan, text = (
+        preset("vica", 6, CONFIG.visual_tokens, layers=(0, 1), prefix="frozen"),
+        CONFIG.text,
+    )
+    module = ServingStage(text, plan, StagePart(0, (0, 2)), Eager())
+    rows, at = torch.zeros(1, 9, text.hidden), torch.arange(9)[None]
+    found = counted(lambda: module.compose(direct, rows, at, {}))
+    work = work_of(GraphCall("serve0", 9, 0), CONFIG, plan, FP32)
+    assert work.flops == found
+    kv = text.kv_heads * text.head_dim
+    assert (work.weight_bytes, work.cache_bytes) == (4 * 4 * text.hidden * kv, 4 * 4 * 9 * kv)
+    assert layers_of(GraphCall("serve0", 9, 0), CONFIG, plan) == 2
 
 
 def direct(piece, *args):

@@ -19,6 +19,7 @@ PLANS = {
     "gated": "visipruner:shallow=1,t=1,e=2,keep=4",
     "dense": "dense",
     "entered": "scope:keep=5",
+    "served": "vica:layers=0-2,prefix=frozen",
     "per prompt": "visipruner-code:shallow=1",
 }
 QUESTIONS = ["How many?", "What is this, and why?", "Is there a red circle in it?", "Name it."]

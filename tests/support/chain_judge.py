@@ -36,6 +36,7 @@ PLANS = {
     "sparsevlm": preset("sparsevlm", LAYERS, N),
     "exit-only": preset("exit-only", LAYERS, N),
     "frozen": preset("embedlens", LAYERS, N, freeze=(0.0, 1.0, 2.5), method="vt", exit=LAYERS - 2),
+    "vica": preset("vica", LAYERS, N, layers=(0, 1, 5), prefix="updated"),
     "depth": preset("fastv", LAYERS, N, k=3, drop=(1, 6), drop_attention=(5,), drop_mlp=(0,)),
 }
 
@@ -136,17 +137,19 @@ class RecordingObserver(LayerObserver):
     """Keeps everything that an observer is given; readings by (prompt, layer)."""
 
     def __init__(self, reads=False):
-        self.rows, self.kinds, self.weights = defaultdict(list), {}, {}
+        self.rows, self.kinds, self.weights = defaultdict(list), defaultdict(list), {}
         self.reads, self.readings = reads, {}
 
     def enter(self, kinds):
-        self.piece = kinds
+        self.waiting = iter(kinds)
+
+    def call(self):
+        self.current = next(self.waiting)
 
     def given(self, linear, rows, out):
-        call = len(self.rows[linear])
-        assert len(rows) == len(self.piece[call])
+        assert len(rows) == len(self.current)
         self.rows[linear].append(rows.clone())
-        self.kinds[linear] = self.piece
+        self.kinds[linear].append(self.current)
 
     def leave(self, weights):
         self.weights |= {name: weight.clone() for name, weight in weights.items()}

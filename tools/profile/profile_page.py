@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...graphs.parts import PROJECT, VISION
+from ...graphs.parts import PROJECT, SERVE, VISION, stage_of
 from ...pages.chart import Axis, Chart, of_decades
 from ...pages.page import render_page
 from .machine import machine_line
@@ -136,8 +136,9 @@ def layer_chart(run: dict[str, Any]) -> str:
     """Draw the milliseconds of every decoder layer on the way to the first token."""
     times: dict[int, float] = {}
     for graph, row in run["operators"]["prefill"]["layers"].items():
-        if graph.startswith("stage"):
-            times |= {int(key): ms for key, ms in row.items() if key.isdecimal()}
+        if graph.startswith(("stage", SERVE)):
+            for layer, ms in ((int(key), ms) for key, ms in row.items() if key.isdecimal()):
+                times[layer] = times.get(layer, 0.0) + ms
     if not times:
         return ""
     last = max(times)
@@ -187,6 +188,6 @@ def _kind(graph: str) -> str:
         return graph
     if graph == PROJECT:
         return VISION
-    if graph.startswith("stage"):
-        return f"stage{min(int(graph[5:]), 3)}"
+    if graph.startswith(("stage", SERVE)):
+        return f"stage{min(stage_of(graph), 3)}"
     return "select"

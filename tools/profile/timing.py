@@ -25,7 +25,7 @@ from PIL import Image
 from ...graphs.chain.executor import observed
 from ...graphs.commands import rebuild_command
 from ...graphs.errors import PromptError
-from ...graphs.parts import PROBE, VISION
+from ...graphs.parts import PROBE, SERVE, VISION
 from ...graphs.plan.call_cost import GraphCall
 from ...graphs.progress import Advance, no_advance
 
@@ -162,6 +162,9 @@ def _graph_call(method: str, given: tuple) -> GraphCall:
     if method == "append":
         stage, _, _, order, slot_order = given[:5]
         return GraphCall(f"stage{stage}", order.shape[1], slot_order.shape[1])
+    if method == "serve":
+        stage, _, positions = given[:3]
+        return GraphCall(f"{SERVE}{stage}", positions.shape[1], 0)
     if method == "select":
         edge, feeds = given
         rows = feeds["text_order"].shape[1] if "text_queries" in feeds else 0

@@ -97,7 +97,8 @@ class SteeredExecutor:
         self.inner, self.rule, self.forced = inner, rule, forced
         self.scores: Mapping[int, float] = {}
         self.readings: dict[int, ProbeReading] = {}
-        self.ensure_slots, self.append = inner.ensure_slots, inner.append
+        self.ensure_slots = inner.ensure_slots
+        self.serve, self.append = inner.serve, inner.append
         self.concatenate, self.take = inner.concatenate, inner.take
 
     def select(self, edge: int, feeds: Mapping[str, Any]) -> Kept:

@@ -24,8 +24,9 @@ from ...graphs.modules.decoder import DecoderStage
 from ...graphs.modules.ops import Eager
 from ...graphs.modules.quantized import is_cache_scale
 from ...graphs.modules.select import Prober, Selector
+from ...graphs.modules.serving import ServingStage
 from ...graphs.modules.vision import Projection, Vision
-from ...graphs.parts import PROBE, PROJECT, VISION
+from ...graphs.parts import PROBE, PROJECT, SERVE, VISION
 from ...graphs.precision import NO_FALLBACK, Fp32Fallback
 from ...graphs.targets import PORTABLE
 from ...runtime.backends.onnx_runtime import ort
@@ -175,6 +176,8 @@ def run_module(
         call = _streamed(module, graph, dtype)
         if isinstance(module, Vision | Projection):
             outputs = list(module.compose(call, *inputs.values()))
+        elif isinstance(module, ServingStage):
+            outputs = module.compose_named(call, inputs)
         else:
             out = module.compose_named(call, inputs)
             outputs = [*out.singles, *out.flat_caches]
@@ -195,6 +198,8 @@ def _module(graph: StoredGraph, fallback: Fp32Fallback) -> nn.Module:
         module = Vision(config, Eager(), fallback, vision_readings(plan))
     elif graph.kind == PROJECT:
         module = Projection(config, Eager(), fallback)
+    elif graph.kind == SERVE:
+        module = ServingStage(config.text, plan, graph.part, Eager())
     else:
         module = DecoderStage(config.text, plan, graph.part, Eager(), fallback)
     quantise_module(module, graph.manifest)

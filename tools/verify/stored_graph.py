@@ -21,7 +21,7 @@ from ...graphs.contract import BY_LAYER, INVISIBLE, MANY_ROWS, GraphSpec
 from ...graphs.errors import BundleError
 from ...graphs.linears import linear_groups
 from ...graphs.modules.quantized import CACHE_SCALES, replace_linears, round_caches
-from ...graphs.parts import StagePart, stage_of, stage_parts
+from ...graphs.parts import SERVE, StagePart, stage_of, stage_parts
 from ...graphs.targets import LLM_CONDITIONAL, find_target
 
 BUILD_AGAIN = "Build the bundle again: visistage build MODEL"
@@ -99,8 +99,8 @@ class StoredGraph:
 
     @property
     def kind(self) -> str:
-        """``vision``, ``stage``, ``select`` or ``probe``."""
-        return self.name.rstrip("0123456789") if "." not in self.name else "stage"
+        """``vision``, ``project``, ``serve``, ``stage``, ``select`` or ``probe``."""
+        return self.name.split(".")[0].rstrip("0123456789")
 
     @property
     def stage(self) -> int:
@@ -113,7 +113,8 @@ class StoredGraph:
         names = self.manifest.parts_of(self.stage)
         inputs = [self.manifest.graphs[name].spec.inputs for name in names]
         counts = [sum(tensor.name.startswith("key.") for tensor in own) for own in inputs]
-        return stage_parts(self.manifest.plan, self.stage, counts)[names.index(self.name)]
+        own = self.manifest.parts_of(self.stage, self.kind).index(self.name)
+        return stage_parts(self.manifest.plan, self.stage, counts)[own]
 
     @property
     def row_counts(self) -> list[int]:
@@ -129,10 +130,11 @@ class StoredGraph:
         generator = np.random.default_rng(zlib.crc32(self.name.encode()))
         keep = next((spec.shape[1] for spec in self.spec.outputs if spec.name == "rows.out"), 0)
         offered = (int(keep) if self.kind == "select" else 0) + SPARE_SLOTS
-        filled = FILLED if self.kind == "stage" else offered + 2
-        used = filled + (rows if self.kind == "stage" else 0)
+        calls = self.kind in ("stage", SERVE)
+        filled = FILLED if calls else offered + 2
+        used = filled + (rows if calls else 0)
         sizes = {"B": 1, "Q": rows, "S": used + SPARE_SLOTS, "N": offered, "T": TEXT_ROWS}
-        new = np.arange(filled, used) if self.kind == "stage" else np.arange(2, 2 + offered)
+        new = np.arange(filled, used) if calls else np.arange(2, 2 + offered)
         slot_order = np.full(used + SPARE_SLOTS, INVISIBLE)
         slot_order[1:used] = np.arange(1, used)
         fixed: dict[str, int | np.ndarray] = {
@@ -208,7 +210,7 @@ def new_rows(outputs: Mapping[str, np.ndarray], spec: GraphSpec) -> dict[str, np
     cut = {}
     for tensor in spec.outputs:
         value = outputs[tensor.name]
-        if len(tensor.shape) == 4 and tensor.shape[2] == "Q":
+        if len(tensor.shape) == 4 and tensor.shape[2] == "Q" and value.shape[2] > CALL_ROWS:
             value = value[:, :, FILLED : FILLED + CALL_ROWS]
         cut[tensor.name] = value
     return cut
