@@ -103,16 +103,24 @@ class Runner:
         Raises:
             PeerError: it crashed, or took longer.
         """
+        reply = self.exchange(request, seconds)
+        if "tokens" in reply:
+            reply["tokens"] = tuple(reply["tokens"])
+        return _typed(Answered, reply, self.name)
+
+    def exchange(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """Return the object that a runner answers with.
+
+        Raises:
+            PeerError: it crashed, or took longer.
+        """
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         except OSError:
             pass  # it has ended: reading its last line says how
-        reply = self._reply(seconds, "answering")
-        if "tokens" in reply:
-            reply["tokens"] = tuple(reply["tokens"])
-        return _typed(Answered, reply, self.name)
+        return self._reply(seconds, "answering")
 
     def _reply(self, seconds: float, doing: str) -> dict[str, Any]:
         """Read the next line: a runner writes one for each request, whole."""

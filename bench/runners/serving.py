@@ -6,6 +6,11 @@
     ▶ {"image": "0.npy", "question": ..., "text": ..., "new": 32}
     ◀ {"prompt_tokens": ..., "tokens": [...], "first_ms": ..., "per_token_ms": ..., "peak_mib": ...}
 
+or, where several callers ask at once (``serve_crowds``):
+
+    ▶ {"questions": [{"image": ..., "question": ..., "text": ...}, ...], "callers": 8, "new": 32}
+    ◀ {"seconds": ..., "answers": [{"tokens": [...], "first_ms": ..., "total_ms": ...}, ...], ...}
+
 ``image`` is an RGB image (H, W, 3) of uint8 of the size that the vision encoder takes, so that
 no resampling decides; it is read before the clock starts. ``text`` is ``question`` in the model's
 own chat template. A runner ends with its stdin. Standard library and NumPy only: the Pythons of
@@ -58,11 +63,62 @@ class Stopwatch:
         )
 
 
+class Crowd:
+    """Answers to questions that several callers ask, by number; times count from each asking."""
+
+    def __init__(self, count):
+        self.started = time.perf_counter()
+        self.asked, self.answers = [0.0] * count, [None] * count
+
+    def ask(self, number):
+        """Note that a caller asks."""
+        self.asked[number] = time.perf_counter()
+        self.answers[number] = {"tokens": [], "first_ms": None, "total_ms": None}
+
+    def hear(self, number, tokens):
+        """Note the next tokens of an answer."""
+        answer, elapsed_ms = self.answers[number], self._elapsed_ms(number)
+        if answer["first_ms"] is None:
+            answer["first_ms"] = elapsed_ms
+        answer["tokens"] += [int(token) for token in tokens]
+        answer["total_ms"] = elapsed_ms
+
+    def note(self, number, tokens, first_ms):
+        """Note a whole answer, whose first token came after ``first_ms``."""
+        self.answers[number] = {
+            "tokens": [int(token) for token in tokens],
+            "first_ms": first_ms,
+            "total_ms": self._elapsed_ms(number),
+        }
+
+    def _elapsed_ms(self, number):
+        return (time.perf_counter() - self.asked[number]) * 1e3
+
+
 def serve(make):
     """Load what ``make(**settings)`` makes and answer until stdin ends.
 
     It has ``about``, facts for the record, and ``ask(image, question, text, new) -> Heard``.
     """
+
+    def answer(peer, load, image, **asked):
+        return asdict(peer.ask(load(image), **asked))
+
+    _serve(make, answer)
+
+
+def serve_crowds(make):
+    """Do the same for callers: ``crowd(questions, callers, new) -> Crowd``."""
+
+    def answer(peer, load, questions, **asked):
+        read = [(load(own["image"]), own["question"], own["text"]) for own in questions]
+        crowd = peer.crowd(read, **asked)
+        return {"seconds": time.perf_counter() - crowd.started, "answers": crowd.answers}
+
+    _serve(make, answer)
+
+
+def _serve(make, answer):
     # Libraries print to stdout; the conversation keeps the real one to itself.
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -74,9 +130,7 @@ def serve(make):
     facts = {"import_ms": (imported - STARTED) * 1e3, "load_ms": (loaded - imported) * 1e3}
     print(json.dumps({"ready": True, **facts, **peak(), "about": peer.about}), file=out)
     for line in sys.stdin:
-        asked = json.loads(line)
-        image = np.load(asked.pop("image"))
-        print(json.dumps({**asdict(peer.ask(image, **asked)), **peak()}), file=out)
+        print(json.dumps({**answer(peer, np.load, **json.loads(line)), **peak()}), file=out)
 
 
 def peak():

@@ -1,0 +1,45 @@
+"""A bundle in an engine under several callers; runs in this project's own environment."""
+
+from serving import Crowd, serve_crowds  # isort: skip  (first: it notes when this process began)
+
+import threading
+from itertools import count
+
+from visistage.graphs.bundle import Bundle
+from visistage.runtime import Engine
+from visistage.runtime.backends.onnx_runtime import ort
+
+
+class EngineRunner:
+    """An engine whose answers have a fixed length; images are new, so none is kept for later."""
+
+    def __init__(self, model, threads, callers):
+        self.engine = Engine(Bundle.open(model), lanes=callers, threads=threads, cache_bytes=0)
+        self.engine.eos = frozenset()
+        self.about = {"onnxruntime": ort.__version__}
+
+    def crowd(self, questions, callers, new):
+        """Answer; each caller asks the next question once his last is answered."""
+        crowd, turns, lock = Crowd(len(questions)), count(), threading.Lock()
+
+        def caller():
+            while True:
+                with lock:
+                    number = next(turns)
+                if number >= len(questions):
+                    return
+                image, question, _ = questions[number]
+                crowd.ask(number)
+                answer = self.engine.submit(image, question, max_tokens=new).wait()
+                crowd.note(number, answer.tokens, answer.timings.first_token_ms)
+
+        threads = [threading.Thread(target=caller) for _ in range(callers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return crowd
+
+
+if __name__ == "__main__":
+    serve_crowds(EngineRunner)
