@@ -26,11 +26,13 @@ import numpy as np
 
 from ..graphs.bundle import Bundle
 from ..graphs.chain.chain import Prefilled
-from ..graphs.chain.executor import GRAPH_CALLS
+from ..graphs.chain.executor import GRAPH_CALLS, Encoded
 from ..graphs.chain.lanes import decode_lanes
 from ..graphs.errors import BusyError, TargetError, VisistageError
+from .backends.backend import Backend
 from .image_cache import ByteCache
 from .loaded import Images, LoadedBundle, Question
+from .opened_image import Opened
 from .reuse import Context
 from .settings import AnswerSettings
 from .text.sampling import whole_number
@@ -119,6 +121,7 @@ class Engine(LoadedBundle):
         self._running: list[Written] = []  # by lane
         self._waiting: deque[Ticket] = deque()
         self._entering: Ticket | None = None
+        self._filled: Backend = self.executor  # of its lane
         self._stepped = 0.0
         self._changed = threading.Condition()
         self._closing = False
@@ -171,6 +174,10 @@ class Engine(LoadedBundle):
             self._waiting.append(ticket)
             self._changed.notify_all()
         return ticket
+
+    def encode_image(self, opened: Opened) -> Encoded:
+        """Return the visual rows of an image, by the executor of the lane that is being filled."""
+        return self.encoded_by(self._filled, opened)
 
     def load(self) -> dict[str, int]:
         """Return how many questions wait, how many are being answered, and the lanes."""
@@ -244,6 +251,7 @@ class Engine(LoadedBundle):
         """Take a prompt through the stages, and its first token out of them."""
         lane = len(self._running)
         context, ticket.began = self._contexts[lane], True
+        self._filled = context.executor
         try:
             request = ticket.request
             for other in self._contexts[:lane]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -149,10 +149,12 @@ class LoadedBundle:
         DECODED.update({image.key: image for image in pictures})
         return opened, (time.perf_counter() - started) * 1e3
 
-    def encode_image(self, opened: Opened, executor: Backend | None = None) -> Encoded:
-        """Return the visual rows of an image that enter, from the cache or the vision encoder.
+    def encode_image(self, opened: Opened) -> Encoded:
+        """Return the visual rows of an image that enter; errors as in ``encoded_by``."""
+        return self.encoded_by(self.executor, opened)
 
-        ``executor``: what runs the encoder; None: the bundle's own.
+    def encoded_by(self, executor: Backend, opened: Opened) -> Encoded:
+        """Return the visual rows of an image, from the cache or the vision encoder.
 
         Raises:
             ImageError: it is prepared in another size than the encoder takes.
@@ -168,8 +170,7 @@ class LoadedBundle:
                     f"the image is prepared as {opened.pixels.shape}, the vision encoder takes "
                     f"{wanted}. Crop the image to a square"
                 )
-            run = executor or self.executor
-            encoded = run.encode(opened.pixels[None], (opened.key,))
+            encoded = executor.encode(opened.pixels[None], (opened.key,))
             nbytes = sum(rows.nbytes for rows in (encoded.rows, *encoded.inject.values()))
             self.visual_rows.put(opened.key, encoded, nbytes)
         return encoded
@@ -179,28 +180,14 @@ class LoadedBundle:
         image = [] if self.encoder.image_token_id is None else [self.encoder.image_token_id]
         return [id_ for part in parts for id_ in (image if isinstance(part, PromptImage) else part)]
 
-    def prompt_parts(
-        self,
-        prompt: Question,
-        opened: Sequence[Opened],
-        encode: Callable[[Opened], Encoded] | None = None,
-    ) -> list[PromptPart]:
-        """Return the token ids and images of a prompt in their order.
+    def prompt_parts(self, prompt: Question, opened: Sequence[Opened]) -> list[PromptPart]:
+        """Return the token ids and images of a prompt in their order."""
+        return self.located(self.encoder.encode(prompt, images=len(opened)).segments, opened)
 
-        ``encode`` gives the visual rows of an image when they are needed; None: ``encode_image``.
-        """
-        segments = self.encoder.encode(prompt, images=len(opened)).segments
-        return self.located(segments, opened, encode)
-
-    def located(
-        self,
-        segments: Sequence[Segment],
-        opened: Sequence[Opened],
-        encode: Callable[[Opened], Encoded] | None = None,
-    ) -> list[PromptPart]:
+    def located(self, segments: Sequence[Segment], opened: Sequence[Opened]) -> list[PromptPart]:
         """Put the images into their places among ``segments``."""
         images = (
-            PromptImage(image.key, partial(encode or self.encode_image, image), image.known)
+            PromptImage(image.key, partial(self.encode_image, image), image.known)
             for image in opened
         )
         return [next(images) if segment.is_image else segment.ids for segment in segments]

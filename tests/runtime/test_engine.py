@@ -95,6 +95,15 @@ def test_pieces_are_the_answer(bundles):
         assert list(tickets[0]) == [], "an answer that is over has no more pieces"
 
 
+def test_times_of_graphs_are_those_of_a_session(bundles):
+    bundle = bundles(PLANS["gated"])
+    with engine_of(bundle, lanes=2) as engine, runtime.load(bundle.path, threads=1) as session:
+        found = engine.submit(picture(2), "Why?", max_tokens=3).wait(30).timings.graphs_ms
+        again = engine.submit(picture(2), "Why?", max_tokens=3).wait(30).timings.graphs_ms
+        assert {*found} == {*session.infer(picture(2), "Why?", max_tokens=3).timings.graphs_ms}
+        assert "vision" in {*found} - {*again}
+
+
 def test_one_lane_needs_no_lanes_of_a_back_end(bundles):
     bundle, prompts = bundles(PLANS["gated"]), asked(3)
     with engine_of(bundle, lanes=1) as engine:
