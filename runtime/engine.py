@@ -254,6 +254,8 @@ class Engine(LoadedBundle):
         self._filled = context.executor
         try:
             request = ticket.request
+            if not lane:
+                self._trim(context.slots_for(request.parts, request.max_tokens))
             for other in self._contexts[:lane]:
                 for stage in range(len(other.chain.slots)):
                     other.chain.reserve(stage, ROOM)
@@ -272,6 +274,21 @@ class Engine(LoadedBundle):
             with self._changed:
                 self._move(lane, len(self._running))  # lanes may have become free meanwhile
                 self._running.append(written)
+
+    def _trim(self, wanted: Sequence[int]) -> None:
+        """Give up slots that longer prompts needed, for attention pays for all there are.
+
+        Nothing is under way. Images that were computed are copied out of them before.
+        """
+        if self.lanes == 1:
+            return  # the context does it
+        executor: Any = self.executor
+        for stage, slots in enumerate(wanted):
+            if executor.store.slots(stage) > 2 * executor.store.rounded(slots):
+                for context in self._contexts:
+                    context.keep()
+                    context.reset()
+                executor.store.resize(stage, slots, 0)
 
     def _between(self) -> None:
         """Write the next tokens if they are due, while a prompt is on its way."""

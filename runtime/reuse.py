@@ -129,10 +129,13 @@ class Context:
             CapacityError: it has none.
         """
         self.keep()
-        text = self.text_rows_of(parts) + max_tokens
-        needs = [text + rows for rows in visual_rows(self.chain.plan, len(_images(parts)))]
-        if self.executor.prepare(needs):
+        if self.executor.prepare(self.slots_for(parts, max_tokens)):
             self.reset()
+
+    def slots_for(self, parts: Sequence[PromptPart], max_tokens: int) -> list[int]:
+        """Return the slots that a prompt and its answer take in each stage."""
+        text = self.text_rows_of(parts) + max_tokens
+        return [text + rows for rows in visual_rows(self.chain.plan, len(_images(parts)))]
 
     def advance(self, parts: Sequence[PromptPart]) -> None:
         """Bring every stage that is blind to questions to the end of the last image of ``parts``,

@@ -22,6 +22,9 @@ from .feeds import PromptCalls, stored_cache_scales
 BUCKET = 128
 """Slots are added in multiples of this: growth copies, and attention pays for every slot."""
 
+LANES_BUCKET = 64
+"""The same where there are several lanes, whose slots are the most of any of them."""
+
 
 class Timed:
     """Adds the time of a block to ``sums[name]``; steps are short, so it does no more."""
@@ -56,11 +59,16 @@ class CacheBlocks:
     def resize(self, stage: int, slots: int, kept: int) -> int:
         """Move the first ``kept`` slots of a stage to new ones; return their number."""
         old = self.blocks[stage]
-        self.blocks[stage] = self._empty(stage, _bucket(slots))
+        self.blocks[stage] = self._empty(stage, self.rounded(slots))
         self.blocks[stage][:, :, :, :kept] = old[:, :, :, :kept]
         for owner in self.owners:
             owner.look(stage)
-        return _bucket(slots)
+        return self.slots(stage)
+
+    def rounded(self, slots: int) -> int:
+        """Return the next number of slots that there may be."""
+        bucket = BUCKET if self.lanes == 1 else LANES_BUCKET
+        return -(-slots // bucket) * bucket
 
     def move(self, source: int, target: int, used: Sequence[int]) -> None:
         """Copy the first slots, ``used`` by stage, of a lane to another one."""
@@ -149,7 +157,7 @@ class HostExecutor(PromptCalls):
         Other lanes may want them.
         """
         held = self.store.slots(stage)
-        if held <= 2 * _bucket(wanted) or self.store.lanes > 1:
+        if held <= 2 * self.store.rounded(wanted) or self.store.lanes > 1:
             return held
         return self.store.resize(stage, wanted, used)
 
@@ -187,7 +195,3 @@ class HostExecutor(PromptCalls):
 
     def rebind(self, stage: int) -> None:
         """Bind the caches of ``stage`` again, which have been reallocated."""
-
-
-def _bucket(slots: int) -> int:
-    return -(-slots // BUCKET) * BUCKET

@@ -104,6 +104,18 @@ def test_times_of_graphs_are_those_of_a_session(bundles):
         assert "vision" in {*found} - {*again}
 
 
+def test_slots_of_a_long_prompt_are_given_up_and_its_image_is_not(bundles):
+    with engine_of(bundles(PLANS["gated"]), lanes=3) as engine:
+        first = engine.submit(picture(1), "Why?", max_tokens=5).wait(30)
+        slots = engine.executor.store.slots(2)
+        engine.submit(picture(1), "Go on", max_tokens=190).wait(30)
+        assert engine.executor.store.slots(2) > 2 * slots
+        again = engine.submit(picture(1), "Why?", max_tokens=5).wait(30)
+        assert engine.executor.store.slots(2) == slots
+        assert again.tokens == first.tokens
+        assert "vision" not in again.timings.graphs_ms
+
+
 def test_one_lane_needs_no_lanes_of_a_back_end(bundles):
     bundle, prompts = bundles(PLANS["gated"]), asked(3)
     with engine_of(bundle, lanes=1) as engine:
