@@ -28,7 +28,17 @@ Cell = Callable[[Row], str]
 Columns = Sequence[tuple[str, Cell]]
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ("benchmarks", "compare", "cpu", "demo", "methods", "size", "openvino", "quantisation")
+DOCS = (
+    "benchmarks",
+    "chat",
+    "compare",
+    "cpu",
+    "demo",
+    "methods",
+    "size",
+    "openvino",
+    "quantisation",
+)
 PAGES = (
     ROOT / "README.md",
     ROOT / "demo" / "README.md",
@@ -447,7 +457,16 @@ def _openvino(rows: list[Row]) -> str:
     return f"; {rows[0]['rounds']} rounds, OpenVINO {rows[0]['openvino']}"
 
 
+CHAT: Columns = (
+    ("plan", code("plan")),
+    ("visual tokens", cell("selection")),
+    ("second answer", percent("second")),
+    ("asked alone", percent("asked_alone")),
+    ("its first token", cell("median_ms", ".1f", " ms")),
+)
+
 TABLES = {
+    "chat": Table("chat-demo", lambda rows: table(CHAT, rows), command="chat"),
     "accuracy": Table("accuracy-demo", lambda rows: accuracy(rows, README_PLANS), _timed),
     "accuracy-all": Table("accuracy-demo", accuracy, _timed),
     "accuracy-by-type": Table("accuracy-demo", by_type),
