@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from visistage import runtime
+from visistage.compile.build import make_bundle
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import BusyError, CapacityError, PromptError, TargetError
 from visistage.runtime.engine import Engine
@@ -14,6 +15,8 @@ from visistage.runtime.ticket import Cancelled
 from visistage.tests.support import toy
 from visistage.tests.support.asking import picture
 from visistage.tests.support.built import built_once
+from visistage.tests.support.calibrated import calibrate
+from visistage.tests.support.stand_ins import stand_in, write_engines
 
 PLANS = {
     "gated": "visipruner:shallow=1,t=1,e=2,keep=4",
@@ -26,8 +29,12 @@ QUESTIONS = ["How many?", "What is this, and why?", "Is there a red circle in it
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory):
-    checkpoint = toy.make_checkpoint(tmp_path_factory.mktemp("engine") / "toy")
+def checkpoint(tmp_path_factory):
+    return toy.make_checkpoint(tmp_path_factory.mktemp("engine") / "toy")
+
+
+@pytest.fixture(scope="module")
+def bundles(checkpoint, tmp_path_factory):
     return built_once(checkpoint, tmp_path_factory)
 
 
@@ -62,6 +69,17 @@ def test_answers_written_together_are_those_of_a_session(bundles, plan, target):
         assert engine.tokens > engine.steps, "nothing was written together"
     found = [(answer.tokens, answer.text, answer.plan) for answer in answers]
     assert found == alone(bundle, prompts)
+
+
+@pytest.mark.parametrize("precision", ["int8", "w4", "int8:cache=int8"])
+def test_integers_answer_together_as_alone(bundles, checkpoint, precision, tmp_path):
+    calibrate(checkpoint, PLANS["gated"], tmp_path)
+    options = {"precision": precision, "calibration": tmp_path}
+    bundle, prompts = bundles(PLANS["gated"], **options), asked(10)
+    with engine_of(bundle, lanes=4, gap_ms=0) as engine:
+        tickets = [engine.submit(i, p, max_tokens=n) for i, p, n in prompts]
+        found = [ticket.wait(60).tokens for ticket in tickets]
+    assert found == [tokens for tokens, *_ in alone(bundle, prompts)]
 
 
 def test_a_lane_that_was_not_moved_would_be_noticed(bundles, monkeypatch):
@@ -228,6 +246,26 @@ def test_closing_cancels_or_drains(bundles):
         with pytest.raises(BusyError, match="closing"):
             engine.submit(picture(0), "Why?")
         engine.close()
+
+
+def test_a_device_has_one_lane_and_a_queue(tmp_path, monkeypatch):
+    """Engines are stand-ins that compute the graphs on the CPU."""
+    stand_in(monkeypatch)
+    checkpoint = toy.make_checkpoint(tmp_path / "toy", kv_heads=2)
+    options = {"target": "rtx", "contexts": (256,)}
+    bundle = make_bundle(str(checkpoint), plan=PLANS["gated"], out=tmp_path, **options)
+    write_engines(bundle)
+    prompts = asked(5)
+    with Engine(Bundle.open(bundle.path), lanes=1) as engine:
+        engine.eos = frozenset()
+        tickets = [engine.submit(i, p, max_tokens=n) for i, p, n in prompts]
+        found = [ticket.wait(60).tokens for ticket in tickets]
+    with runtime.load(bundle.path) as session:
+        session.eos = frozenset()
+        expected = [session.infer(i, p, max_tokens=n).tokens for i, p, n in prompts]
+    assert found == expected
+    with pytest.raises(TargetError, match="--lanes"):
+        Engine(Bundle.open(bundle.path), lanes=2)
 
 
 def test_lanes_are_refused_where_a_back_end_has_none(bundles):
