@@ -15,7 +15,7 @@ from .group import Commands
 from .measuring import compare, estimate, evaluate, profile
 from .options import quiet, verbose
 from .planning import calibrate, plan, words
-from .serving import serve
+from .serving import export_triton, serve
 from .show.output import Spoken
 
 
@@ -57,6 +57,7 @@ for command in (
     verify,
     profile,
     estimate,
+    export_triton,
     doctor,
 ):
     main.add_command(command)

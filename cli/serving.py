@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -125,6 +126,31 @@ def serve(bundles: Sequence[str], **options: Any) -> None:
         say(address)
 
     run({name: Bundle.open(path) for name, path in named.items()}, chosen, started)
+
+
+@click.command("export-triton")
+@click.argument("bundle", type=BUNDLE)
+@click.argument("repository", type=click.Path(path_type=Path, file_okay=False), metavar="DIR")
+@click.option("--name", help="Of the model. Default: the bundle's model and plan.")
+@click.option("--lanes", type=click.IntRange(1), help="Answers written at once. Default: 8, or 1.")
+@quiet
+@verbose
+def export_triton(bundle: str, repository: Path, name: str | None, lanes: int | None) -> None:
+    """Write a bundle as a model repository of Triton.
+
+    DIR/NAME gets config.pbtxt, 1/model.py and a copy of the bundle. The model is decoupled: it
+    takes PROMPT, IMAGE (files) and MAX_TOKENS, and sends TEXT in pieces. Triton's Python needs
+    visistage.
+
+    \b
+    visistage export-triton demo models
+    tritonserver --model-repository models
+    """
+    path = bundle_at(bundle)
+    from ..graphs.bundle import Bundle
+    from ..serve.triton import export_triton as export
+
+    say(export(Bundle.open(path), repository, name, lanes))
 
 
 def _named(word: str) -> tuple[str, Any]:

@@ -34,6 +34,9 @@ LIBRARIES = {  # of a room, a folder or a module; the longest name that fits cou
     "runtime.backends.onnx_runtime": {"onnxruntime"},  # nobody else: it turns telemetry off
     "runtime.device": {"cuda", "numpy"},
     "serve": {"prometheus_client", "starlette", "uvicorn"},
+    "serve.ray": {"ray", "starlette"},
+    "serve.triton": set(),
+    "serve.triton_model": {"numpy", "triton_python_backend_utils"},
     "compile": TORCH | ONNX | {"psutil", "safetensors", "tokenizers", "yaml"},
     "compile.checkpoint": TORCH | {"huggingface_hub", "safetensors", "tokenizers"},
     "compile.disk": {"filelock"},

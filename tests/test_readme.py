@@ -43,7 +43,7 @@ def wrong_commands(text: str) -> list[str]:
                 known = variables if equals else make_targets()
                 if name not in known and not word.startswith("-"):
                     wrong.append(f"make {word}")
-        for match in re.finditer(START + r"visistage +([a-z]+)([^#|;&]*)", line):
+        for match in re.finditer(START + r"visistage +([a-z]+(?:-[a-z]+)*)([^#|;&]*)", line):
             command = main.commands.get(match[1])
             if command is None:
                 wrong.append(f"visistage {match[1]}")
