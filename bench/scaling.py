@@ -27,7 +27,8 @@ import click
 import numpy as np
 
 from ..graphs.bundle import Bundle
-from ..graphs.chain.chain import AppendedRows, Chain
+from ..graphs.chain.chain import Chain
+from ..graphs.chain.rows import AppendedRows
 from ..graphs.config import ModelConfig
 from ..graphs.errors import VisistageError
 from ..graphs.presets.presets import PRESETS

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from ..graphs.chain.chain import Prefilled, last_layers
+from ..graphs.chain.rows import Prefilled, last_layers
 from ..graphs.contract import INVISIBLE
 from ..graphs.plan.cost import Geometry, Load, cost_of, dropped_parts
 from ..graphs.plan.plan import StagePlan

@@ -25,7 +25,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..graphs.bundle import Bundle
-from ..graphs.chain.chain import AppendedRows, Chain
+from ..graphs.chain.chain import Chain
+from ..graphs.chain.rows import AppendedRows
 from ..graphs.errors import VisistageError
 from ..graphs.fields import from_json, read_json
 from ..graphs.files import write_file

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ..graphs.chain.chain import Prefilled
+from ..graphs.chain.rows import Prefilled
 from ..graphs.errors import PromptError
 from ..graphs.fields import show
 from .answer import Answer

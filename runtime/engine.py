@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from ..graphs.bundle import Bundle
-from ..graphs.chain.chain import Prefilled
 from ..graphs.chain.executor import GRAPH_CALLS, Encoded
 from ..graphs.chain.lanes import decode_lanes
+from ..graphs.chain.rows import Prefilled
 from ..graphs.errors import BusyError, TargetError, VisistageError
 from .backends.backend import Backend
 from .image_cache import ByteCache

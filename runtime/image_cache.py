@@ -13,8 +13,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from ..graphs.chain.chain import AppendedRows, PrefilledPart
 from ..graphs.chain.executor import Rows, StageResult
+from ..graphs.chain.rows import AppendedRows, PrefilledPart
 
 FREE_SHARE = 16
 """Images take one part in so many of the memory that is free once the model is loaded."""

@@ -30,8 +30,8 @@ import numpy as np
 
 from ..graphs.bundle import MANIFEST, Bundle, sha256
 from ..graphs.caches import stage_caches
-from ..graphs.chain.chain import places_in
 from ..graphs.chain.executor import Encoded
+from ..graphs.chain.rows import places_in
 from ..graphs.contract import INVISIBLE, inject_name, injected_of
 from ..graphs.dtypes import BY_SAFETENSORS, DTYPES
 from ..graphs.errors import ImageError

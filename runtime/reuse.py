@@ -18,9 +18,10 @@ import numpy as np
 
 from ..graphs.bundle import Bundle
 from ..graphs.caches import stage_caches
-from ..graphs.chain.chain import AppendedRows, Chain, Prefilled, PrefilledPart
+from ..graphs.chain.chain import Chain
 from ..graphs.chain.enter import entered_rows, positions_at
 from ..graphs.chain.executor import Encoded, StageResult
+from ..graphs.chain.rows import AppendedRows, Prefilled, PrefilledPart
 from ..graphs.contract import INVISIBLE
 from ..graphs.errors import CapacityError
 from ..graphs.plan.plan import StagePlan

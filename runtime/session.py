@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..graphs.bundle import Bundle
-from ..graphs.chain.chain import Prefilled
+from ..graphs.chain.rows import Prefilled
 from ..graphs.errors import ImageError, VisistageError
 from .answer import Answer
 from .autotune import choose_fused_prefill

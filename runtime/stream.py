@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..graphs.chain.chain import Prefilled
+from ..graphs.chain.rows import Prefilled
 from ..graphs.errors import VisistageError
 from .answer import Answer
 from .reuse import PromptPart

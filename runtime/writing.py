@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..graphs.chain.chain import Prefilled
+from ..graphs.chain.rows import Prefilled
 from ..graphs.plan.cost import Geometry
 from .answer import Answer, ShownTokens, Timings, TokenLogprob, plan_facts
 from .image.overlay import Grid

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ...graphs.chain.chain import AppendedRows, StageSlots, places_in, row_kinds
 from ...graphs.chain.enter import entered_rows, positioned, positions_at
 from ...graphs.chain.executor import Encoded
+from ...graphs.chain.rows import AppendedRows, StageSlots, places_in, row_kinds
 from ...graphs.config import TextConfig
 from ...graphs.contract import PADDING_ORDER
 from ...graphs.errors import CapacityError, PromptError

@@ -19,8 +19,8 @@ from ..plan.plan import StagePlan
 from ..plan.stages import Entry
 from ..selectors.entry import PADDING, READINGS, EncoderReadings, Entered
 from ..selectors.registry import ENTRY_SELECTORS
-from .chain import AppendedRows
 from .executor import ANY_IMAGE, Encoded, Rows
+from .rows import AppendedRows
 
 OUTPUTS = {name: "visual_rows" if name == "rows" else name for name in READINGS}
 """The vision graph's outputs by what they are to a selector."""

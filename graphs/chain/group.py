@@ -21,8 +21,9 @@ from types import MappingProxyType
 import numpy as np
 
 from ..errors import CapacityError, PlanError
-from .chain import AppendedRows, Chain
+from .chain import Chain
 from .executor import Rows
+from .rows import AppendedRows
 
 TARGET_ORDER = 1 << 30
 """Order of the first row of the target, above that of any source."""

@@ -15,8 +15,9 @@ import numpy as np
 
 from ..plan.gains import stage_gains
 from ..plan.gates import stage_gates
-from .chain import AppendedRows, Chain, row_kinds
+from .chain import Chain
 from .executor import Executor, Rows
+from .rows import AppendedRows, row_kinds
 
 
 def decode_lanes(

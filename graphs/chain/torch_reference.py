@@ -32,9 +32,10 @@ from ..parts import probed, whole_stages
 from ..plan.plan import StagePlan
 from ..plan.routing import is_router
 from ..precision import NO_FALLBACK, Fp32Fallback
-from .chain import AppendedRows, Chain, last_layers
+from .chain import Chain
 from .enter import positioned, positions_at
 from .executor import Kept, StageResult
+from .rows import AppendedRows, last_layers
 from .torch_classes import entered_patches, matched_rows, told_apart
 
 Span = tuple[int, int]

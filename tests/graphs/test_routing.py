@@ -7,7 +7,8 @@ import pytest
 import torch
 from visistage.compile.planfile import plan_from_yaml, plan_to_yaml
 from visistage.graphs.chain import torch_reference as chain
-from visistage.graphs.chain.chain import AppendedRows, Chain
+from visistage.graphs.chain.chain import Chain
+from visistage.graphs.chain.rows import AppendedRows
 from visistage.graphs.config import TextConfig
 from visistage.graphs.errors import ModelError, PlanError
 from visistage.graphs.modules.ops import Eager

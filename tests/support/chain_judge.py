@@ -10,7 +10,8 @@ from torch import Tensor
 from visistage.calib.run.layerwise import LayerObserver, run_layerwise
 from visistage.calib.sample_prompts import SamplePrompt
 from visistage.graphs.chain import torch_reference as chain
-from visistage.graphs.chain.chain import AppendedRows, Chain
+from visistage.graphs.chain.chain import Chain
+from visistage.graphs.chain.rows import AppendedRows
 from visistage.graphs.modules.ops import Eager
 from visistage.graphs.modules.vision import Vision
 from visistage.graphs.presets.presets import preset

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.texts import text_facts
-from visistage.graphs.chain.chain import AppendedRows, Chain
+from visistage.graphs.chain.chain import Chain
 from visistage.graphs.chain.enter import entered_rows, positioned, positions_at
+from visistage.graphs.chain.rows import AppendedRows
 from visistage.graphs.chain.torch_encoder import TorchEncoder
 from visistage.graphs.chain.torch_reference import TorchExecutor
 from visistage.graphs.plan.plan import StagePlan

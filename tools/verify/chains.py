@@ -17,9 +17,10 @@ from ...compile.checkpoint.checkpoint import Checkpoint
 from ...compile.checkpoint.names import EMBEDDING
 from ...graphs.bundle import Bundle, Manifest
 from ...graphs.caches import scored_layer
-from ...graphs.chain.chain import AppendedRows, Chain
+from ...graphs.chain.chain import Chain
 from ...graphs.chain.enter import entered_rows, positioned, positions_at
 from ...graphs.chain.executor import Kept
+from ...graphs.chain.rows import AppendedRows
 from ...graphs.chain.torch_encoder import TorchEncoder
 from ...graphs.chain.torch_reference import TorchExecutor
 from ...graphs.contract import INVISIBLE
