@@ -7,7 +7,9 @@
 
 Ray routes requests, replaces replicas that died, and lets those that shall stop end their answers.
 Routes, limits, errors and the key are those of ``visistage serve``; every replica loads the bundles
-from its own disk, and has lanes, a queue and image caches of its own.
+from its own disk, and has lanes, a queue and image caches of its own. Requests with one value of
+the header ``serve_multiplexed_model_id``, such as a hash of their image, go to one replica if it
+can take them, where the image is known.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..graphs.bundle import Bundle, find_bundle
 from ..runtime.engine import DEFAULT_LANES
@@ -25,6 +27,9 @@ from .app import make_app
 from .options import ServeOptions
 from .pool import EnginePool
 from .service import Service
+
+MOST_IMAGES = 256
+"""Whose replica Ray remembers, for each replica."""
 
 
 def deployment(
@@ -49,7 +54,7 @@ def deployment(
         opened = {name: Bundle.open(find_bundle(Path(path))) for name, path in folders.items()}
         service = Service(EnginePool(opened, chosen), chosen)
         service.load_first()
-        return make_app(service)
+        return _affine(make_app(service))
 
     configured = serve.deployment(
         serve.ingress(build)(),
@@ -60,3 +65,19 @@ def deployment(
         ray_actor_options={"num_cpus": cpus},
     )
     return configured.bind()
+
+
+def _affine(app: ASGIApp) -> ASGIApp:
+    """Return an application whose replica Ray remembers as the one for an image."""
+
+    @serve.multiplexed(max_num_models_per_replica=MOST_IMAGES)
+    async def remember(image: str) -> str:
+        return image  # Ray's router learns of it, which is all
+
+    async def remembering(scope: Scope, receive: Receive, send: Send) -> None:
+        image = serve.get_multiplexed_model_id()
+        if image:
+            await remember(image)
+        await app(scope, receive, send)
+
+    return remembering

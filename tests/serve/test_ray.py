@@ -17,6 +17,7 @@ from visistage.tests.support.asking import picture
 from visistage.tests.support.built import built_once
 from visistage.tests.support.served import data_uri, question
 
+KEY = "s3cret"
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
 
@@ -36,9 +37,9 @@ def client(bundle):
         port = free.getsockname()[1]
     ray.init(num_cpus=2, include_dashboard=False, configure_logging=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    options = {"threads": 1, "lanes": 2, "queue": 8, "api_key": "s3cret"}
+    options = {"threads": 1, "lanes": 2, "queue": 8, "api_key": KEY}
     serve.run(deployment({"toy": bundle.path}, replicas=2, cpus=0.5, **options))
-    yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="s3cret", max_retries=0)
+    yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0)
     serve.shutdown()
     ray.shutdown()
 
@@ -65,14 +66,38 @@ def test_a_caller_who_goes_is_not_answered_to_the_end(client):
         stream = client.chat.completions.create(model="toy", stream=True, **body)
         next(stream)
         stream.close()
-    address, deadline = str(client.base_url).replace("/v1/", "/metrics"), time.monotonic() + 10
-    cancelled, key = 0.0, {"authorization": "Bearer s3cret"}
-    while cancelled < 2:  # of either replica
-        assert time.monotonic() < deadline, cancelled
+    deadline = time.monotonic() + 10
+    while sum(counted(client, r"visistage_cancelled_total{.*} (\S+)").values()) < 8:
+        assert time.monotonic() < deadline
+
+
+def test_questions_about_an_image_go_to_the_replica_that_knows_it(client):
+    hits = r'visistage_image_cache_hits_total{cache="stages".*} (\S+)'
+    before = sum(counted(client, hits).values())
+    for number in range(4):
+        for seed in range(100, 110):
+            client.chat.completions.create(
+                model="toy",
+                extra_headers={"serve_multiplexed_model_id": f"image {seed}"},
+                **question(f"{number}?", data_uri(seed), max_tokens=1),
+            )
+    assert sum(counted(client, hits).values()) - before == 3 * 10, "all but the first of each"
+
+
+def counted(client, pattern) -> dict[str, float]:
+    """A metric of every replica, by when that began to count."""
+    address, key = (
+        str(client.base_url).replace("/v1/", "/metrics"),
+        {"authorization": f"Bearer {KEY}"},
+    )
+    found = {}
+    for _ in range(30):  # Ray asks either
         with urlopen(Request(address, headers=key)) as answer:
             text = answer.read().decode()
-        found = re.search(r"visistage_cancelled_total{.*} (\S+)", text)
-        cancelled = max(cancelled, float(found[1]) if found else 0)
+        began = re.search(r"visistage_requests_created{.*} (\S+)", text)
+        value = re.search(pattern, text)
+        found[began and began[1]] = float(value[1]) if value else 0.0
+    return found
 
 
 def test_a_replica_that_is_killed_under_load_is_replaced(client):
