@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from visistage.bench import environments, peers, scaling, tables
+from visistage.bench import environments, peer_tables, peers, scaling, tables
 from visistage.bench.lower_bound import (
     Rates,
     layer_work,
@@ -165,7 +165,7 @@ def test_a_peer_that_cannot_be_set_up_is_in_the_record_with_the_reason(demo):
     }
     machine = {"rounds": 1, "threads": 1, "tokens": 1, "prompt_tokens": 1}
     machine["rates"] = RATES.to_dict()
-    page = tables.peers([machine, row])
+    page = peer_tables.peers([machine, row])
     assert "* X: llama-cpp: pip install failed" in page
     assert "| X |" not in page
 
@@ -227,10 +227,10 @@ def test_keys_of_peers_name_one_each():
     keys = [peer.key for peer in all_peers(("cpu", "openvino"), 576)]
     assert keys[0] == REFERENCE
     assert len(set(keys)) == len(keys)
-    for goal in tables.GOALS:
+    for goal in peer_tables.GOALS:
         assert any(key.startswith(goal.ours) for key in keys)
         assert all(any(key.startswith(start) for key in keys) for start in goal.theirs)
-    fp32 = {key for key in keys if key.startswith(tables.F32)}
+    fp32 = {key for key in keys if key.startswith(peer_tables.F32)}
     assert fp32 == {"openvino-fp32-f32", "openvino-fp32-f32-prefix"}
 
 
@@ -329,13 +329,13 @@ def test_goals_compare_with_the_fastest_of_theirs():
     def row(key, cold):
         return {"key": key, "label": key, "cold": {"median": cold}}
 
-    rows = [row(f"{tables.CHOSEN}fp32", 40.0), row("openvino-fp32-f32", 120.0)]
+    rows = [row(f"{peer_tables.CHOSEN}fp32", 40.0), row("openvino-fp32-f32", 120.0)]
     rows += [row("openvino-fp32-f32-prefix", 100.0), row("openvino-fp32-default", 10.0)]
-    first = tables.goals(rows)[0]
+    first = peer_tables.goals(rows)[0]
     assert first["ratio"] == pytest.approx(0.4)
     assert first["reached"] == "yes"
     assert "prefix" in first["theirs"]
-    assert "ratio" not in tables.goals(rows[:1])[0]
+    assert "ratio" not in peer_tables.goals(rows[:1])[0]
 
 
 def test_a_missing_record_is_said_and_no_error(tmp_path, monkeypatch):
