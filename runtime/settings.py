@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 DEFAULT_MAX_TOKENS = 128
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
+MAX_BIAS = 1e9
+MOST_DIGITS = 20
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,13 @@ def _checked_bias(bias: Any) -> dict[int, float]:
         )
     checked = {}
     for name, value in bias.items():
-        number = int(name) if isinstance(name, str) and name.isdecimal() else name
-        id_ = whole_number("logit_bias", number, 0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
-            raise PromptError(f"logit_bias of token {id_} is {show(value)}; expected a number.")
+        written = isinstance(name, str) and name.isdecimal() and len(name) < MOST_DIGITS
+        id_ = whole_number("logit_bias", int(name) if written else name, 0)
+        known = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not known or not abs(value) <= MAX_BIAS:
+            raise PromptError(
+                f"logit_bias of token {id_} is {show(value)}; expected a number, at most "
+                f"{MAX_BIAS:g} either way."
+            )
         checked[id_] = float(value)
     return checked

@@ -134,6 +134,8 @@ def test_a_bias_changes_the_choice(session):
         ({"logit_bias": {99999: 1}}, "ids end at"),
         ({"logit_bias": {"x": 1}}, "whole number"),
         ({"logit_bias": {1: float("nan")}}, "expected a number"),
+        ({"logit_bias": {1: 10**400}}, "expected a number"),
+        ({"logit_bias": {"9" * 5000: 1}}, "whole number"),
         ({"logit_bias": [1]}, "expected at most"),
         ({"logprobs": 21}, "at most 20"),
         ({"logprobs": -1}, "whole number"),
