@@ -134,10 +134,11 @@ class Eager:
         return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
     def best(self, scores: Tensor, share: Fraction) -> Tensor:
-        """Return the places (B, k) of the best of scores (B, Q), best first; k is a share of Q,
-        rounded up.
+        """Return the places (B, k) of the best of scores (B, Q), best first, of equals the first; k
+        is a share of Q, rounded up.
         """
-        return torch.topk(scores, share_of(share, scores.shape[1]), dim=1).indices
+        order = torch.sort(scores, dim=1, descending=True, stable=True).indices
+        return order[:, : share_of(share, scores.shape[1])]
 
     def take(self, x: Tensor, index: Tensor) -> Tensor:
         """Return rows (B, k, ...) of x (B, Q, ...) at ``index`` (B, k)."""

@@ -242,6 +242,15 @@ def test_a_share_keeps_the_best_rows_and_the_last_one():
     assert apart(logits, exact) > MISTAKE
 
 
+def test_of_equal_scores_the_first_rows_run():
+    """As rows of equal words are in layer 0: graphs would choose otherwise than torch."""
+    weights, name = weights_of(CONFIG, "skipgpt-lrm"), "model.layers.0.router_mlp"
+    weights[f"{name}.weight_predictor.bias"] = torch.tensor([9.0, 0.0])  # all want to run
+    rows = embeds()[:, :1].expand(-1, LENGTH, -1)
+    _, few = staged(planned("skipgpt-lrm:share=0.2"), rows, weights, (), spans=())
+    assert few.notes.placed(LENGTH)[name][0].nonzero().flatten().tolist() == [0, 1, 2, 3, 20]
+
+
 # --- plans ----------------------------------------------------------------------------------------
 
 
