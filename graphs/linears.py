@@ -7,6 +7,7 @@ smaller per channel is folded into the module that made it, what undoes it into 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -61,9 +62,12 @@ def in_decoder_layer(module: str) -> tuple[int, str] | None:
     return found and (int(found[1]), found[2])
 
 
-def linear_groups(config: ModelConfig) -> list[Group]:
-    """Return every group, in the order in which a prompt meets them."""
-    return [*_encoder(config), *_projector(config), *_decoder(config)]
+def linear_groups(config: ModelConfig, dropped: Collection[tuple[str, int]] = ()) -> list[Group]:
+    """Return every group, in the order in which a prompt meets them.
+
+    ``dropped``: halves of decoder layers that are left out, as ``StagePlan.dropped`` has them.
+    """
+    return [*_encoder(config), *_projector(config), *_decoder(config, dropped)]
 
 
 def _encoder(config: ModelConfig) -> list[Group]:
@@ -94,7 +98,7 @@ def _projector(config: ModelConfig) -> list[Group]:
     ]
 
 
-def _decoder(config: ModelConfig) -> list[Group]:
+def _decoder(config: ModelConfig, dropped: Collection[tuple[str, int]]) -> list[Group]:
     text = config.text
     width, wide = text.hidden, text.intermediate
     queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
@@ -103,12 +107,18 @@ def _decoder(config: ModelConfig) -> list[Group]:
         at = partial(decoder_module, layer)
         attention = tuple(at(f"self_attn.{name}_proj") for name in "qkv")
         mlp = (at("mlp.gate_proj"), at("mlp.up_proj"))
-        groups += [
-            Group(attention, width, (queries, keys, keys), at("input_layernorm"), "decoder", layer),
-            # Factors in the value projection would change |c_j|, by which selections choose.
-            Group((at(ATTENTION_OUTPUT),), queries, (width,), None, "decoder", layer),
-            Group(mlp, width, (wide, wide), at("post_attention_layernorm"), "decoder", layer),
-            # Its input is silu(gate) * up: linear in up, whose rows take the factors exactly.
-            Group((at(MLP_OUTPUT),), wide, (width,), at("mlp.up_proj"), "decoder", layer),
-        ]
+        if ("attention", layer) not in dropped:
+            outputs, norm = (queries, keys, keys), at("input_layernorm")
+            groups += [
+                Group(attention, width, outputs, norm, "decoder", layer),
+                # Factors in the value projection would change |c_j|, by which selections choose.
+                Group((at(ATTENTION_OUTPUT),), queries, (width,), None, "decoder", layer),
+            ]
+        if ("mlp", layer) not in dropped:
+            norm = at("post_attention_layernorm")
+            groups += [
+                Group(mlp, width, (wide, wide), norm, "decoder", layer),
+                # Its input is silu(gate) * up: linear in up, whose rows take the factors exactly.
+                Group((at(MLP_OUTPUT),), wide, (width,), at("mlp.up_proj"), "decoder", layer),
+            ]
     return [*groups, Group((HEAD,), width, (text.vocab,), "model.norm", "head")]

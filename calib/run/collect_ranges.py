@@ -164,6 +164,12 @@ class Collector(LayerObserver):
     def enter(self, kinds: Sequence[np.ndarray]) -> None:
         """Choose the rows to keep."""
         self._chosen, self._call = chosen_rows(kinds, self.rows_kept), -1
+        for inputs in self._open.values():  # of a layer that the piece before began
+            inputs.go_on(self._room)
+
+    @property
+    def _room(self) -> int:
+        return sum(map(len, self._chosen))
 
     def call(self) -> None:
         """Count the call."""
@@ -175,28 +181,29 @@ class Collector(LayerObserver):
         if name is None:
             return
         if name not in self._open:
-            kept = sum(map(len, self._chosen))
-            self._open[name] = _Inputs(name, rows.shape[1], kept)
+            self._open[name] = _Inputs(name, rows.shape[1], self._room)
         inputs = self._open[name]
         if inputs.call < self._call:
             inputs.call = self._call
             inputs.add(rows.numpy(), self._chosen[self._call])
 
     def leave(self, weights: Mapping[str, Tensor]) -> None:
-        """Measure the groups of this piece."""
-        for name, inputs in self._open.items():
+        """Measure the groups of which this piece has all layers; others go on in the next."""
+        for name in list(self._open):
             group = self._groups[name]
-            layers = {linear: weights[f"{linear}.weight"].numpy() for linear in group.linears}
-            self._done[name] = _measured(group, inputs, layers)
-        self._open = {}
+            if all(f"{linear}.weight" in weights for linear in group.linears):
+                layers = {linear: weights[f"{linear}.weight"].numpy() for linear in group.linears}
+                self._done[name] = _measured(group, self._open.pop(name), layers)
 
-    def cached(self, layer: int, keys: Tensor, values: Tensor) -> None:
+    def cached(self, layer: int, keys: Tensor, values: Tensor | None) -> None:
         """Take one prompt's cache of a layer into account.
 
         Raises:
             ModelError: it holds NaN or infinity.
         """
         for of, what, rows in zip(self.cache, ("key", "value"), (keys, values), strict=True):
+            if rows is None:
+                continue
             found = rows.abs().amax((1, 2)).numpy()
             if not np.isfinite(found).all():
                 raise ModelError(
@@ -245,6 +252,11 @@ class _Inputs:
     def kept(self) -> np.ndarray:
         """Rows (n, K) that were chosen."""
         return self._kept[: self._filled]
+
+    def go_on(self, more: int) -> None:
+        """Make room for what is kept of another piece, whose calls are counted anew."""
+        new = np.empty((more, self._kept.shape[1]), np.float32)
+        self._kept, self.call = np.concatenate((self.kept, new)), -1
 
     def add(self, rows: np.ndarray, chosen: np.ndarray) -> None:
         """Take rows (Q, K), of which ``chosen`` are kept."""

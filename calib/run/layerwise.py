@@ -5,7 +5,8 @@ it keeps the rows alone:
 
     for each layer   read its weights once
         for each prompt   its calls of this stage, over a cache that exists no longer than this
-    at an edge       the last prompt row selects, or vision leaves
+    at an edge       the last prompt row selects, or vision leaves; where the next layer scores,
+                     its beginning is read once more
 
 ``graphs.chain.chain`` defines which rows a call holds, in which order and under which gates, as for
 every back end; so the logits are those of the chain. A known answer is fed behind its prompt, as
@@ -34,11 +35,11 @@ from ...compile.quantize.fp16_ranges import dense_pieces
 from ...graphs.chain.executor import Encoded
 from ...graphs.chain.torch_encoder import chosen_rows
 from ...graphs.config import ModelConfig
-from ...graphs.contract import projects_later, row_readings, vision_readings
+from ...graphs.contract import ahead_of, projects_later, row_readings, vision_readings
 from ...graphs.errors import PlanError
 from ...graphs.modules.decoder import Body, Head, Logits
-from ...graphs.modules.layer import Linear
-from ...graphs.modules.ops import Eager
+from ...graphs.modules.layer import Ahead, Linear
+from ...graphs.modules.ops import Eager, Scales
 from ...graphs.modules.quantized import round_caches
 from ...graphs.modules.select import Prober, Selector
 from ...graphs.modules.vision import Projection, Projector, Vision
@@ -75,9 +76,10 @@ class LayerObserver:
     def leave(self, weights: Mapping[str, Tensor]) -> None:
         """End the piece; its weights by the checkpoint's names, valid until this returns."""
 
-    def cached(self, layer: int, keys: Tensor, values: Tensor) -> None:
+    def cached(self, layer: int, keys: Tensor, values: Tensor | None) -> None:
         """Take the keys and values (G, S, d) FP32 that one prompt has cached in a layer: those of
-        its prefix, of its own rows that this stage holds, and of its answer.
+        its prefix, of its own rows that this stage holds, and of its answer. The stage before may
+        have cached the layer's keys as well, without values.
         """
 
     def read(self, prompt: int, layer: int, cosine: np.ndarray, norm: np.ndarray) -> None:
@@ -122,7 +124,7 @@ def run_layerwise(
         fake_quantised: what linear layers compute with, and what caches keep; the prefix is
             computed in float, as for every bundle, and cached like all rows. None: no rounding.
         advance: called with each of the ``layerwise_pieces(config, prefix_ids)`` pieces; of layers
-            that the plan drops whole there are none.
+            that the plan drops whole there are none, and beginnings of layers do not count.
 
     Raises:
         PlanError: the plan decides per prompt, or is another model's.
@@ -140,14 +142,9 @@ def run_layerwise(
             f"rows of plan '{plan.name}' compete within each call, and here an answer is one call. "
             "Calibrate a plan whose routers are in the exact form and read one row each"
         )
-    if any(edge.op == "select" and edge.selector.next_layer for edge in plan.edges):
-        raise PlanError(
-            f"plan '{plan.name}' selects by the layer behind an edge, and a layer-wise run has one "
-            "layer in memory. Calibrate a plan that selects by the layer before, such as fastv"
-        )
     check_fit(plan, text.layers, config.visual_tokens)
 
-    def stream_of(module: nn.Module) -> Streamed:
+    def stream_of(module: nn.Module, advance: Advance = advance) -> Streamed:
         return Streamed(checkpoint, module, advance, (Linear,), observer.given, fake_quantised)
 
     visual = _visual_rows(stream_of, config, plan, prompts, observer)
@@ -165,35 +162,48 @@ def run_layerwise(
     cache = "float" if fake_quantised is None else fake_quantised.cache
     body, lm_head = without_weights(lambda: _decoder(config, plan, cache))
     stream = stream_of(nn.ModuleDict({"model": body, "lm_head": lm_head}))
+    aheads = without_weights(lambda: _aheads(config, plan, cache))
+    stream_ahead = stream_of(nn.ModuleDict({"model": aheads}), no_advance)
     head, prober = Head(text, Eager()), Prober()
+
+    def kept_of(layer: int) -> tuple[Tensor | None, Scales | None]:
+        saved = None if prefix is None else prefix[:, layer]
+        return saved, None if fake_quantised is None else fake_quantised.scales_of(layer)
+
     for index, stage in enumerate(plan.stages):
         edge = plan.edges[index] if index < len(plan.edges) else None
         selector = Selector(edge) if edge is not None and edge.op == "select" else None
+        ahead = ahead_of(plan, index)
         for state in states:
             state.enter(plan, index, head)
         kinds = [kind for state in states for kind in state.kinds()]
         for number in range(*stage.layers):
+            for state in states:
+                state.inject(number)
             if str(number) not in body.layers:  # dropped whole
-                for state in states:
-                    state.pass_by(number)
                 continue
             attends = number in stage.attention_layers
             gated = number in stage.gated_layers
             ends = number == stage.layers[1] - 1
-            saved = None if prefix is None else prefix[:, number]
-            scales = None if fake_quantised is None else fake_quantised.scales_of(number)
             with _loaded(stream, body.layers[str(number)], observer, kinds) as run:
                 for place, state in enumerate(states):
                     reads = row_readings(plan, index) if ends else ()
-                    view = state.through(run, text, stage, number, saved, scales, reads)
+                    view = state.through(run, text, stage, number, *kept_of(number), reads)
                     if attends:
                         observer.cached(number, view.key[0], view.value[0])
                     if observer.reads:
                         observer.turns(number, state.turned)
                     if observer.reads and attends and not gated and state.sees:
                         observer.read(place, number, *view.read(prober))
-                    if selector is not None and ends and state.sees:
-                        observer.selected(place, state.select(selector, view))
+                    if selector is not None and ahead is None and ends and state.sees:
+                        observer.selected(place, state.select(plan, selector, view))
+        if ahead is not None:
+            with _loaded(stream_ahead, aheads.layers[str(ahead)], observer, kinds) as run:
+                for place, state in enumerate(states):
+                    view = state.ahead(run, text, stage, ahead, *kept_of(ahead))
+                    observer.cached(ahead, view.key[0], None)
+                    if selector is not None and state.sees:
+                        observer.selected(place, state.select(plan, selector, view))
         for state in states:
             state.leave(drop=edge is not None and edge.op == "drop")
 
@@ -277,3 +287,14 @@ def _decoder(config: ModelConfig, plan: StagePlan, cache: CacheScheme) -> tuple[
     body = Body(text, Eager(), kinds, last=True)
     round_caches(body, cache)
     return body, Linear(Eager(), text.hidden, text.vocab, bias=False)
+
+
+def _aheads(config: ModelConfig, plan: StagePlan, cache: CacheScheme) -> Body:
+    """Return the beginnings of layers by which edges before them score."""
+    body = Body(config.text, Eager(), {})
+    for stage in range(len(plan.stages)):
+        layer = ahead_of(plan, stage)
+        if layer is not None:
+            body.layers[str(layer)] = Ahead(config.text, Eager())
+    round_caches(body, cache)
+    return body

@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 
 from ...graphs.chain.enter import entered_rows, positioned, positions_at
 from ...graphs.chain.executor import Encoded
-from ...graphs.chain.rows import AppendedRows, StageSlots, places_in, row_kinds
+from ...graphs.chain.rows import AppendedRows, StageSlots, closed_up, places_in, row_kinds
 from ...graphs.config import TextConfig
 from ...graphs.contract import PADDING_ORDER
 from ...graphs.errors import CapacityError, PromptError
@@ -157,8 +157,8 @@ class PromptState:
             for call in self._calls
         ]
 
-    def pass_by(self, layer: int) -> None:
-        """Take every call past a layer that is left out: only what is added at its input counts."""
+    def inject(self, layer: int) -> None:
+        """Add to the rows of every call what is added at the input of a layer."""
         for call in self._calls:
             call.rows = _with_features(call, layer)
 
@@ -197,7 +197,7 @@ class PromptState:
             gates, gains = layer_controls(layer, stage.gated_layers, stage.gained_layers, controls)
             cache = (key[:, :, : call.stop], value[:, :, : call.stop])  # filled in place
             first = torch.tensor([call.start])
-            before = call.rows = _with_features(call, layer)
+            before = call.rows
             if call.serves:
                 new = run(call.rows, cos, sin, *[None] * 7)
                 for held, rows in zip((key, value), new, strict=False):
@@ -233,6 +233,25 @@ class PromptState:
             readings,
         )
 
+    def ahead(
+        self,
+        run: Callable[..., Any],
+        text: TextConfig,
+        stage: Stage,
+        layer: int,
+        prefix: Tensor | None,
+        scales: Scales | None,
+    ) -> LastRowView:
+        """Return the last row's view of the layer behind the stage, of which ``run`` is an
+        ``Ahead``; the rows stay as they are, and the view has no values.
+        """
+
+        def beginning(rows, cos, sin, first, visible, window, _, __, key, *___):
+            query, _ = run(rows, cos, sin, first, visible, window, key)
+            return rows, query
+
+        return self.through(beginning, text, stage, layer, prefix, scales)
+
     @staticmethod
     def _of(call: _Call, values: Tensor, kind: Rows) -> list[Tensor]:
         """Return of (1, Q, ...) values of a call's rows those of its segments of one kind."""
@@ -243,10 +262,10 @@ class PromptState:
             if segment.visual == (kind == "visual")
         ]
 
-    def select(self, selector: Selector, view: LastRowView) -> np.ndarray:
+    def select(self, plan: StagePlan, selector: Selector, view: LastRowView) -> np.ndarray:
         """Choose the visual rows that go on, and return their order (K,).
 
-        ``view`` is of the stage's last layer.
+        ``view`` is of the layer that the selector reads.
         """
         visual = self._joined_visual()
         assert visual is not None
@@ -262,7 +281,10 @@ class PromptState:
         )
         index = torch.from_numpy(places_in(visual.order, order.numpy())[0])
         inject = {layer: features[:, index] for layer, features in visual.inject.items()}
-        self._selected = AppendedRows(True, rows, positions.numpy(), order.numpy(), inject)
+        at = positions.numpy()
+        if plan.positions == "renumbered":
+            at = closed_up(visual, len(index))
+        self._selected = AppendedRows(True, rows, at, order.numpy(), inject)
         return order[0].numpy()
 
     def leave(self, drop: bool) -> None:

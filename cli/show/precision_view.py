@@ -32,7 +32,7 @@ def quantisation_facts(manifest: Manifest) -> dict[str, Any] | None:
     places: dict[str, Counter[str]] = {}
     nbytes: Counter[str] = Counter()
     kept: dict[str, list[str]] = {}
-    for group in linear_groups(manifest.config):
+    for group in linear_groups(manifest.config, manifest.plan.dropped):
         place = _place(group, manifest)
         for name, outputs in zip(group.linears, group.outputs, strict=True):
             scheme = quantization.schemes.get(name, "float")

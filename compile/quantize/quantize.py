@@ -82,7 +82,7 @@ def resolve(
         DataError: what the recipe asks for needs a calibration, or another one.
     """
     _check(quant_config, plan, target)
-    groups = linear_groups(config)
+    groups = linear_groups(config, plan.dropped)
     schemes: dict[str, Scheme] = {}
     for group in groups:
         scheme = quant_config.scheme_of(group, plan, target.schemes)
@@ -140,7 +140,7 @@ def check_sizes(calibration: Calibration, config: ModelConfig) -> None:
     found = {name: ranges.absmax.shape for name, ranges in calibration.groups.items()}
     wrong = [  # one with a plan alone has no ranges
         group.name
-        for group in linear_groups(config)
+        for group in linear_groups(config, plan.dropped)
         if found and found.get(group.name) != (group.inputs,)
     ]
     if calibration.cache is not None and calibration.cache.shape != (2, text.layers, text.kv_heads):

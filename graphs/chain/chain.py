@@ -32,7 +32,15 @@ from ..plan.plan import StagePlan
 from ..plan.probing import Decision
 from ..selectors.edge import ROW_READINGS
 from .executor import Executor, Kept, Rows, StageResult
-from .rows import AppendedRows, Prefilled, PrefilledPart, StageSlots, places_in, row_kinds
+from .rows import (
+    AppendedRows,
+    Prefilled,
+    PrefilledPart,
+    StageSlots,
+    closed_up,
+    places_in,
+    row_kinds,
+)
 
 
 class Chain:
@@ -237,7 +245,7 @@ class Chain:
         inject = self._taken(visual.inject, places_in(visual.order, kept.order))
         positions = kept.positions
         if self.plan.positions == "renumbered":
-            positions = _closed_up(visual, positions.shape[1])
+            positions = closed_up(visual, positions.shape[1])
         return AppendedRows(True, kept.rows, positions, kept.order, inject)
 
     def _joined(self, stage: int, parts: Sequence[AppendedRows]) -> AppendedRows:
@@ -348,13 +356,6 @@ class Chain:
             order.astype(np.int32),
             self._taken(visual.inject, index),
         )
-
-
-def _closed_up(offered: AppendedRows, count: int) -> np.ndarray:
-    """Return positions (B, K) one after another, from that of the first row offered on."""
-    real = np.where(offered.order == INVISIBLE, INVISIBLE, offered.positions)
-    first = real.min(1, keepdims=True) % INVISIBLE  # 0 for a sample without images
-    return (first + np.arange(count)).astype(np.int32)
 
 
 def _slot_numbers(runs: Sequence[tuple[int, int]], batch: int) -> np.ndarray:

@@ -119,6 +119,13 @@ class Prefilled:
     selected_after: int | None = None
 
 
+def closed_up(offered: AppendedRows, count: int) -> np.ndarray:
+    """Return positions (B, K) one after another, from that of the first row offered on."""
+    real = np.where(offered.order == INVISIBLE, INVISIBLE, offered.positions)
+    first = real.min(1, keepdims=True) % INVISIBLE  # 0 for a sample without images
+    return (first + np.arange(count)).astype(np.int32)
+
+
 def places_in(offered: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """Return the places (B, K) among rows of orders ``offered`` (B, N) of those ``kept`` (B, K)."""
     return np.argmax(kept[:, :, None] == offered[:, None, :], -1)

@@ -166,23 +166,24 @@ def test_observers_see_what_the_linear_layers_of_the_chain_are_given(checkpoint,
     given = prompts()[:4]  # those that begin with the prefix
     seen = RecordingObserver()
     run_layerwise(checkpoint, given, PLANS[name], PREFIX, observer=seen)
-    expected = defaultdict(list)
+    heard = {}
     for prompt in given:
         judge = ChainJudge(checkpoint, weights, PLANS[name])
         judge.hold(PREFIX)
         executor = judge.executor
-        with listening([*executor.stages, *executor.serving.values()], expected):
+        with listening([*executor.stages, *executor.serving.values()], heard):
             judge.run(prompt, begin=len(PREFIX))
+    expected = in_order(heard)
     head = {kind: seen.of_kind("lm_head", kind) for kind in (TEXT, ANSWER)}
     assert len(head[TEXT]) == len(given)
     assert len(head[ANSWER]) == sum(len(prompt.answer_ids) for prompt in given)
-    theirs = torch.cat(expected.pop("lm_head"))
+    theirs = expected.pop("lm_head")
     for row in torch.cat(list(head.values())):
         assert (theirs - row).abs().amax(1).min() < 1e-4
     decoder = {linear: rows for linear, rows in seen.rows.items() if linear.startswith("model.")}
     assert set(decoder) == set(expected)
     for linear, rows in decoder.items():
-        mine, theirs = torch.cat(rows), torch.cat(expected[linear])
+        mine, theirs = torch.cat(rows), expected[linear]
         assert mine.shape == theirs.shape
         assert (mine - theirs).abs().max() < 1e-4 * theirs.abs().max(), linear
 
@@ -199,16 +200,17 @@ def test_observers_see_no_query_and_no_mlp_of_rows_that_serve(checkpoint):
 
 def test_observers_see_the_vision_encoder_and_the_kinds_of_rows(checkpoint, weights):
     given = prompts()[:2]
-    seen, expected = RecordingObserver(), defaultdict(list)
+    seen, heard = RecordingObserver(), {}
     run_layerwise(checkpoint, given, PLANS["visipruner"], PREFIX, observer=seen)
     module = chain.load_weights(Vision(checkpoint.config, Eager()), weights)
-    with listening([module], expected), torch.no_grad():
+    with listening([module], heard), torch.no_grad():
         for image in (pixels(1), pixels(2), pixels(3)):
             module(torch.from_numpy(image)[None])
+    expected = in_order(heard)
     assert set(expected) == {name for name in seen.rows if name.startswith(("vision", "multi"))}
     for linear, rows in expected.items():
-        assert torch.allclose(torch.cat(seen.rows[linear]), torch.cat(rows), atol=1e-5)
-        assert len(seen.of_kind(linear, ENCODER)) == len(torch.cat(rows))
+        assert torch.allclose(torch.cat(seen.rows[linear]), rows, atol=1e-5)
+        assert len(seen.of_kind(linear, ENCODER)) == len(rows)
     counts = {
         stage: [len(seen.of_kind(f"model.layers.{layer}.mlp.up_proj", kind)) for kind in range(4)]
         for stage, layer in enumerate((4, 6, 7))
@@ -292,21 +294,30 @@ def test_a_prompt_that_does_not_fit_is_refused_by_name(checkpoint):
         layerwise(checkpoint, [SamplePrompt("no question", (PREFIX, pixels(1)))], PLANS["dense"])
 
 
+def in_order(heard):
+    """By layer all rows that it was given: first those of the stage before, if that begins it."""
+    found = defaultdict(list)
+    for (_, name), rows in sorted(heard.items()):
+        found[name] += rows
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
 class listening:
-    """Notes what every linear layer of some modules is given."""
+    """Notes what every linear layer of some modules is given, by place of the module and name."""
 
     def __init__(self, modules, rows):
         self.modules, self.rows, self.handles = modules, rows, []
 
     def __enter__(self):
-        for module in self.modules:
+        for place, module in enumerate(self.modules):
             for name, part in module.named_modules():
                 if isinstance(part, Linear):
-                    self.handles.append(part.register_forward_hook(self.note(name)))
+                    self.handles.append(part.register_forward_hook(self.note((place, name))))
 
     def __exit__(self, *_):
         for handle in self.handles:
             handle.remove()
 
-    def note(self, name):
-        return lambda module, given, out: self.rows[name].append(given[0].clone())
+    def note(self, key):
+        rows = self.rows.setdefault(key, [])
+        return lambda module, given, out: rows.append(given[0].clone())

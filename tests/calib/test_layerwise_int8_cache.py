@@ -174,7 +174,9 @@ def test_planted_bugs_are_noticed(model, truth, monkeypatch, bug):
     ).all()
 
 
-@pytest.mark.parametrize("name", ["dense", "visipruner", "fastv", "v2drop", "sparsevlm"])
+@pytest.mark.parametrize(
+    "name", ["dense", "visipruner", "fastv", "v2drop", "sparsevlm", "hidrop-original", "depth"]
+)
 def test_logits_and_selections_are_those_of_a_chain_over_int8_caches(model, name):
     checkpoint, weights, fake_quantised, scales = model
     known = {

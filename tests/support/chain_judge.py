@@ -11,6 +11,7 @@ from visistage.calib.run.layerwise import LayerObserver, run_layerwise
 from visistage.calib.sample_prompts import SamplePrompt
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.chain.chain import Chain
+from visistage.graphs.chain.enter import positioned, positions_at
 from visistage.graphs.chain.rows import AppendedRows
 from visistage.graphs.modules.ops import Eager
 from visistage.graphs.modules.vision import Vision
@@ -38,6 +39,13 @@ PLANS = {
     "exit-only": preset("exit-only", LAYERS, N),
     "frozen": preset("embedlens", LAYERS, N, freeze=(0.0, 1.0, 2.5), method="vt", exit=LAYERS - 2),
     "vica": preset("vica", LAYERS, N, layers=(0, 1, 5), prefix="updated"),
+    "late": preset("embedlens", LAYERS, N, entry="2", exit=6, freeze=(3.0, 3.5)),
+    **{
+        f"hidrop-{positions}": preset(
+            "hidrop", LAYERS, N, entry=2, edges=(3, 5), keep=(9, 4), exit=7, positions=positions
+        )
+        for positions in ("original", "separate", "renumbered")
+    },
     "depth": preset("fastv", LAYERS, N, k=3, drop=(1, 6), drop_attention=(5,), drop_mlp=(0,)),
 }
 
@@ -99,12 +107,14 @@ class ChainJudge:
     @torch.no_grad()
     def run(self, prompt, begin=0):
         """Logits (1 + A, V) and the kept orders; the first ``begin`` rows are in the caches."""
-        segments = self.segments(prompt, begin)
+        plan = self.chain.plan
+        segments, images = positioned(plan, self.segments(prompt, begin))
         done = self.chain.prefill(segments)
         logits, at = [done.logits], int(segments[-1].order[0, -1]) + 1
         for step, token in enumerate(prompt.answer_ids):
-            row = self.executor.embed(torch.tensor([[token]]))
-            logits.append(self.chain.decode(self.segment(row, at + step)))
+            row = self.segment(self.executor.embed(torch.tensor([[token]])), at + step)
+            row = replace(row, positions=positions_at(plan, row.order, images))
+            logits.append(self.chain.decode(row))
         return torch.cat(logits), [order[0] for order in done.kept]
 
     @torch.no_grad()

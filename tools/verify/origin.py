@@ -84,8 +84,7 @@ def check_weights(target: VerifyTarget) -> CheckResult:
     try:
         _require_unchanged(target, quantised)
         if manifest.quantization.quantises_cache:
-            facts["scales of caches"] = 2 * manifest.config.text.layers
-            _check_cache_scales(target, arrays)
+            facts["scales of caches"] = _check_cache_scales(target, arrays)
         if manifest.quantization.schemes:
             facts["rounded or folded layers"] = quantised.layers
             quantised.check()
@@ -152,9 +151,9 @@ def _require_unchanged(target: VerifyTarget, quantised: QuantisedWeights) -> Non
             checkpoint.release()
 
 
-def _check_cache_scales(target: VerifyTarget, arrays: Mapping[str, np.ndarray]) -> None:
+def _check_cache_scales(target: VerifyTarget, arrays: Mapping[str, np.ndarray]) -> int:
     """Make sure that graphs and runtime have the same scales of an INT8 cache, above 0, and those
-    that the calibration makes where it is given.
+    that the calibration makes where it is given; return how many there are.
 
     Raises:
         WrongError: the first that is not.
@@ -165,7 +164,8 @@ def _check_cache_scales(target: VerifyTarget, arrays: Mapping[str, np.ndarray]) 
     made = None
     if target.calibration is not None:
         made = calibrated_cache_scales(target.calibration, half=manifest.dtype == "float16")
-    for layer in range(manifest.config.text.layers):
+    attending = [layer for stage in manifest.plan.stages for layer in stage.attention_layers]
+    for layer in attending:
         for number, name in enumerate(cache_scale_names(layer)):
             found = arrays[name].astype(np.float32)
             if not (np.isfinite(found) & (found > 0)).all():
@@ -174,6 +174,7 @@ def _check_cache_scales(target: VerifyTarget, arrays: Mapping[str, np.ndarray]) 
                 raise WrongError(f"{name} is not what the manifest tells the runtime")
             if made is not None and not np.array_equal(found, made[number, layer]):
                 raise WrongError(f"{name} is not what the calibration makes of it")
+    return 2 * len(attending)
 
 
 def _round_again(

@@ -78,7 +78,7 @@ class QuantisedWeights:
         self.slack = FOLD_SLACK[self.manifest.dtype]
         self.tiny = HALF_TINY if self.manifest.dtype == "float16" else TINY
         self.schemes = self.manifest.quantization.schemes
-        self.groups = linear_groups(self.manifest.config)
+        self.groups = linear_groups(self.manifest.config, self.manifest.plan.dropped)
         smoothed = self.manifest.quantization.smoothed
         self.smoothed = [group for group in self.groups if group.name in smoothed]
         self.columns = {linear for group in self.smoothed for linear in group.linears}
