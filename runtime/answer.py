@@ -12,7 +12,7 @@ import numpy as np
 
 from ..graphs.chain.rows import Prefilled, last_layers
 from ..graphs.contract import INVISIBLE
-from ..graphs.plan.cost import Geometry, Load, cost_of, dropped_parts
+from ..graphs.plan.cost import Geometry, Load, cost_of, loads_as_run
 from ..graphs.plan.plan import StagePlan
 from .image.overlay import Grid, dimmed, image_uri, seen
 
@@ -61,7 +61,8 @@ class PlanFacts:
 
     trigger, exit: last layer with all visual tokens that entered, last layer with any.
     ``visual_tokens``: of all images, before any selection; ``kept``: positions of those left by the
-    last selection, be it the entry's (None where none took place). ``visual_tokens_per_layer``:
+    last selection, be it the entry's (None where none took place); ``kept_at_edges``: of those left
+    by each selection within the decoder. ``visual_tokens_per_layer``:
     rows that ran, padding included. ``visual_flops``: their FLOPs in the prefill, as the graphs run
     it, and ``dense_visual_flops`` without pruning.
     ``called``: in plans that decide per prompt; ``deviations``: where the plan did otherwise.
@@ -78,6 +79,7 @@ class PlanFacts:
     dense_visual_flops: int = 0
     called: Called | None = None
     deviations: tuple[str, ...] = ()
+    kept_at_edges: tuple[tuple[int, ...], ...] = ()
 
 
 def plan_facts(
@@ -91,8 +93,9 @@ def plan_facts(
     """Return the facts of one prompt, from its prefill; ``entered``: positions of visual rows."""
     trigger, exit_ = last_layers(plan, done)
     kept = None if plan.entry is None or not entered else tuple(entered)
-    if done.kept:
-        kept = tuple(int(at) for at in done.kept[-1][0] if at != INVISIBLE)
+    at_edges = tuple(tuple(int(at) for at in orders[0] if at != INVISIBLE) for orders in done.kept)
+    if at_edges:
+        kept = at_edges[-1]
     layers = [
         count
         for stage, count in zip(plan.stages, done.visual_tokens, strict=True)
@@ -111,18 +114,16 @@ def plan_facts(
         prompt_rows=prompt_rows,
         kept=kept,
         visual_tokens_per_layer=tuple(layers),
-        visual_flops=_visual_flops(
-            [Load("dense", n, dropped=dropped_parts(plan, i)) for i, n in enumerate(layers)],
-            geometry,
-        ),
+        visual_flops=_visual_flops(loads_as_run(plan, layers), geometry),
         dense_visual_flops=_visual_flops([Load("dense", visual_tokens)] * plan.layers, geometry),
         called=called,
         deviations=_deviations(called, trigger, exit_, layers),
+        kept_at_edges=at_edges,
     )
 
 
 def _visual_flops(loads: Sequence[Load], geometry: Geometry) -> int:
-    """Count the visual rows of every layer; all are dense, as gates and gains skip no work."""
+    """Count the visual rows of every layer, as graphs run them."""
     return round(2 * cost_of(loads, geometry).visual_macs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -11,7 +10,7 @@ from rich.text import Text
 
 from ...graphs.contract import projects_later
 from ...graphs.parts import ENTRY, PROBE, PROJECT, SERVE, VISION, serves_alone, stage_of
-from ...graphs.plan.cost import Cost, Geometry, Load, cost_of, plan_loads, reduction_percent
+from ...graphs.plan.cost import Cost, Geometry, Load, cost_of, loads_as_run, reduction_percent
 
 if TYPE_CHECKING:
     from ...graphs.bundle import Manifest
@@ -32,9 +31,8 @@ def savings(manifest: Manifest, facts: PlanFacts) -> dict[str, Any] | None:
     dense = cost_of([Load("dense", facts.visual_tokens)] * geometry.layers, geometry, prefix, text)
 
     def cost(accounting) -> Cost:
-        loads = plan_loads(manifest.plan, accounting)
-        ran = zip(loads, facts.visual_tokens_per_layer, strict=True)
-        return cost_of([replace(load, visual_tokens=n) for load, n in ran], geometry, prefix, text)
+        loads = loads_as_run(manifest.plan, facts.visual_tokens_per_layer, accounting)
+        return cost_of(loads, geometry, prefix, text)
 
     graphs, method = cost("graphs"), cost("modes")
     return {

@@ -8,11 +8,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ...graphs.bundle import Bundle, GraphFact
-from ...graphs.caches import is_cache
+from ...graphs.caches import is_cache, stage_caches
 from ...graphs.contract import TensorSpec
 from ...graphs.fields import to_json
 from ...graphs.precision import ALWAYS
 from ...pages.units import show_bytes
+from .plan_view import left_out
 from .precision_view import quantisation_facts, quantisation_rows
 
 INSPECT_QUESTION_ROWS = 40
@@ -24,16 +25,19 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     manifest = bundle.manifest
     text, plan = manifest.config.text, manifest.plan
     prefix = len(manifest.prefix.ids) if manifest.prefix else 0
-    row = 2 * text.kv_heads * text.head_dim * manifest.cache_element_bytes
+    cached = text.kv_heads * text.head_dim * manifest.cache_element_bytes
     stages = []
-    for stage in plan.stages:
+    for stage, caches in zip(plan.stages, stage_caches(plan), strict=True):
         rows = prefix + stage.visual_tokens + INSPECT_QUESTION_ROWS
         stages.append(
             {
                 "layers": list(stage.layers),
                 "visual_tokens": stage.visual_tokens,
-                "kv_bytes_per_row": row * len(stage.attention_layers),
-                "kv_bytes_per_prompt": row * len(stage.attention_layers) * rows,
+                "frozen": to_json(stage.frozen),
+                "drop_attention": list(stage.drop_attention),
+                "drop_mlp": list(stage.drop_mlp),
+                "kv_bytes_per_row": cached * len(caches),
+                "kv_bytes_per_prompt": cached * len(caches) * rows,
             }
         )
     return {
@@ -44,6 +48,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
             "hash": plan.hash,
             "note": plan.note,
             "entry": to_json(plan.entry) if plan.entry else None,
+            "routing": to_json(plan.routing) if plan.routing else None,
         },
         "target": manifest.target,
         "precision": manifest.precision,
@@ -78,13 +83,15 @@ def bundle_table(bundle: Bundle) -> RenderableType:
     head = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     head.add_column(style="dim")
     head.add_column()
-    plan, prefix, entry = facts["plan"], facts["prefix_rows"], bundle.manifest.plan.entry
+    plan, prefix, staged = facts["plan"], facts["prefix_rows"], bundle.manifest.plan
     for name, value in (
         ("bundle", facts["path"]),
         ("model", f"{facts['model']}, {facts['layers']} layers, context {facts['context']}"),
         ("plan", f"{plan['name']} {plan['hash'][:12]}"),
         ("", plan["note"]),
-        ("", entry.summary(facts["visual_tokens"]) if entry else ""),
+        ("", staged.entry.summary(facts["visual_tokens"]) if staged.entry else ""),
+        ("", staged.routing.summary if staged.routing else ""),
+        *(("", line) for line in left_out(staged)),
         ("target", f"{facts['target']}, {facts['precision']}, lowering {facts['lowering']}"),
         *quantisation_rows(facts["quantization"]),
         ("in FP32", _always(bundle)),

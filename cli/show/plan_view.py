@@ -129,7 +129,7 @@ def plan_table(facts: dict[str, Any], plan: StagePlan, outcome: Outcome | None) 
     if plan.routing is not None:
         parts.append(Text(plan.routing.summary))
     parts.append(_stage_table(facts))
-    parts += [Text(line) for line in _left_out(plan)]
+    parts += [Text(line) for line in left_out(plan)]
     parts.append(_total_table(facts))
     rows = f"{facts['prefix_rows']} prefix + {facts['visual_tokens']} visual + {facts['text_rows']}"
     parts.append(
@@ -140,7 +140,7 @@ def plan_table(facts: dict[str, Any], plan: StagePlan, outcome: Outcome | None) 
     return Group(*parts)
 
 
-def _left_out(plan: StagePlan) -> list[str]:
+def left_out(plan: StagePlan) -> list[str]:
     """Say which layers are left out, and which rows are frozen where, a line each."""
     dropped: dict[str, list[int]] = {}
     frozen: dict[str, list[int]] = {}

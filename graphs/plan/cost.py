@@ -34,7 +34,7 @@ this module's tests.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from ..errors import PlanError
@@ -133,6 +133,7 @@ class Load:
     share: float = 1
     dropped: tuple[Part, ...] = ()  # halves that do not run
     frozen: tuple[tuple[str, str], ...] = ()  # (rows, half) that get no update
+    begins_next: bool = False  # queries and keys of the next layer as well, for the edge's score
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,7 @@ def plan_loads(
     if accounting not in ACCOUNTINGS:
         raise ValueError(f"accounting {accounting!r}, expected one of {', '.join(ACCOUNTINGS)}")
     loads = []
+    ahead = plan.layers_ahead
     for stage in plan.stages:
         for layer, mode in enumerate(stage.modes, start=stage.layers[0]):
             count: float = stage.visual_tokens
@@ -255,9 +257,18 @@ def plan_loads(
                 if layer in f.layers
                 and (accounting != "graphs" or (stage.serves and f.rows == "visual"))
             )
-            share, dropped = _share(plan, layer, accounting), dropped_parts(plan, layer)
-            loads.append(Load(kind, count, share=share, dropped=dropped, frozen=frozen))
+            share, dropped = _share(plan, layer, accounting), stage.dropped_of(layer)
+            next_ = accounting == "graphs" and layer + 1 in ahead
+            loads.append(Load(kind, count, 1, share, dropped, frozen, begins_next=next_))
     return tuple(loads)
+
+
+def loads_as_run(
+    plan: StagePlan, visual_tokens: Sequence[float], accounting: Accounting = "graphs"
+) -> list[Load]:
+    """Return one ``Load`` per layer of graphs that ran with so many visual tokens in each."""
+    loads = zip(plan_loads(plan, accounting), visual_tokens, strict=True)
+    return [replace(load, visual_tokens=count) for load, count in loads]
 
 
 def _share(plan: StagePlan, layer: int, accounting: Accounting) -> float:
@@ -271,11 +282,6 @@ def _share(plan: StagePlan, layer: int, accounting: Accounting) -> float:
     if routing.gathers:
         return float(routing.fraction)
     return 1 if routing.sparsity is None or accounting == "graphs" else 1 - routing.sparsity
-
-
-def dropped_parts(plan: StagePlan, layer: int) -> tuple[Part, ...]:
-    """Return the halves of a layer that ``plan`` drops."""
-    return tuple(part for part, number in plan.dropped if number == layer)
 
 
 def plan_cost(
@@ -368,12 +374,17 @@ def _load_cost(load: Load, geometry: Geometry, prefix: int, text: int, bytes_: f
         run * visual_asking, visual_keys, run * visual_pairs, run * visual_mlp
     )
     every = geometry.layer_macs(run * asking, keys, run * pairs, run * mlp)
+    more = 0.5 if load.begins_next else 0  # of the four projections, and of the cache
+    own, every = (
+        macs + more * geometry.layer_macs(count, count, 0, 0)
+        for macs, count in ((own, n), (every, x + n))
+    )
     return LoadCost(
         load,
         visual_macs=load.count * own,
         prefill_macs=load.count * every,
-        visual_kv_bytes=visual_keys * cached,
-        kv_bytes=keys * cached,
+        visual_kv_bytes=(visual_keys + more * n) * cached,
+        kv_bytes=(keys + more * (x + n)) * cached,
     )
 
 

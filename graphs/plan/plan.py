@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ..errors import PlanError
 from ..fields import Words, check_word, from_json, is_int, to_json
@@ -228,6 +228,15 @@ class StagePlan:
         """K of the first selection, None in a plan without one that is known beforehand."""
         return next((edge.keep for edge in self.edges if edge.op == "select"), None)
 
+    @property
+    def layers_ahead(self) -> tuple[int, ...]:
+        """Layers whose queries and keys the stage before them computes for its edge, too."""
+        return tuple(
+            after.layers[0]
+            for edge, after in zip(self.edges, self.stages[1:], strict=True)
+            if edge.op == "select" and edge.selector.next_layer
+        )
+
     def probed_layers(self, stage: int) -> list[int]:
         """Return the layers of ``stage`` whose probe can change something: an edge follows."""
         if self.probe is None or stage >= len(self.edges):
@@ -302,8 +311,7 @@ class StagePlan:
             (part, layer)
             for stage in self.stages
             for layer in range(*stage.layers)
-            for part in get_args(Part)
-            if part not in stage.parts_of(layer)
+            for part in stage.dropped_of(layer)
         )
 
     @property

@@ -126,6 +126,10 @@ class Stage:
         dropped = {"attention": self.drop_attention, "mlp": self.drop_mlp}
         return tuple(part for part in get_args(Part) if layer not in dropped[part])
 
+    def dropped_of(self, layer: int) -> tuple[Part, ...]:
+        """Return the halves of a layer that are left out."""
+        return tuple(part for part in get_args(Part) if part not in self.parts_of(layer))
+
     @cached_property
     def serves(self) -> bool:
         """True where no layer changes visual rows: they serve keys and values, and nothing else

@@ -189,6 +189,14 @@ def test_the_published_schedule_is_the_default():
     assert "positions" not in default.to_dict()
 
 
+def test_what_runs_ahead_of_an_edge_is_counted_as_the_graphs_run_it():
+    plan = preset("hidrop", 32, 576)
+    modes, graphs = (plan_cost(plan, LLAVA_7B, accounting=how) for how in ("modes", "graphs"))
+    offered = 576 + 87 + 10 + 5
+    assert graphs.visual_macs - modes.visual_macs == offered * 4096 * (4096 + 4096)
+    assert graphs.visual_kv_bytes - modes.visual_kv_bytes == offered * 4096 * 2
+
+
 def test_any_depth_has_a_schedule():
     for layers in range(3, 49):
         plan = preset("hidrop", layers, 16)

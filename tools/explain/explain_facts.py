@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ... import __version__
-from ...graphs.plan.cost import Geometry, Load, cost_of
+from ...graphs.plan.cost import Geometry, Load, cost_of, loads_as_run
 from ..findings import AnswerPair, answer_words, changed_answers, slower
 from .trace import LayerTrace, Trace
 
@@ -115,6 +116,7 @@ def _layer(index: int, phase: str, run: Run, dense: Run | None) -> dict[str, Any
         "stage": number,
         "mode": stage.modes[index - stage.layers[0]],
         "phase": phase,
+        "dropped": list(stage.dropped_of(index)),
         "visual_tokens": int(layer.present.sum()),
         "part": layer.part,
         "attention": layer.attention,
@@ -169,7 +171,7 @@ def _given_up(dense: Trace, pruned: Trace, phases: list[str]) -> dict[str, float
     A layer's are counted relative to its output, so that layers compare. Shares that sum to 1:
     ``all`` and ``kept``: the plan has them too; ``discarded``: of tokens that the selection left
     out, while others stayed; ``blind``: in layers whose text ignores vision; ``none``: in layers
-    after vision has left.
+    without vision.
     """
     shares = dict.fromkeys(("all", "kept", "discarded", "blind", "none"), 0.0)
     for phase, full, own in zip(phases, dense.layers, pruned.layers, strict=True):
@@ -190,14 +192,13 @@ def _savings(run: Run) -> dict[str, Any]:
     text = facts.prompt_rows - facts.visual_tokens - prefix
     geometry = Geometry.of(manifest.config.text)
 
-    def kv_bytes(counts) -> int:
+    def kv_bytes(loads: Sequence[Load]) -> int:
         size = manifest.cache_element_bytes
-        loads = [Load("dense", count) for count in counts]
         return round(cost_of(loads, geometry, prefix, text, kv_element_bytes=size).kv_bytes)
 
     return {
         "visual_flops": facts.visual_flops,
         "dense_visual_flops": facts.dense_visual_flops,
-        "kv_bytes": kv_bytes(facts.visual_tokens_per_layer),
-        "dense_kv_bytes": kv_bytes([facts.visual_tokens] * geometry.layers),
+        "kv_bytes": kv_bytes(loads_as_run(manifest.plan, facts.visual_tokens_per_layer)),
+        "dense_kv_bytes": kv_bytes([Load("dense", facts.visual_tokens)] * geometry.layers),
     }

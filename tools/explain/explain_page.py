@@ -51,7 +51,7 @@ def render_explanation(facts: dict[str, Any], images: Sequence[ShownImage]) -> s
         ],
         "masks": masks.of_layer,
         "captions": [_captions(layer, facts) for layer in facts["layers"]],
-        "kept_words": _kept_words(facts),
+        "way": _way(facts),
         "runs": _runs(facts),
         "start": _start(facts),
         "top": _quarters(
@@ -101,11 +101,18 @@ def outlines(cells: np.ndarray) -> dict[str, str]:
     return {"border": "".join(border), "rest": "".join(holes)}
 
 
-def _kept_words(facts: dict[str, Any]) -> str:
-    """Say ``16 of 144``, or ``72, then 36, then 18 of 144``."""
-    counts = [layer["visual_tokens"] for layer in facts["layers"] if layer["phase"] == "kept"]
-    distinct = dict.fromkeys(counts) or [facts["visual_tokens"]]
-    return f"{', then '.join(map(str, distinct))} of {facts['visual_tokens']}"
+def _way(facts: dict[str, Any]) -> dict[str, Any]:
+    """Say how many tokens enter, before which layer, and how many go on: ``16 of 144``, or ``72,
+    then 36, then 18 of 144``. Empty where all enter in layer 0, and where all go on.
+    """
+    counts, offered = [layer["visual_tokens"] for layer in facts["layers"]], facts["visual_tokens"]
+    first, *kept = dict.fromkeys(filter(None, counts)) or [offered]
+    before = counts.index(first) if first in counts else 0
+    return {
+        "enters": f"{first} of {offered}" if before or first < offered else "",
+        "first": before,
+        "kept": f"{', then '.join(map(str, kept))} of {offered}" if kept else "",
+    }
 
 
 def _runs(facts: dict[str, Any]) -> str:
@@ -133,10 +140,13 @@ def _captions(layer: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
     """Write one or two sentences on a layer, under the plan and in the unpruned model."""
     count, part = layer["visual_tokens"], percent(layer["part"])
     phase, mode = layer["phase"], layer["mode"]
+    after = facts["layers"][layer["layer"] + 1 :]
     if phase == "blind" and mode == "sink":
         own = "Text ignores the image here: what attention it gets falls on one stand-in token."
     elif phase == "blind":
         own = "Text ignores the image here: the plan gates it away."
+    elif phase == "none" and any(later["visual_tokens"] for later in after):
+        own = "The image has not come in yet."
     elif phase == "none":
         own = "The image has left. What the answer needs is in the text by now."
     else:
@@ -144,7 +154,11 @@ def _captions(layer: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
         own = f"{who} here and make up {part} of what the last word takes in."
         if mode == "sink_half":
             own += " Text ignores the first half of them."
-    following = facts["layers"][layer["layer"] + 1 :][:1]
+    if layer["dropped"]:
+        own += f" The plan leaves out {' and '.join(layer['dropped'])} here."
+    following = after[:1]
+    if following and phase == "none" and following[0]["visual_tokens"]:
+        own += f" After this layer {following[0]['visual_tokens']} visual tokens come in."
     if following and phase not in ("none", "kept") and following[0]["phase"] == "kept":
         own += f" After this layer {following[0]['visual_tokens']} are kept."
     if following and phase != "none" and following[0]["phase"] == "none":
