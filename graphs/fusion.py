@@ -27,6 +27,9 @@ STRATEGY, SET = "layer_fusing_strategy", "layer_using_strategy"
 SETS = {"18": (18,), "3-18": (3, 18), "3-18-23": (3, 18, 23)}
 RANGES = ("former", "latter", "all")
 
+PLAIN = (None, "plain")
+"""Strategies that fuse nothing."""
+
 NAMED_DEPTH = 24
 """Layers of the encoder that the sets are named for."""
 
@@ -79,7 +82,7 @@ def read_fusion(given: Mapping[str, Any], depth: int, layers: int) -> ReadFusion
         ModelError: a strategy or set that is not known, or that no code runs.
     """
     strategy, chosen = given.get(STRATEGY), str(given.get(SET))
-    if strategy in (None, "plain"):
+    if strategy in PLAIN:
         return ReadFusion()
     if strategy in ("E_M", "I_M"):
         reject_value(STRATEGY, strategy, "E_D or I_D: modules of attention are not supported")

@@ -39,7 +39,7 @@ from visistage.tools.verify import runtime_checks
 from visistage.tools.verify.answer_checks import Tally
 from visistage.tools.verify.chains import Trajectory
 from visistage.tools.verify.checks import Check
-from visistage.tools.verify.compare import BOUNDS, tensor_error
+from visistage.tools.verify.compare import BOUNDS, GATES, bounds_of, first_wrong, tensor_error
 from visistage.tools.verify.token_choices import (
     APART,
     ProbeReading,
@@ -511,14 +511,19 @@ def test_a_checkpoint_of_another_shape_is_an_error(built, tmp_path):
 def trajectory(tokens, kept=(1, 2), vocab=8):
     """Logits with a margin of 4 for each token; positions 2 and 3 score nearly the same."""
     logits = 4 * np.eye(vocab, dtype=np.float32)[list(tokens)]
-    margins = SelectionMargins({1: 9.0, 2: 5.0, 3: 4.99, 4: 1.0})
-    return Trajectory(logits, tuple(tokens), Selection(kept), margins)
+    margins = SelectionMargins(({1: 9.0, 2: 5.0, 3: 4.99, 4: 1.0},))
+    return Trajectory(logits, tuple(tokens), selected(kept), margins)
+
+
+def selected(*kept):
+    """Of one or more selections."""
+    return Selection(kept[-1], at_edges=() if kept[-1] is None else kept)
 
 
 def judged(precision, logits, kept=(1, 2), free=(3, 5, 1), forced_run=(3, 5, 1)):
     tally = Tally(BOUNDS[precision])
     want = trajectory((3, 5, 1))
-    selection, got = Selection(kept), np.asarray(logits, np.float32)
+    selection, got = selected(kept), np.asarray(logits, np.float32)
     tally.add("it", want, got, selection, free, lambda _: trajectory(forced_run))
     return tally.result(())
 
@@ -539,7 +544,7 @@ def test_a_token_may_differ_as_near_ties_do_and_in_fp16_only():
 
     def tried(precision, free):
         tally = Tally(BOUNDS[precision])
-        tally.add("it", want, got, Selection((1, 2)), free, lambda _: want)
+        tally.add("it", want, got, selected((1, 2)), free, lambda _: want)
         return tally.result(())
 
     result = tried("float16", (3, 6, 1))
@@ -570,6 +575,33 @@ def test_visual_tokens_that_score_alike_may_change_places_in_fp16():
     assert near.failure == ""
     assert near.facts["prompts whose kept visual tokens differ"] == 1
     assert "is off by" in judged("float16", good, kept=(1, 3), forced_run=(3, 2, 1)).failure
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        (((1, 2), (1,)), ((1, 3), (1,)), 0.01),
+        (((1, 2), (1,)), ((1, 3), (3,)), 2.0),  # the second one is no near tie
+        (((1, 2), (1,)), ((1, 3),), APART),
+        (((1, 2), (1,)), ((1, 7), (1,)), APART),
+    ],
+)
+def test_every_selection_must_be_a_near_tie(ours, theirs, expected):
+    """Scores are those that the reference has where the first selection was theirs."""
+    scores = {1: 2.0, 2: 0.0, 3: -0.01, 4: -2.0}, {1: 1.0, 3: -1.0}
+    spreads = [np.std(list(each.values())) for each in scores]
+    found = selection_margin(SelectionMargins(scores), selected(*ours), selected(*theirs))
+    assert found * spreads[expected > 1] == pytest.approx(expected)
+
+
+def test_of_rows_with_gates_half_a_tensor_must_be_near():
+    kinds = {"float16", GATES}
+    assert bounds_of(kinds) == replace(BOUNDS["float16"], whole=0.5, share=0.5)
+    assert bounds_of({"float32", GATES}) == BOUNDS["float32"]
+    want, far = np.arange(10.0), np.arange(10) >= 6
+    for wrong, passes in ((far, True), (~far, False)):
+        error = tensor_error("it", want + 9 * wrong, want, share=0.5)
+        assert (first_wrong([error], bounds_of(kinds).whole) == "") == passes
 
 
 PROBE = Probe(first=1, cosine=0.9, contribution=1.0, exit_cosine=0.98)

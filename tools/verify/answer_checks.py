@@ -74,17 +74,21 @@ class Tally:
             self.equal += 1
         else:
             self.divergences[name] = first
-        failure, reference = "", want.logits
+        failure, reference, share = "", want.logits, self.bounds.share
         if selection != want.selection:
             self.reselected += 1
-            margin = selection_margin(want.margins, want.selection, selection)
+            other = forced_run(selection)
+            margins = want.margins if want.margins.probe else other.margins
+            margin = selection_margin(margins, want.selection, selection)
             if self.exact or margin > self.bounds.tie:
                 difference = selection.difference(want.selection)
                 failure = f"{name}: {difference}, {margin:.2g} from a tie"
             else:
-                reference = forced_run(selection).logits
+                reference = other.logits
         errors = [
-            tensor_error(f"{name}: logits of the {where}", logits[steps], reference[steps])
+            tensor_error(
+                f"{name}: logits of the {where}", logits[steps], reference[steps], share=share
+            )
             for where, steps in (("prompt", slice(1)), ("answer", slice(1, len(top))))
             if len(top[steps])
         ]
@@ -141,7 +145,7 @@ def _compare_session(target: VerifyTarget, session: Session, bounds: Bounds) -> 
         want = target.reference.answer(prompt, target.max_tokens)
         logits = session.score(prompt.opened, text, want.tokens[:-1])
         answer = ask(session, prompt.opened, text, target.max_tokens)
-        selection = Selection.of(answer.plan.kept, answer.plan.called)
+        selection = Selection.of(answer.plan.kept, answer.plan.called, answer.plan.kept_at_edges)
         forced_run = partial(target.reference.follow, prompt, want.tokens)
         tally.add(name, want, logits, selection, answer.tokens, forced_run)
     return tally.result(target.files)

@@ -96,7 +96,7 @@ class SteeredExecutor:
 
     def __init__(self, inner: TorchExecutor, rule: Probe | None, forced: Selection | None):
         self.inner, self.rule, self.forced = inner, rule, forced
-        self.scores: Mapping[int, float] = {}
+        self.scores: list[Mapping[int, float]] = []
         self.readings: dict[int, ProbeReading] = {}
         self.ensure_slots = inner.ensure_slots
         self.serve, self.append = inner.serve, inner.append
@@ -107,10 +107,12 @@ class SteeredExecutor:
         kept = self.inner.select(edge, feeds)
         rows, positions, order = (feeds[name] for name in ("rows", "positions", "order"))
         offered = [int(at) for at in order[0]]
-        self.scores = dict(zip(offered, map(float, kept.scores[0]), strict=True))
-        wanted = None if self.forced is None else self.forced.kept or ()
-        if wanted is None or not set(wanted) <= set(offered):
+        number = len(self.scores)
+        self.scores.append(dict(zip(offered, map(float, kept.scores[0]), strict=True)))
+        forced = () if self.forced is None else self.forced.at_edges[number:]
+        if not forced or not set(forced[0]) <= set(offered):
             return kept
+        wanted = forced[0]
         at = [offered.index(position) for position in wanted]
         return Kept(rows[:, at], positions[:, at], order[:, at], kept.scores)
 
@@ -252,13 +254,16 @@ class TorchChain:
         kept = None
         if plan.entry is not None:
             visual = [segment.order[0] for segment in segments if segment.visual]
-            kept = tuple(int(at) for at in np.concatenate(visual))
-        if done.kept:  # a plan that decides per prompt may pad what it keeps
-            kept = tuple(int(at) for at in done.kept[-1][0] if at != INVISIBLE)
+            kept = tuple(int(at) for at in np.concatenate(visual) if at != INVISIBLE)
+        at_edges = tuple(  # a plan that decides per prompt may pad what it keeps
+            tuple(int(at) for at in orders[0] if at != INVISIBLE) for orders in done.kept
+        )
+        if at_edges:
+            kept = at_edges[-1]
         return Trajectory(
             torch.stack(logits).float().numpy(),
             tuple(int(row.argmax()) for row in logits),
-            Selection.of(kept, done.decision),
+            Selection.of(kept, done.decision, at_edges),
             SelectionMargins(executor.scores, plan.probe, executor.readings),
         )
 

@@ -27,11 +27,12 @@ from ...graphs.modules.select import Prober, Selector
 from ...graphs.modules.serving import ServingStage
 from ...graphs.modules.vision import Projection, Vision
 from ...graphs.parts import PROBE, PROJECT, SERVE, VISION
+from ...graphs.plan.routing import is_router
 from ...graphs.precision import NO_FALLBACK, Fp32Fallback
 from ...graphs.targets import PORTABLE
 from ...runtime.backends.onnx_runtime import ort
 from ...runtime.backends.ort import int8_session_entries
-from .compare import LOOSE, bounds_of, first_wrong, strict, tensor_error
+from .compare import GATES, LOOSE, bounds_of, first_wrong, strict, tensor_error
 from .stored_graph import BUILD_AGAIN, StoredGraph, new_rows, quantise_module
 from .verify_report import CheckResult, ImpossibleError, TensorError, require_memory
 from .verify_target import VerifyTarget
@@ -54,6 +55,8 @@ class ComparedGraph:
         self.kinds = {graph.manifest.dtype, *(schemes[m] for m in modules if m in schemes)}
         if any(map(is_cache_scale, graph.weights)):
             self.kinds.add("cache")
+        if any(map(is_router, graph.weights)):
+            self.kinds.add(GATES)
 
     @cached_property
     def wanted(self) -> list[dict[str, np.ndarray]]:
@@ -67,7 +70,7 @@ class ComparedGraph:
 
         ``kinds``: what they were computed in; ``how``: the same in words, for reports.
         """
-        file = self.graph.fact.file
+        file, bounds = self.graph.fact.file, bounds_of(kinds)
         errors: list[TensorError] = []
         for got, wanted, rows in zip(results, self.wanted, self.graph.row_counts, strict=False):
             call = "" if wanted is self.wanted[0] else f", {rows} rows"
@@ -75,9 +78,11 @@ class ComparedGraph:
                 if got[name].shape != want.shape:
                     shapes = f"{list(got[name].shape)}, expected {list(want.shape)}"
                     return CheckResult(f"{name} has the shape {shapes}", (file,))
-                shares = name == "saliency"
-                errors.append(tensor_error(name + call + how, got[name], want, shares=shares))
-        return CheckResult(first_wrong(errors, bounds_of(kinds).graph), (file,), tuple(errors))
+                pair, shares = (got[name], want), name == "saliency"
+                errors.append(
+                    tensor_error(name + call + how, *pair, shares=shares, share=bounds.share)
+                )
+        return CheckResult(first_wrong(errors, bounds.graph), (file,), tuple(errors))
 
 
 def compared_graph(target: VerifyTarget, name: str) -> ComparedGraph:

@@ -2,7 +2,8 @@
 
 Both run unpruned, with weights in the type of the bundle's floats, so that in FP16 bundles it is
 the stages that are compared and not the rounding. Hugging Face does not know a bundle's integers:
-for quantised ones, and those without some layers, the stages read the checkpoint's weights here.
+for quantised ones, those without some layers, and those whose prefix was computed by routers, the
+stages read the checkpoint's weights here.
 """
 
 from __future__ import annotations
@@ -15,18 +16,22 @@ from PIL import Image, ImageOps
 from transformers import AutoProcessor, GenerationConfig, LlavaForConditionalGeneration
 from transformers.utils import logging
 
+from ...graphs.fusion import PLAIN, STRATEGY
 from ...graphs.presets.presets import preset
 from .chains import fp32_bytes
 from .compare import BOUNDS, first_wrong, tensor_error
-from .verify_report import CheckResult, require_memory
+from .verify_report import CheckResult, NothingError, require_memory
 from .verify_target import VerifyTarget
 
 
 def compare_dense(target: VerifyTarget) -> CheckResult:
     """Compare greedy tokens and logits over the dense plan."""
     checkpoint, manifest = target.checkpoint, target.bundle.manifest
-    partial = manifest.quantization.quantises or manifest.plan.dropped
-    stages = target.original if partial else target.reference
+    if checkpoint.raw.get(STRATEGY) not in PLAIN:
+        raise NothingError(f"Hugging Face's model knows no {STRATEGY}")
+    plan = manifest.plan
+    own = manifest.quantization.quantises or plan.dropped or plan.fixed_calls
+    stages = target.original if own else target.reference
     prompts, steps = target.prompts, target.max_tokens
     needed = fp32_bytes(checkpoint)
     require_memory("the whole model in Hugging Face, in FP32,", needed, target.free)

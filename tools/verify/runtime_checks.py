@@ -93,18 +93,17 @@ def compare_repeats(target: VerifyTarget) -> CheckResult:
 def compare_engines(target: VerifyTarget) -> CheckResult:
     """Compare every logit of engines or OpenVINO, along the answers of ONNX Runtime."""
     require_engines_run(target.bundle)
-    graphs, errors = target.session, []
+    graphs, errors, bounds = target.session, [], bounds_of(target.kinds)
     with runtime.load(target.bundle.path) as engines:
         for sample in target.samples:
             given = (sample.image, sample.prompt)
             tokens = ask(graphs, *given, target.max_tokens).tokens
             got, want = (session.score(*given, tokens[:-1]) for session in (engines, graphs))
-            errors.append(tensor_error(sample.name, got, want))
-    tolerance = bounds_of(target.kinds).whole
+            errors.append(tensor_error(sample.name, got, want, share=bounds.share))
     return CheckResult(
-        failure=first_wrong(errors, tolerance),
+        failure=first_wrong(errors, bounds.whole),
         errors=tuple(errors),
-        facts={"prompts": len(target.samples), "tolerance": tolerance},
+        facts={"prompts": len(target.samples), "tolerance": bounds.whole},
     )
 
 

@@ -7,7 +7,7 @@ reference that is forced to the same selection.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,23 +21,28 @@ APART = float("inf")
 @dataclass(frozen=True)
 class Selection:
     """Positions that the last selection kept (None without one), and, of a plan that decides per
-    prompt, the layer that triggered a selection and the one that let vision leave.
+    prompt, the layer that triggered a selection and the one that let vision leave; ``at_edges``:
+    what each selection within the decoder kept.
     """
 
     kept: tuple[int, ...] | None = None
     trigger: int | None = None
     exit: int | None = None
+    at_edges: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
-    def of(cls, kept: tuple[int, ...] | None, decision: Any) -> Selection:
+    def of(
+        cls, kept: tuple[int, ...] | None, decision: Any, at_edges: tuple[tuple[int, ...], ...]
+    ) -> Selection:
         """Take trigger and exit from a ``decision``; None: the plan does not decide per prompt."""
-        return cls(kept) if decision is None else cls(kept, decision.trigger, decision.exit)
+        trigger, exit_ = (None, None) if decision is None else (decision.trigger, decision.exit)
+        return cls(kept, trigger, exit_, at_edges)
 
     def difference(self, want: Selection) -> str:
         """Describe the first difference from ``want``."""
         if want.trigger != self.trigger:
             return f"layer {self.trigger} called for a selection, expected {want.trigger}"
-        if want.kept != self.kept:
+        if (want.kept, want.at_edges) != (self.kept, self.at_edges):
             return "other visual tokens were kept"
         return f"vision left after layer {self.exit}, expected {want.exit}"
 
@@ -57,11 +62,11 @@ class ProbeReading:
 
 @dataclass(frozen=True)
 class SelectionMargins:
-    """The numbers that a selection rests on: ``scores`` of what the last one was offered, by
-    position; ``readings`` by layer, where probes decide by the numbers of ``probe``.
+    """The numbers that a selection rests on: ``scores`` of what each one was offered, by position;
+    ``readings`` by layer, where probes decide by the numbers of ``probe``.
     """
 
-    scores: Mapping[int, float] = field(default_factory=dict)
+    scores: Sequence[Mapping[int, float]] = ()
     probe: Probe | None = None
     readings: Mapping[int, ProbeReading] = field(default_factory=dict)
 
@@ -70,12 +75,15 @@ def selection_margin(margins: SelectionMargins, ours: Selection, theirs: Selecti
     """Return how far ``theirs`` is from a selection that ``margins`` would allow as well.
 
     0 where they are equal. Scores and norms count in their spread, cosines in their threshold's
-    distance from 1.
+    distance from 1. Where rows are selected more than once, ``margins`` are of a run that had made
+    the selections ``theirs``: each is then one that its own scores allow.
     """
     if ours == theirs:
         return 0.0
     if margins.probe is None:
-        return _ranking_gap(margins.scores, ours.kept, theirs.kept)
+        if not len(theirs.at_edges) == len(ours.at_edges) == len(margins.scores) > 0:
+            return APART
+        return max(map(_ranking_gap, margins.scores, theirs.at_edges))
     if ours.trigger != theirs.trigger:
         layer = min(t for t in (ours.trigger, theirs.trigger) if t is not None)
         return _cosine_gap(margins, [layer], margins.probe.cosine)
@@ -116,16 +124,13 @@ def forced_readings(
     return np.full_like(cosines, 1.0 if quiet else -1.0), norms
 
 
-def _ranking_gap(
-    scores: Mapping[int, float], ours: tuple[int, ...] | None, theirs: tuple[int, ...] | None
-) -> float:
+def _ranking_gap(scores: Mapping[int, float], kept: Sequence[int]) -> float:
     """Return how far the tokens kept score below those dropped for them."""
-    mine, other = set(ours or ()), set(theirs or ())
-    if len(mine) != len(other) or not mine ^ other <= set(scores):
+    if not set(kept) <= set(scores):
         return APART
-    best = max(scores[at] for at in mine - other)
-    worst = min(scores[at] for at in other - mine)
-    return (best - worst) / _spread(scores)
+    dropped = [score for at, score in scores.items() if at not in kept]
+    gap = max(dropped, default=-APART) - min((scores[at] for at in kept), default=APART)
+    return max(gap, 0.0) / _spread(scores)
 
 
 def _cosine_gap(margins: SelectionMargins, layers: Iterable[int], threshold: float) -> float:

@@ -50,8 +50,9 @@ def require_memory(what: str, needed: int, free: int) -> None:
 class TensorError:
     """The distance of a tensor from the same tensor of the check's other side, the reference.
 
-    ``largest``: of all elements; ``spread``: standard deviation of the reference; ``relative``:
-    largest / spread; all None where a value is not finite.
+    ``largest``: of all elements, or of the nearer half (``compare.Bounds.share``); ``spread``:
+    standard deviation of the reference; ``relative``: largest / spread; all None where a value is
+    not finite.
     """
 
     tensor: str
