@@ -295,7 +295,7 @@ def test_a_prompt_that_does_not_fit_is_refused_by_name(checkpoint):
 
 
 def in_order(heard):
-    """By layer all rows that it was given: first those of the stage before, if that begins it."""
+    """By linear layer all rows that it was given, first those of the stage that begins it."""
     found = defaultdict(list)
     for (_, name), rows in sorted(heard.items()):
         found[name] += rows
@@ -303,16 +303,20 @@ def in_order(heard):
 
 
 class listening:
-    """Notes what every linear layer of some modules is given, by place of the module and name."""
+    """Notes what every linear layer of some modules is given, apart where it belongs to a layer that
+    the stage before begins.
+    """
 
     def __init__(self, modules, rows):
         self.modules, self.rows, self.handles = modules, rows, []
 
     def __enter__(self):
-        for place, module in enumerate(self.modules):
+        for module in self.modules:
+            begun = f"model.layers.{getattr(module, 'ahead', None)}."
             for name, part in module.named_modules():
                 if isinstance(part, Linear):
-                    self.handles.append(part.register_forward_hook(self.note((place, name))))
+                    key = not name.startswith(begun), name
+                    self.handles.append(part.register_forward_hook(self.note(key)))
 
     def __exit__(self, *_):
         for handle in self.handles:

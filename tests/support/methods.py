@@ -33,6 +33,7 @@ METHODS = {
     "hidrop": Method("hidrop:entry=1,edges=2-4,keep=6-2,exit=5"),
     "frozen rows": Method(f"embedlens:{TARGETS},freeze=0.5-1-1.5"),
     "classes of rows": Method(f"embedlens:{TARGETS},keep=12"),
+    "vica": Method("vica:layers=0-2,prefix=frozen"),
     "depth": Method("fastv:k=2,r=0.5,drop=0,drop_attention=3,drop_mlp=5"),
     "skipgpt": Method("skipgpt", "skipgpt"),
     "skipgpt, capacity": Method("skipgpt:share=0.6", "skipgpt"),

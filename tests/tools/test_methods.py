@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from visistage.cli.main import main
 from visistage.cli.show.bundle_view import bundle_facts
-from visistage.graphs.contract import is_cache
+from visistage.graphs.caches import is_cache
 from visistage.graphs.modules.routers import linear
 from visistage.graphs.plan.cost import Geometry, plan_cost
 from visistage.tests.support.asking import picture
