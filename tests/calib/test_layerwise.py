@@ -303,9 +303,7 @@ def in_order(heard):
 
 
 class listening:
-    """Notes what every linear layer of some modules is given, apart where it belongs to a layer that
-    the stage before begins.
-    """
+    """Notes what every linear layer of some modules is given; of layers that are begun, apart."""
 
     def __init__(self, modules, rows):
         self.modules, self.rows, self.handles = modules, rows, []
