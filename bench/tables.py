@@ -40,6 +40,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "demo" / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in DOCS),
+    ROOT / "docs" / "serving.md",
 )
 CARD_PLANS = ("without the picture", "dense", "visipruner")
 README_PLANS = (
@@ -325,7 +326,18 @@ CHAT: Columns = (
     ("its first token", cell("median_ms", ".1f", " ms")),
 )
 
+SERVING: Columns = (
+    ("engine", cell("label")),
+    ("answers a second, alone", cell("callers_1.answers_a_second", ".2f")),
+    ("8 callers", cell("callers_8.answers_a_second", ".2f")),
+    ("first token, alone, median", cell("callers_1.first_ms.p50", ".0f", " ms")),
+    ("8 callers, median", cell("callers_8.first_ms.p50", ".0f", " ms")),
+    ("95 %", cell("callers_8.first_ms.p95", ".0f", " ms")),
+    ("as alone", percent("callers_8.as_alone")),
+)
+
 TABLES = {
+    "serving": Table("serving-llava-45m", lambda rows: table(SERVING, rows[1:]), command="serving"),
     "chat": Table("chat-demo", lambda rows: table(CHAT, rows), command="chat"),
     "accuracy": Table("accuracy-demo", lambda rows: accuracy(rows, README_PLANS), _timed),
     "accuracy-all": Table("accuracy-demo", accuracy, _timed),
