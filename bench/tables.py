@@ -173,14 +173,14 @@ TRAINED: Columns = (
     ("weights", lambda row: f"**{row['weights']}**" if row["weights"] != STOCK else STOCK),
     ("visual FLOPs", percent("visual_flops_share")),
     ("accuracy", percent("accuracy")),
-    ("95 %", lambda row: "{low:.1f}–{high:.1f}".format(**_hundredfold(ends(row)))),
+    (
+        "95 %",
+        lambda row: "{low:.1f}–{high:.1f}".format(
+            **_hundredfold({k: row[k] for k in ("low", "high")})
+        ),
+    ),
     ("= dense", percent("agreement")),
 )
-
-
-def ends(row: Row) -> Row:
-    """Return the ends of a row's interval."""
-    return {name: row[name] for name in ("low", "high")}
 
 
 def trained(rows: list[Row]) -> str:

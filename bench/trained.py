@@ -93,6 +93,7 @@ def ask_plainly(session: Session, sample: Sample) -> str:
 def ask_grouped(session: Session, sample: Sample) -> str:
     """Read the image and the question, and write the answer at positions of its own."""
     conversation = Conversation(session, positions="group")
+    conversation.read(" ")  # as the template has it before an image
     conversation.read(session.open(sample.image))
     conversation.read(f"\n{sample.prompt}")
     return conversation.write(8)

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -15,9 +14,7 @@ from visistage.demo.training.batches import Batches, BatchMix
 from visistage.demo.training.methods import RULES, forward, visual_features
 from visistage.graphs.chain.chain import Chain
 from visistage.graphs.chain.group import GroupReader
-from visistage.graphs.plan.plan import StagePlan
-from visistage.graphs.plan.stages import Edge, Frozen, Stage
-from visistage.graphs.presets.presets import PRESETS, parse_request, preset
+from visistage.graphs.presets.presets import parse_request, preset
 from visistage.runtime.image.image import load_image, pixel_key, preprocess
 from visistage.tests.support.staged import Staged
 
@@ -53,34 +50,14 @@ def models(tmp_path_factory):
     return get
 
 
-def vica_plan(rule):
-    """The stages of ViCA, one by one: all rows, visual ones frozen, or the text alone."""
-    kinds = [layer in rule.sees for layer in range(LAYERS)]
-    cuts = [0, *(i for i in range(1, LAYERS) if kinds[i] != kinds[i - 1]), LAYERS]
-    stages = []
-    for start, stop in pairwise(cuts):
-        layers = tuple(range(start, stop))
-        frozen = [Frozen("visual", part, layers) for part in ("attention", "mlp")]
-        frozen = frozen if kinds[start] else []
-        if rule.prefix_frozen:
-            frozen.append(Frozen("prefix", "attention", layers))
-        modes = ("dense",) * len(layers)
-        stages.append(Stage((start, stop), VISUAL * kinds[start], modes, frozen=tuple(frozen)))
-    last = max(i for i, stage in enumerate(stages) if stage.visual_tokens)
-    edges = tuple(Edge("carry" if i != last else "drop") for i in range(len(stages) - 1))
-    return StagePlan("vica", LAYERS, VISUAL, tuple(stages), edges)
-
-
-def plan_of(name, rule):
+def plan_of(rule):
     request, options = parse_request(rule.plan)
-    if request not in PRESETS:
-        return vica_plan(rule)
     return preset(request, LAYERS, VISUAL, **options)
 
 
-def chained(name, path, rule, image):
+def chained(path, rule, image):
     """Answer tokens and the logits (NEW, V) that each was chosen from, by the plan's chain."""
-    staged = Staged(path, plan_of(name, rule), torch.float32)
+    staged = Staged(path, plan_of(rule), torch.float32)
     if not rule.apart:
         tokens, logits, _ = staged.answer(image, QUESTION, NEW)
         return staged, tokens, logits
@@ -127,7 +104,7 @@ def apart(found, wanted):
 @METHODS
 def test_the_forward_pass_is_the_plans_chain(name, models, scene):
     model, path = models(name)
-    staged, tokens, wanted = chained(name, path, RULES[name], scene)
+    staged, tokens, wanted = chained(path, RULES[name], scene)
     assert apart(ours(model, RULES[name], staged, scene, tokens), wanted) < 1e-4
 
 
@@ -135,7 +112,7 @@ def test_a_frozen_prefix_is_the_chains_too(models, scene):
     model, path = models("vica")
     rule = replace(RULES["vica"], plan=RULES["vica"].plan.replace("updated", "frozen"))
     rule = replace(rule, prefix_frozen=True)
-    staged, tokens, wanted = chained("vica", path, rule, scene)
+    staged, tokens, wanted = chained(path, rule, scene)
     assert apart(ours(model, rule, staged, scene, tokens), wanted) < 1e-4
     assert apart(ours(model, RULES["vica"], staged, scene, tokens), wanted) > 1e-2
 
@@ -155,7 +132,7 @@ def test_a_frozen_prefix_is_the_chains_too(models, scene):
 )
 def test_planted_mistakes_are_noticed(name, wrong, models, scene):
     model, path = models(name)
-    staged, tokens, wanted = chained(name, path, RULES[name], scene)
+    staged, tokens, wanted = chained(path, RULES[name], scene)
     found = ours(model, replace(RULES[name], **wrong), staged, scene, tokens)
     assert apart(found, wanted) > 1e-2
 
