@@ -40,7 +40,9 @@ FURTHER = {"skipgpt": ("skipgpt:share=0.5",)}
 def main(samples: int, methods: tuple[str, ...], out: str, dry: bool) -> None:
     """Build, ask, record."""
     chosen = methods or [name for name in RULES if delta_of(name).is_file()]
-    rows: list[dict[str, Any]] = [{"method": "dense", "plan": "dense", "weights": STOCK}]
+    rows: list[dict[str, Any]] = [
+        {"method": "dense", "plan": "dense", "weights": STOCK, "visual_flops_share": 1.0}
+    ]
     paths = [make_bundle("demo", plan="dense", out=Path(out)).path]
     for name in chosen:
         checkpoints = Path(out) / "checkpoints"
@@ -94,9 +96,9 @@ def ask_grouped(session: Session, sample: Sample) -> str:
     """Read the image and the question, and write the answer at positions of its own."""
     conversation = Conversation(session, positions="group")
     conversation.read(" ")  # as the template has it before an image
-    conversation.read(session.open(sample.image))
+    conversation.read(sample.image)
     conversation.read(f"\n{sample.prompt}")
-    return conversation.write(8)
+    return conversation.write(8).strip()
 
 
 def tally(asked: list[Sample], texts: list[str]) -> Share:

@@ -77,6 +77,7 @@ def write_delta(file: Path, base: Weights, trained: Weights, config: Mapping[str
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(stored, file, metadata=about)
+    file.chmod(0o644)  # some versions keep it from other users
 
 
 def with_delta(base: Weights, stored: Weights) -> Weights:
@@ -105,6 +106,7 @@ def write_checkpoint(out: Path, weights: Weights, config: Mapping[str, str]) -> 
     fields = json.loads(file.read_text()) | dict(config)
     file.write_text(json.dumps(fields, indent=2) + "\n")
     save_file(weights, out / WEIGHTS, metadata={"format": "pt"})
+    (out / WEIGHTS).chmod(0o644)
 
 
 def apply(file: Path, out: Path) -> str:

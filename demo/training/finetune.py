@@ -54,13 +54,16 @@ RUNS, SPARSITY_WEIGHT = 0.5, 8.0
 class FineTune:
     """The amount of training. images: for decoder and projector; router_images: before that."""
 
-    images: int = 6000
+    images: int = 1600
     router_images: int = 0
     batch: int = 8
     questions: int = 16
 
 
-AMOUNTS = {name: FineTune() for name in RULES} | {"skipgpt": FineTune(router_images=3000)}
+AMOUNTS = dict.fromkeys(RULES, FineTune()) | {
+    "group": FineTune(images=1200),
+    "skipgpt": FineTune(router_images=800),
+}
 
 
 def prefix_of(tokenizer) -> torch.Tensor:
