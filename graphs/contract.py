@@ -131,7 +131,8 @@ def stage_spec(
 
     Caches are returned whole, aliased to their inputs; or with ``rows_back`` only the new key and
     value rows ([B,G,Q,d]), which the caller writes at ``write_index``: the portable lowering, and
-    engines over an INT8 cache, which their compiler does not update in place.
+    engines over an INT8 cache, which their compiler does not update in place. There keys of a layer
+    ahead, which no row of this stage looks at, are no input.
     """
     cached = cache_dtype(dtype, cache)
     attending = part.attention_layers(plan)
@@ -152,7 +153,8 @@ def stage_spec(
     if gained:
         inputs.append(TensorSpec("row_gain", dtype, (len(gained), 2, "B", "Q")))
     inputs += [_injected(text, layer, "Q", rows) for layer in part.injected_layers(text)]
-    inputs += [TensorSpec(name, cached, ("B", groups, "S", width)) for name in caches]
+    read = caches[:-1] if ahead and rows_back else caches
+    inputs += [TensorSpec(name, cached, ("B", groups, "S", width)) for name in read]
 
     outputs = [
         TensorSpec("rows.out", rows, ("B", "Q", text.hidden)),

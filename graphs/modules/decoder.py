@@ -243,7 +243,7 @@ class DecoderStage(nn.Module):
         """Run the stage as calls of its pieces; shapes and meanings: ``contract.stage_spec``.
 
         ``inject``: what is added to the rows, by layer; nothing where a layer is not in it.
-        ``ahead``: the cache of the layer ahead, where there is one.
+        ``ahead``: the cache of the layer ahead, where there is one and new rows are put into it.
         """
         placed = (positions, order, slot_order, write_index)
         shared = list(call(self.head, rows, *placed, gates, row_gain))
@@ -288,7 +288,7 @@ class DecoderStage(nn.Module):
         caches = [(inputs[key], inputs[value]) for key, value in cache_names(self.attending)]
         names = ("rows", "positions", "order", "slot_order", "write_index", *BY_LAYER)
         given = {name: inputs.get(name) for name in names}
-        ahead = None if self.ahead is None else inputs[ahead_name(self.ahead)]
+        ahead = None if self.ahead is None else inputs.get(ahead_name(self.ahead))
         inject = injected_of(inputs)
         return self.compose(call, **given, caches=caches, inject=inject, ahead=ahead)
 

@@ -124,7 +124,7 @@ class AheadAttention(KeyValues):
     def __init__(self, text: TextConfig, ops: Eager):
         super().__init__(text, ops, queries=True, values=False)
 
-    def forward(self, x, cos, sin, key: Tensor, view: View) -> tuple[Tensor, Tensor]:
+    def forward(self, x, cos, sin, key: Tensor | None, view: View) -> tuple[Tensor, Tensor]:
         """Return rotated queries (B, H, Q, d) and the cache; x: (B*Q, D); cos: (B, Q, d/2)."""
         q = self.ops.rotate(_heads(self.ops, self.q_proj(x), cos, self.text.head_dim), cos, sin)
         return q, self.ops.keep(key, self.keys(x, cos, sin), self.key_scale, view)
@@ -330,9 +330,11 @@ class Ahead(nn.Module):
         write_index: Tensor,
         visible: Tensor,
         window: Tensor | None,
-        key: Tensor,
+        key: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the rotated queries (B, H, Q, d) of rows (B, Q, D), and the cache."""
+        """Return the rotated queries (B, H, Q, d) of rows (B, Q, D), and the cache, or what is new
+        of one that is not given.
+        """
         batch, count, _ = cos.shape
         x = self.ops.reshape(rows, (batch * count, rows.shape[-1]))
         dtype = self.input_layernorm.weight.dtype  # of the weights; rows may be wider

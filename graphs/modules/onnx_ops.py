@@ -181,11 +181,6 @@ class LlmRows(Llm):
         fresh = (slot >= 0) & (slot < order.shape[1])
         return View(write_index, sees(order, slot_order), torch.where(fresh, slot, -1))
 
-    def keep(self, cache: Tensor, rows: Tensor, scale: Tensor | None, view: View) -> Tensor:
-        """Return the new rows (B, G, Q, d) INT8."""
-        assert scale is not None
-        return self.stored(rows, scale)
-
     def append(
         self, cache: Tensor, rows: Tensor, scale: Tensor | None, view: View
     ) -> tuple[Tensor, Tensor]:

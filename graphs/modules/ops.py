@@ -176,8 +176,12 @@ class Eager:
         kept = self.scatter(cache, self.stored(rows, scale), view.write_index)
         return kept, self.read(kept, scale)
 
-    def keep(self, cache: Tensor, rows: Tensor, scale: Tensor | None, view: View) -> Tensor:
-        """Append rows to a cache that this call does not read; return what is put out for it."""
+    def keep(self, cache: Tensor | None, rows: Tensor, scale: Tensor | None, view: View) -> Tensor:
+        """Append rows to a cache that this call does not read; return what is put out for it, the
+        new rows alone where no cache is given.
+        """
+        if cache is None:
+            return rows if scale is None else self.stored(rows, scale)
         return self.append(cache, rows, scale, view)[0]
 
     def cached_attention(

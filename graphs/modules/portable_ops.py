@@ -36,10 +36,6 @@ class Portable(Onnx):
             window,
         )
 
-    def keep(self, cache: Tensor, rows: Tensor, scale: Tensor | None, view: View) -> Tensor:
-        """Return the new rows (B, G, Q, d) as they are to be cached."""
-        return rows if scale is None else self.stored(rows, scale)
-
     def cached_attention(
         self,
         q: Tensor,

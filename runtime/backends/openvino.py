@@ -184,9 +184,10 @@ class BoundRequest:
         self.new_rows = np.empty((*block.shape[:3], count, block.shape[4]), block.dtype)
         self.arrays: dict[str, np.ndarray] = {}
         sizes = {"B": 1, "Q": count, "S": block.shape[3]}
-        caches = [tensor.name for tensor in spec.inputs if is_cache(tensor.name)]
+        grown = [tensor.name for tensor in spec.outputs if is_cache(tensor.name)]
+        caches = [name.removesuffix(appended("")) for name in grown]
         bound = dict(zip(caches, block, strict=True))
-        bound |= dict(zip(map(appended, caches), self.new_rows, strict=True))
+        bound |= dict(zip(grown, self.new_rows, strict=True))
         for tensor in (*spec.inputs, *spec.outputs):
             if tensor.name not in bound:
                 array = np.zeros(shape_of(tensor, sizes), tensor.dtype)

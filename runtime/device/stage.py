@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ...graphs.caches import appended
+from ...graphs.caches import appended, is_cache
 from ...graphs.chain.executor import StageResult
 from ...graphs.contract import BY_LAYER, TensorSpec, inject_name, injected_of, returns_new_rows
 from ...graphs.errors import CapacityError
@@ -87,7 +87,7 @@ class DeviceStage:
         # Of the last part: logits, or what the edge behind reads of the rows.
         self._extras = [n for n in ("logits", *ROW_READINGS) if n in outputs]
         self._outputs += [outputs[name] for name in self._extras]
-        self.cache_names = [n for n in inputs if n != ROWS_IN and appended(n) in outputs]
+        self.cache_names = [n.removesuffix(appended("")) for n in outputs if is_cache(n)]
         self.cache_spec = inputs[self.cache_names[0]]  # one for all
         self.dtype = np.dtype(self.cache_spec.dtype)
         self._generation = -1

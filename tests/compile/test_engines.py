@@ -26,6 +26,7 @@ from visistage.compile.engines.engines import can_compile, compile_engines, job_
 from visistage.compile.engines.worker_process import run_worker
 from visistage.compile.export.static_shapes import DECOMPOSABLE
 from visistage.graphs.bundle import MANIFEST, Bundle
+from visistage.graphs.caches import stage_caches
 from visistage.graphs.engine_index import Engines
 from visistage.graphs.engine_spec import engine_specs_of
 from visistage.graphs.errors import BundleError, EngineError, MissingDependencyError, TargetError
@@ -36,6 +37,7 @@ from visistage.runtime.device.tensorrt import TensorRtVariant, find_trt_variant
 from visistage.runtime.hardware import GpuInfo, find_gpu
 from visistage.runtime.session import load
 from visistage.tests.support import toy
+from visistage.tests.support.methods import Built
 
 RTX = find_trt_variant(TENSORRT_RTX)
 pytestmark = pytest.mark.skipif(RTX is None, reason="pip install -e '.[rtx]' (Linux only)")
@@ -90,6 +92,41 @@ def test_every_graph_of_the_demo_is_compiled_in_fp16(tmp_path, plan):
         assert one.decomposable_attention == 0
         assert one.precisions["HALF"] > 0
         assert one.peak_bytes >= one.peak_anonymous_bytes > 0
+
+
+@pytest.fixture(scope="module")
+def methods(tmp_path_factory):
+    return Built(tmp_path_factory.mktemp)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("late entry", "hidrop", "frozen rows", "depth", "vica", "internal fusion"),
+        *("skipgpt", "skipgpt, capacity", "dllm", "mod", "mod, capacity"),
+    ],
+)
+def test_every_graph_of_every_method_is_compiled_in_fp16(methods, name):
+    bundle = methods.bundle(name, "rtx", contexts=(128,))
+    engines = compile_engines(bundle, capabilities=SMS)
+    assert {one.graph for one in engines.engines} == set(bundle.manifest.graphs)
+    assert sum(one.decomposable_attention for one in engines.engines) == 0
+    stages = [one for one in engines.engines if one.graph.startswith("stage")]
+    attending = [layer for stage in bundle.manifest.plan.stages for layer in stage.attention_layers]
+    assert sum(one.fused_attention for one in stages) == len(attending)
+    caches = sum(map(len, stage_caches(bundle.manifest.plan)))
+    assert sum(one.caches_in_place for one in stages) == caches
+
+
+@pytest.mark.slow
+def test_integers_ahead_are_compiled(methods):
+    """Keys of the layer behind an edge come back row by row, as INT8."""
+    given = {"calibration": methods.calibration("hidrop"), "precision": "fp16:cache=int8"}
+    bundle = methods.bundle("hidrop", "rtx", contexts=(128,), **given)
+    engines = compile_engines(bundle, capabilities=SMS)
+    assert {one.graph for one in engines.engines} == set(bundle.manifest.graphs)
+    assert all(one.caches_in_place == 0 for one in engines.engines)
 
 
 @pytest.mark.slow

@@ -56,6 +56,7 @@ from visistage.tools.verify.verify_target import VerifyTarget
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
 STAGED = preset("visipruner", 6, 16, shallow=1, t=2, e=3, keep=4)
 ADAPTIVE = "visipruner-adaptive:boundaries=1-2,cosine=0.95,contribution=0.5,exit_cosine=0.9"
+AHEAD = "hidrop:entry=1,edges=2,keep=4,exit=3"
 QUESTION = "What is in the picture?"
 NEW = 10
 BUNDLES = {  # plan, precision, target, calibrated for
@@ -66,6 +67,8 @@ BUNDLES = {  # plan, precision, target, calibrated for
     "portable": (PLAN, "fp32:cache=int8", "cpu-portable", PLAN),
     "integers": (PLAN, "int8:cache=int8", "cpu", PLAN),
     "rtx": (PLAN, "fp16:cache=int8", "rtx", PLAN),
+    "ahead": (AHEAD, "fp32:cache=int8", "cpu", AHEAD),
+    "rtx, ahead": (AHEAD, "fp16:cache=int8", "rtx", AHEAD),
 }
 
 
@@ -288,7 +291,7 @@ def test_two_builds_give_equal_bytes(model, bundles, calibrations, tmp_path):
 # --- torch and ONNX Runtime -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["pruned", "dense", "adaptive", "portable", "integers"])
+@pytest.mark.parametrize("name", ["pruned", "dense", "adaptive", "portable", "integers", "ahead"])
 def test_onnxruntime_says_what_torch_says_token_for_token(bundles, name):
     bundle = bundles(name)
     torch_chain = TorchChain.stored(bundle, half=False, free=1 << 30)
@@ -306,7 +309,7 @@ def test_onnxruntime_says_what_torch_says_token_for_token(bundles, name):
     assert max(int(np.abs(cache.astype(int)).max()) for cache in caches) > 100
 
 
-@pytest.mark.parametrize("name", ["pruned", "dense"])
+@pytest.mark.parametrize("name", ["pruned", "dense", "ahead"])
 def test_an_int8_cache_is_a_float_cache_of_rounded_numbers(bundles, calibrations, name):
     """Scales by layer and head, for keys and for values."""
     bundle = bundles(name)
@@ -447,9 +450,10 @@ def test_a_prefix_is_rounded_layer_by_layer_and_head_by_head():
 # --- devices and engines --------------------------------------------------------------------------
 
 
-def test_a_device_keeps_integers_and_says_the_same(bundles, monkeypatch):
+@pytest.mark.parametrize("name", ["rtx", "rtx, ahead"])
+def test_a_device_keeps_integers_and_says_the_same(bundles, monkeypatch, name):
     machine = stand_in(monkeypatch)
-    bundle = write_engines(bundles("rtx"))
+    bundle = write_engines(bundles(name))
     expected = answers(bundle.path, backend="onnxruntime")
     with load(bundle.path) as session:
         session.eos = frozenset()

@@ -238,6 +238,9 @@ def test_a_stage_hands_out_the_next_layers_query_and_keeps_its_keys():
     spec = stage_spec(text, plan, part, "float32", False)
     assert [tensor.name for tensor in spec.inputs[-5:]] == caches
     assert next(t for t in spec.outputs if t.name == "queries").shape[0] == 3
+    back = stage_spec(text, plan, part, "float32", True)  # nothing in the graph reads them then
+    assert [tensor.name for tensor in back.inputs[-4:]] == caches[:-1]
+    assert [tensor.name for tensor in back.outputs[-5:]] == [f"{name}.out" for name in caches]
     geometry = Geometry.of(text)
     call, plain = GraphCall("stage1", 10, 20), preset("pyramiddrop", LAYERS, VISUAL)
     more = decoder_work(call, geometry, plan, COUNTS).flops

@@ -29,7 +29,7 @@ TARGETS = "targets=62-80"
 """Words of some rows of the toy's images."""
 
 METHODS = {
-    "late entry": Method("exit-only:e=4,entry=scope-6-at2"),
+    "late entry": Method("exit-only:e=4,entry=divprune-6-at2"),
     "hidrop": Method("hidrop:entry=1,edges=2-4,keep=6-2,exit=5"),
     "frozen rows": Method(f"embedlens:{TARGETS},freeze=0.5-1-1.5"),
     "classes of rows": Method(f"embedlens:{TARGETS},keep=12"),
