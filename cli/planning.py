@@ -97,7 +97,7 @@ def plan(
 @click.option("--candidates", "most", type=click.IntRange(1), help="Plans to measure (16).")
 @click.option("--selectors", help="What may choose visual tokens to enter (scope,divprune,cls).")
 @click.option("--no-entry", is_flag=True, default=None, help="All visual tokens enter.")
-@click.option("--depth", is_flag=True, default=None, help="Try plans with fewer layers, too.")
+@click.option("--depth", is_flag=True, default=None, help="Try leaving layers out, too.")
 @click.option("--precision", help="Choose for fp32 (default), int8, w8, w4, or a recipe.")
 @click.option("--out", default="calibrations", show_default=True, help="Folder of them all.")
 @click.option("--revision", help="Branch, tag or commit of a model on the hub.")
@@ -132,9 +132,11 @@ def calibrate(
 
     A plan is chosen by what it may lose (--lose 1% of the tokens that the dense model says) or by
     what it may cost (--cost 50% of its visual FLOPs), from bundles that are built and asked here;
-    samples held out confirm it. It may be an entry alone, or dense. With --precision those bundles
-    are quantised, and what is lost is lost to rounding and pruning together. With --plan no bundle
-    runs, and large models go through small machines. The demo model needs no --data.
+    samples held out confirm it. It may be an entry alone, or dense. With --depth the layers that
+    change rows least are left out, up to a quarter of them, and measured like every other plan.
+    With --precision those bundles are quantised, and what is lost is lost to rounding and pruning
+    together. With --plan no bundle runs, and large models go through small machines. The demo model
+    needs no --data.
 
     \b
     visistage calibrate demo --lose 1%

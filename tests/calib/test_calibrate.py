@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from visistage import runtime
 from visistage.calib import calibrate as pipeline
 from visistage.calib.page.warnings import calibration_warnings
 from visistage.calib.plan_search import chooser as choosing
 from visistage.calib.plan_search import measure_plans as bundles
+from visistage.calib.plan_search import search
 from visistage.calib.plan_search.agreement import Agreement
 from visistage.calib.plan_search.dynamics import Dynamics, PromptReading
 from visistage.calib.plan_search.measure_plans import Origin, PlanBundles, text_blind_plans
@@ -244,6 +247,34 @@ def test_an_entry_is_chosen_after_an_interruption_and_a_build_takes_it(
     assert f"{calibration.plan.entry.selector} alone: 3 visual tokens of an image enter" in shown
     bundle = make_bundle(str(folder / "toy"), calibration=facts["path"], out=tmp_path / "engines")
     assert bundle.manifest.plan == calibration.plan
+
+
+@pytest.mark.slow
+def test_fewer_layers_are_chosen_and_ship_in_int8(folder, tmp_path, monkeypatch):
+    """A layer that adds next to nothing is left out; rounding costs a random model most tokens."""
+    model = shutil.copytree(folder / "toy", tmp_path / "toy")
+    weights = load_file(model / "model.safetensors")
+    for name in weights:
+        if "layers.2." in name and ("o_proj" in name or "down_proj" in name):
+            weights[name] *= 1e-3
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(search, "published_candidate", lambda dynamics, pricing: None)
+    done = run(
+        *(model, "--data", folder / "data", "--out", tmp_path / "out", "--json"),
+        *("--lose", "90%", "--depth", "--no-entry", "--candidates", "1", "--precision", "int8"),
+    )
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    (tried,) = facts["choice"]["candidates"]
+    assert (facts["choice"]["text"], tried["text"]) == ("depth:drop=2", "depth:drop=2")
+    assert tried["first_ms"] > 0
+    assert tried["second_ms"] > 0
+    assert "depth:drop=2" in (Path(facts["path"]) / "calibration.html").read_text()
+    given = {"calibration": facts["path"], "precision": "int8", "out": tmp_path / "engines"}
+    bundle = make_bundle(str(model), **given)
+    assert bundle.manifest.plan.dropped == (("attention", 2), ("mlp", 2))
+    with runtime.load(bundle.path) as session:
+        assert session.infer(folder / "data" / "0.png", "What is 0?", max_tokens=3).tokens
 
 
 @pytest.fixture(scope="module")
