@@ -15,10 +15,9 @@ rope that depends on the length within the context. Errors are ``ModelError`` an
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .config_fields import (
     MAX_LAYERS,
@@ -32,16 +31,18 @@ from .config_fields import (
 )
 from .errors import ModelError
 from .fields import from_json, is_number, show, to_json
-from .fusion import NO_FUSION, Fusion, read_fusion
-from .vision_config import ACTIVATIONS, DEFAULT_ENCODER, VisionConfig
+from .fusion import NO_FUSION, Fusion
+from .vision_config import ACTIVATIONS, VisionConfig
 
-ARCHITECTURE = "LlavaForConditionalGeneration"
+if TYPE_CHECKING:
+    from .families.family import Family, ImageLayout
 
+_MOST_PIXELS = 1 << 30
 FULL, SLIDING = "full_attention", "sliding_attention"
 _REBUILD = "The file is damaged or from another visistage: build the bundle again."
 
 # What transformers assumes for a field that config.json omits, where families differ.
-_FAMILIES: dict[str, dict[str, int]] = {
+DECODERS: dict[str, dict[str, int]] = {
     "llama": {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
     "mistral": {
         "vocab_size": 32000,
@@ -68,11 +69,7 @@ _ROPES = {  # rope_type: the numbers it cannot do without
     "yarn": ("factor", "original_max_position_embeddings"),
 }
 _THETA_AND_SHARE = ("rope_theta", "partial_rotary_factor")
-_ORIGINAL = re.compile(r"Llava\w*ForCausalLM")  # of https://github.com/haotian-liu/LLaVA
 _LENGTH_DEPENDENT = ("longrope", "su")
-SUPPORTED = (
-    f"{ARCHITECTURE} with a decoder of type {', '.join(_FAMILIES)} and a CLIP or SigLIP encoder"
-)
 
 
 @dataclass(frozen=True)
@@ -199,13 +196,13 @@ class TextConfig:
         """
         given = {k: v for k, v in mapping("text_config", data).items() if v is not None}
         family = given.get("model_type", "llama")
-        if not isinstance(family, str) or family not in _FAMILIES:
+        if not isinstance(family, str) or family not in DECODERS:
             raise ModelError(
                 f"text_config.model_type is {show(family)}: this decoder is not supported, "
                 f"only "
-                f"{', '.join(_FAMILIES)} are. Use a LLaVA checkpoint on one of those."
+                f"{', '.join(DECODERS)} are. Use a LLaVA checkpoint on one of those."
             )
-        known = {**_FAMILIES[family], **given}
+        known = {**DECODERS[family], **given}
         hidden = count("hidden_size", known.get("hidden_size", 4096))
         heads = count("num_attention_heads", known.get("num_attention_heads", 32))
         divides("num_attention_heads", heads, "hidden_size", hidden)
@@ -235,8 +232,27 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Limits of what an image becomes, as its processor has them; a family says of what.
+
+    least, most: tiles, or pixels. sizes: (height, width) that one is chosen of.
+    """
+
+    least: int = 0
+    most: int = 0
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        count("limits.most", self.most, _MOST_PIXELS, least=0)
+        count("limits.least", self.least, self.most, least=0)
+        for size in self.sizes:
+            for edge in size:
+                count("limits.sizes", edge, 1 << 14)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A LLaVA model: vision encoder, projector, decoder and the place of images."""
+    """A model: vision encoder, projector, decoder and the place of images."""
 
     text: TextConfig
     vision: VisionConfig
@@ -246,6 +262,8 @@ class ModelConfig:
     projector_activation: str = "gelu"
     projector_bias: bool = True
     fusion: Fusion = field(default=NO_FUSION, metadata={"omit": True})
+    family: str = field(default="llava", metadata={"omit": True})
+    limits: Limits = field(default=Limits(), metadata={"omit": True})
 
     def __post_init__(self) -> None:
         count("image_token_index", self.image_token_id, self.text.vocab - 1, least=0)
@@ -281,12 +299,24 @@ class ModelConfig:
         return max((*self.feature_states, *self.fusion.states))
 
     @property
-    def visual_tokens(self) -> int:
-        """N of one image. ``default`` drops the first row of *any* encoder, as transformers does.
+    def _family(self) -> Family:
+        from .families.registry import FAMILIES  # families return what is defined here
 
-        In CLIP that row is the class token; in SigLIP it is the image's first patch.
-        """
-        return self.vision.tokens - (self.select == "default")
+        word("model_type", self.family, tuple(FAMILIES))
+        return FAMILIES[self.family]
+
+    @property
+    def visual_tokens(self) -> int:
+        """The most rows that an image has: what plans and slots are made for."""
+        return self._family.most_rows(self)
+
+    def layout(self, height: int, width: int) -> ImageLayout:
+        """Return what an image of so many pixels becomes."""
+        return self._family.layout(self, height, width)
+
+    def within(self, limits: Limits) -> ModelConfig:
+        """Return the same model with other limits of its images."""
+        return replace(self, limits=limits)
 
     @property
     def has_class_row(self) -> bool:
@@ -295,42 +325,10 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """Read the ``config.json`` of a ``LlavaForConditionalGeneration``.
+        """Read a ``config.json`` of any family (``families.registry``)."""
+        from .families.registry import read_config  # families return what is defined here
 
-        Raises:
-            ModelError: another architecture, an unsupported part, or a malformed value.
-        """
-        _reject_architecture(mapping("config.json", data))
-        given = {k: v for k, v in data.items() if v is not None}
-        text = dict(mapping("text_config", given.get("text_config", {})))
-        if given.get("tie_word_embeddings") is True:  # either place will do, as in transformers
-            text["tie_word_embeddings"] = True
-        encoder = given.get("vision_config", DEFAULT_ENCODER)
-        layers = given.get("vision_feature_layer", -2)
-        decoder, vision = TextConfig.from_hf(text), VisionConfig.from_hf(encoder)
-        fused = read_fusion(given, vision.layers, decoder.layers)
-        base = tuple(layers) if isinstance(layers, list | tuple) else (layers,)
-        config = cls(
-            text=replace(decoder, inject=fused.layers),
-            vision=vision,
-            image_token_id=_image_token(given),
-            feature_layers=(*fused.features, *base),
-            select=given.get("vision_feature_select_strategy", "default"),
-            projector_activation=given.get("projector_hidden_act", "gelu"),
-            projector_bias=given.get("multimodal_projector_bias", True),
-            fusion=fused.fusion,
-        )
-        stated = given.get("image_seq_length", _DEFAULT_SEQUENCE)
-        # The class default is in many files whose model has another count, and transformers
-        # reads the field nowhere; any other number was written on purpose.
-        if stated not in (_DEFAULT_SEQUENCE, config.visual_tokens):
-            reject_value(
-                "image_seq_length",
-                stated,
-                f"{config.visual_tokens}, which image_size, patch_size and "
-                "vision_feature_select_strategy amount to",
-            )
-        return config
+        return read_config(data)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plain JSON form, which ``from_dict`` reads."""
@@ -346,33 +344,7 @@ class ModelConfig:
         return from_json(cls, data, ModelError, _REBUILD, "config")
 
 
-_DEFAULT_SEQUENCE = 576
-
-
 # --- what is refused as a whole -------------------------------------------------------------------
-
-
-def _reject_architecture(data: Mapping[str, Any]) -> None:
-    names = data.get("architectures") or []
-    if not isinstance(names, list):
-        reject_value("architectures", names, "a list of names")
-    kind = data.get("model_type", "llava" if ARCHITECTURE in names else None)
-    original = [name for name in names if _ORIGINAL.fullmatch(str(name))]
-    original += ["mm_vision_tower"] if "mm_vision_tower" in data else []
-    if kind == "llava" and (not names or ARCHITECTURE in names) and not original:
-        return
-    found = ", ".join(map(str, names)) if names else "no architecture"
-    hint = "Try llava-7b."
-    if original:
-        hint = (
-            f"This is the original LLaVA format ({show(original[0])}); use its conversion to "
-            "Hugging Face's, such as llava-7b."
-        )
-    raise ModelError(
-        f"config.json describes {show(found)} (model_type {show(kind)}), which is not "
-        f"supported. "
-        f"Supported: {SUPPORTED}. {hint}"
-    )
 
 
 def _reject_windows(family: str, data: Mapping[str, Any], positions: int) -> None:
@@ -399,13 +371,3 @@ def _reject_windows(family: str, data: Mapping[str, Any], positions: int) -> Non
             f"null, or at least max_position_embeddings={positions}: sliding windows that hide "
             "rows are not supported",
         )
-
-
-def _image_token(given: Mapping[str, Any]) -> Any:
-    index, token = given.get("image_token_index"), given.get("image_token_id")
-    if None not in (index, token) and index != token:
-        reject_value(
-            "image_token_id", token, f"image_token_index={show(index)}, or only one of them"
-        )
-    chosen = token if index is None else index
-    return 32000 if chosen is None else chosen

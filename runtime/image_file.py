@@ -52,7 +52,7 @@ Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
-class ImageLayout:
+class SavedLayout:
     """Contents that a session expects of a file.
 
     Attributes:
@@ -124,7 +124,7 @@ class ImageLayout:
         return np.concatenate([visual, text] if stage else [text, visual])
 
 
-def layout_of(bundle: Bundle, context: Context, opening: Sequence[PromptPart]) -> ImageLayout:
+def layout_of(bundle: Bundle, context: Context, opening: Sequence[PromptPart]) -> SavedLayout:
     """Return what files of images hold for ``bundle``; ``opening``: a prompt up to its image."""
     manifest = bundle.manifest
     plan, text = manifest.plan, manifest.config.text
@@ -136,7 +136,7 @@ def layout_of(bundle: Bundle, context: Context, opening: Sequence[PromptPart]) -
         _hash(manifest.preprocessing),
         _hash([list(part) for part in opening if not isinstance(part, PromptImage)]),
     )
-    return ImageLayout(
+    return SavedLayout(
         origin,
         begin=begin,
         text=context.text_rows_of(rest),
@@ -155,7 +155,7 @@ def layout_of(bundle: Bundle, context: Context, opening: Sequence[PromptPart]) -
 
 
 def write_image(
-    file: Path, layout: ImageLayout, key: str, encoded: Encoded, cached: CachedPrefix
+    file: Path, layout: SavedLayout, key: str, encoded: Encoded, cached: CachedPrefix
 ) -> None:
     """Write a file in one step; arrays may be a device's.
 
@@ -198,7 +198,7 @@ def write_image(
         ) from error
 
 
-def read_image(file: Path, layout: ImageLayout) -> tuple[str, Encoded, CachedPrefix]:
+def read_image(file: Path, layout: SavedLayout) -> tuple[str, Encoded, CachedPrefix]:
     """Read a file; return the image's key, what entered of it, and what the stages made of that.
 
     Raises:
@@ -271,7 +271,7 @@ def _check_shapes(file: Path, header: Header, wanted: Shapes) -> None:
             _refuse(file, f"has {show(name)} as {there}, expected {expected}")
 
 
-def _check_order(file: Path, layout: ImageLayout, order: np.ndarray, visual: np.ndarray) -> None:
+def _check_order(file: Path, layout: SavedLayout, order: np.ndarray, visual: np.ndarray) -> None:
     """Refuse orders that leave their place in the prompt, or do not rise."""
     text, image = order[~visual], order[visual]
     if layout.told_apart:  # rows that are none stand behind the others

@@ -22,7 +22,7 @@ from .backends.backend import Backend, BackendOptions
 from .backends.registry import find_backend
 from .image.image import MAX_PIXELS, Preprocessing, load_image, pixel_key, warm_up
 from .image_cache import ByteCache, default_cache_bytes
-from .image_file import ImageLayout, layout_of, read_image
+from .image_file import SavedLayout, layout_of, read_image
 from .opened_image import SUFFIX, LoadedImage, Opened, OpenedImage, Source
 from .reuse import Context, PromptImage, PromptPart
 from .text.generation import GenerationRules
@@ -203,7 +203,7 @@ class LoadedBundle:
         known = self.context.opening_key(self._opening(key)), cached
         return LoadedImage(key, Path(file), layout.origin, encoded, known)
 
-    def image_layout(self) -> ImageLayout:
+    def image_layout(self) -> SavedLayout:
         """Return what a file of an image holds here."""
         return layout_of(self.bundle, self.context, self._opening(""))
 

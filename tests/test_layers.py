@@ -22,6 +22,7 @@ LIBRARIES = {  # of a room, a folder or a module; the longest name that fits cou
     "graphs.chain.torch_classes": TORCH,
     "graphs.chain.torch_encoder": TORCH,
     "graphs.chain.torch_reference": TORCH,
+    "graphs.families": {"numpy"},
     "graphs.modules": TORCH,
     "graphs.plan.gains": {"numpy"},
     "graphs.plan.gates": {"numpy"},

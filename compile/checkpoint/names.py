@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from ...graphs.config import ModelConfig, TextConfig
+from ...graphs.families.registry import FAMILIES
 from ...graphs.modules.decoder import Body
 from ...graphs.modules.layer import Linear
 from ...graphs.modules.ops import Eager
@@ -39,13 +40,7 @@ Shapes = dict[str, tuple[int, ...]]
 EMBEDDING = "model.embed_tokens.weight"
 HEAD_WEIGHT = "lm_head.weight"
 
-_PREFIXES = (  # the longer ones first
-    ("language_model.model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-    ("model.language_model.", "model."),
-    ("model.vision_tower.", "vision_tower."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-)
+_PREFIXES = tuple(dict.fromkeys(pair for family in FAMILIES.values() for pair in family.prefixes))
 _VISION_MODEL = "vision_tower.vision_model."
 _FUSED = re.compile(r"(?:model\.)?(mm_projector_f|mm_projectors\.\d+)\.([02])\.")
 _WRAPPED = re.compile(r"(model\.layers\.\d+\.)block\.")
@@ -69,7 +64,7 @@ def _fused(found: re.Match[str]) -> str:
 
 def published_name(name: str) -> str:
     """Return a canonical name as published files spell it; the inverse of ``canonical``."""
-    for theirs, ours in (*_PREFIXES[:2], (_VISION_MODEL, "vision_tower.")):
+    for theirs, ours in (*FAMILIES["llava"].prefixes[:2], (_VISION_MODEL, "vision_tower.")):
         if name.startswith(ours):
             return theirs + name[len(ours) :]
     return name

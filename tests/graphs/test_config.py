@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from visistage.graphs.config import ModelConfig, Rope, TextConfig
 from visistage.graphs.errors import ModelError
+from visistage.graphs.families.registry import with_budget
 from visistage.graphs.vision_config import VisionConfig
 from visistage.tests.support.toy import make_config
 
@@ -290,6 +291,35 @@ WRONG = [
 def test_what_is_malformed_is_refused_by_its_field(path, value, message):
     with pytest.raises(ModelError, match=f"(?s){message}"):
         ModelConfig.from_hf(changed(make_config(), path, value))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("paligemma", "see the question"),
+        ("gemma3", "sliding windows"),
+        ("phi4_multimodal", "rope changes"),
+        ("qwen3_5", "running state"),
+        ("minicpmv4_6", "running state"),
+        ("fast_vlm", "convolutional encoder"),
+        ("internvl_chat", "ends in -hf"),
+    ],
+)
+def test_other_families_are_refused_by_name_with_a_reason(kind, reason):
+    with pytest.raises(ModelError, match=f"{kind}.*{reason}.*Supported: LlavaFor"):
+        ModelConfig.from_hf({"model_type": kind})
+
+
+def test_an_image_of_llava_has_one_layout_and_no_budget():
+    config = ModelConfig.from_hf(PUBLISHED)
+    layouts = [config.layout(*size) for size in ((336, 336), (1080, 1920), (1, 900))]
+    assert layouts[0] == layouts[1] == layouts[2]
+    (layout, *_) = layouts
+    assert (layout.rows, layout.runs, layout.advance) == (576, (576,), (576,))
+    assert layout.positions[:, 0].tolist() == list(range(576))
+    assert with_budget(config, None) == config
+    with pytest.raises(ModelError, match=r"576 tokens.*Leave out --image-tokens.*keep=64"):
+        with_budget(config, 300)
 
 
 def test_sliding_windows_are_refused():

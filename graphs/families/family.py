@@ -1,0 +1,94 @@
+"""A model family: what its module tells all others, and how it lays out an image.
+
+config.json ──read──▶ ModelConfig ──layout(height, width)──▶ ImageLayout
+├ pixels: resizes, tiles
+├ prompt: runs, positions, advance
+└ feeds of the vision graph
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ..config import Limits, ModelConfig
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """Result of laying out an image: a pure function of its height, width and the limits.
+
+    Attributes:
+        rows: N, its visual rows in all.
+        runs: how it stands in a prompt: texts of markers, and counts of rows between them.
+        positions: (N, A) of its rows on each axis, from the first row of their run on.
+        advance: positions that a run of n rows takes, by run; n of each on one axis.
+        resizes: sizes that the picture is brought to, one after the other; none where the
+            processor's own steps do it whatever its size.
+        canvas: the last size with what is padded below and to the right; None: nothing is.
+        grid: rows and columns of the tiles that are cut.
+        whole: where among the tiles the whole picture comes, squeezed to one; "": it does not.
+        boxes: (N, 4) left, top, right and bottom of what a row stands for, in shares of the
+            picture; None: a matter of the vision encoder's one grid (``overlay.Grid``).
+        feeds: inputs of the vision graph beside the pixels.
+    """
+
+    rows: int
+    runs: tuple[str | int, ...]
+    positions: np.ndarray = field(compare=False, repr=False)
+    advance: tuple[int, ...]
+    resizes: tuple[Size, ...] = ()
+    canvas: Size | None = None
+    grid: tuple[int, int] = (1, 1)
+    whole: Literal["", "first", "last"] = ""
+    boxes: np.ndarray | None = field(default=None, compare=False, repr=False)
+    feeds: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that the vision graph takes, the whole picture among them."""
+        return self.grid[0] * self.grid[1] + bool(self.whole)
+
+
+def in_one_run(rows: int, **more: Any) -> ImageLayout:
+    """Return the layout of rows one after another on one axis, without markers.
+
+    ``more``: other fields of ``ImageLayout``, ``runs`` with markers around the rows among them.
+    """
+    positions = np.arange(rows, dtype=np.int32)[:, None]
+    return ImageLayout(
+        **{"rows": rows, "runs": (rows,), **more}, positions=positions, advance=(rows,)
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Attributes:
+        name: ``model_type`` of its ``config.json``.
+        architecture: the class of transformers.
+        read: returns the config that ``config.json`` describes, of the published limits.
+        layout: returns how an image of a height and a width is laid out.
+        most_rows: returns N of the largest image, what plans and slots are made for.
+        prefixes: of tensor names: those in files, the longer ones first, and ours.
+        limits: returns the limits that the image processor's file says; None: it has none.
+        budgeted: returns the limits under which no image has more than so many rows; None: every
+            image has as many, which no option changes.
+    """
+
+    name: str
+    architecture: str
+    read: Callable[[Mapping[str, Any]], ModelConfig]
+    layout: Callable[[ModelConfig, int, int], ImageLayout]
+    most_rows: Callable[[ModelConfig], int]
+    prefixes: tuple[tuple[str, str], ...]
+    limits: Callable[[ModelConfig, Mapping[str, Any]], Limits] | None = None
+    budgeted: Callable[[ModelConfig, int], Limits] | None = None

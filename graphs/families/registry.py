@@ -1,0 +1,111 @@
+"""The families that there are, and those that are refused by name: no other module lists them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..config_fields import mapping, reject_value
+from ..errors import ModelError
+from ..fields import show
+from .family import Family
+from .llava import LLAVA
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
+
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAVA,)}
+
+_STATES = (
+    "most of its layers keep a running state instead of keys and values, and a plan has no way to "
+    "hide a row from a state"
+)
+_REMOTE = "it is not a part of transformers but code of its own, which is not run"
+REFUSED: Mapping[str, str] = {  # beginnings of model types: why
+    "paligemma": "its image rows see the question, so an image cannot be computed once",
+    "gemma3": "its sliding windows, four norms a layer and two ropes are not written yet",
+    "gemma4": "its heads of 512 numbers and shared keys and values fit no attention kernel",
+    "phi4_multimodal": "its rope changes with the length, and its images change the weights",
+    "phi3_v": _REMOTE,
+    "minicpmv4": _STATES,
+    "minicpm": _REMOTE,
+    "mobile": _REMOTE,
+    "moondream": _REMOTE,
+    "internvl_chat": "this is its authors' format; take the conversion, whose name ends in -hf",
+    "qwen3_5": _STATES,
+    "qwen4": _STATES,
+    "lfm2_vl": _STATES,
+    "qwen3_vl_moe": "its experts are not written; take a dense one",
+    "fast_vlm": "its convolutional encoder is not written",
+    "llava_qwen2": "its convolutional encoder is not written",
+    "deepseek": "its encoder and its experts are not written",
+}
+
+_ORIGINAL = re.compile(r"Llava\w*ForCausalLM")  # of https://github.com/haotian-liu/LLaVA
+
+
+def supported() -> str:
+    """Return the classes that can be read, and their parts."""
+    from ..config import DECODERS  # reads configs by this module
+
+    names = ", ".join(family.architecture for family in FAMILIES.values())
+    return f"{names}, with a decoder of type {', '.join(DECODERS)}"
+
+
+def read_config(data: Mapping[str, Any], processor: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Read a ``config.json``; ``processor``: the image processor's file, which has the limits.
+
+    Raises:
+        ModelError: a family that is refused or unknown, or what its own reader refuses.
+    """
+    family = _family_of(mapping("config.json", data))
+    config = family.read(data)
+    if family.limits is not None and processor is not None:
+        return config.within(family.limits(config, processor))
+    return config
+
+
+def with_budget(config: ModelConfig, tokens: int | None) -> ModelConfig:
+    """Return the config under which no image has more than ``tokens`` rows; None: as it is.
+
+    Raises:
+        ModelError: a family whose images have one count, or fewer tokens than any image has.
+    """
+    if tokens is None:
+        return config
+    family = FAMILIES[config.family]
+    if family.budgeted is None:
+        raise ModelError(
+            f"every image takes {config.visual_tokens} tokens in a model of type {config.family}, "
+            "which no option of its processor changes. Leave out --image-tokens, or keep fewer of "
+            f"them by the plan: --plan visipruner:keep={max(1, config.visual_tokens // 9)}"
+        )
+    return config.within(family.budgeted(config, tokens))
+
+
+def _family_of(data: Mapping[str, Any]) -> Family:
+    names = data.get("architectures") or []
+    if not isinstance(names, list):
+        reject_value("architectures", names, "a list of names")
+    known = {family.architecture: family for family in FAMILIES.values()}
+    guess = next((known[name].name for name in map(str, names) if name in known), None)
+    kind = data.get("model_type", guess)
+    original = [name for name in names if _ORIGINAL.fullmatch(str(name))]
+    original += ["mm_vision_tower"] if "mm_vision_tower" in data else []
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family and not original and (not names or family.architecture in names):
+        return family
+    found = ", ".join(map(str, names)) if names else "no architecture"
+    hint = "Try llava-7b."
+    why = [why for start, why in REFUSED.items() if str(kind).startswith(start)]
+    if original:
+        hint = (
+            f"This is the original LLaVA format ({show(original[0])}); use its conversion to "
+            "Hugging Face's, such as llava-7b."
+        )
+    reason = f": {why[0]}" if why else ""
+    raise ModelError(
+        f"config.json describes {show(found)} (model_type {show(kind)}), which is not "
+        f"supported{reason}. Supported: {supported()}. {hint}"
+    )
