@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from collections.abc import Callable, Mapping
 from types import FrameType
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..graphs.bundle import Bundle
 from ..graphs.errors import CapacityError
@@ -17,8 +20,43 @@ from .pool import EnginePool
 from .service import Service
 
 KEEP_ALIVE_SECONDS = 20
+HEAD_SECONDS = 20
+"""In which the head of a request has to be here; a connection without one is closed."""
+
 LAST_SECONDS = 1
 """That cancelled requests have to say so, once the time to drain is over."""
+
+
+class TimedProtocol(H11Protocol):
+    """A connection that ends where it is open and no request comes, or one byte by byte."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin to wait for a request."""
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes, which may complete the head of a request, or begin another."""
+        super().data_received(data)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End with the connection."""
+        super().connection_lost(exc)
+        self._stop()
+
+    def _wait(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop()
+        elif self._late is None:
+            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class DrainingServer(uvicorn.Server):
@@ -70,6 +108,7 @@ def server_config(service: Service) -> uvicorn.Config:
     """Return how uvicorn runs the application of a service."""
     return uvicorn.Config(
         make_app(service),
+        http=TimedProtocol,
         log_config=None,
         access_log=False,
         server_header=False,

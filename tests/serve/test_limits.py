@@ -1,5 +1,6 @@
 """Limits, each with its status; images from elsewhere; bodies that nobody sends on purpose."""
 
+import contextlib
 import http.server
 import json
 import random
@@ -105,6 +106,25 @@ def test_a_body_that_does_not_come_is_not_waited_for(server, monkeypatch):
         head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         connection.sendall(head.encode() + b"content-length: 10\r\n\r\n{")
         assert b" 408 " in connection.recv(4096)
+
+
+def test_a_request_that_does_not_come_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr("visistage.serve.run.HEAD_SECONDS", 0.3)
+    whole = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    for begins in (b"", whole):  # at once, and behind a request that was answered
+        with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+            connection.sendall(begins)
+            assert not begins or b" 200 " in connection.recv(4096)
+            started = time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                for _ in range(100):
+                    connection.sendall(b"G")
+                    time.sleep(0.05)
+            assert 0.3 <= time.monotonic() - started < 2
+    with socket.create_connection(("127.0.0.1", server.port), 2) as silent:
+        assert silent.recv(1) == b""
+    with slowed(server.engine, 0.1):
+        assert server.ask(question())[0] == 200, "an answer may take its time"
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data", "", "application/json5"])
