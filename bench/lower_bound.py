@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from ..graphs.config import TextConfig
 from ..graphs.plan.call_cost import COUNTS, Work, head_work, layers_work, total_work
 from ..graphs.plan.cost import Geometry
+from ..graphs.text_config import TextConfig
 
 ROWS, SIDE = 600, 2048
 """A prompt's rows through a square layer: enough to reach the rate, and soon over."""

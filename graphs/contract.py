@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from .caches import ahead_of, appended, cache_dtype, part_caches
-from .config import ModelConfig, TextConfig
+from .config import ModelConfig
 from .fusion import check_injected
 from .parts import PROBE, PROJECT, VISION, StagePart, part_names, probed, serving_name
 from .plan.plan import StagePlan
@@ -28,6 +28,7 @@ from .quantization import CacheScheme
 from .selectors.edge import CACHE_READINGS, ROW_READINGS
 from .selectors.entry import PROJECTED, READINGS
 from .selectors.registry import ENTRY_SELECTORS
+from .text_config import TextConfig
 
 Rows = TypeVar("Rows")
 

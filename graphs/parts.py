@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase
 
-from .config import TextConfig
 from .plan.plan import StagePlan
+from .text_config import TextConfig
 
 VISION = "vision"
 """Name of the graph of encoder and projector, or of the encoder alone where a projection follows

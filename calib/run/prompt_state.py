@@ -18,7 +18,6 @@ from torch.nn.functional import cosine_similarity
 from ...graphs.chain.enter import entered_rows, positioned, positions_at
 from ...graphs.chain.executor import Encoded
 from ...graphs.chain.rows import AppendedRows, StageSlots, closed_up, places_in, row_kinds
-from ...graphs.config import TextConfig
 from ...graphs.contract import PADDING_ORDER
 from ...graphs.errors import CapacityError, PromptError
 from ...graphs.modules.decoder import ROW_PIECES, Head, layer_controls
@@ -29,6 +28,7 @@ from ...graphs.plan.gates import stage_gates
 from ...graphs.plan.plan import StagePlan
 from ...graphs.plan.stages import Stage
 from ...graphs.selectors.edge import ROW_READINGS, Rows
+from ...graphs.text_config import TextConfig
 from ..sample_prompts import SamplePrompt
 
 ENCODER, VISUAL, TEXT, ANSWER = range(4)

@@ -27,13 +27,14 @@ import re
 import torch
 from torch import nn
 
-from ...graphs.config import ModelConfig, TextConfig
+from ...graphs.config import ModelConfig
 from ...graphs.families.registry import FAMILIES
 from ...graphs.modules.decoder import Body
 from ...graphs.modules.layer import Linear
 from ...graphs.modules.ops import Eager
 from ...graphs.modules.vision import Vision, VisionEncoder
 from ...graphs.plan.routing import Routing, is_router
+from ...graphs.text_config import TextConfig
 
 Shapes = dict[str, tuple[int, ...]]
 

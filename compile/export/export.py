@@ -15,7 +15,7 @@ import onnx_ir
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...graphs.config import ModelConfig, TextConfig
+from ...graphs.config import ModelConfig
 from ...graphs.contract import GraphSpec, graph_specs, projects_later, vision_readings
 from ...graphs.linears import linear_groups
 from ...graphs.modules.decoder import DecoderStage
@@ -39,6 +39,7 @@ from ...graphs.plan.plan import StagePlan
 from ...graphs.precision import NO_FALLBACK, Fp32Fallback
 from ...graphs.quantization import FLOAT, Quantization
 from ...graphs.targets import LLM, LLM_CONDITIONAL, PORTABLE, Target, check_operators
+from ...graphs.text_config import TextConfig
 from .stitch import Stitcher
 
 FREQUENCIES = "head.inverse_frequencies"

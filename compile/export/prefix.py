@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ...graphs.bundle import Prefix, TensorRef
-from ...graphs.config import TextConfig
 from ...graphs.modules.decoder import Body, Head
 from ...graphs.modules.ops import Eager
 from ...graphs.plan.gains import stage_gains
 from ...graphs.plan.plan import StagePlan
 from ...graphs.plan.stages import FROZEN_ROWS
 from ...graphs.progress import Advance, no_advance
+from ...graphs.text_config import TextConfig
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.names import EMBEDDING
 from ..layer_stream import Streamed, without_weights

@@ -18,12 +18,13 @@ import torch
 
 from ...graphs.bundle import ANY_CONTEXT
 from ...graphs.caches import SLOT_STEP, stage_slots
-from ...graphs.config import ModelConfig, TextConfig
+from ...graphs.config import ModelConfig
 from ...graphs.errors import CapacityError, TargetError
 from ...graphs.modules.layer import HALVES
 from ...graphs.parts import StagePart, stage_of, stage_parts
 from ...graphs.plan.plan import StagePlan
 from ...graphs.targets import LLM, MAX_HEAD, Target
+from ...graphs.text_config import TextConfig
 from ..checkpoint.names import HEAD_WEIGHT, decoder_shapes
 from .export import Graph
 

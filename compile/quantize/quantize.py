@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...graphs.bundle import TensorRef
 from ...graphs.commands import visistage
-from ...graphs.config import ModelConfig, TextConfig
+from ...graphs.config import ModelConfig
 from ...graphs.errors import DataError, TargetError, nearest
 from ...graphs.linears import (
     ATTENTION_OUTPUT,
@@ -48,6 +48,7 @@ from ...graphs.plan.plan import StagePlan
 from ...graphs.precision import SAFE_MAX, Fp32Fallback
 from ...graphs.quantization import QuantConfig, Quantization, Scheme, block_of
 from ...graphs.targets import TARGETS, Target
+from ...graphs.text_config import TextConfig
 from ..checkpoint.checkpoint import Checkpoint
 from ..export.export import WeightSpan
 from .calibration_file import Calibration

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..caches import scored_layer
-from ..config import TextConfig
 from ..contract import BY_LAYER, INVISIBLE
 from ..errors import ModelError, PlanError, PromptError
 from ..fusion import NAMED_DEPTH, read_fusion
@@ -32,6 +31,7 @@ from ..parts import probed, whole_stages
 from ..plan.plan import StagePlan
 from ..plan.routing import is_router
 from ..precision import NO_FALLBACK, Fp32Fallback
+from ..text_config import TextConfig
 from .chain import Chain
 from .enter import positioned, positions_at
 from .executor import Kept, StageResult

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..config import ModelConfig, TextConfig
+from ..config import ModelConfig
 from ..config_fields import mapping, reject_value
 from ..fields import show
 from ..fusion import read_fusion
+from ..text_config import TextConfig
 from ..vision_config import DEFAULT_ENCODER, VisionConfig
 from .family import Family, ImageLayout, in_one_run
 

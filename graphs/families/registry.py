@@ -47,7 +47,7 @@ _ORIGINAL = re.compile(r"Llava\w*ForCausalLM")  # of https://github.com/haotian-
 
 def supported() -> str:
     """Return the classes that can be read, and their parts."""
-    from ..config import DECODERS  # reads configs by this module
+    from ..text_config import DECODERS  # reads configs by this module
 
     names = ", ".join(family.architecture for family in FAMILIES.values())
     return f"{names}, with a decoder of type {', '.join(DECODERS)}"

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ..caches import ahead_name, ahead_of, cache_names
-from ..config import TextConfig
 from ..contract import BY_LAYER, PADDING_ORDER, injected_of, row_readings
 from ..parts import StagePart
 from ..plan.plan import StagePlan
 from ..plan.routing import Routing
 from ..precision import NO_FALLBACK, Fp32Fallback
+from ..text_config import TextConfig
 from .layer import Ahead, Cache, DecoderLayer, Linear, Norm
 from .ops import Eager, Scales
 from .rope import Rotary

@@ -8,8 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import TextConfig
 from ..errors import PromptError
+from ..text_config import TextConfig
 from .vision import activate
 
 PROJECTOR = "mm_projectors"

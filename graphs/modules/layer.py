@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..config import TextConfig
 from ..plan.routing import Routing
+from ..text_config import TextConfig
 from .ops import Eager, Gate, Scales, View
 from .routers.route import Route, added, taken
 from .routers.router import make_router
@@ -62,10 +62,19 @@ class KeyValues(nn.Module):
         if values:
             self.v_proj = Linear(ops, text.hidden, kv_width, text.attention_bias)
             self.register_parameter("value_scale", None)
+        # Of each head, before it turns.
+        norms = text.qk_norm
+        self.q_norm = Norm(ops, text.head_dim, text.rms_eps) if norms and queries else None
+        self.k_norm = Norm(ops, text.head_dim, text.rms_eps) if norms else None
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return rotated queries (B, H, Q, d); x: (B*Q, D); cos, sin: (B, Q, d/2)."""
+        made = _heads(self.ops, self.q_proj(x), cos, self.text.head_dim, self.q_norm)
+        return self.ops.rotate(made, cos, sin)
 
     def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Return rotated keys (B, G, Q, d); x: (B*Q, D); cos, sin: (B, Q, d/2)."""
-        made = _heads(self.ops, self.k_proj(x), cos, self.text.head_dim)
+        made = _heads(self.ops, self.k_proj(x), cos, self.text.head_dim, self.k_norm)
         return self.ops.rotate(made, cos, sin)
 
     def values(self, x: Tensor, cos: Tensor) -> Tensor:
@@ -108,7 +117,7 @@ class Attention(KeyValues):
             visible = self.ops.take(view.visible[:, 0], route.picked)
             view = view._replace(visible=visible[:, None])
             turns = self.ops.take(cos, route.picked), self.ops.take(sin, route.picked)
-        q = self.ops.rotate(_heads(self.ops, self.q_proj(asks), turns[0], width), *turns)
+        q = self.queries(asks, *turns)
         k, v = self.keys(x, cos, sin), self.values(x, cos)
         out, keys, values = self.ops.cached_attention(q, k, v, cache, view, gate, self.scales)
         shape = (turns[0].shape[0] * turns[0].shape[1], self.text.heads * width)
@@ -126,13 +135,20 @@ class AheadAttention(KeyValues):
 
     def forward(self, x, cos, sin, key: Tensor | None, view: View) -> tuple[Tensor, Tensor]:
         """Return rotated queries (B, H, Q, d) and the cache; x: (B*Q, D); cos: (B, Q, d/2)."""
-        q = self.ops.rotate(_heads(self.ops, self.q_proj(x), cos, self.text.head_dim), cos, sin)
+        q = self.queries(x, cos, sin)
         return q, self.ops.keep(key, self.keys(x, cos, sin), self.key_scale, view)
 
 
-def _heads(ops: Eager, projected: Tensor, like: Tensor, width: int) -> Tensor:
-    """Return (B, heads, Q, d) of projections (B*Q, heads*d); like: (B, Q, ...)."""
-    shape = (*like.shape[:2], projected.shape[-1] // width, width)
+def _heads(
+    ops: Eager, projected: Tensor, like: Tensor, width: int, norm: Norm | None = None
+) -> Tensor:
+    """Return (B, heads, Q, d) of projections (B*Q, heads*d), perhaps normalised by head; like:
+    (B, Q, ...).
+    """
+    heads = projected.shape[-1] // width
+    shape = (*like.shape[:2], heads, width)
+    if norm is not None:
+        projected = norm(ops.reshape(projected, (projected.shape[0] * heads, width)))
     return ops.reshape(projected, shape, like).transpose(1, 2)
 
 

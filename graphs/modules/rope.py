@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama import LlamaConfig
 
-from ..config import TextConfig
+from ..text_config import TextConfig
 
 
 def frequencies(text: TextConfig) -> tuple[Tensor, float]:
@@ -32,10 +32,22 @@ def frequencies(text: TextConfig) -> tuple[Tensor, float]:
 
 
 def turn(
-    inverse: Tensor, scaling: float, positions: Tensor, dtype: torch.dtype
+    inverse: Tensor,
+    scaling: float,
+    positions: Tensor,
+    dtype: torch.dtype,
+    axis: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines (B, Q, d/2) of positions (B, Q), computed in FP32, then rounded."""
-    angles = positions[:, :, None].float() * inverse
+    """Return cosines and sines (B, Q, d/2), computed in FP32, then rounded.
+
+    positions: (B, Q), or (B, Q, A), of which each frequency turns by that of ``axis`` (d/2,).
+    """
+    if positions.ndim == 2:
+        positions = positions[:, :, None]
+    else:
+        assert axis is not None
+        positions = torch.index_select(positions, 2, axis)
+    angles = positions.float() * inverse
     return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
 
 
@@ -47,7 +59,13 @@ class Rotary(nn.Module):
         self.kind: tuple = (text,)
         inverse, self.scaling = frequencies(text)
         self.register_buffer("inverse_frequencies", inverse, persistent=False)
+        axis = torch.tensor(text.rope.axis) if text.rope.sections else None
+        self.register_buffer("axis", axis, persistent=False)
 
     def forward(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines (B, Q, d/2), in the type of the rows (B, Q, D)."""
-        return turn(self.inverse_frequencies, self.scaling, positions, rows.dtype)
+        """Return cosines and sines (B, Q, d/2), in the type of the rows (B, Q, D).
+
+        positions: (B, Q) where they are the same on all axes, or (B, Q, A).
+        """
+        given = (self.inverse_frequencies, self.scaling, positions, rows.dtype, self.axis)
+        return turn(*given)

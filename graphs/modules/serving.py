@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from ..caches import ahead_of
-from ..config import TextConfig
 from ..contract import injected_of
 from ..parts import StagePart
 from ..plan.plan import StagePlan
+from ..text_config import TextConfig
 from .decoder import Call, Inject
 from .layer import ServingLayer
 from .ops import Eager

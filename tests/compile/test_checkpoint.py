@@ -84,6 +84,7 @@ def test_layouts_and_shards_hold_the_same_model(tmp_path, options, encoder):
         {"encoder": "siglip", "layout": "new"},
         {"attention_bias": True, "mlp_bias": True},
         {"model_type": "qwen2", "kv_heads": 2},
+        {"model_type": "qwen3", "kv_heads": 2, "head_dim": 24},
         {"model_type": "mistral", "sliding_window": None, "head_dim": 8},
     ],
 )
@@ -118,8 +119,9 @@ def test_all_spellings_in_circulation_are_known(name, ours):
     assert canonical(name) == ours
 
 
-def test_groups_of_linear_layers_have_the_shapes_of_the_modules(toy):
-    config = open_checkpoint(str(toy)).config
+@pytest.mark.parametrize("options", [{}, {"model_type": "qwen3", "head_dim": 24}])
+def test_groups_of_linear_layers_have_the_shapes_of_the_modules(tmp_path, options):
+    config = opened(make_checkpoint(tmp_path, **options)).config
     shapes = tensor_shapes(config)
     for group in linear_groups(config):
         for name, outputs in zip(group.linears, group.outputs, strict=True):

@@ -10,9 +10,9 @@ from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.texts import text_facts
 from visistage.graphs.bundle import MANIFEST
-from visistage.graphs.config import TextConfig
 from visistage.graphs.errors import ModelError, PromptError, VisistageError
 from visistage.graphs.progress import Progress
+from visistage.graphs.text_config import TextConfig
 from visistage.runtime.session import load
 from visistage.runtime.text.generation import GenerationRules
 from visistage.runtime.text.prompt import PromptEncoder

@@ -33,6 +33,7 @@ VARIANTS = {
         }
     },
     "biases": {"attention_bias": True},
+    "qwen3": {"model_type": "qwen3", "kv_heads": 2, "head_dim": 24, "scale": 1.6},
 }
 
 

@@ -7,9 +7,10 @@ import json
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from visistage.graphs.config import ModelConfig, Rope, TextConfig
+from visistage.graphs.config import ModelConfig
 from visistage.graphs.errors import ModelError
 from visistage.graphs.families.registry import with_budget
+from visistage.graphs.text_config import DECODERS, Rope, TextConfig
 from visistage.graphs.vision_config import VisionConfig
 from visistage.tests.support.toy import make_config
 
@@ -86,7 +87,7 @@ def test_an_empty_llava_has_the_encoder_of_llava_1_5():
     assert config.vision == ModelConfig.from_hf(PUBLISHED).vision
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", [*DECODERS])
 @pytest.mark.parametrize(
     "given",
     [
@@ -100,6 +101,8 @@ def test_decoder_defaults_are_those_of_transformers(family, given):
 
     if family == "mistral" and None in given.values():
         pytest.skip("transformers refuses null there")
+    if DECODERS[family].axes == "chunked" and given:
+        pytest.skip("heads of another width need sections of their own")
     data = {**given, "sliding_window": None}
     theirs = AutoConfig.for_model(family, **data)
     ours = TextConfig.from_hf({"model_type": family, **data})
@@ -116,10 +119,66 @@ def test_decoder_defaults_are_those_of_transformers(family, given):
         "activation": "hidden_act",
     }
     for mine, name in pairs.items():
-        assert getattr(ours, mine) == getattr(theirs, name), name
-    assert ours.head_dim == theirs.hidden_size // theirs.num_attention_heads
+        if name != "tie_word_embeddings" or hasattr(theirs, name):
+            assert getattr(ours, mine) == getattr(theirs, name), name
+    width = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert ours.head_dim == width
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
-    assert (ours.attention_bias, ours.output_bias) == (family == "qwen2", False)
+    assert (ours.attention_bias, ours.output_bias) == (family.startswith("qwen2"), False)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_tensors_of_a_decoder_are_those_of_transformers(family):
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from visistage.compile.checkpoint.names import decoder_shapes
+
+    data = {
+        "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
+    }  # fmt: skip
+    if family == "qwen2":
+        data["head_dim"] = 12
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **data))
+    ours = decoder_shapes(TextConfig.from_hf({"model_type": family, **data}))
+    assert ours == {name: tuple(p.shape) for name, p in theirs.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("family", "sections"),
+    [
+        ("qwen3_vl_text", [24, 20, 20]),
+        ("qwen2_vl_text", [16, 24, 24]),
+        ("qwen3_vl_text", [4, 2, 2]),
+    ],
+)
+def test_each_frequency_reads_the_axis_that_transformers_has_for_it(family, sections):
+    import torch
+    from transformers.models.qwen2_vl import modeling_qwen2_vl as chunked
+    from transformers.models.qwen3_vl import modeling_qwen3_vl as interleaved
+
+    width = 2 * sum(sections)
+    data = {
+        "model_type": family, "head_dim": width, "hidden_size": 2 * width,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+        "rope_scaling": {"type": "mrope", "mrope_section": sections, "mrope_interleaved": True},
+    }  # fmt: skip
+    rope = TextConfig.from_hf(data).rope
+    at = torch.arange(3.0)[:, None, None, None].expand(3, 1, 1, sum(sections))
+    module = interleaved if family == "qwen3_vl_text" else chunked
+    name = "Qwen3VLTextRotaryEmbedding" if module is interleaved else "Qwen2VLRotaryEmbedding"
+    theirs = getattr(module, name).__new__(getattr(module, name))
+    torch.nn.Module.__init__(theirs)
+    theirs.mrope_section = sections
+    wanted = theirs.recomposition_frequencies(at.clone())[0, 0, : sum(sections)]
+    assert rope.axis == tuple(wanted.int().tolist())
+    assert rope.axes == 3
+    assert Rope.from_dict(rope.to_dict()) == rope
+
+
+def test_sections_of_a_rope_must_fill_a_head():
+    data = {"model_type": "qwen3_vl_text", "head_dim": 16}
+    with pytest.raises(ModelError, match=r"mrope_section is .24, 20, 20., expected a sum of 8"):
+        TextConfig.from_hf(data)
 
 
 @pytest.mark.parametrize("family", ["clip_vision_model", "siglip_vision_model"])

@@ -5,7 +5,6 @@ import pytest
 import torch
 from visistage.graphs.caches import ahead_of, part_caches
 from visistage.graphs.chain import torch_reference as chain
-from visistage.graphs.config import TextConfig
 from visistage.graphs.contract import stage_spec
 from visistage.graphs.errors import PlanError
 from visistage.graphs.modules.layer import Ahead
@@ -19,6 +18,7 @@ from visistage.graphs.plan.plan import StagePlan
 from visistage.graphs.plan.stages import Edge
 from visistage.graphs.presets.matching import matched_plan
 from visistage.graphs.presets.presets import parse_request, preset
+from visistage.graphs.text_config import TextConfig
 
 from ..support import neighbours
 from ..support.neighbours import LAYERS, NEW, VISUAL, Prompt

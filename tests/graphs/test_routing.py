@@ -9,7 +9,6 @@ from visistage.compile.planfile import plan_from_yaml, plan_to_yaml
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.chain.chain import Chain
 from visistage.graphs.chain.rows import AppendedRows
-from visistage.graphs.config import TextConfig
 from visistage.graphs.errors import ModelError, PlanError
 from visistage.graphs.modules.ops import Eager
 from visistage.graphs.modules.routers.router import Rivals, make_router
@@ -17,6 +16,7 @@ from visistage.graphs.plan.plan import StagePlan
 from visistage.graphs.plan.routing import ROUTERS, Routing, is_router
 from visistage.graphs.plan.stages import Frozen
 from visistage.graphs.presets.presets import parse_request, preset
+from visistage.graphs.text_config import TextConfig
 from visistage.tests.support.routed_llama import RIGHT, RoutedLlama, Rules, weights_of
 
 LAYERS, N, START, LENGTH, STEPS = 5, 9, 4, 21, 8

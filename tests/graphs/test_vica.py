@@ -6,7 +6,6 @@ import torch
 from visistage.compile.planfile import plan_from_yaml, plan_to_yaml
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.chain.chain import Chain
-from visistage.graphs.config import TextConfig
 from visistage.graphs.contract import serve_spec
 from visistage.graphs.errors import PlanError
 from visistage.graphs.modules.layer import ServingLayer
@@ -15,6 +14,7 @@ from visistage.graphs.plan.cost import LLAVA_7B, LLAVA_13B, dense_cost, plan_cos
 from visistage.graphs.plan.plan import StagePlan
 from visistage.graphs.plan.stages import Edge, Frozen, Stage
 from visistage.graphs.presets.presets import parse_request, preset
+from visistage.graphs.text_config import TextConfig
 
 from ..support import neighbours
 from ..support.neighbours import LAYERS, NEW, VISUAL, Prompt

@@ -180,6 +180,8 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
                 found[f"model.layers.{layer}.{name}.bias"] = (out,)
         for name in ("input_layernorm", "post_attention_layernorm"):
             found[f"model.layers.{layer}.{name}.weight"] = (text.hidden,)
+        for name in ("q_norm", "k_norm") if text.qk_norm else ():
+            found[f"model.layers.{layer}.self_attn.{name}.weight"] = (text.head_dim,)
     return found | {
         "model.norm.weight": (text.hidden,),
         "lm_head.weight": (text.vocab, text.hidden),
