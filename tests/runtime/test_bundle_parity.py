@@ -122,6 +122,18 @@ def test_lowerings_and_the_torch_chain_agree(checkpoint, bundles, plan):
     assert len(set(tokens)) >= 8
 
 
+def test_a_decoder_with_norms_by_head_answers_alike_in_every_lowering(tmp_path):
+    shape = {"model_type": "qwen3", "head_dim": 24, "kv_heads": 2, "scale": 1.6}
+    path = toy.make_checkpoint(tmp_path / "toy", layers=8, **shape)
+    prompt, image = "What is shown in this image?", picture(8)
+    for target in ("cpu", "cpu-portable"):
+        bundle = make_bundle(str(path), out=tmp_path / target, plan="visipruner", target=target)
+        with load(bundle.path) as session:
+            tokens = answer(session, image, prompt)
+            assert tokens == torch_tokens(path, session, image, prompt)
+            assert len(set(tokens)) >= 8
+
+
 PROBING = [name for name in PLANS if name in ("code", "paper", "adaptive")]
 
 
