@@ -28,7 +28,7 @@ REBUILD = "The file is damaged or from another visistage: build the bundle again
 
 @dataclass(frozen=True)
 class Decoder:
-    """What a decoder's ``model_type`` says.
+    """Facts of a decoder that its ``model_type`` tells.
 
     Attributes:
         defaults: what transformers assumes for fields that config.json omits.
@@ -153,7 +153,7 @@ class Rope:
 
     @property
     def axis(self) -> tuple[int, ...]:
-        """Of each frequency the position that it turns by."""
+        """The position that each frequency turns by."""
         if not self.interleaved:
             return tuple(axis for axis, size in enumerate(self.sections) for _ in range(size))
         return tuple(
