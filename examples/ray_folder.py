@@ -5,7 +5,10 @@ prints a line of JSON for each: answers, or why an image cannot be read.
 """
 
 import json
+import os
 import sys
+
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on import: its ports are at 127.0.0.1
 
 import ray
 from visistage import runtime
@@ -27,7 +30,7 @@ class Answerer:
 
 
 bundle, folder, question = sys.argv[1:]
-ray.init(include_dashboard=False, _node_ip_address="127.0.0.1")
+ray.init(include_dashboard=False)
 files = ray.data.read_binary_files(folder, include_paths=True)
 answers = files.map(Answerer, fn_constructor_args=(bundle, question), concurrency=2, num_cpus=1)
 for row in answers.iter_rows():
