@@ -144,7 +144,7 @@ def stage_spec(
     ahead = part.ends(plan) and ahead_of(plan, part.stage) is not None
     inputs = [
         TensorSpec("rows", rows, ("B", "Q", text.hidden)),
-        TensorSpec("positions", "int32", ("B", "Q")),
+        _positions(text, "Q"),
         TensorSpec("order", "int32", ("B", "Q")),
         TensorSpec("slot_order", "int32", ("B", "S")),
         TensorSpec("write_index", "int64", ("B",)),
@@ -192,12 +192,18 @@ def serve_spec(
         for name in part_caches(plan, part)
     ]
     out = [TensorSpec("rows.out", rows, row.shape)] if inject else []
-    return GraphSpec((row, TensorSpec("positions", "int32", ("B", "Q")), *inject), (*out, *new))
+    return GraphSpec((row, _positions(text, "Q"), *inject), (*out, *new))
 
 
 def row_readings(plan: StagePlan, stage: int) -> tuple[str, ...]:
     """Return what ``stage`` hands out of its rows for the edge behind it (``ROW_READINGS``)."""
     return plan.edges[stage].selector.row_readings if probed(plan, stage) else ()
+
+
+def _positions(text: TextConfig, rows: int | str, ending: str = "") -> TensorSpec:
+    """Return the tensor of the positions of ``rows`` rows: of each one, or one on each axis."""
+    axes = (text.rope.axes,) if text.rope.axes > 1 else ()
+    return TensorSpec(f"positions{ending}", "int32", ("B", rows, *axes))
 
 
 def _injected(text: TextConfig, layer: int, rows: int | str, dtype: str) -> TensorSpec:
@@ -246,7 +252,7 @@ def select_spec(
         TensorSpec("query_order", "int32", ("B",)),
         TensorSpec("visual_slots", "int64", ("B", "N")),
         TensorSpec("rows", rows, ("B", "N", text.hidden)),
-        TensorSpec("positions", "int32", ("B", "N")),
+        _positions(text, "N"),
         TensorSpec("order", "int32", ("B", "N")),
         *scale_specs(text, dtype, cache),
     )
@@ -255,7 +261,7 @@ def select_spec(
         inputs=tuple(tensor for tensor in known if tensor.name in reads),
         outputs=(
             TensorSpec("rows.out", rows, ("B", edge.keep, text.hidden)),
-            TensorSpec("positions.out", "int32", ("B", edge.keep)),
+            _positions(text, edge.keep, ".out"),
             TensorSpec("order.out", "int32", ("B", edge.keep)),
             TensorSpec("scores", "float32", ("B", "N")),
         ),

@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 
 from ...graphs.chain.enter import entered_rows, positioned, positions_at
 from ...graphs.chain.executor import Encoded
-from ...graphs.chain.rows import AppendedRows, StageSlots, closed_up, places_in, row_kinds
+from ...graphs.chain.rows import AppendedRows, StageSlots, closed_up, on_axes, places_in, row_kinds
 from ...graphs.contract import PADDING_ORDER
 from ...graphs.errors import CapacityError, PromptError
 from ...graphs.modules.decoder import ROW_PIECES, Head, layer_controls
@@ -129,7 +129,7 @@ class PromptState:
             gains = stage_gains(facts, row_kinds(parts)) if facts.masked else None
             shared = head(
                 rows,
-                torch.from_numpy(np.concatenate([part.positions for part in parts], 1)),
+                torch.from_numpy(_positions(parts)),
                 torch.from_numpy(
                     # As queries, rows that only fill up see all, so that they stay finite.
                     np.minimum(np.concatenate([part.order for part in parts], 1), PADDING_ORDER)
@@ -328,13 +328,20 @@ class PromptState:
         return AppendedRows(
             True,
             torch.cat([segment.rows for segment in found], 1),
-            np.concatenate([segment.positions for segment in found], 1),
+            _positions(found),
             np.concatenate([segment.order for segment in found], 1),
             {
                 layer: torch.cat([segment.inject[layer] for segment in found], 1)
                 for layer in found[0].inject
             },
         )
+
+
+def _positions(parts: Sequence[AppendedRows]) -> np.ndarray:
+    """Return positions of parts (1, Q), or (1, Q, A) where any of them has several."""
+    own = [part.positions for part in parts]
+    axes = max((each.shape[2] for each in own if each.ndim == 3), default=1)
+    return np.concatenate([on_axes(each, axes) for each in own], 1)
 
 
 def _served_apart(parts: list[AppendedRows]) -> list[list[AppendedRows]]:

@@ -38,6 +38,7 @@ from .rows import (
     PrefilledPart,
     StageSlots,
     closed_up,
+    on_axes,
     places_in,
     row_kinds,
 )
@@ -209,7 +210,7 @@ class Chain:
         result = self.executor.append(
             stage,
             rows[0] if len(rows) == 1 else self.executor.concatenate(rows),
-            np.concatenate([part.positions for part in parts], 1),
+            self._positions(parts),
             # As queries, invisible rows see all, so that they stay finite.
             np.minimum(np.concatenate([part.order for part in parts], 1), PADDING_ORDER),
             slots.order,
@@ -253,10 +254,13 @@ class Chain:
         return AppendedRows(
             True,
             self.executor.concatenate([part.rows for part in parts]),
-            np.concatenate([part.positions for part in parts], 1),
+            self._positions(parts),
             np.concatenate([part.order for part in parts], 1),
             self._inject(stage, parts, on=True),
         )
+
+    def _positions(self, parts: Sequence[AppendedRows]) -> np.ndarray:
+        return np.concatenate([on_axes(part.positions, self.executor.axes) for part in parts], 1)
 
     def _inject(
         self, stage: int, parts: Sequence[AppendedRows], *, on: bool = False

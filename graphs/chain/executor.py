@@ -58,6 +58,10 @@ class Encoded(NamedTuple):
 class Executor(Protocol):
     """Runs graphs; one per back end."""
 
+    @property
+    def axes(self) -> int:
+        """Positions that a row has (``text_config.Rope.axes``)."""
+
     def ensure_slots(self, stage: int, slots: int) -> int:
         """Make room for at least ``slots`` slots, keeping what is there; returns the new size."""
 
@@ -73,6 +77,8 @@ class Executor(Protocol):
         inject: Mapping[int, Rows],
     ) -> StageResult:
         """Run one call of a stage (``contract.stage_spec``).
+
+        ``positions``: (B, Q), or (B, Q, A) where rows have several.
 
         ``by_layer``: those of ``contract.BY_LAYER`` that the stage takes. ``write_index``: (B,)
         where lanes of several prompts are decoded together (``lanes``).

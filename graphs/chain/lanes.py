@@ -17,7 +17,7 @@ from ..plan.gains import stage_gains
 from ..plan.gates import stage_gates
 from .chain import Chain
 from .executor import Executor, Rows
-from .rows import AppendedRows, row_kinds
+from .rows import AppendedRows, on_axes, row_kinds
 
 
 def decode_lanes(
@@ -58,7 +58,7 @@ def decode_lanes(
         result = executor.append(
             stage,
             segment.rows,
-            positions,
+            on_axes(positions, executor.axes),
             order,
             np.concatenate([lane.order for lane in slots]),
             first[0] if len(first) == 1 else np.array(first, np.int64),

@@ -21,7 +21,8 @@ from .executor import Rows, StageResult
 class AppendedRows:
     """Rows of one kind: a stretch of text, or the visual rows of one image.
 
-    positions: (B, Q) int32; order: (B, Q) int32, ``INVISIBLE`` where a row is left padding.
+    positions: (B, Q) int32, or (B, Q, A) where rows have several (``on_axes``); order: (B, Q)
+    int32, ``INVISIBLE`` where a row is left padding.
     inject: of visual rows, what is added to them, (B, Q, D) each, by the layer at whose input.
     prefix: whether it is text before the first image of its prompt. matched: (B, Q) bool, which
     visual rows the entry's selector matched; None: none, or not told apart.
@@ -117,6 +118,13 @@ class Prefilled:
     visual_tokens: list[int] = field(default_factory=list)
     decision: Decision | None = None
     selected_after: int | None = None
+
+
+def on_axes(positions: np.ndarray, axes: int) -> np.ndarray:
+    """Return positions as graphs take them: text stands at the same place on all of its axes."""
+    if axes == 1 or positions.ndim == 3:
+        return positions
+    return np.repeat(positions[..., None], axes, 2)
 
 
 def closed_up(offered: AppendedRows, count: int) -> np.ndarray:

@@ -81,6 +81,7 @@ class TorchExecutor:
         prepare: Callable[[torch.nn.Module], None] = lambda stage: None,
     ):
         self.text, self.plan, self.batch, self.fallback = text, plan, batch, fallback
+        self.axes = text.rope.axes
         self.embedding = weights["model.embed_tokens.weight"]
         self.stages = [
             DecoderStage(text, plan, part, Eager(), fallback) for part in whole_stages(plan)
@@ -236,6 +237,8 @@ def run(
     max_new_tokens: int = 0,
     entered: Sequence[Sequence[Sequence[int]]] | None = None,
     features: Sequence[Tensor] | None = None,
+    positions: np.ndarray | None = None,
+    inject: Mapping[int, Tensor] | None = None,
 ) -> ChainResult:
     """Run ``plan`` over embedded prompts.
 
@@ -253,6 +256,10 @@ def run(
             chooses; one that reads the rows and the vocabulary alone chooses where this is None.
         features: of a model that adds features within the decoder: for each of them (B, S, h), the
             encoder's, at the places of the visual rows; ``weights`` has the projectors.
+        positions: (B, S) of the rows, or (B, S, A) where the model's have several; None: their
+            places. Rows of the answer go on behind the last.
+        inject: what is added to visual rows, (B, S, D) each, by the layer at whose input; of a
+            model that projects its features to the decoder's width (``features``: of others).
 
     Raises:
         PlanError: the plan does not fit the model or the spans.
@@ -260,6 +267,8 @@ def run(
             not fit plan and spans.
     """
     text = _text_config(config)
+    if inject:
+        text = replace(text, inject=tuple(sorted(inject)))
     batch, length, _ = embeds.shape
     _check(plan, text, spans, batch, length)
     chosen = None
@@ -269,14 +278,16 @@ def run(
         entered = entered_patches(chosen)
     _check_entered(plan, spans, entered)
     if plan.probe is not None and batch > 1:
-        return _one_by_one(weights, config, embeds, spans, plan, max_new_tokens, entered, features)
+        given = (weights, config, embeds, spans, plan, max_new_tokens)
+        return _one_by_one(*given, entered, features, positions, inject)
     executor = TorchExecutor(text, plan, weights, batch)
     chain = Chain(plan, executor, batch)
     each: Sequence[Any] = entered or [None] * batch
     places = [_places(plan, length, *own) for own in zip(spans, each, strict=True)]
     matched = None if chosen is None else matched_rows(length, spans, chosen)
-    inject = injected_rows(weights, config, text, features)
-    whole, images = positioned(plan, segments(embeds, spans, places, inject, matched))
+    if not inject:
+        inject = injected_rows(weights, config, text, features)
+    whole, images = _placed(plan, segments(embeds, spans, places, inject, matched), positions)
     done = chain.prefill(whole)
     tokens, logits, chosen_by = [], done.logits, []
     following = whole[-1].order[:, -1:] + 1
@@ -286,7 +297,8 @@ def run(
         if step + 1 < max_new_tokens:
             at = following + step
             row = executor.embed(tokens[-1][:, None])
-            logits = chain.decode(AppendedRows(False, row, positions_at(plan, at, images), at))
+            behind = positions_at(plan, at, images) if positions is None else at - images
+            logits = chain.decode(AppendedRows(False, row, behind, at))
     at_edges = [[_seen(kept[sample]) for kept in done.kept] for sample in range(batch)]
     kept = [
         edges[-1] if edges else _all_visual(*own)
@@ -299,6 +311,24 @@ def run(
     return ChainResult(done.logits, kept, trigger, exit_, answers, steps, at_edges, gates)
 
 
+def _placed(
+    plan: StagePlan, prompt: Sequence[AppendedRows], positions: np.ndarray | None
+) -> tuple[list[AppendedRows], np.ndarray]:
+    """Return a prompt's segments at their positions, and by how much (B, 1) those of the answer lie
+    behind its orders.
+    """
+    if positions is None:
+        return positioned(plan, prompt)
+    out = []
+    for part in prompt:
+        own = np.where(part.order == INVISIBLE, 0, part.order)
+        index = own.reshape(own.shape + (1,) * (positions.ndim - 2))
+        at = np.take_along_axis(positions, index, 1).astype(np.int32)
+        out.append(replace(part, positions=at))
+    last = positions[:, -1:].reshape(len(positions), 1, -1).max(-1)
+    return out, prompt[-1].order[:, -1:] - last
+
+
 def _text_config(config: Mapping) -> TextConfig:
     """Read the decoder's config, with the layers at whose input features are added."""
     text = TextConfig.from_hf(dict(config))
@@ -307,7 +337,7 @@ def _text_config(config: Mapping) -> TextConfig:
 
 
 def _one_by_one(
-    weights, config, embeds, spans, plan, max_new_tokens, entered, features
+    weights, config, embeds, spans, plan, max_new_tokens, entered, features, positions, inject
 ) -> ChainResult:
     """Run prompts that may go different ways through the stages."""
     results = []
@@ -315,7 +345,9 @@ def _one_by_one(
         one = slice(i, i + 1)
         own = entered and entered[one]
         added = features and [whole[one] for whole in features]
-        arguments = (embeds[one], spans[one], plan, max_new_tokens, own, added)
+        at = None if positions is None else positions[one]
+        into = inject and {layer: whole[one] for layer, whole in inject.items()}
+        arguments = (embeds[one], spans[one], plan, max_new_tokens, own, added, at, into)
         results.append(run(weights, config, *arguments))
     return ChainResult(
         torch.cat([result.logits for result in results]),

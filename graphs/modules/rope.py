@@ -36,7 +36,7 @@ def turn(
     scaling: float,
     positions: Tensor,
     dtype: torch.dtype,
-    axis: Tensor | None = None,
+    axis: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """Return cosines and sines (B, Q, d/2), computed in FP32, then rounded.
 
@@ -45,8 +45,8 @@ def turn(
     if positions.ndim == 2:
         positions = positions[:, :, None]
     else:
-        assert axis is not None
-        positions = torch.index_select(positions, 2, axis)
+        places = torch.tensor(axis, device=positions.device)
+        positions = torch.index_select(positions, 2, places)
     angles = positions.float() * inverse
     return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
 
@@ -59,8 +59,7 @@ class Rotary(nn.Module):
         self.kind: tuple = (text,)
         inverse, self.scaling = frequencies(text)
         self.register_buffer("inverse_frequencies", inverse, persistent=False)
-        axis = torch.tensor(text.rope.axis) if text.rope.sections else None
-        self.register_buffer("axis", axis, persistent=False)
+        self.axis = text.rope.axis
 
     def forward(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines (B, Q, d/2), in the type of the rows (B, Q, D).

@@ -65,7 +65,8 @@ class Selector(nn.Module):
         text_queries: Tensor | None = None,
         text_order: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return kept rows (B, K, D), their positions and order (B, K), and all scores (B, N).
+        """Return kept rows (B, K, D), their positions (B, K) or (B, K, A), their order (B, K), and
+        all scores (B, N).
 
         What the score does not read may be None.
         """
@@ -76,13 +77,17 @@ class Selector(nn.Module):
         best = torch.topk(scores, self.keep, dim=1).indices
         # Ascending, to keep the order; as floats, because old TensorRT sorts nothing else.
         kept = torch.topk(best.float(), self.keep, dim=1, largest=False).values.long()
-        index = kept[:, :, None].expand(-1, -1, rows.shape[2])
         return (
-            torch.gather(rows, 1, index),
-            torch.gather(positions, 1, kept),
+            torch.gather(rows, 1, _along(kept, rows)),
+            torch.gather(positions, 1, _along(kept, positions)),
             torch.gather(order, 1, kept),
             scores,
         )
+
+
+def _along(index: Tensor, x: Tensor) -> Tensor:
+    """Return ``index`` (B, K) as ``torch.gather`` wants it for x (B, N) or (B, N, W)."""
+    return index if x.ndim == 2 else index[:, :, None].expand(-1, -1, x.shape[2])
 
 
 class Prober(nn.Module):

@@ -148,6 +148,11 @@ class PromptCalls:
     manifest: Manifest
     scales: list[dict[str, np.ndarray]]
 
+    @property
+    def axes(self) -> int:
+        """Positions that a row has."""
+        return self.manifest.config.text.rope.axes
+
     def cache(self, stage: int, name: str) -> Any:
         """Return a whole cache of ``stage``, by its input name."""
         raise NotImplementedError

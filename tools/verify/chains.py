@@ -98,7 +98,7 @@ class SteeredExecutor:
         self.inner, self.rule, self.forced = inner, rule, forced
         self.scores: list[Mapping[int, float]] = []
         self.readings: dict[int, ProbeReading] = {}
-        self.ensure_slots = inner.ensure_slots
+        self.axes, self.ensure_slots = inner.axes, inner.ensure_slots
         self.serve, self.append = inner.serve, inner.append
         self.concatenate, self.take = inner.concatenate, inner.take
 
