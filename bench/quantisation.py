@@ -124,7 +124,7 @@ def _again(made: Calibration, samples: Sequence, options: dict[str, Any]) -> Cal
     checkpoint = open_checkpoint("demo")
     texts = text_facts(checkpoint)
     preprocessing = Preprocessing.from_dict(texts.preprocessing)
-    prompts, _ = prepare(samples, texts.encoder, preprocessing)
+    prompts, _ = prepare(samples, texts.encoder, preprocessing, checkpoint.config)
     found = collect(checkpoint, prompts, made.plan, texts.prefix_ids, **options)
     return replace(made, groups=found.groups, cache=found.cache, **options)
 

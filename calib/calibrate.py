@@ -71,7 +71,12 @@ def calibrate(
     with progress.step("read samples", len(samples)) as outcome:
         preprocessing = Preprocessing.from_dict(texts.preprocessing)
         prompts, unreadable = prepare(
-            samples, texts.encoder, preprocessing, progress.advance, _text_room(checkpoint, plan)
+            samples,
+            texts.encoder,
+            preprocessing,
+            checkpoint.config,
+            progress.advance,
+            _text_room(checkpoint, plan),
         )
         outcome.append(f"{len(prompts)} read, {len(unreadable)} unreadable")
     with progress.step("hash weights"):

@@ -17,15 +17,27 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from ..graphs.config import ModelConfig
 from ..graphs.errors import ImageError, PromptError
+from ..graphs.families.family import ImageLayout
 from ..graphs.progress import Advance, no_advance
-from ..runtime.image.image import load_image, pixel_key, preprocess
+from ..runtime.image.image import load_image, pixel_key
+from ..runtime.image.image import prepare as prepare_image
 from ..runtime.image.preprocessing import Preprocessing
 from ..runtime.text.prompt import PromptEncoder
 from .samples import Sample, reject_unreadable
 
-SamplePart = Sequence[int] | np.ndarray
-"""One stretch of a prompt: token ids, or pixel values (3, H, W) float32."""
+
+@dataclass(frozen=True, eq=False)
+class SampleImage:
+    """An image of a prompt: its pixels as the vision graph takes them, and its layout."""
+
+    pixels: np.ndarray
+    layout: ImageLayout
+
+
+SamplePart = Sequence[int] | SampleImage
+"""One stretch of a prompt: token ids, or an image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +58,16 @@ class SamplePrompt:
     digest: str = ""
 
     @property
+    def question(self) -> Sequence[int]:
+        """Ids of its last part."""
+        last = self.parts[-1]
+        assert not isinstance(last, SampleImage)
+        return last
+
+    @property
     def text_rows(self) -> int:
         """Rows of its texts and its answer."""
-        texts = (part for part in self.parts if not isinstance(part, np.ndarray))
+        texts = (part for part in self.parts if not isinstance(part, SampleImage))
         return sum(map(len, texts)) + len(self.answer_ids)
 
 
@@ -56,6 +75,7 @@ def prepare(
     samples: Iterable[Sample],
     encoder: PromptEncoder,
     preprocessing: Preprocessing,
+    config: ModelConfig,
     advance: Advance = no_advance,
     most_rows: int | None = None,
 ) -> tuple[list[SamplePrompt], list[tuple[str, str]]]:
@@ -65,6 +85,7 @@ def prepare(
         samples: read once, in their order.
         encoder: of the checkpoint.
         preprocessing: of the checkpoint.
+        config: the model's, which lays images out.
         advance: called after each sample.
         most_rows: text rows of a prompt and its answer that the model has room for; None: any.
 
@@ -80,9 +101,10 @@ def prepare(
         name = Path(sample.name).name
         try:
             image = load_image(sample.image)
-            pixels = preprocess(image, preprocessing)
-            key = pixel_key(image, preprocessing)
-            prompt = _prompt(name, sample.prompt, sample.answer, key, pixels, encoder)
+            layout = config.layout(image.height, image.width)
+            shown = SampleImage(prepare_image(image, preprocessing, layout), layout)
+            key = pixel_key(image, preprocessing, layout)
+            prompt = _prompt(name, sample.prompt, sample.answer, key, shown, encoder)
             if most_rows is not None and prompt.text_rows > most_rows:
                 raise PromptError(
                     f"prompt and answer take {prompt.text_rows} rows, the model has room for "
@@ -91,8 +113,8 @@ def prepare(
             prompts.append(prompt)
         except (ImageError, PromptError) as error:
             # Files travel, and so do their names; the folders of this machine do not.
-            shown = str(sample.image)
-            unreadable.append((name, str(error).replace(shown, Path(shown).name)))
+            file = str(sample.image)
+            unreadable.append((name, str(error).replace(file, Path(file).name)))
         advance(1)
     if not prompts:
         reject_unreadable(unreadable)
@@ -106,10 +128,10 @@ def order_hash(prompts: Iterable[SamplePrompt]) -> str:
 
 
 def _prompt(
-    name: str, text: str, answer: str, key: str, pixels: np.ndarray, encoder: PromptEncoder
+    name: str, text: str, answer: str, key: str, image: SampleImage, encoder: PromptEncoder
 ) -> SamplePrompt:
-    encoded = encoder.encode(text, images=1)
-    parts = tuple(pixels if segment.is_image else segment.ids for segment in encoded.segments)
+    encoded = encoder.encode(text, 1, [image.layout])
+    parts = tuple(image if segment.is_image else segment.ids for segment in encoded.segments)
     digest = hashlib.sha256(json.dumps([key, text, answer]).encode()).hexdigest()
     answer_ids = _answer_ids(encoded.text, answer.strip(), encoder.tokenizer)
     return SamplePrompt(name, parts, answer_ids, digest)

@@ -21,7 +21,7 @@ from ..graphs.modules.ops import Eager
 from ..graphs.modules.vision import Vision
 from ..graphs.progress import Advance, no_advance
 from ..runtime.image.preprocessing import Preprocessing
-from .sample_prompts import prepare
+from .sample_prompts import SampleImage, prepare
 from .samples import Sample
 
 READS = ("saliency", "vocabulary", "rows")
@@ -68,14 +68,14 @@ def frequent_words(
     """
     texts = text_facts(checkpoint)
     preprocessing = Preprocessing.from_dict(texts.preprocessing)
-    prompts, _ = prepare(samples, texts.encoder, preprocessing)
+    prompts, _ = prepare(samples, texts.encoder, preprocessing, checkpoint.config)
     vision = Vision(checkpoint.config, Eager(), readings=READS)
     load_weights(vision, {name: checkpoint.load(name).float() for name in vision.state_dict()})
     ids, lengths, attention = [], [], []
     for prompt in prompts:
-        (pixels,) = (part for part in prompt.parts if isinstance(part, np.ndarray))
+        (image,) = (part for part in prompt.parts if isinstance(part, SampleImage))
         with torch.no_grad():
-            saliency, nearest, rows = vision(torch.from_numpy(pixels[None]))
+            saliency, nearest, rows = vision(torch.from_numpy(image.pixels))
         ids.append(nearest[0].numpy())
         lengths.append(rows[0].norm(dim=-1).numpy())
         attention.append(saliency[0].numpy())

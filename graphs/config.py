@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .config_fields import (
     count,
+    divides,
     flag,
     reject_value,
     word,
@@ -70,6 +71,8 @@ class ModelConfig:
     fusion: Fusion = field(default=NO_FUSION, metadata={"omit": True})
     family: str = field(default="llava", metadata={"omit": True})
     limits: Limits = field(default=Limits(), metadata={"omit": True})
+    # Patches of blocks of this side become one visual token; normalised before the projector.
+    block: int = field(default=1, metadata={"omit": True})
 
     def __post_init__(self) -> None:
         count("image_token_index", self.image_token_id, self.text.vocab - 1, least=0)
@@ -84,6 +87,9 @@ class ModelConfig:
         word("vision_feature_select_strategy", self.select, ("default", "full"))
         word("projector_hidden_act", self.projector_activation, ACTIVATIONS)
         flag("multimodal_projector_bias", self.projector_bias)
+        count("downsample_ratio", self.block, 8)
+        edge = self.vision.image_size // self.vision.patch_size
+        divides("the block of downsample_ratio", self.block, "patches of a side", edge)
         if self.visual_tokens < 1:
             reject_value(
                 "vision_config.patch_size", self.vision.patch_size, "more than one visual token"
@@ -97,7 +103,8 @@ class ModelConfig:
     @property
     def feature_width(self) -> int:
         """Width of what the projector takes: means and states side by side."""
-        return self.vision.hidden * (len(self.fusion.means) + len(self.feature_layers))
+        states = len(self.fusion.means) + len(self.feature_layers)
+        return self.vision.hidden * states * self.block**2
 
     @property
     def encoder_depth(self) -> int:
@@ -127,7 +134,12 @@ class ModelConfig:
     @property
     def has_class_row(self) -> bool:
         """True where the encoder has a class token, which becomes no visual token."""
-        return self.vision.kind == "clip" and self.select == "default"
+        return self.vision.has_class_token and self.select == "default"
+
+    @property
+    def varies(self) -> bool:
+        """True where images differ in their rows: the vision graph takes one at a time."""
+        return self.limits != Limits()
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> ModelConfig:

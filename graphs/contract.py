@@ -47,6 +47,9 @@ ORT_LLM_SINCE = (1, 25)
 """First ONNX Runtime that runs opset 24 (Attention, TensorScatter), all lowerings' but
 ``portable``'s."""
 
+TILES = "tiles"
+"""Symbol of the tiles of an image, where the vision graph takes several."""
+
 SYMBOLS = {"visual": "N", "text": "T"}
 """Counts of the rows that a selection reads something of, by their kind (``ROW_READINGS``)."""
 
@@ -345,14 +348,15 @@ def vision_spec(
     Without an entry the projector is in it, and one row per visual token comes out. What is added
     to the rows within the decoder comes out with it, for all visual tokens.
     """
-    vision, tokens = config.vision, config.visual_tokens
+    vision, tokens = config.vision, "N" if config.varies else config.visual_tokens
     side, width = vision.image_size, config.feature_width
+    batch = 1 if config.varies else "B"
     outputs = {
         "similarity": TensorSpec("similarity", "float32", ("B", tokens, tokens)),
         "row_similarity": TensorSpec("row_similarity", "float32", ("B", tokens, tokens)),
         "vocabulary": TensorSpec("vocabulary", "int64", ("B", tokens, NEAREST_WORDS)),
         "rows": TensorSpec(
-            "visual_rows", fallback.rows_dtype(dtype), ("B", tokens, config.text.hidden)
+            "visual_rows", fallback.rows_dtype(dtype), (batch, tokens, config.text.hidden)
         ),
         "features": TensorSpec("features", dtype, ("B", tokens, width)),
         "class_row": TensorSpec("class_row", dtype, ("B", width)),
@@ -363,7 +367,11 @@ def vision_spec(
     if not config.has_class_row:
         names = tuple(name for name in names if name != "class_row")
     return GraphSpec(
-        inputs=(TensorSpec("pixels", "float32", ("B", vision.channels, side, side)),),
+        inputs=(
+            TensorSpec(
+                "pixels", "float32", (TILES if config.varies else "B", vision.channels, side, side)
+            ),
+        ),
         outputs=(
             *(outputs[name] for name in names),
             *(

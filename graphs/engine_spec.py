@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .bundle import ANY_CONTEXT, Manifest
 from .caches import SLOT_STEP, stage_slots
-from .contract import GraphSpec
+from .contract import TILES, GraphSpec
 from .parts import PROBE, serves_alone, stage_of
 
 DECODE_ROWS = 8
@@ -79,8 +79,15 @@ def _engine_spec(
     visual = stage.visual_tokens if stage else 0
     # A probe reads all visual rows first, and later the few that were kept.
     offered = (1 if graph == PROBE else visual, visual, most)
+    tiles = max(1, manifest.config.limits.most + 1)
     asked = (1, min(PREFILL_QUESTION_ROWS, most), most)
-    sizes: SymbolSizes = {"B": (1, 1, 1), "S": slots, "N": offered, "T": asked}
+    sizes: SymbolSizes = {
+        "B": (1, 1, 1),
+        "S": slots,
+        "N": offered,
+        "T": asked,
+        TILES: (1, tiles, tiles),
+    }
     if serves_alone(graph):  # rows of one image, or of several
         one = manifest.plan.stages[stage_of(graph)].visual_tokens
         profiles = [_profile(spec, sizes | {"Q": (1, one, max(one, *manifest.contexts))})]

@@ -1,12 +1,12 @@
-"""The vision side of a checkpoint's ``config.json``: a CLIP or SigLIP encoder, as frozen data."""
+"""The vision side of a checkpoint's ``config.json``: an encoder of square images, as data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .config_fields import MAX_LAYERS, count, divides, mapping, number, side, word
+from .config_fields import MAX_LAYERS, count, divides, flag, mapping, number, side, word
 from .errors import ModelError
 from .fields import show
 
@@ -27,9 +27,13 @@ DEFAULT_ENCODER = {  # what transformers builds where config.json has no vision_
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP or SigLIP vision encoder; sizes of images and patches are sides in pixels."""
+    """A vision encoder; sizes of images and patches are sides in pixels.
 
-    kind: Literal["clip", "siglip"]
+    ``internvit`` scales the updates of its layers. biased: its projections to queries, keys and
+    values. rms: its norms, and with qk_norm those of whole queries and keys, take no means.
+    """
+
+    kind: Literal["clip", "siglip", "internvit"]
     layers: int
     hidden: int
     intermediate: int
@@ -39,9 +43,15 @@ class VisionConfig:
     channels: int = 3
     eps: float = 1e-5
     activation: str = "quick_gelu"
+    biased: bool = field(default=True, metadata={"omit": True})
+    rms: bool = field(default=False, metadata={"omit": True})
+    qk_norm: bool = field(default=False, metadata={"omit": True})
 
     def __post_init__(self) -> None:
-        word("vision_config.kind", self.kind, tuple(ENCODERS.values()))
+        word("vision_config.kind", self.kind, (*ENCODERS.values(), "internvit"))
+        flag("vision_config.attention_bias", self.biased)
+        flag("vision_config.norm_type", self.rms)
+        flag("vision_config.use_qk_norm", self.qk_norm)
         count("vision_config.num_hidden_layers", self.layers, MAX_LAYERS)
         count("vision_config.hidden_size", self.hidden)
         count("vision_config.intermediate_size", self.intermediate)
@@ -65,8 +75,13 @@ class VisionConfig:
 
     @property
     def tokens(self) -> int:
-        """Rows of a hidden state: the patches and CLIP's class token. SigLIP has none."""
-        return self.patches + (self.kind == "clip")
+        """Rows of a hidden state: the patches and, but for SigLIP, a class token."""
+        return self.patches + self.has_class_token
+
+    @property
+    def has_class_token(self) -> bool:
+        """True where a token of no patch comes first."""
+        return self.kind != "siglip"
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> VisionConfig:

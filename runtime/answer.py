@@ -227,7 +227,7 @@ class Answer:
         for place in self.shown:
             image = DECODED.get(place.key)
             if image is not None:
-                sight = seen(image.image, image.preprocessing)
+                sight = seen(image.image, image.preprocessing, place.grid)
                 drawn = dimmed(sight, place.kept(self.plan.kept), place.grid.extent)
                 parts.append(f'<img src="{image_uri(drawn)}" style="max-height: 20em">')
         text = html.escape(self.text) or "<i>(empty)</i>"

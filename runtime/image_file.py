@@ -43,9 +43,10 @@ from .image_cache import CachedPrefix, HeldSlots
 from .opened_image import SAVE_AGAIN, SUFFIX, ImageOrigin
 from .reuse import Context, PromptImage, PromptPart, visual_rows
 
-FORMAT = "visistage image 1"
+FORMAT = "visistage image 2"
 MAX_HEADER_BYTES = 1 << 20
 _KEY = re.compile("[0-9a-f]{64}")
+_SIZE = re.compile("([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 """Type, as NumPy has it, and shape of every tensor of a file by its name."""
@@ -124,8 +125,12 @@ class SavedLayout:
         return np.concatenate([visual, text] if stage else [text, visual])
 
 
-def layout_of(bundle: Bundle, context: Context, opening: Sequence[PromptPart]) -> SavedLayout:
-    """Return what files of images hold for ``bundle``; ``opening``: a prompt up to its image."""
+def layout_of(
+    bundle: Bundle, context: Context, opening: Sequence[PromptPart], tokens: int
+) -> SavedLayout:
+    """Return what files of images of N ``tokens`` hold for ``bundle``; ``opening``: a prompt up to
+    its image.
+    """
     manifest = bundle.manifest
     plan, text = manifest.plan, manifest.config.text
     begin, rest = context.after_prefix(opening)
@@ -140,11 +145,11 @@ def layout_of(bundle: Bundle, context: Context, opening: Sequence[PromptPart]) -
         origin,
         begin=begin,
         text=context.text_rows_of(rest),
-        span=plan.span,
-        tokens=plan.visual_tokens,
+        span=plan.span_of(tokens),
+        tokens=tokens,
         layers=[stage.layers for stage in stages],
         caches=stage_caches(plan)[: len(stages)],
-        visual=visual_rows(plan, images=1)[: len(stages)],
+        visual=visual_rows(plan, [tokens])[: len(stages)],
         shape=(text.kv_heads, text.head_dim, text.hidden),
         cache_dtype=manifest.cache_dtype,
         rows_dtype=str(np.dtype(context.executor.rows_dtype)),
@@ -155,9 +160,14 @@ def layout_of(bundle: Bundle, context: Context, opening: Sequence[PromptPart]) -
 
 
 def write_image(
-    file: Path, layout: SavedLayout, key: str, encoded: Encoded, cached: CachedPrefix
+    file: Path,
+    layout: SavedLayout,
+    key: str,
+    size: tuple[int, int],
+    encoded: Encoded,
+    cached: CachedPrefix,
 ) -> None:
-    """Write a file in one step; arrays may be a device's.
+    """Write a file in one step, of a picture of a height and a width; arrays may be a device's.
 
     Raises:
         ImageError: it cannot be written, or has another suffix.
@@ -179,7 +189,8 @@ def write_image(
     for name, (dtype, shape) in wanted.items():
         arrays[name] = np.ascontiguousarray(given[name], np.dtype(dtype).newbyteorder("<"))
         assert arrays[name].shape == shape, (name, arrays[name].shape, shape)
-    told = {"format": FORMAT, "image": key, **asdict(layout.origin)}
+    pixels = f"{size[0]}x{size[1]}"
+    told = {"format": FORMAT, "image": key, "size": pixels, **asdict(layout.origin)}
     told["sha256"] = digest_of(told, arrays.values())
     spelt = {
         name: (DTYPES[dtype].safetensors or "", shape) for name, (dtype, shape) in wanted.items()
@@ -196,6 +207,19 @@ def write_image(
         raise ImageError(
             f"{file} cannot be written: {error.strerror or error}. Name another file"
         ) from error
+
+
+def saved_size(file: Path) -> tuple[int, int]:
+    """Return height and width of the picture that a file was made of.
+
+    Raises:
+        ImageError: it is no such file.
+    """
+    header = read_safetensors(file, ImageError, SAVE_AGAIN, MAX_HEADER_BYTES)
+    size = _SIZE.fullmatch(_checked_format(file, header).get("size", ""))
+    if size is None:
+        _refuse(file, "does not say the size of its picture")
+    return int(size[1]), int(size[2])
 
 
 def read_image(file: Path, layout: SavedLayout) -> tuple[str, Encoded, CachedPrefix]:
@@ -245,20 +269,22 @@ def read_image(file: Path, layout: SavedLayout) -> tuple[str, Encoded, CachedPre
 
 def _check_metadata(file: Path, header: Header, origin: ImageOrigin) -> dict[str, str]:
     """Return what the metadata says beside the hash, all of which must be as it is here."""
-    told = dict(header.metadata)
-    told.pop("sha256", None)
+    told = _checked_format(file, header)
     names = {field.name for field in fields(ImageOrigin)}
-    if told.get("format") != FORMAT or set(header.metadata) != {
-        "format",
-        "image",
-        "sha256",
-        *names,
-    }:
-        found = show(told.get("format", "no format"))
-        _refuse(file, f"is no image that this version saved: found {found}, expected {FORMAT!r}")
     if not _KEY.fullmatch(told["image"]):
         _refuse(file, f"has the key {show(told['image'])}, expected a SHA-256")
     ImageOrigin(**{name: told[name] for name in names}).check(file, origin)
+    return told
+
+
+def _checked_format(file: Path, header: Header) -> dict[str, str]:
+    """Return the metadata of a file that this version saved, beside its hash."""
+    told = dict(header.metadata)
+    told.pop("sha256", None)
+    names = {"format", "image", "size", *(field.name for field in fields(ImageOrigin))}
+    if told.get("format") != FORMAT or set(header.metadata) != {*names, "sha256"}:
+        found = show(told.get("format", "no format"))
+        _refuse(file, f"is no image that this version saved: found {found}, expected {FORMAT!r}")
     return told
 
 

@@ -17,12 +17,13 @@ from ..graphs.bundle import MANIFEST, Bundle
 from ..graphs.chain import enter
 from ..graphs.chain.executor import Encoded
 from ..graphs.errors import BundleError, ImageError, PromptError, TargetError
+from ..graphs.families.family import ImageLayout
 from .answer import DECODED
 from .backends.backend import Backend, BackendOptions
 from .backends.registry import find_backend
 from .image.image import MAX_PIXELS, Preprocessing, load_image, pixel_key, warm_up
 from .image_cache import ByteCache, default_cache_bytes
-from .image_file import SavedLayout, layout_of, read_image
+from .image_file import SavedLayout, layout_of, read_image, saved_size
 from .opened_image import SUFFIX, LoadedImage, Opened, OpenedImage, Source
 from .reuse import Context, PromptImage, PromptPart
 from .text.generation import GenerationRules
@@ -102,8 +103,8 @@ class LoadedBundle:
             )
         warm_up(self.preprocessing)
         enter.warm_up(manifest.plan, manifest.config)
-        vocab = manifest.config.text.vocab
-        self.encoder = PromptEncoder.from_files(bundle.path, manifest.text_files, vocab)
+        vocab, layout = manifest.config.text.vocab, manifest.config.layout(side, side)
+        self.encoder = PromptEncoder.from_files(bundle.path, manifest.text_files, vocab, layout)
         rules = GenerationRules.read(manifest.generation, vocab)
         self.sampling, self.eos, self.stops = rules.sampling, rules.eos, rules.stops
         self.executor: Backend = row.open(bundle, options)
@@ -128,12 +129,13 @@ class LoadedBundle:
         if isinstance(image, (str, os.PathLike)) and Path(image).suffix == SUFFIX:
             return self.read_image(image)
         if isinstance(image, LoadedImage):
-            image.origin.check(image.file, self.image_layout().origin)
+            image.origin.check(image.file, self.saved_layout(image.layout).origin)
         if isinstance(image, (OpenedImage, LoadedImage)):
             return image
         decoded = load_image(image, max_pixels=self.max_pixels)
-        key = pixel_key(decoded, self.preprocessing)
-        opened = OpenedImage(key, decoded, self.preprocessing)
+        layout = self.bundle.manifest.config.layout(decoded.height, decoded.width)
+        key = pixel_key(decoded, self.preprocessing, layout)
+        opened = OpenedImage(key, decoded, self.preprocessing, layout)
         if key not in self.visual_rows:
             _ = opened.pixels  # now, while preprocessing is what is timed
         return opened
@@ -165,12 +167,13 @@ class LoadedBundle:
         if encoded is None:
             vision = self.bundle.manifest.config.vision
             wanted = (vision.channels, vision.image_size, vision.image_size)
-            if opened.pixels.shape != wanted:  # the checkpoint's preprocessing crops nothing
+            found = opened.pixels.shape[1:]
+            if found != wanted:  # the checkpoint's preprocessing crops nothing
                 raise ImageError(
-                    f"the image is prepared as {opened.pixels.shape}, the vision encoder takes "
-                    f"{wanted}. Crop the image to a square"
+                    f"the image is prepared as {found}, the vision encoder takes {wanted}. Crop "
+                    "the image to a square"
                 )
-            encoded = executor.encode(opened.pixels[None], (opened.key,))
+            encoded = executor.encode(opened.pixels, (opened.key,), opened.layout.feeds)
             nbytes = sum(rows.nbytes for rows in (encoded.rows, *encoded.inject.values()))
             self.visual_rows.put(opened.key, encoded, nbytes)
         return encoded
@@ -182,12 +185,14 @@ class LoadedBundle:
 
     def prompt_parts(self, prompt: Question, opened: Sequence[Opened]) -> list[PromptPart]:
         """Return the token ids and images of a prompt in their order."""
-        return self.located(self.encoder.encode(prompt, images=len(opened)).segments, opened)
+        layouts = [image.layout for image in opened]
+        segments = self.encoder.encode(prompt, len(opened), layouts).segments
+        return self.located(segments, opened)
 
     def located(self, segments: Sequence[Segment], opened: Sequence[Opened]) -> list[PromptPart]:
         """Put the images into their places among ``segments``."""
         images = (
-            PromptImage(image.key, partial(self.encode_image, image), image.known)
+            PromptImage(image.key, partial(self.encode_image, image), image.layout, image.known)
             for image in opened
         )
         return [next(images) if segment.is_image else segment.ids for segment in segments]
@@ -198,17 +203,19 @@ class LoadedBundle:
         Raises:
             ImageError: the file is damaged, or was saved by another bundle.
         """
-        layout = self.image_layout()
-        key, encoded, cached = read_image(Path(file), layout)
-        known = self.context.opening_key(self._opening(key)), cached
-        return LoadedImage(key, Path(file), layout.origin, encoded, known)
+        size = saved_size(Path(file))
+        layout = self.bundle.manifest.config.layout(*size)
+        saved = self.saved_layout(layout)
+        key, encoded, cached = read_image(Path(file), saved)
+        known = self.context.opening_key(self._opening(key, layout)), cached
+        return LoadedImage(key, Path(file), saved.origin, size, layout, encoded, known)
 
-    def image_layout(self) -> SavedLayout:
-        """Return what a file of an image holds here."""
-        return layout_of(self.bundle, self.context, self._opening(""))
+    def saved_layout(self, layout: ImageLayout) -> SavedLayout:
+        """Return what a file of an image that is laid out so holds here."""
+        return layout_of(self.bundle, self.context, self._opening("", layout), layout.rows)
 
-    def _opening(self, key: str) -> list[PromptPart]:
+    def _opening(self, key: str, layout: ImageLayout) -> list[PromptPart]:
         """Return a prompt up to its image, whose rows are not asked for."""
         segments = self.encoder.image_segments()
-        image = PromptImage(key, lambda: Encoded(None, np.zeros((1, 0), np.int64)))
+        image = PromptImage(key, lambda: Encoded(None, np.zeros((1, 0), np.int64)), layout)
         return [*(part.ids for part in segments[:-1]), image]

@@ -13,8 +13,9 @@ from PIL import Image
 
 from ..graphs.chain.executor import Encoded
 from ..graphs.errors import ImageError
+from ..graphs.families.family import ImageLayout
 from ..graphs.fields import show
-from .image.image import Preprocessing, preprocess
+from .image.image import Preprocessing, prepare
 from .image_cache import CachedPrefix
 
 SUFFIX = ".safetensors"
@@ -30,11 +31,17 @@ class OpenedImage:
     key: str
     image: Image.Image
     preprocessing: Preprocessing
+    layout: ImageLayout
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the picture."""
+        return self.image.height, self.image.width
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """(3, H, W) float32, as the vision encoder takes them; made when first needed."""
-        return preprocess(self.image, self.preprocessing)
+        """Float32, as the vision graph takes them; made when first needed."""
+        return prepare(self.image, self.preprocessing, self.layout)
 
     def without_picture(self) -> OpenedImage:
         """Return the same for an engine alone: prepared, and the picture, which is larger, gone."""
@@ -79,12 +86,14 @@ class LoadedImage:
     """An image as it was computed before, without its pixels.
 
     ``encoded`` entered stage 0; ``known`` is what the stages made of them behind the tokens
-    that its key in the cache stands for.
+    that its key in the cache stands for. ``size``: height and width of the picture that it was.
     """
 
     key: str
     file: Path
     origin: ImageOrigin
+    size: tuple[int, int]
+    layout: ImageLayout
     encoded: Encoded
     known: tuple[str, CachedPrefix]
 

@@ -24,6 +24,7 @@ from ..graphs.chain.executor import Encoded, StageResult
 from ..graphs.chain.rows import AppendedRows, Prefilled, PrefilledPart
 from ..graphs.contract import INVISIBLE
 from ..graphs.errors import CapacityError
+from ..graphs.families.family import ImageLayout
 from ..graphs.plan.plan import StagePlan
 from ..graphs.selectors.edge import ROW_READINGS
 from .backends.backend import Backend
@@ -36,7 +37,8 @@ PATCHES_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class PromptImage:
-    """An image in a prompt: the key of its pixels, and a function for its rows that enter.
+    """An image in a prompt: the key of its pixels, a function for its rows that enter, and how all
+    its rows are laid out.
 
     ``known``: what the stages made of a prompt up to it, by its key (``Context.computed``), where
     that comes from a file.
@@ -44,6 +46,7 @@ class PromptImage:
 
     key: str
     encoded: Callable[[], Encoded]
+    layout: ImageLayout
     known: tuple[str, CachedPrefix] | None = None
 
 
@@ -86,7 +89,7 @@ class Context:
         self.current_key: str | None = None  # of the parts up to an image that the stages hold now
         self.patches: ByteCache[np.ndarray] = ByteCache(PATCHES_BYTES)  # of images by their key
         self.length = 0  # positions of the prompt and the answer so far, those of images included
-        self.images = 0  # of that prompt
+        self.images = 0  # positions of that prompt's images
         self.tail: list[int] = []  # ids of its text behind the last image, and of the answer
         self.prefix = bundle.manifest.prefix
         self.prefix_rows = 0  # rows of the prefix in the first slots of every stage
@@ -96,7 +99,11 @@ class Context:
         """Return how many positions a prompt takes: all its rows before pruning, unless the plan
         renumbers those that enter.
         """
-        return self.text_rows_of(parts) + self.chain.plan.span * len(_images(parts))
+        return self.text_rows_of(parts) + self._image_positions(parts)
+
+    def _image_positions(self, parts: Sequence[PromptPart]) -> int:
+        """Return how many positions the images of a prompt take."""
+        return sum(self.chain.plan.span_of(rows) for rows in image_rows(parts))
 
     def text_rows_of(self, parts: Sequence[PromptPart]) -> int:
         """Return how many rows of a prompt are text."""
@@ -111,7 +118,8 @@ class Context:
         for index in _images(parts):
             part, first = parts[index], self.positions_of(parts[:index])
             assert isinstance(part, PromptImage)
-            inside = (visual >= first) & (visual < first + self.chain.plan.span)
+            span = self.chain.plan.span_of(part.layout.rows)
+            inside = (visual >= first) & (visual < first + span)
             out.append((visual[inside], self._patches_of(part, visual[inside] - first)))
         return out
 
@@ -136,7 +144,7 @@ class Context:
     def slots_for(self, parts: Sequence[PromptPart], max_tokens: int) -> list[int]:
         """Return the slots that a prompt and its answer take in each stage."""
         text = self.text_rows_of(parts) + max_tokens
-        return [text + rows for rows in visual_rows(self.chain.plan, len(_images(parts)))]
+        return [text + rows for rows in visual_rows(self.chain.plan, image_rows(parts))]
 
     def advance(self, parts: Sequence[PromptPart]) -> None:
         """Bring every stage that is blind to questions to the end of the last image of ``parts``,
@@ -194,7 +202,7 @@ class Context:
         begin, rest = self.after_prefix(parts)
         done, stages = self._run(begin, rest)
         self.length = self.positions_of(parts)
-        self.images = len(_images(parts))
+        self.images = self._image_positions(parts)
         self.tail = tail_of(parts)
         for stage in range(stages, len(self.chain.slots)):
             self.chain.slots[stage].rewind(begin)
@@ -213,7 +221,7 @@ class Context:
         at = np.arange(self.length, self.length + len(ids), dtype=np.int32)[None]
         self.length += len(ids)
         self.tail += ids
-        return positions_at(self.chain.plan, at, self.chain.plan.span * self.images), at
+        return positions_at(self.chain.plan, at, self.images), at
 
     def go_on(self, ids: Sequence[int]) -> np.ndarray:
         """Make ``ids`` the text behind the last image, in every stage as it is: no edge selects
@@ -319,8 +327,7 @@ class Context:
 
     def _positions(self, order: np.ndarray, before: Sequence[PromptPart]) -> np.ndarray:
         """Return the positions of rows behind these parts."""
-        plan = self.chain.plan
-        return positions_at(plan, order, plan.span * len(_images(before)))
+        return positions_at(self.chain.plan, order, self._image_positions(before))
 
     def _suspend(
         self,
@@ -383,7 +390,7 @@ class Context:
 
     def _trim(self, stage: int, begin: int, parts: Sequence[PromptPart]) -> None:
         """Give up slots that an earlier prompt needed, if ``parts`` leave most of them free."""
-        visual = visual_rows(self.chain.plan, len(_images(parts)))
+        visual = visual_rows(self.chain.plan, image_rows(parts))
         text = begin + self.text_rows_of(parts)
         slots = self.chain.slots[stage]
         extra = visual[stage] + text if stage else self.chain.plan.stages[0].visual_tokens
@@ -456,9 +463,14 @@ class Context:
         return 0, []
 
 
-def visual_rows(plan: StagePlan, images: int) -> list[int]:
-    """Return the most visual rows that each stage may hold of a prompt with so many images."""
-    counts, arriving = [], plan.entering * images
+def image_rows(parts: Sequence[PromptPart]) -> list[int]:
+    """Return N of each image of a prompt."""
+    return [part.layout.rows for part in parts if isinstance(part, PromptImage)]
+
+
+def visual_rows(plan: StagePlan, images: Sequence[int]) -> list[int]:
+    """Return the most visual rows that each stage may hold of a prompt; ``images``: N of each."""
+    counts, arriving = [], sum(min(plan.entering, rows) for rows in images)
     for index, stage in enumerate(plan.stages):
         edge = plan.edges[index - 1] if index else None
         if edge is not None and edge.op in ("select", "drop"):

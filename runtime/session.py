@@ -150,7 +150,8 @@ class Session(LoadedBundle):
                     "itself"
                 )
             encoded = self.encode_image(opened)
-            write_image(Path(file), self.image_layout(), opened.key, encoded, cached)
+            saved = self.saved_layout(opened.layout)
+            write_image(Path(file), saved, opened.key, opened.size, encoded, cached)
 
     def load_image(self, file: str | os.PathLike) -> LoadedImage:
         """Read a file of ``save_image``: questions about it are answered as about the image, whose

@@ -17,7 +17,7 @@ from ..graphs.chain.rows import Prefilled
 from ..graphs.plan.cost import Geometry
 from .answer import Answer, ShownTokens, Timings, TokenLogprob, plan_facts
 from .image.overlay import Grid
-from .reuse import Context, PromptImage, PromptPart
+from .reuse import Context, PromptImage, PromptPart, image_rows
 from .text.detokenize import TextStream
 from .text.grammar import Grammar, biased
 from .text.sampling import Sampling, choose
@@ -118,10 +118,8 @@ class AnswerWriter:
         assert self.finish is not None
         total_ms, later = self._elapsed_ms(), len(self.tokens) - 1
         manifest, parts = self._model.bundle.manifest, self._request.parts
-        grid = Grid.of(manifest.config)
-        keys = [part.key for part in parts if isinstance(part, PromptImage)]
-        tokens_of_image = manifest.config.visual_tokens
-        offered, entered = tokens_of_image * len(keys), context.entered(parts)
+        images = [part for part in parts if isinstance(part, PromptImage)]
+        offered, entered = sum(image_rows(parts)), context.entered(parts)
         return Answer(
             text="".join(self._pieces).strip(),
             tokens=tuple(self.tokens),
@@ -142,8 +140,14 @@ class AnswerWriter:
                 entered=[int(at) for positions, _ in entered for at in positions],
             ),
             shown=tuple(
-                ShownTokens(key, positions, patches, tokens_of_image, grid)
-                for key, (positions, patches) in zip(keys, entered, strict=True)
+                ShownTokens(
+                    image.key,
+                    positions,
+                    patches,
+                    image.layout.rows,
+                    Grid.of(manifest.config, image.layout),
+                )
+                for image, (positions, patches) in zip(images, entered, strict=True)
             ),
             logprobs=None if self._request.logprobs is None else tuple(self._logprobs),
         )

@@ -143,7 +143,7 @@ def _submit(
     engine: Engine, request: ChatRequest, files: list[bytes], notify: Callable[[Ticket], None]
 ) -> tuple[Ticket, list[Box]]:
     """Decode a question's images and hand it to the engine."""
-    extent = Grid.of(engine.bundle.manifest.config).extent
+    config = engine.bundle.manifest.config
     opened, boxes = [], []
     for param, file in zip(request.places, files, strict=True):
         try:
@@ -152,7 +152,8 @@ def _submit(
             opened.append(image.without_picture())
         except ImageError as error:
             raise as_refusal(error, param) from error
-        boxes.append(seen_box(image.image.size, engine.preprocessing, extent))
+        grid = Grid.of(config, image.layout)
+        boxes.append(seen_box(image.image.size, engine.preprocessing, grid))
     try:
         ticket = engine.submit(opened, request.messages, notify=notify, **request.settings)
     except VisistageError as error:

@@ -23,7 +23,7 @@ from ...graphs.presets.presets import preset
 from ...graphs.progress import Progress
 from ..run import layerwise
 from ..run.collect_ranges import calibrated_ranges
-from ..sample_prompts import SamplePrompt
+from ..sample_prompts import SampleImage, SamplePrompt
 from ..samples import Sample
 from .candidates import Pricing
 from .choose import choose_plan
@@ -99,7 +99,7 @@ class Chooser:
             Geometry.of(config.text),
             config.visual_tokens,
             len(self.texts.prefix_ids),
-            round(np.mean([len(prompt.parts[-1]) for prompt in shown])),
+            round(np.mean([len(prompt.question) for prompt in shown])),
         )
         choice = choose_plan(
             dynamics,
@@ -175,6 +175,6 @@ def _shown(prompt: SamplePrompt) -> str:
     """Return a hash of the pixels that a prompt shows."""
     digest = hashlib.sha256()
     for part in prompt.parts:
-        if isinstance(part, np.ndarray):
-            digest.update(part.tobytes())
+        if isinstance(part, SampleImage):
+            digest.update(part.pixels.tobytes())
     return digest.hexdigest()

@@ -46,7 +46,7 @@ from ...graphs.modules.vision import Projection, Projector, Vision
 from ...graphs.plan.plan import StagePlan
 from ...graphs.progress import Advance, no_advance
 from ...graphs.quantization import CacheScheme
-from ..sample_prompts import SamplePrompt
+from ..sample_prompts import SampleImage, SamplePrompt
 from .prompt_state import ANSWER, ENCODER, TEXT, prompt_state
 
 
@@ -240,30 +240,35 @@ def _visual_rows(
 
     All images go through one piece of the vision encoder before the next is loaded.
     """
-    arrays = [part for prompt in prompts for part in prompt.parts if isinstance(part, np.ndarray)]
-    images = [torch.from_numpy(array)[None] for array in arrays]
+    images = [part for prompt in prompts for part in prompt.parts if isinstance(part, SampleImage)]
 
-    def through(module: Vision | Projection, given: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+    def through(module: Vision | Projection, *given: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
         stream = stream_of(module)
 
         def call(piece: nn.Module, *states: Sequence[Tensor]) -> Any:
-            counts = [config.vision.tokens] * len(images)
+            counts = [config.vision.tokens * image.layout.tiles for image in images]
             if isinstance(piece, Projector):
-                rows = config.visual_tokens if module is vision else plan.entering
-                counts = [rows] * len(images)
+                counts = [image.layout.rows for image in images]
+                if module is not vision:
+                    counts = [min(plan.entering, rows) for rows in counts]
             kinds = [np.full(count, ENCODER) for count in counts]
             with _loaded(stream, piece, observer, kinds) as run:
                 done = [run(*args) for args in zip(*states, strict=True)]
             return tuple(zip(*done, strict=True)) if isinstance(done[0], tuple) else done
 
-        return module.compose(call, given)
+        return module.compose(call, *given)
 
     if not images:
         return [[] for _ in prompts]
     vision = without_weights(lambda: Vision(config, Eager(), readings=vision_readings(plan)))
+    pixels = [torch.from_numpy(image.pixels) for image in images]
+    feeds = [
+        [torch.from_numpy(image.layout.feeds[name]) for image in images]
+        for name in images[0].layout.feeds
+    ]
     encoded = [
-        chosen_rows(config, plan, outputs, [hashlib.sha256(array).hexdigest()])
-        for array, *outputs in zip(arrays, *through(vision, images), strict=True)
+        chosen_rows(config, plan, outputs, [hashlib.sha256(image.pixels).hexdigest()])
+        for image, *outputs in zip(images, *through(vision, pixels, *feeds), strict=True)
     ]
     if projects_later(plan):
         projection = without_weights(lambda: Projection(config, Eager()))
@@ -271,7 +276,7 @@ def _visual_rows(
         encoded = [own._replace(rows=rows) for rows, own in zip(projected, encoded, strict=True)]
     each = iter(encoded)
     return [
-        [next(each) for part in prompt.parts if isinstance(part, np.ndarray)] for prompt in prompts
+        [next(each) for part in prompt.parts if isinstance(part, SampleImage)] for prompt in prompts
     ]
 
 

@@ -29,7 +29,7 @@ from ...graphs.plan.plan import StagePlan
 from ...graphs.plan.stages import Stage
 from ...graphs.selectors.edge import ROW_READINGS, Rows
 from ...graphs.text_config import TextConfig
-from ..sample_prompts import SamplePrompt
+from ..sample_prompts import SampleImage, SamplePrompt
 
 ENCODER, VISUAL, TEXT, ANSWER = range(4)
 """Kinds of rows: those of the vision encoder, and three in the decoder."""
@@ -382,23 +382,24 @@ def prompt_state(
         CapacityError: the prompt and its answer are longer than the context.
     """
     parts = list(prompt.parts)
-    if not parts or isinstance(parts[-1], np.ndarray):
+    if not parts or isinstance(parts[-1], SampleImage):
         raise PromptError(f"{prompt.name}: the prompt ends in an image. Ask something about it")
     begin, prefix = 0, tuple(prefix_ids)
-    known = not isinstance(parts[0], np.ndarray) and tuple(parts[0][: len(prefix)]) == prefix
+    head = parts[0]
     # Where a plan freezes rows before an image, those of a prompt without one are computed anew.
-    if known and (visual or not plan.freezes("prefix")):
-        begin = len(prefix)
-        parts[0] = parts[0][begin:]
+    if not isinstance(head, SampleImage) and (visual or not plan.freezes("prefix")):
+        begin = len(prefix) if tuple(head[: len(prefix)]) == prefix else 0
+        parts[0] = head[begin:]
 
     def embedded(ids: Sequence[int]) -> Tensor:
         return table[list(ids)].float()[None]
 
-    images, segments, at = iter(visual), [], begin
+    images, segments, sizes, at = iter(visual), [], [], begin
     for part in parts:
-        if isinstance(part, np.ndarray):
+        if isinstance(part, SampleImage):
             segments.append(entered_rows(plan, next(images), at))
-            at += plan.span
+            at += plan.span_of(part.layout.rows)
+            sizes.append(part.layout.rows)
         elif len(part):  # all of a text may have been prefix
             # An image follows the first text of a prompt that has any.
             opens = bool(visual) and not segments
@@ -413,7 +414,7 @@ def prompt_state(
             f"{prompt.name}: prompt and answer take {at} rows, the model's context is {max_rows}. "
             "Shorten them, or leave the sample out"
         )
-    segments, before = positioned(plan, segments)
+    segments, before = positioned(plan, segments, sizes)
     if answer is not None:
         answer = replace(answer, positions=positions_at(plan, answer.order, before))
     return PromptState(begin, segments, answer)

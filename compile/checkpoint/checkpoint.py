@@ -27,6 +27,7 @@ from ...graphs.commands import install
 from ...graphs.config import ModelConfig
 from ...graphs.dtypes import BY_SAFETENSORS
 from ...graphs.errors import MissingDependencyError, ModelError, nearest
+from ...graphs.families.registry import read_config
 from ...graphs.fields import show
 from ...graphs.plan.routing import Routing
 from ...graphs.progress import Advance, no_advance
@@ -209,7 +210,7 @@ def open_folder(folder: Path, *, name: str, origin: str) -> Checkpoint:
                 "quantise it here: --precision w4."
             )
     try:
-        config = ModelConfig.from_hf(raw)
+        config = read_config(raw, _image_processor(folder))
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
     others = {
@@ -218,6 +219,17 @@ def open_folder(folder: Path, *, name: str, origin: str) -> Checkpoint:
         if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt")
     }
     return Checkpoint(name, origin, folder, config, raw, read_tensors(folder, config), others)
+
+
+def _image_processor(folder: Path) -> Mapping[str, Any] | None:
+    """Return what a folder says of its image processor, if anything."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            data = read_checkpoint_json(folder / name)
+            data = data.get("image_processor", {}) if name.startswith("processor") else data
+            if isinstance(data, Mapping) and data:
+                return data
+    return None
 
 
 def _map(file: Path) -> mmap.mmap:

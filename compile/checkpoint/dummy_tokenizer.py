@@ -39,6 +39,14 @@ _TURNS = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 PROCESSORS: dict[str, dict[str, Any]] = {
     "clip": {
         "image_processor_type": "CLIPImageProcessor",
@@ -50,7 +58,32 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     },
+    "internvit": {
+        "image_processor_type": "GotOcr2ImageProcessor",
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "min_patches": 1,
+        "max_patches": 12,
+    },
 }
+TOKENS: dict[str, dict[str, str]] = {
+    "llava": {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "image_token": "<image>",
+    },
+    "internvl": {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "video_token": "<video>",
+    },
+}
+"""Special tokens of a family, by what they are; those with "image" or "video" are of processors."""
 
 
 def chat_template(system: str = "") -> str:
@@ -66,21 +99,23 @@ def write_text_files(
     Args:
         folder: an existing directory.
         config: the model; its vocabulary must hold 256 bytes and the specials.
-        specials: ids of ``<unk>``, ``<s>``, ``</s>``, ``<pad>`` and ``<image>``.
-        system: system sentence of the chat template, empty for none.
+        specials: ids of the family's special tokens, by their text.
+        system: system sentence of LLaVA's chat template, empty for none.
     """
     tokenizer = _tokenizer(config.text.vocab, specials)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(chat_template(system), encoding="utf-8")
+    llava = config.family == "llava"
+    template = chat_template(system) if llava else _CHATML
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    named = TOKENS[config.family]
+    extra = {role: token for role, token in named.items() if "image" in role or "video" in role}
+    ids = {f"{role}_id": specials[token] for role, token in named.items() if role not in extra}
     _write(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "pad_token": "<pad>",
-            "extra_special_tokens": {"image_token": "<image>"},
+            **{role: token for role, token in named.items() if role not in extra},
+            "extra_special_tokens": extra,
             "model_max_length": config.text.max_positions,
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,
@@ -88,14 +123,13 @@ def write_text_files(
     )
     _write(
         folder / "generation_config.json",
-        {
-            "bos_token_id": specials["<s>"],
-            "eos_token_id": specials["</s>"],
-            "pad_token_id": specials["<pad>"],
-            "do_sample": False,
-        },
+        {**{role: id_ for role, id_ in ids.items() if role != "unk_token_id"}, "do_sample": False},
     )
     _write(folder / "preprocessor_config.json", _preprocessor(config))
+    if not llava:
+        processor = {"processor_class": "InternVLProcessor"}
+        _write(folder / "processor_config.json", processor)
+        return
     _write(
         folder / "processor_config.json",
         {
@@ -144,13 +178,14 @@ def _tokenizer(vocab: int, specials: Mapping[str, int]) -> Tokenizer:
     ids = {word: index for word, index in zip(words, free, strict=False)} | dict(specials)
     ids |= {f"Ġw{index}": index for index in free}
     merges = [tuple(pair) for pair in learned["merges"]]
-    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>" if "<unk>" in ids else None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in specials])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", specials["<s>"])]
-    )
+    if "<s>" in specials:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", specials["<s>"])]
+        )
     return tokenizer
 
 

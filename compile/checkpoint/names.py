@@ -41,21 +41,23 @@ Shapes = dict[str, tuple[int, ...]]
 EMBEDDING = "model.embed_tokens.weight"
 HEAD_WEIGHT = "lm_head.weight"
 
-_PREFIXES = tuple(dict.fromkeys(pair for family in FAMILIES.values() for pair in family.prefixes))
-_VISION_MODEL = "vision_tower.vision_model."
+_ENCODER = "vision_tower."
 _FUSED = re.compile(r"(?:model\.)?(mm_projector_f|mm_projectors\.\d+)\.([02])\.")
 _WRAPPED = re.compile(r"(model\.layers\.\d+\.)block\.")
 
 
-def canonical(name: str) -> str:
-    """Return the canonical name of a tensor that a checkpoint calls ``name``."""
+def canonical(name: str, family: str = "llava") -> str:
+    """Return the canonical name of a tensor that a checkpoint of a family calls ``name``."""
     name = _FUSED.sub(_fused, name)
-    for prefix, ours in _PREFIXES:
+    for prefix, ours in FAMILIES[family].prefixes:
         if name.startswith(prefix):
             name = ours + name[len(prefix) :]
             break
     name = _WRAPPED.sub(r"\1", name)
-    return "vision_tower." + name[len(_VISION_MODEL) :] if name.startswith(_VISION_MODEL) else name
+    if name.startswith(_ENCODER):
+        for theirs, ours in FAMILIES[family].spellings:
+            name = name.replace(theirs, ours, 1)
+    return name
 
 
 def _fused(found: re.Match[str]) -> str:
@@ -63,9 +65,13 @@ def _fused(found: re.Match[str]) -> str:
     return f"{projector}.linear_{int(found[2]) // 2 + 1}."
 
 
-def published_name(name: str) -> str:
+def published_name(name: str, family: str = "llava") -> str:
     """Return a canonical name as published files spell it; the inverse of ``canonical``."""
-    for theirs, ours in (*FAMILIES["llava"].prefixes[:2], (_VISION_MODEL, "vision_tower.")):
+    if name.startswith(_ENCODER):
+        for theirs, ours in FAMILIES[family].spellings:
+            name = name.replace(ours, theirs, 1)
+        return name
+    for theirs, ours in FAMILIES[family].prefixes[:2]:
         if name.startswith(ours):
             return theirs + name[len(ours) :]
     return name
@@ -81,7 +87,8 @@ def tensor_shapes(config: ModelConfig, *, whole_encoder: bool = False) -> Shapes
         vision = Vision(config, Eager())
         if whole_encoder:
             encoder = VisionEncoder(config.vision, Eager(), config.vision.layers)
-            encoder.post_layernorm = nn.LayerNorm(config.vision.hidden)
+            if config.vision.kind != "internvit":
+                encoder.post_layernorm = nn.LayerNorm(config.vision.hidden)
             vision.vision_tower = encoder
     return _shapes(vision) | decoder_shapes(config.text)
 

@@ -42,7 +42,7 @@ def read_tensors(folder: Path, config: ModelConfig) -> dict[str, TensorInfo]:
     found: dict[str, TensorInfo] = {}
     spelled: dict[str, str] = {}
     for name, info in _stored(folder).items():
-        ours = canonical(name)
+        ours = canonical(name, config.family)
         if ours in found:
             raise ModelError(
                 f"{info.file} holds {ours} twice, as {spelled[ours]} and as {name}. Remove one, or "

@@ -42,7 +42,7 @@ except ImportError:  # not a public name: where torch has moved it, tracing take
 
 DOMAIN = "visistage"
 IR_VERSION = 10
-EXAMPLE_SIZES = {"B": 10007, "Q": 10009, "S": 10037, "N": 10039, "T": 10061}
+EXAMPLE_SIZES = {"B": 10007, "Q": 10009, "S": 10037, "N": 10039, "T": 10061, "tiles": 10067}
 """Sizes to trace with, as fake tensors that take no memory. Primes that no model has for a width,
 so that a size tells its symbol; above the largest K: a selection offers more than it keeps."""
 

@@ -54,7 +54,9 @@ def text_facts(checkpoint: Checkpoint) -> TextFacts:
         ModelError, PromptError: naming the file that is missing or damaged.
     """
     folder = checkpoint.path
-    encoder = PromptEncoder.from_files(folder, vocab=checkpoint.config.text.vocab)
+    side = checkpoint.config.vision.image_size
+    layout = checkpoint.config.layout(side, side)
+    encoder = PromptEncoder.from_files(folder, None, checkpoint.config.text.vocab, layout)
     if encoder.image_token_id != checkpoint.config.image_token_id:
         raise ModelError(
             f"{folder}: config.json says the image token is {checkpoint.config.image_token_id}, "
@@ -64,7 +66,6 @@ def text_facts(checkpoint: Checkpoint) -> TextFacts:
     preprocessing = Preprocessing.from_files(
         _optional(folder / "processor_config.json"), _optional(folder / "preprocessor_config.json")
     )
-    side = checkpoint.config.vision.image_size
     if preprocessing.output_size not in (None, (side, side)):
         raise ModelError(
             f"{folder}: images are preprocessed to {preprocessing.output_size}, the vision encoder "
@@ -78,7 +79,7 @@ def text_facts(checkpoint: Checkpoint) -> TextFacts:
     if tokenizer is not None:
         with TemporaryDirectory() as copy:
             _write(folder, files, tokenizer, Path(copy))
-            encoder = PromptEncoder.from_files(copy, vocab=vocab)
+            encoder = PromptEncoder.from_files(copy, None, vocab, layout)
     beyond = encoder.beyond(vocab)
     if beyond:
         first, token = beyond[0]

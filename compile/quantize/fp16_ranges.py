@@ -38,7 +38,7 @@ from ...graphs.parts import whole_stages
 from ...graphs.precision import HALF_MAX, SAFE_MAX, Fp32Fallback, Reason
 from ...graphs.presets.presets import preset
 from ...graphs.progress import Advance, no_advance
-from ...runtime.image.image import load_image, preprocess
+from ...runtime.image.image import load_image, prepare
 from ...runtime.image.preprocessing import Preprocessing
 from ...runtime.text.prompt import PromptEncoder
 from ..checkpoint.checkpoint import Checkpoint
@@ -121,6 +121,7 @@ def measure_ranges(
     vision_encoder = Streamed(checkpoint, vision, progress, OBSERVED, recorder.hook)
     pixels = range_images(config, Preprocessing.from_dict(texts.preprocessing))
     visual, *features = vision.compose(vision_encoder, pixels)
+    visual = visual.reshape(2, -1, visual.shape[-1])  # one tile each
 
     rows, order, chosen = _prompts(checkpoint, texts.encoder, visual)
     inject = {}
@@ -196,7 +197,10 @@ def range_images(config: ModelConfig, preprocessing: Preprocessing) -> Tensor:
     scene = load_image(RANGE_IMAGE).resize((side, side))
     down, across = np.indices((side, side)) // patch
     board = load_image(np.uint8(255) * ((down + across) % 2).astype(np.uint8))
-    return torch.from_numpy(np.stack([preprocess(i, preprocessing) for i in (scene, board)]))
+    layout = config.layout(side, side)
+    return torch.from_numpy(
+        np.concatenate([prepare(image, preprocessing, layout) for image in (scene, board)])
+    )
 
 
 def _prompts(

@@ -231,6 +231,8 @@ class Chain:
         visual = self._joined(stage + 1, [part.leaving for part in seen])
         if op == "carry":
             return visual
+        if op == "select" and visual.count < (self.plan.edges[stage].keep or 0):
+            return self._all_kept(visual, done)
         slots = _slot_numbers([(part.start, part.segment.count) for part in seen], self.batch)
         queries, query_order = parts[-1].result.queries, parts[-1].segment.order[:, -1]
         if op == "probe":
@@ -248,6 +250,13 @@ class Chain:
         if self.plan.positions == "renumbered":
             positions = closed_up(visual, positions.shape[1])
         return AppendedRows(True, kept.rows, positions, kept.order, inject)
+
+    def _all_kept(self, visual: AppendedRows, done: Prefilled) -> AppendedRows:
+        """Return rows that are fewer than a selection keeps: there is nothing to select."""
+        done.kept.append(visual.order)
+        if self.plan.positions != "renumbered":
+            return visual
+        return replace(visual, positions=closed_up(visual, visual.count))
 
     def _joined(self, stage: int, parts: Sequence[AppendedRows]) -> AppendedRows:
         """Return one segment, for ``stage``, from several of visual rows."""

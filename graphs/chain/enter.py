@@ -53,7 +53,7 @@ def chosen_by(entry: Entry, given: EncoderReadings) -> Entered:
     """Return what an entry lets in of an image."""
     selector = ENTRY_SELECTORS[entry.selector]
     more = {name: getattr(entry, name) for name in selector.takes}
-    return selector.choose(given, entry.keep, **more)
+    return selector.choose(given, min(entry.keep, given.patches), **more)
 
 
 def warm_up(plan: StagePlan, config: ModelConfig) -> None:
@@ -76,11 +76,14 @@ def positions_at(plan: StagePlan, order: np.ndarray, images: Any) -> np.ndarray:
 
 
 def positioned(
-    plan: StagePlan, segments: Sequence[AppendedRows]
+    plan: StagePlan, segments: Sequence[AppendedRows], sizes: Sequence[Any] = ()
 ) -> tuple[list[AppendedRows], np.ndarray]:
     """Return a prompt's segments at the positions that the plan has for them, and the orders (B, 1)
     that images take of it, for rows of the answer (``positions_at``).
+
+    ``sizes``: rows of each image, one number or (B, 1); by default the most that one has.
     """
+    rows_of = iter(sizes)
     out, images = [], np.zeros((len(segments[0].order), 1), np.int32)
     for segment in segments:
         order = segment.order
@@ -88,7 +91,8 @@ def positioned(
         out.append(replace(segment, positions=positions.astype(np.int32)))
         if segment.visual:
             real = (order != INVISIBLE).any(1, keepdims=True)
-            images = images + (plan.span * real).astype(np.int32)
+            span = np.minimum(plan.span, next(rows_of, plan.span))
+            images = images + (span * real).astype(np.int32)
     return out, images
 
 
@@ -110,7 +114,7 @@ def entered_rows(plan: StagePlan, image: Encoded, first: int) -> AppendedRows:
     patches = image.patches
     places = patches.clip(0)
     if plan.span != plan.visual_tokens:
-        places = np.broadcast_to(np.arange(plan.entering), patches.shape)
+        places = np.broadcast_to(np.arange(patches.shape[1]), patches.shape)
     positions = (first + places).astype(np.int32)
     order = np.where(patches == PADDING, INVISIBLE, positions).astype(np.int32)
     return AppendedRows(True, image.rows, positions, order, image.inject, matched=image.matched)

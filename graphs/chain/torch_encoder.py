@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -48,13 +49,15 @@ class TorchEncoder:
         pixels: Tensor,
         images: Sequence[str] = (ANY_IMAGE,),
         forced: Entered | None = None,
+        feeds: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> Encoded:
-        """Return what enters of pixels (B, C, H, W).
+        """Return what enters of pixels, as the vision graph takes them, with its other ``feeds``.
 
         ``images``: digests of what they show; ``forced``: what enters instead of the selector's own
         choice, where it merges none.
         """
-        outputs = self.vision.compose(direct, pixels)
+        more = [torch.from_numpy(value) for value in feeds.values()]
+        outputs = self.vision.compose(direct, pixels, *more)
         chosen = chosen_rows(self.config, self.plan, outputs, images, forced)
         if self.projection is None:
             return chosen

@@ -79,6 +79,7 @@ class Family:
         layout: returns how an image of a height and a width is laid out.
         most_rows: returns N of the largest image, what plans and slots are made for.
         prefixes: of tensor names: those in files, the longer ones first, and ours.
+        spellings: parts of names in the vision encoder, in files and here.
         limits: returns the limits that the image processor's file says; None: it has none.
         budgeted: returns the limits under which no image has more than so many rows; None: every
             image has as many, which no option changes.
@@ -90,5 +91,6 @@ class Family:
     layout: Callable[[ModelConfig, int, int], ImageLayout]
     most_rows: Callable[[ModelConfig], int]
     prefixes: tuple[tuple[str, str], ...]
+    spellings: tuple[tuple[str, str], ...] = (("vision_tower.vision_model.", "vision_tower."),)
     limits: Callable[[ModelConfig, Mapping[str, Any]], Limits] | None = None
     budgeted: Callable[[ModelConfig, int], Limits] | None = None

@@ -10,12 +10,13 @@ from ..config_fields import mapping, reject_value
 from ..errors import ModelError
 from ..fields import show
 from .family import Family
+from .internvl import INTERNVL
 from .llava import LLAVA
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAVA,)}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAVA, INTERNVL)}
 
 _STATES = (
     "most of its layers keep a running state instead of keys and values, and a plan has no way to "

@@ -1,4 +1,4 @@
-"""Pixels to visual rows: the CLIP or SigLIP encoder, the chosen hidden states, the projector.
+"""Pixels to visual rows: the encoder, the chosen hidden states, the projector.
 
 Only the layers up to the deepest chosen hidden state are built. Parameter names are the
 checkpoint's own. For a plan with an entry, the encoder hands out what its selector reads, and the
@@ -19,8 +19,10 @@ from ..precision import NO_FALLBACK, Fp32Fallback
 from ..selectors.entry import PROJECTED
 from ..vision_config import VisionConfig
 from .decoder import Call, direct
-from .layer import Linear
+from .layer import Linear, Norm
 from .ops import Eager
+
+_QK_EPS = 1e-6  # of transformers' class, whatever the config says
 
 
 def activate(name: str, x: Tensor) -> Tensor:
@@ -40,11 +42,14 @@ class EncoderAttention(nn.Module):
     def __init__(self, vision: VisionConfig, ops: Eager):
         super().__init__()
         self.heads, self.ops = vision.heads, ops
-        width = vision.hidden
-        self.q_proj = Linear(ops, width, width, bias=True)
-        self.k_proj = Linear(ops, width, width, bias=True)
-        self.v_proj = Linear(ops, width, width, bias=True)
+        width, biased = vision.hidden, vision.biased
+        self.q_proj = Linear(ops, width, width, bias=biased)
+        self.k_proj = Linear(ops, width, width, bias=biased)
+        self.v_proj = Linear(ops, width, width, bias=biased)
         self.out_proj = Linear(ops, width, width, bias=True)
+        self.normed = vision.qk_norm
+        if self.normed:
+            self.q_norm, self.k_norm = (Norm(ops, width, _QK_EPS) for _ in range(2))
 
     def forward(self, x: Tensor, batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return (B*T, D) for x: (B*T, D), and queries and keys (B, H, T, d)."""
@@ -53,7 +58,10 @@ class EncoderAttention(nn.Module):
             shape = (batch, tokens, self.heads, projected.shape[-1] // self.heads)
             return self.ops.reshape(projected, shape).transpose(1, 2)
 
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        query, key = self.q_proj(x), self.k_proj(x)
+        if self.normed:  # of the whole width, before it is cut into heads
+            query, key = self.q_norm(query), self.k_norm(key)
+        q, k, v = heads(query), heads(key), heads(self.v_proj(x))
         out = self.ops.attend(q, k, v, None)
         return self.out_proj(self.ops.reshape(out.transpose(1, 2), x.shape)), q, k
 
@@ -81,20 +89,25 @@ class EncoderLayer(nn.Module):
     def __init__(self, vision: VisionConfig, ops: Eager, reads: tuple[str, ...] = ()):
         super().__init__()
         self.ops, self.reads = ops, reads
-        self.has_class_token = vision.kind == "clip"
+        self.has_class_token, self.scaled = vision.has_class_token, vision.kind == "internvit"
         self.kind = (vision, ops.name, *reads)
         self.self_attn = EncoderAttention(vision, ops)
-        self.layer_norm1 = nn.LayerNorm(vision.hidden, eps=vision.eps)
+        self.layer_norm1 = _norm(vision, ops)
         self.mlp = EncoderMLP(vision, ops)
-        self.layer_norm2 = nn.LayerNorm(vision.hidden, eps=vision.eps)
+        self.layer_norm2 = _norm(vision, ops)
+        if self.scaled:
+            self.lambda_1, self.lambda_2 = (
+                nn.Parameter(torch.empty(vision.hidden)) for _ in range(2)
+            )
 
     def forward(self, states: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Return (B, T, D) for (B, T, D), and what is read of the attention behind it."""
         batch, tokens, width = states.shape
         x = self.ops.reshape(states, (batch * tokens, width))
         mixed, query, key = self.self_attn(self.layer_norm1(x), batch, tokens)
-        x = x + mixed
-        x = x + self.mlp(self.layer_norm2(x))
+        x = x + (self.lambda_1 * mixed if self.scaled else mixed)
+        update = self.mlp(self.layer_norm2(x))
+        x = x + (self.lambda_2 * update if self.scaled else update)
         out = self.ops.reshape(x, (batch, tokens, width))
         readings = []
         if "saliency" in self.reads:
@@ -102,6 +115,13 @@ class EncoderLayer(nn.Module):
         if "keys" in self.reads:
             readings.append(key.float().mean(1))
         return (out, *readings) if readings else out
+
+
+def _norm(vision: VisionConfig, ops: Eager) -> nn.Module:
+    """Return a norm of an encoder's layers."""
+    if vision.rms:
+        return Norm(ops, vision.hidden, vision.eps)
+    return nn.LayerNorm(vision.hidden, eps=vision.eps)
 
 
 def _saliency(query: Tensor, key: Tensor, has_class_token: bool) -> Tensor:
@@ -115,18 +135,20 @@ def _saliency(query: Tensor, key: Tensor, has_class_token: bool) -> Tensor:
 
 
 class Embeddings(nn.Module):
-    """Patches, the class token where the encoder has one (CLIP), and learned positions."""
+    """Patches, the class token where the encoder has one, and learned positions."""
 
     def __init__(self, vision: VisionConfig):
         super().__init__()
-        clip = vision.kind == "clip"
+        biased = vision.kind != "clip"
         self.patch_embedding = nn.Conv2d(
-            vision.channels, vision.hidden, vision.patch_size, vision.patch_size, bias=not clip
+            vision.channels, vision.hidden, vision.patch_size, vision.patch_size, bias=biased
         )
-        self.class_embedding = nn.Parameter(torch.empty(vision.hidden)) if clip else None
-        # Uninitialised, as ``Linear`` is: random numbers on a meta device load half of torch.
-        positions = torch.empty(vision.tokens, vision.hidden)
-        self.position_embedding = nn.Embedding(*positions.shape, _weight=positions)
+        # Shapes are the checkpoint's. Uninitialised, as ``Linear`` is: random numbers on a meta
+        # device load half of torch.
+        batched = (1,) if vision.kind == "internvit" else ()
+        first = torch.empty(*batched, *batched, vision.hidden)
+        self.class_embedding = nn.Parameter(first) if vision.has_class_token else None
+        self.position_embedding = Positions((*batched, vision.tokens, vision.hidden))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return (B, T, D) for pixels: (B, C, H, W)."""
@@ -136,6 +158,14 @@ class Embeddings(nn.Module):
             first = self.class_embedding.expand(pixels.shape[0], 1, -1)
             patches = torch.cat((first, patches), dim=1)
         return patches + weight
+
+
+class Positions(nn.Module):
+    """Learned positions of patches, a table under the checkpoint's name."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
 
 
 class Stem(nn.Module):
@@ -192,20 +222,45 @@ class Projector(nn.Module):
         super().__init__()
         self.wide, self.ops = wide, ops
         self.skip = _first_row(config) if whole else 0
-        self.kind = (config.projector_activation, self.skip, wide, ops.name)
+        self.block = config.block if whole else 1
+        self.merges, self.edge = config.varies, config.vision.image_size // config.vision.patch_size
+        self.kind = (
+            config.projector_activation,
+            self.skip,
+            wide,
+            ops.name,
+            self.block,
+            self.merges,
+        )
         self.activation = config.projector_activation
         width = config.feature_width if width is None else width
+        if config.block > 1:
+            self.layer_norm = nn.LayerNorm(width)
         self.linear_1 = Linear(ops, width, config.text.hidden, config.projector_bias)
         self.linear_2 = Linear(ops, config.text.hidden, config.text.hidden, config.projector_bias)
 
     def forward(self, *states: Tensor) -> Tensor:
-        """Return visual rows (B, N, D') for states (B, T, D) each."""
+        """Return visual rows (B, N, D') for states (B, T, D) each.
+
+        Where images differ in their tiles, these are the batch, and the rows those of one image.
+        """
         features = _side_by_side([state[:, self.skip :] for state in states])
+        if self.block > 1:
+            features = self._blocks(features)
         batch, tokens, width = features.shape
-        x = self.linear_1(self.ops.reshape(features, (batch * tokens, width)))
+        flat = self.ops.reshape(features, (batch * tokens, width))
+        x = self.linear_1(self.layer_norm(flat) if hasattr(self, "layer_norm") else flat)
         x = self.linear_2(activate(self.activation, x))
-        rows = self.ops.reshape(x, (batch, tokens, x.shape[-1]))
+        shape = (1, batch * tokens) if self.merges else (batch, tokens)
+        rows = self.ops.reshape(x, (*shape, x.shape[-1]))
         return rows.float() if self.wide else rows
+
+    def _blocks(self, features: Tensor) -> Tensor:
+        """Return (B, T / s^2, s^2 D): blocks of s x s patches row by row, as are those in each."""
+        side, edge = self.block, self.edge // self.block
+        batch, tokens, width = features.shape
+        cut = self.ops.reshape(features, (batch, edge, side, edge, side * width)).transpose(2, 3)
+        return self.ops.reshape(cut, (batch, tokens // side**2, side**2 * width))
 
 
 class Mean(nn.Module):

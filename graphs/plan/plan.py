@@ -203,6 +203,10 @@ class StagePlan:
         renumbered = self.entry is not None and self.entry.positions == "renumbered"
         return self.entering if renumbered else self.visual_tokens
 
+    def span_of(self, rows: int) -> int:
+        """Return the positions that an image of ``rows`` rows takes."""
+        return min(self.span, rows)
+
     @property
     def trigger(self) -> int | None:
         """t: the last layer with all visual tokens that entered (a selection that keeps all ends it

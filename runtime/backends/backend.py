@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -61,8 +62,14 @@ class Backend(Executor, Protocol):
     def padding(self, stage: int, count: int) -> int:
         """Return how many padding rows it wants before ``count`` rows of a question."""
 
-    def encode(self, pixels: np.ndarray, images: Sequence[str] = (ANY_IMAGE,)) -> Encoded:
-        """Return the visual rows that enter stage 0, of pixels (1, C, H, W) float32.
+    def encode(
+        self,
+        pixels: np.ndarray,
+        images: Sequence[str] = (ANY_IMAGE,),
+        feeds: Mapping[str, np.ndarray] = MappingProxyType({}),
+    ) -> Encoded:
+        """Return the visual rows that enter stage 0, of an image's pixels and other ``feeds`` as
+        the vision graph takes them.
 
         ``images``: the digest of what they show, by which a random choice is made.
         """

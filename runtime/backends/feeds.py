@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -172,16 +173,21 @@ class PromptCalls:
         """Take rows ``index`` (K,), or (B, K), of (B, Q, D) -> (B, K, D)."""
         raise NotImplementedError
 
-    def encode(self, pixels: np.ndarray, images: Sequence[str] = (ANY_IMAGE,)) -> Encoded:
-        """Return the visual rows that enter stage 0, of pixels (B, C, H, W) float32.
+    def encode(
+        self,
+        pixels: np.ndarray,
+        images: Sequence[str] = (ANY_IMAGE,),
+        feeds: Mapping[str, np.ndarray] = MappingProxyType({}),
+    ) -> Encoded:
+        """Return the visual rows that enter stage 0, of pixels as the vision graph takes them.
 
-        ``images``: digests of what they show.
+        ``images``: digests of what they show. ``feeds``: its other inputs (``ImageLayout``).
         """
-        out = self.call_graph(VISION, 0, {"pixels": pixels})
+        out = self.call_graph(VISION, 0, {"pixels": pixels, **feeds})
         inject = injected_of(out)
         if self.plan.entry is None:
             rows = out["visual_rows"]
-            return Encoded(rows, np.tile(np.arange(rows.shape[1]), (len(pixels), 1)), inject)
+            return Encoded(rows, np.tile(np.arange(rows.shape[1]), (rows.shape[0], 1)), inject)
         with self.timed(ENTRY):
             chosen = [choose_rows(self.plan, out, image, at) for at, image in enumerate(images)]
         source = "features" if projects_later(self.plan) else "visual_rows"

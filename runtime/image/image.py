@@ -24,9 +24,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ...graphs.errors import ImageError, ImageFormatError, ImageSizeError
+from ...graphs.families.family import ImageLayout
 from .preprocessing import Preprocessing
 
-__all__ = ["FORMATS", "MAX_PIXELS", "Preprocessing", "load_image", "pixel_key", "preprocess"]
+__all__ = ["FORMATS", "MAX_PIXELS", "Preprocessing", "load_image", "pixel_key", "prepare"]
 
 MAX_PIXELS = 64_000_000
 MAX_SIDE, MAX_RATIO = 32_768, 1_000
@@ -145,6 +146,37 @@ def preprocess(
     return out
 
 
+def prepare(image: Image.Image, preprocessing: Preprocessing, layout: ImageLayout) -> np.ndarray:
+    """Return the pixels of an RGB image as the vision graph takes them, laid out by ``layout``.
+
+    A picture of tiles is brought to their grid and cut, row by row, with the whole in one more.
+
+    Raises:
+        ImageError: as ``preprocess``.
+    """
+    if not layout.resizes:
+        return preprocess(image, preprocessing)[None]
+    assert isinstance(preprocessing.size, tuple)
+    filter_, (high, wide) = Image.Resampling(preprocessing.resample), preprocessing.size
+    laid = image
+    for height, width in layout.resizes:
+        laid = laid.resize((width, height), filter_)
+    pixels = np.asarray(laid)
+    if layout.canvas is not None:
+        below, right = (full - own for full, own in zip(layout.canvas, pixels.shape, strict=False))
+        pixels = np.pad(pixels, ((0, below), (0, right), (0, 0)))
+    rows, columns = layout.grid
+    tiles = pixels.reshape(rows, high, columns, wide, 3).swapaxes(1, 2).reshape(-1, high, wide, 3)
+    if layout.whole:
+        squeezed = np.asarray(image.resize((wide, high), filter_))[None]
+        ordered = [squeezed, tiles] if layout.whole == "first" else [tiles, squeezed]
+        tiles = np.concatenate(ordered)
+    out = np.empty((len(tiles), 3, high, wide), np.float32)
+    for channel, table in enumerate(_values(preprocessing)):
+        np.take(table, tiles[..., channel], out=out[:, channel], mode="clip")
+    return out
+
+
 @functools.cache
 def warm_up(preprocessing: Preprocessing) -> None:
     """Pay what the first image of a process costs, before anything is timed: decoders, tables."""
@@ -171,12 +203,16 @@ def _values(preprocessing: Preprocessing) -> np.ndarray:
     return values
 
 
-def pixel_key(image: Image.Image, preprocessing: Preprocessing) -> str:
+def pixel_key(
+    image: Image.Image, preprocessing: Preprocessing, layout: ImageLayout | None = None
+) -> str:
     """Return the SHA-256 (hex) of an RGB image's size and pixels and of their preprocessing.
 
     Two files with the same decoded pixels have one key.
     """
     recipe = json.dumps(preprocessing.to_dict(), sort_keys=True)
+    if layout is not None and layout.resizes:  # otherwise the recipe says all
+        recipe += f" {layout.resizes} {layout.canvas} {layout.grid} {layout.whole}"
     digest = hashlib.sha256(f"{image.mode} {image.size} {recipe}\n".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import base64
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
 
 from ...graphs.config import ModelConfig
 from ...graphs.errors import ImageError
+from ...graphs.families.family import ImageLayout
 from .image import preprocess
 from .preprocessing import Preprocessing
 
@@ -52,24 +53,41 @@ class Grid:
     """Places of tokens: ``columns`` x ``rows`` patches that cover ``extent`` of the image's side.
 
     ``first``: the patch of token 0; -1 where that is a class token, which has no place.
+    ``boxes``: (N, 4) in shares of the whole picture, where tokens lie in layers, tiles over the
+    picture as one; None: they are the patches in their order.
     """
 
     columns: int
     rows: int
     extent: float
     first: int
+    boxes: np.ndarray | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, config: ModelConfig) -> Grid:
-        """Return a vision encoder's grid; what does not fill a patch at the border is cut."""
+    def of(cls, config: ModelConfig, layout: ImageLayout) -> Grid:
+        """Return the grid of an image; what does not fill a patch at the border is cut."""
+        if layout.boxes is not None:
+            narrow, low = (layout.boxes[:, 2:] - layout.boxes[:, :2]).min(0)
+            return cls(round(1 / narrow), round(1 / low), 1.0, 0, layout.boxes)
         vision = config.vision
         side = vision.image_size // vision.patch_size
         first = (config.select == "default") - (vision.kind == "clip")
         return cls(side, side, side * vision.patch_size / vision.image_size, first)
 
     def cells(self, values: np.ndarray) -> np.ndarray:
-        """Arrange values (N, ...) of one image's tokens as (rows, columns, ...); 0 without one."""
+        """Arrange values (N, ...) of one image's tokens as (rows, columns, ...); 0 without one, and
+        the largest where several lie.
+        """
         tail = values.shape[1:]
+        if self.boxes is not None:
+            drawn = np.zeros((self.rows, self.columns, *tail), values.dtype)
+            scale = np.array([self.columns, self.rows] * 2)
+            for value, (left, top, right, bottom) in zip(
+                values, (self.boxes * scale).round().astype(int), strict=False
+            ):
+                cell = drawn[top:bottom, left:right]
+                np.maximum(cell, value, out=cell)
+            return drawn
         out = np.zeros((self.rows * self.columns, *tail), values.dtype)
         lead = max(0, -self.first)
         start = max(0, self.first)
@@ -78,16 +96,21 @@ class Grid:
         return out.reshape(self.rows, self.columns, *tail)
 
 
-def seen(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+def seen(image: Image.Image, preprocessing: Preprocessing, grid: Grid) -> Image.Image:
     """Return the image that the model sees, at several times its size where ``image`` allows.
 
     Args:
         image: RGB, from ``load_image``.
         preprocessing: of the checkpoint.
+        grid: of the image.
 
     Raises:
         ImageError: as ``preprocess``.
     """
+    if grid.boxes is not None:
+        whole = image.copy()
+        whole.thumbnail((2 * SHOWN_SIDE, 2 * SHOWN_SIDE))
+        return whole
     plain = replace(preprocessing, rescale_factor=None, mean=None, std=None)
     factor = _factor(image, preprocessing)
     while factor > 1:
@@ -107,8 +130,10 @@ def dimmed(image: Image.Image, cells: np.ndarray, extent: float) -> Image.Image:
     return Image.composite(image, Image.new("RGB", image.size), mask)
 
 
-def seen_box(size: tuple[int, int], preprocessing: Preprocessing, extent: float = 1.0) -> Box:
-    """Return where a grid's ``extent`` of the model's view lies in a (width, height) image."""
+def seen_box(size: tuple[int, int], preprocessing: Preprocessing, grid: Grid) -> Box:
+    """Return where a grid lies in a (width, height) image."""
+    if grid.boxes is not None:
+        return 0.0, 0.0, 1.0, 1.0
     shown = [max(size)] * 2 if preprocessing.pad_color is not None else list(size)
     crop, resize = preprocessing.crop_size, preprocessing.size
     view = [float(edge) for edge in shown]
@@ -122,15 +147,18 @@ def seen_box(size: tuple[int, int], preprocessing: Preprocessing, extent: float 
         ]
     left, top = ((1 - own / edge) / 2 for own, edge in zip(view, size, strict=True))
     right, bottom = (
-        start + extent * own / edge
+        start + grid.extent * own / edge
         for start, own, edge in zip((left, top), view, size, strict=True)
     )
     return left, top, right, bottom
 
 
-def cropped_share(size: tuple[int, int], preprocessing: Preprocessing) -> float:
-    """Return the share of a (width, height) image that the model does not see, in 0..1."""
-    left, top, right, bottom = seen_box(size, preprocessing)
+def cropped_share(size: tuple[int, int], preprocessing: Preprocessing, grid: Grid) -> float:
+    """Return the share of a (width, height) image that the model does not see, in 0..1.
+
+    What the last patches leave of the prepared image does not count.
+    """
+    left, top, right, bottom = seen_box(size, preprocessing, replace(grid, extent=1.0))
     return 1 - min(1.0, right - left) * min(1.0, bottom - top)
 
 

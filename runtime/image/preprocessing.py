@@ -20,7 +20,12 @@ _KEYS = {
     "mean": "image_mean",
     "std": "image_std",
 }
-_HAS_CROP = {"CLIPImageProcessor": True, "LlavaImageProcessor": True, "SiglipImageProcessor": False}
+_HAS_CROP = {
+    "CLIPImageProcessor": True,
+    "LlavaImageProcessor": True,
+    "SiglipImageProcessor": False,
+    "GotOcr2ImageProcessor": False,
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Preprocessing:
     Attributes:
         processor: the Hugging Face class whose steps these are.
         pad_color: R, G, B in 0..255 of the bars that make the image square, before the resize.
-        size: (height, width) in pixels, or the length of the shorter edge alone.
+        size: (height, width) in pixels, of a tile where images are cut into tiles; or the length
+            of the shorter edge alone.
         resample: Pillow's number of the filter (2 bilinear, 3 bicubic).
         crop_size: (height, width) cut from the centre; black where the image is smaller.
         rescale_factor: multiplies the values 0..255.

@@ -5,7 +5,7 @@
                                                 (1, 3148, 29901) · IMAGE · (3750, 29973, ...)
 
 The ids are those of ``LlavaProcessor.apply_chat_template(..., tokenize=True)``, each run of
-repeated image ids taken as one gap. This module does not know how many rows an image takes.
+repeated image ids taken as one gap. How many rows an image takes does not matter here.
 """
 
 import json
@@ -20,6 +20,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ...graphs.errors import ModelError, PromptError
+from ...graphs.families.family import ImageLayout
 from ...graphs.fields import show
 from .messages import Message, blocks_of, checked_messages, is_image, texts_of
 from .template import ChatTemplate, find_template, read_tokenizer_json
@@ -35,13 +36,14 @@ TEXT_FILES = {
     "chat_template": "chat_template.jinja",
     "chat_template_json": "chat_template.json",
 }
+_IMAGE_TOKENS = ("image_token", "context_image_token")
 _NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _PROBE = "Qx7 probe"
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of token ids, or the place of one image (then ``ids`` is empty)."""
+    """A stretch of token ids, or the place of an image's rows (then ``ids`` is empty)."""
 
     ids: tuple[int, ...]
     is_image: bool = False
@@ -78,6 +80,7 @@ class PromptEncoder:
         template: jinja source of the chat template.
         special_tokens: ``bos_token``, ``eos_token``, ... by name, as the template may use them.
         image_token: stands for an image in the template's output.
+        layout: of an image where none is at hand.
         max_chars: longest prompt, in characters of all its texts.
         vocab: rows of the model's embedding; None: ids are not compared with it.
 
@@ -95,6 +98,7 @@ class PromptEncoder:
         template: str,
         special_tokens: Mapping[str, str] | None = None,
         image_token: str = "<image>",
+        layout: ImageLayout | None = None,
         *,
         max_chars: int = MAX_CHARS,
         vocab: int | None = None,
@@ -103,7 +107,7 @@ class PromptEncoder:
         tokenizer.no_padding()
         special_tokens = dict(special_tokens or {})
         self.tokenizer = tokenizer
-        self.image_token = image_token
+        self.image_token, self._layout = image_token, layout
         self.image_token_id: int | None = tokenizer.token_to_id(image_token)
         self._bos = special_tokens.get("bos_token")
         self._unknown = special_tokens.get("unk_token")
@@ -127,6 +131,7 @@ class PromptEncoder:
         folder: str | PathLike[str],
         names: Mapping[str, str] | None = None,
         vocab: int | None = None,
+        layout: ImageLayout | None = None,
     ) -> "PromptEncoder":
         """Read a checkpoint's or a bundle's tokenizer files.
 
@@ -135,6 +140,7 @@ class PromptEncoder:
             names: role -> file name, roles as in ``TEXT_FILES`` (others are ignored); None takes
                 the usual names, where they exist.
             vocab: see the class.
+            layout: likewise.
 
         Raises:
             ModelError: ``tokenizer.json`` missing or damaged, or another file damaged.
@@ -155,17 +161,18 @@ class PromptEncoder:
             if token:
                 named[f"{name}_token"] = token
         extra = config.get("extra_special_tokens")
-        image_token = (
-            _content(config.get("image_token"))
-            or _content(extra.get("image_token") if isinstance(extra, Mapping) else None)
-            or _content(processor.get("image_token"))
-            or "<image>"
-        )
-        return cls(
-            tokenizer, find_template(paths, config, processor), named, image_token, vocab=vocab
-        )
+        holders = (config, extra if isinstance(extra, Mapping) else {}, processor)
+        tokens = (_content(holder.get(key)) for key in _IMAGE_TOKENS for holder in holders)
+        image_token = next(filter(None, tokens), "<image>")
+        template = find_template(paths, config, processor)
+        return cls(tokenizer, template, named, image_token, layout, vocab=vocab)
 
-    def encode(self, prompt: str | Sequence[Message], images: int | None = None) -> Prompt:
+    def encode(
+        self,
+        prompt: str | Sequence[Message],
+        images: int | None = None,
+        layouts: Sequence[ImageLayout] = (),
+    ) -> Prompt:
         """Render with the chat template, ready for an answer, and tokenise once.
 
         No text, whatever its role, may contain a control token: the image token, a special token
@@ -179,6 +186,7 @@ class PromptEncoder:
                 block are not read).
             images: number of images. They precede a question; in messages it must equal
                 the number of image blocks (None does not check).
+            layouts: of the images, which may stand between markers; by default that of the class.
 
         Raises:
             PromptError: empty, too long or malformed; control tokens in a text; image blocks that
@@ -210,14 +218,26 @@ class PromptEncoder:
             raise PromptError(
                 "the chat template dropped or changed the question. Correct chat_template.jinja."
             )
-        segments = self._split(self._ids(text))
-        result = Prompt(segments, text)
-        if result.images != expected:
+        placed = text.count(self.image_token) if expected else 0
+        if placed != expected:
             raise PromptError(
-                f"the chat template places {result.images} of {expected} images. Put image "
+                f"the chat template places {placed} of {expected} images. Put image "
                 "blocks in user messages only, or correct chat_template.jinja."
             )
-        return result
+        return Prompt(self._split(self._ids(self._with_markers(text, layouts))), text)
+
+    def _with_markers(self, text: str, layouts: Sequence[ImageLayout]) -> str:
+        """Return the template's output with the image token once for every run of rows."""
+        before, *behind = text.split(self.image_token)
+        if not behind:
+            return text
+        known = iter(layouts)
+        for part in behind:
+            layout = next(known, self._layout)
+            runs = (1,) if layout is None else layout.runs
+            before += "".join(run if isinstance(run, str) else self.image_token for run in runs)
+            before += part
+        return before
 
     def image_segments(self) -> tuple[Segment, ...]:
         """Return the segments up to the image of a question with one, whatever is asked.

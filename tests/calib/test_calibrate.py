@@ -375,7 +375,9 @@ def test_a_quantised_layerwise_run_computes_what_the_rounded_bundle_does(
     rng = np.random.default_rng(2)
     images = [Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)) for _ in range(2)]
     samples = [Sample(str(i), image, "Why?", "") for i, image in enumerate(images)]
-    prompts, _ = prepare(samples, texts.encoder, Preprocessing.from_dict(texts.preprocessing))
+    prompts, _ = prepare(
+        samples, texts.encoder, Preprocessing.from_dict(texts.preprocessing), checkpoint.config
+    )
     facts = fits(checkpoint, texts)
     calibration = calibrated_ranges(
         checkpoint, facts, prompts, dense, texts.prefix_ids, rows="dense", progress=Progress()

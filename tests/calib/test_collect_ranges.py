@@ -9,7 +9,7 @@ from visistage.calib.run.collect_ranges import Collector, chosen_rows, collect
 from visistage.calib.run.layerwise import layerwise_pieces, run_layerwise
 from visistage.calib.run.observers import Histogram, threshold
 from visistage.calib.run.prompt_state import ANSWER, TEXT, VISUAL
-from visistage.calib.sample_prompts import SamplePrompt
+from visistage.calib.sample_prompts import SampleImage, SamplePrompt
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.texts import fits, text_facts
 from visistage.compile.quantize.group_ranges import best_observer
@@ -135,7 +135,7 @@ def test_stages_see_other_rows_than_the_dense_model(checkpoint, found):
     dense = collect(checkpoint, prompts(), PLAN, PREFIX, rows="dense").groups
     again = collect(checkpoint, prompts(), preset("dense", LAYERS, N), PREFIX).groups
     last = "model.layers.5.mlp.down_proj"
-    images = sum(isinstance(part, np.ndarray) for one in prompts() for part in one.parts)
+    images = sum(isinstance(part, SampleImage) for one in prompts() for part in one.parts)
     assert dense[last].rows - found[last].rows == images * N
     assert not np.array_equal(dense[last].absmax, found[last].absmax)
     for name, ranges in dense.items():

@@ -129,7 +129,7 @@ def test_answers_are_fed_as_the_demo_model_writes_them():
         for number, one in enumerate(held_out(10))
     ]
     preprocessing = Preprocessing.from_dict(texts.preprocessing)
-    given, _ = prepare(samples, texts.encoder, preprocessing)
+    given, _ = prepare(samples, texts.encoder, preprocessing, checkpoint.config)
     config = checkpoint.config
     plan = preset("dense", config.text.layers, config.visual_tokens)
     said = [

@@ -324,7 +324,7 @@ def test_the_best_observer_has_the_least_summed_error():
 def texts(tmp_path_factory):
     checkpoint = open_checkpoint(str(toy.make_checkpoint(tmp_path_factory.mktemp("toy"))))
     facts = text_facts(checkpoint)
-    return facts.encoder, Preprocessing.from_dict(facts.preprocessing), facts
+    return facts.encoder, Preprocessing.from_dict(facts.preprocessing), checkpoint.config, facts
 
 
 def picture(folder, name, shade):
@@ -333,13 +333,13 @@ def picture(folder, name, shade):
 
 
 def test_samples_become_ids_and_pixels_in_order(tmp_path, texts):
-    encoder, preprocessing, facts = texts
+    encoder, preprocessing, config, facts = texts
     samples = [
         Sample(f"{tmp_path}/data.jsonl:1", picture(tmp_path, "a.png", 9), "What?", "a dog"),
         Sample(f"{tmp_path}/data.jsonl:2", picture(tmp_path, "b.png", 99), "Where?", ""),
     ]
     ticks = []
-    prompts, unreadable = prepare(samples, encoder, preprocessing, ticks.append)
+    prompts, unreadable = prepare(samples, encoder, preprocessing, config, ticks.append)
     assert [prompt.name for prompt in prompts] == ["data.jsonl:1", "data.jsonl:2"]
     assert (unreadable, len(ticks)) == ([], 2)
     for prompt, sample in zip(prompts, samples, strict=True):
@@ -357,7 +357,7 @@ def test_samples_become_ids_and_pixels_in_order(tmp_path, texts):
 
 
 def test_broken_pictures_are_named_without_folders_and_counted(tmp_path, texts):
-    encoder, preprocessing, _ = texts
+    encoder, preprocessing, config, _ = texts
     broken, good = tmp_path / "broken.png", picture(tmp_path, "a.png", 9)
     broken.write_bytes(b"no picture")
     samples = [
@@ -365,23 +365,23 @@ def test_broken_pictures_are_named_without_folders_and_counted(tmp_path, texts):
         Sample(f"{tmp_path}/d.jsonl:2", good, "What?", "a"),
         Sample(f"{tmp_path}/d.jsonl:3", tmp_path / "absent.png", "What?", "a"),
     ]
-    prompts, unreadable = prepare(samples, encoder, preprocessing)
+    prompts, unreadable = prepare(samples, encoder, preprocessing, config)
     assert [prompt.name for prompt in prompts] == ["d.jsonl:2"]
     assert [name for name, _ in unreadable] == ["d.jsonl:1", "d.jsonl:3"]
     assert all(str(tmp_path) not in reason for _, reason in unreadable)
     assert "broken.png" in unreadable[0][1]
     assert "absent.png" in unreadable[1][1]
     with pytest.raises(DataError, match="none of 2 samples could be read, the first because"):
-        prepare([samples[0], samples[2]], encoder, preprocessing)
+        prepare([samples[0], samples[2]], encoder, preprocessing, config)
 
 
 def test_the_order_hash_follows_picture_prompt_answer_and_order(tmp_path, texts):
-    encoder, preprocessing, _ = texts
+    encoder, preprocessing, config, _ = texts
     a, b = picture(tmp_path, "a.png", 9), picture(tmp_path, "b.png", 99)
     base = [Sample("x:1", a, "What?", "yes"), Sample("x:2", b, "Where?", "no")]
 
     def hashed(samples):
-        return order_hash(prepare(samples, encoder, preprocessing)[0])
+        return order_hash(prepare(samples, encoder, preprocessing, config)[0])
 
     assert hashed(base) == hashed(base)
     copied = picture(tmp_path, "copy.png", 9)
@@ -405,20 +405,22 @@ def test_the_order_hash_follows_picture_prompt_answer_and_order(tmp_path, texts)
     ],
 )
 def test_texts_that_cannot_be_used_are_named(tmp_path, texts, prompt, answer, words):
-    encoder, preprocessing, _ = texts
+    encoder, preprocessing, config, _ = texts
     sample = Sample("x:1", picture(tmp_path, "a.png", 9), prompt, answer)
     with pytest.raises(DataError, match=re.escape(words)):
-        prepare([sample], encoder, preprocessing)
+        prepare([sample], encoder, preprocessing, config)
     good = replace(sample, name="x:2", prompt="What?", answer="yes")
-    prompts, unreadable = prepare([sample, good], encoder, preprocessing)
+    prompts, unreadable = prepare([sample, good], encoder, preprocessing, config)
     assert [prompt.name for prompt in prompts] == ["x:2"]
     assert [f"{name}: {reason}"[: len(words)] for name, reason in unreadable] == [words]
 
 
 def test_a_prompt_without_room_is_named(tmp_path, texts):
-    encoder, preprocessing, _ = texts
+    encoder, preprocessing, config, _ = texts
     picture(tmp_path, "a.png", 9)
     long, short = (Sample(f"x:{n}", tmp_path / "a.png", "What? " * n, "a") for n in (40, 1))
-    prompts, ((name, reason),) = prepare([long, short], encoder, preprocessing, most_rows=60)
+    prompts, ((name, reason),) = prepare(
+        [long, short], encoder, preprocessing, config, most_rows=60
+    )
     assert (name, [prompt.name for prompt in prompts]) == ("x:40", ["x:1"])
     assert "room for 60" in reason

@@ -220,13 +220,29 @@ def test_fastv_scores_by_mean_attention(deep):
     assert mine.tokens[0].tolist() == tokens
 
 
+def test_fewer_rows_than_a_selection_keeps_are_all_kept(deep):
+    """In a batch a short image is filled up to the longest with rows that are chosen last."""
+    ids, pixels = deep.prompt(2)
+    rows, ((span,),) = deep.embeds(ids, pixels)
+    short = (span[0], span[0] + 4)
+    five, four, three = (
+        deep.plan("visipruner", shallow=2, t=4, e=6, keep=keep) for keep in (5, 4, 3)
+    )
+    mine = chain.run(deep.weights, deep.text, rows, [[short]], five, 4)
+    exact = chain.run(deep.weights, deep.text, rows, [[short]], four, 4)
+    assert mine.kept == exact.kept == [list(range(*short))]
+    assert (mine.step_logits - exact.step_logits).abs().max() < 1e-4
+    fewer = chain.run(deep.weights, deep.text, rows, [[short]], three, 4)
+    assert (mine.logits - fewer.logits).abs().max() > 1e-3
+    both = chain.run(deep.weights, deep.text, rows.repeat(2, 1, 1), [[short], [span]], five, 4)
+    assert both.kept[0] == mine.kept[0]
+    assert (both.step_logits[0] - mine.step_logits[0]).abs().max() < 1e-4
+
+
 def test_misfits_are_refused(deep):
     rows = torch.zeros(1, 40, 64)
     with pytest.raises(PlanError, match="is for 4 layers, the model has 8"):
         chain.run(deep.weights, deep.text, rows, [[(2, 18)]], preset("dense", 4, 16))
-    plan = deep.plan("visipruner", keep=10)
-    with pytest.raises(PlanError, match="keeps 10 visual tokens"):
-        chain.run(deep.weights, deep.text, rows, [[(2, 6)]], plan)
     for spans in ([[(2, 40)]], [[(5, 5)]], [[(2, 18), (10, 30)]], [[(-1, 3)]]):
         with pytest.raises(PromptError, match="spans"):
             chain.run(deep.weights, deep.text, rows, spans, deep.plan("dense"))

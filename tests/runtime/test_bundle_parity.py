@@ -224,7 +224,7 @@ def embedded(path, session, image, prompt):
     images = _listed(image)
     encoder = chain.load_weights(Vision(config, Eager()), weights)
     with torch.no_grad():
-        visual = [encoder(torch.from_numpy(session.decode_image(i).pixels[None])) for i in images]
+        visual = [encoder(torch.from_numpy(session.decode_image(i).pixels)) for i in images]
     rows, spans = [], []
     for segment in session.encoder.encode(prompt, images=len(images)).segments:
         start = sum(part.shape[1] for part in rows)

@@ -483,8 +483,8 @@ def test_a_prompt_without_a_picture_needs_its_room_in_every_stage(machine, bundl
     """Later stages have fewer slots: they leave out visual rows that this prompt never had."""
     bundle = bundles("pruned")
     plan, visual = bundle.manifest.plan, bundle.manifest.config.visual_tokens
-    assert visual_rows(plan, 0) == [0, 0, 0]
-    assert visual_rows(plan, 2) == [2 * visual, 4, 0]
+    assert visual_rows(plan, []) == [0, 0, 0]
+    assert visual_rows(plan, [visual, visual]) == [2 * visual, 4, 0]
     with load(bundle.path) as session:
         session.eos = frozenset()
         assert len(ask(session, None, "word " * 20, 110)) == 110

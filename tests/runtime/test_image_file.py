@@ -88,7 +88,7 @@ def test_a_loaded_image_costs_its_question_alone(bundles, saved):
 
 def test_the_library_reads_the_file(saved):
     with safe_open(saved, "np") as file:
-        assert file.metadata()["format"] == "visistage image 1"
+        assert file.metadata()["format"] == "visistage image 2"
     assert load_file(saved)["key.0"].shape == (1, 2, 16, 16)
 
 
@@ -227,8 +227,8 @@ def test_metadata_of_others_is_refused(bundles, saved, tmp_path):
         refused(session, file, "expected a SHA-256")
         rewrite(saved, file, metadata={"more": "x"})
         refused(session, file, "no image that this version saved")
-        rewrite(saved, file, metadata={"format": "visistage image 2"})
-        refused(session, file, re.escape("found 'visistage image 2'"))
+        rewrite(saved, file, metadata={"format": "visistage image 1"})
+        refused(session, file, re.escape("found 'visistage image 1'"))
 
 
 def test_what_cannot_be_written_says_so(bundles, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from visistage.graphs.chain.executor import Kept, observed
 from visistage.graphs.contract import INVISIBLE
+from visistage.graphs.families.family import in_one_run
 from visistage.graphs.plan.routing import ROUTERS
 from visistage.graphs.presets.presets import PRESETS
 from visistage.runtime.image_cache import LEAST_CACHE_BYTES, default_cache_bytes
@@ -22,6 +23,7 @@ from visistage.tests.support.routed_checkpoint import add_routers
 from visistage.tests.support.staged import Staged
 from visistage.tests.support.stand_ins import stand_in, write_engines
 
+LAYOUT = in_one_run(16)
 Q1 = "What is this?"
 Q2 = "Describe the picture in detail, with every object in it, and say where it is. " * 3
 SEVERAL = "v2drop:before=2,keep=4"
@@ -132,7 +134,9 @@ def test_the_stages_behind_a_drop_hold_what_comes_before_an_image(bundles):
     bundle = bundles("exit-only")
     with load(bundle.path) as session:
         context, ids = session.context, bundle.manifest.prefix.ids
-        image = PromptImage("one", lambda: session.encode_image(session.decode_image(picture(1))))
+        image = PromptImage(
+            "one", lambda: session.encode_image(session.decode_image(picture(1))), LAYOUT
+        )
         first, second = ([*ids, 7, 8, 9], image, [11, 12]), ([*ids, 7, 8, 9], image, [13] * 5)
         wanted = context.prefill(list(second)).logits
         context.clear()
@@ -144,7 +148,7 @@ def test_the_stages_behind_a_drop_hold_what_comes_before_an_image(bundles):
         other = replace(
             image,
             key="other",
-            encoded=lambda: session.executor.encode(session.decode_image(picture(2)).pixels[None]),
+            encoded=lambda: session.executor.encode(session.decode_image(picture(2)).pixels),
         )
         context.prefill([[*ids, 7, 8, 9], other, [11]])
         done, rows = rows_by_stage(session, lambda: context.prefill(list(second)))
@@ -176,7 +180,7 @@ def test_prompts_with_text_between_images_go_on_where_they_part(
 
         def image(number, of):
             opened = of.decode_image(picture(number))
-            return PromptImage(opened.key, lambda: of.encode_image(opened))
+            return PromptImage(opened.key, lambda: of.encode_image(opened), opened.layout)
 
         def prompts(of):
             one, two = image(1, of), image(2, of)

@@ -28,7 +28,7 @@ def calibrate(model, plan: str, folder: Path) -> Calibration:
         for number, (image, question) in enumerate(zip(images, QUESTIONS, strict=True))
     ]
     preprocessing = Preprocessing.from_dict(texts.preprocessing)
-    prompts, _ = prepare(samples, texts.encoder, preprocessing)
+    prompts, _ = prepare(samples, texts.encoder, preprocessing, checkpoint.config)
     staged = resolve_plan(plan, config.text.layers, config.visual_tokens)
     facts = fits(checkpoint, texts)
     calibration = calibrated_ranges(

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from visistage.calib.run.layerwise import LayerObserver, run_layerwise
-from visistage.calib.sample_prompts import SamplePrompt
+from visistage.calib.sample_prompts import SampleImage, SamplePrompt
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.chain.chain import Chain
 from visistage.graphs.chain.enter import positioned, positions_at
 from visistage.graphs.chain.rows import AppendedRows
+from visistage.graphs.families.family import in_one_run
 from visistage.graphs.modules.ops import Eager
 from visistage.graphs.modules.vision import Vision
 from visistage.graphs.presets.presets import preset
@@ -55,7 +56,8 @@ def ids(count, seed):
 
 
 def pixels(seed):
-    return np.random.default_rng(seed).standard_normal((3, 32, 32)).astype(np.float32)
+    shown = np.random.default_rng(seed).standard_normal((1, 3, 32, 32)).astype(np.float32)
+    return SampleImage(shown, in_one_run(16))
 
 
 def prompts():
@@ -73,7 +75,7 @@ def prompts():
 def vision(checkpoint, weights, image):
     module = chain.load_weights(Vision(checkpoint.config, Eager()), weights)
     with torch.no_grad():
-        return module(torch.from_numpy(image)[None])
+        return module(torch.from_numpy(image.pixels))
 
 
 class ChainJudge:
@@ -87,7 +89,7 @@ class ChainJudge:
     def segments(self, prompt, begin=0):
         at, out = begin, []
         for index, part in enumerate(prompt.parts):
-            visual = isinstance(part, np.ndarray)
+            visual = isinstance(part, SampleImage)
             if visual:
                 rows = vision(self.checkpoint, self.weights, part)
             else:

@@ -370,27 +370,30 @@ def clip(**changes):
     return Preprocessing(**{**values, **changes})
 
 
+GRID = Grid(4, 4, 1.0, 0)
+
+
 def test_the_centre_crop_is_what_is_shown():
     """A white square in the centre of a wide picture fills the left and right of its crop."""
     image = Image.new("RGB", (600, 200))
     image.paste((255, 255, 255), (200, 0, 400, 200))
-    shown = seen(image, clip())
+    shown = seen(image, clip(), GRID)
     assert shown.size == (192, 192)
     assert np.asarray(shown)[:, 4:-4].min() > 250
-    assert cropped_share(image.size, clip()) == pytest.approx(2 / 3)
+    assert cropped_share(image.size, clip(), GRID) == pytest.approx(2 / 3)
     padded = clip(
         processor="LlavaImageProcessor", pad_color=(0, 0, 0), crop_size=None, size=(32, 32)
     )
-    assert cropped_share(image.size, padded) == 0
-    bars = np.asarray(seen(image, padded))
+    assert cropped_share(image.size, padded, GRID) == 0
+    bars = np.asarray(seen(image, padded, GRID))
     assert bars[0].max() < 5
     assert bars[bars.shape[0] // 2].max() > 250
 
 
 def test_a_very_long_picture_is_shown_smaller():
     large = clip(size=336, crop_size=(336, 336))
-    assert seen(Image.new("RGB", (1000, 520)), large).size == (672, 672)
-    assert seen(Image.new("RGB", (75_000, 520)), large).size == (336, 336)
+    assert seen(Image.new("RGB", (1000, 520)), large, GRID).size == (672, 672)
+    assert seen(Image.new("RGB", (75_000, 520)), large, GRID).size == (336, 336)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +403,7 @@ def test_a_very_long_picture_is_shown_smaller():
 def test_tokens_lie_where_their_patches_are(encoder, select, tokens, first):
     config = ModelConfig.from_hf(toy.make_config(encoder=encoder, select=select, layers=2))
     assert config.visual_tokens == tokens
-    grid = Grid.of(config)
+    grid = Grid.of(config, config.layout(32, 32))
     values = np.arange(1, tokens + 1)
     cells = grid.cells(values)
     assert grid.first == first
@@ -411,8 +414,8 @@ def test_tokens_lie_where_their_patches_are(encoder, select, tokens, first):
 
 def test_a_border_that_fills_no_patch_is_left_out():
     config = ModelConfig.from_hf(toy.make_config(image_size=30, patch=8, layers=2))
-    assert Grid.of(config).columns == 3
-    assert Grid.of(config).extent == pytest.approx(24 / 30)
+    assert Grid.of(config, config.layout(32, 32)).columns == 3
+    assert Grid.of(config, config.layout(32, 32)).extent == pytest.approx(24 / 30)
 
 
 def test_heat_grows_with_contribution():

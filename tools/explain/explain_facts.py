@@ -63,7 +63,7 @@ def explain_facts(question: str, run: Run, dense: Run | None, hint: str | None) 
             "called": asdict(facts.called) if facts.called else None,
             "deviations": list(facts.deviations),
         },
-        "images": facts.visual_tokens // manifest.config.visual_tokens,
+        "images": len(run.trace.answer.shown),
         "visual_tokens": facts.visual_tokens,
         "kept": None if kept is None else list(kept),
         "answer": _answer(run),

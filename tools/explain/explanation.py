@@ -12,7 +12,7 @@ import numpy as np
 from ...graphs.bundle import Bundle
 from ...graphs.errors import PromptError
 from ...runtime.image.image import load_image
-from ...runtime.image.overlay import Grid, cropped_share, ghost_uri, heat_uri, image_uri, seen
+from ...runtime.image.overlay import cropped_share, ghost_uri, heat_uri, image_uri, seen
 from ...runtime.opened_image import check_picture
 from ...runtime.session import DEFAULT_MAX_TOKENS, Session
 from .dense import dense_bundle, how_to_build
@@ -76,12 +76,11 @@ def explain(
 
     heat = {name: _relative(run.trace) for name, run in runs.items()}
     strongest = max(float(values.max()) for layers in heat.values() for values in layers) or 1.0
-    tokens = bundle.manifest.config.visual_tokens
-    grid = Grid.of(bundle.manifest.config)
-    shown = []
-    for index, image in enumerate(loaded):
-        part = slice(index * tokens, (index + 1) * tokens)
-        visible = seen(image, preprocessing)
+    shown, stop = [], 0
+    for image, own in zip(loaded, runs["plan"].trace.answer.shown, strict=True):
+        part, grid = slice(stop, stop + own.count), own.grid
+        stop += own.count
+        visible = seen(image, preprocessing, grid)
         shown.append(
             ShownImage(
                 uri=image_uri(visible),
@@ -93,7 +92,7 @@ def explain(
                     name: [heat_uri(grid.cells(values[part]) / strongest) for values in layers]
                     for name, layers in heat.items()
                 },
-                cropped=cropped_share(image.size, preprocessing),
+                cropped=cropped_share(image.size, preprocessing, grid),
             )
         )
     return Explanation(render_explanation(facts, shown), facts)

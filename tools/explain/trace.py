@@ -110,11 +110,12 @@ def _token_numbers(answer: Answer) -> dict[int, int]:
 
     A class row that entered is no token of the image, and is left out.
     """
-    numbers = {}
-    for image, shown in enumerate(answer.shown):
+    numbers, before = {}, 0
+    for shown in answer.shown:
         for position, patch in zip(shown.positions, shown.patches, strict=True):
             if patch >= 0:
-                numbers[int(position)] = image * shown.count + int(patch)
+                numbers[int(position)] = before + int(patch)
+        before += shown.count
     return numbers
 
 

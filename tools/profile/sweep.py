@@ -97,8 +97,10 @@ def _prompt(session: Session, encoded: Encoded, count: int, key: str) -> list[Pr
         return Encoded(rows, index[None], dict(zip(encoded.inject, inject, strict=True)))
 
     asked = session.encoder.encode(QUESTION, images=len(sizes))
+    side = session.bundle.manifest.config.vision.image_size
+    layout = session.bundle.manifest.config.layout(side, side)
     images = iter(
-        PromptImage(f"sweep {key}.{number}", partial(cut, size))
+        PromptImage(f"sweep {key}.{number}", partial(cut, size), layout)
         for number, size in enumerate(sizes)
     )
     return [next(images) if segment.is_image else segment.ids for segment in asked.segments]

@@ -65,7 +65,7 @@ def prepare_prompts(session: Session, samples: Sequence[Sample]) -> list[Prepare
     for sample in samples:
         try:
             opened = session.open(sample.image)
-            encoded = session.encoder.encode(sample.prompt, images=1).segments
+            encoded = session.encoder.encode(sample.prompt, 1, [opened.layout]).segments
         except (ImageError, PromptError) as error:
             raise DataError(f"{sample.name}: {error}") from None
         parts = tuple(None if part.is_image else part.ids for part in encoded)
@@ -242,7 +242,7 @@ class TorchChain:
         chain = Chain(plan, executor, 1)
         start = self._restore_prefix(chain, torch_executor, prompt)
         segments, count = self._embed(prompt, plan, torch_executor, start)
-        segments, images = positioned(plan, segments)
+        segments, images = positioned(plan, segments, [prompt.opened.layout.rows])
         done = chain.prefill(segments)
         logits = [done.logits[0]]
         for step in range(steps - 1):
@@ -298,11 +298,13 @@ class TorchChain:
         segments = []
         for index, part in enumerate(prompt.parts):
             if part is None:
-                pixels = torch.from_numpy(prompt.opened.pixels[None])
+                opened = prompt.opened
+                pixels = torch.from_numpy(opened.pixels)
                 forced = prompt.entered if plan.entry == prompt.entry is not None else None
-                image = self._encoder(plan)(pixels, (prompt.opened.key,), forced)
+                feeds = opened.layout.feeds
+                image = self._encoder(plan)(pixels, (opened.key,), forced, feeds)
                 segments.append(entered_rows(plan, image, start))
-                start += plan.span
+                start += plan.span_of(opened.layout.rows)
             else:
                 rows = executor.embed(
                     torch.tensor([part if index else part[start:]], dtype=torch.long)
