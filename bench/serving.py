@@ -1,4 +1,5 @@
-"""Answers a second under several callers, ours beside OpenVINO GenAI's continuous batching.
+"""Answers a second under several callers, ours beside OpenVINO GenAI's continuous batching; ours
+in the callers' process, and over a socket by the server.
 
     python -m visistage.bench.serving [--model llava-45m] [--rounds 5]
 
@@ -68,12 +69,13 @@ def batching_peers(visual_tokens: int, most: int) -> list[Peer]:
         )
         for weights, hint in product(PRECISIONS, ("f32", None))
     ]
-    for precision, (name, plan) in product(PRECISIONS, plans_of(visual_tokens).items()):
+    plans, ways = plans_of(visual_tokens).items(), {"batching": "", "http": ", over HTTP"}
+    for precision, (name, plan), (way, words) in product(PRECISIONS, plans, ways.items()):
         peers.append(
             Peer(
-                f"visistage-{name}-{precision}",
-                f"visistage, {plan}, {'W8A8' if precision == 'int8' else 'FP32'}",
-                "ours_batching",
+                "-".join(["visistage", name, precision, *(["http"] if words else [])]),
+                f"visistage, {plan}, {'W8A8' if precision == 'int8' else 'FP32'}{words}",
+                f"ours_{way}",
                 OWN,
                 partial(bundle, plan, precision, "cpu"),
                 {"callers": most},

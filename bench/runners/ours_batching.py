@@ -2,9 +2,6 @@
 
 from serving import Crowd, serve_crowds  # isort: skip  (first: it notes when this process began)
 
-import threading
-from itertools import count
-
 from visistage.graphs.bundle import Bundle
 from visistage.runtime import Engine
 from visistage.runtime.backends.onnx_runtime import ort
@@ -19,26 +16,15 @@ class EngineRunner:
         self.about = {"onnxruntime": ort.__version__}
 
     def crowd(self, questions, callers, new):
-        """Answer; each caller asks the next question once his last is answered."""
-        crowd, turns, lock = Crowd(len(questions)), count(), threading.Lock()
+        """Answer them all."""
+        crowd = Crowd(len(questions))
 
-        def caller():
-            while True:
-                with lock:
-                    number = next(turns)
-                if number >= len(questions):
-                    return
-                image, question, _ = questions[number]
-                crowd.ask(number)
-                answer = self.engine.submit(image, question, max_tokens=new).wait()
-                crowd.note(number, answer.tokens, answer.timings.first_token_ms)
+        def ask(number):
+            image, question, _ = questions[number]
+            answer = self.engine.submit(image, question, max_tokens=new).wait()
+            crowd.note(number, answer.tokens, answer.timings.first_token_ms)
 
-        threads = [threading.Thread(target=caller) for _ in range(callers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return crowd
+        return crowd.call(callers, ask)
 
 
 if __name__ == "__main__":

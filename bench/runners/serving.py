@@ -17,9 +17,11 @@ own chat template. A runner ends with its stdin. Standard library and NumPy only
 peers import this file, and this project is not installed there.
 """
 
+import itertools
 import json
 import os
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass
 
@@ -86,10 +88,30 @@ class Crowd:
     def note(self, number, tokens, first_ms):
         """Note a whole answer, whose first token came after ``first_ms``."""
         self.answers[number] = {
-            "tokens": [int(token) for token in tokens],
+            "tokens": list(tokens),
             "first_ms": first_ms,
             "total_ms": self._elapsed_ms(number),
         }
+
+    def call(self, callers, ask):
+        """Have callers ask with ``ask(number)``, each the next question once his is answered."""
+        turns, lock = itertools.count(), threading.Lock()
+
+        def caller():
+            while True:
+                with lock:
+                    number = next(turns)
+                if number >= len(self.answers):
+                    return
+                self.ask(number)
+                ask(number)
+
+        threads = [threading.Thread(target=caller) for _ in range(callers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return self
 
     def _elapsed_ms(self, number):
         return (time.perf_counter() - self.asked[number]) * 1e3

@@ -2,16 +2,21 @@
 
 import json
 import sys
+import time
+from contextlib import ExitStack
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
-from visistage.bench import serving, soak
+from tokenizers import Tokenizer
+from visistage.bench import capacity, serving, soak
 from visistage.bench.environments import OWN
 from visistage.bench.peer_models import Peer
 from visistage.bench.peers import PeerRun
 from visistage.bench.runner import RUNNERS, Ready, Runner
 from visistage.tests.support import toy
+from visistage.tests.support.asking import picture
 from visistage.tests.support.built import built_once
 from visistage.tests.support.served import data_uri, question
 from visistage.tests.support.served import serving as running
@@ -77,3 +82,38 @@ def test_a_soak_notices_what_is_wrong(tmp_path_factory, monkeypatch):
         found = soak.soak(server.port, process, mixed, 30, 1)
         assert found["outcomes"]["wrong"] > 10
         assert found["wrong"]
+
+
+def test_the_server_answers_a_crowd_as_the_engine_does(tmp_path, tmp_path_factory):
+    checkpoint = toy.make_checkpoint(tmp_path_factory.mktemp("crowd") / "toy")
+    bundle = built_once(checkpoint, tmp_path_factory)("visipruner:shallow=1,t=1,e=2,keep=4")
+    asked = []
+    for number in range(3):
+        np.save(tmp_path / f"{number}.npy", picture(number))
+        file = str(tmp_path / f"{number}.npy")
+        asked.append({"image": file, "question": f"Why {number}?", "text": ""})
+    said = {}
+    for script in ("ours_batching", "ours_http"):
+        run = PeerRun(Peer(script, script, script, OWN, lambda *_: bundle.path, {"callers": 2}))
+        with ExitStack() as stack:
+            run.start(SimpleNamespace(minutes=1), 1, stack)
+            assert run.failed is None
+            said[script] = serving.ask(run, asked, 2, 5)["answers"]
+        assert all(answer["first_ms"] < answer["total_ms"] for answer in said[script])
+    tokenizer = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
+    for own, served in zip(said["ours_batching"], said["ours_http"], strict=True):
+        text = tokenizer.decode(own["tokens"])
+        assert {heard.strip() for heard in served["tokens"]} == {text.strip()}
+
+
+def test_a_load_is_asked_at_its_times_and_by_its_callers():
+    def ask(number):
+        time.sleep(0.02)
+        return 20.0 + number
+
+    began = time.perf_counter()
+    assert capacity.at_times(ask, [0.0, 30.0, 200.0]) == pytest.approx([20, 21, 22], abs=8)
+    assert 0.2 < time.perf_counter() - began < 0.5
+    began = time.perf_counter()
+    assert capacity.by_callers(ask, 2, 10) == [20.0 + number for number in range(10)]
+    assert 0.1 <= time.perf_counter() - began < 0.3

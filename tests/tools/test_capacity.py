@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -9,6 +10,7 @@ from visistage.cli.main import main
 from visistage.compile.build import make_bundle
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import TargetError
+from visistage.runtime.engine import Engine
 from visistage.tools.estimate import capacity as capacity_module
 from visistage.tools.estimate.capacity import capacity, estimated_costs, measured_costs
 from visistage.tools.estimate.estimate_target import estimate_target
@@ -16,10 +18,13 @@ from visistage.tools.estimate.predict import PromptLengths, machine_of
 from visistage.tools.estimate.queueing import (
     ServingCosts,
     Traffic,
+    arrivals,
     encoders_needed,
     percentile,
     replicas_needed,
     simulate,
+    simulate_callers,
+    simulated_firsts,
 )
 
 COSTS = ServingCosts(30.0, 50.0, 20.0, 3, (10.0, 11.0, 12.0, 13.0))
@@ -76,6 +81,24 @@ def test_a_full_machine_answers_no_more_than_it_can():
     assert found.answers_per_second == pytest.approx(1e3 / per_answer, rel=0.1)
 
 
+def test_callers_who_wait_for_their_answers():
+    """One of them is alone; so many as there are lanes wait for each other's prompts only."""
+    assert simulate_callers(COSTS, 1, 5, 3, gap_ms=100) == pytest.approx([80.0] * 5)
+    assert simulate_callers(COSTS, 2, 2, 1, gap_ms=1e9) == pytest.approx([80.0, 160.0])
+    slow = replace(COSTS, prepare_ms=7.0)
+    assert simulate_callers(slow, 1, 5, 3, gap_ms=100) == pytest.approx([87.0] * 5)
+    assert len(simulate_callers(COSTS, 8, 50, 4, gap_ms=100)) == 50
+
+
+def test_times_are_those_that_a_load_is_asked_at():
+    traffic = Traffic(0.01, tokens=3)
+    times = [at for at, _ in arrivals(traffic, 4000, seed=3)]
+    assert 4000 / times[-1] == pytest.approx(1e-5, rel=0.1)
+    firsts = simulated_firsts(COSTS, traffic, 50, gap_ms=100, seed=3)
+    assert sorted(firsts)[25] == pytest.approx(80.0)
+    assert simulate(COSTS, traffic, 1, gap_ms=100, seed=3).first_token_p50_ms == sorted(firsts)[25]
+
+
 def test_lanes_are_worth_their_steps():
     alone = ServingCosts(30.0, 50.0, 20.0, 3, (10.0,))
     traffic = Traffic(30, tokens=30)
@@ -110,7 +133,8 @@ def path(tmp_path_factory):
 
 
 def test_measured_costs_are_those_of_the_engine(path):
-    costs = measured_costs(Bundle.open(path), PromptLengths(20, 8), 3, threads=1)
+    with Engine(Bundle.open(path), lanes=3, threads=1) as engine:
+        costs = measured_costs(engine, PromptLengths(20, 8))
     assert costs.calls == 4, "three stages and a selection"
     assert len(costs.step_ms) == 3
     assert min(costs.question_ms, costs.prefill_ms, costs.encode_ms) > 0

@@ -30,7 +30,7 @@ QUESTIONS = 12
 """Cold and known questions that measured costs are medians of."""
 
 STEP_TOKENS = 48
-"""Tokens of the answers whose steps are timed."""
+"""Tokens, at least, of the answers whose steps are timed."""
 
 
 def capacity(
@@ -55,7 +55,8 @@ def capacity(
     measured = bundle is not None and device == CPU_DEVICE
     if measured:
         assert bundle is not None
-        costs = {"plan": measured_costs(bundle, prompt, lanes, threads)}
+        with Engine(bundle, lanes=lanes, threads=threads) as engine:
+            costs = {"plan": measured_costs(engine, prompt)}
     else:
         machine = machine_of(target, device, threads)
         targets = {"plan": target} | ({} if target.plan.is_dense else {"dense": target.dense})
@@ -143,28 +144,37 @@ def estimated_costs(
     )
 
 
-def measured_costs(
-    bundle: Bundle, prompt: PromptLengths, lanes: int, threads: int | None = None
-) -> ServingCosts:
-    """Measure the costs of a bundle on this machine: medians of new images, known ones, steps."""
-    chance = np.random.default_rng(0)
-    side = bundle.manifest.config.vision.image_size
-    question = "word " * max(1, prompt.text // 2)
-    with Engine(bundle, lanes=lanes, threads=threads) as engine:
-        engine.eos = frozenset()  # every answer has its full length
-        new, known, encodes, calls = [], [], [], 0
-        for at in range(1 + QUESTIONS):
-            image = chance.integers(0, 256, (side, side, 3), dtype=np.uint8)
-            first = engine.submit(image, question, max_tokens=1).wait()
-            again = engine.submit(image, f"{question}{at}", max_tokens=1).wait()
-            if not at:  # the first loads what is loaded late
-                continue
-            encode = sum(ms for name, ms in first.timings.graphs_ms.items() if _encodes(name))
-            encodes.append(encode)
-            new.append(first.timings.first_token_ms - first.timings.preprocess_ms - encode)
-            known.append(again.timings.first_token_ms - again.timings.preprocess_ms)
-            calls = sum(not _encodes(name) for name in first.timings.graphs_ms)
-        steps = {count: _step_ms(engine, count, question) for count in _counts(lanes)}
+def measured_costs(engine: Engine, prompt: PromptLengths, seed: int = 0) -> ServingCosts:
+    """Measure the costs of an idle engine: medians of new images, known ones, and steps.
+
+    Its answers have their full length from here on.
+    """
+    engine.eos = frozenset()
+    chance, lanes = np.random.default_rng(seed), engine.lanes
+    side = engine.bundle.manifest.config.vision.image_size
+    question = typical_question(prompt)
+
+    def image() -> np.ndarray:
+        return chance.integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+    prepared, new, known, encodes, calls = [], [], [], [], 0
+    for at in range(1 + QUESTIONS):
+        picture = image()
+        first = engine.submit(picture, question, max_tokens=1).wait().timings
+        again = engine.submit(picture, f"{question}{at}", max_tokens=1).wait().timings
+        if not at:  # the first loads what is loaded late
+            continue
+        encode = sum(ms for name, ms in first.graphs_ms.items() if _encodes(name))
+        encodes.append(encode)
+        prepared.append(first.preprocess_ms)
+        new.append(first.first_token_ms - first.preprocess_ms - encode)
+        known.append(again.first_token_ms - again.preprocess_ms)
+        calls = sum(not _encodes(name) for name in first.graphs_ms)
+    tokens = max(STEP_TOKENS, prompt.tokens)
+    steps = {
+        count: _step_ms(engine, [(image(), question) for _ in range(count)], tokens)
+        for count in _counts(lanes)
+    }
     whole = np.interp(range(1, lanes + 1), list(steps), list(steps.values()))
     return ServingCosts(
         float(np.median(encodes)),
@@ -172,7 +182,13 @@ def measured_costs(
         float(np.median(known)),
         max(1, calls),
         tuple(float(ms) for ms in whole),
+        float(np.median(prepared)),
     )
+
+
+def typical_question(prompt: PromptLengths) -> str:
+    """Return a question of about as many tokens as ``prompt`` says."""
+    return "word " * max(1, prompt.text // 2)
 
 
 def _encodes(graph: str) -> bool:
@@ -184,18 +200,27 @@ def _counts(lanes: int) -> list[int]:
     return [1 << power for power in range(lanes.bit_length()) if 1 << power < lanes] + [lanes]
 
 
-def _step_ms(engine: Engine, count: int, question: str) -> float:
-    """Return the milliseconds of a step of ``count`` answers, all of them under way."""
-    tickets = [
-        engine.submit(None, f"{question}{at}", max_tokens=STEP_TOKENS) for at in range(count)
-    ]
-    while engine.load()["running"] < count:
+def _step_ms(engine: Engine, asked: list[tuple[np.ndarray, str]], tokens: int) -> float:
+    """Return the milliseconds of a step of answers to some questions, all of them under way."""
+    tickets = [engine.submit(*own, max_tokens=tokens) for own in asked]
+
+    def over() -> bool:
+        return any(ticket.over.is_set() for ticket in tickets)
+
+    def seen() -> tuple[float, int, int]:
         time.sleep(0.001)
-    started, steps = time.perf_counter(), engine.steps
-    while not any(ticket.over.is_set() for ticket in tickets):
-        time.sleep(0.001)
-    elapsed = time.perf_counter() - started
-    done = engine.steps - steps
+        return time.perf_counter(), engine.steps, engine.tokens
+
+    _, steps, written = seen()
+    while not over():  # until a step is one of all answers
+        now = seen()
+        if now[1] > steps and now[2] - written == len(asked) * (now[1] - steps):
+            break
+        _, steps, written = now
+    first = last = seen()
+    while not over():
+        last = seen()
+    elapsed, done = last[0] - first[0], last[1] - first[1]
     for ticket in tickets:
         ticket.wait()
     return elapsed * 1e3 / max(1, done)

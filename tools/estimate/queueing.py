@@ -3,7 +3,8 @@
 A replica does one thing at a time, as ``runtime.engine`` does: a prompt that a lane is free for,
 in a number of calls, between which answers under way get a token once they have waited for
 ``gap_ms``; else one token of every answer. Callers come at random times (Poisson), each to the
-replica with the fewest questions. Plain Python, no clock: times are those of the costs.
+replica with the fewest questions, or are so many, each of whom asks again once he is answered.
+Plain Python, no clock: times are those of the costs. ``bench.capacity`` holds it against an engine.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class ServingCosts:
         question_ms: the same where the image is known.
         calls: calls of a prefill, between which answers may get a token.
         step_ms: one token of 1, 2, ... answers at once.
+        prepare_ms: decoding and preprocessing of an image, beside what the replica does.
     """
 
     encode_ms: float
@@ -36,6 +38,7 @@ class ServingCosts:
     question_ms: float
     calls: int
     step_ms: tuple[float, ...]
+    prepare_ms: float = 0.0
 
     @property
     def lanes(self) -> int:
@@ -67,9 +70,12 @@ class ServiceLevel:
 
 @dataclass(eq=False)
 class Arrival:
-    """A question: when it came, whether its image is new, and what is left of its answer."""
+    """A question: when it came, from when a replica may take it, whether its image is new, and what
+    is left of its answer.
+    """
 
     arrival: float
+    ready: float
     new_image: bool
     left: int
     last: float = 0.0
@@ -85,6 +91,7 @@ class Replica:
     clock: float = 0.0
     busy: float = 0.0
     stepped: float = 0.0
+    ended: int = 0
     waiting: deque[Arrival] = field(default_factory=deque)
     running: list[Arrival] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
@@ -98,10 +105,15 @@ class Replica:
     def advance(self, until: float) -> None:
         """Work until a time, or until nothing is left."""
         while self.clock < until and self.load:
-            if self.waiting and len(self.running) < self.costs.lanes:
-                self._prefill(self.waiting.popleft())
-            if self.running:
-                self._step()
+            self.work()
+
+    def work(self) -> None:
+        """Let a question in if there is a lane, and write a token of every answer."""
+        free = self.waiting and len(self.running) < self.costs.lanes
+        if free and (self.waiting[0].ready <= self.clock or not self.running):
+            self._prefill(self.waiting.popleft())
+        if self.running:
+            self._step()
 
     def _spend(self, ms: float) -> None:
         self.clock += ms
@@ -109,7 +121,7 @@ class Replica:
 
     def _prefill(self, question: Arrival) -> None:
         costs = self.costs
-        self.clock = max(self.clock, question.arrival)
+        self.clock = max(self.clock, question.ready)
         if question.new_image and self.encodes:
             self._spend(costs.encode_ms)
             self._step_if_due()
@@ -121,6 +133,8 @@ class Replica:
         question.last, question.left = self.clock, question.left - 1
         if question.left:
             self.running.append(question)
+        else:
+            self.ended += 1
 
     def _step_if_due(self) -> None:
         if self.running and self.clock - self.stepped > self.gap_ms:
@@ -132,7 +146,45 @@ class Replica:
         for question in self.running:
             self.gaps.append(self.clock - question.last)
             question.last, question.left = self.clock, question.left - 1
-        self.running = [question for question in self.running if question.left]
+        going = [question for question in self.running if question.left]
+        self.ended += len(self.running) - len(going)
+        self.running = going
+
+
+def arrivals(traffic: Traffic, requests: int, seed: int = 0) -> list[tuple[float, bool]]:
+    """Return when questions come, in milliseconds, and whether each is about a new image."""
+    chance = random.Random(seed)
+    at, asked = 0.0, []
+    for _ in range(requests):
+        at += chance.expovariate(traffic.rate) * 1e3
+        asked.append((at, chance.random() < 1 / traffic.questions_per_image))
+    return asked
+
+
+def simulate_callers(
+    costs: ServingCosts, callers: int, requests: int, tokens: int, *, gap_ms: float
+) -> list[float]:
+    """Return the milliseconds to the first token of questions about new images, by so many callers
+    at one replica, each of whom asks the next question once he is answered.
+    """
+    replica = Replica(costs, gap_ms)
+    asked = 0
+    while True:
+        for _ in range(min(callers - (asked - replica.ended), requests - asked)):
+            ready = replica.clock + costs.prepare_ms
+            replica.waiting.append(Arrival(replica.clock, ready, True, tokens))
+            asked += 1
+        if not replica.load:
+            return replica.firsts
+        replica.work()
+
+
+def simulated_firsts(
+    costs: ServingCosts, traffic: Traffic, requests: int, *, gap_ms: float, seed: int = 0
+) -> list[float]:
+    """Return the milliseconds to the first token of each question at one replica."""
+    (server,) = _served(costs, traffic, 1, 0, requests, gap_ms, seed)
+    return server.firsts
 
 
 def simulate(
@@ -157,26 +209,7 @@ def simulate(
         requests: questions that are asked.
         seed: of the arrivals.
     """
-    chance = random.Random(seed)
-    servers = [Replica(costs, gap_ms, encodes=not encoders) for _ in range(replicas)]
-    free = [0.0] * encoders
-    at, asked = 0.0, []
-    for _ in range(requests):
-        at += chance.expovariate(traffic.rate) * 1e3
-        new = chance.random() < 1 / traffic.questions_per_image
-        ready = at
-        if new and encoders:
-            first = min(range(encoders), key=free.__getitem__)
-            free[first] = ready = max(at, free[first]) + costs.encode_ms
-        asked.append((ready, at, new))
-    for ready, arrival, new in sorted(asked):
-        for server in servers:
-            server.advance(ready)
-        chosen = min(servers, key=lambda server: server.load)
-        chosen.clock = max(chosen.clock, ready) if not chosen.load else chosen.clock
-        chosen.waiting.append(Arrival(arrival, new, traffic.tokens))
-    for server in servers:
-        server.advance(float("inf"))
+    servers = _served(costs, traffic, replicas, encoders, requests, gap_ms, seed)
     end = max(server.clock for server in servers)
     firsts = [ms for server in servers for ms in server.firsts[len(server.firsts) // 10 :]]
     gaps = [ms for server in servers for ms in server.gaps[len(server.gaps) // 10 :]]
@@ -189,6 +222,36 @@ def simulate(
         sum(server.busy for server in servers) / (end * replicas),
         requests / end * 1e3,
     )
+
+
+def _served(
+    costs: ServingCosts,
+    traffic: Traffic,
+    replicas: int,
+    encoders: int,
+    requests: int,
+    gap_ms: float,
+    seed: int,
+) -> list[Replica]:
+    """Return replicas that answered all questions."""
+    servers = [Replica(costs, gap_ms, encodes=not encoders) for _ in range(replicas)]
+    free = [0.0] * encoders
+    asked = []
+    for at, new in arrivals(traffic, requests, seed):
+        ready = at + costs.prepare_ms
+        if new and encoders:
+            first = min(range(encoders), key=free.__getitem__)
+            free[first] = ready = max(ready, free[first]) + costs.encode_ms
+        asked.append((ready, at, new))
+    for ready, arrival, new in sorted(asked):
+        for server in servers:
+            server.advance(ready)
+        chosen = min(servers, key=lambda server: server.load)
+        chosen.clock = max(chosen.clock, ready) if not chosen.load else chosen.clock
+        chosen.waiting.append(Arrival(arrival, ready, new, traffic.tokens))
+    for server in servers:
+        server.advance(float("inf"))
+    return servers
 
 
 def percentile(values: Sequence[float], share: float) -> float:
