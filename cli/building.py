@@ -14,6 +14,7 @@ from .options import (
     as_json,
     bundle_at,
     bundles_called,
+    image_tokens_option,
     is_model,
     model_option,
     sm_option,
@@ -28,7 +29,7 @@ from .show.units import ByteSize
 @click.option(
     "--plan",
     type=PLAN,
-    help="A preset or a YAML file; by default the calibration's or visipruner.",
+    help="A preset or a YAML file; by default the calibration's or the family's.",
 )
 @click.option(
     "--target", type=TARGET, default="cpu", show_default=True, help="The machine that runs it."
@@ -49,6 +50,7 @@ from .show.units import ByteSize
 @click.option("--revision", help="Branch, tag or commit of a model on the hub.")
 @click.option("--offline", is_flag=True, help="Use only what was downloaded before.")
 @click.option("--dummy-weights", is_flag=True, help="Random weights in the model's shape.")
+@image_tokens_option
 @click.option(
     "--context",
     "contexts",

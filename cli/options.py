@@ -159,6 +159,11 @@ threads_option = click.option(
     callback=lambda ctx, param, value: _within_cores(value),
     help="Default: as many as were found fastest here.",
 )
+image_tokens_option = click.option(
+    "--image-tokens",
+    type=click.IntRange(1),
+    help="Of an image at most, where a processor cuts images by their size; by default its own.",
+)
 sm_option = click.option(
     "--sm",
     "capabilities",

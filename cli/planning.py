@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import MODEL, PLAN, as_json, model_option
+from .options import MODEL, PLAN, as_json, image_tokens_option, model_option
 from .show.output import note, say, show, show_json
 from .show.units import ShareParam
 
@@ -17,6 +17,7 @@ from .show.units import ShareParam
 @model_option
 @click.option("--layers", type=click.IntRange(1), help="Depth, instead of the model's.")
 @click.option("--visual-tokens", type=click.IntRange(1), help="Per image, instead of the model's.")
+@image_tokens_option
 @click.option("--text", type=click.IntRange(1), default=40, show_default=True, help="Text rows.")
 @click.option("--prefix", type=click.IntRange(0), default=35, show_default=True, help="Its rows.")
 @click.option(
@@ -37,6 +38,7 @@ def plan(
     model_option,
     layers,
     visual_tokens,
+    image_tokens,
     trigger,
     kept,
     exit_,
@@ -56,6 +58,7 @@ def plan(
     visistage plan visipruner-paper --trigger 14 --kept 10.3 --exit 23
     visistage plan visipruner --yaml > mine.yaml
     """
+    from .show.image_view import image_facts, image_table
     from .show.plan_view import (
         outcome_of,
         plan_cost_facts,
@@ -74,16 +77,19 @@ def plan(
     from ..compile.planfile import plan_to_yaml
 
     model = model or model_option or "llava-7b"
-    staged, geometry = plan_cost_facts(plan, model, layers, visual_tokens)
+    staged, geometry = plan_cost_facts(plan, model, layers, visual_tokens, image_tokens)
     outcome = outcome_of(staged, trigger, kept, exit_)
     if as_yaml:
         say(plan_to_yaml(staged), nl=False)
         return
     facts = plan_json(staged, geometry, outcome=outcome, **options)
+    facts["images"] = image_facts(model, staged, image_tokens)
     if as_json:
         show_json(facts)
     else:
         show(plan_table(facts, staged, outcome))
+        if facts["images"]:
+            show(image_table(facts["images"]))
 
 
 @click.command()
@@ -103,6 +109,7 @@ def plan(
 @click.option("--revision", help="Branch, tag or commit of a model on the hub.")
 @click.option("--offline", is_flag=True, help="Use only what was downloaded before.")
 @click.option("--dummy-weights", is_flag=True, help="Random weights in the model's shape.")
+@image_tokens_option
 @as_json
 def calibrate(
     model,

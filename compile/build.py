@@ -52,6 +52,7 @@ def make_bundle(
     revision: str | None = None,
     offline: bool = False,
     dummy_weights: bool = False,
+    image_tokens: int | None = None,
     contexts: Sequence[int] = (),
     build_memory: int | None = None,
     calibration: str | Path | None = None,
@@ -65,8 +66,8 @@ def make_bundle(
 
     Args:
         model: an alias, a hub id or a directory.
-        plan: a preset, ``preset:key=value,...`` or a YAML file; None: the calibration's, or
-            ``visipruner``.
+        plan: a preset, ``preset:key=value,...`` or a YAML file; None: the calibration's, or that of
+            the model's family.
         target: a name of ``targets.TARGETS``.
         precision: one the target runs, or a recipe (``graphs.quantization``); its default
             otherwise.
@@ -74,6 +75,8 @@ def make_bundle(
         revision: of a hub model.
         offline: use only what was downloaded before.
         dummy_weights: random weights of a published geometry.
+        image_tokens: the most of an image, by the image processor's own option: of a larger one it
+            makes fewer.
         contexts: rows of an unpruned prompt and answer that engines have space for; several
             give several sets of engines. For targets with engines only.
         build_memory: bytes that compiling one engine may take; stages are cut into parts that
@@ -99,6 +102,7 @@ def make_bundle(
         offline=offline,
         dummy_weights=dummy_weights,
         routing=dummy_routing(model, plan) if dummy_weights else None,
+        image_tokens=image_tokens,
         progress=progress.advance,
     )
     if name is not None:

@@ -23,11 +23,13 @@ from ..graphs.caches import cache_dtype
 from ..graphs.commands import visistage
 from ..graphs.config import ModelConfig
 from ..graphs.errors import CapacityError, DataError, TargetError
+from ..graphs.families.registry import FAMILIES
 from ..graphs.fields import to_json
 from ..graphs.parts import StagePart
 from ..graphs.plan.plan import StagePlan
 from ..graphs.plan.routing import Routing
 from ..graphs.precision import NO_FALLBACK, Fp32Fallback
+from ..graphs.presets.request import UNCALIBRATED
 from ..graphs.quantization import (
     FLOAT,
     QUANTISED,
@@ -49,7 +51,7 @@ from .planfile import resolve_plan
 from .quantize.calibration_file import Calibration
 from .quantize.quantize import CALIBRATIONS, QuantisedTensors, check_sizes, input_shifts, resolve
 
-DEFAULT_PLAN = "visipruner"
+NO_SETTINGS = "; of this family of models no settings were published"
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ class BuildSpec:
     @property
     def name(self) -> str:
         """Name of the bundle's folder."""
-        return f"{self.plan.name}-{self.precision}-{self.target.name}"
+        tokens = self.checkpoint.image_tokens
+        capped = "" if tokens is None else f"-images{tokens}"
+        return f"{self.plan.name}-{self.precision}-{self.target.name}{capped}"
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
@@ -165,7 +169,10 @@ def resolve_build(
     if known is not None:
         check_sizes(known, config)
     if known is None or plan is not None:
-        staged = resolve_plan(plan or DEFAULT_PLAN, config.text.layers, config.visual_tokens)
+        default = FAMILIES[config.family].plan
+        staged = resolve_plan(plan or default, config.text.layers, config.visual_tokens)
+        if default == "dense" and staged.note.startswith(UNCALIBRATED):
+            staged = replace(staged, note=staged.note + NO_SETTINGS)
     else:
         staged = known.plan
     check_routers(checkpoint, staged, named=plan is not None)

@@ -137,6 +137,15 @@ class ModelConfig:
         return self.vision.has_class_token and self.select == "default"
 
     @property
+    def most_tiles(self) -> int:
+        """Squares of the vision encoder's size that the largest image becomes."""
+        return self.tiles_of(self.visual_tokens)
+
+    def tiles_of(self, rows: int) -> int:
+        """Return how many squares make ``rows`` visual tokens."""
+        return max(1, rows * self.block**2 // self.vision.patches)
+
+    @property
     def varies(self) -> bool:
         """True where images differ in their rows: the vision graph takes one at a time."""
         return self.limits != Limits()

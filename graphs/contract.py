@@ -352,16 +352,16 @@ def vision_spec(
     side, width = vision.image_size, config.feature_width
     batch = 1 if config.varies else "B"
     outputs = {
-        "similarity": TensorSpec("similarity", "float32", ("B", tokens, tokens)),
-        "row_similarity": TensorSpec("row_similarity", "float32", ("B", tokens, tokens)),
-        "vocabulary": TensorSpec("vocabulary", "int64", ("B", tokens, NEAREST_WORDS)),
+        "similarity": TensorSpec("similarity", "float32", (batch, tokens, tokens)),
+        "row_similarity": TensorSpec("row_similarity", "float32", (batch, tokens, tokens)),
+        "vocabulary": TensorSpec("vocabulary", "int64", (batch, tokens, NEAREST_WORDS)),
         "rows": TensorSpec(
             "visual_rows", fallback.rows_dtype(dtype), (batch, tokens, config.text.hidden)
         ),
-        "features": TensorSpec("features", dtype, ("B", tokens, width)),
-        "class_row": TensorSpec("class_row", dtype, ("B", width)),
-        "saliency": TensorSpec("saliency", "float32", ("B", tokens)),
-        "keys": TensorSpec("keys", "float32", ("B", tokens, vision.hidden // vision.heads)),
+        "features": TensorSpec("features", dtype, (batch, tokens, width)),
+        "class_row": TensorSpec("class_row", dtype, (batch, width // config.block**2)),
+        "saliency": TensorSpec("saliency", "float32", (batch, tokens)),
+        "keys": TensorSpec("keys", "float32", (batch, tokens, vision.hidden // vision.heads)),
     }
     names = vision_readings(plan)
     if not config.has_class_row:
@@ -386,8 +386,7 @@ def project_spec(
     config: ModelConfig, plan: StagePlan, dtype: str, fallback: Fp32Fallback = NO_FALLBACK
 ) -> GraphSpec:
     """Return the contract of the projector alone: features of chosen rows in, visual rows out."""
-    width = config.feature_width
-    rows = TensorSpec(
-        "visual_rows", fallback.rows_dtype(dtype), ("B", plan.entering, config.text.hidden)
-    )
-    return GraphSpec((TensorSpec("features", dtype, ("B", plan.entering, width)),), (rows,))
+    count: tuple[int | str, int | str] = (1, "N") if config.varies else ("B", plan.entering)
+    rows = TensorSpec("visual_rows", fallback.rows_dtype(dtype), (*count, config.text.hidden))
+    features = TensorSpec("features", dtype, (*count, config.feature_width))
+    return GraphSpec((features,), (rows,))

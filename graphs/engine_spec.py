@@ -79,7 +79,9 @@ def _engine_spec(
     visual = stage.visual_tokens if stage else 0
     # A probe reads all visual rows first, and later the few that were kept.
     offered = (1 if graph == PROBE else visual, visual, most)
-    tiles = max(1, manifest.config.limits.most + 1)
+    if stage is None:
+        offered = (1, manifest.plan.entering, manifest.config.visual_tokens)
+    tiles = manifest.config.most_tiles
     asked = (1, min(PREFILL_QUESTION_ROWS, most), most)
     sizes: SymbolSizes = {
         "B": (1, 1, 1),

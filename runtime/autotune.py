@@ -178,9 +178,9 @@ class TrialPrompt:
     def __init__(self, bundle: Bundle, executor: Backend, question_rows: int):
         manifest = bundle.manifest
         config, self.executor = manifest.config, executor
-        visual = manifest.plan.entering
-        self.stop = visual + question_rows
         side = config.vision.image_size
+        visual = min(manifest.plan.entering, config.layout(side, side).rows)
+        self.stop = visual + question_rows
         self.pixels = np.zeros((1, config.vision.channels, side, side), np.float32)
         rows = np.random.default_rng(0).standard_normal((1, self.stop, config.text.hidden)) / 32
         self.rows = rows.astype(executor.rows_dtype)

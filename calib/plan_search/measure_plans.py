@@ -39,6 +39,7 @@ class Origin:
     revision: str | None = None
     offline: bool = False
     dummy_weights: bool = False
+    image_tokens: int | None = None
 
 
 class PlanBundles:

@@ -234,7 +234,11 @@ def _mebibytes(value: float) -> str:
 
 
 def plan_cost_facts(
-    plan: str, model: str, layers: int | None = None, visual_tokens: int | None = None
+    plan: str,
+    model: str,
+    layers: int | None = None,
+    visual_tokens: int | None = None,
+    image_tokens: int | None = None,
 ) -> tuple[StagePlan, Geometry]:
     """Return the plan that ``plan`` names, and the sizes of the decoder it is for.
 
@@ -243,12 +247,13 @@ def plan_cost_facts(
         model: ``demo``, a name of ``KNOWN_MODELS`` or a folder with a ``config.json``.
         layers: instead of the model's depth.
         visual_tokens: instead of the model's tokens per image.
+        image_tokens: the most of an image, as ``open_checkpoint`` takes it.
 
     Raises:
         ModelError: an unknown model, or a config that is not supported.
         PlanError: see ``resolve_plan``.
     """
-    config = model_config(model)
+    config = model_config(model, image_tokens)
     geometry = Geometry.of(config.text)
     geometry = replace(geometry, layers=layers or geometry.layers)
     tokens = visual_tokens or config.visual_tokens

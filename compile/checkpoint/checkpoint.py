@@ -27,7 +27,7 @@ from ...graphs.commands import install
 from ...graphs.config import ModelConfig
 from ...graphs.dtypes import BY_SAFETENSORS
 from ...graphs.errors import MissingDependencyError, ModelError, nearest
-from ...graphs.families.registry import read_config
+from ...graphs.families.registry import read_config, with_budget
 from ...graphs.fields import show
 from ...graphs.plan.routing import Routing
 from ...graphs.progress import Advance, no_advance
@@ -57,7 +57,8 @@ class Checkpoint:
     ``name`` is fit for a directory; ``origin`` says where the model is from without naming this
     machine; ``raw`` is ``config.json``; ``tensors`` has canonical names
     (compile/checkpoint/names.py), those of routers among them; ``files`` are the folder's other
-    files by name: tokenizer, templates, processor configs.
+    files by name: tokenizer, templates, processor configs. ``image_tokens``: the budget of an image
+    that ``config`` keeps to, if one was asked for.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Checkpoint:
     raw: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     files: Mapping[str, Path]
+    image_tokens: int | None = None
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -96,6 +98,14 @@ class Checkpoint:
     def file_bytes(self) -> int:
         """Size of the weight files together."""
         return sum(file.stat().st_size for file in self.weight_files)
+
+    def budgeted(self, tokens: int | None) -> Checkpoint:
+        """Return it with images of at most so many tokens; None: as its processor has them.
+
+        Raises:
+            ModelError: its family has no such option, or no image is that small.
+        """
+        return replace(self, config=with_budget(self.config, tokens), image_tokens=tokens)
 
     def json(self, name: str) -> dict[str, Any] | None:
         """Return the JSON object in ``files[name]``, or None where there is no such file."""
@@ -146,6 +156,7 @@ def open_checkpoint(
     dummy_weights: bool = False,
     cache: Path = CHECKPOINT_CACHE,
     routing: Routing | None = None,
+    image_tokens: int | None = None,
     progress: Advance = no_advance,
 ) -> Checkpoint:
     """Find ``model``, download or make it if need be, and check all but the weights' values.
@@ -157,6 +168,7 @@ def open_checkpoint(
         dummy_weights: random weights of that model's shape instead, made below ``cache``.
         cache: folder for dummy checkpoints.
         routing: dummy weights have routers of its kind; other checkpoints have theirs, or none.
+        image_tokens: the most of an image, by the image processor's own option; None: as it is.
         progress: called with bytes of dummy weights as they are written.
 
     Raises:
@@ -171,7 +183,8 @@ def open_checkpoint(
         geometry = {repo: alias for alias, repo in ALIASES.items()}.get(model, model)
         place = Path(cache) / "dummy" / (f"{geometry}-{routing.kind}" if routing else geometry)
         folder = make_dummy(geometry, place, routing=routing, progress=progress)
-        return open_folder(folder, name=f"{geometry}-dummy", origin=f"dummy weights of {geometry}")
+        name, origin = f"{geometry}-dummy", f"dummy weights of {geometry}"
+        return open_folder(folder, name=name, origin=origin).budgeted(image_tokens)
     repository = ALIASES.get(model, model)
     if model in OWN_MODELS:
         folder, name, origin = own_folder(model), model, f"the {model} model"
@@ -181,10 +194,10 @@ def open_checkpoint(
     elif _HUB_ID.fullmatch(repository) and not os.path.exists(repository):
         folder = _download(repository, revision, offline)
         name = model if model in ALIASES else repository.split("/")[1]
-        return open_folder(folder, name=name, origin=f"{repository}@{folder.name}")
+        origin = f"{repository}@{folder.name}"
     else:
         _unknown(model)
-    return open_folder(folder, name=name, origin=origin)
+    return open_folder(folder, name=name, origin=origin).budgeted(image_tokens)
 
 
 def open_folder(folder: Path, *, name: str, origin: str) -> Checkpoint:

@@ -110,7 +110,8 @@ def make_dummy(
         path.parent, nbytes, f"the dummy checkpoint {geometry}", "take a smaller one: llava-45m"
     )
     with _folder(path) as folder:
-        _write_weights(folder, shapes, dtype, _Blocks(dtype, seed, config.text.layers), progress)
+        blocks = _Blocks(dtype, seed, config.text.layers)
+        _write_weights(folder, shapes, dtype, blocks, config.family, progress)
         _write_config(folder, known_model, dtype)
         write_text_files(folder, config, known_model.specials, system=SYSTEM)
         sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.name != LOCK}
@@ -161,7 +162,7 @@ def _constant(name: str, shape: tuple[int, ...]) -> float | None:
     """Return what a tensor is full of: norms start as the identity, biases at zero."""
     if len(shape) > 1 or name.endswith("class_embedding"):
         return None
-    return 1.0 if name.endswith("weight") else 0.0
+    return 1.0 if name.endswith(("weight", "lambda_1", "lambda_2")) else 0.0
 
 
 def _spread(name: str, shape: tuple[int, ...], depth: int) -> float:
@@ -187,7 +188,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _write_weights(
-    folder: Path, shapes: Shapes, dtype: str, blocks: _Blocks, progress: Advance
+    folder: Path, shapes: Shapes, dtype: str, blocks: _Blocks, family: str, progress: Advance
 ) -> None:
     shards = split_shards(shapes, dtype)
     where = {}
@@ -195,12 +196,12 @@ def _write_weights(
         file = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
         file = SINGLE if len(shards) == 1 else file
         with _full_disk_named(folder / file), (folder / file).open("wb") as stream:
-            stream.write(shard_header({name: shapes[name] for name in names}, dtype))
+            stream.write(shard_header({name: shapes[name] for name in names}, dtype, family))
             for name in names:
                 for piece in blocks.pieces(name, shapes[name]):
                     stream.write(piece)
                     progress(len(piece))
-                where[published_name(name)] = file
+                where[published_name(name, family)] = file
     if len(shards) > 1:
         index_data = {
             "metadata": {"total_size": _nbytes(shapes, dtype)},
@@ -240,13 +241,13 @@ def split_shards(shapes: Shapes, dtype: str) -> list[list[str]]:
     return shards
 
 
-def shard_header(shapes: Shapes, dtype: str) -> bytes:
+def shard_header(shapes: Shapes, dtype: str, family: str = "llava") -> bytes:
     """Return the first bytes of a safetensors file that holds tensors of ``shapes``."""
     entries: dict = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + _nbytes({name: shape}, dtype)
-        entries[published_name(name)] = {
+        entries[published_name(name, family)] = {
             "dtype": DTYPES[dtype].safetensors,
             "shape": list(shape),
             "data_offsets": [start, end],

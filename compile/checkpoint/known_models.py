@@ -13,12 +13,15 @@ from typing import Any
 
 from ...graphs.config import ModelConfig
 from ...graphs.errors import ModelError
+from ...graphs.families.registry import with_budget
 from ...graphs.fields import read_json
 from ...graphs.vision_config import DEFAULT_ENCODER
 
 ALIASES: Mapping[str, str] = {
     "llava-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-13b": "llava-hf/llava-1.5-13b-hf",
+    "internvl3-2b": "OpenGVLab/InternVL3-2B-hf",
+    "internvl3-8b": "OpenGVLab/InternVL3-8B-hf",
 }
 """Short names of checkpoints on the hub."""
 
@@ -89,7 +92,53 @@ _LLAVA: dict[str, Any] = {
     "vision_config": _CLIP_L_336,
 }
 _LLAVA_SPECIALS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001}
+_INTERN_VIT_300M: dict[str, Any] = {
+    "model_type": "internvl_vision",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "attention_bias": True,
+    "image_size": [448, 448],
+    "patch_size": [14, 14],
+}
+_INTERNVL_SPECIALS = {
+    "<|endoftext|>": 151643,
+    "<|im_start|>": 151644,
+    "<|im_end|>": 151645,
+    "<img>": 151665,
+    "</img>": 151666,
+    "<IMG_CONTEXT>": 151667,
+    "<video>": 151668,
+}
 _SMALL_SPECIALS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 3, "<pad>": 4}
+
+
+def _internvl3(hidden: int, wide: int, heads: int, groups: int) -> dict[str, Any]:
+    """Return the ``config.json`` of an InternVL3 of 28 layers, on a Qwen2.5."""
+    return {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "image_token_id": _INTERNVL_SPECIALS["<IMG_CONTEXT>"],
+        "image_seq_length": 256,
+        "tie_word_embeddings": False,
+        "vision_config": _INTERN_VIT_300M,
+        "text_config": {
+            "model_type": "qwen2",
+            "architectures": ["Qwen2ForCausalLM"],
+            "hidden_size": hidden,
+            "intermediate_size": wide,
+            "num_hidden_layers": 28,
+            "num_attention_heads": heads,
+            "num_key_value_heads": groups,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
+            "vocab_size": 151674,
+        },
+    }
+
 
 KNOWN_MODELS: Mapping[str, KnownModel] = {
     "llava-7b": KnownModel(
@@ -130,16 +179,32 @@ KNOWN_MODELS: Mapping[str, KnownModel] = {
         _SMALL_SPECIALS,
         "no published model: 44.6 million parameters, the tokens and stages of LLaVA-1.5",
     ),
+    "internvl3-2b": KnownModel(
+        _internvl3(1536, 8960, 12, 2),
+        _INTERNVL_SPECIALS,
+        "OpenGVLab/InternVL3-2B-hf: 2.1 billion parameters",
+    ),
+    "internvl3-8b": KnownModel(
+        _internvl3(3584, 18944, 28, 4),
+        _INTERNVL_SPECIALS,
+        "OpenGVLab/InternVL3-8B-hf: 7.9 billion parameters",
+    ),
 }
 """Models that ``--dummy-weights`` can make."""
 
 
-def model_config(model: str) -> ModelConfig:
+def model_config(model: str, image_tokens: int | None = None) -> ModelConfig:
     """Return the sizes of a known model or of a folder with a ``config.json``.
 
+    ``image_tokens``: the most of an image, as ``open_checkpoint`` takes it.
+
     Raises:
-        ModelError: an unknown model, or a config that is not supported.
+        ModelError: an unknown model, or a config or a budget that is not supported.
     """
+    return with_budget(_model_config(model), image_tokens)
+
+
+def _model_config(model: str) -> ModelConfig:
     known = next((name for name, hub in ALIASES.items() if hub == model), model)
     if known in KNOWN_MODELS:
         return ModelConfig.from_hf(dict(KNOWN_MODELS[known].config))

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...graphs.contract import GraphSpec, TensorSpec
+from ...graphs.contract import TILES, GraphSpec, TensorSpec
 from ...graphs.modules.quantized import WEIGHT
 from .branched_attention import write_conditional_attention
 
@@ -42,7 +42,7 @@ except ImportError:  # not a public name: where torch has moved it, tracing take
 
 DOMAIN = "visistage"
 IR_VERSION = 10
-EXAMPLE_SIZES = {"B": 10007, "Q": 10009, "S": 10037, "N": 10039, "T": 10061, "tiles": 10067}
+EXAMPLE_SIZES = {"B": 10007, "Q": 10009, "S": 10037, "N": 10039, "T": 10061, TILES: 10067}
 """Sizes to trace with, as fake tensors that take no memory. Primes that no model has for a width,
 so that a size tells its symbol; above the largest K: a selection offers more than it keeps."""
 
@@ -207,15 +207,18 @@ def _trace(key: tuple, piece: nn.Module, specs: Sequence[TensorSpec | None], ops
     _inline_constants(graph)
     tensors = returned if isinstance(returned, tuple) else (returned,)
     outputs = [
-        TensorSpec(
-            "", str(t.dtype).removeprefix("torch."), tuple(SYMBOLS.get(d, d) for d in t.shape)
-        )
+        TensorSpec("", str(t.dtype).removeprefix("torch."), tuple(map(_dim, t.shape)))
         for t in tensors
     ]
     # Named by what it is, never by when it was traced: equal exports must give equal bytes.
     name = f"{type(piece).__name__}_{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}"
     function = onnx_ir.Function(DOMAIN, name, graph=graph, attributes=())
     return Traced(function, outputs, isinstance(returned, tuple))
+
+
+def _dim(size: int) -> int | str:
+    """Return a size's symbol: rows of all tiles are N."""
+    return SYMBOLS.get(size, size if size % EXAMPLE_SIZES[TILES] else "N")
 
 
 def _merge_shared(graph: onnx_ir.Graph, piece: nn.Module) -> None:

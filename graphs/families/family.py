@@ -81,6 +81,7 @@ class Family:
         prefixes: of tensor names: those in files, the longer ones first, and ours.
         spellings: parts of names in the vision encoder, in files and here.
         limits: returns the limits that the image processor's file says; None: it has none.
+        plan: where none is named: a pruned one only where its authors published settings.
         budgeted: returns the limits under which no image has more than so many rows; None: every
             image has as many, which no option changes.
     """
@@ -92,5 +93,6 @@ class Family:
     most_rows: Callable[[ModelConfig], int]
     prefixes: tuple[tuple[str, str], ...]
     spellings: tuple[tuple[str, str], ...] = (("vision_tower.vision_model.", "vision_tower."),)
+    plan: str = "dense"
     limits: Callable[[ModelConfig, Mapping[str, Any]], Limits] | None = None
     budgeted: Callable[[ModelConfig, int], Limits] | None = None

@@ -85,6 +85,7 @@ LLAVA = Family(
     read=read,
     layout=layout,
     most_rows=most_rows,
+    plan="visipruner",
     prefixes=(
         ("language_model.model.", "model."),
         ("language_model.lm_head.", "lm_head."),

@@ -245,8 +245,7 @@ class Projector(nn.Module):
         Where images differ in their tiles, these are the batch, and the rows those of one image.
         """
         features = _side_by_side([state[:, self.skip :] for state in states])
-        if self.block > 1:
-            features = self._blocks(features)
+        features = in_blocks(self.ops, features, self.edge, self.block)
         batch, tokens, width = features.shape
         flat = self.ops.reshape(features, (batch * tokens, width))
         x = self.linear_1(self.layer_norm(flat) if hasattr(self, "layer_norm") else flat)
@@ -255,12 +254,16 @@ class Projector(nn.Module):
         rows = self.ops.reshape(x, (*shape, x.shape[-1]))
         return rows.float() if self.wide else rows
 
-    def _blocks(self, features: Tensor) -> Tensor:
-        """Return (B, T / s^2, s^2 D): blocks of s x s patches row by row, as are those in each."""
-        side, edge = self.block, self.edge // self.block
-        batch, tokens, width = features.shape
-        cut = self.ops.reshape(features, (batch, edge, side, edge, side * width)).transpose(2, 3)
-        return self.ops.reshape(cut, (batch, tokens // side**2, side**2 * width))
+
+def in_blocks(ops: Eager, x: Tensor, edge: int, side: int) -> Tensor:
+    """Return (B, T / s^2, s^2 D) for (B, T, D), T = edge^2: blocks of s x s patches row by row, as
+    are those in each.
+    """
+    if side == 1:
+        return x
+    batch, tokens, width = x.shape
+    cut = ops.reshape(x, (batch, edge // side, side, edge // side, side * width)).transpose(2, 3)
+    return ops.reshape(cut, (batch, tokens // side**2, side**2 * width))
 
 
 class Mean(nn.Module):
@@ -274,28 +277,51 @@ class Mean(nn.Module):
 
 
 class Readings(nn.Module):
-    """Outputs of the encoder that a selector reads, in the order of ``names``."""
+    """Outputs of the encoder that a selector reads, in the order of ``names``.
 
-    def __init__(self, config: ModelConfig, names: tuple[str, ...]):
+    Of blocks of patches attention and keys are the means, of several tiles the class row is.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Eager, names: tuple[str, ...]):
         super().__init__()
-        self.names, self.skip = names, _first_row(config)
+        self.names, self.skip, self.ops = names, _first_row(config), ops
         self.states = len(config.fusion.means) + len(config.feature_layers)
-        self.kind = (names, self.skip, self.states)
+        self.block, self.merges = config.block, config.varies
+        self.edge = config.vision.image_size // config.vision.patch_size
+        self.kind = (names, self.skip, self.states, self.block, self.merges, ops.name)
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         """Return the readings, for the chosen states (B, T, D) and those of the last layer."""
         states, attention = given[: self.states], list(given[self.states :])
         out = []
         for name in self.names:
-            if name == "features":
-                out.append(_side_by_side([state[:, self.skip :] for state in states]))
-            elif name == "similarity":
-                out.append(cosines(_side_by_side([state[:, self.skip :] for state in states])))
-            elif name == "class_row":
-                out.append(_side_by_side([state[:, 0] for state in states]))
+            if name == "class_row":
+                first = _side_by_side([state[:, 0] for state in states])
+                out.append(first.mean(0, keepdim=True) if self.merges else first)
+            elif name in ("features", "similarity"):
+                features = _side_by_side([state[:, self.skip :] for state in states])
+                features = self._of_image(in_blocks(self.ops, features, self.edge, self.block))
+                out.append(features if name == "features" else cosines(features))
             else:
-                out.append(attention.pop(0)[:, self.skip :])
+                out.append(self._of_image(self._means(attention.pop(0)[:, self.skip :])))
         return tuple(out)
+
+    def _means(self, values: Tensor) -> Tensor:
+        """Return the means (B, T / s^2, ...) over blocks of values (B, T, ...)."""
+        if self.block == 1:
+            return values
+        wide = values if values.ndim == 3 else values[..., None]
+        cut = in_blocks(self.ops, wide, self.edge, self.block)
+        shape = (*cut.shape[:2], self.block**2, wide.shape[-1])
+        means = self.ops.reshape(cut, shape).mean(2)
+        return means if values.ndim == 3 else means[..., 0]
+
+    def _of_image(self, values: Tensor) -> Tensor:
+        """Return values (T, N, ...) of tiles as those of their image, (1, T N, ...)."""
+        if not self.merges:
+            return values
+        tiles, tokens, *tail = values.shape
+        return self.ops.reshape(values, (1, tiles * tokens, *tail))
 
 
 class RowSimilarity(nn.Module):
@@ -377,7 +403,7 @@ class Vision(nn.Module):
             Projector(config, ops, fallback.rows, width=config.vision.hidden)
             for _ in config.fusion.injected
         )
-        self.readings = Readings(config, names) if names else None
+        self.readings = Readings(config, ops, names) if names else None
         self.row_similarity = RowSimilarity() if "row_similarity" in readings else None
         if "vocabulary" in readings:  # under the name that the table has in checkpoints
             words = NearestWords(config.text.vocab, config.text.hidden)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from ..caches import ahead_of
 from ..config import ModelConfig
 from ..contract import projects_later
+from ..families.family import ImageLayout
 from ..parts import PROBE, SERVE, VISION, serves_alone, stage_of
 from ..quantization import SCALE_BLOCK, parse_quant_config
 from .cost import Geometry
@@ -193,22 +194,30 @@ def head_work(geometry: Geometry, sizes: Sizes) -> Work:
     return Work(2 * geometry.head_weights, geometry.head_weights * sizes.weight)
 
 
-def vision_work(config: ModelConfig, sizes: Sizes, projected: int | None = None) -> Work:
+def vision_work(
+    config: ModelConfig,
+    sizes: Sizes,
+    projected: int | None = None,
+    layout: ImageLayout | None = None,
+) -> Work:
     """Return the work of vision encoder, as far as it is read, and projector for one image.
 
-    ``projected``: rows that are projected; by default all visual tokens.
+    ``projected``: rows that are projected; by default all visual tokens. ``layout``: of the image;
+    by default it is one of the most tokens.
     """
     vision, tokens = config.vision, config.vision.tokens
+    count = config.visual_tokens if layout is None else layout.rows
+    tiles = config.tiles_of(count)
     h, d = vision.hidden, config.text.hidden
     layer = 4 * h * h + 2 * h * vision.intermediate
     patch = vision.channels * vision.patch_size**2 * h
     projector = config.feature_width * d + d * d
     injected = (h * d + d * d) * len(config.text.inject)  # of all visual tokens
     depth = config.encoder_depth
-    attention = depth * 4 * tokens * tokens * h
-    rows = config.visual_tokens if projected is None else projected
-    linear = vision.patches * patch + depth * tokens * layer + rows * projector
-    linear += config.visual_tokens * injected
+    attention = tiles * depth * 4 * tokens * tokens * h
+    rows = count if projected is None else projected
+    linear = tiles * (vision.patches * patch + depth * tokens * layer) + rows * projector
+    linear += count * injected
     weights = patch + depth * layer + projector + injected
     return Work(2 * linear + attention, weights * sizes.encoder, attention_flops=attention)
 

@@ -343,9 +343,10 @@ def test_samples_become_ids_and_pixels_in_order(tmp_path, texts):
     assert [prompt.name for prompt in prompts] == ["data.jsonl:1", "data.jsonl:2"]
     assert (unreadable, len(ticks)) == ([], 2)
     for prompt, sample in zip(prompts, samples, strict=True):
-        head, pixels, tail = prompt.parts
+        head, image, tail = prompt.parts
         assert tuple(head[: len(facts.prefix_ids)]) == facts.prefix_ids
-        assert (pixels.shape, pixels.dtype) == ((3, 32, 32), np.float32)
+        assert (image.pixels.shape, image.pixels.dtype) == ((1, 3, 32, 32), np.float32)
+        assert image.layout.rows == 16
         written = encoder.encode(sample.prompt, images=1).segments
         assert (head, tail) == (written[0].ids, written[2].ids)
     assert encoder.tokenizer.decode(list(prompts[0].answer_ids)).strip() == "a dog"

@@ -11,6 +11,7 @@ from ...graphs.bundle import Bundle, bundles_in
 from ...graphs.commands import visistage
 from ...graphs.config import ModelConfig
 from ...graphs.errors import TargetError
+from ...graphs.families.registry import FAMILIES
 from ...graphs.plan.call_cost import Sizes, vision_work
 from ...graphs.plan.cost import PREFIX_ROWS, Geometry
 from ...graphs.plan.plan import StagePlan
@@ -87,6 +88,8 @@ def estimate_target(
                 )
         return EstimateTarget.of(bundle)
     config = model_config(name)
-    staged = resolve_plan(plan or "visipruner", config.text.layers, config.visual_tokens)
+    staged = resolve_plan(
+        plan or FAMILIES[config.family].plan, config.text.layers, config.visual_tokens
+    )
     rows = PREFIX_ROWS if prefix is None else prefix
     return EstimateTarget(name, config, staged, precision or "fp16", rows)

@@ -25,7 +25,7 @@ import numpy as np
 
 from ...graphs.bundle import Bundle, Manifest
 from ...graphs.commands import install
-from ...graphs.contract import BY_LAYER, GraphSpec
+from ...graphs.contract import BY_LAYER, TILES, GraphSpec
 from ...graphs.engine_index import ENGINES_FOLDER, Engines
 from ...graphs.engine_spec import Shape, engine_specs_of
 from ...graphs.parts import PROJECT, VISION, stage_of
@@ -142,6 +142,7 @@ def graph_runs(manifest: Manifest, calls: Iterable[GraphCall]) -> list[Polygraph
             if name.startswith("select"):
                 visual = manifest.plan.stages[stage_of(name)].visual_tokens
             sizes = {"B": 1, "Q": call.rows, "S": call.slots, "N": visual, "T": call.rows}
+            sizes[TILES] = manifest.config.most_tiles
             shapes = {
                 i.name: tuple(sizes[d] if isinstance(d, str) else d for d in i.shape)
                 for i in fact.spec.inputs

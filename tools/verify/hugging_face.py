@@ -9,16 +9,20 @@ stages read the checkpoint's weights here.
 from __future__ import annotations
 
 import gc
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoProcessor, GenerationConfig, LlavaForConditionalGeneration
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.utils import logging
 
+from ...calib.samples import Sample
 from ...graphs.fusion import PLAIN, STRATEGY
 from ...graphs.presets.presets import preset
-from .chains import fp32_bytes
+from .chains import PreparedPrompt, fp32_bytes
 from .compare import BOUNDS, first_wrong, tensor_error
 from .verify_report import CheckResult, NothingError, require_memory
 from .verify_target import VerifyTarget
@@ -56,13 +60,42 @@ def compare_dense(target: VerifyTarget) -> CheckResult:
     )
 
 
+def _processor(folder: Path) -> Any:
+    """Return the model's processor; None where it needs libraries for videos that are not here."""
+    try:
+        return AutoProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+    except (ImportError, ValueError):
+        return None
+
+
+def _theirs(processor: Any, sample: Sample) -> Any:
+    """Return a sample as the processor prepares it."""
+    content = [{"type": "image"}, {"type": "text", "text": sample.prompt}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    image = sample.image if isinstance(sample.image, Image.Image) else Image.open(sample.image)
+    upright = ImageOps.exif_transpose(image).convert("RGB")  # as the runtime reads it
+    return processor(text=text, images=upright, return_tensors="pt")
+
+
+def _inputs(target: VerifyTarget, prompt: PreparedPrompt) -> dict[str, Tensor]:
+    """Return a prompt as the runtime prepares it."""
+    layout = prompt.opened.layout
+    images = [target.bundle.manifest.config.image_token_id] * layout.rows
+    ids = [id_ for part in prompt.parts for id_ in (images if part is None else part)]
+    whole = torch.tensor([ids])
+    pixels = torch.from_numpy(prompt.opened.pixels)
+    return {"input_ids": whole, "attention_mask": torch.ones_like(whole), "pixel_values": pixels}
+
+
 @torch.no_grad()
 def _generate(target: VerifyTarget) -> list[tuple[list[int], np.ndarray]]:
     """Return tokens and logits (steps, V) of every sample; the end of an answer is ignored."""
     logging.disable_progress_bar()  # verification shows its own
     folder, steps = target.checkpoint.path, target.max_tokens
-    processor = AutoProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-    model = LlavaForConditionalGeneration.from_pretrained(
+    processor = _processor(folder)
+    model = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True
     ).eval()
     if target.bundle.manifest.dtype == "float16":
@@ -70,14 +103,8 @@ def _generate(target: VerifyTarget) -> list[tuple[list[int], np.ndarray]]:
             parameter.data = parameter.data.half().float()
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     out = []
-    for sample in target.samples:
-        content = [{"type": "image"}, {"type": "text", "text": sample.prompt}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        image = sample.image if isinstance(sample.image, Image.Image) else Image.open(sample.image)
-        upright = ImageOps.exif_transpose(image).convert("RGB")  # as the runtime reads it
-        inputs = processor(text=text, images=upright, return_tensors="pt")
+    for prompt in target.prompts:
+        inputs = _inputs(target, prompt) if processor is None else _theirs(processor, prompt.sample)
         made = model.generate(
             **inputs, max_new_tokens=steps, output_logits=True, return_dict_in_generate=True
         )

@@ -17,7 +17,7 @@ import torch
 
 from ...compile.quantize.int_arithmetic import unpack_int4
 from ...graphs.bundle import Bundle, Manifest, TensorRef
-from ...graphs.contract import BY_LAYER, INVISIBLE, MANY_ROWS, GraphSpec
+from ...graphs.contract import BY_LAYER, INVISIBLE, MANY_ROWS, TILES, GraphSpec
 from ...graphs.errors import BundleError
 from ...graphs.linears import linear_groups
 from ...graphs.modules.quantized import CACHE_SCALES, replace_linears, round_caches
@@ -134,6 +134,7 @@ class StoredGraph:
         filled = FILLED if calls else offered + 2
         used = filled + (rows if calls else 0)
         sizes = {"B": 1, "Q": rows, "S": used + SPARE_SLOTS, "N": offered, "T": TEXT_ROWS}
+        sizes[TILES] = 2
         new = np.arange(filled, used) if calls else np.arange(2, 2 + offered)
         slot_order = np.full(used + SPARE_SLOTS, INVISIBLE)
         slot_order[1:used] = np.arange(1, used)
