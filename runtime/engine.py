@@ -46,8 +46,8 @@ DEFAULT_LANES = 8
 DEFAULT_QUEUE = 64
 
 ROOM = 64
-"""Tokens that answers under way have room for before a prompt is computed: caches do not grow, and
-so move, while it is."""
+"""Tokens, at most, that answers under way have room for before a prompt is computed: caches do not
+grow, and so move, while it is."""
 
 GAP_MS = 100
 """Answers under way wait no longer than this for their next token, and one call of a stage."""
@@ -254,11 +254,13 @@ class Engine(LoadedBundle):
         self._filled = context.executor
         try:
             request = ticket.request
+            wanted = context.slots_for(request.parts, min(ROOM, request.max_tokens))
             if not lane:
-                self._trim(context.slots_for(request.parts, request.max_tokens))
-            for other in self._contexts[:lane]:
-                for stage in range(len(other.chain.slots)):
-                    other.chain.reserve(stage, ROOM)
+                self._trim(wanted)
+            self._reserve()
+            if self.lanes > 1:
+                for stage, slots in enumerate(wanted):
+                    context.executor.ensure_slots(stage, slots)
             context.executor.reset_elapsed()
             context.ensure_capacity(request.parts, request.max_tokens)
             done = context.prefill(request.parts)
@@ -274,6 +276,15 @@ class Engine(LoadedBundle):
             with self._changed:
                 self._move(lane, len(self._running))  # lanes may have become free meanwhile
                 self._running.append(written)
+
+    def _reserve(self) -> None:
+        """Make room for the next tokens of all answers under way at once: growth copies them all,
+        and every slot costs every step.
+        """
+        for context, own in zip(self._contexts, self._running, strict=False):
+            left = own.ticket.request.max_tokens - len(own.writer.tokens)
+            for stage in range(len(context.chain.slots)):
+                context.chain.reserve(stage, min(ROOM, left))
 
     def _trim(self, wanted: Sequence[int]) -> None:
         """Give up slots that longer prompts needed, for attention pays for all there are.
@@ -309,6 +320,8 @@ class Engine(LoadedBundle):
         if not count:
             return
         contexts, written = self._contexts[:count], list(self._running)
+        if self.lanes > 1 and not all(context.chain.free for context in contexts):
+            self._reserve()
         try:
             logits = self._decode(contexts, [own.writer.tokens[-1] for own in written])
         except BaseException as error:

@@ -22,8 +22,10 @@ from .feeds import PromptCalls, stored_cache_scales
 BUCKET = 128
 """Slots are added in multiples of this: growth copies, and attention pays for every slot."""
 
-LANES_BUCKET = 64
-"""The same where there are several lanes, whose slots are the most of any of them."""
+LANES_BUCKET = 16
+"""The same where there are several lanes, whose slots are the most of any of them: an engine has
+them grow for whole answers.
+"""
 
 
 class Timed:

@@ -10,7 +10,7 @@ from visistage import runtime
 from visistage.compile.build import make_bundle
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.errors import BusyError, CapacityError, PromptError, TargetError
-from visistage.runtime.engine import Engine
+from visistage.runtime.engine import ROOM, Engine
 from visistage.runtime.ticket import Cancelled
 from visistage.tests.support import toy
 from visistage.tests.support.asking import picture
@@ -132,6 +132,27 @@ def test_slots_of_a_long_prompt_are_given_up_and_its_image_is_not(bundles):
         assert engine.executor.store.slots(2) == slots
         assert again.tokens == first.tokens
         assert "vision" not in again.timings.graphs_ms
+
+
+def test_lanes_have_slots_for_answers_and_no_more(bundles):
+    """Attention pays for every slot of every lane at every step."""
+    with engine_of(bundles("dense"), lanes=3) as running:
+        store, seen, resize = running.executor.store, [], running.executor.store.resize
+
+        def noted(stage, slots, kept):
+            seen.append(slots)
+            return resize(stage, slots, kept)
+
+        store.resize = noted
+        for _ in range(2):
+            for ticket in [running.submit(picture(at), "Why?", max_tokens=9) for at in range(6)]:
+                ticket.wait()
+        rows = running.context.slots_for(ticket.request.parts, 9)[0]
+        assert store.slots(0) == store.rounded(rows)
+        assert len(seen) == 1, "whole answers at once, and the same slots again"
+        long = running.submit(picture(0), "Why?", max_tokens=300)
+        long.wait()
+        assert len(seen) <= 2 + 300 // ROOM + 1, "not every few tokens"
 
 
 def test_one_lane_needs_no_lanes_of_a_back_end(bundles):
