@@ -27,7 +27,8 @@ from visistage.serve.service import Service
 class ServerRunner:
     """A server whose answers have a fixed length; it keeps no image for later.
 
-    HTTP tells no ids: the text of an answer stands for each of its tokens.
+    HTTP tells no ids: the text of an answer stands for each of its tokens. What the protocol says
+    of memory and loading is the callers' process.
     """
 
     def __init__(self, model, threads, callers):
