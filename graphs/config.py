@@ -133,8 +133,8 @@ class ModelConfig:
 
     @property
     def has_class_row(self) -> bool:
-        """True where the encoder has a class token, which becomes no visual token."""
-        return self.vision.has_class_token and self.select == "default"
+        """True where the encoder has a class token that could stand for a visual token."""
+        return self.vision.has_class_token and self.select == "default" and self.block == 1
 
     @property
     def most_tiles(self) -> int:
@@ -144,6 +144,11 @@ class ModelConfig:
     def tiles_of(self, rows: int) -> int:
         """Return how many squares make ``rows`` visual tokens."""
         return max(1, rows * self.block**2 // self.vision.patches)
+
+    @property
+    def packs(self) -> bool:
+        """True where rows of tiles are put in lines, which end in a row of their own."""
+        return bool(self.limits.sizes)
 
     @property
     def varies(self) -> bool:

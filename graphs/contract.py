@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from .caches import ahead_of, appended, cache_dtype, part_caches
 from .config import ModelConfig
+from .errors import PlanError
 from .fusion import check_injected
 from .parts import PROBE, PROJECT, VISION, StagePart, part_names, probed, serving_name
 from .plan.plan import StagePlan
@@ -306,6 +307,11 @@ def graph_specs(
     """Return the contract of every graph of a bundle, in the order in which a prompt meets them."""
     text = config.text
     check_injected(text.inject, plan)
+    if config.packs and plan.entry is not None:
+        raise PlanError(
+            f"entry {plan.entry.text}: rows of a model of type {config.family} are put in lines "
+            "behind its projector, where no selector chooses. Leave the entry out"
+        )
     specs = {VISION: vision_spec(config, plan, dtype, fallback)}
     if projects_later(plan):
         specs[PROJECT] = project_spec(config, plan, dtype, fallback)
@@ -359,7 +365,7 @@ def vision_spec(
             "visual_rows", fallback.rows_dtype(dtype), (batch, tokens, config.text.hidden)
         ),
         "features": TensorSpec("features", dtype, (batch, tokens, width)),
-        "class_row": TensorSpec("class_row", dtype, (batch, width // config.block**2)),
+        "class_row": TensorSpec("class_row", dtype, (batch, width)),
         "saliency": TensorSpec("saliency", "float32", (batch, tokens)),
         "keys": TensorSpec("keys", "float32", (batch, tokens, vision.hidden // vision.heads)),
     }
@@ -371,6 +377,7 @@ def vision_spec(
             TensorSpec(
                 "pixels", "float32", (TILES if config.varies else "B", vision.channels, side, side)
             ),
+            *([TensorSpec("pack", "int64", ("N",))] if config.packs else []),
         ),
         outputs=(
             *(outputs[name] for name in names),

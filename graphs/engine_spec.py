@@ -78,7 +78,12 @@ def _engine_spec(
     stage = manifest.plan.stages[stage_of(graph)] if most else None
     visual = stage.visual_tokens if stage else 0
     # A probe reads all visual rows first, and later the few that were kept.
-    offered = (1 if graph == PROBE else visual, visual, most)
+    least = visual
+    if graph == PROBE:
+        least = 1
+    elif graph.startswith("select") and manifest.config.varies:
+        least = manifest.plan.edges[stage_of(graph)].keep or 1
+    offered = (least, visual, most)
     if stage is None:
         offered = (1, manifest.plan.entering, manifest.config.visual_tokens)
     tiles = manifest.config.most_tiles

@@ -83,6 +83,7 @@ TOKENS: dict[str, dict[str, str]] = {
         "video_token": "<video>",
     },
 }
+TOKENS["llava_next"] = TOKENS["llava"]
 """Special tokens of a family, by what they are; those with "image" or "video" are of processors."""
 
 
@@ -104,7 +105,7 @@ def write_text_files(
     """
     tokenizer = _tokenizer(config.text.vocab, specials)
     tokenizer.save(str(folder / "tokenizer.json"))
-    llava = config.family == "llava"
+    llava = config.family != "internvl"
     template = chat_template(system) if llava else _CHATML
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     named = TOKENS[config.family]
@@ -133,7 +134,7 @@ def write_text_files(
     _write(
         folder / "processor_config.json",
         {
-            "processor_class": "LlavaProcessor",
+            "processor_class": "LlavaNextProcessor" if config.packs else "LlavaProcessor",
             "patch_size": config.vision.patch_size,
             "image_token": "<image>",
             "num_additional_image_tokens": config.vision.tokens - config.vision.patches,
@@ -157,7 +158,13 @@ def _preprocessor(config: ModelConfig) -> dict[str, Any]:
         steps |= {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
     else:
         steps |= {"size": square}
-    return steps | PROCESSORS[config.vision.kind]
+    steps |= PROCESSORS[config.vision.kind]
+    if config.packs:
+        steps |= {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "image_grid_pinpoints": [list(size) for size in config.limits.sizes],
+        }
+    return steps
 
 
 def _tokenizer(vocab: int, specials: Mapping[str, int]) -> Tokenizer:

@@ -20,6 +20,7 @@ from ...graphs.vision_config import DEFAULT_ENCODER
 ALIASES: Mapping[str, str] = {
     "llava-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-13b": "llava-hf/llava-1.5-13b-hf",
+    "llava-next-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
     "internvl3-2b": "OpenGVLab/InternVL3-2B-hf",
     "internvl3-8b": "OpenGVLab/InternVL3-8B-hf",
 }
@@ -178,6 +179,27 @@ KNOWN_MODELS: Mapping[str, KnownModel] = {
         },
         _SMALL_SPECIALS,
         "no published model: 44.6 million parameters, the tokens and stages of LLaVA-1.5",
+    ),
+    "llava-next-7b": KnownModel(
+        {
+            **{name: value for name, value in _LLAVA.items() if name != "image_seq_length"},
+            "architectures": ["LlavaNextForConditionalGeneration"],
+            "model_type": "llava_next",
+            "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+            "text_config": {
+                "model_type": "mistral",
+                "architectures": ["MistralForCausalLM"],
+                "intermediate_size": 14336,
+                "max_position_embeddings": 32768,
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-05,
+                "rope_theta": 1000000.0,
+                "sliding_window": None,
+                "vocab_size": 32064,
+            },
+        },
+        _LLAVA_SPECIALS,
+        "llava-hf/llava-v1.6-mistral-7b-hf: 7.57 billion parameters",
     ),
     "internvl3-2b": KnownModel(
         _internvl3(1536, 8960, 12, 2),

@@ -71,7 +71,7 @@ def published_name(name: str, family: str = "llava") -> str:
         for theirs, ours in FAMILIES[family].spellings:
             name = name.replace(ours, theirs, 1)
         return name
-    for theirs, ours in FAMILIES[family].prefixes[:2]:
+    for theirs, ours in FAMILIES[family].prefixes:  # the first of several is the published one
         if name.startswith(ours):
             return theirs + name[len(ours) :]
     return name

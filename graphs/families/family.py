@@ -32,7 +32,7 @@ class ImageLayout:
         advance: positions that a run of n rows takes, by run; n of each on one axis.
         resizes: sizes that the picture is brought to, one after the other; none where the
             processor's own steps do it whatever its size.
-        canvas: the last size with what is padded below and to the right; None: nothing is.
+        canvas: the last size with what is padded around the picture, in black; None: nothing is.
         grid: rows and columns of the tiles that are cut.
         whole: where among the tiles the whole picture comes, squeezed to one; "": it does not.
         boxes: (N, 4) left, top, right and bottom of what a row stands for, in shares of the

@@ -89,6 +89,8 @@ LLAVA = Family(
     prefixes=(
         ("language_model.model.", "model."),
         ("language_model.lm_head.", "lm_head."),
+        ("vision_tower.", "vision_tower."),
+        ("multi_modal_projector.", "multi_modal_projector."),
         ("model.language_model.", "model."),
         ("model.vision_tower.", "vision_tower."),
         ("model.multi_modal_projector.", "multi_modal_projector."),

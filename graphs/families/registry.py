@@ -12,11 +12,12 @@ from ..fields import show
 from .family import Family
 from .internvl import INTERNVL
 from .llava import LLAVA
+from .llava_next import LLAVA_NEXT
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAVA, INTERNVL)}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAVA, INTERNVL, LLAVA_NEXT)}
 
 _STATES = (
     "most of its layers keep a running state instead of keys and values, and a plan has no way to "

@@ -279,7 +279,7 @@ class Mean(nn.Module):
 class Readings(nn.Module):
     """Outputs of the encoder that a selector reads, in the order of ``names``.
 
-    Of blocks of patches attention and keys are the means, of several tiles the class row is.
+    Of blocks of patches attention and keys are the means.
     """
 
     def __init__(self, config: ModelConfig, ops: Eager, names: tuple[str, ...]):
@@ -296,8 +296,7 @@ class Readings(nn.Module):
         out = []
         for name in self.names:
             if name == "class_row":
-                first = _side_by_side([state[:, 0] for state in states])
-                out.append(first.mean(0, keepdim=True) if self.merges else first)
+                out.append(_side_by_side([state[:, 0] for state in states]))
             elif name in ("features", "similarity"):
                 features = _side_by_side([state[:, self.skip :] for state in states])
                 features = self._of_image(in_blocks(self.ops, features, self.edge, self.block))
@@ -376,6 +375,21 @@ def _side_by_side(features: list[Tensor]) -> Tensor:
     return torch.cat(features, dim=-1) if len(features) > 1 else features[0]
 
 
+class Pack(nn.Module):
+    """Rows of all tiles in the order of the picture's lines, each of which ends in one more row."""
+
+    kind = ()
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.newline = nn.Parameter(torch.empty(width))
+
+    def forward(self, rows: Tensor, index: Tensor) -> Tensor:
+        """Return rows (1, N, D) of (1, M, D), of which ``index`` (N,) may name one behind them."""
+        end = self.newline.to(rows.dtype)[None, None]
+        return torch.cat((rows, end), 1).index_select(1, index)
+
+
 class Vision(nn.Module):
     """The ``vision`` graph: ``contract.vision_spec``, for ``contract.vision_readings``."""
 
@@ -398,6 +412,8 @@ class Vision(nn.Module):
         self.vision_tower = VisionEncoder(config.vision, ops, config.encoder_depth, attention)
         if self.projects:
             self.multi_modal_projector = Projector(config, ops, fallback.rows)
+        if config.packs:
+            self.pack = Pack(config.text.hidden)
         # Of each injected state, under the released name.
         self.mm_projectors = nn.ModuleList(
             Projector(config, ops, fallback.rows, width=config.vision.hidden)
@@ -409,8 +425,11 @@ class Vision(nn.Module):
             words = NearestWords(config.text.vocab, config.text.hidden)
             self.model = nn.ModuleDict({"embed_tokens": words})
 
-    def compose(self, call: Call, pixels: Any) -> tuple[Any, ...]:
-        """Run the encoder as calls of its pieces, as ``decoder.DecoderStage.compose``."""
+    def compose(self, call: Call, pixels: Any, *feeds: Any) -> tuple[Any, ...]:
+        """Run the encoder as calls of its pieces, as ``decoder.DecoderStage.compose``.
+
+        ``feeds``: the graph's inputs beside the pixels, in their order.
+        """
         vision_encoder = self.vision_tower
         stem = Stem(vision_encoder.embeddings, getattr(vision_encoder, "pre_layrnorm", None))
         hidden = [call(stem, pixels)]
@@ -433,6 +452,8 @@ class Vision(nn.Module):
             out = tuple(call(self.readings, *states, *attention))
         if self.projects:
             rows = call(self.multi_modal_projector, *states)
+            if hasattr(self, "pack"):
+                rows = call(self.pack, rows, *feeds)
             if self.row_similarity is not None:
                 out += (call(self.row_similarity, rows),)
             if hasattr(self, "model"):
@@ -442,9 +463,9 @@ class Vision(nn.Module):
             out += (call(projector, hidden[state]),)
         return out
 
-    def forward(self, pixels: Tensor) -> Any:
+    def forward(self, pixels: Tensor, *feeds: Tensor) -> Any:
         """Return visual rows (B, N, D) for pixels (B, C, H, W) float32, or a tuple of readings."""
-        out = self.compose(direct, pixels)
+        out = self.compose(direct, pixels, *feeds)
         return out[0] if len(out) == 1 else out
 
 

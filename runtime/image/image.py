@@ -156,16 +156,15 @@ def prepare(image: Image.Image, preprocessing: Preprocessing, layout: ImageLayou
     """
     if not layout.resizes:
         return preprocess(image, preprocessing)[None]
-    assert isinstance(preprocessing.size, tuple)
-    filter_, (high, wide) = Image.Resampling(preprocessing.resample), preprocessing.size
-    laid = image
+    filter_, laid = Image.Resampling(preprocessing.resample), image
     for height, width in layout.resizes:
         laid = laid.resize((width, height), filter_)
     pixels = np.asarray(laid)
     if layout.canvas is not None:
-        below, right = (full - own for full, own in zip(layout.canvas, pixels.shape, strict=False))
-        pixels = np.pad(pixels, ((0, below), (0, right), (0, 0)))
+        gaps = [full - own for full, own in zip(layout.canvas, pixels.shape, strict=False)]
+        pixels = np.pad(pixels, [*((gap // 2, gap - gap // 2) for gap in gaps), (0, 0)])
     rows, columns = layout.grid
+    high, wide = pixels.shape[0] // rows, pixels.shape[1] // columns
     tiles = pixels.reshape(rows, high, columns, wide, 3).swapaxes(1, 2).reshape(-1, high, wide, 3)
     if layout.whole:
         squeezed = np.asarray(image.resize((wide, high), filter_))[None]

@@ -67,7 +67,8 @@ class Grid:
     def of(cls, config: ModelConfig, layout: ImageLayout) -> Grid:
         """Return the grid of an image; what does not fill a patch at the border is cut."""
         if layout.boxes is not None:
-            narrow, low = (layout.boxes[:, 2:] - layout.boxes[:, :2]).min(0)
+            sizes = layout.boxes[:, 2:] - layout.boxes[:, :2]
+            narrow, low = np.median(sizes[sizes.min(1) > 0], 0)  # most are not the whole picture's
             return cls(round(1 / narrow), round(1 / low), 1.0, 0, layout.boxes)
         vision = config.vision
         side = vision.image_size // vision.patch_size

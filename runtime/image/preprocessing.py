@@ -25,6 +25,7 @@ _HAS_CROP = {
     "LlavaImageProcessor": True,
     "SiglipImageProcessor": False,
     "GotOcr2ImageProcessor": False,
+    "LlavaNextImageProcessor": True,
 }
 
 

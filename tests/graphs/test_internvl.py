@@ -135,9 +135,12 @@ def test_what_cannot_be_read_is_refused_by_name(change, message):
 class Case:
     """A checkpoint in both hands, and a prompt of text, a wide image, text, a square one, text."""
 
+    family = tiny
+
     def __init__(self, path, decoder, **options):
-        tiny.make_checkpoint(path, decoder, **options)
-        self.judge = tiny.Judge(path)
+        if decoder is not None:
+            self.family.make_checkpoint(path, decoder, **options)
+        self.judge = self.family.Judge(path)
         checkpoint = open_checkpoint(str(path))
         self.config, self.facts = checkpoint.config, text_facts(checkpoint)
         self.weights = {name: checkpoint.load(name).float() for name in checkpoint.tensors}
@@ -149,8 +152,12 @@ class Case:
         self.messages = [{"role": "user", "content": content}]
         self.tokens, self.logits = self.judge.answer(self.messages, self.images, NEW)
 
+    @property
+    def layouts(self):
+        return [self.config.layout(image.height, image.width) for image in self.images]
+
     def run(self, plan="dense", encoder=TorchEncoder, **options):
-        layouts = [self.config.layout(image.height, image.width) for image in self.images]
+        layouts = self.layouts
         segments = self.facts.encoder.encode(self.messages, 2, layouts).segments
         staged = preset(plan, self.config.text.layers, self.config.visual_tokens, **options)
         encode = encoder(self.config, staged, self.weights)
@@ -161,7 +168,7 @@ class Case:
             if segment.is_image:
                 layout = next(known)
                 pixels = torch.from_numpy(prepare(load_image(next(images)), steps, layout))
-                rows.append(encode(pixels).rows)
+                rows.append(encode(pixels, feeds=layout.feeds).rows)
                 spans.append((at, at + layout.rows))
             else:
                 rows.append(table[list(segment.ids)][None])
@@ -245,11 +252,11 @@ def test_mistakes_of_the_encoder_are_noticed(case, monkeypatch, mistake):
 class ByColumns(TorchEncoder):
     """An encoder that is given the tiles of a wide image column by column."""
 
-    def __call__(self, pixels, *given):
+    def __call__(self, pixels, **given):
         if len(pixels) > 1:
             tiles = pixels[:-1].unflatten(0, (3, 4)).transpose(0, 1).flatten(0, 1)
             pixels = torch.cat([tiles, pixels[-1:]])
-        return super().__call__(pixels, *given)
+        return super().__call__(pixels, **given)
 
 
 def test_tiles_in_another_order_are_noticed(case):

@@ -1,0 +1,78 @@
+"""A tiny random LLaVA-NeXT, a complete Hugging Face directory, and its judge of transformers."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from visistage.compile.checkpoint.dummy_tokenizer import write_text_files
+from visistage.graphs.config import ModelConfig
+
+from . import tiny_internvl, toy
+
+SIZES = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
+
+
+def make_config(**text):
+    """The ``config.json``; ``text``: of its decoder."""
+    config = toy.make_config(image_size=16, patch=4, intermediate=96, kv_heads=2, **text)
+    config.pop("image_seq_length")
+    return config | {
+        "architectures": ["LlavaNextForConditionalGeneration"],
+        "model_type": "llava_next",
+        "image_grid_pinpoints": SIZES,
+    }
+
+
+@torch.no_grad()
+def make_checkpoint(path, *, seed=0, scale=8.0, **options):
+    """Write a checkpoint directory and return it."""
+    path = Path(path)
+    data = make_config(**options)
+    torch.manual_seed(seed)
+    model = LlavaNextForConditionalGeneration(LlavaNextConfig(**data)).float()
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            weight.add_(torch.randn(weight.shape) * 0.1)
+        elif "embed" not in name:
+            weight.mul_(scale)
+        else:
+            weight.mul_(20)
+    model.save_pretrained(path)
+    (path / "config.json").write_text(json.dumps(data, indent=2))
+    write_text_files(path, ModelConfig.from_hf(data), toy.SPECIALS)
+    return path
+
+
+def image_processor(path):
+    """The ``Pil`` processor of a checkpoint."""
+    steps = json.loads((Path(path) / "preprocessor_config.json").read_text())
+    steps.pop("image_processor_type")
+    return LlavaNextImageProcessorPil(**steps)
+
+
+class Judge(tiny_internvl.Judge):
+    """The checkpoint in the hands of transformers."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.model = LlavaNextForConditionalGeneration.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.processor = LlavaNextProcessor(
+            image_processor(path),
+            AutoTokenizer.from_pretrained(path),
+            patch_size=4,
+            vision_feature_select_strategy="default",
+            chat_template=(self.path / "chat_template.jinja").read_text(),
+            image_token="<image>",
+            num_additional_image_tokens=1,
+        )
