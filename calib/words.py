@@ -17,8 +17,8 @@ import torch
 from ..compile.checkpoint.checkpoint import Checkpoint
 from ..compile.export.texts import text_facts
 from ..graphs.chain.torch_reference import load_weights
+from ..graphs.modules.encoders import make_vision
 from ..graphs.modules.ops import Eager
-from ..graphs.modules.vision import Vision
 from ..graphs.progress import Advance, no_advance
 from ..runtime.image.preprocessing import Preprocessing
 from .sample_prompts import SampleImage, prepare
@@ -69,7 +69,7 @@ def frequent_words(
     texts = text_facts(checkpoint)
     preprocessing = Preprocessing.from_dict(texts.preprocessing)
     prompts, _ = prepare(samples, texts.encoder, preprocessing, checkpoint.config)
-    vision = Vision(checkpoint.config, Eager(), readings=READS)
+    vision = make_vision(checkpoint.config, Eager(), readings=READS)
     load_weights(vision, {name: checkpoint.load(name).float() for name in vision.state_dict()})
     ids, lengths, attention = [], [], []
     for prompt in prompts:

@@ -30,7 +30,7 @@ from .errors import ModelError
 from .fields import from_json, to_json
 from .fusion import NO_FUSION, Fusion
 from .text_config import REBUILD, TextConfig
-from .vision_config import ACTIVATIONS, VisionConfig
+from .vision_config import ACTIVATIONS, PATCHES, VisionConfig
 
 if TYPE_CHECKING:
     from .families.family import Family, ImageLayout
@@ -137,13 +137,26 @@ class ModelConfig:
         return self.vision.has_class_token and self.select == "default" and self.block == 1
 
     @property
+    def least_tiles(self) -> int:
+        """Tiles of the smallest image; where patches are tiles, those of a row."""
+        return self.block**2 if self.vision.kind == PATCHES else 1
+
+    @property
     def most_tiles(self) -> int:
-        """Squares of the vision encoder's size that the largest image becomes."""
+        """Squares of the vision encoder's size that the largest image becomes, or patches."""
         return self.tiles_of(self.visual_tokens)
 
     def tiles_of(self, rows: int) -> int:
-        """Return how many squares make ``rows`` visual tokens."""
-        return max(1, rows * self.block**2 // self.vision.patches)
+        """Return how many squares, or patches, make ``rows`` visual tokens."""
+        return max(1, rows * self.block**2 // self._patches)
+
+    def rows_of(self, tiles: int) -> int:
+        """Return how many visual tokens so many squares, or patches, make."""
+        return tiles * self._patches // self.block**2
+
+    @property
+    def _patches(self) -> int:
+        return 1 if self.vision.kind == PATCHES else self.vision.patches
 
     @property
     def packs(self) -> bool:

@@ -14,7 +14,7 @@ Source: docs/design.md, "Append rows".
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from .caches import ahead_of, appended, cache_dtype, part_caches
@@ -30,6 +30,7 @@ from .selectors.edge import CACHE_READINGS, ROW_READINGS
 from .selectors.entry import PROJECTED, READINGS
 from .selectors.registry import ENTRY_SELECTORS
 from .text_config import TextConfig
+from .vision_config import PATCHES
 
 Rows = TypeVar("Rows")
 
@@ -307,6 +308,7 @@ def graph_specs(
     """Return the contract of every graph of a bundle, in the order in which a prompt meets them."""
     text = config.text
     check_injected(text.inject, plan)
+    _check_axes(text, plan)
     if config.packs and plan.entry is not None:
         raise PlanError(
             f"entry {plan.entry.text}: rows of a model of type {config.family} are put in lines "
@@ -325,6 +327,16 @@ def graph_specs(
     if plan.probe is not None:
         specs[PROBE] = probe_spec(text, dtype, cache)
     return specs
+
+
+def _check_axes(text: TextConfig, plan: StagePlan) -> None:
+    """Refuse a plan that moves rows which have a place on several axes."""
+    moved = plan.positions != "original" or plan.span != plan.visual_tokens
+    if moved and text.rope.axes > 1:
+        raise PlanError(
+            f"plan '{plan.name}' gives rows other positions, and those of this model stand at a "
+            "time, a height and a width. Use positions=original, or another entry"
+        )
 
 
 def projects_later(plan: StagePlan) -> bool:
@@ -355,7 +367,7 @@ def vision_spec(
     to the rows within the decoder comes out with it, for all visual tokens.
     """
     vision, tokens = config.vision, "N" if config.varies else config.visual_tokens
-    side, width = vision.image_size, config.feature_width
+    width = config.feature_width
     batch = 1 if config.varies else "B"
     outputs = {
         "similarity": TensorSpec("similarity", "float32", (batch, tokens, tokens)),
@@ -372,20 +384,46 @@ def vision_spec(
     names = vision_readings(plan)
     if not config.has_class_row:
         names = tuple(name for name in names if name != "class_row")
+    unread = [name for name in names if vision.kind == PATCHES and name not in PROJECTED]
+    if unread and plan.entry is not None:
+        known = ENTRY_SELECTORS.items()
+        rows = " or ".join(name for name, own in known if {*own.reads} & {*PROJECTED})
+        raise PlanError(
+            f"entry {plan.entry.text} reads {unread[0]}, which an encoder of patches does not hand "
+            f"out for its rows. Take {rows}, or select within the decoder"
+        )
+    count = TILES if config.varies else "B"
     return GraphSpec(
         inputs=(
-            TensorSpec(
-                "pixels", "float32", (TILES if config.varies else "B", vision.channels, side, side)
-            ),
+            TensorSpec("pixels", "float32", pixel_shape(config, count)),
+            *(_patch_inputs(count) if vision.kind == PATCHES else ()),
             *([TensorSpec("pack", "int64", ("N",))] if config.packs else []),
         ),
         outputs=(
             *(outputs[name] for name in names),
             *(
-                _injected(config.text, layer, tokens, fallback.rows_dtype(dtype))
+                replace(own, shape=(batch, *own.shape[1:]))
                 for layer in config.text.inject
+                for own in [_injected(config.text, layer, tokens, fallback.rows_dtype(dtype))]
             ),
         ),
+    )
+
+
+def pixel_shape(config: ModelConfig, tiles: int | str) -> tuple[int | str, ...]:
+    """Return the shape of the pixels of so many tiles; where patches are tiles, each is flat."""
+    vision = config.vision
+    if vision.kind == PATCHES:
+        return tiles, vision.channels * vision.patch_size**2
+    return tiles, vision.channels, vision.image_size, vision.image_size
+
+
+def _patch_inputs(count: int | str) -> tuple[TensorSpec, ...]:
+    """Return what an encoder of patches takes besides: ``modules.patches.PatchStem.forward``."""
+    return (
+        TensorSpec("turns", "int32", (count, 2)),
+        TensorSpec("taps", "int32", (count, 4)),
+        TensorSpec("weights", "float32", (count, 4)),
     )
 
 

@@ -93,7 +93,7 @@ def _engine_spec(
         "S": slots,
         "N": offered,
         "T": asked,
-        TILES: (1, tiles, tiles),
+        TILES: (manifest.config.least_tiles, tiles, tiles),
     }
     if serves_alone(graph):  # rows of one image, or of several
         one = manifest.plan.stages[stage_of(graph)].visual_tokens

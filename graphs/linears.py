@@ -13,6 +13,7 @@ from functools import partial
 from typing import Literal
 
 from .config import ModelConfig
+from .vision_config import PATCHES
 
 Place = Literal["vision", "decoder", "head"]
 
@@ -67,7 +68,31 @@ def linear_groups(config: ModelConfig, dropped: Collection[tuple[str, int]] = ()
 
     ``dropped``: halves of decoder layers that are left out, as ``StagePlan.dropped`` has them.
     """
-    return [*_encoder(config), *_projector(config), *_decoder(config, dropped)]
+    patches = config.vision.kind == PATCHES
+    vision = _patches(config) if patches else [*_encoder(config), *_projector(config)]
+    return [*vision, *_decoder(config, dropped)]
+
+
+def _patches(config: ModelConfig) -> list[Group]:
+    """Return the groups of an encoder of patches, its mergers among them."""
+    width, wide = config.vision.hidden, config.vision.intermediate
+    groups = []
+    for layer in range(config.vision.layers):
+        at = f"visual.blocks.{layer}"
+        groups += [
+            Group((f"{at}.attn.qkv",), width, (3 * width,), f"{at}.norm1", "vision", layer),
+            Group((f"{at}.attn.proj",), width, (width,), None, "vision", layer),
+            Group((f"{at}.mlp.linear_fc1",), width, (wide,), f"{at}.norm2", "vision", layer),
+            Group((f"{at}.mlp.linear_fc2",), wide, (width,), None, "vision", layer),
+        ]
+    square, rows = width * config.block**2, config.text.hidden
+    lists = [f"visual.deepstack_merger_list.{at}" for at in range(len(config.text.inject))]
+    for name in ("visual.merger", *lists):
+        groups += [
+            Group((f"{name}.linear_fc1",), square, (square,), None, "vision"),
+            Group((f"{name}.linear_fc2",), square, (rows,), None, "vision"),
+        ]
+    return groups
 
 
 def _encoder(config: ModelConfig) -> list[Group]:

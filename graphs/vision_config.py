@@ -6,11 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .config_fields import MAX_LAYERS, count, divides, flag, mapping, number, side, word
+from .config_fields import (
+    MAX_LAYERS,
+    count,
+    divides,
+    flag,
+    mapping,
+    number,
+    reject_value,
+    side,
+    word,
+)
 from .errors import ModelError
 from .fields import show
 
 ENCODERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+PATCHES = "patches"
+"""Kind of an encoder whose input is a sequence of patches."""
+
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "silu")
 """Activations of vision encoders and projectors; decoders have SiLU."""
 
@@ -31,9 +44,13 @@ class VisionConfig:
 
     ``internvit`` scales the updates of its layers. biased: its projections to queries, keys and
     values. rms: its norms, and with qk_norm those of whole queries and keys, take no means.
+
+    ``patches`` takes pictures of any shape as a sequence of patches, squares of ``merge`` x
+    ``merge`` of which become a row; its learned positions are those of ``image_size``, its kernel
+    is over ``frames``, which are alike in a still picture.
     """
 
-    kind: Literal["clip", "siglip", "internvit"]
+    kind: Literal["clip", "siglip", "internvit", "patches"]
     layers: int
     hidden: int
     intermediate: int
@@ -46,9 +63,11 @@ class VisionConfig:
     biased: bool = field(default=True, metadata={"omit": True})
     rms: bool = field(default=False, metadata={"omit": True})
     qk_norm: bool = field(default=False, metadata={"omit": True})
+    merge: int = field(default=1, metadata={"omit": True})
+    frames: int = field(default=1, metadata={"omit": True})
 
     def __post_init__(self) -> None:
-        word("vision_config.kind", self.kind, (*ENCODERS.values(), "internvit"))
+        word("vision_config.kind", self.kind, (*ENCODERS.values(), "internvit", PATCHES))
         flag("vision_config.attention_bias", self.biased)
         flag("vision_config.norm_type", self.rms)
         flag("vision_config.use_qk_norm", self.qk_norm)
@@ -59,6 +78,9 @@ class VisionConfig:
         count("vision_config.image_size", self.image_size, 1 << 14)
         count("vision_config.patch_size", self.patch_size, self.image_size)
         count("vision_config.num_channels", self.channels, 16)
+        count("vision_config.temporal_patch_size", self.frames, 16)
+        if self.kind == PATCHES and self.merge != 2:
+            reject_value("vision_config.spatial_merge_size", self.merge, "2, as published")
         number("vision_config.layer_norm_eps", self.eps)
         word("vision_config.hidden_act", self.activation, ACTIVATIONS)
         divides(
@@ -75,13 +97,15 @@ class VisionConfig:
 
     @property
     def tokens(self) -> int:
-        """Rows of a hidden state: the patches and, but for SigLIP, a class token."""
-        return self.patches + self.has_class_token
+        """Rows of a hidden state: the patches and, but for SigLIP, a class token; one where each
+        patch comes by itself.
+        """
+        return 1 if self.kind == PATCHES else self.patches + self.has_class_token
 
     @property
     def has_class_token(self) -> bool:
         """True where a token of no patch comes first."""
-        return self.kind != "siglip"
+        return self.kind not in ("siglip", PATCHES)
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> VisionConfig:

@@ -27,6 +27,7 @@ import numpy as np
 from ..graphs.bundle import Bundle
 from ..graphs.chain.chain import Chain
 from ..graphs.chain.rows import AppendedRows
+from ..graphs.contract import pixel_shape
 from ..graphs.errors import VisistageError
 from ..graphs.fields import from_json, read_json
 from ..graphs.files import write_file
@@ -179,9 +180,12 @@ class TrialPrompt:
         manifest = bundle.manifest
         config, self.executor = manifest.config, executor
         side = config.vision.image_size
-        visual = min(manifest.plan.entering, config.layout(side, side).rows)
+        layout = config.layout(side, side)
+        visual = min(manifest.plan.entering, layout.rows)
         self.stop = visual + question_rows
-        self.pixels = np.zeros((1, config.vision.channels, side, side), np.float32)
+        self.feeds = layout.feeds
+        shape = [int(size) for size in pixel_shape(config, layout.tiles)]
+        self.pixels = np.zeros(shape, np.float32)
         rows = np.random.default_rng(0).standard_normal((1, self.stop, config.text.hidden)) / 32
         self.rows = rows.astype(executor.rows_dtype)
         executor.prepare([self.stop, *([0] * len(manifest.plan.edges))])
@@ -192,7 +196,7 @@ class TrialPrompt:
     def answer(self) -> None:
         """Run the prompt and some tokens of an answer, with every kind of call."""
         self._rewind()
-        self.executor.encode(self.pixels)
+        self.executor.encode(self.pixels, feeds=self.feeds)
         self.chain.prefill([self.image, self.question])
         for at in range(self.stop, self.stop + TRIAL_ANSWER_TOKENS):
             order = np.full((1, 1), at, np.int32)

@@ -76,9 +76,10 @@ class Conversation:
             if isinstance(given, str):
                 self._read_ids(self.session.encoder.text_ids(given))
                 return
-            encoded = self.session.encode_image(self.session.decode_image(given))
+            opened = self.session.decode_image(given)
+            encoded = self.session.encode_image(opened)
             self._check_room(encoded.rows.shape[1])
-            self._reader.read(encoded.rows, encoded.inject)
+            self._reader.read(encoded.rows, encoded.inject, opened.layout)
 
     def write(self, max_tokens: int = DEFAULT_MAX_TOKENS, *, word: bool = False) -> str:
         """Go on with the answer; return what is added to it, "" once it has ended.

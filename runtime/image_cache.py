@@ -56,7 +56,7 @@ class CachedPrefix:
         readings: what the edge behind it reads of them, (1, n, ...) each.
         order, visual: (n,) of these rows, as in ``HeldSlots``; those of the last stage's slots,
             unless visual rows passed it by.
-        positions: (n,) int32 of these rows.
+        positions: (n,) int32 of these rows, or (n, A) where rows have several.
         inject: what later stages add to those of them that are visual, by layer.
     """
 

@@ -7,8 +7,8 @@ blind to the question:
     patches            (n,) int32, the patches that they stand for
     stageI.order       (n,) int32, orders of the rows in the slots of stage I
     key.L, value.L     (1, G, n, d) of each layer of these stages
-    rows, positions    (1, n, D) and (n,) int32, as the last of these stages left them: for the
-                       next stage, where there is one
+    rows, positions    (1, n, D), and (n,) or (n, A) int32, as the last of these stages left
+                       them: for the next stage, where there is one
     inject.L           (1, n, D), what layer L adds to the visual rows
 
 The metadata says what it was computed by, and the SHA-256 of all else. A file is read only where
@@ -68,6 +68,7 @@ class SavedLayout:
         cache_dtype, rows_dtype: types of caches and rows.
         last: whether no stage follows.
         inject: layers that add something to visual rows.
+        axes: positions of a row.
         told_apart: whether some of the image's rows may be matched, and some no rows at all.
     """
 
@@ -85,6 +86,7 @@ class SavedLayout:
     last: bool
     told_apart: bool = False
     inject: tuple[int, ...] = ()
+    axes: int = 1
 
     def shapes(self) -> Shapes:
         """Return the tensors of a file, in their order."""
@@ -104,7 +106,8 @@ class SavedLayout:
         if not self.last:
             count = self.text + self.visual[-1]
             found["rows"] = (self.rows_dtype, (1, count, hidden))
-            found["positions"] = ("int32", (count,))
+            axes = (self.axes,) if self.axes > 1 else ()
+            found["positions"] = ("int32", (count, *axes))
         for layer in self.inject:
             found[inject_name(layer)] = (self.rows_dtype, (1, max(self.visual), hidden))
         return found
@@ -155,6 +158,7 @@ def layout_of(
         rows_dtype=str(np.dtype(context.executor.rows_dtype)),
         last=len(stages) == len(plan.stages),
         inject=text.inject,
+        axes=text.rope.axes,
         told_apart=plan.tells_apart,
     )
 

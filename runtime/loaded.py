@@ -16,6 +16,7 @@ import numpy as np
 from ..graphs.bundle import MANIFEST, Bundle
 from ..graphs.chain import enter
 from ..graphs.chain.executor import Encoded
+from ..graphs.contract import pixel_shape
 from ..graphs.errors import BundleError, ImageError, PromptError, TargetError
 from ..graphs.families.family import ImageLayout
 from .answer import DECODED
@@ -103,8 +104,11 @@ class LoadedBundle:
             )
         warm_up(self.preprocessing)
         enter.warm_up(manifest.plan, manifest.config)
-        vocab, layout = manifest.config.text.vocab, manifest.config.layout(side, side)
-        self.encoder = PromptEncoder.from_files(bundle.path, manifest.text_files, vocab, layout)
+        config = manifest.config
+        vocab, layout = config.text.vocab, config.layout(side, side)
+        self.encoder = PromptEncoder.from_files(
+            bundle.path, manifest.text_files, vocab, layout, config.image_token_id
+        )
         rules = GenerationRules.read(manifest.generation, vocab)
         self.sampling, self.eos, self.stops = rules.sampling, rules.eos, rules.stops
         self.executor: Backend = row.open(bundle, options)
@@ -165,8 +169,7 @@ class LoadedBundle:
             return opened.encoded
         encoded = self.visual_rows.get(opened.key)
         if encoded is None:
-            vision = self.bundle.manifest.config.vision
-            wanted = (vision.channels, vision.image_size, vision.image_size)
+            wanted = pixel_shape(self.bundle.manifest.config, 1)[1:]
             found = opened.pixels.shape[1:]
             if found != wanted:  # the checkpoint's preprocessing crops nothing
                 raise ImageError(

@@ -19,9 +19,9 @@ import numpy as np
 from ..graphs.bundle import Bundle
 from ..graphs.caches import stage_caches
 from ..graphs.chain.chain import Chain
-from ..graphs.chain.enter import entered_rows, positions_at
+from ..graphs.chain.enter import entered_rows
 from ..graphs.chain.executor import Encoded, StageResult
-from ..graphs.chain.rows import AppendedRows, Prefilled, PrefilledPart
+from ..graphs.chain.rows import AppendedRows, Prefilled, PrefilledPart, on_axes
 from ..graphs.contract import INVISIBLE
 from ..graphs.errors import CapacityError
 from ..graphs.families.family import ImageLayout
@@ -88,22 +88,24 @@ class Context:
         self.pending: dict[str, PendingPrefix] = {}
         self.current_key: str | None = None  # of the parts up to an image that the stages hold now
         self.patches: ByteCache[np.ndarray] = ByteCache(PATCHES_BYTES)  # of images by their key
-        self.length = 0  # positions of the prompt and the answer so far, those of images included
-        self.images = 0  # positions of that prompt's images
+        self.length = 0  # rows of the prompt and the answer so far, those of images included
+        self.lag = 0  # by how much positions are behind that number
         self.tail: list[int] = []  # ids of its text behind the last image, and of the answer
         self.prefix = bundle.manifest.prefix
         self.prefix_rows = 0  # rows of the prefix in the first slots of every stage
         self.saved = self._map_prefix(bundle) if self.prefix else []
 
-    def positions_of(self, parts: Sequence[PromptPart]) -> int:
-        """Return how many positions a prompt takes: all its rows before pruning, unless the plan
+    def orders_of(self, parts: Sequence[PromptPart]) -> int:
+        """Return how many orders a prompt takes: all its rows before pruning, unless the plan
         renumbers those that enter.
         """
-        return self.text_rows_of(parts) + self._image_positions(parts)
+        visual = sum(self.chain.plan.span_of(rows) for rows in image_rows(parts))
+        return self.text_rows_of(parts) + visual
 
-    def _image_positions(self, parts: Sequence[PromptPart]) -> int:
-        """Return how many positions the images of a prompt take."""
-        return sum(self.chain.plan.span_of(rows) for rows in image_rows(parts))
+    def lag_of(self, parts: Sequence[PromptPart]) -> int:
+        """Return by how much positions behind these parts are behind orders."""
+        layouts = (part.layout for part in parts if isinstance(part, PromptImage))
+        return sum(self.chain.plan.lag_of(own.rows, sum(own.advance)) for own in layouts)
 
     def text_rows_of(self, parts: Sequence[PromptPart]) -> int:
         """Return how many rows of a prompt are text."""
@@ -116,7 +118,7 @@ class Context:
         slots, out = self.chain.slots[self.chain.plan.entry_stage], []
         visual = np.sort(slots.order[0, slots.visual[0]])
         for index in _images(parts):
-            part, first = parts[index], self.positions_of(parts[:index])
+            part, first = parts[index], self.orders_of(parts[:index])
             assert isinstance(part, PromptImage)
             span = self.chain.plan.span_of(part.layout.rows)
             inside = (visual >= first) & (visual < first + span)
@@ -164,7 +166,7 @@ class Context:
         Raises:
             CapacityError: says how many tokens there is room for.
         """
-        rows, context = self.positions_of(parts), self.max_positions
+        rows, context = self.orders_of(parts), self.max_positions
         if rows + max_tokens > context:
             advice = (
                 f"Ask for at most {context - rows} tokens"
@@ -201,8 +203,8 @@ class Context:
         """Run a whole prompt, whose last part is text; the result has its last row's logits."""
         begin, rest = self.after_prefix(parts)
         done, stages = self._run(begin, rest)
-        self.length = self.positions_of(parts)
-        self.images = self._image_positions(parts)
+        self.length = self.orders_of(parts)
+        self.lag = self.lag_of(parts)
         self.tail = tail_of(parts)
         for stage in range(stages, len(self.chain.slots)):
             self.chain.slots[stage].rewind(begin)
@@ -221,7 +223,7 @@ class Context:
         at = np.arange(self.length, self.length + len(ids), dtype=np.int32)[None]
         self.length += len(ids)
         self.tail += ids
-        return positions_at(self.chain.plan, at, self.images), at
+        return at - self.lag, at
 
     def go_on(self, ids: Sequence[int]) -> np.ndarray:
         """Make ``ids`` the text behind the last image, in every stage as it is: no edge selects
@@ -313,21 +315,15 @@ class Context:
 
     def _segment(self, begin: int, parts: Sequence[PromptPart], index: int) -> AppendedRows:
         """Return the rows of a part with their places in the prompt."""
-        part, first = parts[index], begin + self.positions_of(parts[:index])
+        part, first = parts[index], begin + self.orders_of(parts[:index])
+        lag = self.lag_of(parts[:index])
         if isinstance(part, PromptImage):
             encoded = part.encoded()
             self.patches.put(part.key, encoded.patches[0], encoded.patches.nbytes)
-            entered = entered_rows(self.chain.plan, encoded, first)
-            positions = self._positions(entered.positions, parts[:index])
-            return replace(entered, positions=positions)
+            return entered_rows(self.chain.plan, encoded, first, part.layout, lag)
         order = np.arange(first, first + len(part), dtype=np.int32)[None]
-        positions = self._positions(order, parts[:index])
         prefix = index < min(_images(parts), default=0)
-        return AppendedRows(False, self.embed(part), positions, order, prefix=prefix)
-
-    def _positions(self, order: np.ndarray, before: Sequence[PromptPart]) -> np.ndarray:
-        """Return the positions of rows behind these parts."""
-        return positions_at(self.chain.plan, order, self._image_positions(before))
+        return AppendedRows(False, self.embed(part), order - lag, order, prefix=prefix)
 
     def _suspend(
         self,
@@ -369,7 +365,9 @@ class Context:
             segments = [part.segment for part in pending.parts]
             order = np.concatenate([segment.order[0] for segment in segments])
             visual = np.repeat([s.visual for s in segments], [s.count for s in segments])
-            positions = np.concatenate([segment.positions[0] for segment in segments])
+            axes = self.executor.axes
+            at = [on_axes(segment.positions, axes)[0] for segment in segments]
+            positions = np.concatenate(at)
             results = [part.result for part in pending.parts]
             rows = self._joined([result.rows for result in results])
             readings = {

@@ -38,11 +38,13 @@ from ...graphs.config import ModelConfig
 from ...graphs.contract import ahead_of, projects_later, row_readings, vision_readings
 from ...graphs.errors import PlanError
 from ...graphs.modules.decoder import Body, Head, Logits
+from ...graphs.modules.encoders import make_vision
 from ...graphs.modules.layer import Ahead, Linear
 from ...graphs.modules.ops import Eager, Scales
+from ...graphs.modules.patches import Merger
 from ...graphs.modules.quantized import round_caches
 from ...graphs.modules.select import Prober, Selector
-from ...graphs.modules.vision import Projection, Projector, Vision
+from ...graphs.modules.vision import Encoder, Projection, Projector
 from ...graphs.plan.plan import StagePlan
 from ...graphs.progress import Advance, no_advance
 from ...graphs.quantization import CacheScheme
@@ -242,12 +244,12 @@ def _visual_rows(
     """
     images = [part for prompt in prompts for part in prompt.parts if isinstance(part, SampleImage)]
 
-    def through(module: Vision | Projection, *given: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+    def through(module: Encoder | Projection, *given: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
         stream = stream_of(module)
 
         def call(piece: nn.Module, *states: Sequence[Tensor]) -> Any:
             counts = [config.vision.tokens * image.layout.tiles for image in images]
-            if isinstance(piece, Projector):
+            if isinstance(piece, Projector | Merger):
                 counts = [image.layout.rows for image in images]
                 if module is not vision:
                     counts = [min(plan.entering, rows) for rows in counts]
@@ -260,7 +262,7 @@ def _visual_rows(
 
     if not images:
         return [[] for _ in prompts]
-    vision = without_weights(lambda: Vision(config, Eager(), readings=vision_readings(plan)))
+    vision = without_weights(lambda: make_vision(config, Eager(), readings=vision_readings(plan)))
     pixels = [torch.from_numpy(image.pixels) for image in images]
     feeds = [
         [torch.from_numpy(image.layout.feeds[name]) for image in images]

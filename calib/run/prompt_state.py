@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ...graphs.chain.enter import entered_rows, positioned, positions_at
+from ...graphs.chain.enter import entered_rows, positioned
 from ...graphs.chain.executor import Encoded
 from ...graphs.chain.rows import AppendedRows, StageSlots, closed_up, on_axes, places_in, row_kinds
 from ...graphs.contract import PADDING_ORDER
@@ -394,12 +394,13 @@ def prompt_state(
     def embedded(ids: Sequence[int]) -> Tensor:
         return table[list(ids)].float()[None]
 
-    images, segments, sizes, at = iter(visual), [], [], begin
+    images, segments, lags, at = iter(visual), [], [], begin
     for part in parts:
         if isinstance(part, SampleImage):
-            segments.append(entered_rows(plan, next(images), at))
-            at += plan.span_of(part.layout.rows)
-            sizes.append(part.layout.rows)
+            layout = part.layout
+            segments.append(entered_rows(plan, next(images), at, layout))
+            at += plan.span_of(layout.rows)
+            lags.append(plan.lag_of(layout.rows, sum(layout.advance)))
         elif len(part):  # all of a text may have been prefix
             # An image follows the first text of a prompt that has any.
             opens = bool(visual) and not segments
@@ -414,9 +415,9 @@ def prompt_state(
             f"{prompt.name}: prompt and answer take {at} rows, the model's context is {max_rows}. "
             "Shorten them, or leave the sample out"
         )
-    segments, before = positioned(plan, segments, sizes)
+    segments, lag = positioned(plan, segments, lags)
     if answer is not None:
-        answer = replace(answer, positions=positions_at(plan, answer.order, before))
+        answer = replace(answer, positions=answer.order - lag)
     return PromptState(begin, segments, answer)
 
 

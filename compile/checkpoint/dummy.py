@@ -165,6 +165,21 @@ def _constant(name: str, shape: tuple[int, ...]) -> float | None:
     return 1.0 if name.endswith(("weight", "lambda_1", "lambda_2")) else 0.0
 
 
+_LEARNED = (
+    "embed_tokens.weight",
+    "position_embedding.weight",
+    "class_embedding",
+    "pos_embed.weight",
+)
+_UPDATES = (
+    "o_proj.weight",
+    "down_proj.weight",
+    "out_proj.weight",
+    "fc2.weight",
+    "attn.proj.weight",
+)
+
+
 def _spread(name: str, shape: tuple[int, ...], depth: int) -> float:
     """Return the standard deviation by which unit-variance rows give about unit-variance rows.
 
@@ -172,9 +187,9 @@ def _spread(name: str, shape: tuple[int, ...], depth: int) -> float:
     it is. Queries and keys are larger, else attention would be flat, whatever the question.
     """
     fan_in = math.prod(shape[1:])
-    if name.endswith(("embed_tokens.weight", "position_embedding.weight", "class_embedding")):
+    if name.endswith(_LEARNED):
         return 0.5
-    if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
+    if name.endswith(_UPDATES):
         return (depth / 4) ** -0.5 * fan_in**-0.5
     attends = name.endswith(("q_proj.weight", "k_proj.weight")) or name == HEAD_WEIGHT
     return (2.0 if attends else 1.0) * fan_in**-0.5

@@ -16,6 +16,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from ...graphs.config import ModelConfig
+from ...graphs.families.registry import FAMILIES
+from ...graphs.vision_config import PATCHES
 
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
@@ -42,11 +44,17 @@ _TURNS = (
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ 'IMAGE' }}"
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+_IN_CHATML = {
+    "internvl": "<IMG_CONTEXT>\\n",
+    "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+}
+"""What stands for an image in a family's template."""
+
 PROCESSORS: dict[str, dict[str, Any]] = {
     "clip": {
         "image_processor_type": "CLIPImageProcessor",
@@ -65,6 +73,11 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "min_patches": 1,
         "max_patches": 12,
     },
+    "patches": {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
 }
 TOKENS: dict[str, dict[str, str]] = {
     "llava": {
@@ -81,6 +94,12 @@ TOKENS: dict[str, dict[str, str]] = {
         "start_image_token": "<img>",
         "end_image_token": "</img>",
         "video_token": "<video>",
+    },
+    "qwen3_vl": {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
     },
 }
 TOKENS["llava_next"] = TOKENS["llava"]
@@ -105,8 +124,9 @@ def write_text_files(
     """
     tokenizer = _tokenizer(config.text.vocab, specials)
     tokenizer.save(str(folder / "tokenizer.json"))
-    llava = config.family != "internvl"
-    template = chat_template(system) if llava else _CHATML
+    shown = _IN_CHATML.get(config.family)
+    llava = shown is None
+    template = chat_template(system) if shown is None else _CHATML.replace("IMAGE", shown)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     named = TOKENS[config.family]
     extra = {role: token for role, token in named.items() if "image" in role or "video" in role}
@@ -128,7 +148,10 @@ def write_text_files(
     )
     _write(folder / "preprocessor_config.json", _preprocessor(config))
     if not llava:
-        processor = {"processor_class": "InternVLProcessor"}
+        name = FAMILIES[config.family].architecture
+        processor = {
+            "processor_class": name.replace("ForConditionalGeneration", "Processor"),
+        }
         _write(folder / "processor_config.json", processor)
         return
     _write(
@@ -156,6 +179,14 @@ def _preprocessor(config: ModelConfig) -> dict[str, Any]:
     }
     if config.vision.kind == "clip":
         steps |= {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
+    elif config.vision.kind == PATCHES:
+        least, most = config.limits.least, config.limits.most
+        steps |= {
+            "size": {"shortest_edge": least, "longest_edge": most},
+            "patch_size": config.vision.patch_size,
+            "merge_size": config.vision.merge,
+            "temporal_patch_size": config.vision.frames,
+        }
     else:
         steps |= {"size": square}
     steps |= PROCESSORS[config.vision.kind]

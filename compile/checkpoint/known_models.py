@@ -23,6 +23,10 @@ ALIASES: Mapping[str, str] = {
     "llava-next-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
     "internvl3-2b": "OpenGVLab/InternVL3-2B-hf",
     "internvl3-8b": "OpenGVLab/InternVL3-8B-hf",
+    "qwen3-vl-2b": "Qwen/Qwen3-VL-2B-Instruct",
+    "qwen3-vl-4b": "Qwen/Qwen3-VL-4B-Instruct",
+    "qwen3-vl-8b": "Qwen/Qwen3-VL-8B-Instruct",
+    "qwen3-vl-32b": "Qwen/Qwen3-VL-32B-Instruct",
 }
 """Short names of checkpoints on the hub."""
 
@@ -141,6 +145,65 @@ def _internvl3(hidden: int, wide: int, heads: int, groups: int) -> dict[str, Any
     }
 
 
+_QWEN_SPECIALS = {
+    "<|endoftext|>": 151643,
+    "<|im_start|>": 151644,
+    "<|im_end|>": 151645,
+    "<|vision_start|>": 151652,
+    "<|vision_end|>": 151653,
+    "<|image_pad|>": 151655,
+    "<|video_pad|>": 151656,
+}
+_QWEN3_VISION = {  # of 2B and 4B, and what is larger than they are
+    "small": {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "at": [5, 11, 17]},
+    "large": {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "at": [8, 16, 24]},
+}
+
+
+def _qwen3_vl(
+    layers: int, hidden: int, wide: int, heads: int, encoder: str, *, tied: bool
+) -> dict[str, Any]:
+    """Return the ``config.json`` of a Qwen3-VL."""
+    vision = dict(_QWEN3_VISION[encoder])
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "image_token_id": _QWEN_SPECIALS["<|image_pad|>"],
+        "video_token_id": _QWEN_SPECIALS["<|video_pad|>"],
+        "vision_start_token_id": _QWEN_SPECIALS["<|vision_start|>"],
+        "vision_end_token_id": _QWEN_SPECIALS["<|vision_end|>"],
+        "tie_word_embeddings": tied,
+        "vision_config": {
+            "model_type": "qwen3_vl",
+            "deepstack_visual_indexes": vision.pop("at"),
+            **vision,
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "out_hidden_size": hidden,
+            "patch_size": 16,
+        },
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            "hidden_size": hidden,
+            "intermediate_size": wide,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 5000000,
+            "rope_scaling": {
+                "rope_type": "default",
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+            "tie_word_embeddings": tied,
+            "vocab_size": 151936,
+        },
+    }
+
+
 KNOWN_MODELS: Mapping[str, KnownModel] = {
     "llava-7b": KnownModel(
         {**_LLAVA, "text_config": _VICUNA_7B},
@@ -210,6 +273,26 @@ KNOWN_MODELS: Mapping[str, KnownModel] = {
         _internvl3(3584, 18944, 28, 4),
         _INTERNVL_SPECIALS,
         "OpenGVLab/InternVL3-8B-hf: 7.9 billion parameters",
+    ),
+    "qwen3-vl-2b": KnownModel(
+        _qwen3_vl(28, 2048, 6144, 16, "small", tied=True),
+        _QWEN_SPECIALS,
+        "Qwen/Qwen3-VL-2B-Instruct: 2.1 billion parameters",
+    ),
+    "qwen3-vl-4b": KnownModel(
+        _qwen3_vl(36, 2560, 9728, 32, "small", tied=True),
+        _QWEN_SPECIALS,
+        "Qwen/Qwen3-VL-4B-Instruct: 4.4 billion parameters",
+    ),
+    "qwen3-vl-8b": KnownModel(
+        _qwen3_vl(36, 4096, 12288, 32, "large", tied=False),
+        _QWEN_SPECIALS,
+        "Qwen/Qwen3-VL-8B-Instruct: 8.8 billion parameters",
+    ),
+    "qwen3-vl-32b": KnownModel(
+        _qwen3_vl(64, 5120, 25600, 64, "large", tied=False),
+        _QWEN_SPECIALS,
+        "Qwen/Qwen3-VL-32B-Instruct: 33 billion parameters",
     ),
 }
 """Models that ``--dummy-weights`` can make."""

@@ -30,6 +30,7 @@ from torch import nn
 from ...graphs.config import ModelConfig
 from ...graphs.families.registry import FAMILIES
 from ...graphs.modules.decoder import Body
+from ...graphs.modules.encoders import make_vision
 from ...graphs.modules.layer import Linear
 from ...graphs.modules.ops import Eager
 from ...graphs.modules.vision import Vision, VisionEncoder
@@ -84,8 +85,8 @@ def tensor_shapes(config: ModelConfig, *, whole_encoder: bool = False) -> Shapes
     leave out: layers behind the deepest chosen hidden state, and the vision encoder's last norm.
     """
     with torch.device("meta"):
-        vision = Vision(config, Eager())
-        if whole_encoder:
+        vision = make_vision(config, Eager())
+        if whole_encoder and isinstance(vision, Vision):
             encoder = VisionEncoder(config.vision, Eager(), config.vision.layers)
             if config.vision.kind != "internvit":
                 encoder.post_layernorm = nn.LayerNorm(config.vision.hidden)

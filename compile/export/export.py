@@ -19,13 +19,14 @@ from ...graphs.config import ModelConfig
 from ...graphs.contract import GraphSpec, graph_specs, projects_later, vision_readings
 from ...graphs.linears import linear_groups
 from ...graphs.modules.decoder import DecoderStage
+from ...graphs.modules.encoders import make_vision
 from ...graphs.modules.onnx_ops import Llm, LlmConditional, LlmRows
 from ...graphs.modules.portable_ops import Portable
 from ...graphs.modules.quantized import is_cache_scale, replace_linears, round_caches
 from ...graphs.modules.rope import frequencies
 from ...graphs.modules.select import Prober, Selector
 from ...graphs.modules.serving import ServingStage
-from ...graphs.modules.vision import Projection, Vision
+from ...graphs.modules.vision import Encoder, Projection
 from ...graphs.parts import (
     PROBE,
     PROJECT,
@@ -47,7 +48,7 @@ FREQUENCIES = "head.inverse_frequencies"
 
 LAYER_WEIGHT = re.compile(r"(?:^|\.)(layers\.\d+)\.")
 
-Pieces = Vision | Projection | DecoderStage | ServingStage | Selector | Prober
+Pieces = Encoder | Projection | DecoderStage | ServingStage | Selector | Prober
 """Modules that a graph is made from."""
 
 
@@ -116,7 +117,7 @@ def graphs_of(
         out.append(Graph(name, module, specs[name], ops.opset))
 
     with FakeTensorMode():
-        add(VISION, Vision(config, ops, fallback, vision_readings(plan)))
+        add(VISION, make_vision(config, ops, fallback, vision_readings(plan)))
         if projects_later(plan):
             add(PROJECT, Projection(config, ops, fallback))
         for name, part in zip(part_names(parts), parts, strict=True):
@@ -156,7 +157,7 @@ def export(
         outputs = [*out.singles, *out.flat_caches]
     elif isinstance(module, ServingStage):
         outputs = module.compose_named(stitcher.call, named)
-    elif isinstance(module, Vision | Projection):
+    elif isinstance(module, Encoder | Projection):
         outputs = list(module.compose(stitcher.call, *inputs))
     else:
         ordered = module.ordered(named) if isinstance(module, Selector) else inputs

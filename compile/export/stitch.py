@@ -42,9 +42,10 @@ except ImportError:  # not a public name: where torch has moved it, tracing take
 
 DOMAIN = "visistage"
 IR_VERSION = 10
-EXAMPLE_SIZES = {"B": 10007, "Q": 10009, "S": 10037, "N": 10039, "T": 10061, TILES: 10067}
+EXAMPLE_SIZES = {"B": 10007, "Q": 10009, "S": 10037, "N": 10039, "T": 10061, TILES: 4 * 10039}
 """Sizes to trace with, as fake tensors that take no memory. Primes that no model has for a width,
-so that a size tells its symbol; above the largest K: a selection offers more than it keeps."""
+so that a size tells its symbol; above the largest K: a selection offers more than it keeps. Tiles
+are four for each of N: where they are patches, a square of them becomes a row."""
 
 SYMBOLS = {size: name for name, size in EXAMPLE_SIZES.items()}
 SYMBOLS[EXAMPLE_SIZES["S"] + EXAMPLE_SIZES["Q"]] = "S+Q"

@@ -56,7 +56,8 @@ def text_facts(checkpoint: Checkpoint) -> TextFacts:
     folder = checkpoint.path
     side = checkpoint.config.vision.image_size
     layout = checkpoint.config.layout(side, side)
-    encoder = PromptEncoder.from_files(folder, None, checkpoint.config.text.vocab, layout)
+    vocab, image = checkpoint.config.text.vocab, checkpoint.config.image_token_id
+    encoder = PromptEncoder.from_files(folder, None, vocab, layout, image)
     if encoder.image_token_id != checkpoint.config.image_token_id:
         raise ModelError(
             f"{folder}: config.json says the image token is {checkpoint.config.image_token_id}, "
@@ -71,7 +72,6 @@ def text_facts(checkpoint: Checkpoint) -> TextFacts:
             f"{folder}: images are preprocessed to {preprocessing.output_size}, the vision encoder "
             f"takes {(side, side)}. Use the processor files that belong to this checkpoint"
         )
-    vocab = checkpoint.config.text.vocab
     generation = with_eos(_optional(folder / "generation_config.json") or {}, checkpoint.raw)
     GenerationRules.read(generation, vocab)
     files = {role: name for role, name in TEXT_FILES.items() if (folder / name).is_file()}
@@ -79,7 +79,7 @@ def text_facts(checkpoint: Checkpoint) -> TextFacts:
     if tokenizer is not None:
         with TemporaryDirectory() as copy:
             _write(folder, files, tokenizer, Path(copy))
-            encoder = PromptEncoder.from_files(copy, None, vocab, layout)
+            encoder = PromptEncoder.from_files(copy, None, vocab, layout, image)
     beyond = encoder.beyond(vocab)
     if beyond:
         first, token = beyond[0]

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +32,9 @@ from ...graphs.config import ModelConfig
 from ...graphs.errors import ModelError, TargetError
 from ...graphs.linears import ATTENTION_OUTPUT, MLP_OUTPUT, in_decoder_layer
 from ...graphs.modules.decoder import DecoderStage
+from ...graphs.modules.encoders import make_vision
 from ...graphs.modules.layer import Linear, Norm
 from ...graphs.modules.ops import Eager
-from ...graphs.modules.vision import Vision
 from ...graphs.parts import whole_stages
 from ...graphs.precision import HALF_MAX, SAFE_MAX, Fp32Fallback, Reason
 from ...graphs.presets.presets import preset
@@ -117,11 +118,18 @@ def measure_ranges(
         ModelError: the model is not finite in FP32.
     """
     config, recorder = checkpoint.config, _Recorder()
-    vision = without_weights(lambda: Vision(config, recorder.ops))
+    vision = without_weights(lambda: make_vision(config, recorder.ops))
     vision_encoder = Streamed(checkpoint, vision, progress, OBSERVED, recorder.hook)
-    pixels = range_images(config, Preprocessing.from_dict(texts.preprocessing))
-    visual, *features = vision.compose(vision_encoder, pixels)
-    visual = visual.reshape(2, -1, visual.shape[-1])  # one tile each
+    pixels = range_images(config, Preprocessing.from_dict(texts.preprocessing)).chunk(2)
+    side = config.vision.image_size
+    feeds = [[torch.from_numpy(each)] * 2 for each in config.layout(side, side).feeds.values()]
+
+    def both(piece: nn.Module, *states: Sequence[Tensor]) -> Any:
+        with vision_encoder.loaded(piece) as run:
+            done = [run(*own) for own in zip(*states, strict=True)]
+        return tuple(zip(*done, strict=True)) if isinstance(done[0], tuple) else done
+
+    visual, *features = map(torch.cat, vision.compose(both, pixels, *feeds))
 
     rows, order, chosen = _prompts(checkpoint, texts.encoder, visual)
     inject = {}

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..config import ModelConfig
 from ..contract import INVISIBLE, vision_spec
+from ..families.family import ImageLayout
 from ..plan.plan import StagePlan
 from ..plan.stages import Entry
 from ..selectors.entry import PADDING, READINGS, EncoderReadings, Entered
@@ -67,33 +68,32 @@ def warm_up(plan: StagePlan, config: ModelConfig) -> None:
         choose_rows(plan, blank, ANY_IMAGE)
 
 
-def positions_at(plan: StagePlan, order: np.ndarray, images: Any) -> np.ndarray:
-    """Return the positions of rows with these orders (B, Q), of a prompt or of its answer.
-
-    ``images``: orders that images before them take, one number or (B, 1).
-    """
-    return order - images if plan.positions == "separate" else order
-
-
 def positioned(
-    plan: StagePlan, segments: Sequence[AppendedRows], sizes: Sequence[Any] = ()
+    plan: StagePlan, segments: Sequence[AppendedRows], lags: Sequence[Any] = ()
 ) -> tuple[list[AppendedRows], np.ndarray]:
-    """Return a prompt's segments at the positions that the plan has for them, and the orders (B, 1)
-    that images take of it, for rows of the answer (``positions_at``).
+    """Return a prompt's segments at the positions that the plan and the images have for them, and
+    by how much (B, 1) positions of its answer lie behind orders.
 
-    ``sizes``: rows of each image, one number or (B, 1); by default the most that one has.
+    ``lags``: what each image adds to that (``StagePlan.lag_of``), one number or (B, 1); by default
+    that of an image of as many rows as one may have, on one axis.
     """
-    rows_of = iter(sizes)
-    out, images = [], np.zeros((len(segments[0].order), 1), np.int32)
+    each = iter(lags)
+    out, lag = [], np.zeros((len(segments[0].order), 1), np.int32)
     for segment in segments:
-        order = segment.order
-        positions = np.where(order == INVISIBLE, 0, positions_at(plan, order, images))
-        out.append(replace(segment, positions=positions.astype(np.int32)))
+        out.append(replace(segment, positions=_behind(segment, lag)))
         if segment.visual:
-            real = (order != INVISIBLE).any(1, keepdims=True)
-            span = np.minimum(plan.span, next(rows_of, plan.span))
-            images = images + (span * real).astype(np.int32)
-    return out, images
+            real = (segment.order != INVISIBLE).any(1, keepdims=True)
+            more = next(each, plan.lag_of(plan.span, plan.span))
+            lag = lag + (more * real).astype(np.int32)
+    return out, lag
+
+
+def _behind(segment: AppendedRows, lag: Any) -> np.ndarray:
+    """Return a segment's positions, ``lag`` behind what they are; 0 of padding."""
+    positions, order = segment.positions, segment.order
+    if positions.ndim == 3:
+        order, lag = order[..., None], np.asarray(lag)[..., None]
+    return np.where(order == INVISIBLE, 0, positions - lag).astype(np.int32)
 
 
 def encoded(rows: Rows, chosen: Sequence[Entered], inject: Mapping[int, Rows]) -> Encoded:
@@ -103,18 +103,25 @@ def encoded(rows: Rows, chosen: Sequence[Entered], inject: Mapping[int, Rows]) -
     return Encoded(rows, np.stack([entered.index for entered in chosen]), inject, matched)
 
 
-def entered_rows(plan: StagePlan, image: Encoded, first: int) -> AppendedRows:
+def entered_rows(
+    plan: StagePlan, image: Encoded, first: int, layout: ImageLayout | None = None, lag: int = 0
+) -> AppendedRows:
     """Return the rows of an image with their places in a prompt.
 
     Args:
         plan: says which places of the image they take.
         image: what entered of it.
-        first: position of the image's first row.
+        first: order of the image's first row.
+        layout: of the image; None: its positions follow each other.
+        lag: by how much positions are behind orders there.
     """
     patches = image.patches
     places = patches.clip(0)
     if plan.span != plan.visual_tokens:
         places = np.broadcast_to(np.arange(patches.shape[1]), patches.shape)
-    positions = (first + places).astype(np.int32)
-    order = np.where(patches == PADDING, INVISIBLE, positions).astype(np.int32)
+    own = places if layout is None else layout.positions[places]
+    if own.ndim > places.ndim and own.shape[-1] == 1:
+        own = own[..., 0]
+    order = np.where(patches == PADDING, INVISIBLE, first + places).astype(np.int32)
+    positions = (first - lag + own).astype(np.int32)
     return AppendedRows(True, image.rows, positions, order, image.inject, matched=image.matched)

@@ -21,6 +21,7 @@ from types import MappingProxyType
 import numpy as np
 
 from ..errors import CapacityError, PlanError
+from ..families.family import ImageLayout
 from .chain import Chain
 from .executor import Rows
 from .rows import AppendedRows
@@ -51,14 +52,25 @@ class GroupReader:
             raise PlanError(f"phi is {phi}, expected the position of the target's first row")
         self.chain, self.phi = chain, phi
         self.source = self.target = 0
+        self.lag = 0  # by how much positions of the source are behind its orders
 
-    def read(self, rows: Rows, inject: Mapping[int, Rows] = MappingProxyType({})) -> None:
+    def read(
+        self,
+        rows: Rows,
+        inject: Mapping[int, Rows] = MappingProxyType({}),
+        layout: ImageLayout | None = None,
+    ) -> None:
         """Append rows (B, Q, D) to the source, text and visual ones alike.
 
-        ``inject``: of visual rows, what is added to them (``AppendedRows``).
+        ``inject``: of visual rows, what is added to them (``AppendedRows``); ``layout``: of an
+        image, where each row has a place of its own; by default they follow each other.
         """
-        at = self._numbered(self.source, rows.shape[1])
-        self.chain.append(0, [AppendedRows(bool(inject), rows, at, at, inject)])
+        order = self._numbered(self.source, rows.shape[1])
+        at = order - self.lag
+        if layout is not None and layout.positions.shape[1] > 1:
+            at = at[:, :1, None] + layout.positions
+            self.lag += rows.shape[1] - sum(layout.advance)
+        self.chain.append(0, [AppendedRows(bool(inject), rows, at, order, inject)])
         self.source += rows.shape[1]
 
     def write(self, rows: Rows) -> np.ndarray:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..contract import injected_of, projects_later, vision_readings, vision_spec
 from ..modules.decoder import direct
+from ..modules.encoders import make_vision
 from ..modules.ops import Eager
-from ..modules.vision import Projection, Vision
+from ..modules.vision import Projection
 from ..plan.plan import StagePlan
 from ..precision import NO_FALLBACK, Fp32Fallback
 from ..selectors.entry import Entered
@@ -37,7 +38,7 @@ class TorchEncoder:
         prepare: Callable[[nn.Module], None] = lambda module: None,
     ):
         self.config, self.plan = config, plan
-        self.vision = Vision(config, Eager(), fallback, vision_readings(plan))
+        self.vision = make_vision(config, Eager(), fallback, vision_readings(plan))
         self.projection = Projection(config, Eager(), fallback) if projects_later(plan) else None
         for module in filter(None, (self.vision, self.projection)):
             prepare(module)

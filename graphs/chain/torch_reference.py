@@ -33,7 +33,7 @@ from ..plan.routing import is_router
 from ..precision import NO_FALLBACK, Fp32Fallback
 from ..text_config import TextConfig
 from .chain import Chain
-from .enter import positioned, positions_at
+from .enter import positioned
 from .executor import Kept, StageResult
 from .rows import AppendedRows, last_layers
 from .torch_classes import entered_patches, matched_rows, told_apart
@@ -288,7 +288,7 @@ def run(
     if not inject:
         inject = injected_rows(weights, config, text, features)
     prompt = segments(embeds, spans, places, inject, matched)
-    whole, images = _placed(plan, prompt, positions, _sizes(spans))
+    whole, lag = _placed(plan, prompt, positions, _sizes(spans))
     done = chain.prefill(whole)
     tokens, logits, chosen_by = [], done.logits, []
     following = whole[-1].order[:, -1:] + 1
@@ -298,8 +298,7 @@ def run(
         if step + 1 < max_new_tokens:
             at = following + step
             row = executor.embed(tokens[-1][:, None])
-            behind = positions_at(plan, at, images) if positions is None else at - images
-            logits = chain.decode(AppendedRows(False, row, behind, at))
+            logits = chain.decode(AppendedRows(False, row, at - lag, at))
     at_edges = [[_seen(kept[sample]) for kept in done.kept] for sample in range(batch)]
     kept = [
         edges[-1] if edges else _all_visual(*own)
@@ -329,7 +328,8 @@ def _placed(
     behind its orders.
     """
     if positions is None:
-        return positioned(plan, prompt, sizes)
+        apart = plan.positions == "separate"
+        return positioned(plan, prompt, [np.minimum(plan.span, own) * apart for own in sizes])
     out = []
     for part in prompt:
         own = np.where(part.order == INVISIBLE, 0, part.order)

@@ -34,6 +34,8 @@ class ImageLayout:
             processor's own steps do it whatever its size.
         canvas: the last size with what is padded around the picture, in black; None: nothing is.
         grid: rows and columns of the tiles that are cut.
+        merge: of tiles that are patches, the side of the squares in whose order they come; 0: of
+            other tiles, which come row by row.
         whole: where among the tiles the whole picture comes, squeezed to one; "": it does not.
         boxes: (N, 4) left, top, right and bottom of what a row stands for, in shares of the
             picture; None: a matter of the vision encoder's one grid (``overlay.Grid``).
@@ -47,6 +49,7 @@ class ImageLayout:
     resizes: tuple[Size, ...] = ()
     canvas: Size | None = None
     grid: tuple[int, int] = (1, 1)
+    merge: int = 0
     whole: Literal["", "first", "last"] = ""
     boxes: np.ndarray | None = field(default=None, compare=False, repr=False)
     feeds: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
@@ -55,6 +58,13 @@ class ImageLayout:
     def tiles(self) -> int:
         """Tiles that the vision graph takes, the whole picture among them."""
         return self.grid[0] * self.grid[1] + bool(self.whole)
+
+
+def in_blocks(values: np.ndarray, merge: int) -> np.ndarray:
+    """Return values (H, W, ...) of tiles one after another, a square of them after the other."""
+    high, wide = values.shape[:2]
+    split = values.reshape(high // merge, merge, wide // merge, merge, *values.shape[2:])
+    return split.swapaxes(1, 2).reshape(high * wide, *values.shape[2:])
 
 
 def in_one_run(rows: int, **more: Any) -> ImageLayout:

@@ -13,11 +13,14 @@ from .family import Family
 from .internvl import INTERNVL
 from .llava import LLAVA
 from .llava_next import LLAVA_NEXT
+from .qwen_vl import QWEN3_VL
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAVA, INTERNVL, LLAVA_NEXT)}
+FAMILIES: Mapping[str, Family] = {
+    family.name: family for family in (LLAVA, INTERNVL, LLAVA_NEXT, QWEN3_VL)
+}
 
 _STATES = (
     "most of its layers keep a running state instead of keys and values, and a plan has no way to "

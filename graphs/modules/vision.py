@@ -390,8 +390,40 @@ class Pack(nn.Module):
         return torch.cat((rows, end), 1).index_select(1, index)
 
 
-class Vision(nn.Module):
+class Encoder(nn.Module):
     """The ``vision`` graph: ``contract.vision_spec``, for ``contract.vision_readings``."""
+
+    def __init__(self, config: ModelConfig, readings: tuple[str, ...]):
+        super().__init__()
+        self.projects, self.fusion = "rows" in readings, config.fusion
+        self.row_similarity = RowSimilarity() if "row_similarity" in readings else None
+        if "vocabulary" in readings:  # under the name that the table has in checkpoints
+            words = NearestWords(config.text.vocab, config.text.hidden)
+            self.model = nn.ModuleDict({"embed_tokens": words})
+
+    def compose(self, call: Call, *feeds: Any) -> tuple[Any, ...]:
+        """Run the encoder as calls of its pieces, as ``decoder.DecoderStage.compose``."""
+        raise NotImplementedError
+
+    def of_rows(self, call: Call, rows: Any) -> tuple[Any, ...]:
+        """Return what is read of the visual rows, and the rows."""
+        out: tuple[Any, ...] = ()
+        if self.row_similarity is not None:
+            out += (call(self.row_similarity, rows),)
+        if hasattr(self, "model"):
+            out += (call(self.model["embed_tokens"], rows),)
+        return (*out, rows)
+
+    def forward(self, *feeds: Tensor) -> Any:
+        """Return visual rows (B, N, D) for pixels float32 and other inputs, or a tuple of all that
+        is handed out.
+        """
+        out = self.compose(direct, *feeds)
+        return out[0] if len(out) == 1 else out
+
+
+class Vision(Encoder):
+    """An encoder of square tiles, and its projector."""
 
     def __init__(
         self,
@@ -400,9 +432,8 @@ class Vision(nn.Module):
         fallback: Fp32Fallback = NO_FALLBACK,
         readings: tuple[str, ...] = ("rows",),
     ):
-        super().__init__()
-        self.chosen, self.fusion, self.mean = config.feature_states, config.fusion, Mean()
-        self.projects = "rows" in readings
+        super().__init__(config, readings)
+        self.chosen, self.mean = config.feature_states, Mean()
         names = tuple(
             name
             for name in readings
@@ -420,16 +451,12 @@ class Vision(nn.Module):
             for _ in config.fusion.injected
         )
         self.readings = Readings(config, ops, names) if names else None
-        self.row_similarity = RowSimilarity() if "row_similarity" in readings else None
-        if "vocabulary" in readings:  # under the name that the table has in checkpoints
-            words = NearestWords(config.text.vocab, config.text.hidden)
-            self.model = nn.ModuleDict({"embed_tokens": words})
 
-    def compose(self, call: Call, pixels: Any, *feeds: Any) -> tuple[Any, ...]:
-        """Run the encoder as calls of its pieces, as ``decoder.DecoderStage.compose``.
-
-        ``feeds``: the graph's inputs beside the pixels, in their order.
+    def compose(self, call: Call, *feeds: Any) -> tuple[Any, ...]:
+        """Run the encoder as calls of its pieces; feeds: pixels (B, C, H, W), and perhaps what
+        ``Pack`` takes.
         """
+        pixels, *packing = feeds
         vision_encoder = self.vision_tower
         stem = Stem(vision_encoder.embeddings, getattr(vision_encoder, "pre_layrnorm", None))
         hidden = [call(stem, pixels)]
@@ -453,20 +480,11 @@ class Vision(nn.Module):
         if self.projects:
             rows = call(self.multi_modal_projector, *states)
             if hasattr(self, "pack"):
-                rows = call(self.pack, rows, *feeds)
-            if self.row_similarity is not None:
-                out += (call(self.row_similarity, rows),)
-            if hasattr(self, "model"):
-                out += (call(self.model["embed_tokens"], rows),)
-            out += (rows,)
+                rows = call(self.pack, rows, *packing)
+            out += self.of_rows(call, rows)
         for projector, state in zip(self.mm_projectors, self.fusion.injected, strict=True):
             out += (call(projector, hidden[state]),)
         return out
-
-    def forward(self, pixels: Tensor, *feeds: Tensor) -> Any:
-        """Return visual rows (B, N, D) for pixels (B, C, H, W) float32, or a tuple of readings."""
-        out = self.compose(direct, pixels, *feeds)
-        return out[0] if len(out) == 1 else out
 
 
 class Projection(nn.Module):

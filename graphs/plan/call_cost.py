@@ -25,6 +25,7 @@ from ..contract import projects_later
 from ..families.family import ImageLayout
 from ..parts import PROBE, SERVE, VISION, serves_alone, stage_of
 from ..quantization import SCALE_BLOCK, parse_quant_config
+from ..vision_config import PATCHES
 from .cost import Geometry
 from .plan import StagePlan
 
@@ -206,17 +207,22 @@ def vision_work(
     by default it is one of the most tokens.
     """
     vision, tokens = config.vision, config.vision.tokens
+    together = vision.kind == PATCHES  # all patches of an image see each other
     count = config.visual_tokens if layout is None else layout.rows
     tiles = config.tiles_of(count)
     h, d = vision.hidden, config.text.hidden
     layer = 4 * h * h + 2 * h * vision.intermediate
     patch = vision.channels * vision.patch_size**2 * h
-    projector = config.feature_width * d + d * d
-    injected = (h * d + d * d) * len(config.text.inject)  # of all visual tokens
+    wide = config.feature_width
+    inner = wide if together else d
+    projector = wide * inner + inner * d
+    one = projector if together else h * d + d * d
+    injected = one * len(config.text.inject)  # of all visual tokens
     depth = config.encoder_depth
-    attention = tiles * depth * 4 * tokens * tokens * h
+    attention = tiles * depth * 4 * tokens * (tiles * tokens if together else tokens) * h
     rows = count if projected is None else projected
-    linear = tiles * (vision.patches * patch + depth * tokens * layer) + rows * projector
+    cut = tiles * (1 if together else vision.patches)
+    linear = cut * patch + tiles * depth * tokens * layer + rows * projector
     linear += count * injected
     weights = patch + depth * layer + projector + injected
     return Work(2 * linear + attention, weights * sizes.encoder, attention_flops=attention)

@@ -207,6 +207,13 @@ class StagePlan:
         """Return the positions that an image of ``rows`` rows takes."""
         return min(self.span, rows)
 
+    def lag_of(self, rows: int, advance: int) -> int:
+        """Return by how much the positions behind an image fall behind the orders.
+
+        ``advance``: the positions that its ``rows`` rows take in the model.
+        """
+        return self.span_of(rows) if self.positions == "separate" else rows - advance
+
     @property
     def trigger(self) -> int | None:
         """t: the last layer with all visual tokens that entered (a selection that keeps all ends it

@@ -17,6 +17,7 @@ import numpy as np
 
 from ...graphs.bundle import Bundle
 from ...graphs.chain.executor import StageResult
+from ...graphs.contract import TILES
 from ..backends.feeds import PromptCalls, sizes_of, stored_cache_scales
 from .engine_sets import EngineSet, EngineSets
 from .memory import DeviceArray, Memory, nbytes_of
@@ -98,8 +99,11 @@ class DeviceExecutor(PromptCalls):
     ) -> dict[str, DeviceArray]:
         encodes = graph in self.engine_sets.encoding
         call = (self.engine_sets.encoding if encodes else self.engine_set.calls)[graph]
+        sizes = sizes_of(call.loaded.spec, feeds)
+        if TILES in sizes:
+            sizes.setdefault("N", self.manifest.config.rows_of(sizes[TILES]))
         with self.timed(graph.split(".")[0]):
-            return call(feeds, sizes_of(call.loaded.spec, feeds))
+            return call(feeds, sizes)
 
     def take(self, rows: np.ndarray | DeviceArray, index: np.ndarray):
         """Take rows ``index`` along Q; neighbours are copied together."""

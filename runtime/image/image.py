@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ...graphs.errors import ImageError, ImageFormatError, ImageSizeError
-from ...graphs.families.family import ImageLayout
+from ...graphs.families.family import ImageLayout, in_blocks
 from .preprocessing import Preprocessing
 
 __all__ = ["FORMATS", "MAX_PIXELS", "Preprocessing", "load_image", "pixel_key", "prepare"]
@@ -149,7 +149,8 @@ def preprocess(
 def prepare(image: Image.Image, preprocessing: Preprocessing, layout: ImageLayout) -> np.ndarray:
     """Return the pixels of an RGB image as the vision graph takes them, laid out by ``layout``.
 
-    A picture of tiles is brought to their grid and cut, row by row, with the whole in one more.
+    A picture of tiles is brought to their grid and cut, row by row, with the whole in one more;
+    where patches are tiles, square by square, and each is flat.
 
     Raises:
         ImageError: as ``preprocess``.
@@ -165,7 +166,8 @@ def prepare(image: Image.Image, preprocessing: Preprocessing, layout: ImageLayou
         pixels = np.pad(pixels, [*((gap // 2, gap - gap // 2) for gap in gaps), (0, 0)])
     rows, columns = layout.grid
     high, wide = pixels.shape[0] // rows, pixels.shape[1] // columns
-    tiles = pixels.reshape(rows, high, columns, wide, 3).swapaxes(1, 2).reshape(-1, high, wide, 3)
+    tiles = pixels.reshape(rows, high, columns, wide, 3).swapaxes(1, 2)
+    tiles = in_blocks(tiles, layout.merge or 1)
     if layout.whole:
         squeezed = np.asarray(image.resize((wide, high), filter_))[None]
         ordered = [squeezed, tiles] if layout.whole == "first" else [tiles, squeezed]
@@ -173,7 +175,7 @@ def prepare(image: Image.Image, preprocessing: Preprocessing, layout: ImageLayou
     out = np.empty((len(tiles), 3, high, wide), np.float32)
     for channel, table in enumerate(_values(preprocessing)):
         np.take(table, tiles[..., channel], out=out[:, channel], mode="clip")
-    return out
+    return out.reshape(len(out), -1) if layout.merge else out
 
 
 @functools.cache

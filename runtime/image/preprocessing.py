@@ -26,7 +26,9 @@ _HAS_CROP = {
     "SiglipImageProcessor": False,
     "GotOcr2ImageProcessor": False,
     "LlavaNextImageProcessor": True,
+    "Qwen2VLImageProcessor": False,
 }
+_LAID_OUT = ("Qwen2VLImageProcessor",)  # their sizes are limits, which a layout has
 
 
 @dataclass(frozen=True)
@@ -149,11 +151,14 @@ def _read(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
     normalize = on("do_normalize", True)
     square = pad and kind == "LlavaImageProcessor"  # elsewhere it pads a batch: nothing for one
     mean = _per_channel(need("image_mean")) if normalize or square else None
+    resizes = on("do_resize", True)
+    if kind in _LAID_OUT and not resizes:
+        raise ModelError(f"{file} sets do_resize to false, which is not supported. Remove it.")
     values = {
         "processor": kind,
         "pad_color": tuple(int(m * 255) for m in mean or ()) if square else None,
-        "size": _edges(need("size"), "size", file) if on("do_resize", True) else None,
-        "resample": raw.get("resample", _BICUBIC) if on("do_resize", True) else _BICUBIC,
+        "size": _edges(need("size"), "size", file) if resizes and kind not in _LAID_OUT else None,
+        "resample": raw.get("resample", _BICUBIC) if resizes else _BICUBIC,
         "crop_size": None,
         "rescale_factor": None,
         "mean": mean if normalize else None,

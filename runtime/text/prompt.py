@@ -132,6 +132,7 @@ class PromptEncoder:
         names: Mapping[str, str] | None = None,
         vocab: int | None = None,
         layout: ImageLayout | None = None,
+        image_token_id: int | None = None,
     ) -> "PromptEncoder":
         """Read a checkpoint's or a bundle's tokenizer files.
 
@@ -141,6 +142,7 @@ class PromptEncoder:
                 the usual names, where they exist.
             vocab: see the class.
             layout: likewise.
+            image_token_id: of the model, where no file names the token.
 
         Raises:
             ModelError: ``tokenizer.json`` missing or damaged, or another file damaged.
@@ -163,7 +165,8 @@ class PromptEncoder:
         extra = config.get("extra_special_tokens")
         holders = (config, extra if isinstance(extra, Mapping) else {}, processor)
         tokens = (_content(holder.get(key)) for key in _IMAGE_TOKENS for holder in holders)
-        image_token = next(filter(None, tokens), "<image>")
+        known = None if image_token_id is None else tokenizer.id_to_token(image_token_id)
+        image_token = next(filter(None, (*tokens, known)), "<image>")
         template = find_template(paths, config, processor)
         return cls(tokenizer, template, named, image_token, layout, vocab=vocab)
 

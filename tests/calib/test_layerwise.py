@@ -80,9 +80,9 @@ def test_plans_differ(checkpoint):
                 assert most > 0.01, (name, other)
 
 
-def moved(plan, segments):
-    placed, images = positioned(plan, segments)
-    return [s if s.visual else replace(s, positions=s.positions + 1) for s in placed], images
+def moved(plan, segments, lags):
+    placed, lag = positioned(plan, segments, lags)
+    return [s if s.visual else replace(s, positions=s.positions + 1) for s in placed], lag
 
 
 BUGS = {

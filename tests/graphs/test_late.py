@@ -62,11 +62,11 @@ def test_planted_mistakes_in_a_late_entry_are_noticed(bug, monkeypatch):
     neighbours.differ(prompt.run(plan), wanted)
 
 
-def closed(plan, segments):
+def closed(plan, segments, lags):
     """The question right behind the text before the image, as if no image came."""
-    placed, images = positioned(plan, segments)
+    placed, lag = positioned(plan, segments, lags)
     last = replace(placed[-1], positions=placed[-1].positions - VISUAL)
-    return [*placed[:-1], last], images
+    return [*placed[:-1], last], lag
 
 
 def test_a_batch_equals_its_samples():

@@ -501,7 +501,7 @@ def test_caches_grow_in_the_middle_of_an_answer(machine, bundles):
         stage = session.executor.engine_set.stages[0]
         opened = session.decode_image(picture(1))
         long = "a word "
-        while session.context.positions_of(session.prompt_parts(long + "a word ", [opened])) <= 480:
+        while session.context.orders_of(session.prompt_parts(long + "a word ", [opened])) <= 480:
             long += "a word "
         sizes = []
         session.eos = frozenset()

@@ -11,7 +11,7 @@ from visistage.calib.run.layerwise import LayerObserver, run_layerwise
 from visistage.calib.sample_prompts import SampleImage, SamplePrompt
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.chain.chain import Chain
-from visistage.graphs.chain.enter import positioned, positions_at
+from visistage.graphs.chain.enter import positioned
 from visistage.graphs.chain.rows import AppendedRows
 from visistage.graphs.families.family import in_one_run
 from visistage.graphs.modules.ops import Eager
@@ -110,12 +110,12 @@ class ChainJudge:
     def run(self, prompt, begin=0):
         """Logits (1 + A, V) and the kept orders; the first ``begin`` rows are in the caches."""
         plan = self.chain.plan
-        segments, images = positioned(plan, self.segments(prompt, begin))
+        segments, lag = positioned(plan, self.segments(prompt, begin))
         done = self.chain.prefill(segments)
         logits, at = [done.logits], int(segments[-1].order[0, -1]) + 1
         for step, token in enumerate(prompt.answer_ids):
             row = self.segment(self.executor.embed(torch.tensor([[token]])), at + step)
-            row = replace(row, positions=positions_at(plan, row.order, images))
+            row = replace(row, positions=row.order - lag)
             logits.append(self.chain.decode(row))
         return torch.cat(logits), [order[0] for order in done.kept]
 

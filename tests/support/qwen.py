@@ -1,18 +1,41 @@
-"""Small random models of the Qwen-VL families, lively enough to show mistakes."""
+"""Small random models of the Qwen-VL families, lively enough to show mistakes, and their judge."""
+
+import json
+from pathlib import Path
 
 import torch
-from transformers import Qwen3VLConfig
+from transformers import (
+    AutoTokenizer,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from visistage.compile.checkpoint.dummy_tokenizer import write_text_files
+from visistage.graphs.families.registry import read_config
 
-SPECIALS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3}
+VOCAB = 300
+SPECIALS = {
+    "<|endoftext|>": 290,
+    "<|im_start|>": 291,
+    "<|im_end|>": 292,
+    "<|vision_start|>": 293,
+    "<|vision_end|>": 294,
+    "<|image_pad|>": 295,
+    "<|video_pad|>": 296,
+}
+LIMITS = {"shortest_edge": 4 * 8 * 8, "longest_edge": 24 * 8 * 8}
+"""Pixels of images of 4 to 24 rows, of 8 x 8 pixels each."""
 
 
 def qwen3_vl_config(**text) -> Qwen3VLConfig:
     """Sizes of a toy whose sections, heads, grids and depths all differ from each other."""
     return Qwen3VLConfig(
         text_config={
-            "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96,
+            "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96,
             "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2,
             "head_dim": 16, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+            "eos_token_id": SPECIALS["<|im_end|>"],
             "rope_parameters": {
                 "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2],
             }, **text,
@@ -22,8 +45,10 @@ def qwen3_vl_config(**text) -> Qwen3VLConfig:
             "num_heads": 2, "patch_size": 4, "num_position_embeddings": 16,
             "deepstack_visual_indexes": [0, 1, 2],
         },
-        image_token_id=120, video_token_id=121, vision_start_token_id=122,
-        vision_end_token_id=123, tie_word_embeddings=True,
+        image_token_id=SPECIALS["<|image_pad|>"], video_token_id=SPECIALS["<|video_pad|>"],
+        vision_start_token_id=SPECIALS["<|vision_start|>"],
+        vision_end_token_id=SPECIALS["<|vision_end|>"], tie_word_embeddings=True,
+        architectures=["Qwen3VLForConditionalGeneration"],
     )  # fmt: skip
 
 
@@ -42,3 +67,65 @@ def lively(model, seed=0):
         else:
             weight.mul_(7)
     return model
+
+
+def make_checkpoint(path, **text) -> Path:
+    """Write a checkpoint directory and return it; ``text``: of the decoder's config."""
+    path = Path(path)
+    torch.manual_seed(0)
+    model = lively(Qwen3VLForConditionalGeneration(qwen3_vl_config(**text)).float())
+    model.save_pretrained(path)
+    config = read_config(json.loads((path / "config.json").read_text()))
+    write_text_files(path, config, SPECIALS)
+    file = path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"size": LIMITS}))
+    return path
+
+
+class ImagesOnly(Qwen3VLProcessor):
+    """The processor without one of videos, which would need torchvision."""
+
+    def check_argument_for_proper_class(self, *_):
+        """Take what is given."""
+
+
+class Judge:
+    """The checkpoint in the hands of transformers."""
+
+    def __init__(self, path):
+        path = Path(path)
+        self.model = Qwen3VLForConditionalGeneration.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        steps = json.loads((path / "preprocessor_config.json").read_text())
+        steps.pop("image_processor_type")
+        self.images = Qwen2VLImageProcessorPil(**steps)
+        self.processor = ImagesOnly(
+            self.images,
+            AutoTokenizer.from_pretrained(path),
+            None,
+            chat_template=(path / "chat_template.jinja").read_text(),
+        )
+
+    def inputs(self, messages, images):
+        """Ids and patches of a conversation."""
+        text = self.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        return self.processor(images=images or None, text=text, return_tensors="pt")
+
+    @torch.no_grad()
+    def answer(self, messages, images, new):
+        """Greedy tokens, and the logits (new, V) that they were chosen from."""
+        self.model.model.rope_deltas = None  # of the prompt before
+        inputs = self.inputs(messages, images)
+        out = self.model.generate(
+            **inputs,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        return tokens, torch.cat(out.logits)

@@ -13,7 +13,7 @@ from torch import Tensor
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.texts import text_facts
 from visistage.graphs.chain.chain import Chain
-from visistage.graphs.chain.enter import entered_rows, positioned, positions_at
+from visistage.graphs.chain.enter import entered_rows, positioned
 from visistage.graphs.chain.rows import AppendedRows
 from visistage.graphs.chain.torch_encoder import TorchEncoder
 from visistage.graphs.chain.torch_reference import TorchExecutor
@@ -77,7 +77,7 @@ class Staged:
                 at += rows.shape[1]
                 opens = not segments  # an image follows
                 segments.append(AppendedRows(False, rows, order, order, prefix=opens))
-        segments, images = positioned(self.plan, segments)
+        segments, lag = positioned(self.plan, segments)
         out, tokens = [runner.prefill(segments).logits[0]], []
         while True:
             tokens.append(int(out[-1].argmax()) if forced is None else forced[len(tokens)])
@@ -85,8 +85,7 @@ class Staged:
                 break
             position = np.full((1, 1), at + len(tokens) - 1, np.int32)
             rows = executor.embed(torch.tensor([tokens[-1:]]))
-            places = positions_at(self.plan, position, images)
-            out.append(runner.decode(AppendedRows(False, rows, places, position))[0])
+            out.append(runner.decode(AppendedRows(False, rows, position - lag, position))[0])
         finite = all(t.isfinite().all() for stage in executor.caches for p in stage for t in p)
         return tokens, torch.stack(out), finite
 

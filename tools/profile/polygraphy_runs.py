@@ -92,6 +92,8 @@ class PolygraphyRun:
             **dict.fromkeys(BY_LAYER, (0, 1)),
             "positions": (0, rows - 1),
             "write_index": (0, 0),
+            "turns": (0, 1),
+            "taps": (0, 1),
             "slot_order": (0, 0),
             "visual_slots": (0, slots - 1),
             "order": (slots, slots),

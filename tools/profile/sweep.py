@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...graphs.chain.executor import Encoded
-from ...graphs.parts import VISION
+from ...graphs.contract import pixel_shape
 from ...graphs.plan.call_cost import GraphCall
 from ...graphs.plan.plan import StagePlan
 from ...runtime.reuse import PromptImage, PromptPart
@@ -76,10 +76,12 @@ def sweep(
 
 def _visual_rows(session: Session) -> Encoded:
     """Return the visual rows that enter of an image of noise."""
-    spec = session.bundle.manifest.graphs[VISION].spec.inputs[0]
-    shape = [1 if isinstance(d, str) else d for d in spec.shape]
+    config = session.bundle.manifest.config
+    side = config.vision.image_size
+    layout = config.layout(side, side)
+    shape = [int(size) for size in pixel_shape(config, layout.tiles)]
     noise = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    return session.executor.encode(noise)
+    return session.executor.encode(noise, feeds=layout.feeds)
 
 
 def _prompt(session: Session, encoded: Encoded, count: int, key: str) -> list[PromptPart]:

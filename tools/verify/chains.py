@@ -18,7 +18,7 @@ from ...compile.checkpoint.names import EMBEDDING
 from ...graphs.bundle import Bundle, Manifest
 from ...graphs.caches import scored_layer
 from ...graphs.chain.chain import Chain
-from ...graphs.chain.enter import entered_rows, positioned, positions_at
+from ...graphs.chain.enter import entered_rows, positioned
 from ...graphs.chain.executor import Kept
 from ...graphs.chain.rows import AppendedRows
 from ...graphs.chain.torch_encoder import TorchEncoder
@@ -242,15 +242,16 @@ class TorchChain:
         chain = Chain(plan, executor, 1)
         start = self._restore_prefix(chain, torch_executor, prompt)
         segments, count = self._embed(prompt, plan, torch_executor, start)
-        segments, images = positioned(plan, segments, [prompt.opened.layout.rows])
+        layout = prompt.opened.layout
+        lag_of_image = plan.lag_of(layout.rows, sum(layout.advance))
+        segments, lag = positioned(plan, segments, [lag_of_image])
         done = chain.prefill(segments)
         logits = [done.logits[0]]
         for step in range(steps - 1):
             token = int(logits[-1].argmax()) if forced is None else forced[step]
             at = np.full((1, 1), count + step, np.int32)
             row = torch_executor.embed(torch.tensor([[token]]))
-            positions = positions_at(plan, at, images)
-            logits.append(chain.decode(AppendedRows(False, row, positions, at))[0])
+            logits.append(chain.decode(AppendedRows(False, row, at - lag, at))[0])
         kept = None
         if plan.entry is not None:
             visual = [segment.order[0] for segment in segments if segment.visual]
@@ -303,7 +304,7 @@ class TorchChain:
                 forced = prompt.entered if plan.entry == prompt.entry is not None else None
                 feeds = opened.layout.feeds
                 image = self._encoder(plan)(pixels, (opened.key,), forced, feeds)
-                segments.append(entered_rows(plan, image, start))
+                segments.append(entered_rows(plan, image, start, opened.layout))
                 start += plan.span_of(opened.layout.rows)
             else:
                 rows = executor.embed(

@@ -21,11 +21,12 @@ from ...compile.layer_stream import without_weights
 from ...graphs.contract import ORT_LLM_SINCE, vision_readings
 from ...graphs.errors import BundleError
 from ...graphs.modules.decoder import DecoderStage
+from ...graphs.modules.encoders import make_vision
 from ...graphs.modules.ops import Eager
 from ...graphs.modules.quantized import is_cache_scale
 from ...graphs.modules.select import Prober, Selector
 from ...graphs.modules.serving import ServingStage
-from ...graphs.modules.vision import Projection, Vision
+from ...graphs.modules.vision import Encoder, Projection
 from ...graphs.parts import PROBE, PROJECT, SERVE, VISION
 from ...graphs.plan.routing import is_router
 from ...graphs.precision import NO_FALLBACK, Fp32Fallback
@@ -179,7 +180,7 @@ def run_module(
         outputs = list(module(*(inputs[spec.name] for spec in graph.spec.inputs)))
     else:
         call = _streamed(module, graph, dtype)
-        if isinstance(module, Vision | Projection):
+        if isinstance(module, Encoder | Projection):
             outputs = list(module.compose(call, *inputs.values()))
         elif isinstance(module, ServingStage):
             outputs = module.compose_named(call, inputs)
@@ -200,7 +201,7 @@ def _module(graph: StoredGraph, fallback: Fp32Fallback) -> nn.Module:
         return Selector(plan.edges[graph.stage])
     module: nn.Module
     if graph.kind == VISION:
-        module = Vision(config, Eager(), fallback, vision_readings(plan))
+        module = make_vision(config, Eager(), fallback, vision_readings(plan))
     elif graph.kind == PROJECT:
         module = Projection(config, Eager(), fallback)
     elif graph.kind == SERVE:

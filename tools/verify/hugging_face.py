@@ -81,12 +81,18 @@ def _theirs(processor: Any, sample: Sample) -> Any:
 
 def _inputs(target: VerifyTarget, prompt: PreparedPrompt) -> dict[str, Tensor]:
     """Return a prompt as the runtime prepares it."""
-    layout = prompt.opened.layout
-    images = [target.bundle.manifest.config.image_token_id] * layout.rows
+    layout, config = prompt.opened.layout, target.bundle.manifest.config
+    images = [config.image_token_id] * layout.rows
     ids = [id_ for part in prompt.parts for id_ in (images if part is None else part)]
     whole = torch.tensor([ids])
     pixels = torch.from_numpy(prompt.opened.pixels)
-    return {"input_ids": whole, "attention_mask": torch.ones_like(whole), "pixel_values": pixels}
+    inputs = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
+    if layout.merge:  # patches of a video's frames, of which a still picture is all
+        frames = pixels.reshape(len(pixels), config.vision.channels, 1, -1)
+        pixels = frames.expand(-1, -1, config.vision.frames, -1).flatten(1)
+        inputs["image_grid_thw"] = torch.tensor([[1, *layout.grid]])
+        inputs["mm_token_type_ids"] = (whole == config.image_token_id).int()
+    return inputs | {"pixel_values": pixels}
 
 
 @torch.no_grad()

@@ -134,7 +134,8 @@ class StoredGraph:
         filled = FILLED if calls else offered + 2
         used = filled + (rows if calls else 0)
         sizes = {"B": 1, "Q": rows, "S": used + SPARE_SLOTS, "N": offered, "T": TEXT_ROWS}
-        sizes[TILES] = 2
+        layout = self.manifest.config.layout(2, 3)  # a small image, no square
+        sizes[TILES] = layout.tiles if layout.feeds else 2
         new = np.arange(filled, used) if calls else np.arange(2, 2 + offered)
         slot_order = np.full(used + SPARE_SLOTS, INVISIBLE)
         slot_order[1:used] = np.arange(1, used)
@@ -146,11 +147,15 @@ class StoredGraph:
             "write_index": filled,
             "query_order": used - 1,
             "text_order": np.arange(used - TEXT_ROWS, used),
+            **layout.feeds,
         }
         feeds = {}
+        value: np.ndarray
         for spec in self.spec.inputs:
             shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
-            if spec.name in fixed:
+            if spec.name == "positions" and len(shape) == 3:  # another one on each axis
+                value = new[None, :, None] - np.arange(shape[2])
+            elif spec.name in fixed:
                 value = np.broadcast_to(fixed[spec.name], shape)
             elif spec.name in BY_LAYER:
                 value = generator.integers(0, 2, shape)

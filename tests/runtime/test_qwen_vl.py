@@ -1,0 +1,163 @@
+"""Bundles of Qwen3-VL against transformers: pictures of several shapes, in every lowering."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from visistage.compile.build import make_bundle
+from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.runtime.image.image import load_image, prepare
+from visistage.runtime.image.preprocessing import Preprocessing
+from visistage.runtime.session import load
+from visistage.tests.support import qwen, verified
+from visistage.tests.support.asking import picture
+from visistage.tests.support.built import built_once
+from visistage.tests.support.stand_ins import stand_in, write_engines
+
+NEW = 16
+SIZES = ((40, 64), (64, 24), (16, 16), (200, 120))  # height, width: wide, tall, least, most
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return qwen.make_checkpoint(tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture(scope="module")
+def bundles(checkpoint, tmp_path_factory):
+    return built_once(checkpoint, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def judge(checkpoint):
+    return qwen.Judge(checkpoint)
+
+
+def shown(*numbers):
+    return [picture(number, *SIZES[number]) for number in numbers]
+
+
+def asked(*parts):
+    """A user turn of texts and images, an image where a part is None."""
+    content = [
+        {"type": "image"} if part is None else {"type": "text", "text": part} for part in parts
+    ]
+    return [{"role": "user", "content": content}]
+
+
+def answered(session, messages, images):
+    session.eos = frozenset()
+    return list(session.infer(images or None, messages, max_tokens=NEW).tokens)
+
+
+CONVERSATIONS = {
+    "wide": (asked(None, "What is this?"), (0,)),
+    "tall": (asked(None, "What is this?"), (1,)),
+    "least": (asked(None, "How many?"), (2,)),
+    "most": (asked(None, "How many?"), (3,)),
+    "text before": (asked("Look at it.", None, "What is this?"), (0,)),
+    "two": (asked(None, "and", None, "Which one is larger?"), (0, 1)),
+    "system": ([{"role": "system", "content": "Be brief."}, *asked(None, "What?")], (1,)),
+    "none": (asked("Say something."), ()),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_patches_are_those_of_the_processor(checkpoint, judge, size):
+    opened = open_checkpoint(str(checkpoint))
+    steps = Preprocessing.from_files(None, opened.json("preprocessor_config.json"))
+    layout = opened.config.layout(*size)
+    image = picture(5, *size)
+    mine = prepare(load_image(image), steps, layout)
+    theirs = judge.images(image, return_tensors="np")
+    assert theirs["image_grid_thw"].tolist() == [[1, *layout.grid]]
+    frames = theirs["pixel_values"].reshape(len(mine), 3, 2, -1)
+    assert np.abs(frames - mine.reshape(len(mine), 3, 1, -1)).max() < 1e-6
+    by_row = prepare(load_image(image), steps, replace(layout, merge=1))
+    assert np.abs(by_row - mine).max() > 0.1
+
+
+@pytest.mark.parametrize("target", ["cpu", "cpu-portable"])
+def test_a_dense_bundle_equals_transformers(bundles, judge, target):
+    with load(bundles("dense", target).path) as session:
+        for name, (messages, images) in CONVERSATIONS.items():
+            wanted, _ = judge.answer(messages, shown(*images), NEW)
+            assert answered(session, messages, shown(*images)) == wanted, name
+            assert len(set(wanted)) >= 6, name
+
+
+PRUNED = "visipruner:shallow=1,t=1,e=3,keep=5"
+QUESTION, OTHER = "What is this?", "And what is beside it, on the left?"
+
+
+def error(found, wanted):
+    return float((np.abs(found - wanted).max(-1) / wanted.std(-1)).max())
+
+
+def test_logits_are_those_of_transformers(bundles, judge):
+    """Of the prompt and of each step, two pictures of different shapes among them."""
+    messages, images = CONVERSATIONS["two"]
+    tokens, wanted = judge.answer(messages, shown(*images), NEW)
+    with load(bundles("dense").path) as session:
+        found = session.score(shown(*images), messages, tokens[:-1])
+    assert error(found, wanted.numpy()) < 1e-4
+
+
+@pytest.mark.parametrize("plan", ["dense", PRUNED, "v2drop:before=1-3,keep=8-5"])
+def test_images_are_paid_once(bundles, plan, tmp_path):
+    """Questions in turn, pictures beside others and from a file, as if all were new."""
+    one, two = shown(0, 1)
+    file, path = tmp_path / "image.safetensors", bundles(plan).path
+    asked_of = [
+        (one, QUESTION),
+        (two, QUESTION),
+        (one, OTHER),
+        ([two, one], QUESTION),
+        (one, OTHER),
+    ]
+    with load(path, cache_bytes=0) as anew, load(path) as session, load(path) as loaded:
+        session.save_image(one, file)
+        saved = loaded.load_image(file)
+        for images, question in asked_of:
+            wanted = anew.score(images, question, [7, 8])
+            assert error(session.score(images, question, [7, 8]), wanted) < 2e-4
+            given = saved if images is one else [two, saved] if images is not two else two
+            assert error(loaded.score(given, question, [7, 8]), wanted) < 2e-4
+
+
+def test_a_chat_goes_on_as_transformers_does(bundles, judge):
+    images = shown(0)
+    with load(bundles("dense").path) as session:
+        session.eos = frozenset()
+        chat = session.chat(images[0])
+        first = chat.ask(QUESTION, max_tokens=6)
+        second = chat.ask(OTHER, max_tokens=NEW)
+        wanted, _ = judge.answer(
+            [
+                *asked(None, QUESTION),
+                {"role": "assistant", "content": [{"type": "text", "text": first.text}]},
+                *asked(OTHER),
+            ],
+            images,
+            NEW,
+        )
+    assert list(second.tokens) == wanted
+
+
+@pytest.mark.parametrize(("plan", "target"), [(PRUNED, "cpu"), (PRUNED, "cpu-portable")])
+def test_a_bundle_is_verified(bundles, plan, target):
+    """Every graph, and answers with a selection, against torch stages over the checkpoint."""
+    report = verified.run(bundles(plan, target), count=1)
+    assert report.failed is None, verified.failing(report)
+
+
+@pytest.mark.parametrize("plan", ["dense", PRUNED])
+def test_a_device_takes_rows_with_three_positions(checkpoint, tmp_path, monkeypatch, plan):
+    made = make_bundle(str(checkpoint), plan=plan, out=tmp_path, target="rtx", contexts=(128,))
+    bundle = write_engines(made)
+    with load(bundle.path, backend="onnxruntime", cache_bytes=0) as session:
+        wanted = [session.score(image, QUESTION, range(9, 17)) for image in shown(0, 1)]
+    stand_in(monkeypatch)
+    with load(bundle.path) as session:
+        for image, own in zip(shown(0, 1), wanted, strict=True):
+            assert error(session.score(image, QUESTION, range(9, 17)), own) < 2e-2  # FP16
