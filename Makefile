@@ -84,7 +84,7 @@ tables: setup  ## measure the demo models again, and write every table that rest
 	$(BIN)/python -m visistage.bench.tables
 
 test: setup  ## run the tests, or some: TESTS=tests/graphs/test_plan.py
-	$(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 $(TESTS)
 
 check: setup types  ## lint, formatting, types, layering and the wheel's contents
 	$(BIN)/ruff check .
