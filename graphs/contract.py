@@ -30,7 +30,7 @@ from .selectors.edge import CACHE_READINGS, ROW_READINGS
 from .selectors.entry import PROJECTED, READINGS
 from .selectors.registry import ENTRY_SELECTORS
 from .text_config import TextConfig
-from .vision_config import PATCHES
+from .vision_config import PATCHES, VisionConfig
 
 Rows = TypeVar("Rows")
 
@@ -51,6 +51,9 @@ ORT_LLM_SINCE = (1, 25)
 
 TILES = "tiles"
 """Symbol of the tiles of an image, where the vision graph takes several."""
+
+WINDOWS = "windows"
+"""Symbol of the windows of an image that an encoder of patches attends in."""
 
 SYMBOLS = {"visual": "N", "text": "T"}
 """Counts of the rows that a selection reads something of, by their kind (``ROW_READINGS``)."""
@@ -396,7 +399,7 @@ def vision_spec(
     return GraphSpec(
         inputs=(
             TensorSpec("pixels", "float32", pixel_shape(config, count)),
-            *(_patch_inputs(count) if vision.kind == PATCHES else ()),
+            *(_patch_inputs(vision, count) if vision.kind == PATCHES else ()),
             *([TensorSpec("pack", "int64", ("N",))] if config.packs else []),
         ),
         outputs=(
@@ -418,12 +421,20 @@ def pixel_shape(config: ModelConfig, tiles: int | str) -> tuple[int | str, ...]:
     return tiles, vision.channels, vision.image_size, vision.image_size
 
 
-def _patch_inputs(count: int | str) -> tuple[TensorSpec, ...]:
-    """Return what an encoder of patches takes besides: ``modules.patches.PatchStem.forward``."""
-    return (
-        TensorSpec("turns", "int32", (count, 2)),
+def _patch_inputs(vision: VisionConfig, count: int | str) -> tuple[TensorSpec, ...]:
+    """Return what an encoder of patches takes besides, in the order of its layouts' feeds."""
+    learned = (
         TensorSpec("taps", "int32", (count, 4)),
         TensorSpec("weights", "float32", (count, 4)),
+    )
+    windows = (
+        TensorSpec("slots", "int32", (WINDOWS, vision.window_patches)),
+        TensorSpec("places", "int32", (count,)),
+    )
+    return (
+        TensorSpec("turns", "int32", (count, 2)),
+        *(learned if vision.learned else ()),
+        *(windows if vision.window else ()),
     )
 
 

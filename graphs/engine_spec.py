@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .bundle import ANY_CONTEXT, Manifest
 from .caches import SLOT_STEP, stage_slots
-from .contract import TILES, GraphSpec
+from .contract import TILES, WINDOWS, GraphSpec
 from .parts import PROBE, serves_alone, stage_of
 
 DECODE_ROWS = 8
@@ -94,6 +94,7 @@ def _engine_spec(
         "N": offered,
         "T": asked,
         TILES: (manifest.config.least_tiles, tiles, tiles),
+        WINDOWS: (1, tiles, tiles),
     }
     if serves_alone(graph):  # rows of one image, or of several
         one = manifest.plan.stages[stage_of(graph)].visual_tokens

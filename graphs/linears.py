@@ -76,14 +76,24 @@ def linear_groups(config: ModelConfig, dropped: Collection[tuple[str, int]] = ()
 def _patches(config: ModelConfig) -> list[Group]:
     """Return the groups of an encoder of patches, its mergers among them."""
     width, wide = config.vision.hidden, config.vision.intermediate
+    gated = config.vision.gated
+    first = ("gate_proj", "up_proj") if gated else ("linear_fc1",)
+    last = "down_proj" if gated else "linear_fc2"
     groups = []
     for layer in range(config.vision.layers):
         at = f"visual.blocks.{layer}"
         groups += [
             Group((f"{at}.attn.qkv",), width, (3 * width,), f"{at}.norm1", "vision", layer),
             Group((f"{at}.attn.proj",), width, (width,), None, "vision", layer),
-            Group((f"{at}.mlp.linear_fc1",), width, (wide,), f"{at}.norm2", "vision", layer),
-            Group((f"{at}.mlp.linear_fc2",), wide, (width,), None, "vision", layer),
+            Group(
+                tuple(f"{at}.mlp.{own}" for own in first),
+                width,
+                (wide,) * len(first),
+                f"{at}.norm2",
+                "vision",
+                layer,
+            ),
+            Group((f"{at}.mlp.{last}",), wide, (width,), None, "vision", layer),
         ]
     square, rows = width * config.block**2, config.text.hidden
     lists = [f"visual.deepstack_merger_list.{at}" for at in range(len(config.text.inject))]

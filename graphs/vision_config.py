@@ -47,7 +47,9 @@ class VisionConfig:
 
     ``patches`` takes pictures of any shape as a sequence of patches, squares of ``merge`` x
     ``merge`` of which become a row; its learned positions are those of ``image_size``, its kernel
-    is over ``frames``, which are alike in a still picture.
+    is over ``frames``, which are alike in a still picture. learned: it has such positions, and its
+    kernel a bias. gated: its MLPs have three projections. window: side, in rows, of the windows
+    that all layers but ``whole`` attend in; 0: none.
     """
 
     kind: Literal["clip", "siglip", "internvit", "patches"]
@@ -65,6 +67,10 @@ class VisionConfig:
     qk_norm: bool = field(default=False, metadata={"omit": True})
     merge: int = field(default=1, metadata={"omit": True})
     frames: int = field(default=1, metadata={"omit": True})
+    learned: bool = field(default=True, metadata={"omit": True})
+    gated: bool = field(default=False, metadata={"omit": True})
+    window: int = field(default=0, metadata={"omit": True})
+    whole: tuple[int, ...] = field(default=(), metadata={"omit": True})
 
     def __post_init__(self) -> None:
         word("vision_config.kind", self.kind, (*ENCODERS.values(), "internvit", PATCHES))
@@ -79,6 +85,11 @@ class VisionConfig:
         count("vision_config.patch_size", self.patch_size, self.image_size)
         count("vision_config.num_channels", self.channels, 16)
         count("vision_config.temporal_patch_size", self.frames, 16)
+        flag("vision_config.learned", self.learned)
+        flag("vision_config.gated", self.gated)
+        count("vision_config.window_size", self.window, 1 << 10, least=0)
+        for layer in self.whole:
+            count("vision_config.fullatt_block_indexes", layer, self.layers - 1, least=0)
         if self.kind == PATCHES and self.merge != 2:
             reject_value("vision_config.spatial_merge_size", self.merge, "2, as published")
         number("vision_config.layer_norm_eps", self.eps)
@@ -101,6 +112,11 @@ class VisionConfig:
         patch comes by itself.
         """
         return 1 if self.kind == PATCHES else self.patches + self.has_class_token
+
+    @property
+    def window_patches(self) -> int:
+        """Patches of a window."""
+        return (self.window * self.merge) ** 2
 
     @property
     def has_class_token(self) -> bool:

@@ -53,6 +53,7 @@ _IN_CHATML = {
     "internvl": "<IMG_CONTEXT>\\n",
     "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
 }
+_IN_CHATML["qwen2_vl"] = _IN_CHATML["qwen2_5_vl"] = _IN_CHATML["qwen3_vl"]
 """What stands for an image in a family's template."""
 
 PROCESSORS: dict[str, dict[str, Any]] = {
@@ -103,6 +104,7 @@ TOKENS: dict[str, dict[str, str]] = {
     },
 }
 TOKENS["llava_next"] = TOKENS["llava"]
+TOKENS["qwen2_vl"] = TOKENS["qwen2_5_vl"] = TOKENS["qwen3_vl"]
 """Special tokens of a family, by what they are; those with "image" or "video" are of processors."""
 
 

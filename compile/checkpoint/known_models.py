@@ -27,6 +27,8 @@ ALIASES: Mapping[str, str] = {
     "qwen3-vl-4b": "Qwen/Qwen3-VL-4B-Instruct",
     "qwen3-vl-8b": "Qwen/Qwen3-VL-8B-Instruct",
     "qwen3-vl-32b": "Qwen/Qwen3-VL-32B-Instruct",
+    "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
 }
 """Short names of checkpoints on the hub."""
 
@@ -204,6 +206,42 @@ def _qwen3_vl(
     }
 
 
+def _qwen2_5_vl(
+    layers: int, hidden: int, wide: int, heads: int, groups: int, vocab: int
+) -> dict[str, Any]:
+    """Return the ``config.json`` of a Qwen2.5-VL, whose decoder's fields are at the root."""
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "image_token_id": _QWEN_SPECIALS["<|image_pad|>"],
+        "video_token_id": _QWEN_SPECIALS["<|video_pad|>"],
+        "vision_start_token_id": _QWEN_SPECIALS["<|vision_start|>"],
+        "vision_end_token_id": _QWEN_SPECIALS["<|vision_end|>"],
+        "tie_word_embeddings": vocab == 151936,
+        "hidden_size": hidden,
+        "intermediate_size": wide,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "max_position_embeddings": 128000,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "use_sliding_window": False,
+        "vocab_size": vocab,
+        "vision_config": {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": hidden,
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+    }
+
+
 KNOWN_MODELS: Mapping[str, KnownModel] = {
     "llava-7b": KnownModel(
         {**_LLAVA, "text_config": _VICUNA_7B},
@@ -293,6 +331,16 @@ KNOWN_MODELS: Mapping[str, KnownModel] = {
         _qwen3_vl(64, 5120, 25600, 64, "large", tied=False),
         _QWEN_SPECIALS,
         "Qwen/Qwen3-VL-32B-Instruct: 33 billion parameters",
+    ),
+    "qwen2.5-vl-3b": KnownModel(
+        _qwen2_5_vl(36, 2048, 11008, 16, 2, 151936),
+        _QWEN_SPECIALS,
+        "Qwen/Qwen2.5-VL-3B-Instruct: 3.8 billion parameters",
+    ),
+    "qwen2.5-vl-7b": KnownModel(
+        _qwen2_5_vl(28, 3584, 18944, 28, 4, 152064),
+        _QWEN_SPECIALS,
+        "Qwen/Qwen2.5-VL-7B-Instruct: 8.3 billion parameters",
     ),
 }
 """Models that ``--dummy-weights`` can make."""

@@ -42,7 +42,7 @@ Shapes = dict[str, tuple[int, ...]]
 EMBEDDING = "model.embed_tokens.weight"
 HEAD_WEIGHT = "lm_head.weight"
 
-_ENCODER = "vision_tower."
+_ENCODER, _ENCODERS = "vision_tower.", ("vision_tower.", "visual.")
 _FUSED = re.compile(r"(?:model\.)?(mm_projector_f|mm_projectors\.\d+)\.([02])\.")
 _WRAPPED = re.compile(r"(model\.layers\.\d+\.)block\.")
 
@@ -55,7 +55,7 @@ def canonical(name: str, family: str = "llava") -> str:
             name = ours + name[len(prefix) :]
             break
     name = _WRAPPED.sub(r"\1", name)
-    if name.startswith(_ENCODER):
+    if name.startswith(_ENCODERS):
         for theirs, ours in FAMILIES[family].spellings:
             name = name.replace(theirs, ours, 1)
     return name
@@ -68,10 +68,11 @@ def _fused(found: re.Match[str]) -> str:
 
 def published_name(name: str, family: str = "llava") -> str:
     """Return a canonical name as published files spell it; the inverse of ``canonical``."""
-    if name.startswith(_ENCODER):
+    if name.startswith(_ENCODERS):
         for theirs, ours in FAMILIES[family].spellings:
             name = name.replace(ours, theirs, 1)
-        return name
+        if name.startswith(_ENCODER):
+            return name
     for theirs, ours in FAMILIES[family].prefixes:  # the first of several is the published one
         if name.startswith(ours):
             return theirs + name[len(ours) :]

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...graphs.contract import TILES, GraphSpec, TensorSpec
+from ...graphs.contract import TILES, WINDOWS, GraphSpec, TensorSpec
 from ...graphs.modules.quantized import WEIGHT
 from .branched_attention import write_conditional_attention
 
@@ -43,6 +43,7 @@ except ImportError:  # not a public name: where torch has moved it, tracing take
 DOMAIN = "visistage"
 IR_VERSION = 10
 EXAMPLE_SIZES = {"B": 10007, "Q": 10009, "S": 10037, "N": 10039, "T": 10061, TILES: 4 * 10039}
+EXAMPLE_SIZES[WINDOWS] = 10069
 """Sizes to trace with, as fake tensors that take no memory. Primes that no model has for a width,
 so that a size tells its symbol; above the largest K: a selection offers more than it keeps. Tiles
 are four for each of N: where they are patches, a square of them becomes a row."""

@@ -13,13 +13,13 @@ from .family import Family
 from .internvl import INTERNVL
 from .llava import LLAVA
 from .llava_next import LLAVA_NEXT
-from .qwen_vl import QWEN3_VL
+from .qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (LLAVA, INTERNVL, LLAVA_NEXT, QWEN3_VL)
+    family.name: family for family in (LLAVA, INTERNVL, LLAVA_NEXT, QWEN3_VL, QWEN2_5_VL, QWEN2_VL)
 }
 
 _STATES = (

@@ -211,7 +211,7 @@ def vision_work(
     count = config.visual_tokens if layout is None else layout.rows
     tiles = config.tiles_of(count)
     h, d = vision.hidden, config.text.hidden
-    layer = 4 * h * h + 2 * h * vision.intermediate
+    layer = 4 * h * h + (3 if vision.gated else 2) * h * vision.intermediate
     patch = vision.channels * vision.patch_size**2 * h
     wide = config.feature_width
     inner = wide if together else d
@@ -219,7 +219,11 @@ def vision_work(
     one = projector if together else h * d + d * d
     injected = one * len(config.text.inject)  # of all visual tokens
     depth = config.encoder_depth
-    attention = tiles * depth * 4 * tokens * (tiles * tokens if together else tokens) * h
+    each = tiles * tokens if together else tokens  # rows that a row attends to
+    seen = depth * each
+    if vision.window:
+        seen = len(vision.whole) * each + (depth - len(vision.whole)) * vision.window_patches
+    attention = tiles * 4 * tokens * seen * h
     rows = count if projected is None else projected
     cut = tiles * (1 if together else vision.patches)
     linear = cut * patch + tiles * depth * tokens * layer + rows * projector

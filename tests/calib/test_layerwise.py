@@ -205,7 +205,7 @@ def test_observers_see_the_vision_encoder_and_the_kinds_of_rows(checkpoint, weig
     module = chain.load_weights(Vision(checkpoint.config, Eager()), weights)
     with listening([module], heard), torch.no_grad():
         for image in (pixels(1), pixels(2), pixels(3)):
-            module(torch.from_numpy(image)[None])
+            module(torch.from_numpy(image.pixels))
     expected = in_order(heard)
     assert set(expected) == {name for name in seen.rows if name.startswith(("vision", "multi"))}
     for linear, rows in expected.items():

@@ -492,7 +492,7 @@ def test_a_folder_is_opened_by_its_name(toy, monkeypatch):
     [
         ("lava-7b", "Did you mean 'llava-7b'?"),
         ("llava7b", "Did you mean 'llava-7b'?"),
-        ("nothing-like-it", "qwen3-vl-32b, demo"),
+        ("nothing-like-it", "qwen2.5-vl-7b, demo"),
         ("", "one of llava-7b"),
         ("a/b/c", "neither a folder"),
         ("org/..", "neither a folder"),

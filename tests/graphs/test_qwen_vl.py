@@ -1,5 +1,7 @@
 """Qwen3-VL: layouts against the processor's own counts, and the encoder against transformers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,11 +17,11 @@ from visistage.graphs.chain.torch_reference import load_weights
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.contract import graph_specs
 from visistage.graphs.errors import ImageSizeError, ModelError, PlanError
-from visistage.graphs.families.registry import with_budget
+from visistage.graphs.families.registry import read_config, with_budget
 from visistage.graphs.modules.encoders import make_vision
 from visistage.graphs.modules.ops import Eager
 from visistage.graphs.parts import whole_stages
-from visistage.tests.support.qwen import lively, qwen3_vl_config
+from visistage.tests.support.qwen import lively, model_of, qwen3_vl_config
 
 PUBLISHED = {  # Qwen/Qwen3-VL-4B-Instruct, as far as it differs from class defaults
     "architectures": ["Qwen3VLForConditionalGeneration"],
@@ -163,13 +165,17 @@ def encoded(model, config, size, seed=0):
     patches = int(np.prod(layout.grid))
     side = config.vision.patch_size
     pixels = torch.randn(patches, 3 * side**2, generator=torch.Generator().manual_seed(seed))
-    weights = {canonical(name, "qwen3_vl"): weight for name, weight in model.state_dict().items()}
+    weights = {
+        canonical(name, config.family): weight for name, weight in model.state_dict().items()
+    }
     vision = load_weights(make_vision(config, Eager()), weights)
-    feeds = [torch.from_numpy(layout.feeds[name]) for name in ("turns", "taps", "weights")]
+    feeds = [torch.from_numpy(values) for values in layout.feeds.values()]
     both = pixels.reshape(patches, 3, 1, -1).expand(-1, -1, 2, -1).reshape(patches, -1)
     with torch.no_grad():
         out = model.model.visual(both, grid_thw=torch.tensor([[1, *layout.grid]]))
-        return vision(pixels, *feeds), (out.pooler_output, *out.deepstack_features)
+        theirs = (out.pooler_output, *getattr(out, "deepstack_features", ()))
+        mine = vision(pixels, *feeds)
+    return mine if isinstance(mine, tuple) else (mine,), theirs
 
 
 @pytest.mark.parametrize("size", [(40, 64), (64, 40), (32, 32), (200, 16)])
@@ -178,6 +184,38 @@ def test_the_encoder_is_that_of_transformers(model, config, size):
     assert len(ours) == len(theirs) == 4
     for mine, other in zip(ours, theirs, strict=True):
         assert (mine[0] - other).abs().max() < 1e-4 * other.std()
+
+
+OLDER = ("qwen2_vl", "qwen2_5_vl")
+
+
+@pytest.fixture(scope="module", params=OLDER)
+def older(request):
+    made = model_of(request.param)
+    return made, read_config(made.config.to_dict() | {"model_type": request.param})
+
+
+def test_older_tensors_are_those_of_transformers(older):
+    model, config = older
+    theirs = {canonical(n, config.family): tuple(w.shape) for n, w in model.named_parameters()}
+    assert tensor_shapes(config) == theirs
+
+
+@pytest.mark.parametrize("size", [(40, 64), (64, 40), (16, 16), (200, 16), (88, 72)])
+def test_older_encoders_are_those_of_transformers(older, size):
+    """Windows inside, at borders on both sides, and of one line."""
+    (mine, *more), (theirs,) = encoded(*older, size)
+    assert not more
+    assert (mine[0] - theirs).abs().max() < 1e-4 * theirs.std()
+
+
+def test_a_window_more_or_less_is_noticed(monkeypatch):
+    model = model_of("qwen2_5_vl")
+    config = read_config(model.config.to_dict() | {"model_type": "qwen2_5_vl"})
+    wrong = replace(config, vision=replace(config.vision, window=4))
+    for changed in (wrong, replace(config, vision=replace(config.vision, whole=(0, 1)))):
+        (mine, *_), (theirs,) = encoded(model, changed, (88, 72))
+        assert (mine[0] - theirs).abs().max() > 1e-2 * theirs.std()
 
 
 @pytest.mark.parametrize("name", ["turns", "taps", "weights"])

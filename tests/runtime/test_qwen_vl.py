@@ -9,7 +9,7 @@ from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.runtime.image.image import load_image, prepare
 from visistage.runtime.image.preprocessing import Preprocessing
 from visistage.runtime.session import load
-from visistage.tests.support import qwen, verified
+from visistage.tests.support import calibrated, qwen, verified
 from visistage.tests.support.asking import picture
 from visistage.tests.support.built import built_once
 from visistage.tests.support.stand_ins import stand_in, write_engines
@@ -161,3 +161,35 @@ def test_a_device_takes_rows_with_three_positions(checkpoint, tmp_path, monkeypa
     with load(bundle.path) as session:
         for image, own in zip(shown(0, 1), wanted, strict=True):
             assert error(session.score(image, QUESTION, range(9, 17)), own) < 2e-2  # FP16
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_older_families_answer_as_transformers_does(family, tmp_path):
+    """Chunked axes, biases, windows, in both lowerings; a selection against torch stages."""
+    path = qwen.make_checkpoint(tmp_path / "toy", family)
+    judge = qwen.Judge(path)
+    for target in ("cpu", "cpu-portable"):
+        with load(
+            make_bundle(str(path), plan="dense", target=target, out=tmp_path).path
+        ) as session:
+            for name in ("wide", "tall", "two", "text before"):
+                messages, images = CONVERSATIONS[name]
+                wanted, logits = judge.answer(messages, shown(*images), NEW)
+                found = session.score(shown(*images), messages, wanted[:-1])
+                assert error(found, logits.numpy()) < 1e-4, name
+                assert answered(session, messages, shown(*images)) == wanted, name
+    bundle = make_bundle(str(path), plan="visipruner:shallow=1,t=1,e=2,keep=5", out=tmp_path)
+    report = verified.run(bundle, count=1)
+    assert report.failed is None, verified.failing(report)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_integers_are_verified(family, tmp_path):
+    """Every linear layer of encoder, mergers and decoder is ranged and rounded."""
+    path = qwen.make_checkpoint(tmp_path / "toy", family)
+    known = calibrated.calibrate(path, "dense", tmp_path / "calibration")
+    assert {group.split(".")[0] for group in known.groups} == {"visual", "model", "lm_head"}
+    given = {"precision": "int8", "calibration": tmp_path / "calibration"}
+    bundle = make_bundle(str(path), plan="dense", out=tmp_path, **given)
+    report = verified.run(bundle, count=1)
+    assert report.failed is None, verified.failing(report)

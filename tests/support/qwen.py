@@ -4,12 +4,8 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLProcessor,
-)
+import transformers
+from transformers import AutoTokenizer, Qwen3VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from visistage.compile.checkpoint.dummy_tokenizer import write_text_files
 from visistage.graphs.families.registry import read_config
@@ -52,6 +48,51 @@ def qwen3_vl_config(**text) -> Qwen3VLConfig:
     )  # fmt: skip
 
 
+SHARED = {
+    "image_token_id": SPECIALS["<|image_pad|>"], "video_token_id": SPECIALS["<|video_pad|>"],
+    "vision_start_token_id": SPECIALS["<|vision_start|>"],
+    "vision_end_token_id": SPECIALS["<|vision_end|>"],
+}  # fmt: skip
+VISION = {
+    "qwen2_vl": {
+        "depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2,
+        "patch_size": 4,
+    },
+    "qwen2_5_vl": {
+        "depth": 3, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48,
+        "num_heads": 2, "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1],
+    },
+}  # fmt: skip
+CLASSES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+
+
+def config_of(family, **text):
+    """Sizes of a toy of one of the families; windows of 2 x 2 rows."""
+    if family == "qwen3_vl":
+        return qwen3_vl_config(**text)
+    decoder = {
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6, "eos_token_id": SPECIALS["<|im_end|>"],
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3],
+        }, **text,
+    }  # fmt: skip
+    return getattr(transformers, f"{CLASSES[family]}Config")(
+        text_config=decoder,
+        vision_config=VISION[family],
+        architectures=[f"{CLASSES[family]}ForConditionalGeneration"],
+        **SHARED,
+    )
+
+
+def model_of(family, **text):
+    """Return a random model, lively."""
+    torch.manual_seed(0)
+    kind = getattr(transformers, f"{CLASSES[family]}ForConditionalGeneration")
+    return lively(kind(config_of(family, **text)).float()).eval()
+
+
 @torch.no_grad()
 def lively(model, seed=0):
     """Widen every matrix, and move norms and biases off what they start as."""
@@ -69,12 +110,10 @@ def lively(model, seed=0):
     return model
 
 
-def make_checkpoint(path, **text) -> Path:
+def make_checkpoint(path, family="qwen3_vl", **text) -> Path:
     """Write a checkpoint directory and return it; ``text``: of the decoder's config."""
     path = Path(path)
-    torch.manual_seed(0)
-    model = lively(Qwen3VLForConditionalGeneration(qwen3_vl_config(**text)).float())
-    model.save_pretrained(path)
+    model_of(family, **text).save_pretrained(path)
     config = read_config(json.loads((path / "config.json").read_text()))
     write_text_files(path, config, SPECIALS)
     file = path / "preprocessor_config.json"
@@ -82,11 +121,10 @@ def make_checkpoint(path, **text) -> Path:
     return path
 
 
-class ImagesOnly(Qwen3VLProcessor):
-    """The processor without one of videos, which would need torchvision."""
-
-    def check_argument_for_proper_class(self, *_):
-        """Take what is given."""
+def images_only(family):
+    """Return the processor's class without one of videos, which would need torchvision."""
+    base = getattr(transformers, f"{CLASSES[family]}Processor")
+    return type("ImagesOnly", (base,), {"check_argument_for_proper_class": lambda *_: None})
 
 
 class Judge:
@@ -94,13 +132,15 @@ class Judge:
 
     def __init__(self, path):
         path = Path(path)
-        self.model = Qwen3VLForConditionalGeneration.from_pretrained(
+        family = json.loads((path / "config.json").read_text())["model_type"]
+        kind = getattr(transformers, f"{CLASSES[family]}ForConditionalGeneration")
+        self.model = kind.from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         steps = json.loads((path / "preprocessor_config.json").read_text())
         steps.pop("image_processor_type")
         self.images = Qwen2VLImageProcessorPil(**steps)
-        self.processor = ImagesOnly(
+        self.processor = images_only(family)(
             self.images,
             AutoTokenizer.from_pretrained(path),
             None,

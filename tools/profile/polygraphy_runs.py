@@ -94,6 +94,8 @@ class PolygraphyRun:
             "write_index": (0, 0),
             "turns": (0, 1),
             "taps": (0, 1),
+            "slots": (0, 1),
+            "places": (0, 1),
             "slot_order": (0, 0),
             "visual_slots": (0, slots - 1),
             "order": (slots, slots),

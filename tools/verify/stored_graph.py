@@ -147,14 +147,15 @@ class StoredGraph:
             "write_index": filled,
             "query_order": used - 1,
             "text_order": np.arange(used - TEXT_ROWS, used),
-            **layout.feeds,
         }
         feeds = {}
         value: np.ndarray
         for spec in self.spec.inputs:
-            shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
+            shape = [sizes.get(d, 0) if isinstance(d, str) else d for d in spec.shape]
             if spec.name == "positions" and len(shape) == 3:  # another one on each axis
                 value = new[None, :, None] - np.arange(shape[2])
+            elif spec.name in layout.feeds:
+                value = layout.feeds[spec.name]
             elif spec.name in fixed:
                 value = np.broadcast_to(fixed[spec.name], shape)
             elif spec.name in BY_LAYER:
