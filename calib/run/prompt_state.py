@@ -17,7 +17,15 @@ from torch.nn.functional import cosine_similarity
 
 from ...graphs.chain.enter import entered_rows, positioned
 from ...graphs.chain.executor import Encoded
-from ...graphs.chain.rows import AppendedRows, StageSlots, closed_up, on_axes, places_in, row_kinds
+from ...graphs.chain.rows import (
+    AppendedRows,
+    StageSlots,
+    all_kept,
+    closed_up,
+    on_axes,
+    places_in,
+    row_kinds,
+)
 from ...graphs.contract import PADDING_ORDER
 from ...graphs.errors import CapacityError, PromptError
 from ...graphs.modules.decoder import ROW_PIECES, Head, layer_controls
@@ -269,6 +277,9 @@ class PromptState:
         """
         visual = self._joined_visual()
         assert visual is not None
+        if visual.count < selector.keep:
+            self._selected = all_kept(plan, visual)
+            return self._selected.order[0]
         rows, positions, order, _ = selector.of(
             {
                 **view.readings,

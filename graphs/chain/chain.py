@@ -37,6 +37,7 @@ from .rows import (
     Prefilled,
     PrefilledPart,
     StageSlots,
+    all_kept,
     closed_up,
     on_axes,
     places_in,
@@ -232,7 +233,8 @@ class Chain:
         if op == "carry":
             return visual
         if op == "select" and visual.count < (self.plan.edges[stage].keep or 0):
-            return self._all_kept(visual, done)
+            done.kept.append(visual.order)
+            return all_kept(self.plan, visual)
         slots = _slot_numbers([(part.start, part.segment.count) for part in seen], self.batch)
         queries, query_order = parts[-1].result.queries, parts[-1].segment.order[:, -1]
         if op == "probe":
@@ -250,13 +252,6 @@ class Chain:
         if self.plan.positions == "renumbered":
             positions = closed_up(visual, positions.shape[1])
         return AppendedRows(True, kept.rows, positions, kept.order, inject)
-
-    def _all_kept(self, visual: AppendedRows, done: Prefilled) -> AppendedRows:
-        """Return rows that are fewer than a selection keeps: there is nothing to select."""
-        done.kept.append(visual.order)
-        if self.plan.positions != "renumbered":
-            return visual
-        return replace(visual, positions=closed_up(visual, visual.count))
 
     def _joined(self, stage: int, parts: Sequence[AppendedRows]) -> AppendedRows:
         """Return one segment, for ``stage``, from several of visual rows."""

@@ -127,6 +127,13 @@ def on_axes(positions: np.ndarray, axes: int) -> np.ndarray:
     return np.repeat(positions[..., None], axes, 2)
 
 
+def all_kept(plan: StagePlan, visual: AppendedRows) -> AppendedRows:
+    """Return rows that are fewer than a selection keeps: there is nothing to select."""
+    if plan.positions != "renumbered":
+        return visual
+    return replace(visual, positions=closed_up(visual, visual.count))
+
+
 def closed_up(offered: AppendedRows, count: int) -> np.ndarray:
     """Return positions (B, K) one after another, from that of the first row offered on."""
     real = np.where(offered.order == INVISIBLE, INVISIBLE, offered.positions)

@@ -5,9 +5,12 @@ import re
 import numpy as np
 import pytest
 import torch
+from visistage.calib.calibrate import calibrate
+from visistage.calib.plan_search.measure_plans import Origin
 from visistage.calib.samples import Sample
 from visistage.compile.build import make_bundle
 from visistage.graphs.errors import ImageError
+from visistage.graphs.progress import Progress
 from visistage.runtime.engine import Engine
 from visistage.runtime.session import load
 from visistage.tools.explain.explanation import explain
@@ -197,4 +200,17 @@ def test_selectors_choose_among_the_rows_of_all_tiles(bundles, folder, selector)
     assert (small.visual_tokens, len(small.kept)) == (4, 4)
     samples = [Sample("wide", picture(*SHAPES[0]), "What is it?", "")]
     report = verify(bundle, samples, model=str(folder), max_tokens=4)
+    assert report.failed is None, report.failed
+
+
+def test_a_calibration_sees_images_of_any_size(bundles, folder, tmp_path):
+    """Ranges of tiles and rows as they come; integers of the weights, inputs and caches."""
+    samples = [
+        Sample(str(seed), picture(*shape, seed), "What is it?", "dog")
+        for seed, shape in enumerate(SHAPES)
+    ]
+    origin = Origin(str(folder))
+    found, _ = calibrate(origin, samples, PLAN, files=["x"], out=tmp_path, progress=Progress())
+    bundle = bundles(PLAN, precision="int8:cache=int8", calibration=found)
+    report = verify(bundle, samples, model=str(folder), calibration=found, max_tokens=4)
     assert report.failed is None, report.failed
