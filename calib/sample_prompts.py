@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +30,19 @@ from .samples import Sample, reject_unreadable
 
 @dataclass(frozen=True, eq=False)
 class SampleImage:
-    """An image of a prompt: its pixels as the vision graph takes them, and its layout."""
+    """An image of a prompt: its pixels as the vision graph takes them, and its layout; or one of
+    several runs of its rows.
+    """
 
     pixels: np.ndarray
     layout: ImageLayout
+    run: int = 0
+
+    @property
+    def rows(self) -> int:
+        """N of the run."""
+        start, stop = self.layout.spans[self.run]
+        return stop - start
 
 
 SamplePart = Sequence[int] | SampleImage
@@ -131,7 +140,8 @@ def _prompt(
     name: str, text: str, answer: str, key: str, image: SampleImage, encoder: PromptEncoder
 ) -> SamplePrompt:
     encoded = encoder.encode(text, 1, [image.layout])
-    parts = tuple(image if segment.is_image else segment.ids for segment in encoded.segments)
+    runs = (replace(image, run=run) for run in range(len(image.layout.spans)))
+    parts = tuple(next(runs) if segment.is_image else segment.ids for segment in encoded.segments)
     digest = hashlib.sha256(json.dumps([key, text, answer]).encode()).hexdigest()
     answer_ids = _answer_ids(encoded.text, answer.strip(), encoder.tokenizer)
     return SamplePrompt(name, parts, answer_ids, digest)

@@ -71,8 +71,9 @@ class ModelConfig:
     fusion: Fusion = field(default=NO_FUSION, metadata={"omit": True})
     family: str = field(default="llava", metadata={"omit": True})
     limits: Limits = field(default=Limits(), metadata={"omit": True})
-    # Patches of blocks of this side become one visual token; normalised before the projector.
-    block: int = field(default=1, metadata={"omit": True})
+    block: int = field(default=1, metadata={"omit": True})  # patches on a side of a visual token
+    projector_norm: bool = field(default=False, metadata={"omit": True})
+    projector_layers: int = field(default=2, metadata={"omit": True})
 
     def __post_init__(self) -> None:
         count("image_token_index", self.image_token_id, self.text.vocab - 1, least=0)
@@ -88,6 +89,8 @@ class ModelConfig:
         word("projector_hidden_act", self.projector_activation, ACTIVATIONS)
         flag("multimodal_projector_bias", self.projector_bias)
         count("downsample_ratio", self.block, 8)
+        count("projector_layers", self.projector_layers, 2)
+        flag("projector_norm", self.projector_norm)
         edge = self.vision.image_size // self.vision.patch_size
         divides("the block of downsample_ratio", self.block, "patches of a side", edge)
         if self.visual_tokens < 1:
@@ -162,6 +165,12 @@ class ModelConfig:
     def packs(self) -> bool:
         """True where rows of tiles are put in lines, which end in a row of their own."""
         return bool(self.limits.sizes)
+
+    @property
+    def arranged(self) -> bool:
+        """True where an image's rows are not those of its tiles alone, one after another."""
+        side = self.vision.image_size
+        return self.packs or len(self.layout(4 * side, 4 * side).spans) > 1
 
     @property
     def varies(self) -> bool:

@@ -312,9 +312,9 @@ def graph_specs(
     text = config.text
     check_injected(text.inject, plan)
     _check_axes(text, plan)
-    if config.packs and plan.entry is not None:
+    if config.arranged and plan.entry is not None:
         raise PlanError(
-            f"entry {plan.entry.text}: rows of a model of type {config.family} are put in lines "
+            f"entry {plan.entry.text}: rows of a model of type {config.family} are arranged "
             "behind its projector, where no selector chooses. Leave the entry out"
         )
     specs = {VISION: vision_spec(config, plan, dtype, fallback)}

@@ -129,7 +129,7 @@ def _projector(config: ModelConfig) -> list[Group]:
     return [
         Group((f"{name}.linear_{place}",), inputs, (width,), None, "vision")
         for name, first in read.items()
-        for place, inputs in ((1, first), (2, width))
+        for place, inputs in ((1, first), (2, width))[: config.projector_layers]
     ]
 
 

@@ -50,6 +50,7 @@ class VisionConfig:
     is over ``frames``, which are alike in a still picture. learned: it has such positions, and its
     kernel a bias. gated: its MLPs have three projections. window: side, in rows, of the windows
     that all layers but ``whole`` attend in; 0: none.
+    final_norm: the last state is read behind one.
     """
 
     kind: Literal["clip", "siglip", "internvit", "patches"]
@@ -71,12 +72,14 @@ class VisionConfig:
     gated: bool = field(default=False, metadata={"omit": True})
     window: int = field(default=0, metadata={"omit": True})
     whole: tuple[int, ...] = field(default=(), metadata={"omit": True})
+    final_norm: bool = field(default=False, metadata={"omit": True})
 
     def __post_init__(self) -> None:
         word("vision_config.kind", self.kind, (*ENCODERS.values(), "internvit", PATCHES))
         flag("vision_config.attention_bias", self.biased)
         flag("vision_config.norm_type", self.rms)
         flag("vision_config.use_qk_norm", self.qk_norm)
+        flag("vision_config.final_norm", self.final_norm)
         count("vision_config.num_hidden_layers", self.layers, MAX_LAYERS)
         count("vision_config.hidden_size", self.hidden)
         count("vision_config.intermediate_size", self.intermediate)

@@ -194,9 +194,11 @@ class LoadedBundle:
 
     def located(self, segments: Sequence[Segment], opened: Sequence[Opened]) -> list[PromptPart]:
         """Put the images into their places among ``segments``."""
+        encode = self.encode_image
         images = (
-            PromptImage(image.key, partial(self.encode_image, image), image.layout, image.known)
+            PromptImage(image.key, partial(encode, image), image.layout, image.known, run)
             for image in opened
+            for run in range(len(image.layout.spans))
         )
         return [next(images) if segment.is_image else segment.ids for segment in segments]
 
@@ -219,6 +221,6 @@ class LoadedBundle:
 
     def _opening(self, key: str, layout: ImageLayout) -> list[PromptPart]:
         """Return a prompt up to its image, whose rows are not asked for."""
-        segments = self.encoder.image_segments()
+        segments = self.encoder.image_segments(layout)
         image = PromptImage(key, lambda: Encoded(None, np.zeros((1, 0), np.int64)), layout)
         return [*(part.ids for part in segments[:-1]), image]

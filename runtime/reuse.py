@@ -19,7 +19,7 @@ import numpy as np
 from ..graphs.bundle import Bundle
 from ..graphs.caches import stage_caches
 from ..graphs.chain.chain import Chain
-from ..graphs.chain.enter import entered_rows
+from ..graphs.chain.enter import entered_rows, run_of
 from ..graphs.chain.executor import Encoded, StageResult
 from ..graphs.chain.rows import AppendedRows, Prefilled, PrefilledPart, on_axes
 from ..graphs.contract import INVISIBLE
@@ -37,8 +37,8 @@ PATCHES_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class PromptImage:
-    """An image in a prompt: the key of its pixels, a function for its rows that enter, and how all
-    its rows are laid out.
+    """An image in a prompt, or one of several runs of its rows: the key of its pixels, a function
+    for all its rows that enter, how they are laid out, and which run it is.
 
     ``known``: what the stages made of a prompt up to it, by its key (``Context.computed``), where
     that comes from a file.
@@ -48,6 +48,18 @@ class PromptImage:
     encoded: Callable[[], Encoded]
     layout: ImageLayout
     known: tuple[str, CachedPrefix] | None = None
+    run: int = 0
+
+    @property
+    def rows(self) -> int:
+        """N of the run."""
+        start, stop = self.layout.spans[self.run]
+        return stop - start
+
+    @property
+    def last(self) -> bool:
+        """True of an image's last run, which is its only one where no markers are between."""
+        return self.run == len(self.layout.spans) - 1
 
 
 PromptPart = Sequence[int] | PromptImage
@@ -104,8 +116,8 @@ class Context:
 
     def lag_of(self, parts: Sequence[PromptPart]) -> int:
         """Return by how much positions behind these parts are behind orders."""
-        layouts = (part.layout for part in parts if isinstance(part, PromptImage))
-        return sum(self.chain.plan.lag_of(own.rows, sum(own.advance)) for own in layouts)
+        runs = [part for part in parts if isinstance(part, PromptImage)]
+        return sum(self.chain.plan.lag_of(own.rows, own.layout.advance[own.run]) for own in runs)
 
     def text_rows_of(self, parts: Sequence[PromptPart]) -> int:
         """Return how many rows of a prompt are text."""
@@ -115,14 +127,19 @@ class Context:
         """Return of each image of the prompt that the stages hold the positions of its rows, and
         the patches that they stand for (``Encoded``).
         """
-        slots, out = self.chain.slots[self.chain.plan.entry_stage], []
+        slots = self.chain.slots[self.chain.plan.entry_stage]
+        out: list[tuple[np.ndarray, np.ndarray]] = []
         visual = np.sort(slots.order[0, slots.visual[0]])
         for index in _images(parts):
             part, first = parts[index], self.orders_of(parts[:index])
             assert isinstance(part, PromptImage)
-            span = self.chain.plan.span_of(part.layout.rows)
-            inside = (visual >= first) & (visual < first + span)
-            out.append((visual[inside], self._patches_of(part, visual[inside] - first)))
+            span = self.chain.plan.span_of(part.rows)
+            at = visual[(visual >= first) & (visual < first + span)]
+            patches = self._patches_of(part, at - first + part.layout.spans[part.run][0])
+            if part.run:
+                before = out.pop()
+                at, patches = np.append(before[0], at), np.append(before[1], patches)
+            out.append((at, patches))
         return out
 
     def _patches_of(self, image: PromptImage, places: np.ndarray) -> np.ndarray:
@@ -278,7 +295,8 @@ class Context:
         self.keep()
         self._hold_prefix(begin)
         images = [] if self.chain.plan.whole_prompt else _images(parts)
-        stages = self.chain.plan.blind_stages_of(len(images))
+        count = sum(_ends_image(parts[index]) for index in images)
+        stages = self.chain.plan.blind_stages_of(count)
         opening = images[-1] + 1 if images else 0
         keys = _chain_keys(begin, stages, parts[:opening])
         for part in parts:
@@ -297,7 +315,7 @@ class Context:
         for stage in range(1, stages):
             passed.append(self.chain.cross(stage - 1, passed[-1], padded=padded))
         for index in images:
-            if index >= known:
+            if index >= known and _ends_image(parts[index]):
                 self._suspend(keys[index], begin, done, passed, new[: index - known + 1], resumed)
         return [*done, *passed[-1]], stages
 
@@ -320,10 +338,14 @@ class Context:
         if isinstance(part, PromptImage):
             encoded = part.encoded()
             self.patches.put(part.key, encoded.patches[0], encoded.patches.nbytes)
-            return entered_rows(self.chain.plan, encoded, first, part.layout, lag)
+            own = run_of(encoded, part.layout, part.run)
+            entered = entered_rows(self.chain.plan, own, first, part.layout, lag)
+            return replace(entered, joins=part.run > 0)
         order = np.arange(first, first + len(part), dtype=np.int32)[None]
         prefix = index < min(_images(parts), default=0)
-        return AppendedRows(False, self.embed(part), order - lag, order, prefix=prefix)
+        behind = parts[index + 1] if index + 1 < len(parts) else None
+        joins = isinstance(behind, PromptImage) and behind.run > 0
+        return AppendedRows(False, self.embed(part), order - lag, order, prefix=prefix, joins=joins)
 
     def _suspend(
         self,
@@ -462,8 +484,12 @@ class Context:
 
 
 def image_rows(parts: Sequence[PromptPart]) -> list[int]:
-    """Return N of each image of a prompt."""
-    return [part.layout.rows for part in parts if isinstance(part, PromptImage)]
+    """Return N of each image of a prompt, or of each of its runs."""
+    return [part.rows for part in parts if isinstance(part, PromptImage)]
+
+
+def _ends_image(part: PromptPart) -> bool:
+    return isinstance(part, PromptImage) and part.last
 
 
 def visual_rows(plan: StagePlan, images: Sequence[int]) -> list[int]:
@@ -503,7 +529,10 @@ def _chain_keys(begin: int, stages: int, parts: Sequence[PromptPart]) -> list[st
     digest = hashlib.sha256(f"{begin} {stages}".encode())
     keys = []
     for part in parts:
-        text = f"image:{part.key}" if isinstance(part, PromptImage) else f"ids:{list(part)}"
+        if isinstance(part, PromptImage):
+            text = f"image:{part.key}:{part.run}"
+        else:
+            text = f"ids:{list(part)}"
         digest.update(f"|{text}".encode())
         keys.append(digest.copy().hexdigest())
     return keys

@@ -149,6 +149,11 @@ class Session(LoadedBundle):
                     "an image alone nothing is computed that could be saved. Ask about the picture "
                     "itself"
                 )
+            if len(opened.layout.spans) > 1:
+                raise ImageError(
+                    "images of this model have text among their tokens, and cannot be saved. Ask "
+                    "about the picture itself"
+                )
             encoded = self.encode_image(opened)
             saved = self.saved_layout(opened.layout)
             write_image(Path(file), saved, opened.key, opened.size, encoded, cached)
@@ -305,7 +310,7 @@ class Session(LoadedBundle):
 
     def _computed(self, opened: Opened) -> CachedPrefix | None:
         """Bring the stages to the end of an image, and keep what they hold, if they hold any."""
-        parts = self.located(self.encoder.image_segments(), [opened])
+        parts = self.located(self.encoder.image_segments(opened.layout), [opened])
         self.turn += 1  # a stream that is under way would go on in another image
         with self.computing():
             self.context.ensure_capacity(parts, 0)

@@ -118,7 +118,7 @@ class AnswerWriter:
         assert self.finish is not None
         total_ms, later = self._elapsed_ms(), len(self.tokens) - 1
         manifest, parts = self._model.bundle.manifest, self._request.parts
-        images = [part for part in parts if isinstance(part, PromptImage)]
+        images = [part for part in parts if isinstance(part, PromptImage) and part.last]
         offered, entered = sum(image_rows(parts)), context.entered(parts)
         return Answer(
             text="".join(self._pieces).strip(),

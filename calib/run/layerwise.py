@@ -32,6 +32,7 @@ from ...compile.layer_stream import Streamed, without_weights
 from ...compile.planfile import check_fit
 from ...compile.quantize.fake_quantized import FakeQuantised
 from ...compile.quantize.fp16_ranges import dense_pieces
+from ...graphs.chain.enter import run_of
 from ...graphs.chain.executor import Encoded
 from ...graphs.chain.torch_encoder import chosen_rows
 from ...graphs.config import ModelConfig
@@ -242,7 +243,8 @@ def _visual_rows(
 
     All images go through one piece of the vision encoder before the next is loaded.
     """
-    images = [part for prompt in prompts for part in prompt.parts if isinstance(part, SampleImage)]
+    runs = [[part for part in prompt.parts if isinstance(part, SampleImage)] for prompt in prompts]
+    images = [part for own in runs for part in own if not part.run]
 
     def through(module: Encoder | Projection, *given: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
         stream = stream_of(module)
@@ -276,9 +278,9 @@ def _visual_rows(
         projection = without_weights(lambda: Projection(config, Eager()))
         (projected,) = through(projection, [own.rows for own in encoded])
         encoded = [own._replace(rows=rows) for rows, own in zip(projected, encoded, strict=True)]
-    each = iter(encoded)
+    of_image = dict(zip((id(image.pixels) for image in images), encoded, strict=True))
     return [
-        [next(each) for part in prompt.parts if isinstance(part, SampleImage)] for prompt in prompts
+        [run_of(of_image[id(part.pixels)], part.layout, part.run) for part in own] for own in runs
     ]
 
 

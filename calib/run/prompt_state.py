@@ -410,8 +410,8 @@ def prompt_state(
         if isinstance(part, SampleImage):
             layout = part.layout
             segments.append(entered_rows(plan, next(images), at, layout))
-            at += plan.span_of(layout.rows)
-            lags.append(plan.lag_of(layout.rows, sum(layout.advance)))
+            at += plan.span_of(part.rows)
+            lags.append(plan.lag_of(part.rows, layout.advance[part.run]))
         elif len(part):  # all of a text may have been prefix
             # An image follows the first text of a prompt that has any.
             opens = bool(visual) and not segments

@@ -56,6 +56,14 @@ _IN_CHATML = {
 _IN_CHATML["qwen2_vl"] = _IN_CHATML["qwen2_5_vl"] = _IN_CHATML["qwen3_vl"]
 """What stands for an image in a family's template."""
 
+_UTTERANCES = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'] is string %}{{ ': ' + message['content'] }}{% else %}"
+    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% elif part['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}{% endif %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
 PROCESSORS: dict[str, dict[str, Any]] = {
     "clip": {
         "image_processor_type": "CLIPImageProcessor",
@@ -105,7 +113,20 @@ TOKENS: dict[str, dict[str, str]] = {
 }
 TOKENS["llava_next"] = TOKENS["llava"]
 TOKENS["qwen2_vl"] = TOKENS["qwen2_5_vl"] = TOKENS["qwen3_vl"]
+TOKENS["smolvlm"] = TOKENS["idefics3"] = {
+    "bos_token": "<|im_start|>",
+    "eos_token": "<end_of_utterance>",
+    "pad_token": "<|endoftext|>",
+    "image_token": "<image>",
+    "fake_image_token": "<fake_token_around_image>",
+    "global_image_token": "<global-img>",
+    "end_of_utterance_token": "<end_of_utterance>",
+}
 """Special tokens of a family, by what they are; those with "image" or "video" are of processors."""
+
+
+def _is_extra(role: str) -> bool:
+    return any(word in role for word in ("image", "video", "utterance"))
 
 
 def chat_template(system: str = "") -> str:
@@ -127,11 +148,13 @@ def write_text_files(
     tokenizer = _tokenizer(config.text.vocab, specials)
     tokenizer.save(str(folder / "tokenizer.json"))
     shown = _IN_CHATML.get(config.family)
-    llava = shown is None
+    utterances = config.projector_layers == 1
+    llava = shown is None and not utterances
     template = chat_template(system) if shown is None else _CHATML.replace("IMAGE", shown)
+    template = _UTTERANCES if utterances else template
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     named = TOKENS[config.family]
-    extra = {role: token for role, token in named.items() if "image" in role or "video" in role}
+    extra = {role: token for role, token in named.items() if _is_extra(role)}
     ids = {f"{role}_id": specials[token] for role, token in named.items() if role not in extra}
     _write(
         folder / "tokenizer_config.json",
@@ -192,6 +215,13 @@ def _preprocessor(config: ModelConfig) -> dict[str, Any]:
     else:
         steps |= {"size": square}
     steps |= PROCESSORS[config.vision.kind]
+    if config.projector_layers == 1:
+        steps |= {
+            "image_processor_type": "SmolVLMImageProcessor",
+            "resample": 1,
+            "size": {"longest_edge": config.limits.most},
+            "max_image_size": {"longest_edge": side},
+        }
     if config.packs:
         steps |= {
             "image_processor_type": "LlavaNextImageProcessor",

@@ -89,7 +89,7 @@ def tensor_shapes(config: ModelConfig, *, whole_encoder: bool = False) -> Shapes
         vision = make_vision(config, Eager())
         if whole_encoder and isinstance(vision, Vision):
             encoder = VisionEncoder(config.vision, Eager(), config.vision.layers)
-            if config.vision.kind != "internvit":
+            if config.vision.kind != "internvit" and not config.vision.final_norm:
                 encoder.post_layernorm = nn.LayerNorm(config.vision.hidden)
             vision.vision_tower = encoder
     return _shapes(vision) | decoder_shapes(config.text)

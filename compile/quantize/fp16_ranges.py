@@ -152,7 +152,8 @@ def measure_ranges(
 
 def dense_pieces(config: ModelConfig) -> int:
     """Count the pieces that ``measure_ranges`` runs: stem, layers, projectors, layers, logits."""
-    return config.encoder_depth + config.text.layers + 3 + len(config.text.inject)
+    more = len(config.text.inject) + config.vision.final_norm + config.packs
+    return config.encoder_depth + config.text.layers + 3 + more
 
 
 def decide(ranges: Mapping[str, float]) -> Fp32Fallback:

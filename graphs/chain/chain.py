@@ -171,9 +171,18 @@ class Chain:
 
     def calls_of(self, segments: Sequence[AppendedRows]) -> list[list[AppendedRows]]:
         """Return the calls of stage 0 that a prompt's segments make: one each, unless the plan
-        compares all rows of a prompt.
+        compares all rows of a prompt. Runs of one image and the markers between them are one call
+        where no gates tell them apart.
         """
-        return [[*segments]] if self.plan.whole_prompt else [[segment] for segment in segments]
+        if self.plan.whole_prompt:
+            return [[*segments]]
+        calls: list[list[AppendedRows]] = []
+        for segment in segments:
+            if calls and segment.joins and not self.plan.stages[0].gated_layers:
+                calls[-1].append(segment)
+            else:
+                calls.append([segment])
+        return calls
 
     def decode(self, segment: AppendedRows) -> Any:
         """Run one step of text rows through every stage; return the logits (B, V)."""

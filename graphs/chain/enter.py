@@ -103,6 +103,15 @@ def encoded(rows: Rows, chosen: Sequence[Entered], inject: Mapping[int, Rows]) -
     return Encoded(rows, np.stack([entered.index for entered in chosen]), inject, matched)
 
 
+def run_of(image: Encoded, layout: ImageLayout, run: int) -> Encoded:
+    """Return what entered of one run of an image's rows, which entered whole."""
+    if len(layout.spans) == 1:
+        return image
+    start, stop = layout.spans[run]
+    inject = {layer: rows[:, start:stop] for layer, rows in image.inject.items()}
+    return Encoded(image.rows[:, start:stop], image.patches[:, start:stop] - start, inject)
+
+
 def entered_rows(
     plan: StagePlan, image: Encoded, first: int, layout: ImageLayout | None = None, lag: int = 0
 ) -> AppendedRows:

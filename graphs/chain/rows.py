@@ -24,6 +24,7 @@ class AppendedRows:
     positions: (B, Q) int32, or (B, Q, A) where rows have several (``on_axes``); order: (B, Q)
     int32, ``INVISIBLE`` where a row is left padding.
     inject: of visual rows, what is added to them, (B, Q, D) each, by the layer at whose input.
+    joins: whether it belongs to one image with what comes before it.
     prefix: whether it is text before the first image of its prompt. matched: (B, Q) bool, which
     visual rows the entry's selector matched; None: none, or not told apart.
     """
@@ -35,6 +36,7 @@ class AppendedRows:
     inject: Mapping[int, Rows] = field(default_factory=dict)
     prefix: bool = False
     matched: np.ndarray | None = None
+    joins: bool = False
 
     @property
     def count(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -36,6 +37,7 @@ class ImageLayout:
         grid: rows and columns of the tiles that are cut.
         merge: of tiles that are patches, the side of the squares in whose order they come; 0: of
             other tiles, which come row by row.
+        whole_of: the picture that this small one is made of: as it came, or as it was resized.
         whole: where among the tiles the whole picture comes, squeezed to one; "": it does not.
         boxes: (N, 4) left, top, right and bottom of what a row stands for, in shares of the
             picture; None: a matter of the vision encoder's one grid (``overlay.Grid``).
@@ -51,8 +53,15 @@ class ImageLayout:
     grid: tuple[int, int] = (1, 1)
     merge: int = 0
     whole: Literal["", "first", "last"] = ""
+    whole_of: Literal["picture", "resized"] = "picture"
     boxes: np.ndarray | None = field(default=None, compare=False, repr=False)
     feeds: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Rows [start, stop) of each run."""
+        ends = [0, *accumulate(run for run in self.runs if isinstance(run, int))]
+        return list(pairwise(ends))
 
     @property
     def tiles(self) -> int:
@@ -90,6 +99,7 @@ class Family:
         most_rows: returns N of the largest image, what plans and slots are made for.
         prefixes: of tensor names: those in files, the longer ones first, and ours.
         spellings: parts of names in the vision encoder, in files and here.
+        nested: whether transformers takes the tiles of an image in a dimension of their own.
         limits: returns the limits that the image processor's file says; None: it has none.
         plan: where none is named: a pruned one only where its authors published settings.
         budgeted: returns the limits under which no image has more than so many rows; None: every
@@ -104,5 +114,6 @@ class Family:
     prefixes: tuple[tuple[str, str], ...]
     spellings: tuple[tuple[str, str], ...] = (("vision_tower.vision_model.", "vision_tower."),)
     plan: str = "dense"
+    nested: bool = False
     limits: Callable[[ModelConfig, Mapping[str, Any]], Limits] | None = None
     budgeted: Callable[[ModelConfig, int], Limits] | None = None

@@ -43,6 +43,7 @@ def read(data: Mapping[str, Any]) -> ModelConfig:
         family="internvl",
         limits=Limits(least=1, most=12),
         block=round(1 / ratio),
+        projector_norm=True,
     )
 
 

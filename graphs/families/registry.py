@@ -14,13 +14,13 @@ from .internvl import INTERNVL
 from .llava import LLAVA
 from .llava_next import LLAVA_NEXT
 from .qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
+from .smolvlm import IDEFICS3, SMOLVLM
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
 
-FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (LLAVA, INTERNVL, LLAVA_NEXT, QWEN3_VL, QWEN2_5_VL, QWEN2_VL)
-}
+_ALL = (LLAVA, INTERNVL, LLAVA_NEXT, QWEN3_VL, QWEN2_5_VL, QWEN2_VL, SMOLVLM, IDEFICS3)
+FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 
 _STATES = (
     "most of its layers keep a running state instead of keys and values, and a plan has no way to "

@@ -190,6 +190,14 @@ class _EncoderLayers(nn.Module):
         )
 
 
+class LastNorm(nn.LayerNorm):
+    """Norm of the last hidden state."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__(width, eps=eps)
+        self.kind = (eps,)
+
+
 class VisionEncoder(nn.Module):
     """An encoder's pieces under the checkpoint's names; ``Vision`` runs them.
 
@@ -202,6 +210,8 @@ class VisionEncoder(nn.Module):
         if vision.kind == "clip":
             self.pre_layrnorm = nn.LayerNorm(vision.hidden, eps=vision.eps)  # sic, in checkpoints
         self.encoder = _EncoderLayers(vision, ops, depth, reads)
+        if vision.final_norm:
+            self.post_layernorm = LastNorm(vision.hidden, vision.eps)
 
 
 class Projector(nn.Module):
@@ -234,10 +244,12 @@ class Projector(nn.Module):
         )
         self.activation = config.projector_activation
         width = config.feature_width if width is None else width
-        if config.block > 1:
+        if config.projector_norm:
             self.layer_norm = nn.LayerNorm(width)
         self.linear_1 = Linear(ops, width, config.text.hidden, config.projector_bias)
-        self.linear_2 = Linear(ops, config.text.hidden, config.text.hidden, config.projector_bias)
+        if config.projector_layers > 1:
+            size = config.text.hidden
+            self.linear_2 = Linear(ops, size, size, config.projector_bias)
 
     def forward(self, *states: Tensor) -> Tensor:
         """Return visual rows (B, N, D') for states (B, T, D) each.
@@ -249,7 +261,8 @@ class Projector(nn.Module):
         batch, tokens, width = features.shape
         flat = self.ops.reshape(features, (batch * tokens, width))
         x = self.linear_1(self.layer_norm(flat) if hasattr(self, "layer_norm") else flat)
-        x = self.linear_2(activate(self.activation, x))
+        if hasattr(self, "linear_2"):
+            x = self.linear_2(activate(self.activation, x))
         shape = (1, batch * tokens) if self.merges else (batch, tokens)
         rows = self.ops.reshape(x, (*shape, x.shape[-1]))
         return rows.float() if self.wide else rows
@@ -470,6 +483,8 @@ class Vision(Encoder):
             hidden.append(state)
             if index not in read:
                 hidden[index] = None  # layer streaming holds those of many images at once
+        if hasattr(vision_encoder, "post_layernorm"):
+            hidden[-1] = call(vision_encoder.post_layernorm, hidden[-1])
         states = [
             *(call(self.mean, *hidden[first : last + 1]) for first, last in self.fusion.means),
             *(hidden[index] for index in self.chosen),

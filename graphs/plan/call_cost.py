@@ -215,7 +215,7 @@ def vision_work(
     patch = vision.channels * vision.patch_size**2 * h
     wide = config.feature_width
     inner = wide if together else d
-    projector = wide * inner + inner * d
+    projector = wide * inner + (config.projector_layers - 1) * inner * d
     one = projector if together else h * d + d * d
     injected = one * len(config.text.inject)  # of all visual tokens
     depth = config.encoder_depth

@@ -169,7 +169,8 @@ def prepare(image: Image.Image, preprocessing: Preprocessing, layout: ImageLayou
     tiles = pixels.reshape(rows, high, columns, wide, 3).swapaxes(1, 2)
     tiles = in_blocks(tiles, layout.merge or 1)
     if layout.whole:
-        squeezed = np.asarray(image.resize((wide, high), filter_))[None]
+        shown = laid if layout.whole_of == "resized" else image
+        squeezed = np.asarray(shown.resize((wide, high), filter_))[None]
         ordered = [squeezed, tiles] if layout.whole == "first" else [tiles, squeezed]
         tiles = np.concatenate(ordered)
     out = np.empty((len(tiles), 3, high, wide), np.float32)

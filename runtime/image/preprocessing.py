@@ -27,6 +27,8 @@ _HAS_CROP = {
     "GotOcr2ImageProcessor": False,
     "LlavaNextImageProcessor": True,
     "Qwen2VLImageProcessor": False,
+    "SmolVLMImageProcessor": False,
+    "Idefics3ImageProcessor": False,
 }
 _LAID_OUT = ("Qwen2VLImageProcessor",)  # their sizes are limits, which a layout has
 
@@ -157,7 +159,7 @@ def _read(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
     values = {
         "processor": kind,
         "pad_color": tuple(int(m * 255) for m in mean or ()) if square else None,
-        "size": _edges(need("size"), "size", file) if resizes and kind not in _LAID_OUT else None,
+        "size": _size(raw, need, file) if resizes and kind not in _LAID_OUT else None,
         "resample": raw.get("resample", _BICUBIC) if resizes else _BICUBIC,
         "crop_size": None,
         "rescale_factor": None,
@@ -173,6 +175,14 @@ def _read(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
         return _checked(values)
     except ModelError as error:
         raise ModelError(f"{file}: {error}") from None
+
+
+def _size(raw: Mapping[str, Any], need: Any, file: str) -> Any:
+    """Return the size that images are brought to; of a grid of tiles that of one."""
+    tile = raw.get("max_image_size")
+    if isinstance(tile, Mapping) and tile.get("longest_edge"):
+        return (tile["longest_edge"],) * 2
+    return _edges(need("size"), "size", file)
 
 
 def _per_channel(value: Any) -> Any:

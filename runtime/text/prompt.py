@@ -242,7 +242,7 @@ class PromptEncoder:
             before += part
         return before
 
-    def image_segments(self) -> tuple[Segment, ...]:
+    def image_segments(self, layout: ImageLayout) -> tuple[Segment, ...]:
         """Return the segments up to the image of a question with one, whatever is asked.
 
         A template that puts the question first has others for every question; they do no harm.
@@ -250,8 +250,8 @@ class PromptEncoder:
         Raises:
             PromptError: the model takes no images.
         """
-        segments = self.encode("-", images=1).segments
-        return segments[: 1 + next(at for at, part in enumerate(segments) if part.is_image)]
+        segments = self.encode("-", 1, [layout]).segments
+        return segments[: 1 + max(at for at, part in enumerate(segments) if part.is_image)]
 
     def prefix_ids(self) -> tuple[int, ...]:
         """Return the ids before the image of a question with one, the same for every question.

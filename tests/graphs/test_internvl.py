@@ -162,16 +162,17 @@ class Case:
         staged = preset(plan, self.config.text.layers, self.config.visual_tokens, **options)
         encode = encoder(self.config, staged, self.weights)
         steps = Preprocessing.from_dict(self.facts.preprocessing)
-        table, images = self.weights["model.embed_tokens.weight"], iter(self.images)
-        rows, spans, at, known = [], [], 0, iter(layouts)
+        table = self.weights["model.embed_tokens.weight"]
+        runs, rows, spans, at = [], [], [], 0
+        for image, layout in zip(self.images, layouts, strict=True):
+            pixels = torch.from_numpy(prepare(load_image(image), steps, layout))
+            whole = encode(pixels, feeds=layout.feeds).rows
+            runs += [whole[:, start:stop] for start, stop in layout.spans]
+        left = iter(runs)
         for segment in segments:
+            rows.append(next(left) if segment.is_image else table[list(segment.ids)][None])
             if segment.is_image:
-                layout = next(known)
-                pixels = torch.from_numpy(prepare(load_image(next(images)), steps, layout))
-                rows.append(encode(pixels, feeds=layout.feeds).rows)
-                spans.append((at, at + layout.rows))
-            else:
-                rows.append(table[list(segment.ids)][None])
+                spans.append((at, at + rows[-1].shape[1]))
             at += rows[-1].shape[1]
         return chain.run(self.weights, self.text, torch.cat(rows, 1), [spans], staged, NEW)
 

@@ -18,7 +18,7 @@ from ...compile.checkpoint.names import EMBEDDING
 from ...graphs.bundle import Bundle, Manifest
 from ...graphs.caches import scored_layer
 from ...graphs.chain.chain import Chain
-from ...graphs.chain.enter import entered_rows, positioned
+from ...graphs.chain.enter import entered_rows, positioned, run_of
 from ...graphs.chain.executor import Kept
 from ...graphs.chain.rows import AppendedRows
 from ...graphs.chain.torch_encoder import TorchEncoder
@@ -243,8 +243,11 @@ class TorchChain:
         start = self._restore_prefix(chain, torch_executor, prompt)
         segments, count = self._embed(prompt, plan, torch_executor, start)
         layout = prompt.opened.layout
-        lag_of_image = plan.lag_of(layout.rows, sum(layout.advance))
-        segments, lag = positioned(plan, segments, [lag_of_image])
+        lags = [
+            plan.lag_of(stop - first, advance)
+            for (first, stop), advance in zip(layout.spans, layout.advance, strict=True)
+        ]
+        segments, lag = positioned(plan, segments, lags)
         done = chain.prefill(segments)
         logits = [done.logits[0]]
         for step in range(steps - 1):
@@ -296,16 +299,20 @@ class TorchChain:
         """Return the rows of the prompt from row ``start`` of its first part on, part by part, and
         the next position.
         """
-        segments = []
+        segments: list[AppendedRows] = []
+        sizes = [stop - first for first, stop in prompt.opened.layout.spans]
+        opened, run = prompt.opened, 0
         for index, part in enumerate(prompt.parts):
             if part is None:
-                opened = prompt.opened
                 pixels = torch.from_numpy(opened.pixels)
                 forced = prompt.entered if plan.entry == prompt.entry is not None else None
                 feeds = opened.layout.feeds
-                image = self._encoder(plan)(pixels, (opened.key,), forced, feeds)
-                segments.append(entered_rows(plan, image, start, opened.layout))
-                start += plan.span_of(opened.layout.rows)
+                if not run:
+                    image = self._encoder(plan)(pixels, (opened.key,), forced, feeds)
+                own = run_of(image, opened.layout, run)
+                segments.append(entered_rows(plan, own, start, opened.layout))
+                start += plan.span_of(sizes[run])
+                run += 1
             else:
                 rows = executor.embed(
                     torch.tensor([part if index else part[start:]], dtype=torch.long)

@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from transformers.utils import logging
 
 from ...calib.samples import Sample
+from ...graphs.families.registry import FAMILIES
 from ...graphs.fusion import PLAIN, STRATEGY
 from ...graphs.presets.presets import preset
 from .chains import PreparedPrompt, fp32_bytes
@@ -82,8 +83,8 @@ def _theirs(processor: Any, sample: Sample) -> Any:
 def _inputs(target: VerifyTarget, prompt: PreparedPrompt) -> dict[str, Tensor]:
     """Return a prompt as the runtime prepares it."""
     layout, config = prompt.opened.layout, target.bundle.manifest.config
-    images = [config.image_token_id] * layout.rows
-    ids = [id_ for part in prompt.parts for id_ in (images if part is None else part)]
+    runs = iter([config.image_token_id] * (stop - start) for start, stop in layout.spans)
+    ids = [id_ for part in prompt.parts for id_ in (next(runs) if part is None else part)]
     whole = torch.tensor([ids])
     pixels = torch.from_numpy(prompt.opened.pixels)
     inputs = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
@@ -92,7 +93,8 @@ def _inputs(target: VerifyTarget, prompt: PreparedPrompt) -> dict[str, Tensor]:
         pixels = frames.expand(-1, -1, config.vision.frames, -1).flatten(1)
         inputs["image_grid_thw"] = torch.tensor([[1, *layout.grid]])
         inputs["mm_token_type_ids"] = (whole == config.image_token_id).int()
-    return inputs | {"pixel_values": pixels}
+    nested = FAMILIES[config.family].nested
+    return inputs | {"pixel_values": pixels[None] if nested else pixels}
 
 
 @torch.no_grad()
