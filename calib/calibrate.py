@@ -67,6 +67,8 @@ def calibrate(
     with progress.step("open checkpoint"):
         checkpoint = open_checkpoint(**vars(origin), progress=progress.advance)
         given = _static_plan(plan, checkpoint) if isinstance(plan, str) else None
+        if isinstance(plan, SelectionGoal):
+            plan = plan.within(checkpoint.config)
         texts = text_facts(checkpoint)
     with progress.step("read samples", len(samples)) as outcome:
         preprocessing = Preprocessing.from_dict(texts.preprocessing)

@@ -19,6 +19,7 @@ from .options import (
     bundle_at,
     bundle_default,
     bundles_called,
+    image_tokens_option,
     is_model,
     threads_option,
 )
@@ -276,6 +277,7 @@ def compare(
 @click.option("--plan", type=PLAN, help="Of a model: a preset or a file (default visipruner).")
 @click.option("--precision", help="Of a model: fp32, fp16 (default), int8, w8 or w4.")
 @click.option("--prefix", type=click.IntRange(0), help="Of a model: rows before it (default 35).")
+@image_tokens_option
 @click.option(
     "--text", type=click.IntRange(1), default=40, show_default=True, help="Question rows."
 )
@@ -310,6 +312,7 @@ def estimate(
     plan,
     precision,
     prefix,
+    image_tokens,
     threads,
     rate,
     p95,
@@ -322,7 +325,7 @@ def estimate(
     From the operations and bytes of every call and the device's published peaks; nothing is run,
     but that the peaks of `cpu` are measured. Where a device was measured its efficiency is fitted,
     and the error of that on models it had not seen is shown; elsewhere the answer is a range.
-    CONTEXT is the room that engines have.
+    The image is one of the most tokens that MODEL takes. CONTEXT is the room that engines have.
 
     \b
     visistage estimate llava-7b --device orin-agx-64
@@ -345,7 +348,7 @@ def estimate(
     from ..tools.estimate.predict import PromptLengths, estimate
     from .show.estimate_view import estimate_table
 
-    target = estimate_target(subject, plan, precision, prefix)
+    target = estimate_target(subject, plan, precision, prefix, image_tokens)
     if rate is not None:
         from ..graphs.bundle import Bundle, bundles_in
         from ..tools.estimate.capacity import capacity

@@ -312,11 +312,6 @@ def graph_specs(
     text = config.text
     check_injected(text.inject, plan)
     _check_axes(text, plan)
-    if config.arranged and plan.entry is not None:
-        raise PlanError(
-            f"entry {plan.entry.text}: rows of a model of type {config.family} are arranged "
-            "behind its projector, where no selector chooses. Leave the entry out"
-        )
     specs = {VISION: vision_spec(config, plan, dtype, fallback)}
     if projects_later(plan):
         specs[PROJECT] = project_spec(config, plan, dtype, fallback)
@@ -368,7 +363,15 @@ def vision_spec(
 
     Without an entry the projector is in it, and one row per visual token comes out. What is added
     to the rows within the decoder comes out with it, for all visual tokens.
+
+    Raises:
+        PlanError: an entry whose selector the encoder has nothing for.
     """
+    if config.arranged and plan.entry is not None:
+        raise PlanError(
+            f"entry {plan.entry.text}: rows of a model of type {config.family} are arranged "
+            "behind its projector, where no selector chooses. Leave the entry out"
+        )
     vision, tokens = config.vision, "N" if config.varies else config.visual_tokens
     width = config.feature_width
     batch = 1 if config.varies else "B"

@@ -105,7 +105,9 @@ class BatchFile:
         with self.out.open("a", encoding="utf-8", newline="\n") as stream:
             for outcome in infer_batch(engine, questions):
                 number, digest, name = open_lines.popleft()
-                result = {"line": number, "input": digest, **({"id": name} if name else {})}
+                result = {"line": number, "input": digest}
+                if name is not None:
+                    result["id"] = name
                 if isinstance(outcome, VisistageError):
                     result |= {"error": str(outcome), "kind": type(outcome).__name__}
                 else:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ...graphs.config import ModelConfig
+from ...graphs.contract import vision_spec
 from ...graphs.errors import PlanError, TargetError
+from ...graphs.presets.presets import preset
 from ...graphs.quantization import QUANTISED, QuantConfig, is_quantised, parse_quant_config
 from ...graphs.selectors.registry import COUNTING_SELECTORS
 from ..evaluate import EVALUATE_MAX_TOKENS
@@ -79,6 +82,23 @@ class SelectionGoal:
     def precision(self) -> str:
         """Precision of the bundles that are measured."""
         return "fp32" if self.quant_config is None else self.quant_config.name
+
+    def within(self, config: ModelConfig) -> SelectionGoal:
+        """Return the goal without those default selectors that a model has nothing for.
+
+        Raises:
+            PlanError: for others.
+        """
+        offered = []
+        for name in self.selectors:
+            alone = preset(name, config.text.layers, config.visual_tokens, keep=1)
+            try:
+                vision_spec(config, alone, "float32")
+                offered.append(name)
+            except PlanError:
+                if self.selectors != SELECTORS:
+                    raise
+        return replace(self, selectors=tuple(offered))
 
     def keeps(self, cost: float, measured: Agreement) -> bool:
         """Return whether a plan is within the budget."""

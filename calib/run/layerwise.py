@@ -253,6 +253,8 @@ def _visual_rows(
             counts = [config.vision.tokens * image.layout.tiles for image in images]
             if isinstance(piece, Projector | Merger):
                 counts = [image.layout.rows for image in images]
+                if config.packs:  # behind the projector
+                    counts = [config.rows_of(image.layout.tiles) for image in images]
                 if module is not vision:
                     counts = [min(plan.entering, rows) for rows in counts]
             kinds = [np.full(count, ENCODER) for count in counts]

@@ -35,7 +35,7 @@ from ...graphs.safetensors_header import TensorInfo
 from ..disk import require_disk_space
 from .dummy import make_dummy
 from .foreign_formats import reject_file, reject_foreign_folder
-from .known_models import ALIASES, KNOWN_MODELS, OWN_MODELS, own_folder
+from .known_models import ALIASES, KNOWN_MODELS, OWN_MODELS, image_processor, own_folder
 from .safetensors_file import FLOAT_DTYPES, read_checkpoint_json, read_tensors
 
 logger = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ def open_folder(folder: Path, *, name: str, origin: str) -> Checkpoint:
                 "quantise it here: --precision w4."
             )
     try:
-        config = read_config(raw, _image_processor(folder))
+        config = read_config(raw, image_processor(folder))
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
     others = {
@@ -232,17 +232,6 @@ def open_folder(folder: Path, *, name: str, origin: str) -> Checkpoint:
         if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt")
     }
     return Checkpoint(name, origin, folder, config, raw, read_tensors(folder, config), others)
-
-
-def _image_processor(folder: Path) -> Mapping[str, Any] | None:
-    """Return what a folder says of its image processor, if anything."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            data = read_checkpoint_json(folder / name)
-            data = data.get("image_processor", {}) if name.startswith("processor") else data
-            if isinstance(data, Mapping) and data:
-                return data
-    return None
 
 
 def _map(file: Path) -> mmap.mmap:

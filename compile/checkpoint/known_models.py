@@ -13,7 +13,7 @@ from typing import Any
 
 from ...graphs.config import ModelConfig
 from ...graphs.errors import ModelError
-from ...graphs.families.registry import with_budget
+from ...graphs.families.registry import read_config, with_budget
 from ...graphs.fields import read_json
 from ...graphs.vision_config import DEFAULT_ENCODER
 
@@ -364,4 +364,18 @@ def _model_config(model: str) -> ModelConfig:
     folder = own_folder(model) if model in OWN_MODELS else Path(model)
     known_names = ", ".join([*OWN_MODELS, *KNOWN_MODELS])
     remedy = f"Give a folder with the config.json of a model, or one of {known_names}."
-    return ModelConfig.from_hf(read_json(folder / "config.json", ModelError, remedy))
+    data = read_json(folder / "config.json", ModelError, remedy)
+    return read_config(data, image_processor(folder))
+
+
+def image_processor(folder: Path) -> Mapping[str, Any] | None:
+    """Return what a folder says of its image processor, if anything."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            data = read_json(folder / name, ModelError, "Download it again.")
+            if not isinstance(data, Mapping):
+                raise ModelError(f"{folder / name} holds no JSON object. Download it again.")
+            data = data.get("image_processor", {}) if name.startswith("processor") else data
+            if isinstance(data, Mapping) and data:
+                return data
+    return None

@@ -94,10 +94,17 @@ COUNTS = Sizes(1, 1, 1)
 """Counts numbers instead of their bytes: lower bounds ask for ``layers_work(..., COUNTS)``."""
 
 
-def work_of(call: GraphCall, config: ModelConfig, plan: StagePlan, sizes: Sizes) -> Work:
-    """Return the work of a call, whatever its graph."""
+def work_of(
+    call: GraphCall,
+    config: ModelConfig,
+    plan: StagePlan,
+    sizes: Sizes,
+    layout: ImageLayout | None = None,
+) -> Work:
+    """Return the work of a call, whatever its graph; ``layout``: as ``vision_work`` takes it."""
     if call.graph == VISION:
-        return vision_work(config, sizes, plan.entering if projects_later(plan) else None)
+        projected = plan.entering if projects_later(plan) else None
+        return vision_work(config, sizes, projected, layout)
     return decoder_work(call, Geometry.of(config.text), plan, sizes)
 
 
@@ -209,7 +216,7 @@ def vision_work(
     vision, tokens = config.vision, config.vision.tokens
     together = vision.kind == PATCHES  # all patches of an image see each other
     count = config.visual_tokens if layout is None else layout.rows
-    tiles = config.tiles_of(count)
+    tiles = config.tiles_of(count) if layout is None else layout.tiles
     h, d = vision.hidden, config.text.hidden
     layer = 4 * h * h + (3 if vision.gated else 2) * h * vision.intermediate
     patch = vision.channels * vision.patch_size**2 * h
@@ -224,7 +231,7 @@ def vision_work(
     if vision.window:
         seen = len(vision.whole) * each + (depth - len(vision.whole)) * vision.window_patches
     attention = tiles * 4 * tokens * seen * h
-    rows = count if projected is None else projected
+    rows = count if projected is None else min(projected, count)
     cut = tiles * (1 if together else vision.patches)
     linear = cut * patch + tiles * depth * tokens * layer + rows * projector
     linear += count * injected

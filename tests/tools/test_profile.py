@@ -228,9 +228,9 @@ def test_nodes_are_named_after_the_layer_whose_weights_they_read():
 
 def test_only_counts_that_fit_are_swept(bundles):
     plan = bundles["pruned"].manifest.plan
-    assert counts_of(plan, 2048, 20, parts=True) == [4, 8, 12, 16, 32, 64]
-    assert counts_of(plan, 2048, 20, parts=False) == [16, 32, 64]
-    assert counts_of(plan, 60, 20, parts=True) == [4, 8, 12, 16, 32]
+    assert counts_of(plan, 16, 2048, 20, parts=True) == [4, 8, 12, 16, 32, 64]
+    assert counts_of(plan, 16, 2048, 20, parts=False) == [16, 32, 64]
+    assert counts_of(plan, 16, 60, 20, parts=True) == [4, 8, 12, 16, 32]
 
 
 # --- peaks and the roofline -----------------------------------------------------------------------

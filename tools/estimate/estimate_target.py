@@ -68,9 +68,15 @@ class EstimateTarget:
 
 
 def estimate_target(
-    name: str, plan: str | None, precision: str | None, prefix: int | None
+    name: str,
+    plan: str | None,
+    precision: str | None,
+    prefix: int | None,
+    image_tokens: int | None = None,
 ) -> EstimateTarget:
     """Return the bundle at ``name``, or a model of that name with a plan.
+
+    ``image_tokens``: as ``model_config`` takes it.
 
     Raises:
         TargetError: an option that a bundle fixes itself.
@@ -79,7 +85,13 @@ def estimate_target(
     path = Path(name)
     if bundles_in(path):
         bundle = Bundle.open(path)
-        for option, value in (("plan", plan), ("precision", precision), ("prefix", prefix)):
+        given = {
+            "plan": plan,
+            "precision": precision,
+            "prefix": prefix,
+            "image-tokens": image_tokens,
+        }
+        for option, value in given.items():
             if value is not None:
                 raise TargetError(
                     f"{bundle.path} has its own {option}; --{option} is for models by name. "
@@ -87,7 +99,7 @@ def estimate_target(
                     f"{visistage('estimate', bundle.manifest.model, **{option: value})}"
                 )
         return EstimateTarget.of(bundle)
-    config = model_config(name)
+    config = model_config(name, image_tokens)
     staged = resolve_plan(
         plan or FAMILIES[config.family].plan, config.text.layers, config.visual_tokens
     )

@@ -131,9 +131,11 @@ def estimate(
     """
     rows = target.prefix + target.plan.visual_tokens + prompt.text + prompt.tokens
     if device != CPU_DEVICE and rows > prompt.context:
+        fewer = ", or build for smaller images: --image-tokens 576" if target.config.varies else ""
         raise CapacityError(
             f"an image, {prompt.text} rows of question and {prompt.tokens} tokens of answer take "
             f"{rows} rows, the context is {prompt.context}. Type: --context {-(-rows // 64) * 64}"
+            f"{fewer}"
         )
     machine = machine_of(target, device, threads)
     targets = {"plan": target}

@@ -33,7 +33,7 @@ from ...graphs.plan.call_cost import GraphCall
 from ...graphs.targets import ONNXRUNTIME, TENSORRT, TENSORRT_RTX, find_target
 from ...runtime.backends.denormals import flushed
 from ...runtime.device.tensorrt import MODULES, find_trt_variant
-from .timing import Spread, repeated
+from .timing import Spread, image_layout, repeated
 
 ITERATIONS, WARM_UP = 50, 10
 TIMING = ("--iterations", str(ITERATIONS), "--warm-up", str(WARM_UP), "--sequential-runners")
@@ -96,6 +96,7 @@ class PolygraphyRun:
             "taps": (0, 1),
             "slots": (0, 1),
             "places": (0, 1),
+            "pack": (0, 1),
             "slot_order": (0, 0),
             "visual_slots": (0, slots - 1),
             "order": (slots, slots),
@@ -135,6 +136,7 @@ def polygraphy_runs(bundle: Bundle, calls: Iterable[GraphCall] = ()) -> list[Pol
 def graph_runs(manifest: Manifest, calls: Iterable[GraphCall]) -> list[PolygraphyRun]:
     """Return a run in ONNX Runtime for every graph of every call."""
     provider = "cuda" if manifest.target == "cuda" else "cpu"
+    layout = image_layout(manifest.config)
     runs = []
     for call in dict.fromkeys(calls):
         for name, fact in manifest.graphs.items():
@@ -142,13 +144,15 @@ def graph_runs(manifest: Manifest, calls: Iterable[GraphCall]) -> list[Polygraph
             whole = VISION if name == PROJECT else name.split(".")[0]
             if whole != call.graph:
                 continue
-            visual = manifest.config.visual_tokens
+            visual = layout.rows
             if name.startswith("select"):
-                visual = manifest.plan.stages[stage_of(name)].visual_tokens
+                visual = min(visual, manifest.plan.stages[stage_of(name)].visual_tokens)
             sizes = {"B": 1, "Q": call.rows, "S": call.slots, "N": visual, "T": call.rows}
-            sizes[TILES] = manifest.config.most_tiles
+            sizes[TILES] = layout.tiles
             shapes = {
-                i.name: tuple(sizes[d] if isinstance(d, str) else d for d in i.shape)
+                i.name: layout.feeds[i.name].shape
+                if i.name in layout.feeds
+                else tuple(sizes[d] if isinstance(d, str) else d for d in i.shape)
                 for i in fact.spec.inputs
             }
             about = f"{name}, {call.rows} rows, {call.slots} slots" if call.slots else name

@@ -11,7 +11,7 @@ from .peak_memory import Footprint
 from .power import Meter
 from .roofline import Peaks, parts_of, works_of
 from .sweep import SweepPoint
-from .timing import FIRST_TOKEN, Spread, TimedAnswer, TimedSeries
+from .timing import FIRST_TOKEN, Spread, TimedAnswer, TimedSeries, image_layout
 
 IMPOSSIBLE_SHARE = 1.1
 """Share of the roofline above which it cannot be right: a busy machine looked slower than it is."""
@@ -37,7 +37,7 @@ def run_facts(
         "plan": manifest.plan.name,
         "precision": manifest.precision,
         "target": manifest.target,
-        "visual_tokens": manifest.plan.visual_tokens,
+        "visual_tokens": image_layout(manifest.config).rows,
         "memory": asdict(memory),
         "cold": {name: asdict(one) for name, one in spreads["cold"].items()},
         "again": {name: asdict(one) for name, one in spreads["again"].items()},

@@ -25,7 +25,7 @@ import numpy as np
 from ...graphs.bundle import Manifest
 from ...graphs.plan.call_cost import GraphCall, Sizes, Work, total_work, work_of
 from ...runtime.backends.onnx_runtime import ort
-from .timing import repeated, timed_ms
+from .timing import image_layout, repeated, timed_ms
 
 PRODUCT_SIDE = 1536
 """Side of the square product: large enough for the best rate, 0.1 s on two cores."""
@@ -161,6 +161,7 @@ def parts_of(
 
 
 def works_of(manifest: Manifest, calls: Sequence[GraphCall]) -> list[Work]:
-    """Return what each call does in the bundle's precision."""
-    sizes = Sizes.of(manifest.precision)
-    return [work_of(call, manifest.config, manifest.plan, sizes) for call in calls]
+    """Return what each call does in the bundle's precision, of an image as ``prompts`` yields."""
+    config, sizes = manifest.config, Sizes.of(manifest.precision)
+    layout = image_layout(config)
+    return [work_of(call, config, manifest.plan, sizes, layout) for call in calls]

@@ -19,7 +19,7 @@ from ...graphs.contract import pixel_shape
 from ...graphs.plan.call_cost import GraphCall
 from ...graphs.plan.plan import StagePlan
 from ...runtime.reuse import PromptImage, PromptPart
-from .timing import FIRST_QUESTION, Spread, timed_calls, timed_ms
+from .timing import FIRST_QUESTION, Spread, image_layout, timed_calls, timed_ms
 
 if TYPE_CHECKING:
     from ...runtime.session import Session
@@ -38,9 +38,10 @@ class SweepPoint:
     calls: tuple[GraphCall, ...]
 
 
-def counts_of(plan: StagePlan, context: int, text: int, *, parts: bool) -> list[int]:
-    """Return visual tokens to try: not fewer than a selection keeps, none beyond the context."""
-    whole = plan.visual_tokens
+def counts_of(plan: StagePlan, whole: int, context: int, text: int, *, parts: bool) -> list[int]:
+    """Return visual tokens to try, of images of ``whole`` that enter: not fewer than a selection
+    keeps, none beyond the context.
+    """
     fewest = max((edge.keep or 0 for edge in plan.edges), default=0)
     counts = [round(share * whole) for share in PARTS] if parts else []
     counts += [number * whole for number in IMAGES]
@@ -60,7 +61,8 @@ def sweep(
             encoded = session.encoder.encode(QUESTION, images=1)
             length = sum(len(segment.ids) for segment in encoded.segments if not segment.is_image)
             limit = manifest.config.text.max_positions
-            for count in counts_of(manifest.plan, limit, length, parts=parts):
+            whole = rows[name].rows.shape[1]
+            for count in counts_of(manifest.plan, whole, limit, length, parts=parts):
                 prompt = _prompt(session, rows[name], count, f"{repetition}.{count}")
                 session.context.ensure_capacity(prompt, 0)
                 with timed_calls(session.executor) as events:
@@ -77,8 +79,7 @@ def sweep(
 def _visual_rows(session: Session) -> Encoded:
     """Return the visual rows that enter of an image of noise."""
     config = session.bundle.manifest.config
-    side = config.vision.image_size
-    layout = config.layout(side, side)
+    layout = image_layout(config)
     shape = [int(size) for size in pixel_shape(config, layout.tiles)]
     noise = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     return session.executor.encode(noise, feeds=layout.feeds)
@@ -99,8 +100,7 @@ def _prompt(session: Session, encoded: Encoded, count: int, key: str) -> list[Pr
         return Encoded(rows, index[None], dict(zip(encoded.inject, inject, strict=True)))
 
     asked = session.encoder.encode(QUESTION, images=len(sizes))
-    side = session.bundle.manifest.config.vision.image_size
-    layout = session.bundle.manifest.config.layout(side, side)
+    layout = image_layout(session.bundle.manifest.config)
     images = iter(
         PromptImage(f"sweep {key}.{number}", partial(cut, size), layout)
         for number, size in enumerate(sizes)

@@ -30,6 +30,8 @@ from ...graphs.plan.call_cost import GraphCall
 from ...graphs.progress import Advance, no_advance
 
 if TYPE_CHECKING:
+    from ...graphs.config import ModelConfig
+    from ...graphs.families.family import ImageLayout
     from ...runtime.session import Session
 
 Result = TypeVar("Result")
@@ -109,6 +111,12 @@ class ProfilePrompt:
     image: bytes
     first: str
     second: str
+
+
+def image_layout(config: ModelConfig) -> ImageLayout:
+    """Return what the images of ``prompts`` become."""
+    width, height = IMAGE_SIZE
+    return config.layout(height, width)
 
 
 def prompts(seed: int = 0) -> Iterator[ProfilePrompt]:

@@ -1,0 +1,44 @@
+"""A tiny checkpoint of every model family, and two pictures that it cuts differently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+
+from . import qwen, tiny_internvl, tiny_next, toy
+from .asking import picture
+
+SHAPES = {"wide": (48, 64), "small": (20, 20)}
+"""Height and width of the pictures."""
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """``make(folder)`` writes the checkpoint; ``rows``: of each picture."""
+
+    make: Callable[[Path], Path]
+    rows: dict[str, int]
+
+
+TINY = {
+    "llava": TinyFamily(toy.make_checkpoint, {"wide": 16, "small": 16}),
+    "internvl": TinyFamily(tiny_internvl.make_checkpoint, {"wide": 52, "small": 4}),
+    "llava_next": TinyFamily(tiny_next.make_checkpoint, {"wide": 70, "small": 88}),
+    **{
+        family: TinyFamily(partial(qwen.make_checkpoint, family=family), {"wide": 20, "small": 4})
+        for family in ("qwen3_vl", "qwen2_5_vl", "qwen2_vl")
+    },
+}
+"""By ``model_type``."""
+
+PLAN = "visipruner:shallow=1,t=1,e=3,keep=3"
+
+
+def write_pictures(folder: Path) -> None:
+    """Write ``wide.png`` and ``small.png``."""
+    for seed, (name, (height, width)) in enumerate(SHAPES.items()):
+        Image.fromarray(picture(seed, height, width)).save(folder / f"{name}.png")
