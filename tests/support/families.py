@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from . import qwen, tiny_internvl, tiny_next, toy
+from . import qwen, tiny_internvl, tiny_next, tiny_smolvlm, toy
 from .asking import picture
 
 SHAPES = {"wide": (48, 64), "small": (20, 20)}
@@ -31,6 +31,10 @@ TINY = {
     **{
         family: TinyFamily(partial(qwen.make_checkpoint, family=family), {"wide": 20, "small": 4})
         for family in ("qwen3_vl", "qwen2_5_vl", "qwen2_vl")
+    },
+    **{
+        kind: TinyFamily(partial(tiny_smolvlm.make_checkpoint, kind=kind), {"wide": 20, "small": 20})
+        for kind in ("smolvlm", "idefics3")
     },
 }
 """By ``model_type``."""

@@ -77,6 +77,9 @@ def make_checkpoint(path, kind="smolvlm", *, seed=0, scale=8.0, **options):
     file = path / "preprocessor_config.json"
     steps = json.loads(file.read_text()) | {"size": {"longest_edge": 64}}
     file.write_text(json.dumps(steps))
+    file = path / "processor_config.json"
+    named = json.loads(file.read_text()) | {"image_seq_len": 4}  # rows of a tile
+    file.write_text(json.dumps(named))
     return path
 
 

@@ -1,7 +1,8 @@
 """Prefills of more and more visual tokens: parts of an image, the whole of it, several.
 
 The rows of one image are computed once and cut, so that only the decoder is timed: its stages and
-selections, with the question. Engines are compiled for whole images, so they get no parts.
+selections, with the question. Engines are compiled for whole images, so they get no parts; nor has
+an image parts whose rows stand in several runs.
 """
 
 from __future__ import annotations
@@ -58,11 +59,13 @@ def sweep(
     for repetition in range(repetitions + 1):
         for name, session in sessions.items():
             manifest = session.bundle.manifest
-            encoded = session.encoder.encode(QUESTION, images=1)
+            layout = image_layout(manifest.config)
+            encoded = session.encoder.encode(QUESTION, 1, [layout])
             length = sum(len(segment.ids) for segment in encoded.segments if not segment.is_image)
             limit = manifest.config.text.max_positions
             whole = rows[name].rows.shape[1]
-            for count in counts_of(manifest.plan, whole, limit, length, parts=parts):
+            cut = parts and len(layout.spans) == 1
+            for count in counts_of(manifest.plan, whole, limit, length, parts=cut):
                 prompt = _prompt(session, rows[name], count, f"{repetition}.{count}")
                 session.context.ensure_capacity(prompt, 0)
                 with timed_calls(session.executor) as events:
@@ -99,10 +102,11 @@ def _prompt(session: Session, encoded: Encoded, count: int, key: str) -> list[Pr
         )
         return Encoded(rows, index[None], dict(zip(encoded.inject, inject, strict=True)))
 
-    asked = session.encoder.encode(QUESTION, images=len(sizes))
     layout = image_layout(session.bundle.manifest.config)
+    asked = session.encoder.encode(QUESTION, len(sizes), [layout] * len(sizes))
     images = iter(
-        PromptImage(f"sweep {key}.{number}", partial(cut, size), layout)
+        PromptImage(f"sweep {key}.{number}", partial(cut, size), layout, run=run)
         for number, size in enumerate(sizes)
+        for run in range(len(layout.spans))
     )
     return [next(images) if segment.is_image else segment.ids for segment in asked.segments]
