@@ -33,7 +33,9 @@ TINY = {
         for family in ("qwen3_vl", "qwen2_5_vl", "qwen2_vl")
     },
     **{
-        kind: TinyFamily(partial(tiny_smolvlm.make_checkpoint, kind=kind), {"wide": 20, "small": 20})
+        kind: TinyFamily(
+            partial(tiny_smolvlm.make_checkpoint, kind=kind), {"wide": 20, "small": 20}
+        )
         for kind in ("smolvlm", "idefics3")
     },
 }
