@@ -54,7 +54,7 @@ _IN_CHATML = {
     "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
 }
 _IN_CHATML["qwen2_vl"] = _IN_CHATML["qwen2_5_vl"] = _IN_CHATML["qwen3_vl"]
-"""What stands for an image in a family's template."""
+"""Text of an image in a family's template."""
 
 _UTTERANCES = (
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"

@@ -135,7 +135,7 @@ def test_stages_see_other_rows_than_the_dense_model(checkpoint, found):
     dense = collect(checkpoint, prompts(), PLAN, PREFIX, rows="dense").groups
     again = collect(checkpoint, prompts(), preset("dense", LAYERS, N), PREFIX).groups
     last = "model.layers.5.mlp.down_proj"
-    images = sum(isinstance(part, SampleImage) for one in prompts() for part in one.parts)
+    images = sum(isinstance(part, SampleImage) for prompt in prompts() for part in prompt.parts)
     assert dense[last].rows - found[last].rows == images * N
     assert not np.array_equal(dense[last].absmax, found[last].absmax)
     for name, ranges in dense.items():
@@ -146,7 +146,9 @@ def test_stages_see_other_rows_than_the_dense_model(checkpoint, found):
 
 def test_the_prefix_counts_only_where_it_is_asked_for(checkpoint, found):
     included = collect(checkpoint, prompts(), PLAN, PREFIX, include_prefix=True).groups
-    with_prefix = sum(1 for one in prompts() if one.name not in ("other prefix", "picture first"))
+    with_prefix = sum(
+        1 for prompt in prompts() if prompt.name not in ("other prefix", "picture first")
+    )
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.5.mlp.gate_proj"):
         assert included[name].rows - found[name].rows == with_prefix * len(PREFIX)
         assert (included[name].absmax >= found[name].absmax * (1 - 1e-5)).all()
@@ -162,7 +164,7 @@ def test_a_massive_prefix_stays_out_of_the_ranges(tmp_path):
         part = f"layers.0.mlp.{name}"
         change(tmp_path, part, lambda weight: weight[3].copy_(4 * token / token.norm()))
     checkpoint = open_checkpoint(str(tmp_path))
-    given = [one for one in prompts() if one.name != "picture first"][:3]
+    given = [prompt for prompt in prompts() if prompt.name != "picture first"][:3]
     without = collect(checkpoint, given, PLAN, PREFIX).groups
     counted = collect(checkpoint, given, PLAN, PREFIX, include_prefix=True).groups
     name = "model.layers.0.mlp.down_proj"

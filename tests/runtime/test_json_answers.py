@@ -88,5 +88,5 @@ def test_all_answers_validate(engine):
 
 
 def valid(value, schema):
-    """Whether a value is as its schema says."""
+    """Return True for a value that its schema allows."""
     return jsonschema.Draft202012Validator(schema).is_valid(value)

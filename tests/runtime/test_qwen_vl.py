@@ -95,7 +95,7 @@ def error(found, wanted):
 
 
 def test_logits_are_those_of_transformers(bundles, judge):
-    """Of the prompt and of each step, two pictures of different shapes among them."""
+    """Compare the prompt and each step, with two images of different shapes too."""
     messages, images = CONVERSATIONS["two"]
     tokens, wanted = judge.answer(messages, shown(*images), NEW)
     with load(bundles("dense").path) as session:

@@ -287,7 +287,7 @@ def test_who_goes_away_during_prefill_is_not_answered(server):
 
 
 def test_a_thousand_disconnects_leave_nothing_behind(server):
-    """Who goes with a request half sent, who waits, in a prefill, in the middle of an answer."""
+    """Callers leave in the middle of a request, in the queue, in a prefill, in an answer."""
     known = question("Why?", data_uri(1), max_tokens=9)
     before, engine = server.ask(known)[1]["choices"], server.engine
     asked = [question("Go on", data_uri(seed), max_tokens=1000, stream=True) for seed in range(9)]

@@ -147,7 +147,7 @@ def test_profile_is_of_the_image_that_it_asks_about(at, tmp_path):
 
 
 def test_estimates_are_of_the_checkpoints_own_images(at):
-    """Of the folder as of the bundle: limits are in the image processor's file."""
+    """Compare folder and bundle: limits are in the image processor's file."""
     most = Bundle.open(at.path).manifest.config.visual_tokens
     options = ("--device", "orin-nano-8", "--text", 40, "--tokens", 32)
     for subject in ("tiny", at.path):
