@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..modules.vision import NearestWords
+from ..modules.readings import NearestWords
 from ..plan.plan import StagePlan
 from ..selectors.entry import READINGS, EncoderReadings, Entered
 from .enter import chosen_by

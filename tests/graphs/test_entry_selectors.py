@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from visistage.graphs.modules.vision import cosines
+from visistage.graphs.modules.readings import cosines
 from visistage.graphs.selectors import arithmetic
 from visistage.graphs.selectors.divprune import farthest
 from visistage.graphs.selectors.entry import READINGS, EncoderReadings

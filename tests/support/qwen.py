@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, Qwen3VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from visistage.compile.checkpoint.dummy_tokenizer import write_text_files
 from visistage.graphs.families.registry import read_config
+from visistage.tests.support import tiny_internvl
 
 VOCAB = 300
 SPECIALS = {
@@ -127,7 +128,7 @@ def images_only(family):
     return type("ImagesOnly", (base,), {"check_argument_for_proper_class": lambda *_: None})
 
 
-class Judge:
+class Judge(tiny_internvl.Judge):
     """The checkpoint in the hands of transformers."""
 
     def __init__(self, path):
@@ -158,14 +159,4 @@ class Judge:
     def answer(self, messages, images, new):
         """Greedy tokens, and the logits (new, V) that they were chosen from."""
         self.model.model.rope_deltas = None  # of the prompt before
-        inputs = self.inputs(messages, images)
-        out = self.model.generate(
-            **inputs,
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-        return tokens, torch.cat(out.logits)
+        return super().answer(messages, images, new)
