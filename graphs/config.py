@@ -42,7 +42,8 @@ _MOST_PIXELS = 1 << 30
 class Limits:
     """Limits of what an image becomes, as its processor has them; a family says of what.
 
-    least, most: tiles, or pixels. sizes: (height, width) that one is chosen of.
+    least, most: tiles, or pixels. sizes: (height, width) that one is chosen of; with ``most``, what
+    is larger than so many tiles is shrunk behind the encoder.
     """
 
     least: int = 0
@@ -147,6 +148,9 @@ class ModelConfig:
     @property
     def most_tiles(self) -> int:
         """Squares of the vision encoder's size that the largest image becomes, or patches."""
+        if self.packs:  # a small copy of the whole is one more
+            area = self.vision.image_size**2
+            return 1 + max(high * wide for high, wide in self.limits.sizes) // area
         return self.tiles_of(self.visual_tokens)
 
     def tiles_of(self, rows: int) -> int:
@@ -165,6 +169,11 @@ class ModelConfig:
     def packs(self) -> bool:
         """True where rows of tiles are put in lines, which end in a row of their own."""
         return bool(self.limits.sizes)
+
+    @property
+    def shrinks(self) -> bool:
+        """True where the lines of a large image are brought to fewer, shorter ones."""
+        return self.packs and self.limits.most > 0
 
     @property
     def arranged(self) -> bool:

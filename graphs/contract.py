@@ -403,7 +403,7 @@ def vision_spec(
         inputs=(
             TensorSpec("pixels", "float32", pixel_shape(config, count)),
             *(_patch_inputs(vision, count) if vision.kind == PATCHES else ()),
-            *([TensorSpec("pack", "int64", ("N",))] if config.packs else []),
+            *(_packing(config) if config.packs else ()),
         ),
         outputs=(
             *(outputs[name] for name in names),
@@ -439,6 +439,13 @@ def _patch_inputs(vision: VisionConfig, count: int | str) -> tuple[TensorSpec, .
         *(learned if vision.learned else ()),
         *(windows if vision.window else ()),
     )
+
+
+def _packing(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    """Return what says which rows of tiles make each row of an image."""
+    if config.shrinks:
+        return TensorSpec("pack", "int64", ("N", 4)), TensorSpec("weights", "float32", ("N", 4))
+    return (TensorSpec("pack", "int64", ("N",)),)
 
 
 def project_spec(

@@ -64,6 +64,23 @@ _UTTERANCES = (
     "{% elif part['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}{% endif %}"
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+_SPACED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\\n' + part['text'] }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""Template of LLaVA-OneVision: images, then texts, each on a line of its own."""
+
+_TEMPLATES = {
+    **{family: _CHATML.replace("IMAGE", shown) for family, shown in _IN_CHATML.items()},
+    **dict.fromkeys(("smolvlm", "idefics3"), _UTTERANCES),
+    "llava_onevision": _SPACED,
+}
+"""Templates of families that do not have LLaVA's turns."""
+
 PROCESSORS: dict[str, dict[str, Any]] = {
     "clip": {
         "image_processor_type": "CLIPImageProcessor",
@@ -111,6 +128,12 @@ TOKENS: dict[str, dict[str, str]] = {
         "video_token": "<|video_pad|>",
     },
 }
+TOKENS["llava_onevision"] = {
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>",
+    "image_token": "<image>",
+    "video_token": "<video>",
+}
 TOKENS["llava_next"] = TOKENS["llava"]
 TOKENS["qwen2_vl"] = TOKENS["qwen2_5_vl"] = TOKENS["qwen3_vl"]
 TOKENS["smolvlm"] = TOKENS["idefics3"] = {
@@ -147,11 +170,7 @@ def write_text_files(
     """
     tokenizer = _tokenizer(config.text.vocab, specials)
     tokenizer.save(str(folder / "tokenizer.json"))
-    shown = _IN_CHATML.get(config.family)
-    utterances = config.projector_layers == 1
-    llava = shown is None and not utterances
-    template = chat_template(system) if shown is None else _CHATML.replace("IMAGE", shown)
-    template = _UTTERANCES if utterances else template
+    template = _TEMPLATES.get(config.family) or chat_template(system)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     named = TOKENS[config.family]
     extra = {role: token for role, token in named.items() if _is_extra(role)}
@@ -172,11 +191,17 @@ def write_text_files(
         {**{role: id_ for role, id_ in ids.items() if role != "unk_token_id"}, "do_sample": False},
     )
     _write(folder / "preprocessor_config.json", _preprocessor(config))
-    if not llava:
+    if config.family in _TEMPLATES:
         name = FAMILIES[config.family].architecture
-        processor = {
+        processor: dict[str, Any] = {
             "processor_class": name.replace("ForConditionalGeneration", "Processor"),
         }
+        if config.shrinks:
+            processor |= {
+                "num_image_tokens": config.vision.tokens,
+                "vision_feature_select_strategy": config.select,
+                "vision_aspect_ratio": f"anyres_max_{config.limits.most}",
+            }
         _write(folder / "processor_config.json", processor)
         return
     _write(
@@ -223,8 +248,9 @@ def _preprocessor(config: ModelConfig) -> dict[str, Any]:
             "max_image_size": {"longest_edge": side},
         }
     if config.packs:
+        kind = "LlavaOnevision" if config.shrinks else "LlavaNext"
         steps |= {
-            "image_processor_type": "LlavaNextImageProcessor",
+            "image_processor_type": f"{kind}ImageProcessor",
             "image_grid_pinpoints": [list(size) for size in config.limits.sizes],
         }
     return steps

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ ALIASES: Mapping[str, str] = {
     "llava-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-13b": "llava-hf/llava-1.5-13b-hf",
     "llava-next-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "llava-onevision-0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+    "llava-onevision-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
     "internvl3-2b": "OpenGVLab/InternVL3-2B-hf",
     "internvl3-8b": "OpenGVLab/InternVL3-8B-hf",
     "qwen3-vl-2b": "Qwen/Qwen3-VL-2B-Instruct",
@@ -143,6 +146,59 @@ def _internvl3(hidden: int, wide: int, heads: int, groups: int) -> dict[str, Any
             "rope_theta": 1000000.0,
             "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
             "vocab_size": 151674,
+        },
+    }
+
+
+_ONEVISION_SPECIALS = {
+    "<|endoftext|>": 151643,
+    "<|im_start|>": 151644,
+    "<|im_end|>": 151645,
+    "<image>": 151646,
+    "<video>": 151647,
+}
+
+
+def _llava_onevision(
+    layers: int, hidden: int, wide: int, heads: int, groups: int, vocab: int
+) -> dict[str, Any]:
+    """Return the ``config.json`` of a LLaVA-OneVision, on a Qwen2."""
+    edges = [384 * tiles for tiles in range(1, 7)]
+    return {
+        "architectures": ["LlavaOnevisionForConditionalGeneration"],
+        "model_type": "llava_onevision",
+        "image_token_index": _ONEVISION_SPECIALS["<image>"],
+        "video_token_index": _ONEVISION_SPECIALS["<video>"],
+        "image_grid_pinpoints": [list(size) for size in product(edges, edges)],
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": hidden < 1024,
+        "vision_aspect_ratio": "anyres_max_9",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        "text_config": {
+            "model_type": "qwen2",
+            "architectures": ["Qwen2ForCausalLM"],
+            "hidden_size": hidden,
+            "intermediate_size": wide,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": groups,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "use_sliding_window": False,
+            "tie_word_embeddings": hidden < 1024,
+            "vocab_size": vocab,
         },
     }
 
@@ -301,6 +357,16 @@ KNOWN_MODELS: Mapping[str, KnownModel] = {
         },
         _LLAVA_SPECIALS,
         "llava-hf/llava-v1.6-mistral-7b-hf: 7.57 billion parameters",
+    ),
+    "llava-onevision-0.5b": KnownModel(
+        _llava_onevision(24, 896, 4864, 14, 2, 152000),
+        _ONEVISION_SPECIALS,
+        "llava-hf/llava-onevision-qwen2-0.5b-ov-hf: 0.9 billion parameters",
+    ),
+    "llava-onevision-7b": KnownModel(
+        _llava_onevision(28, 3584, 18944, 28, 4, 152128),
+        _ONEVISION_SPECIALS,
+        "llava-hf/llava-onevision-qwen2-7b-ov-hf: 8.0 billion parameters",
     ),
     "internvl3-2b": KnownModel(
         _internvl3(1536, 8960, 12, 2),

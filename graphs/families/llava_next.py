@@ -1,6 +1,7 @@
 """LLaVA-NeXT (1.6): a picture is brought to the best of some sizes with its shape kept, and cut; a
 small copy of the whole comes first. Rows that padding made are left out, and each line of tokens
-ends in a row of its own.
+ends in a row of its own. Where a family has a limit, a picture of more tokens is shrunk behind the
+encoder, bilinearly.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from . import llava
 from .family import Family, ImageLayout, Size, in_one_run
 from .tiles import tile_boxes
 
+_SPARE = 1.1  # of a side: so much more is not shrunk
 _SIZES = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 
@@ -31,18 +33,21 @@ def read(data: Mapping[str, Any]) -> ModelConfig:
     """
     config = llava.read(data)
     given = data.get("image_grid_pinpoints")
-    sizes = _SIZES if given is None else given
-    side = config.vision.image_size
+    limits = read_sizes(_SIZES if given is None else given, config.vision.image_size)
+    if config.select != "default" or config.vision.kind != "clip":
+        reject_value("vision_feature_select_strategy", config.select, "default, with CLIP")
+    return replace(config, family="llava_next", limits=limits)
+
+
+def read_sizes(sizes: Any, side: int) -> Limits:
+    """Read ``image_grid_pinpoints``, for tiles of a side."""
     fits = isinstance(sizes, list | tuple) and len(sizes) > 0
     for size in sizes if fits else ():
         fits = fits and isinstance(size, list | tuple) and len(size) == 2
         fits = fits and all(type(edge) is int and edge > 0 and edge % side == 0 for edge in size)
     if not fits:
-        reject_value("image_grid_pinpoints", given, f"heights and widths, multiples of {side}")
-    if config.select != "default" or config.vision.kind != "clip":
-        reject_value("vision_feature_select_strategy", config.select, "default, with CLIP")
-    limits = Limits(sizes=tuple((high, wide) for high, wide in sizes))
-    return replace(config, family="llava_next", limits=limits)
+        reject_value("image_grid_pinpoints", sizes, f"heights and widths, multiples of {side}")
+    return Limits(sizes=tuple((high, wide) for high, wide in sizes))
 
 
 def budgeted(config: ModelConfig, tokens: int) -> Limits:
@@ -54,7 +59,7 @@ def budgeted(config: ModelConfig, tokens: int) -> Limits:
             f"--image-tokens is {tokens}, the smallest of image_grid_pinpoints takes up to "
             f"{least}. Give {least} or more"
         )
-    return Limits(sizes=sizes)
+    return replace(config.limits, sizes=sizes)
 
 
 def most_rows(config: ModelConfig) -> int:
@@ -62,10 +67,15 @@ def most_rows(config: ModelConfig) -> int:
     return max(_most(config, size) for size in config.limits.sizes)
 
 
+@lru_cache(maxsize=256)
 def _most(config: ModelConfig, size: Size) -> int:
+    """Return the most rows of a picture that is brought to a size: it may leave out of either."""
     edge = _edge(config)
     rows, columns = (length // config.vision.image_size * edge for length in size)
-    return edge * edge + rows * (columns + 1)
+    kept = [(high, columns) for high in range(rows, 0, -2)]
+    kept += [(rows, wide) for wide in range(columns, 0, -2)]
+    shown = (shrunk(*cells, config.limits.most * edge**2) for cells in kept)
+    return edge * edge + max(high * (wide + 1) for high, wide in shown)
 
 
 def _edge(config: ModelConfig) -> int:
@@ -81,19 +91,33 @@ def layout(config: ModelConfig, height: int, width: int) -> ImageLayout:
     shown = fitted(height, width, canvas)
     lines, columns = kept_cells(height, width, (grid[0] * edge, grid[1] * edge))
     whole, line_ends = edge * edge, (1 + grid[0] * grid[1]) * edge * edge
-    row, column = np.meshgrid(lines, columns, indexing="ij")
+    high, wide = shrunk(len(lines), len(columns), config.limits.most * whole)
+    (down, down_shares), (across, across_shares) = _taps(lines, high), _taps(columns, wide)
+    row, column = down[:, None, :, None], across[None, :, None, :]
     tiles = row // edge * grid[1] + column // edge
     places = (1 + tiles) * whole + row % edge * edge + column % edge
-    ended = np.pad(places, ((0, 0), (0, 1)), constant_values=line_ends)
-    index = np.concatenate([np.arange(whole), ended.reshape(-1)])
-    # What a token shows, in shares of the picture and not of its padding; line ends show nothing.
-    above, left = (full - own for full, own in zip(canvas, shown, strict=True))
-    patch = config.vision.patch_size
-    top, start = row * patch - above // 2, column * patch - left // 2
-    corners = (start, top, start + patch, top + patch)
-    scale = (shown[1], shown[0]) * 2
-    boxes = [np.pad(own / most, ((0, 0), (0, 1))) for own, most in zip(corners, scale, strict=True)]
-    own_boxes = np.stack(boxes, -1).reshape(-1, 4).clip(0, 1)
+    behind = ((0, 0), (0, 1), (0, 0))  # each line's end
+    ended = np.pad(places.reshape(high, wide, 4), behind, constant_values=line_ends)
+    index = np.concatenate([np.arange(whole).repeat(4).reshape(-1, 4), ended.reshape(-1, 4)])
+    feeds = {"pack": index.astype(np.int64)}
+    if config.shrinks:
+        own = down_shares[:, None, :, None] * across_shares[None, :, None, :]
+        shares = np.zeros((high, wide + 1, 4), np.float32)
+        shares[:, :wide], shares[:, wide, 0] = own.reshape(high, wide, 4), 1
+        first = np.eye(1, 4, dtype=np.float32).repeat(whole, 0)
+        feeds["weights"] = np.concatenate([first, shares.reshape(-1, 4)])
+    else:
+        feeds["pack"] = np.ascontiguousarray(feeds["pack"][:, 0])
+    top, left = (
+        _shares(config, cells, count, full, own)
+        for cells, count, full, own in zip(
+            (lines, columns), (high, wide), canvas, shown, strict=True
+        )
+    )
+    corners = np.meshgrid(top[:-1], left[:-1], indexing="ij")
+    corners += np.meshgrid(top[1:], left[1:], indexing="ij")
+    above, before, below, after = (np.pad(own, ((0, 0), (0, 1))) for own in corners)
+    own_boxes = np.stack([before, above, after, below], -1).reshape(-1, 4)  # of ends: nothing
     return in_one_run(
         len(index),
         resizes=(shown,),
@@ -101,8 +125,45 @@ def layout(config: ModelConfig, height: int, width: int) -> ImageLayout:
         grid=grid,
         whole="first",
         boxes=np.concatenate([tile_boxes((1, 1), edge, ""), own_boxes]),
-        feeds={"pack": index.astype(np.int64)},
+        feeds=feeds,
     )
+
+
+def _shares(
+    config: ModelConfig, cells: np.ndarray, count: int, full: int, shown: int
+) -> np.ndarray:
+    """Return where each of ``count`` lines (or columns) of tokens begins and the last one ends, in
+    shares of the ``shown`` pixels of a picture and not of those that fill the canvas up.
+
+    ``cells``: of the canvas that they were shrunk from.
+    """
+    edge, vision = _edge(config), config.vision
+    at = cells[:1].sum() + np.arange(count + 1) * (len(cells) / max(count, 1))
+    pixels = at // edge * vision.image_size + at % edge * vision.patch_size
+    return ((pixels - (full - shown) // 2) / shown).clip(0, 1)
+
+
+def shrunk(high: int, wide: int, most: int) -> Size:
+    """Return the lines and columns that so many become, where they are many more than ``most``;
+    0: there is no limit.
+    """
+    ratio = math.sqrt(high * wide / most) if most else 0.0
+    return (int(high // ratio), int(wide // ratio)) if ratio > _SPARE else (high, wide)
+
+
+def _taps(cells: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the two of some cells that each of ``count`` lies between, and their shares.
+
+    As torch's bilinear interpolation has them, in FP32: corners are not aligned.
+    """
+    scale = np.float32(len(cells) / max(count, 1))
+    exact = ((np.arange(count, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)).clip(
+        0
+    )
+    low = exact.astype(np.int64)
+    places = np.stack([low, (low + 1).clip(max=len(cells) - 1)], 1)
+    part = exact - low
+    return cells[places], np.stack([1 - part, part], 1)
 
 
 def best_size(height: int, width: int, sizes: tuple[Size, ...]) -> Size:

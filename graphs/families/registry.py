@@ -13,13 +13,24 @@ from .family import Family
 from .internvl import INTERNVL
 from .llava import LLAVA
 from .llava_next import LLAVA_NEXT
+from .llava_onevision import LLAVA_ONEVISION
 from .qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 from .smolvlm import IDEFICS3, SMOLVLM
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
 
-_ALL = (LLAVA, INTERNVL, LLAVA_NEXT, QWEN3_VL, QWEN2_5_VL, QWEN2_VL, SMOLVLM, IDEFICS3)
+_ALL = (
+    LLAVA,
+    INTERNVL,
+    LLAVA_NEXT,
+    LLAVA_ONEVISION,
+    QWEN3_VL,
+    QWEN2_5_VL,
+    QWEN2_VL,
+    SMOLVLM,
+    IDEFICS3,
+)
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 
 _STATES = (

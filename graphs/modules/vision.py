@@ -288,7 +288,7 @@ class Mean(nn.Module):
 class Pack(nn.Module):
     """Rows of all tiles in the order of the picture's lines, each of which ends in one more row."""
 
-    kind = ()
+    kind: tuple[object, ...] = ()
 
     def __init__(self, width: int):
         super().__init__()
@@ -298,6 +298,21 @@ class Pack(nn.Module):
         """Return rows (1, N, D) of (1, M, D), of which ``index`` (N,) may name one behind them."""
         end = self.newline.to(rows.dtype)[None, None]
         return torch.cat((rows, end), 1).index_select(1, index)
+
+
+class BlendedPack(Pack):
+    """The same where lines were shrunk: a row is four of those of tiles, by their weights."""
+
+    def forward(self, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Return rows (1, N, D) of (1, M, D); ``index`` and ``weights``: (N, 4)."""
+        end = self.newline.to(rows.dtype)[None, None]
+        known = torch.cat((rows, end), 1)
+        first, *others = (
+            known.index_select(1, index[:, tap]).float() * weights[:, tap, None] for tap in range(4)
+        )
+        for tap in others:  # one after the other: four times all rows are much at once
+            first = first + tap
+        return first.to(rows.dtype)
 
 
 class Encoder(nn.Module):
@@ -354,7 +369,7 @@ class Vision(Encoder):
         if self.projects:
             self.multi_modal_projector = Projector(config, ops, fallback.rows)
         if config.packs:
-            self.pack = Pack(config.text.hidden)
+            self.pack = (BlendedPack if config.shrinks else Pack)(config.text.hidden)
         # Of each injected state, under the released name.
         self.mm_projectors = nn.ModuleList(
             Projector(config, ops, fallback.rows, width=config.vision.hidden)

@@ -216,7 +216,7 @@ def vision_work(
     vision, tokens = config.vision, config.vision.tokens
     together = vision.kind == PATCHES  # all patches of an image see each other
     count = config.visual_tokens if layout is None else layout.rows
-    tiles = config.tiles_of(count) if layout is None else layout.tiles
+    tiles = config.most_tiles if layout is None else layout.tiles
     h, d = vision.hidden, config.text.hidden
     layer = 4 * h * h + (3 if vision.gated else 2) * h * vision.intermediate
     patch = vision.channels * vision.patch_size**2 * h
@@ -232,6 +232,8 @@ def vision_work(
         seen = len(vision.whole) * each + (depth - len(vision.whole)) * vision.window_patches
     attention = tiles * 4 * tokens * seen * h
     rows = count if projected is None else min(projected, count)
+    if config.packs:  # of all tiles: the lines are packed behind it
+        rows = config.rows_of(tiles)
     cut = tiles * (1 if together else vision.patches)
     linear = cut * patch + tiles * depth * tokens * layer + rows * projector
     linear += count * injected

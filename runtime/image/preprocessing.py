@@ -26,6 +26,7 @@ _HAS_CROP = {
     "SiglipImageProcessor": False,
     "GotOcr2ImageProcessor": False,
     "LlavaNextImageProcessor": True,
+    "LlavaOnevisionImageProcessor": False,
     "Qwen2VLImageProcessor": False,
     "SmolVLMImageProcessor": False,
     "Idefics3ImageProcessor": False,

@@ -66,6 +66,10 @@ def _message(message: Any, where: str) -> Message:
             plain.append({"type": "image"})
         elif kind == "text" and isinstance(block.get("text"), str):
             plain.append({"type": "text", "text": str(block["text"])})
+        elif kind in ("video", "video_url"):
+            raise PromptError(
+                f"{where} has a video, which no model reads here. Give some of its frames as images"
+            )
         else:
             raise PromptError(
                 f"{where} has a block {str(block)[:60]}; expected {{'type': 'text', 'text': ...}} "

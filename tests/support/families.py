@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from . import qwen, tiny_internvl, tiny_next, tiny_smolvlm, toy
+from . import qwen, tiny_internvl, tiny_next, tiny_onevision, tiny_smolvlm, toy
 from .asking import picture
 
 SHAPES = {"wide": (48, 64), "small": (20, 20)}
@@ -28,6 +28,7 @@ TINY = {
     "llava": TinyFamily(toy.make_checkpoint, {"wide": 16, "small": 16}),
     "internvl": TinyFamily(tiny_internvl.make_checkpoint, {"wide": 52, "small": 4}),
     "llava_next": TinyFamily(tiny_next.make_checkpoint, {"wide": 70, "small": 88}),
+    "llava_onevision": TinyFamily(tiny_onevision.make_checkpoint, {"wide": 79, "small": 88}),
     **{
         family: TinyFamily(partial(qwen.make_checkpoint, family=family), {"wide": 20, "small": 4})
         for family in ("qwen3_vl", "qwen2_5_vl", "qwen2_vl")

@@ -93,6 +93,8 @@ def _inputs(target: VerifyTarget, prompt: PreparedPrompt) -> dict[str, Tensor]:
         pixels = frames.expand(-1, -1, config.vision.frames, -1).flatten(1)
         inputs["image_grid_thw"] = torch.tensor([[1, *layout.grid]])
         inputs["mm_token_type_ids"] = (whole == config.image_token_id).int()
+    if config.packs:
+        inputs["image_sizes"] = torch.tensor([prompt.opened.size])
     nested = FAMILIES[config.family].nested
     return inputs | {"pixel_values": pixels[None] if nested else pixels}
 
