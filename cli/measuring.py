@@ -344,11 +344,16 @@ def estimate(
         note(busy_machine())
     if not is_model(subject) and bundles_called(subject):
         subject = str(bundle_at(subject))
+    from ..graphs.families.registry import smaller_images
     from ..tools.estimate.estimate_target import estimate_target
     from ..tools.estimate.predict import PromptLengths, estimate
     from .show.estimate_view import estimate_table
 
     target = estimate_target(subject, plan, precision, prefix, image_tokens)
+    smaller, hint = smaller_images(target.config), None
+    if image_tokens is None and smaller:
+        hint = f"the image has the most tokens there are, {target.config.visual_tokens}: {smaller}"
+        hint += " builds for fewer"
     if rate is not None:
         from ..graphs.bundle import Bundle, bundles_in
         from ..tools.estimate.capacity import capacity
@@ -362,12 +367,14 @@ def estimate(
         found = capacity(
             target, device, lengths, traffic, p95, lanes=lanes, bundle=bundle, threads=threads
         )
+        note(hint)
         if as_json:
             show_json(found)
         else:
             show(capacity_table(found))
         return
     facts = estimate(target, device, PromptLengths(**prompt), threads=threads)
+    note(hint)
     if as_json:
         show_json(facts)
     else:

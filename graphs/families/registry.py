@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..config_fields import mapping, reject_value
@@ -98,6 +99,18 @@ def with_budget(config: ModelConfig, tokens: int | None) -> ModelConfig:
             f"them by the plan: --plan visipruner:keep={max(1, config.visual_tokens // 9)}"
         )
     return config.within(family.budgeted(config, tokens))
+
+
+def smaller_images(config: ModelConfig, tokens: int = 576) -> str:
+    """Return the option that gives images about ``tokens`` rows, or a few more where none are so
+    small; nothing where images have as few anyway, or no such option.
+    """
+    shares = (config.visual_tokens * eighths // 8 for eighths in range(1, 8))
+    for wanted in sorted({tokens, *(share for share in shares if share > tokens)}):
+        with suppress(ModelError):
+            if with_budget(config, wanted).visual_tokens < config.visual_tokens:
+                return f"--image-tokens {wanted}"
+    return ""
 
 
 def _family_of(data: Mapping[str, Any]) -> Family:

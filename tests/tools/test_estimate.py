@@ -11,9 +11,11 @@ from visistage.bench import fit as bench_fit
 from visistage.bench.fit import Observation, error_of, fit, leave_one_out, validate
 from visistage.cli.main import main
 from visistage.cli.show.estimate_view import show_times
+from visistage.compile.checkpoint.known_models import model_config
 from visistage.graphs.bundle import Bundle
 from visistage.graphs.caches import stage_slots
 from visistage.graphs.errors import CapacityError, TargetError
+from visistage.graphs.families.registry import smaller_images, with_budget
 from visistage.graphs.plan.call_cost import GraphCall, Sizes, question_calls, work_of
 from visistage.tools.estimate import devices
 from visistage.tools.estimate.devices import (
@@ -264,6 +266,28 @@ def test_what_no_source_says_is_not_guessed():
 def test_a_prompt_that_does_not_fit_is_refused_with_what_to_type():
     with pytest.raises(CapacityError, match=r"683 rows, the context is 512. Type: --context 704"):
         estimate(target(), "h100", PromptLengths(context=512))
+
+
+def test_an_image_without_a_budget_is_one_of_the_most_tokens_and_says_so():
+    words = ("estimate", "qwen3-vl-2b", "--device", "thor", "--context", "20000")
+    whole, capped = (
+        CliRunner().invoke(main, [*words, *more]) for more in ((), ("--image-tokens", "576"))
+    )
+    assert "16384: --image-tokens 576 builds for fewer" in whole.stderr
+    assert "builds for fewer" not in capped.stderr
+    refused = CliRunner().invoke(main, words[:-2])
+    assert refused.exit_code == 2
+    assert "an image of 16384 tokens" in refused.stderr
+    assert "--image-tokens 576" in refused.stderr
+
+
+def test_budgets_that_are_advised_can_be_had():
+    for name, tokens in (("llava-next-7b", 1830), ("internvl3-8b", 576), ("llava-7b", None)):
+        config = model_config(name)
+        option = smaller_images(config)
+        assert option == (f"--image-tokens {tokens}" if tokens else "")
+        if tokens:
+            assert with_budget(config, tokens).visual_tokens < config.visual_tokens
 
 
 def test_wrong_options_are_one_message(tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...graphs.caches import stage_slots
 from ...graphs.errors import CapacityError, TargetError
+from ...graphs.families.registry import smaller_images
 from ...graphs.parts import VISION
 from ...graphs.plan.call_cost import (
     GraphCall,
@@ -131,9 +132,11 @@ def estimate(
     """
     rows = target.prefix + target.plan.visual_tokens + prompt.text + prompt.tokens
     if device != CPU_DEVICE and rows > prompt.context:
-        fewer = ", or build for smaller images: --image-tokens 576" if target.config.varies else ""
+        smaller = smaller_images(target.config)
+        fewer = f", or build for smaller images: {smaller}" if smaller else ""
         raise CapacityError(
-            f"an image, {prompt.text} rows of question and {prompt.tokens} tokens of answer take "
+            f"an image of {target.plan.visual_tokens} tokens, {prompt.text} rows of question "
+            f"and {prompt.tokens} tokens of answer take "
             f"{rows} rows, the context is {prompt.context}. Type: --context {-(-rows // 64) * 64}"
             f"{fewer}"
         )
