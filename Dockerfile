@@ -1,6 +1,8 @@
 # A server for the bundles in /engines. On a Jetson: --build-arg BASE=nvcr.io/nvidia/l4t-jetpack:r36.4.0
 ARG BASE=python:3.12-slim-bookworm
 FROM ${BASE}
+# cpu is ONNX Runtime; gpu instead of it: for target cuda.
+ARG EXTRAS=cpu,serve
 
 # hadolint ignore=DL3008
 RUN command -v pip3 || { apt-get update \
@@ -8,7 +10,7 @@ RUN command -v pip3 || { apt-get update \
     && rm -rf /var/lib/apt/lists/*; }
 
 COPY . /src
-RUN pip3 install --no-cache-dir "/src[serve]" && rm -rf /src \
+RUN pip3 install --no-cache-dir "/src[${EXTRAS}]" && rm -rf /src \
     && useradd --create-home --uid 10001 visistage
 
 USER 10001

@@ -4,9 +4,10 @@
 PYTHON ?= python3
 MODEL  ?= demo
 OUT    ?= engines
+ORT    ?= cpu
 # Also understood: PLAN TARGET PRECISION CALIB KEEP_FLOAT NAME WEIGHTS REVISION CONTEXT BUILD_MEMORY, DUMMY=1, OFFLINE=1; TESTS (of `make test`);
 # DATA SAMPLES LOSE COST HOLDOUT CANDIDATES SELECTORS NO_ENTRY (of `make calibrate`, some of `make compare`);
-# PIP_OPTIONS (of `make setup`), such as an index with a CPU build of torch.
+# of `make setup`: PIP_OPTIONS, such as an index with a CPU build of torch; ORT=gpu, ONNX Runtime for an NVIDIA GPU.
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -111,5 +112,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_OPTIONS) -c constraints.txt torch
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q $(PIP_OPTIONS) \
-		-c constraints.txt -e '.[compile,openvino,rtx,serve,easy-vqa,dev]'
+		-c constraints.txt -e '.[$(ORT),compile,openvino,rtx,serve,easy-vqa,dev]'
 	@touch $@

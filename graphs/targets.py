@@ -26,6 +26,9 @@ LLM, LLM_CONDITIONAL, PORTABLE = LOWERINGS = "llm", "branched", "portable"
 ``Portable``."""
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
+ORT_PACKAGES = "onnxruntime", "onnxruntime-gpu"
+"""Distributions of ONNX Runtime. They write one folder: what is installed last is there."""
+
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt_rtx"
 
 Capability = tuple[int, int]
@@ -171,7 +174,11 @@ TARGETS = {
             versions=("2026.0", None),
             local=True,
         ),
-        Target("cuda", "ONNX Runtime on an NVIDIA GPU"),
+        Target(
+            "cuda",
+            "ONNX Runtime on an NVIDIA GPU",
+            versions=("1.31.1", None),  # kernels before it wait for the host in every layer
+        ),
         _tensorrt(
             "rtx",
             "TensorRT-RTX: GeForce and RTX cards; its compiler needs no GPU",
@@ -294,7 +301,7 @@ def show_capability(capability: Capability) -> str:
 
 def _ort_version() -> tuple[int, int]:
     """Return (major, minor) of the installed ONNX Runtime without loading it."""
-    for name in ("onnxruntime", "onnxruntime-gpu"):
+    for name in ORT_PACKAGES:
         try:
             major, minor = metadata.version(name).split(".")[:2]
             return int(major), int(minor)

@@ -14,8 +14,10 @@ from rich.table import Table
 from ... import __version__
 from ...compile.engines.engines import can_compile
 from ...graphs.commands import install
+from ...graphs.errors import MissingDependencyError
 from ...graphs.targets import TARGETS, TENSORRT, TENSORRT_RTX, Target, show_capability
 from ...pages.units import show_bytes
+from ...runtime.backends.ort_packages import collision, installed
 from ...runtime.backends.registry import backend_of
 from ...runtime.device.tensorrt import find_trt_variant
 from ...runtime.hardware import GpuInfo, cores, find_gpu
@@ -48,7 +50,10 @@ def doctor_facts() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "image_cache_bytes": psutil.virtual_memory().available // FREE_SHARE,
         "onnxruntime": ort,
+        "onnxruntime_packages": installed(),
+        "onnxruntime_collision": collision(),
         "providers": providers,
+        "cuda_session": _cuda_session(device, providers),
         "openvino": _version("openvino"),
         "gpu": device and {**asdict(device), "capability": show_capability(device.capability)},
         "engine_compilers": {
@@ -75,6 +80,10 @@ def doctor_table() -> RenderableType:
     head.add_row("image cache", f"at most {cache} by default (runtime.load's cache_bytes)")
     providers = f" ({', '.join(facts['providers'])})" if facts["providers"] else ""
     head.add_row("onnxruntime", (facts["onnxruntime"] or "not installed") + providers)
+    if facts["onnxruntime_collision"]:
+        head.add_row("", facts["onnxruntime_collision"])
+    if facts["cuda_session"]:
+        head.add_row("on the gpu", facts["cuda_session"])
     head.add_row("openvino", facts["openvino"] or "not installed")
     gpu = facts["gpu"]
     if gpu:
@@ -113,9 +122,19 @@ def _to_export(absent: list[str]) -> list[str]:
 def _onnxruntime() -> tuple[str | None, list[str]]:
     try:
         from ...runtime.backends.onnx_runtime import ort
-    except ImportError:
+    except (ImportError, MissingDependencyError):
         return None, []
     return ort.__version__, ort.get_available_providers()
+
+
+def _cuda_session(device: GpuInfo | None, providers: list[str]) -> str | None:
+    """Return what came of a session on the GPU; None: there is nothing to try."""
+    if device is None or "CUDAExecutionProvider" not in providers:
+        return None
+    from ...runtime.device.cuda_session import why_no_session
+
+    why = why_no_session()
+    return "a session computes" if why is None else f"no session computes: {why}"
 
 
 def _version(package: str) -> str | None:

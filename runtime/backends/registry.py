@@ -13,7 +13,7 @@ from typing import Any
 
 from ...graphs.bundle import Bundle
 from ...graphs.commands import install, rebuild_command
-from ...graphs.errors import TargetError
+from ...graphs.errors import MissingDependencyError, TargetError
 from ...graphs.targets import (
     ONNXRUNTIME,
     OPENVINO,
@@ -58,6 +58,8 @@ class BackendRow:
         """Return what lacks to run bundles for ``target`` on this machine."""
         try:
             return list(self._load().missing(target))
+        except MissingDependencyError as error:
+            return [str(error)]
         except ImportError:
             return [self.name + (f" ({install(self.extra)})" if self.extra else "")]
 
@@ -77,6 +79,7 @@ ROWS = (
     BackendRow(
         ONNXRUNTIME,
         ".ort",
+        "cpu",
         options=("threads", "memory_limit", "profile", "lanes"),
         place="this CPU",
         reads=lambda target: True,

@@ -16,11 +16,13 @@ from ...graphs.commands import install
 from ...graphs.errors import EngineError
 from ...graphs.targets import Target
 from ..backends.backend import BackendOptions
-from ..backends.onnx_runtime import ort
+from ..backends.onnx_runtime import find_cuda_libraries, ort
 from ..backends.ort import CPU_PROVIDER, CUDA_PROVIDER, load_session
 from ..backends.ort import missing as missing_provider
+from ..backends.ort_packages import collision
 from ..hardware import find_gpu
 from .cuda import CudaDevice, missing_cuda_core
+from .cuda_session import why_no_session
 from .device_executor import DeviceExecutor
 from .protocol import ON_CPU, Buffer, Compiled, Shape
 
@@ -49,8 +51,20 @@ def open_bundle(bundle: Bundle, options: BackendOptions) -> DeviceExecutor:
 
 def missing(target: Target) -> Iterator[str]:
     """Yield what lacks to run graphs for ``target`` here."""
-    yield from missing_provider(target, CUDA_PROVIDER)
-    yield from missing_cuda_core()
+    lacking = [*missing_provider(target, CUDA_PROVIDER), *missing_cuda_core()]
+    if find_gpu() is None:
+        lacking.append(f"an NVIDIA GPU and its driver. {ON_CPU}")
+    if not lacking and (why := why_no_session()) is not None:
+        lacking.append(f"a session on the GPU: {why}")
+    yield from lacking
+
+
+def _why() -> str:
+    """Return what most likely keeps the provider from starting, and what to type."""
+    if (both := collision()) is not None:
+        return both
+    said = find_cuda_libraries().splitlines()[:1] or ["its CUDA libraries are of another version"]
+    return f"{said[0]}. Type: {install('gpu')}; visistage doctor says more"
 
 
 class OrtApi:
@@ -85,9 +99,8 @@ class OrtApi:
         session = load_session(compiled.file, self.options, self.providers)
         if self.device == "cuda" and CUDA_PROVIDER not in session.get_providers():
             raise EngineError(
-                f"ONNX Runtime {ort.__version__} could not start {CUDA_PROVIDER}: its CUDA or "
-                "cuDNN libraries are missing or of another version. Type: "
-                f"{install('gpu')}; or build for the CPU: visistage build MODEL"
+                f"ONNX Runtime {ort.__version__} could not start {CUDA_PROVIDER}: {_why()}; or "
+                "build for the CPU: visistage build MODEL"
             )
         return OrtEngine(self, compiled, session)
 

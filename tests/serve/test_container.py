@@ -22,7 +22,9 @@ def test_the_image_runs_the_server_as_nobody_in_particular():
     check_command(json.loads(re.search(r"^CMD (.*)$", text, re.M)[1]))
     assert re.search(r"^USER (\d+)$", text, re.M)[1] != "0"
     assert re.search(r"^ARG BASE=\S+\nFROM \$\{BASE\}$", text, re.M)
-    assert "[serve]" in text
+    extras = re.search(r"^ARG EXTRAS=(\S+)$", text, re.M)[1].split(",")
+    assert extras == ["cpu", "serve"]
+    assert '"/src[${EXTRAS}]"' in text
 
 
 def test_compose_opens_one_port_to_this_machine_and_wants_a_key():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...graphs.bundle import Bundle
+from ...graphs.commands import install
 from ...graphs.errors import BundleError
 from ...graphs.plan.call_cost import GraphCall, total_work
 from ...graphs.progress import Progress
@@ -236,7 +237,7 @@ def _why_no_peaks(bundle: Bundle) -> str:
     precision = bundle.manifest.precision
     if precision not in FILES:
         return f"there is no product of precision {precision} to measure"
-    return "a GPU's products are measured by ONNX Runtime; type: pip install onnxruntime-gpu"
+    return f"a GPU's products are measured by ONNX Runtime on it; type: {install('gpu')}"
 
 
 def _backend_of(bundle: Bundle, backend: str | None) -> str:

@@ -25,6 +25,7 @@ import numpy as np
 from ...graphs.bundle import Manifest
 from ...graphs.plan.call_cost import GraphCall, Sizes, Work, total_work, work_of
 from ...runtime.backends.onnx_runtime import ort
+from ...runtime.backends.ort import CPU_PROVIDER, CUDA_PROVIDER, load_session
 from .timing import image_layout, repeated, timed_ms
 
 PRODUCT_SIDE = 1536
@@ -36,7 +37,6 @@ MOST_BYTES = 256 << 20
 LEAST_BYTES = 4 << 20
 PEAK_REPEATS = 5
 WIDTH = 4096
-CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 FILES = {"fp32": "matmul.onnx", "fp16": "matmul-fp16.onnx"}
 PRODUCT_DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
@@ -107,7 +107,7 @@ def _product(
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
     file = Path(__file__).with_name(FILES[precision])
-    session = ort.InferenceSession(str(file), options, providers=[provider])
+    session = load_session(file, options, [provider])
     device = "cuda" if provider == CUDA_PROVIDER else "cpu"
 
     def bound(a: np.ndarray, b: np.ndarray) -> Callable[[], None]:
