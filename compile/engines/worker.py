@@ -63,6 +63,8 @@ def compile_engine(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # RTX: else it may allocate in a run,
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # and no run can be captured
+    if hasattr(trt.BuilderFlag, "TF32"):  # set by default: what is FP32 in a graph needs to be
+        config.clear_flag(trt.BuilderFlag.TF32)
     for number, capability in enumerate(job["capabilities"]):
         config.num_compute_capabilities = len(job["capabilities"])
         config.set_compute_capability(trt_variant.capability(tuple(capability)), number)

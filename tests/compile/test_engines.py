@@ -1,6 +1,7 @@
 """Engines compiled by TensorRT-RTX, which needs no GPU: every graph, every failure, every kill."""
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -65,6 +66,20 @@ def copy(toy_bundle, tmp_path):
 
 
 # --- what is built --------------------------------------------------------------------------------
+
+
+def test_fp32_is_not_computed_in_tf32(toy_bundle, tmp_path, monkeypatch):
+    flags = []
+
+    def build(trt_variant, builder, network, config, output):
+        flags.append(config.get_flag(trt_variant.module.BuilderFlag.TF32))
+
+    monkeypatch.setattr(worker, "build_engine", build)
+    spec = engine_specs_of(toy_bundle.manifest)[0]
+    job = job_of(toy_bundle, spec, RTX, SMS, tmp_path / "engine")
+    with pytest.raises(EngineError):  # nothing was built
+        worker.compile_engine(RTX, job, io.StringIO())
+    assert flags == [False]
 
 
 @pytest.mark.slow

@@ -326,7 +326,9 @@ def test_graphs_run_through_cuda_core_at_the_addresses_they_are_given(
 
 def test_onnx_runtime_is_told_to_use_our_stream_and_not_to_wait():
     api = OrtApi(stream=STREAM)
-    assert api.providers[0] == ("CUDAExecutionProvider", {"user_compute_stream": str(STREAM)})
+    name, given = api.providers[0]
+    assert name == "CUDAExecutionProvider"
+    assert given == {"user_compute_stream": str(STREAM), "use_tf32": "0"}  # FP32 is FP32
     entry = "disable_synchronize_execution_providers"
     assert api.run_options.get_run_config_entry(entry) == "1"
     assert not api.capturable
