@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
@@ -32,9 +33,10 @@ class CudaDevice:
 
     def __init__(self, number: int = 0):
         self._core, self._driver = _libraries()
+        self._threads = threading.local()
         try:
             self._device = self._core.Device(number)
-            self._device.set_current()
+            self.activate()
             self._stream = self._device.create_stream()
             self._pinned = self._core.LegacyPinnedMemoryResource()
         except Exception as error:  # cuda-core has an exception of its own for every layer
@@ -49,8 +51,18 @@ class CudaDevice:
 
     def activate(self) -> None:
         self._device.set_current()
+        self._threads.entered = True
+
+    def _enter(self) -> None:
+        """Make this the calling thread's device where the thread is new: each has one of its own.
+
+        Whoever asks for work does so (``Backend.activate``); arrays are read and dropped anywhere.
+        """
+        if not getattr(self._threads, "entered", False):
+            self.activate()
 
     def allocate(self, nbytes: int) -> CudaMemory:
+        self._enter()
         try:
             return CudaMemory(self._device.allocate(nbytes, stream=self._stream), nbytes)
         except Exception as error:
@@ -61,15 +73,18 @@ class CudaDevice:
             ) from error
 
     def allocate_host(self, nbytes: int) -> CudaHostMemory:
+        self._enter()
         return CudaHostMemory(self._pinned.allocate(nbytes), nbytes)
 
     def copy(self, to: int, source: int, nbytes: int) -> None:
+        self._enter()
         driver = self._driver
         self._check("copy", driver.cuMemcpyAsync(to, source, nbytes, self.stream))
 
     def copy_rows(
         self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, rows: int
     ) -> None:
+        self._enter()
         driver = self._driver
         plan = driver.CUDA_MEMCPY2D()
         plan.srcMemoryType = plan.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
@@ -79,15 +94,19 @@ class CudaDevice:
         self._check("copy rows", driver.cuMemcpy2DAsync(plan, self.stream))
 
     def zero(self, to: int, nbytes: int) -> None:
+        self._enter()
         self._check("zero", self._driver.cuMemsetD8Async(to, 0, nbytes, self.stream))
 
     def record(self) -> CudaEvent:
+        self._enter()
         return CudaEvent(self._stream.record(options=self._timed))
 
     def synchronize(self) -> None:
+        self._enter()
         self._stream.sync()
 
     def capture(self, work: Callable[[], None]) -> CudaGraph:
+        self._enter()
         builder = self._stream.create_graph_builder()
         try:
             # Relaxed: an engine may ask the driver things that a strict capture forbids.
@@ -108,6 +127,7 @@ class CudaDevice:
                 builder.close()
 
     def free_bytes(self) -> int:
+        self._enter()
         free, _ = self._check("ask for free memory", self._driver.cuMemGetInfo())
         return int(free)
 

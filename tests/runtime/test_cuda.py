@@ -10,6 +10,7 @@ import ctypes
 import enum
 import subprocess
 import sys
+import threading
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -45,10 +46,11 @@ class Core:
         self.done = 0  # calls of the driver
         self.synchronised = False
         self.fail = None  # the name of a call that is to fail
+        self.current = set()  # threads that have a context
         self.core, self.driver = ModuleType("cuda.core"), ModuleType("cuda.bindings.driver")
         self.core.Device = lambda number: self._device(number)
         self.core.EventOptions = lambda timing_enabled: ("timed", timing_enabled)
-        pinned = SimpleNamespace(allocate=lambda nbytes: Memory(nbytes))
+        pinned = SimpleNamespace(allocate=lambda nbytes: self._check_thread() or Memory(nbytes))
         self.core.LegacyPinnedMemoryResource = lambda: pinned
         self.driver.CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_DEVICE=2)
         self.driver.CUDA_MEMCPY2D = SimpleNamespace
@@ -79,12 +81,16 @@ class Core:
         )
         return SimpleNamespace(
             name="Stand-in",
-            set_current=lambda: None,
+            set_current=lambda: self.current.add(threading.get_ident()),
             create_stream=lambda: stream,
             allocate=self._allocate,
         )
 
+    def _check_thread(self):
+        assert threading.get_ident() in self.current, "CUDA_ERROR_INVALID_CONTEXT"
+
     def _allocate(self, nbytes, stream):
+        self._check_thread()
         assert stream.handle == STREAM
         if nbytes > self.free:
             raise MemoryError("CUDA_ERROR_OUT_OF_MEMORY")
@@ -93,6 +99,7 @@ class Core:
     def _call(self, name):
         def call(*args):
             self.done += 1
+            self._check_thread()
             if self.fail == name:
                 return (Code.CUDA_ERROR_LAUNCH_FAILED,)
             if self.captured is None:
@@ -137,6 +144,7 @@ class Memory:
 class Event:
     def __init__(self, core, options):
         assert options == ("timed", True)
+        core._check_thread()
         self.at = core.done
 
     def sync(self):
@@ -149,6 +157,7 @@ class Event:
 class Builder:
     def __init__(self, core, stream):
         self.core, self.stream = core, stream
+        core._check_thread()
         core.open.add(self)
 
     def begin_building(self, mode):
@@ -252,6 +261,47 @@ def test_memory_that_is_not_there_is_said_with_what_is(core):
 def test_a_gpu_that_is_not_there_is_named(core):
     with pytest.raises(EngineError, match=r"GPU 1 cannot be opened.*--backend onnxruntime"):
         CudaDevice(1)
+
+
+CALLS = {
+    "allocate": lambda device, at: device.allocate(8),
+    "allocate_host": lambda device, at: device.allocate_host(8),
+    "copy": lambda device, at: device.copy(at, at + 4, 4),
+    "copy_rows": lambda device, at: device.copy_rows(at, 1, at + 4, 1, 1, 2),
+    "zero": lambda device, at: device.zero(at, 8),
+    "record": lambda device, at: device.record(),
+    "synchronize": lambda device, at: device.synchronize(),
+    "capture": lambda device, at: device.capture(lambda: device.zero(at, 8)),
+    "free_bytes": lambda device, at: device.free_bytes(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("entered", [True, False])
+def test_any_thread_may_ask(core, monkeypatch, call, entered):
+    """The driver keeps a context for each thread; a reused thread's number is another thread."""
+    device = CudaDevice()
+    buffer = device.allocate(8)
+    if not entered:  # a mistake: the context is set where the device was opened, and there alone
+        monkeypatch.setattr(CudaDevice, "_enter", lambda self: None)
+    errors = []
+    for _ in range(2):
+        before = set(core.current)
+
+        def ask():
+            core.current.discard(threading.get_ident())
+            try:
+                CALLS[call](device, buffer.address)
+                CALLS[call](device, buffer.address)
+            except AssertionError as error:
+                errors.append(str(error))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+        core.current &= before
+    needs_one = call != "synchronize"  # of a stream, which has its own
+    assert bool(errors) == (needs_one and not entered)
 
 
 def test_a_device_is_closed_once(core):
