@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -112,11 +113,12 @@ class CudaDevice:
             # Relaxed: an engine may ask the driver things that a strict capture forbids.
             if int(builder.stream.handle) != self.stream:
                 raise CaptureError("cuda-core captures another stream than it was asked to")
-            builder.begin_building(mode="relaxed")
-            try:
-                work()
-            finally:
-                builder.end_building()
+            with _uncollected():
+                builder.begin_building(mode="relaxed")
+                try:
+                    work()
+                finally:
+                    builder.end_building()
             return CudaGraph(builder.complete(), self._stream)
         except (CaptureError, EngineError):
             raise
@@ -187,6 +189,20 @@ class CudaGraph:
 
     def launch(self) -> None:
         self._graph.launch(self._stream)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the collector of cycles from running: a buffer that it freed in a capture would be freed
+    by the graph, again with every launch.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def missing_cuda_core() -> Iterator[str]:

@@ -8,6 +8,7 @@ import builtins
 import copy
 import ctypes
 import enum
+import gc
 import subprocess
 import sys
 import threading
@@ -235,13 +236,53 @@ def test_a_capture_that_fails_says_so_and_leaves_the_stream_alone(core):
         device.capture(lambda: None)
     assert not core.open
 
-    def refuses():
-        raise EngineError("not with me")
-
     with pytest.raises(EngineError, match="not with me"):
-        device.capture(refuses)
+        device.capture(lambda: refuse("not with me"))
     assert core.captured is None
     assert not core.open
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_nothing_is_freed_in_a_capture(core, collecting):
+    """A cycle that holds a buffer is garbage, and the collector is due with the next object."""
+    device = CudaDevice()
+    freed = []
+
+    class Cycle:
+        def __init__(self):
+            self.buffer, self.self = device.allocate(8), self
+
+        def __del__(self):
+            freed.append(core.captured is not None)
+
+    threshold = gc.get_threshold()
+    gc.collect()
+
+    def work():
+        for _ in range(100):
+            Cycle()
+
+    try:
+        gc.set_threshold(1)
+        work()
+        assert freed  # it is due at once
+        freed.clear()
+        (gc.enable if collecting else gc.disable)()
+        device.capture(work)
+        assert gc.isenabled() == collecting
+        with pytest.raises(EngineError, match="in between"):
+            device.capture(lambda: refuse("in between"))
+        assert gc.isenabled() == collecting
+    finally:
+        gc.enable()
+        gc.set_threshold(*threshold)
+    gc.collect()
+    assert freed
+    assert not any(freed)
+
+
+def refuse(why):
+    raise EngineError(why)
 
 
 def test_errors_of_the_driver_are_named(core):
