@@ -100,10 +100,10 @@ def test_metadata(wheel):
     assert not {"torch", "onnx", "transformers"} & set(required)
     # Its builds for CPU and GPU write one folder: a machine wants one, and pip cannot know which.
     assert not any(name.startswith("onnxruntime") for name in required)
-    extras = {
-        extra: set(re.findall(rf"^Requires-Dist: (onnxruntime[\w-]*).*extra == .{extra}.$", metadata, re.M))
-        for extra in re.findall(r"^Provides-Extra: (\S+)$", metadata, re.M)
-    }
+    extras = {}
+    for extra in re.findall(r"^Provides-Extra: (\S+)$", metadata, re.M):
+        wanted = rf"^Requires-Dist: (onnxruntime[\w-]*).*extra == .{extra}.$"
+        extras[extra] = set(re.findall(wanted, metadata, re.M))
     assert "compile" in extras
     assert {extra: names for extra, names in extras.items() if names} == {
         "cpu": {"onnxruntime"},

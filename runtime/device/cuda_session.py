@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from functools import lru_cache
 
 from ...graphs.child import isolated
@@ -23,7 +24,10 @@ MODEL = bytes.fromhex(  # y = Abs(x), of four floats; neither onnx nor a file is
     "080112040a020804620f0a0179120a0a08080112040a02080442021010"
 )
 
-_MARKS = re.compile(r"\x1b\[[0-9;]*m|^\S+ \S+ \[\w:onxruntime, .*?\] ")
+_CAUSE = "with error: "
+"""What stands between the name of the library that did not load and the loader's reason."""
+
+_MARKS = re.compile(r"\x1b\[[0-9;]*m|\S+ \S+ \[\w:onnxruntime:[^\]]*\]")
 
 
 @lru_cache(maxsize=1)
@@ -37,14 +41,22 @@ def why_no_session() -> str | None:
         except subprocess.TimeoutExpired:
             return f"a session on the GPU did not open in {SECONDS} s"
     answer = done.stdout.strip().splitlines()[-1:]
-    if done.returncode == 0 and answer and json.loads(answer[0])["runs"]:
+    if done.returncode == 0 and answer == ["true"]:
         return None
-    said = [_MARKS.sub("", line).strip() for line in done.stderr.splitlines() if line.strip()]
-    return said[-1] if said else f"its process ended with {done.returncode} and said nothing"
+    return reason(done.stderr) or f"its process ended with {done.returncode} and said nothing"
+
+
+def reason(said: str) -> str:
+    """Return the cause in what ONNX Runtime wrote to standard error, without time and colours."""
+    lines = [_MARKS.sub("", line).strip() for line in said.splitlines()]
+    causes = [line.partition(_CAUSE)[2] for line in lines if _CAUSE in line]
+    return next(iter(causes or [line for line in reversed(lines) if line]), "")
 
 
 def main() -> None:
     """Open the session and run it; answer on stdout whether the provider computed."""
+    if CUDA_PROVIDER not in ort.get_available_providers():
+        sys.exit(f"ONNX Runtime {ort.__version__} was built without {CUDA_PROVIDER}")
     find_cuda_libraries()
     session = ort.InferenceSession(MODEL, providers=[CUDA_PROVIDER])
     runs = CUDA_PROVIDER in session.get_providers()
@@ -55,4 +67,4 @@ def main() -> None:
         binding.bind_output("y", "cuda")
         session.run_with_iobinding(binding)
         binding.synchronize_outputs()
-    print(json.dumps({"runs": runs}))
+    print(json.dumps(runs))

@@ -1,4 +1,4 @@
-"""ONNX Runtime is there once, in the build that the machine wants, and its CUDA libraries are found.
+"""ONNX Runtime is there once, in the build that the machine wants, and finds its CUDA libraries.
 
 A stand-in for its metadata, and for what is imported; the session on a GPU is tried as it is.
 """
@@ -9,6 +9,8 @@ import sys
 from importlib import metadata
 from types import SimpleNamespace
 
+import onnx
+import onnx.printer
 import pytest
 from visistage.cli.show import doctor_view
 from visistage.graphs.errors import BundleError, MissingDependencyError
@@ -112,7 +114,6 @@ def test_what_was_not_found_is_said_when_the_provider_does_not_start(preloads):
 
 
 def test_the_session_that_is_tried_is_of_one_node():
-    onnx = pytest.importorskip("onnx")
     floats = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Abs", ["x"], ["y"])],
@@ -122,7 +123,8 @@ def test_the_session_that_is_tried_is_of_one_node():
     )
     opset = [onnx.helper.make_opsetid("", 16)]
     made = onnx.helper.make_model(graph, ir_version=8, opset_imports=opset)
-    assert onnx.load_from_string(MODEL) == made
+    text = onnx.printer.to_text
+    assert text(onnx.load_from_string(MODEL)) == text(made)
     onnx.checker.check_model(made)
     session = ort.InferenceSession(MODEL, providers=[CPU_PROVIDER])
     assert session.run(None, {"x": [-1, 2, -3, 4]})[0].tolist() == [1, 2, 3, 4]
@@ -133,7 +135,32 @@ def test_a_session_on_a_gpu_is_tried_and_says_why_it_did_not_open():
     if CUDA_PROVIDER in ort.get_available_providers():
         assert why is None or len(why) > 10
     else:
-        assert CUDA_PROVIDER in why
+        assert why == f"ONNX Runtime {ort.__version__} was built without {CUDA_PROVIDER}"
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (
+            "\x1b[1;31m2026-12-01 08:12:55.4 [E:onnxruntime:Default, provider_bridge_ort.cc:2458 "
+            "operator()] /src/provider_bridge_ort.cc:2043 Get() [ONNXRuntimeError] : 1 : FAIL : "
+            "Failed to load library /lib/libonnxruntime_providers_cuda.so with error: "
+            "libcublasLt.so.13: cannot open shared object file: No such file or directory\n"
+            "\x1b[m\n\x1b[0;93m2026-12-01 08:12:55.4 [W:onnxruntime:Default, state.cc:1295 "
+            "Create] Failed to create CUDAExecutionProvider. Install all\x1b[m\n",
+            "libcublasLt.so.13: cannot open shared object file: No such file or directory",
+        ),
+        (
+            "Traceback:\n\x1b[1;31m2026-12-01 08:12:55.4 [E:onnxruntime:Default, cuda.cc:1 Call] "
+            "CUDA failure 100: no CUDA-capable device is detected\x1b[m\n\n",
+            "CUDA failure 100: no CUDA-capable device is detected",
+        ),
+        ("", ""),
+    ],
+)
+def test_the_cause_is_found_in_what_onnx_runtime_says(said, why):
+    """The first text is that of 1.31.1, in an environment without cuBLAS."""
+    assert cuda_session.reason(said) == why
 
 
 @pytest.mark.parametrize(("why", "runs"), [(None, True), ("libcudart.so.13 is missing", False)])
