@@ -49,19 +49,25 @@ class Loaded:
         Raises:
             EngineError: no profile takes these shapes.
         """
+        context = self.engine.context(self.profile(sizes), self.scratch)
+        bind_all(context, shapes_of(self.spec, sizes), addresses)
+        return context
+
+    def profile(self, sizes: Mapping[str, int]) -> int:
+        """Return the first profile that takes these sizes of the contract's symbols.
+
+        Raises:
+            EngineError: none does.
+        """
         shapes = shapes_of(self.spec, sizes)
-        inputs = {spec.name: shapes[spec.name] for spec in self.spec.inputs}
-        profile = self.compiled.profile_for(inputs)
+        profile = self.compiled.profile_for({s.name: shapes[s.name] for s in self.spec.inputs})
         if profile is None:
             asked = ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())
             raise EngineError(
                 f"engine {self.compiled.file.name} was compiled for other sizes than {asked}. "
                 f"{compile_again(self.compiled.file.parent.parent)}"
             )
-        context = self.engine.context(profile, self.scratch)
-        for name, shape in shapes.items():
-            context.bind(name, shape, addresses[name])
-        return context
+        return profile
 
 
 def share_scratch(device: Device, engines: Sequence[Loaded]) -> None:
@@ -111,11 +117,15 @@ class Replay:
 
 
 class LooseCall:
-    """One engine called on arrays of host and device, its outputs in memory of their own."""
+    """One engine called on arrays of host and device, its outputs in memory of their own.
+
+    One context for each profile, bound anew in every call: plans that decide per prompt call their
+    probe with ever new sizes, and a context costs memory of host and device.
+    """
 
     def __init__(self, memory: Memory, loaded: Loaded):
         self.memory, self.loaded = memory, loaded
-        self._contexts: dict[tuple[int, ...], ExecutionContext] = {}
+        self._contexts: dict[int, ExecutionContext] = {}
 
     def __call__(
         self, inputs: Mapping[str, np.ndarray | DeviceArray], sizes: Mapping[str, int]
@@ -154,13 +164,20 @@ class LooseCall:
         self, sizes: Mapping[str, int], shapes: Mapping[str, Shape], addresses: Mapping[str, int]
     ) -> ExecutionContext:
         """Return the context for these sizes, bound to these addresses."""
-        key = tuple(sizes.values())
-        if key not in self._contexts:
-            self._contexts[key] = self.loaded.context(sizes, addresses)
-            return self._contexts[key]
-        for name, shape in shapes.items():
-            self._contexts[key].bind(name, shape, addresses[name])
-        return self._contexts[key]
+        profile = self.loaded.profile(sizes)
+        if profile not in self._contexts:
+            self._contexts[profile] = self.loaded.context(sizes, addresses)
+        else:
+            bind_all(self._contexts[profile], shapes, addresses)
+        return self._contexts[profile]
+
+
+def bind_all(
+    context: ExecutionContext, shapes: Mapping[str, Shape], addresses: Mapping[str, int]
+) -> None:
+    """Set shape and address of every input and output."""
+    for name, shape in shapes.items():
+        context.bind(name, shape, addresses[name])
 
 
 def shapes_of(spec: GraphSpec, sizes: Mapping[str, int]) -> dict[str, Shape]:

@@ -219,7 +219,7 @@ class TrtContext:
         if scratch is not None:
             self.context.set_device_memory(scratch.address, scratch.nbytes)
         self._inputs: dict[str, TensorSpec] = {s.name: s for s in engine.compiled.spec.inputs}
-        self._outputs: dict[str, Shape] = {}
+        self._shapes: dict[str, Shape] = {}
         self._inferred = False
 
     @property
@@ -229,10 +229,10 @@ class TrtContext:
         return True if ask is None else bool(ask(self._engine.api.stream))
 
     def bind(self, name: str, shape: Shape, address: int) -> None:
-        if name not in self._inputs:
-            self._outputs[name] = tuple(shape)
-        elif not self.context.set_input_shape(name, shape):
-            raise self._rejected(f"does not take '{name}' in shape {list(shape)}")
+        if self._shapes.get(name) != tuple(shape):
+            if name in self._inputs and not self.context.set_input_shape(name, shape):
+                raise self._rejected(f"does not take '{name}' in shape {list(shape)}")
+            self._shapes[name], self._inferred = tuple(shape), False
         if not self.context.set_tensor_address(name, address):
             raise self._rejected(f"has no tensor '{name}'")
 
@@ -247,7 +247,7 @@ class TrtContext:
         missing = self.context.infer_shapes()
         if missing:
             raise self._rejected(f"lacks {', '.join(missing)}")
-        for name, shape in self._outputs.items():
+        for name, shape in self._shapes.items():
             found = tuple(self.context.get_tensor_shape(name))
             if found != shape:
                 raise self._rejected(f"writes '{name}' in shape {list(found)}, not {list(shape)}")

@@ -573,6 +573,19 @@ def test_a_context_has_profile_scratch_shapes_and_addresses_before_it_runs(compi
     assert context.capturable
 
 
+def test_a_context_takes_other_shapes_and_infers_what_follows_from_them_again(compiled):
+    trt = Trt()
+    context = api_of(trt).load(compiled).context(0, None)
+    for rows in (3, 3, 5):
+        bind(context, rows)
+        context.enqueue()  # which the stand-in refuses where shapes were set and not inferred
+    assert [state["shapes"]["rows"][1] for _, state in trt.runs] == [3, 3, 5]
+    bind(context, 4)
+    context.bind("rows.out", (1, 5, 8), 512)  # a mistake: what was right for the call before
+    with pytest.raises(EngineError, match=r"writes 'rows.out' in shape \[1, 4, 8\], not \[1, 5, 8"):
+        context.enqueue()
+
+
 @pytest.mark.parametrize(
     ("facts", "rows", "says"),
     [

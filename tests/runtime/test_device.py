@@ -24,6 +24,7 @@ from visistage.graphs.errors import (
     TargetError,
     VisistageError,
 )
+from visistage.graphs.parts import PROBE
 from visistage.runtime import autotune
 from visistage.runtime.device import engine_trt
 from visistage.runtime.device.calls import Replay
@@ -563,6 +564,30 @@ def test_where_gates_forbid_it_nothing_is_measured(machine, bundles):
         assert not machine.api.runs
     with load(bundles("dense").path, backend="onnxruntime") as session:
         assert session.fused_prefill is None
+
+
+# --- probes ---------------------------------------------------------------------------------------
+
+
+def test_probes_of_ever_new_sizes_share_one_context(machine, bundles):
+    """A plan that decides per prompt asks about as many tokens as there are; each on its own."""
+    with load(bundles("adaptive").path) as session:
+        ask(session, picture(1), new=2)
+        executor = session.executor
+        stage = executor.engine_set.stages[0]
+        shape = next(spec for spec in stage.parts[0].spec.outputs if spec.name == "queries").shape
+        query = np.random.default_rng(0).standard_normal((1, *shape[2:])).astype(stage.dtype)
+        order = np.arange(stage.slots, dtype=np.int32)[None]
+        found = {}
+        for count in range(1, 51):
+            slots = np.arange(count, dtype=np.int64)[None]
+            found[count] = executor.probe(0, 0, query, order, np.full((1,), 60, np.int32), slots)
+        probes = [one for one in machine.api.contexts if one.engine.compiled.graph == PROBE]
+        assert len(probes) == 1
+        assert len({context.profile for context in probes}) == len(probes)
+    for cosine, norm in found.values():
+        assert np.array_equal(cosine[0], found[50][0][0, : cosine.shape[1]])
+        assert np.array_equal(norm[0], found[50][1][0, : norm.shape[1]])
 
 
 # --- lifetimes ------------------------------------------------------------------------------------
