@@ -169,6 +169,10 @@ class PromptCalls:
         """Count the time of a block as that of ``name``."""
         raise NotImplementedError
 
+    def to_host(self, arrays: Sequence[Any]) -> list[np.ndarray]:
+        """Return outputs of one call as arrays of the host."""
+        return [np.asarray(array) for array in arrays]
+
     def take(self, rows: Any, index: np.ndarray) -> Any:
         """Take rows ``index`` (K,), or (B, K), of (B, Q, D) -> (B, K, D)."""
         raise NotImplementedError
@@ -225,8 +229,8 @@ class PromptCalls:
         scales = self.scales[scored_layer(self.plan, edge)]
         caches = self._caches(edge, select_caches(self.plan, edge))
         out = self.call_graph(f"select{edge}", edge, {**scales, **caches, **feeds})
-        on_host = [np.asarray(out[name]) for name in ("positions.out", "order.out", "scores")]
-        return Kept(out["rows.out"], *on_host)
+        read = [out[name] for name in ("positions.out", "order.out", "scores")]
+        return Kept(out["rows.out"], *self.to_host(read))
 
     def probe(
         self, stage, layer, query, slot_order, query_order, visual_slots
@@ -244,7 +248,8 @@ class PromptCalls:
             }
         )
         out = self.call_graph(PROBE, stage, feeds)
-        return np.asarray(out["cosine"]), np.asarray(out["norm"])
+        cosine, norm = self.to_host([out["cosine"], out["norm"]])
+        return cosine, norm
 
     def _caches(self, stage: int, names: Mapping[str, str]) -> dict[str, Any]:
         return {graph: self.cache(stage, name) for graph, name in names.items()}

@@ -105,6 +105,9 @@ class DeviceExecutor(PromptCalls):
         with self.timed(graph.split(".")[0]):
             return call(feeds, sizes)
 
+    def to_host(self, arrays: Sequence[DeviceArray]) -> list[np.ndarray]:
+        return self.memory.download_all(arrays)
+
     def take(self, rows: np.ndarray | DeviceArray, index: np.ndarray):
         """Take rows ``index`` along Q; neighbours are copied together."""
         index = index.reshape(-1)  # of one prompt

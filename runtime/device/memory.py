@@ -156,12 +156,28 @@ class Memory:
 
     def download(self, array: DeviceArray) -> np.ndarray:
         """Return a copy on the host; waits for the device."""
-        nbytes = array.nbytes
+        return self.download_all([array])[0]
+
+    def download_all(self, arrays: Sequence[DeviceArray]) -> list[np.ndarray]:
+        """Return copies on the host of arrays that one call wrote: one copy, one wait for all.
+
+        They lie in one allocation (``pack``); what lies between them comes along.
+        """
+        storages = {id(array.storage) for array in arrays}
+        assert len(storages) == 1
+        start = min(array.offset for array in arrays)
+        nbytes = max(array.offset + array.nbytes for array in arrays) - start
         if nbytes > self._back.nbytes:
             self._back = self.device.allocate_host(aligned(nbytes))
-        self.device.copy(self._back.address, array.address, nbytes)
+        source = arrays[0].storage.buffer.address + start
+        self.device.copy(self._back.address, source, nbytes)
         self.device.record().wait()
-        return self._back.array[:nbytes].copy().view(array.dtype).reshape(array.shape)
+        found = []
+        for array in arrays:
+            at = array.offset - start
+            data = self._back.array[at : at + array.nbytes].copy()
+            found.append(data.view(array.dtype).reshape(array.shape))
+        return found
 
 
 class Place:

@@ -247,6 +247,23 @@ def test_layers_of_several_parts_are_indexed_as_one():
         layers[5]
 
 
+def test_arrays_of_one_allocation_come_down_together():
+    device = HostDevice()
+    memory = Memory(device)
+    wanted = [((2, 3), np.int32), ((5,), np.float32), ((1, 4), np.int64)]
+    arrays = memory.pack([(shape, np.dtype(dtype)) for shape, dtype in wanted])
+    values = [np.arange(np.prod(shape)).reshape(shape).astype(dtype) for shape, dtype in wanted]
+    memory.upload(arrays, values)
+    device.synchronize()
+    device.log.clear()
+    for some in (arrays, arrays[1:], arrays[::-1], arrays[:1]):
+        device.log.clear()
+        for array, found in zip(some, memory.download_all(some), strict=True):
+            assert np.array_equal(found, values[arrays.index(array)])
+            assert found.dtype == array.dtype
+        assert device.log == ["copy", "record"]
+
+
 # --- captures -------------------------------------------------------------------------------------
 
 
@@ -387,6 +404,22 @@ def test_a_decode_step_copies_no_rows_and_no_caches(machine, bundles):
     assert log.count("copy") == uploads + hops + downloads
     assert log.count("launch") == stages
     assert len(log) == uploads + hops + downloads + stages
+
+
+def test_a_selection_waits_once(machine, bundles, monkeypatch):
+    """Its positions, orders and scores come down together: the wait in front of later stages."""
+    waits, real = [], Memory.download_all
+    with load(bundles("pruned").path) as session:
+        ask(session, picture(1), new=2)
+
+        def noted(self, arrays):
+            waits.append(len(arrays))
+            return real(self, arrays)
+
+        monkeypatch.setattr(Memory, "download_all", noted)
+        session.eos = frozenset()
+        assert len(list(session.stream(picture(2), QUESTION, max_tokens=4))) > 0
+        assert waits == [3, *[1] * 4]  # the selection, and the logits of every token
 
 
 def test_questions_of_any_length_share_a_few_calls(machine, bundles):

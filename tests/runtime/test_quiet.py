@@ -80,7 +80,9 @@ def test_an_answer_asks_nobody_and_leaves_nothing(child, tmp_path):
 def test_telemetry_is_off_unless_the_user_says_otherwise(child, given, found):
     code = (
         "import os, sys, types\n"
-        "sys.modules['onnxruntime'] = types.ModuleType('onnxruntime')  # which would report now\n"
+        "stand_in = types.ModuleType('onnxruntime')  # itself it would report now\n"
+        "stand_in.InferenceSession = object\n"
+        "sys.modules['onnxruntime'] = stand_in\n"
         "from visistage.runtime.backends.onnx_runtime import ort\n"
         "print(os.environ['ORT_DISABLE_TELEMETRY'])"
     )
