@@ -26,7 +26,7 @@ __all__ = ["find_cuda_libraries", "ort"]
 
 @lru_cache(maxsize=1)
 def find_cuda_libraries() -> str:
-    """Load the CUDA libraries that pip installed, which lie on nobody's path; once in a process.
+    """Load the CUDA libraries that pip installed, which lie on no path, the first time it is asked.
 
     Returns what ONNX Runtime says about those that it did not find. Whether the provider starts all
     the same, its first session shows.

@@ -57,7 +57,7 @@ class CudaDevice:
     def _enter(self) -> None:
         """Make this the calling thread's device where the thread is new: each has one of its own.
 
-        Whoever asks for work does so (``Backend.activate``); arrays are read and dropped anywhere.
+        Sessions do so before they ask for work; arrays are read and dropped in any thread.
         """
         if not getattr(self._threads, "entered", False):
             self.activate()

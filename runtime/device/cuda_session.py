@@ -27,7 +27,7 @@ MODEL = bytes.fromhex(  # y = Abs(x), of four floats; neither onnx nor a file is
 _CAUSE = "with error: "
 """What stands between the name of the library that did not load and the loader's reason."""
 
-_MARKS = re.compile(r"\x1b\[[0-9;]*m|\S+ \S+ \[\w:onnxruntime:[^\]]*\]")
+_COLOURS = re.compile(r"\x1b\[[0-9;]{0,20}m")
 
 
 @lru_cache(maxsize=1)
@@ -48,9 +48,16 @@ def why_no_session() -> str | None:
 
 def reason(said: str) -> str:
     """Return the cause in what ONNX Runtime wrote to standard error, without time and colours."""
-    lines = [_MARKS.sub("", line).strip() for line in said.splitlines()]
+    lines = [_message(line) for line in said.splitlines()]
     causes = [line.partition(_CAUSE)[2] for line in lines if _CAUSE in line]
     return next(iter(causes or [line for line in reversed(lines) if line]), "")
+
+
+def _message(line: str) -> str:
+    """Return a line of a log without its colours, its time and its place in the source."""
+    line = _COLOURS.sub("", line).strip()
+    head, _, message = line.partition("] ")
+    return message if ":onnxruntime:" in head else line
 
 
 def main() -> None:
