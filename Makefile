@@ -84,12 +84,14 @@ tables: setup  ## measure the demo models again, and write every table that rest
 	done
 	$(BIN)/python -m visistage.bench.tables
 
-# Each folder gets processes of its own: compilers and back ends leave gigabytes in theirs.
-GROUPS = $(sort $(dir $(wildcard tests/*/test_*.py))) "tests/test_*.py"
+# Each group gets processes of its own: compilers and back ends leave gigabytes in theirs. All groups share their traces.
+FOLDERS := $(sort $(dir $(wildcard tests/*/test_*.py)))
+ALONE   := tests/compile/ tests/graphs/ tests/runtime/
+GROUPS   = $(ALONE) "$(filter-out $(ALONE),$(FOLDERS))" "tests/test_*.py"
 
 test: setup  ## run the tests, or some: TESTS=tests/graphs/test_plan.py
-	status=0; for group in $(if $(TESTS),"$(TESTS)",$(GROUPS)); do \
-		$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 $$group || status=1; \
+	status=0; traces=$$(mktemp -d); trap 'rm -rf "$$traces"' EXIT; for group in $(if $(TESTS),"$(TESTS)",$(GROUPS)); do \
+		VISISTAGE_TRACES="$$traces" $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 $$group || status=1; \
 	done; exit $$status
 
 check: setup types  ## lint, formatting, types, layering and the wheel's contents

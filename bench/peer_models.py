@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..compile.checkpoint.names import canonical, published_name
 from ..compile.checkpoint.safetensors_file import read_header
 from ..demo.heldout import HeldOutSample, held_out
 from ..demo.worlds import DEMO, WORLDS
+from ..graphs.families.registry import FAMILIES
 from ..graphs.progress import Progress
 from ..graphs.quantization import is_quantised
 from .environments import LLAMA_CPP, OPENVINO, OWN, ROOT, Environment, run_in
@@ -54,14 +55,23 @@ class PeerCheckpoint:
 
     @classmethod
     def named(cls, model: str, minutes: float = 20) -> PeerCheckpoint:
-        """Open a demo model, or random weights in a published geometry."""
+        """Open a demo model, or random weights in a published geometry.
+
+        Where images differ in their tokens, none has more than a square one that is not resized.
+        """
         origin = Origin(model, dummy_weights=model not in OWN_MODELS)
         checkpoint = open_checkpoint(model, dummy_weights=origin.dummy_weights)
+        config, side = checkpoint.config, checkpoint.config.vision.image_size
+        if FAMILIES[config.family].budgeted is not None:
+            origin = replace(origin, image_tokens=config.layout(side, side).rows)
+            checkpoint = open_checkpoint(
+                model, dummy_weights=origin.dummy_weights, image_tokens=origin.image_tokens
+            )
         return cls(origin, checkpoint, minutes)
 
     @property
     def side(self) -> int:
-        """Pixels of an image that the vision encoder takes."""
+        """Pixels of an image that the vision encoder takes, or one that it takes as it is."""
         return self.checkpoint.config.vision.image_size
 
     def scenes(self, count: int, series: int) -> Iterator[HeldOutSample]:
@@ -84,12 +94,13 @@ def hugging_face(subject: PeerCheckpoint) -> Path:
             if file.is_file() and ".safetensors" not in file.name:
                 shutil.copy(file, folder)
         tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        renamed = {published_name(canonical(name)): tensor for name, tensor in tensors.items()}
+        renamed = {published_name(canonical(name, kind), kind): t for name, t in tensors.items()}
         save_file(renamed, folder / "model.safetensors", {"format": "pt"})
 
+    kind = subject.checkpoint.config.family
     files = sorted(subject.checkpoint.path.glob("*.safetensors"))
     names = {name for file in files for name in read_header(file)}
-    if names == {published_name(canonical(name)) for name in names}:
+    if names == {published_name(canonical(name, kind), kind) for name in names}:
         return subject.checkpoint.path.absolute()
     return _made(subject, "published", make)
 
@@ -164,6 +175,7 @@ def bundle(plan: str, precision: str, target: str, subject: PeerCheckpoint) -> P
         precision=precision,
         target=target,
         calibration=calibration,
+        image_tokens=subject.origin.image_tokens,
         out=ROOT / "bundles",
     )
     return made.path.absolute()
@@ -201,20 +213,48 @@ class Peer:
     keeps: bool = True
 
 
-def plans_of(visual_tokens: int) -> dict[str, str]:
+def kept_of(visual_tokens: int) -> tuple[int, int]:
+    """Return how many tokens pruned ones keep before the decoder: some, and few."""
+    return 2 * visual_tokens // 9, visual_tokens // 9
+
+
+def plans_of(visual_tokens: int, selector: str = "scope") -> dict[str, str]:
     """Return our plans for images of so many tokens, by what a key calls them."""
-    some, few = 2 * visual_tokens // 9, visual_tokens // 9
+    some, few = kept_of(visual_tokens)
     return {
         "dense": "dense",
         "visipruner": "visipruner",
-        "scope": f"scope:keep={some}",
-        "scope-few": f"scope:keep={few}",
-        "scope-visipruner": f"visipruner:entry=scope-{some}",
+        selector: f"{selector}:keep={some}",
+        f"{selector}-few": f"{selector}:keep={few}",
+        f"{selector}-visipruner": f"visipruner:entry={selector}-{some}",
     }
 
 
-def all_peers(targets: Sequence[str], visual_tokens: int) -> list[Peer]:
-    """Return every peer, the reference first."""
+def cdpruner_peers(visual_tokens: int) -> list[Peer]:
+    """Return OpenVINO GenAI with its own pruning before the decoder, which takes Qwen-VL alone."""
+    peers = []
+    for weights, count in product(PRECISIONS, kept_of(visual_tokens)):
+        percent = 100 - round(100 * count / visual_tokens)
+        words = ["OpenVINO GenAI", *(["int8 weights"] if weights == "int8" else [])]
+        peers.append(
+            Peer(
+                f"openvino-{weights}-f32-cdpruner-{count}",
+                ", ".join([*words, "f32", f"CDPruner, {percent} % removed"]),
+                "openvino_genai_vlm",
+                OPENVINO,
+                partial(openvino, weights),
+                {"precision": "f32", "prefix": False, "pruned": percent},
+                precision=weights,
+                plan=f"random:keep={count}",  # of as much work
+                keeps=False,
+            )
+        )
+    return peers
+
+
+def all_peers(targets: Sequence[str], visual_tokens: int, *, bare: bool = False) -> list[Peer]:
+    """Return every peer, the reference first; ``bare``: of an encoder that hands out rows alone."""
+    selector = "divprune" if bare else "scope"
     peers = [Peer(REFERENCE, "transformers", "hugging_face", OWN, hugging_face, keeps=False)]
     for weights, hint, prefix in product(PRECISIONS, ("f32", None), (False, True)):
         keys = ["openvino", weights, hint or "default", *(["prefix"] if prefix else [])]
@@ -238,7 +278,9 @@ def all_peers(targets: Sequence[str], visual_tokens: int) -> list[Peer]:
         peers.append(
             Peer(f"llama.cpp-{kind}", label, "llama_cpp_mtmd", LLAMA_CPP, model, {}, precision)
         )
-    plans = plans_of(visual_tokens).items()
+    if bare:
+        peers += cdpruner_peers(visual_tokens)
+    plans = plans_of(visual_tokens, selector).items()
     for target, precision, (name, plan) in product(targets, PRECISIONS, plans):
         key, words = [name, precision], [plan, "W8A8" if precision == "int8" else "FP32"]
         if target != "cpu":

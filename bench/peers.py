@@ -34,6 +34,7 @@ from ..graphs.errors import VisistageError
 from ..graphs.parts import VISION
 from ..graphs.plan.call_cost import COUNTS, GraphCall, total_work, work_of
 from ..graphs.plan.cost import plan_loads
+from ..graphs.vision_config import PATCHES
 from ..runtime.text.prompt import Prompt, PromptEncoder
 from ..runtime.text.sampling import eos_ids
 from .environments import ROOT, interpreter
@@ -258,7 +259,8 @@ def chosen(peers: Iterable[Peer], only: Sequence[str]) -> list[Peer]:
 def main(model, rounds, tokens, threads, targets, only, minutes, dry) -> None:
     """Set up, ask in turns, record; every answer is a line of JSON on stdout."""
     subject = PeerCheckpoint.named(model, minutes)
-    peers = all_peers(targets, subject.checkpoint.config.visual_tokens)
+    config = subject.checkpoint.config
+    peers = all_peers(targets, config.visual_tokens, bare=config.vision.kind == PATCHES)
     runs = [PeerRun(peer) for peer in chosen(peers, only)]
     rates = measure_rates(threads)
     every = list(questions(subject, rounds + 1))  # the first round warms up

@@ -5,6 +5,7 @@ takes OpenBLAS three times as long on cores that somebody else needs, too.
 """
 
 import os
+from pathlib import Path
 
 # Before NumPy is imported, and for the processes that tests start, too.
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["VISISTAGE_THREADS"] = "1"
@@ -19,14 +20,16 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def _shared_traces(tmp_path_factory):
-    """The processes of a run by pytest-xdist share what they trace; one alone has nothing to."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
+    """The processes of a run by pytest-xdist, or of a `make test`, share what they trace."""
+    folder = os.environ.get("VISISTAGE_TRACES")
+    if folder is None and "PYTEST_XDIST_WORKER" not in os.environ:
         return
     from visistage.compile.export import stitch
     from visistage.tests.support.traces import SharedTraces
 
     # The folders of all processes of one run lie side by side, those of other runs elsewhere.
-    stitch._TRACED = SharedTraces(tmp_path_factory.getbasetemp().parent / "traces")
+    beside = tmp_path_factory.getbasetemp().parent / "traces"
+    stitch._TRACED = SharedTraces(Path(folder) if folder else beside)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from serving import Stopwatch, serve  # isort: skip  (first: it notes when this 
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoProcessor, GenerationConfig, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -31,7 +31,7 @@ class EagerReference:
     def __init__(self, model, threads):
         torch.set_num_threads(threads)
         self.processor = AutoProcessor.from_pretrained(model, backend="pil", local_files_only=True)
-        self.model = LlavaForConditionalGeneration.from_pretrained(
+        self.model = AutoModelForImageTextToText.from_pretrained(
             model, dtype=torch.float32, local_files_only=True
         ).eval()
         self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)

@@ -24,15 +24,18 @@ class Listener(genai.StreamerBase):
 
 
 class Pipeline:
-    """``precision``: of inference, None leaves it to OpenVINO. ``prefix``: prefix caching."""
+    """``precision``: of inference, None leaves it to OpenVINO. ``prefix``: prefix caching.
+    ``pruned``: percent of an image's tokens that CDPruner removes before the decoder.
+    """
 
-    def __init__(self, model, threads, precision, prefix):
+    def __init__(self, model, threads, precision, prefix, pruned=0):
         scheduler = genai.SchedulerConfig()
         scheduler.enable_prefix_caching = prefix
         settings = {"INFERENCE_NUM_THREADS": threads, "scheduler_config": scheduler}
         if precision is not None:
             settings["INFERENCE_PRECISION_HINT"] = precision
         self.pipeline = genai.VLMPipeline(model, "CPU", **settings)
+        self.pruned = pruned
         default = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT")
         self.about = {
             "openvino": openvino.__version__,
@@ -48,6 +51,7 @@ class Pipeline:
         config.do_sample = False
         config.ignore_eos = True
         config.apply_chat_template = False  # the text is in it already
+        config.pruning_ratio = self.pruned
         watch = Stopwatch()
         done = self.pipeline.generate(
             text.replace("<image>\n", "<image>"),

@@ -298,6 +298,35 @@ def _qwen2_5_vl(
     }
 
 
+_SMALL_QWEN_SPECIALS = {name: place for place, name in enumerate(_QWEN_SPECIALS)}
+
+
+def _small_qwen2_5_vl() -> dict[str, Any]:
+    """Return the ``config.json`` of a Qwen2.5-VL as small as LLaVA-45m, with the same windows."""
+    config = _qwen2_5_vl(12, 512, 1408, 8, 4, 416)
+    vision = {
+        "depth": 8,
+        "hidden_size": 320,
+        "intermediate_size": 896,
+        "num_heads": 4,
+        "out_hidden_size": 512,
+        "fullatt_block_indexes": [3, 7],
+    }
+    ids = {
+        "image_token_id": _SMALL_QWEN_SPECIALS["<|image_pad|>"],
+        "video_token_id": _SMALL_QWEN_SPECIALS["<|video_pad|>"],
+        "vision_start_token_id": _SMALL_QWEN_SPECIALS["<|vision_start|>"],
+        "vision_end_token_id": _SMALL_QWEN_SPECIALS["<|vision_end|>"],
+    }
+    return {
+        **config,
+        **ids,
+        "max_position_embeddings": 4096,
+        "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+        "vision_config": config["vision_config"] | vision,
+    }
+
+
 KNOWN_MODELS: Mapping[str, KnownModel] = {
     "llava-7b": KnownModel(
         {**_LLAVA, "text_config": _VICUNA_7B},
@@ -407,6 +436,11 @@ KNOWN_MODELS: Mapping[str, KnownModel] = {
         _qwen2_5_vl(28, 3584, 18944, 28, 4, 152064),
         _QWEN_SPECIALS,
         "Qwen/Qwen2.5-VL-7B-Instruct: 8.3 billion parameters",
+    ),
+    "qwen2.5-vl-50m": KnownModel(
+        _small_qwen2_5_vl(),
+        _SMALL_QWEN_SPECIALS,
+        "no published model: 48.7 million parameters, the patches and windows of Qwen2.5-VL",
     ),
 }
 """Models that ``--dummy-weights`` can make."""

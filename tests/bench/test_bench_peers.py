@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from visistage.bench import environments, peer_tables, peers, scaling, tables
+from visistage.bench import environments, peer_models, peer_tables, peers, scaling, tables
 from visistage.bench.lower_bound import (
     Rates,
     layer_work,
@@ -25,6 +26,7 @@ from visistage.bench.runner import (
     parse_line,
 )
 from visistage.compile.checkpoint.dummy import make_dummy
+from visistage.compile.checkpoint.known_models import model_config
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.errors import VisistageError
 from visistage.graphs.plan.call_cost import COUNTS, Work, total_work, vision_work
@@ -232,6 +234,38 @@ def test_keys_of_peers_name_one_each():
         assert all(any(key.startswith(start) for key in keys) for start in goal.theirs)
     fp32 = {key for key in keys if key.startswith(peer_tables.F32)}
     assert fp32 == {"openvino-fp32-f32", "openvino-fp32-f32-prefix"}
+
+
+def test_openvino_prunes_as_many_tokens_as_our_plans_of_a_bare_encoder():
+    """CDPruner takes whole percents; of 256 tokens 78 % and 89 % leave 56 and 28."""
+    peers = all_peers(("cpu",), 256, bare=True)
+    plans = {peer.plan for peer in peers if peer.key.startswith("visistage")}
+    pruned = {p.settings["pruned"]: p.plan for p in peers if "cdpruner" in p.key}
+    assert pruned == {78: "random:keep=56", 89: "random:keep=28"}
+    for percent, plan in pruned.items():
+        assert plan == f"random:keep={256 * (100 - percent) // 100}"
+        assert plan.replace("random", "divprune") in plans
+    assert not any("scope" in plan for plan in plans)
+    assert not any("cdpruner" in peer.key for peer in all_peers(("cpu",), 256))
+
+
+def test_images_of_a_qwen_take_no_more_tokens_than_a_square_that_is_not_resized(monkeypatch):
+    given = []
+    monkeypatch.setattr(peer_models, "open_checkpoint", opened_without_weights(given))
+    subject = PeerCheckpoint.named("qwen2.5-vl-50m")
+    assert subject.side == 448
+    assert subject.origin.image_tokens == subject.checkpoint.config.visual_tokens == 256
+    assert given == [None, 256]
+
+
+def opened_without_weights(given):
+    """Return what opens a known model by its sizes alone, and notes budgets."""
+
+    def opened(model, *, dummy_weights, image_tokens=None):
+        given.append(image_tokens)
+        return SimpleNamespace(config=model_config(model, image_tokens))
+
+    return opened
 
 
 def test_every_peer_has_its_script():
