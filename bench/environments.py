@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .runner import PeerError, ending, last_line
@@ -56,6 +56,11 @@ OPENVINO = Environment(
     ),
     {"HF_HUB_OFFLINE": "1"},
 )
+OPENVINO_QWEN = replace(
+    OPENVINO, name="openvino-qwen", steps=(*OPENVINO.steps, ("install", "transformers==4.57.6"))
+)
+"""For optimum-intel's export of Qwen2-VL and Qwen2.5-VL, which takes no later one."""
+
 LLAMA_CPP = Environment(
     "llama-cpp",
     (

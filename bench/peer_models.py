@@ -31,11 +31,14 @@ from ..demo.worlds import DEMO, WORLDS
 from ..graphs.families.registry import FAMILIES
 from ..graphs.progress import Progress
 from ..graphs.quantization import is_quantised
-from .environments import LLAMA_CPP, OPENVINO, OWN, ROOT, Environment, run_in
+from .environments import LLAMA_CPP, OPENVINO, OPENVINO_QWEN, OWN, ROOT, Environment, run_in
 from .runner import RUNNERS, PeerError
 
 REFERENCE = "transformers"
 PRECISIONS = ("fp32", "int8")
+EXPORTERS = {"qwen2_vl": OPENVINO_QWEN, "qwen2_5_vl": OPENVINO_QWEN}
+"""Family -> the environment that exports it for OpenVINO, where it is not the usual one."""
+
 REPORTED = {"f32": "fp32", "bf16": "bf16"}
 """OpenVINO's name of an inference precision -> the lower bound's."""
 
@@ -112,11 +115,12 @@ def openvino(kind: str, subject: PeerCheckpoint) -> Path:
         PeerError: the environment or the export failed, or it found weights missing.
     """
     source = hugging_face(subject)
+    environment = EXPORTERS.get(subject.checkpoint.config.family, OPENVINO)
 
     def make(folder: Path, log: Path) -> None:
         log.unlink(missing_ok=True)
         run_in(
-            OPENVINO,
+            environment,
             [
                 *("-m", "optimum.commands.optimum_cli", "export", "openvino"),
                 *("--model", str(source)),

@@ -2,10 +2,19 @@
 
 from serving import Stopwatch, serve  # isort: skip  (first: it notes when this process began)
 
+import json
+from pathlib import Path
+
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -25,12 +34,27 @@ class TokenListener(BaseStreamer):
         """Do nothing: all tokens were passed on."""
 
 
+def processor_of(folder):
+    """Return a checkpoint's processor; where it has one of videos, which needs torchvision, of
+    images alone.
+    """
+    options = {"backend": "pil", "local_files_only": True}
+    try:
+        return AutoProcessor.from_pretrained(folder, **options)
+    except ImportError:
+        named = json.loads((Path(folder) / "processor_config.json").read_text())
+        base = getattr(transformers, named["processor_class"])
+        kind = type("ImagesAlone", (base,), {"check_argument_for_proper_class": lambda *_: None})
+        images = AutoImageProcessor.from_pretrained(folder, **options)
+        return kind(images, AutoTokenizer.from_pretrained(folder, local_files_only=True), None)
+
+
 class EagerReference:
     """The reference: FP32, greedy, the end of an answer ignored."""
 
     def __init__(self, model, threads):
         torch.set_num_threads(threads)
-        self.processor = AutoProcessor.from_pretrained(model, backend="pil", local_files_only=True)
+        self.processor = processor_of(model)
         self.model = AutoModelForImageTextToText.from_pretrained(
             model, dtype=torch.float32, local_files_only=True
         ).eval()

@@ -317,6 +317,8 @@ def _small_qwen2_5_vl() -> dict[str, Any]:
         "video_token_id": _SMALL_QWEN_SPECIALS["<|video_pad|>"],
         "vision_start_token_id": _SMALL_QWEN_SPECIALS["<|vision_start|>"],
         "vision_end_token_id": _SMALL_QWEN_SPECIALS["<|vision_end|>"],
+        "bos_token_id": _SMALL_QWEN_SPECIALS["<|endoftext|>"],
+        "eos_token_id": _SMALL_QWEN_SPECIALS["<|im_end|>"],
     }
     return {
         **config,
