@@ -203,7 +203,7 @@ class Peer:
 
     key: names it in the record. script: in ``runners/``. model: makes the folder it reads.
     precision: of its linear layers, None where it reports it. keeps: whether a second question
-    finds the image encoded.
+    finds the image encoded. told: visual tokens that it counts to a prompt; None: all.
     """
 
     key: str
@@ -215,6 +215,7 @@ class Peer:
     precision: str | None = "fp32"
     plan: str = "dense"
     keeps: bool = True
+    told: int | None = None
 
 
 def kept_of(visual_tokens: int) -> tuple[int, int]:
@@ -251,6 +252,7 @@ def cdpruner_peers(visual_tokens: int) -> list[Peer]:
                 precision=weights,
                 plan=f"random:keep={count}",  # of as much work
                 keeps=False,
+                told=count,
             )
         )
     return peers

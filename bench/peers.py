@@ -275,7 +275,7 @@ def main(model, rounds, tokens, threads, targets, only, minutes, dry) -> None:
             turn = number % len(runs)
             for run in [*runs[turn:], *runs[:turn]]:
                 for question in asked:
-                    rows = question.prompt.text_tokens + subject.checkpoint.config.visual_tokens
+                    rows = question.prompt.text_tokens + (run.peer.told or config.visual_tokens)
                     answer = run.ask(file, question, rows, tokens)
                     if answer is not None:
                         facts = {"peer": run.peer.key, "round": number, "kind": question.key[1]}
@@ -286,8 +286,7 @@ def main(model, rounds, tokens, threads, targets, only, minutes, dry) -> None:
     machine = {"key": "machine", "model": model, "rounds": rounds, "tokens": tokens}
     machine |= {"threads": threads, "rates": rates.to_dict()}
     machine["prompt_tokens"] = mean(
-        question.prompt.text_tokens + subject.checkpoint.config.visual_tokens
-        for question in counted
+        question.prompt.text_tokens + config.visual_tokens for question in counted
     )
     table = [row_of(run, subject, counted, rates, reference) for run in runs]
     save(f"peers-{model}", [machine, *table], dry=dry)
