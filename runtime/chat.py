@@ -23,7 +23,7 @@ from ..graphs.errors import PromptError
 from ..graphs.fields import show
 from .answer import Answer
 from .loaded import Images
-from .reuse import PromptPart, tail_of
+from .prompt_parts import PromptPart, tail_of
 from .settings import AnswerSettings
 from .stream import Stream
 

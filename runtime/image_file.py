@@ -41,7 +41,8 @@ from ..graphs.safetensors_header import Header, TensorInfo, read_safetensors, wr
 from ..graphs.selectors.entry import PADDING
 from .image_cache import CachedPrefix, HeldSlots
 from .opened_image import SAVE_AGAIN, SUFFIX, ImageOrigin
-from .reuse import Context, PromptImage, PromptPart, visual_rows
+from .prompt_parts import PromptImage, PromptPart, visual_rows
+from .reuse import Context
 
 FORMAT = "visistage image 2"
 MAX_HEADER_BYTES = 1 << 20
@@ -136,7 +137,7 @@ def layout_of(
     """
     manifest = bundle.manifest
     plan, text = manifest.plan, manifest.config.text
-    begin, rest = context.after_prefix(opening)
+    begin, rest = context.prefix.part_from(opening)
     stages = plan.stages[: plan.blind_stages]
     origin = ImageOrigin(
         sha256(bundle.path / MANIFEST),

@@ -26,7 +26,8 @@ from .image.image import MAX_PIXELS, Preprocessing, load_image, pixel_key, warm_
 from .image_cache import ByteCache, default_cache_bytes
 from .image_file import SavedLayout, layout_of, read_image, saved_size
 from .opened_image import SUFFIX, LoadedImage, Opened, OpenedImage, Source
-from .reuse import Context, PromptImage, PromptPart
+from .prompt_parts import PromptImage, PromptPart
+from .reuse import Context
 from .text.generation import GenerationRules
 from .text.grammar import Grammars
 from .text.messages import Message

@@ -8,8 +8,7 @@ seen before is copied back instead of computed (docs/design.md, "Append rows").
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
@@ -17,53 +16,30 @@ from typing import Any
 import numpy as np
 
 from ..graphs.bundle import Bundle
-from ..graphs.caches import stage_caches
 from ..graphs.chain.chain import Chain
 from ..graphs.chain.enter import entered_rows, run_of
-from ..graphs.chain.executor import Encoded, StageResult
+from ..graphs.chain.executor import StageResult
 from ..graphs.chain.rows import AppendedRows, Prefilled, PrefilledPart, on_axes
 from ..graphs.contract import INVISIBLE
 from ..graphs.errors import CapacityError
-from ..graphs.families.family import ImageLayout
-from ..graphs.plan.plan import StagePlan
 from ..graphs.selectors.edge import ROW_READINGS
 from .backends.backend import Backend
-from .backends.feeds import Embedding, map_tensor
+from .backends.feeds import Embedding
 from .image_cache import ByteCache, CachedPrefix, HeldSlots
+from .prompt_parts import (
+    PromptImage,
+    PromptPart,
+    chain_keys,
+    ends_image,
+    image_rows,
+    images_among,
+    tail_of,
+    visual_rows,
+)
+from .stored_prefix import StoredPrefix
 
 PATCHES_BYTES = 1 << 20
 """Limit of what is remembered of the patches that entered: their places, for people to see."""
-
-
-@dataclass(frozen=True)
-class PromptImage:
-    """An image in a prompt, or one of several runs of its rows: the key of its pixels, a function
-    for all its rows that enter, how they are laid out, and which run it is.
-
-    ``known``: what the stages made of a prompt up to it, by its key (``Context.computed``), where
-    that comes from a file.
-    """
-
-    key: str
-    encoded: Callable[[], Encoded]
-    layout: ImageLayout
-    known: tuple[str, CachedPrefix] | None = None
-    run: int = 0
-
-    @property
-    def rows(self) -> int:
-        """N of the run."""
-        start, stop = self.layout.spans[self.run]
-        return stop - start
-
-    @property
-    def last(self) -> bool:
-        """True of an image's last run, which is its only one where no markers are between."""
-        return self.run == len(self.layout.spans) - 1
-
-
-PromptPart = Sequence[int] | PromptImage
-"""A stretch of a prompt: token ids, or an image."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +79,7 @@ class Context:
         self.length = 0  # rows of the prompt and the answer so far, those of images included
         self.lag = 0  # by how much positions are behind that number
         self.tail: list[int] = []  # ids of its text behind the last image, and of the answer
-        self.prefix = bundle.manifest.prefix
-        self.prefix_rows = 0  # rows of the prefix in the first slots of every stage
-        self.saved = self._map_prefix(bundle) if self.prefix else []
+        self.prefix = StoredPrefix(bundle, self.chain)
 
     def orders_of(self, parts: Sequence[PromptPart]) -> int:
         """Return how many orders a prompt takes: all its rows before pruning, unless the plan
@@ -130,7 +104,7 @@ class Context:
         slots = self.chain.slots[self.chain.plan.entry_stage]
         out: list[tuple[np.ndarray, np.ndarray]] = []
         visual = np.sort(slots.order[0, slots.visual[0]])
-        for index in _images(parts):
+        for index in images_among(parts):
             part, first = parts[index], self.orders_of(parts[:index])
             assert isinstance(part, PromptImage)
             span = self.chain.plan.span_of(part.rows)
@@ -169,8 +143,8 @@ class Context:
         """Bring every stage that is blind to questions to the end of the last image of ``parts``,
         computing only what is new.
         """
-        begin, rest = self.after_prefix(parts)
-        images = _images(rest)
+        begin, rest = self.prefix.part_from(parts)
+        images = images_among(rest)
         if self.chain.plan.whole_prompt:  # without the question nothing can be computed
             for index in images:
                 rest[index].encoded()  # type: ignore[union-attr]
@@ -198,8 +172,8 @@ class Context:
 
     def opening_key(self, parts: Sequence[PromptPart]) -> str:
         """Return the key of ``parts``, which end in their only image."""
-        begin, rest = self.after_prefix(parts)
-        return _chain_keys(begin, self.chain.plan.blind_stages, rest)[-1]
+        begin, rest = self.prefix.part_from(parts)
+        return chain_keys(begin, self.chain.plan.blind_stages, rest)[-1]
 
     def computed(self, parts: Sequence[PromptPart]) -> CachedPrefix | None:
         """Advance to the end of ``parts``, which end in their only image; return what is there.
@@ -218,7 +192,7 @@ class Context:
 
     def prefill(self, parts: Sequence[PromptPart]) -> Prefilled:
         """Run a whole prompt, whose last part is text; the result has its last row's logits."""
-        begin, rest = self.after_prefix(parts)
+        begin, rest = self.prefix.part_from(parts)
         done, stages = self._run(begin, rest)
         self.length = self.orders_of(parts)
         self.lag = self.lag_of(parts)
@@ -278,7 +252,7 @@ class Context:
         """Forget what the stages hold; images that were copied out of them stay known."""
         self.chain.forget()
         self.pending.clear()
-        self.current_key, self.prefix_rows = None, 0
+        self.current_key, self.prefix.rows = None, 0
         self.length, self.tail = 0, []
 
     def clear(self) -> None:
@@ -293,12 +267,13 @@ class Context:
         number of these stages.
         """
         self.keep()
-        self._hold_prefix(begin)
-        images = [] if self.chain.plan.whole_prompt else _images(parts)
-        count = sum(_ends_image(parts[index]) for index in images)
+        if self.prefix.hold(begin, self.executor):
+            self.current_key = None
+        images = [] if self.chain.plan.whole_prompt else images_among(parts)
+        count = sum(ends_image(parts[index]) for index in images)
         stages = self.chain.plan.blind_stages_of(count)
         opening = images[-1] + 1 if images else 0
-        keys = _chain_keys(begin, stages, parts[:opening])
+        keys = chain_keys(begin, stages, parts[:opening])
         for part in parts:
             if isinstance(part, PromptImage) and part.known and part.known[0] in keys:
                 key, prefix = part.known
@@ -315,7 +290,7 @@ class Context:
         for stage in range(1, stages):
             passed.append(self.chain.cross(stage - 1, passed[-1], padded=padded))
         for index in images:
-            if index >= known and _ends_image(parts[index]):
+            if index >= known and ends_image(parts[index]):
                 self._suspend(keys[index], begin, done, passed, new[: index - known + 1], resumed)
         return [*done, *passed[-1]], stages
 
@@ -342,7 +317,7 @@ class Context:
             entered = entered_rows(self.chain.plan, own, first, part.layout, lag)
             return replace(entered, joins=part.run > 0)
         order = np.arange(first, first + len(part), dtype=np.int32)[None]
-        prefix = index < min(_images(parts), default=0)
+        prefix = index < min(images_among(parts), default=0)
         behind = parts[index + 1] if index + 1 < len(parts) else None
         joins = isinstance(behind, PromptImage) and behind.run > 0
         return AppendedRows(False, self.embed(part), order - lag, order, prefix=prefix, joins=joins)
@@ -416,45 +391,6 @@ class Context:
         extra = visual[stage] + text if stage else self.chain.plan.stages[0].visual_tokens
         slots.shrink(self.executor.trim_slots(stage, slots.used, slots.used + extra))
 
-    def _map_prefix(self, bundle: Bundle) -> list[dict[str, np.ndarray]]:
-        """Map the stored keys and values, by stage; nothing is read yet."""
-        assert self.prefix is not None
-        stored = {"key": self.prefix.keys, "value": self.prefix.values}
-        arrays = {name: map_tensor(bundle, ref) for name, ref in stored.items()}
-        arrays["ahead"] = arrays["key"]
-        stages = [[name.split(".") for name in names] for names in stage_caches(self.chain.plan)]
-        return [
-            {f"{kind}.{layer}": arrays[kind][int(layer)][None] for kind, layer in names}
-            for names in stages
-        ]
-
-    def _hold_prefix(self, begin: int) -> None:
-        """Make the first ``begin`` slots of every stage hold the prefix, and nothing else there."""
-        if begin == self.prefix_rows:
-            return
-        self.current_key = None
-        order = np.arange(begin, dtype=np.int32)[None]
-        for index, slots in enumerate(self.chain.slots):
-            slots.rewind(0)
-            if begin:
-                self.chain.reserve(index, begin)
-                slots.write(AppendedRows(False, None, order, order))
-                self.executor.restore(index, 0, self.saved[index])
-        self.prefix_rows = begin
-
-    def after_prefix(self, parts: Sequence[PromptPart]) -> tuple[int, list[PromptPart]]:
-        """Return the slot where this prompt starts, and what of it is not prefix."""
-        head = parts[0]
-        if self.prefix is None or isinstance(head, PromptImage):
-            return 0, list(parts)
-        if self.chain.plan.freezes("prefix") and not _images(parts):
-            return 0, list(parts)  # only rows before an image are frozen
-        ids = self.prefix.ids
-        if tuple(head[: len(ids)]) != ids:
-            return 0, list(parts)
-        rest = head[len(ids) :]
-        return len(ids), [*([rest] if len(rest) else []), *parts[1:]]
-
     def _resume(
         self, begin: int, stages: int, keys: Sequence[str]
     ) -> tuple[int, list[PrefilledPart]]:
@@ -483,56 +419,9 @@ class Context:
         return 0, []
 
 
-def image_rows(parts: Sequence[PromptPart]) -> list[int]:
-    """Return N of each image of a prompt, or of each of its runs."""
-    return [part.rows for part in parts if isinstance(part, PromptImage)]
-
-
-def _ends_image(part: PromptPart) -> bool:
-    return isinstance(part, PromptImage) and part.last
-
-
-def visual_rows(plan: StagePlan, images: Sequence[int]) -> list[int]:
-    """Return the most visual rows that each stage may hold of a prompt; ``images``: N of each."""
-    counts, arriving = [], sum(min(plan.entering, rows) for rows in images)
-    for index, stage in enumerate(plan.stages):
-        edge = plan.edges[index - 1] if index else None
-        if edge is not None and edge.op in ("select", "drop"):
-            arriving = min(arriving, edge.keep or 0)
-        counts.append(arriving if stage.visual_tokens else 0)
-    return counts
-
-
-def tail_of(parts: Sequence[PromptPart]) -> list[int]:
-    """Return the ids of the text behind the last image of a prompt, or of all of it."""
-    behind = parts[max(_images(parts), default=-1) + 1 :]
-    return [id_ for part in behind for id_ in part]  # type: ignore[union-attr]
-
-
-def _images(parts: Sequence[PromptPart]) -> list[int]:
-    """Return the places of the images among ``parts``."""
-    return [index for index, part in enumerate(parts) if isinstance(part, PromptImage)]
-
-
 def _bare(part: PrefilledPart) -> PrefilledPart:
     """Return a part without what no later stage needs of it; a question reads its own rows."""
     of_visual = [name for name in part.result.readings if ROW_READINGS[name] == "visual"]
     readings = {name: part.result.readings[name] for name in of_visual}
     result = StageResult(part.result.rows, None, None, readings)
     return replace(part, segment=replace(part.segment, rows=None), result=result)
-
-
-def _chain_keys(begin: int, stages: int, parts: Sequence[PromptPart]) -> list[str]:
-    """Return the key of everything up to each part: ids, images and, by their counts, positions;
-    and of the number of stages that it went through.
-    """
-    digest = hashlib.sha256(f"{begin} {stages}".encode())
-    keys = []
-    for part in parts:
-        if isinstance(part, PromptImage):
-            text = f"image:{part.key}:{part.run}"
-        else:
-            text = f"ids:{list(part)}"
-        digest.update(f"|{text}".encode())
-        keys.append(digest.copy().hexdigest())
-    return keys

@@ -34,7 +34,8 @@ from .image_cache import ByteCache, CachedPrefix
 from .image_file import write_image
 from .loaded import Images, LoadedBundle, Question
 from .opened_image import LoadedImage, Opened, Source
-from .reuse import Context, PromptPart
+from .prompt_parts import PromptPart
+from .reuse import Context
 from .settings import DEFAULT_MAX_TOKENS, AnswerSettings
 from .stream import Stream
 from .text.sampling import Sampling

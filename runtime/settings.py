@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..graphs.errors import PromptError
 from ..graphs.fields import show
-from .reuse import PromptPart
+from .prompt_parts import PromptPart
 from .text.detokenize import checked_stops
 from .text.grammar import schema_text
 from .text.sampling import Sampling, whole_number

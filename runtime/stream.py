@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..graphs.chain.rows import Prefilled
 from ..graphs.errors import VisistageError
 from .answer import Answer
-from .reuse import PromptPart
+from .prompt_parts import PromptPart
 from .writing import AnswerRequest, AnswerWriter
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from ..graphs.chain.rows import Prefilled
 from ..graphs.plan.cost import Geometry
 from .answer import Answer, ShownTokens, Timings, TokenLogprob, plan_facts
 from .image.overlay import Grid
-from .reuse import Context, PromptImage, PromptPart, image_rows
+from .prompt_parts import PromptImage, PromptPart, image_rows
+from .reuse import Context
 from .text.detokenize import TextStream
 from .text.grammar import Grammar, biased
 from .text.sampling import Sampling, choose

@@ -39,7 +39,7 @@ from visistage.runtime.device.memory import (
 from visistage.runtime.device.protocol import CaptureError, Compiled
 from visistage.runtime.device.stage import DeviceStage
 from visistage.runtime.hardware import GpuInfo
-from visistage.runtime.reuse import visual_rows
+from visistage.runtime.prompt_parts import visual_rows
 from visistage.runtime.session import load
 from visistage.tests.support import toy
 from visistage.tests.support.asking import picture

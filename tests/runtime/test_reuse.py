@@ -14,7 +14,7 @@ from visistage.graphs.families.family import in_one_run
 from visistage.graphs.plan.routing import ROUTERS
 from visistage.graphs.presets.presets import PRESETS
 from visistage.runtime.image_cache import LEAST_CACHE_BYTES, default_cache_bytes
-from visistage.runtime.reuse import PromptImage
+from visistage.runtime.prompt_parts import PromptImage
 from visistage.runtime.session import load
 from visistage.tests.support import toy
 from visistage.tests.support.asking import picture

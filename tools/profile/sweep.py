@@ -19,7 +19,7 @@ from ...graphs.chain.executor import Encoded
 from ...graphs.contract import pixel_shape
 from ...graphs.plan.call_cost import GraphCall
 from ...graphs.plan.plan import StagePlan
-from ...runtime.reuse import PromptImage, PromptPart
+from ...runtime.prompt_parts import PromptImage, PromptPart
 from .timing import FIRST_QUESTION, Spread, image_layout, timed_calls, timed_ms
 
 if TYPE_CHECKING:
