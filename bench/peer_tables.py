@@ -82,10 +82,9 @@ def peers(rows: list[Row]) -> str:
         f"{machine['tokens']} tokens to {machine['prompt_tokens']:.0f} (mean); "
         f"lower bounds: {rates(machine)}"
     )
-    tables = [
-        table(PEERS, [row for row in measured if "cold" in row]),
-        table(GOAL, goals(measured)),
-    ]
+    tables = [table(PEERS, [row for row in measured if "cold" in row])]
+    if any(row["key"].startswith(CHOSEN) for row in measured):
+        tables.append(table(GOAL, goals(measured)))
     return "\n\n".join([*tables, *failures(measured), facts])
 
 

@@ -365,8 +365,9 @@ for _series in ("demo", "demo-576", "easy-vqa"):
     TABLES[f"compare-{_series}-kinds"] = Table(
         f"compare-{_series}", compared_kinds, command=f"compare --series {_series}"
     )
-for _model in ("llava-45m", "demo"):
+for _model in ("llava-45m", "demo", "qwen2.5-vl-50m"):
     TABLES[f"peers-{_model}"] = Table(f"peers-{_model}", peers, command=f"peers --model {_model}")
+for _model in ("llava-45m", "demo"):
     TABLES[f"back-ends-{_model}"] = Table(
         f"back-ends-{_model}",
         lambda rows: table(BACK_ENDS, rows),
