@@ -5,7 +5,8 @@
 A round measures the costs of an engine's calls as ``estimate`` does, then asks the same engine
 about new images: at random times (Poisson), at shares of what it can answer, and by callers of
 whom each asks again once he is answered. The simulation has those costs and the same times. In the
-record, over all rounds: percentiles of the first token, measured and simulated, and their ratio.
+record: percentiles of the first token, measured and simulated, and their ratio, each the median of
+the rounds; a machine that slows down within one round spoils only that one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import count
+from statistics import median
 
 import click
 import numpy as np
@@ -35,6 +37,9 @@ from ..tools.estimate.queueing import (
 )
 from .peer_models import PeerCheckpoint, bundle
 from .record import dry_option, save
+
+Pair = tuple[list[float], list[float]]
+"""Milliseconds to the first tokens of a round, measured and simulated."""
 
 Ask = Callable[[int], float]
 """Asks a question, by its number; returns the milliseconds to its first token."""
@@ -96,6 +101,18 @@ def answers_a_second(costs: ServingCosts, tokens: int) -> float:
     return 1e3 / each
 
 
+def compared(rounds: list[Pair]) -> dict:
+    """Return percentiles of the first tokens of rounds, and ratios: medians, and each round's."""
+    facts = {}
+    for share in (50, 95):
+        pairs = [[percentile(firsts, share) for firsts in pair] for pair in rounds]
+        ratios = [simulated / measured for measured, simulated in pairs]
+        measured, simulated = (median(side) for side in zip(*pairs, strict=True))
+        facts[f"p{share}_ms"] = {"measured": measured, "simulated": simulated}
+        facts[f"p{share}_ms"] |= {"ratio": median(ratios), "ratios": ratios}
+    return facts
+
+
 @click.command()
 @click.option("--model", default="llava-45m", show_default=True, help="Or demo, llava-7b, ...")
 @click.option("--plan", default="scope:keep=64", show_default=True)
@@ -114,7 +131,7 @@ def main(
     """Measure costs, load the engine, simulate the same, record."""
     path = bundle(plan, precision, "cpu", PeerCheckpoint.named(model, minutes))
     prompt = PromptLengths(tokens=tokens)
-    measured, simulated = defaultdict(list), defaultdict(list)
+    firsts: dict[str, list[Pair]] = defaultdict(list)
     costs = []
     with Engine(Bundle.open(path), lanes=callers, threads=threads) as engine:
         for number in range(rounds):
@@ -123,22 +140,15 @@ def main(
                 traffic = Traffic(share * answers_a_second(own, tokens), tokens=tokens)
                 times = [at for at, _ in arrivals(traffic, questions, number)]
                 ask = asking(engine, prompt, questions, 1000 + number)
-                measured[f"busy_{share:g}"] += at_times(ask, times)
-                firsts = simulated_firsts(own, traffic, questions, gap_ms=GAP_MS, seed=number)
-                simulated[f"busy_{share:g}"] += firsts
+                simulated = simulated_firsts(own, traffic, questions, gap_ms=GAP_MS, seed=number)
+                firsts[f"busy_{share:g}"].append((at_times(ask, times), simulated))
             ask = asking(engine, prompt, questions, 2000 + number)
-            measured["callers"] += by_callers(ask, callers, questions)
-            simulated["callers"] += simulate_callers(own, callers, questions, tokens, gap_ms=GAP_MS)
+            simulated = simulate_callers(own, callers, questions, tokens, gap_ms=GAP_MS)
+            firsts["callers"].append((by_callers(ask, callers, questions), simulated))
             click.echo(f"round {number + 1} of {rounds}", err=True)
     rows: list[dict] = [{"key": "machine", "model": model, "plan": plan, "precision": precision}]
     rows[0] |= {"rounds": rounds, "questions": questions, "callers": callers, "tokens": tokens}
-    for load, firsts in measured.items():
-        row: dict = {"key": load}
-        for share in (50, 95):
-            pair = percentile(firsts, share), percentile(simulated[load], share)
-            row[f"p{share}_ms"] = {"measured": pair[0], "simulated": pair[1]}
-            row[f"p{share}_ms"]["ratio"] = pair[1] / pair[0]
-        rows.append(row)
+    rows += [{"key": load} | compared(pairs) for load, pairs in firsts.items()]
     rows.append({"key": "costs", "rounds": [asdict(own) for own in costs]})
     save(f"capacity-{model}", rows, dry=dry)
 

@@ -117,3 +117,12 @@ def test_a_load_is_asked_at_its_times_and_by_its_callers():
     began = time.perf_counter()
     assert capacity.by_callers(ask, 2, 10) == [20.0 + number for number in range(10)]
     assert 0.1 <= time.perf_counter() - began < 0.3
+
+
+def test_a_round_in_which_the_machine_was_slow_spoils_only_itself():
+    even = [float(number) for number in range(1, 101)]
+    slow = [10 * first for first in even]
+    facts = capacity.compared([(even, even), (slow, even), (even, even)])
+    assert facts["p95_ms"]["ratios"] == pytest.approx([1.0, 0.1, 1.0])
+    assert facts["p95_ms"]["ratio"] == 1.0
+    assert facts["p50_ms"]["measured"] == facts["p50_ms"]["simulated"] == pytest.approx(50.5, abs=1)
