@@ -153,6 +153,11 @@ class ModelConfig:
             return 1 + max(high * wide for high, wide in self.limits.sizes) // area
         return self.tiles_of(self.visual_tokens)
 
+    @property
+    def windows(self) -> tuple[int, int, int]:
+        """Fewest, usual and most windows of an image, where the encoder has any."""
+        return self._family.windows(self) if self._family.windows else (1, 1, 1)
+
     def tiles_of(self, rows: int) -> int:
         """Return how many squares, or patches, make ``rows`` visual tokens."""
         return max(1, rows * self.block**2 // self._patches)

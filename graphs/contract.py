@@ -93,8 +93,11 @@ class GraphSpec:
 
     @property
     def follows_context(self) -> bool:
-        """Return whether its sizes follow from how many rows there is room for."""
-        return self.has("S") or self.has("N")
+        """Return whether its sizes follow from how many rows there is room for.
+
+        Where there is no batch, N counts the rows of one image.
+        """
+        return self.has("S") or (self.has("B") and self.has("N"))
 
 
 def inject_name(layer: int) -> str:

@@ -94,7 +94,7 @@ def _engine_spec(
         "N": offered,
         "T": asked,
         TILES: (manifest.config.least_tiles, tiles, tiles),
-        WINDOWS: (1, tiles, tiles),
+        WINDOWS: manifest.config.windows,
     }
     if serves_alone(graph):  # rows of one image, or of several
         one = manifest.plan.stages[stage_of(graph)].visual_tokens

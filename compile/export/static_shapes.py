@@ -31,6 +31,9 @@ from .export import Graph
 DEFAULT_CONTEXT = 1024
 """Rows that engines have space for by default: an image, a question and an answer."""
 
+DEFAULT_TEXT = 448
+"""Rows of a question and an answer among them, which larger images leave space for, too."""
+
 BATCH = 1
 """Prompts at a time in engines."""
 
@@ -59,13 +62,15 @@ def resolve_contexts(target: Target, config: ModelConfig, given: Sequence[int]) 
             )
         return ()
     most = config.text.max_positions
-    contexts = sorted(set(given)) or [min(DEFAULT_CONTEXT, most)]
+    whole = -(-(config.visual_tokens + DEFAULT_TEXT) // SLOT_STEP) * SLOT_STEP
+    contexts = sorted(set(given)) or [min(max(DEFAULT_CONTEXT, whole), most)]
     least = config.visual_tokens + SLOT_STEP
+    fewer = ", or fewer tokens of an image by --image-tokens" if config.varies else ""
     for context in contexts:
         if not least <= context <= most:
             raise CapacityError(
                 f"a context of {context} rows cannot be: an image and {SLOT_STEP} rows of text "
-                f"take {least}, the model knows {most}. Choose --context between them"
+                f"take {least}, the model knows {most}. Choose --context between them{fewer}"
             )
     return tuple(contexts)
 

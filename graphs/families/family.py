@@ -104,6 +104,8 @@ class Family:
         plan: where none is named: a pruned one only where its authors published settings.
         budgeted: returns the limits under which no image has more than so many rows; None: every
             image has as many, which no option changes.
+        windows: returns how many windows an image has that the encoder attends in: the fewest, of
+            a square one of the most rows, and the most; None: it has none.
     """
 
     name: str
@@ -117,3 +119,4 @@ class Family:
     nested: bool = False
     limits: Callable[[ModelConfig, Mapping[str, Any]], Limits] | None = None
     budgeted: Callable[[ModelConfig, int], Limits] | None = None
+    windows: Callable[[ModelConfig], tuple[int, int, int]] | None = None

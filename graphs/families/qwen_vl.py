@@ -5,7 +5,7 @@ and a square of them makes one row. Rows stand at a time, a height and a width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -280,6 +280,23 @@ def most_rows(config: ModelConfig) -> int:
     return max(1, config.limits.most // _edge(config) ** 2)
 
 
+def windows(config: ModelConfig) -> tuple[int, int, int]:
+    """Return how many windows pictures have: the smallest, a square one of the most rows, the most.
+
+    Long ones have more: their windows are cut. They are within ``_MOST_RATIO``, give or take what
+    rounding the shorter side down to whole rows adds.
+    """
+    rows, window = most_rows(config), config.vision.window
+
+    def of(high: int, wide: int) -> int:
+        return math.ceil(high / window) * math.ceil(wide / window)
+
+    lengths = range(1, math.isqrt(rows) + 1)
+    most = max(of(high, min(rows // high, _MOST_RATIO * (high + 1))) for high in lengths)
+    side = math.ceil(math.sqrt(rows))
+    return 1, min(of(side, side), most), most
+
+
 def _edge(config: ModelConfig) -> int:
     """Return the side in pixels of what a row stands for."""
     return config.vision.patch_size * config.vision.merge
@@ -288,10 +305,16 @@ def _edge(config: ModelConfig) -> int:
 _VISION = {"qwen3_vl": _vision3, "qwen2_5_vl": _vision25, "qwen2_vl": _vision2}
 
 
-def _family(name: str, architecture: str, spellings: tuple[tuple[str, str], ...] = ()) -> Family:
+def _family(
+    name: str,
+    architecture: str,
+    spellings: tuple[tuple[str, str], ...] = (),
+    windows: Callable[[ModelConfig], tuple[int, int, int]] | None = None,
+) -> Family:
     return Family(
         name=name,
         architecture=architecture,
+        windows=windows,
         read=read,
         layout=layout,
         most_rows=most_rows,
@@ -311,7 +334,7 @@ _MERGER = (
     (".merger.mlp.2.", ".merger.linear_fc2."),
 )
 QWEN3_VL = _family("qwen3_vl", "Qwen3VLForConditionalGeneration")
-QWEN2_5_VL = _family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", _MERGER)
+QWEN2_5_VL = _family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", _MERGER, windows)
 QWEN2_VL = _family(
     "qwen2_vl",
     "Qwen2VLForConditionalGeneration",

@@ -136,7 +136,7 @@ def test_slots_suffice_for_a_prompt_of_one_image(name, context):
 
 def test_contexts_that_cannot_be():
     rtx, cpu = TARGETS["rtx"], TARGETS["cpu"]
-    assert resolve_contexts(rtx, LLAVA, ()) == (1024,)
+    assert resolve_contexts(rtx, LLAVA, ()) == (1024,)  # an image of 576 tokens, and 448 rows
     assert resolve_contexts(rtx, LLAVA, (4096, 1024, 1024)) == (1024, 4096)
     assert resolve_contexts(cpu, LLAVA, ()) == ()
     with pytest.raises(TargetError, match="--context fixes nothing"):

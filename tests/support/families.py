@@ -25,7 +25,10 @@ class TinyFamily:
 
 
 TINY = {
-    "llava": TinyFamily(toy.make_checkpoint, {"wide": 16, "small": 16}),
+    # The decoder of LLaVA-NeXT's: what is traced of one serves the other.
+    "llava": TinyFamily(
+        partial(toy.make_checkpoint, intermediate=96, kv_heads=2), {"wide": 16, "small": 16}
+    ),
     "internvl": TinyFamily(tiny_internvl.make_checkpoint, {"wide": 52, "small": 4}),
     "llava_next": TinyFamily(tiny_next.make_checkpoint, {"wide": 70, "small": 88}),
     "llava_onevision": TinyFamily(tiny_onevision.make_checkpoint, {"wide": 79, "small": 88}),

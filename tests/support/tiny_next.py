@@ -22,8 +22,9 @@ SIZES = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
 
 
 def make_config(**text):
-    """The ``config.json``; ``text``: of its decoder."""
-    config = toy.make_config(image_size=16, patch=4, intermediate=96, kv_heads=2, **text)
+    """The ``config.json``; ``text``: of its decoder. (For heads of 8 TensorRT has no kernel.)"""
+    sizes = {"image_size": 16, "patch": 4, "intermediate": 96, "kv_heads": 2, "encoder_heads": 2}
+    config = toy.make_config(**sizes, **text)
     config.pop("image_seq_length")
     return config | {
         "architectures": ["LlavaNextForConditionalGeneration"],

@@ -33,6 +33,7 @@ def make_config(**text):
     """The ``config.json``; ``text``: of its decoder."""
     config = toy.make_config(
         encoder="siglip",
+        encoder_heads=2,
         image_size=SIDE,
         patch=4,
         intermediate=96,

@@ -50,6 +50,7 @@ def make_config(
     rope=None,
     max_positions=2048,
     encoder_layers=3,
+    encoder_heads=4,
     fusion=(),
     **text,
 ) -> dict:
@@ -96,7 +97,7 @@ def make_config(
             "num_hidden_layers": encoder_layers,
             "hidden_size": 32,
             "intermediate_size": 64,
-            "num_attention_heads": 4,
+            "num_attention_heads": encoder_heads,
             "image_size": image_size,
             "patch_size": patch,
             **({"vision_use_head": False} if encoder == "siglip" else {}),
