@@ -26,6 +26,9 @@ PRECISIONS = {
     "fp16": ("float32", 2.0),  # a CPU computes in FP32 from weights of two bytes
     "bf16": ("bfloat16", 2.0),
     "int8": ("int8", 1.0),
+    # Weights in blocks: rows are rounded to eight bits within the product.
+    "w8": ("int8", 1.0),
+    "w4": ("int8", 0.5),
 }
 """Precision -> the type whose rate bounds linear layers, and bytes of a weight."""
 

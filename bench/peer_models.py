@@ -1,6 +1,6 @@
 """Peers, their settings, and one checkpoint in the form that each reads, made once and kept.
 
-    .cache/bench/models/NAME/published, openvino-fp32, openvino-int8, gguf-f32, gguf-f16
+    .cache/bench/models/NAME/published, openvino-fp32|int8|int4, gguf-f32|f16|q8_0|q4_0
     .cache/bench/bundles, .cache/bench/calibrations/PLAN
 
 A folder appears under its name when it is whole.
@@ -39,6 +39,10 @@ PRECISIONS = ("fp32", "int8")
 EXPORTERS = {"qwen2_vl": OPENVINO_QWEN, "qwen2_5_vl": OPENVINO_QWEN}
 """Family -> the environment that exports it for OpenVINO, where it is not the usual one."""
 
+BLOCKS = ("w8", "w4")
+"""Precisions with weights alone in integers, a scale for each block of them."""
+
+OURS = {"fp32": "FP32", "int8": "W8A8", "w8": "W8", "w4": "W4"}
 REPORTED = {"f32": "fp32", "bf16": "bf16"}
 """OpenVINO's name of an inference precision -> the lower bound's."""
 
@@ -109,7 +113,7 @@ def hugging_face(subject: PeerCheckpoint) -> Path:
 
 
 def openvino(kind: str, subject: PeerCheckpoint) -> Path:
-    """Return OpenVINO's export, weights of ``kind``: fp32, fp16 or int8.
+    """Return OpenVINO's export, weights of ``kind``: fp32, fp16, int8 or int4.
 
     Raises:
         PeerError: the environment or the export failed, or it found weights missing.
@@ -140,7 +144,7 @@ def openvino(kind: str, subject: PeerCheckpoint) -> Path:
 
 
 def gguf(kind: str, subject: PeerCheckpoint) -> Path:
-    """Return llama.cpp's two files, matrices of ``kind``: f32 or f16.
+    """Return llama.cpp's two files, matrices of ``kind``: f32, f16, q8_0 or q4_0.
 
     Raises:
         PeerError: the environment or the conversion failed.
@@ -258,13 +262,19 @@ def cdpruner_peers(visual_tokens: int) -> list[Peer]:
     return peers
 
 
-def all_peers(targets: Sequence[str], visual_tokens: int, *, bare: bool = False) -> list[Peer]:
-    """Return every peer, the reference first; ``bare``: of an encoder that hands out rows alone."""
+def all_peers(
+    targets: Sequence[str], visual_tokens: int, *, bare: bool = False, blocks: bool = False
+) -> list[Peer]:
+    """Return every peer, the reference first.
+
+    ``bare``: of an encoder that hands out rows alone. ``blocks``: with weights in ``BLOCKS``, too.
+    """
     selector = "divprune" if bare else "scope"
+    bounds = {"fp32": "fp32", "int8": "int8"} | ({"int4": "w4"} if blocks else {})
     peers = [Peer(REFERENCE, "transformers", "hugging_face", OWN, hugging_face, keeps=False)]
-    for weights, hint, prefix in product(PRECISIONS, ("f32", None), (False, True)):
+    for weights, hint, prefix in product(bounds, ("f32", None), (False, True)):
         keys = ["openvino", weights, hint or "default", *(["prefix"] if prefix else [])]
-        words = ["OpenVINO GenAI", *(["int8 weights"] if weights == "int8" else [])]
+        words = ["OpenVINO GenAI", *([f"{weights} weights"] if weights != "fp32" else [])]
         words += [hint or "default", *(["prefix caching"] if prefix else [])]
         peers.append(
             Peer(
@@ -274,11 +284,12 @@ def all_peers(targets: Sequence[str], visual_tokens: int, *, bare: bool = False)
                 OPENVINO,
                 partial(openvino, weights),
                 {"precision": hint, "prefix": prefix},
-                precision="int8" if weights == "int8" else REPORTED["f32"] if hint else None,
+                precision=bounds[weights] if hint or weights != "fp32" else None,
                 keeps=prefix,
             )
         )
-    for kind, precision in (("f32", "fp32"), ("f16", "fp16")):
+    kinds = {"f32": "fp32", "f16": "fp16"} | ({"q8_0": "w8", "q4_0": "w4"} if blocks else {})
+    for kind, precision in kinds.items():
         label = f"llama.cpp, {kind.upper()}"
         model = partial(gguf, kind)
         peers.append(
@@ -287,8 +298,9 @@ def all_peers(targets: Sequence[str], visual_tokens: int, *, bare: bool = False)
     if bare:
         peers += cdpruner_peers(visual_tokens)
     plans = plans_of(visual_tokens, selector).items()
-    for target, precision, (name, plan) in product(targets, PRECISIONS, plans):
-        key, words = [name, precision], [plan, "W8A8" if precision == "int8" else "FP32"]
+    precisions = (*PRECISIONS, *(BLOCKS if blocks else ()))
+    for target, precision, (name, plan) in product(targets, precisions, plans):
+        key, words = [name, precision], [plan, OURS[precision]]
         if target != "cpu":
             key, words = [*key, target], [*words, target]
         peers.append(

@@ -253,14 +253,16 @@ def chosen(peers: Iterable[Peer], only: Sequence[str]) -> list[Peer]:
 @click.option("--tokens", type=click.IntRange(2), default=32, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--target", "targets", multiple=True, default=("cpu",), show_default=True)
+@click.option("--blocks", is_flag=True, help="Weights in blocks of 8 and 4 bits, too.")
 @click.option("--only", multiple=True, help="Keys of peers; may be repeated.")
 @click.option("--minutes", default=20.0, show_default=True, help="That each step of a setup takes.")
 @dry_option
-def main(model, rounds, tokens, threads, targets, only, minutes, dry) -> None:
+def main(model, rounds, tokens, threads, targets, blocks, only, minutes, dry) -> None:
     """Set up, ask in turns, record; every answer is a line of JSON on stdout."""
     subject = PeerCheckpoint.named(model, minutes)
     config = subject.checkpoint.config
-    peers = all_peers(targets, config.visual_tokens, bare=config.vision.kind == PATCHES)
+    bare = config.vision.kind == PATCHES
+    peers = all_peers(targets, config.visual_tokens, bare=bare, blocks=blocks)
     runs = [PeerRun(peer) for peer in chosen(peers, only)]
     rates = measure_rates(threads)
     every = list(questions(subject, rounds + 1))  # the first round warms up

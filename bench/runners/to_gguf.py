@@ -1,10 +1,12 @@
 """Conversion of a LLaVA folder to ``language.gguf`` and ``vision.gguf``, for llama.cpp.
 
-    python to_gguf.py CHECKPOINT OUT f32|f16
+    python to_gguf.py CHECKPOINT OUT f32|f16|q8_0|q4_0
 
 llama.cpp's own converters know published tokenizers by hash and refuse others, so the two files are
 written here with its ``gguf`` package, from a checkpoint under the published names. Byte-level BPE
 with GPT-2's pattern is what both sides call "gpt-2"; the runner's prompt would show a difference.
+Blocks of integers are of the decoder; the vision encoder beside them is of f16, as published files
+have it. Tensors are read one by one.
 """
 
 import json
@@ -13,8 +15,9 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors import safe_open
 
+BLOCKS = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
 CONTROL, NORMAL = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
 TEXT, VISION = "language_model.", "vision_tower.vision_model."
 PROJECTOR = {"multi_modal_projector.linear_1": "mm.0", "multi_modal_projector.linear_2": "mm.2"}
@@ -29,11 +32,13 @@ def main(checkpoint, out, kind):
     vision["num_hidden_layers"] = layer if layer >= 0 else depth + 1 + layer
     files = language_file(folder, text, out), vision_file(folder, vision, out)
     for file in sorted(folder.glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
-            if name.startswith(TEXT):
-                add_text(files[0], text, name.removeprefix(TEXT), tensor, kind)
-            else:
-                add_vision(files[1], vision, name, tensor, kind)
+        with safe_open(file, "np") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                tensor = tensors.get_tensor(name)
+                if name.startswith(TEXT):
+                    add_text(files[0], text, name.removeprefix(TEXT), tensor, kind)
+                else:
+                    add_vision(files[1], vision, name, tensor, "f16" if kind in BLOCKS else kind)
     for writer in files:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -44,7 +49,7 @@ def main(checkpoint, out, kind):
 def language_file(folder, text, out):
     """Begin the decoder's file."""
     heads = text["num_attention_heads"]
-    writer = gguf.GGUFWriter(out / "language.gguf", "llama")
+    writer = gguf.GGUFWriter(out / "language.gguf", "llama", use_temp_file=True)
     writer.add_name(folder.name)
     writer.add_context_length(text["max_position_embeddings"])
     writer.add_embedding_length(text["hidden_size"])
@@ -70,6 +75,12 @@ def add_text(writer, text, name, tensor, kind):
         tensor = _rotary(tensor, heads)
     if ".attn_k." in target:
         tensor = _rotary(tensor, text.get("num_key_value_heads") or heads)
+    if kind in BLOCKS and tensor.ndim > 1:
+        # Published files of four bits keep the output projection wider, too.
+        type_ = BLOCKS["q8_0" if target == "output.weight" else kind]
+        blocks = gguf.quants.quantize(tensor.astype(np.float32), type_)
+        writer.add_tensor(target, blocks, raw_dtype=type_)
+        return
     writer.add_tensor(target, _typed(tensor, kind))
 
 

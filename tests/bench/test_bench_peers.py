@@ -268,6 +268,16 @@ def opened_without_weights(given):
     return opened
 
 
+def test_weights_in_blocks_are_peers_where_they_are_asked_for():
+    plain = {peer.key for peer in all_peers(("cpu",), 576)}
+    added = {p.key: p.precision for p in all_peers(("cpu",), 576, blocks=True)}
+    added = {key: precision for key, precision in added.items() if key not in plain}
+    assert added["llama.cpp-q8_0"] == added["visistage-dense-w8"] == "w8"
+    assert added["llama.cpp-q4_0"] == added["openvino-int4-default"] == "w4"
+    assert added["visistage-scope-few-w4"] == "w4"
+    assert {*added.values()} == {"w8", "w4"}
+
+
 def test_every_peer_has_its_script():
     for peer in all_peers(("cpu",), 576):
         assert (RUNNERS / f"{peer.script}.py").is_file()
