@@ -131,7 +131,16 @@ class CudaDevice:
     def free_bytes(self) -> int:
         self._enter()
         free, _ = self._check("ask for free memory", self._driver.cuMemGetInfo())
-        return int(free)
+        # The pool never gives back what was freed; the next allocation takes it from there.
+        pool = getattr(self._device.memory_resource, "attributes", None)
+        kept = 0 if pool is None else pool.reserved_mem_current - pool.used_mem_current
+        return int(free) + int(kept)
+
+    def trim(self) -> None:
+        self.synchronize()
+        pool = getattr(self._device.memory_resource, "handle", None)
+        if pool is not None:  # devices without pools have nothing to give back
+            self._check("give memory back", self._driver.cuMemPoolTrimTo(pool, 0))
 
     def close(self) -> None:
         if not self._closed:

@@ -94,6 +94,7 @@ class EngineSets:
                 self._current = None
                 self.memory.device.synchronize()
                 self.loaded.clear()
+            self.memory.device.trim()
             engine_set = EngineSet(self.manifest, self.memory, self.api, self.sets[context])
             self.loaded[context] = engine_set
         return self.loaded[context]

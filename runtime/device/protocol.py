@@ -105,7 +105,10 @@ class Device(Protocol):
         """
 
     def free_bytes(self) -> int:
-        """Return the bytes of free memory."""
+        """Return the bytes of free memory, with those that are kept for reuse."""
+
+    def trim(self) -> None:
+        """Wait, and give back what is kept for reuse: libraries that allocate cannot use it."""
 
     def close(self) -> None:
         """Finish what was asked for, and free the device."""

@@ -32,6 +32,7 @@ from visistage.tests.support.asking import picture
 from visistage.tests.support.stand_ins import GPU
 
 STREAM = 0x51
+DRIVER = ["cuMemcpyAsync", "cuMemcpy2DAsync", "cuMemsetD8Async", "cuMemGetInfo", "cuMemPoolTrimTo"]
 
 
 class Core:
@@ -55,7 +56,11 @@ class Core:
         self.core.LegacyPinnedMemoryResource = lambda: pinned
         self.driver.CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_DEVICE=2)
         self.driver.CUDA_MEMCPY2D = SimpleNamespace
-        for name in ("cuMemcpyAsync", "cuMemcpy2DAsync", "cuMemsetD8Async", "cuMemGetInfo"):
+        self.pool = SimpleNamespace(
+            handle="pool",
+            attributes=SimpleNamespace(reserved_mem_current=0, used_mem_current=0),
+        )
+        for name in DRIVER:
             setattr(self.driver, name, self._call(name))
 
     def install(self, monkeypatch):
@@ -84,6 +89,7 @@ class Core:
             name="Stand-in",
             set_current=lambda: self.current.add(threading.get_ident()),
             create_stream=lambda: stream,
+            memory_resource=self.pool,
             allocate=self._allocate,
         )
 
@@ -129,6 +135,12 @@ class Core:
 
     def _cuMemGetInfo(self):
         """Answered by the caller."""
+
+    def _cuMemPoolTrimTo(self, pool, keep):
+        assert (pool, keep) == ("pool", 0)
+        own = self.pool.attributes
+        self.free += own.reserved_mem_current - own.used_mem_current
+        own.reserved_mem_current = own.used_mem_current
 
 
 class Code(enum.IntEnum):
@@ -299,6 +311,21 @@ def test_memory_that_is_not_there_is_said_with_what_is(core):
         device.allocate(2 << 30)
 
 
+def test_what_the_pool_keeps_is_free_for_us_and_for_others_once_it_is_trimmed(core):
+    device = CudaDevice()
+    core.free, own = 1 << 30, core.pool.attributes
+    own.reserved_mem_current, own.used_mem_current = 3 << 30, 1 << 30
+    assert device.free_bytes() == 3 << 30
+    core.synchronised = False
+    device.trim()
+    assert core.synchronised  # what is freed is so in the stream's order
+    assert core.free == 3 << 30
+    assert device.free_bytes() == 3 << 30
+    core.pool.__dict__.clear()  # a device without pools
+    device.trim()
+    assert device.free_bytes() == core.free
+
+
 def test_a_gpu_that_is_not_there_is_named(core):
     with pytest.raises(EngineError, match=r"GPU 1 cannot be opened.*--backend onnxruntime"):
         CudaDevice(1)
@@ -314,6 +341,7 @@ CALLS = {
     "synchronize": lambda device, at: device.synchronize(),
     "capture": lambda device, at: device.capture(lambda: device.zero(at, 8)),
     "free_bytes": lambda device, at: device.free_bytes(),
+    "trim": lambda device, at: device.trim(),
 }
 
 

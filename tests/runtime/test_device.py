@@ -504,6 +504,24 @@ def test_engines_make_way_for_others_where_memory_is_short(monkeypatch, bundles)
         assert machine.api.loaded.count("stage0.context128.engine") == 2
 
 
+def test_engines_are_loaded_into_memory_that_was_given_back(machine, bundles, monkeypatch):
+    """TensorRT allocates for itself: what the device's pool keeps of another set is not there."""
+    bundle = bundles("pruned")
+    kept, real = [], machine.api.load
+
+    def noted(compiled):
+        kept.append((compiled.context, machine.device.kept))
+        return real(compiled)
+
+    monkeypatch.setattr(machine.api, "load", noted)
+    with load(bundle.path) as session:
+        ask(session, picture(1), new=4)
+        monkeypatch.setattr(machine.device, "free_bytes", lambda: 0)
+        machine.api.contexts.clear()
+        ask(session, picture(1), "word " * 20, 60)
+    assert {bytes_kept for context, bytes_kept in kept if context == 256} == {0}
+
+
 def test_what_fits_no_engine_is_refused_with_what_would_fit(machine, bundles):
     with load(bundles("pruned").path) as session:
         with pytest.raises(CapacityError, match=r"128, 256 rows.*--context 3\d\d"):

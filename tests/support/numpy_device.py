@@ -25,6 +25,7 @@ class HostDevice:
     def __init__(self, name: str = "NumPy", memory: int = 1 << 40):
         self.name, self.memory = name, memory
         self.taken = 0
+        self.kept = 0
         self.log: list[str] = []
         self._queue: list[tuple[str, Callable[[], None]]] = []
         self.captured: list[tuple[str, Callable[[], None]]] | None = None
@@ -95,6 +96,11 @@ class HostDevice:
         """What is left of ``memory``."""
         return self.memory - self.taken
 
+    def trim(self) -> None:
+        """Give back what was freed; ``kept`` is what others cannot use until then."""
+        self.synchronize()
+        self.kept = 0
+
     def close(self) -> None:
         """Do what is left to do."""
         self.synchronize()
@@ -120,6 +126,7 @@ class HostDevice:
         def work() -> None:
             array = self.living.pop(start)
             self.taken -= len(array)
+            self.kept += len(array)
             array.fill(RUBBISH)
 
         self._queue.append(("free", work))
