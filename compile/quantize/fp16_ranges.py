@@ -35,6 +35,7 @@ from ...graphs.modules.decoder import DecoderStage
 from ...graphs.modules.encoders import make_vision
 from ...graphs.modules.layer import Linear, Norm
 from ...graphs.modules.ops import Eager
+from ...graphs.modules.stem import PatchEmbedding
 from ...graphs.parts import whole_stages
 from ...graphs.precision import HALF_MAX, SAFE_MAX, Fp32Fallback, Reason
 from ...graphs.presets.presets import preset
@@ -55,7 +56,7 @@ RANGE_QUESTION = "Describe the picture in detail: how many objects are there, an
 VISUAL_ROWS = 32
 """Visual rows of each image that go through the decoder, at most: half of them the farthest."""
 
-OBSERVED = (Linear, Norm, nn.LayerNorm, nn.Conv2d)
+OBSERVED = (Linear, Norm, nn.LayerNorm, PatchEmbedding)
 
 Ranges = dict[str, float]
 """Largest absolute value by tensor: a module of the checkpoint, and ``input``, ``output`` or (of

@@ -28,6 +28,7 @@ from .readings import (
     in_blocks,
     side_by_side,
 )
+from .stem import Embeddings, Stem
 
 _QK_EPS = 1e-6  # of transformers' class, whatever the config says
 
@@ -141,54 +142,6 @@ def _saliency(query: Tensor, key: Tensor, has_class_token: bool) -> Tensor:
     return scores.softmax(-1).mean((1, 2))
 
 
-class Embeddings(nn.Module):
-    """Patches, the class token where the encoder has one, and learned positions."""
-
-    def __init__(self, vision: VisionConfig):
-        super().__init__()
-        biased = vision.kind != "clip"
-        self.patch_embedding = nn.Conv2d(
-            vision.channels, vision.hidden, vision.patch_size, vision.patch_size, bias=biased
-        )
-        # Shapes are the checkpoint's. Uninitialised, as ``Linear`` is: random numbers on a meta
-        # device load half of torch.
-        batched = (1,) if vision.kind == "internvit" else ()
-        first = torch.empty(*batched, *batched, vision.hidden)
-        self.class_embedding = nn.Parameter(first) if vision.has_class_token else None
-        self.position_embedding = Positions((*batched, vision.tokens, vision.hidden))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return (B, T, D) for pixels: (B, C, H, W)."""
-        weight = self.position_embedding.weight
-        patches = self.patch_embedding(pixels.to(weight.dtype)).flatten(2).transpose(1, 2)
-        if self.class_embedding is not None:
-            first = self.class_embedding.expand(pixels.shape[0], 1, -1)
-            patches = torch.cat((first, patches), dim=1)
-        return patches + weight
-
-
-class Positions(nn.Module):
-    """Learned positions of patches, a table under the checkpoint's name."""
-
-    def __init__(self, shape: tuple[int, ...]):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
-
-
-class Stem(nn.Module):
-    """Hidden state 0: the embeddings, normalised in CLIP."""
-
-    def __init__(self, embeddings: Embeddings, norm: nn.LayerNorm | None):
-        super().__init__()
-        self.embeddings, self.norm = embeddings, norm
-        self.kind = (norm and norm.eps,)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return (B, T, D) for pixels: (B, C, H, W) float32."""
-        states = self.embeddings(pixels)
-        return states if self.norm is None else self.norm(states)
-
-
 class _EncoderLayers(nn.Module):
     def __init__(self, vision: VisionConfig, ops: Eager, depth: int, reads: tuple[str, ...]):
         super().__init__()
@@ -213,7 +166,7 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, vision: VisionConfig, ops: Eager, depth: int, reads: tuple[str, ...] = ()):
         super().__init__()
-        self.embeddings = Embeddings(vision)
+        self.embeddings = Embeddings(vision, ops)
         if vision.kind == "clip":
             self.pre_layrnorm = nn.LayerNorm(vision.hidden, eps=vision.eps)  # sic, in checkpoints
         self.encoder = _EncoderLayers(vision, ops, depth, reads)
