@@ -36,6 +36,17 @@ def write_file(file: Path, data: str | bytes) -> None:
         partial.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8"))
 
 
+def user_cache() -> Path | None:
+    """Return this user's folder for what can be computed again; None: there is none to write to."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = home / "visistage"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or one that cannot be written
+        return None
+    return folder
+
+
 def check_place(file: Path) -> Path | None:
     """Return what writing to a name that a user gave replaces; None: it is a pipe or a device.
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -33,7 +32,7 @@ from ...graphs.engine_index import (
 from ...graphs.engine_spec import EngineSpec, engine_specs_of
 from ...graphs.errors import EngineError, MissingDependencyError, TargetError
 from ...graphs.fields import from_json, read_json
-from ...graphs.files import write_file
+from ...graphs.files import user_cache, write_file
 from ...graphs.inside import file_inside, vacant
 from ...graphs.progress import Progress
 from ...graphs.targets import Capability, Target, find_target, show_capability
@@ -253,13 +252,8 @@ def timing_cache_file(trt_variant: TensorRtVariant) -> Path | None:
     """Return where the compiler keeps timings of kernels, for the next build here."""
     if not trt_variant.timing_cache:
         return None
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "visistage"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no home that can be written: nothing is kept
-        return None
-    return folder / f"timing-{trt_variant.backend}-{trt_variant.version}.cache"
+    folder = user_cache()
+    return folder and folder / f"timing-{trt_variant.backend}-{trt_variant.version}.cache"
 
 
 def _expected_bytes(bundle: Bundle) -> int:

@@ -27,6 +27,10 @@ from .protocol import (
     Shape,
 )
 
+ASK_AGAIN = 16
+"""Runs after which an engine that could not be captured is asked again: TensorRT-RTX says so while
+it compiles."""
+
 BATCH = 1
 """Prompts at a time on a device."""
 
@@ -43,13 +47,17 @@ class Loaded:
         """The graph's contract."""
         return self.compiled.spec
 
-    def context(self, sizes: Mapping[str, int], addresses: Mapping[str, int]) -> ExecutionContext:
+    def context(
+        self, sizes: Mapping[str, int], addresses: Mapping[str, int], *, replayed: bool = False
+    ) -> ExecutionContext:
         """Return a context with these sizes of the contract's symbols, everything bound.
+
+        ``replayed``: as of ``DeviceEngine.context``.
 
         Raises:
             EngineError: no profile takes these shapes.
         """
-        context = self.engine.context(self.profile(sizes), self.scratch)
+        context = self.engine.context(self.profile(sizes), self.scratch, replayed=replayed)
         bind_all(context, shapes_of(self.spec, sizes), addresses)
         return context
 
@@ -84,17 +92,20 @@ class Replay:
 
     The first time they run as they are, in which an engine settles what it left for later; the
     second time they are captured, from then on replayed. What comes once is not worth a capture.
+    An engine that cannot be captured yet is asked again after ``ASK_AGAIN`` runs; what failed in a
+    capture is not tried again.
     """
 
     def __init__(self, device: Device, contexts: Sequence[ExecutionContext]):
         self.device, self.contexts = device, contexts
         self.graph: CapturedGraph | None = None
         self.rejected: str | None = None
-        self._settled = False
+        self._settled = self._failed = False
+        self._runs_until_asked = 0
 
     def run(self) -> None:
         """Run them, captured where that pays and can be done."""
-        if self.graph is None and self._settled and self.rejected is None:
+        if self.graph is None and self._settled and not self._failed:
             self._capture()
         if self.graph is not None:
             self.graph.launch()
@@ -103,13 +114,17 @@ class Replay:
         self._settled = True
 
     def _capture(self) -> None:
+        if self._runs_until_asked:
+            self._runs_until_asked -= 1
+            return
         if not all(context.capturable for context in self.contexts):
             self.rejected = "an engine says that its work cannot be captured"
+            self._runs_until_asked = ASK_AGAIN
             return
         try:
-            self.graph = self.device.capture(self._enqueue)
+            self.graph, self.rejected = self.device.capture(self._enqueue), None
         except (CaptureError, EngineError) as error:
-            self.rejected = str(error)
+            self.rejected, self._failed = str(error), True
 
     def _enqueue(self) -> None:
         for context in self.contexts:

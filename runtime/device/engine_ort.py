@@ -118,7 +118,9 @@ class OrtEngine:
     def __init__(self, api: OrtApi, compiled: Compiled, session: ort.InferenceSession):
         self.api, self.compiled, self.session = api, compiled, session
 
-    def context(self, profile: int, scratch: Buffer | None) -> OrtContext:
+    def context(
+        self, profile: int, scratch: Buffer | None, *, replayed: bool = False
+    ) -> OrtContext:
         return OrtContext(self)
 
 

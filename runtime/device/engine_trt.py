@@ -24,6 +24,7 @@ from ..backends.backend import BackendOptions
 from ..hardware import GpuInfo, find_gpu
 from .cuda import CudaDevice, missing_cuda_core
 from .device_executor import DeviceExecutor
+from .kernel_cache import KernelCache, kernels_of
 from .protocol import ON_CPU, Buffer, Compiled, Shape
 from .tensorrt import INSTALL, TensorRtVariant, find_trt_variant
 
@@ -49,7 +50,8 @@ def open_bundle(bundle: Bundle, options: BackendOptions) -> DeviceExecutor:
     trt_variant = check_machine(engines, find_trt_variant(engines.backend), find_gpu())
     engines.check()
     device = CudaDevice()
-    api = TrtApi(trt_variant, device.stream)
+    kernels = kernels_of(engines, trt_variant, device.name)
+    api = TrtApi(trt_variant, device.stream, kernels)
     return DeviceExecutor(bundle, device, api, compiled_engines(bundle, engines))
 
 
@@ -124,11 +126,14 @@ def _compiled(bundle: Bundle, engines: Engines, fact: EngineFact) -> Compiled:
 class TrtApi:
     """``protocol.EngineApi`` over a variant of TensorRT; ``stream`` is the device's, as integer.
 
-    Call ``check_machine`` before.
+    Call ``check_machine`` before. ``kernels``: those compiled here before.
     """
 
-    def __init__(self, trt_variant: TensorRtVariant, stream: int):
+    def __init__(
+        self, trt_variant: TensorRtVariant, stream: int, kernels: KernelCache | None = None
+    ):
         self.trt_variant, self.stream = trt_variant, stream
+        self.kernels = kernels or KernelCache()
         trt: Any = trt_variant.module
         self.messages: list[str] = []
         self._logger = _logger(trt, self.messages)
@@ -155,6 +160,7 @@ class TrtApi:
         return said
 
     def close(self) -> None:
+        self.kernels.save()
         self._runtime = None
 
 
@@ -167,8 +173,29 @@ class TrtEngine:
         self._check_aliases()
         self.scratch_bytes = int(engine.device_memory_size_v2)
 
-    def context(self, profile: int, scratch: Buffer | None) -> TrtContext:
-        return TrtContext(self, profile, scratch)
+    def context(
+        self, profile: int, scratch: Buffer | None, *, replayed: bool = False
+    ) -> TrtContext:
+        return TrtContext(self, profile, scratch, replayed)
+
+    def create_context(self, replayed: bool) -> Any:
+        """Return the library's own execution context, over memory that it is given; or None.
+
+        TensorRT-RTX compiles kernels when a context is used. What will be captured waits for those
+        made for its shapes, because a graph keeps what ran when it was captured; what comes once
+        takes those for any shapes, which are there at once.
+        """
+        trt: Any = self.api.trt_variant.module
+        managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        kinds = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if kinds is None or not hasattr(self.engine, "create_runtime_config"):
+            return self.engine.create_execution_context(managed)
+        config = self.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(managed)
+        kind = kinds.EAGER if replayed else kinds.NONE
+        config.dynamic_shapes_kernel_specialization_strategy = kind
+        self.api.kernels.attach(config)
+        return self.engine.create_execution_context(config)
 
     def _check_tensors(self) -> None:
         trt, engine = self.api.trt_variant.module, self.engine
@@ -207,11 +234,9 @@ class TrtEngine:
 class TrtContext:
     """``protocol.ExecutionContext``."""
 
-    def __init__(self, engine: TrtEngine, profile: int, scratch: Buffer | None):
-        trt: Any = engine.api.trt_variant.module
+    def __init__(self, engine: TrtEngine, profile: int, scratch: Buffer | None, replayed: bool):
         self._engine, self._scratch = engine, scratch
-        managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self.context = engine.engine.create_execution_context(managed)
+        self.context = engine.create_context(replayed)
         if self.context is None:
             raise self._rejected("cannot be given an execution context")
         if not self.context.set_optimization_profile_async(profile, engine.api.stream):

@@ -175,8 +175,13 @@ class DeviceEngine(Protocol):
     def scratch_bytes(self) -> int:
         """Memory that a run needs beside inputs and outputs."""
 
-    def context(self, profile: int, scratch: Buffer | None) -> ExecutionContext:
-        """Return a new execution context. ``scratch`` is shared: one engine runs at a time."""
+    def context(
+        self, profile: int, scratch: Buffer | None, *, replayed: bool = False
+    ) -> ExecutionContext:
+        """Return a new execution context. ``scratch`` is shared: one engine runs at a time.
+
+        ``replayed``: it is for many runs of the same shapes, which may be captured.
+        """
 
 
 class EngineApi(Protocol):

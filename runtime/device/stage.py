@@ -141,7 +141,7 @@ class DeviceStage:
         memory.put(start + padding * row_nbytes, rows)
         self._put_injected(inject, padding)
         replay.run()
-        if replay.rejected is not None:
+        if replay.rejected is not None or replay.graph is not None:
             self.rejected = replay.rejected
         if self.rows_back:
             for name in self.caches:
@@ -215,7 +215,7 @@ class DeviceStage:
             }
             own |= {name: fixed[_of_part(name, number)] for name in layers_taking(part.spec)}
             sizes = {"B": BATCH, "Q": count, "S": self.slots}
-            contexts.append(part.context(sizes, fixed | own))
+            contexts.append(part.context(sizes, fixed | own, replayed=True))
             source = to
         return contexts
 

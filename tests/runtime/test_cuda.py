@@ -5,7 +5,6 @@ runs through the device as it is; what only a GPU can show is in ``test_gpu``.
 """
 
 import builtins
-import copy
 import ctypes
 import enum
 import gc
@@ -17,7 +16,6 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 from visistage.compile.build import make_bundle
-from visistage.graphs.contract import GraphSpec, TensorSpec
 from visistage.graphs.errors import CapacityError, EngineError, MissingDependencyError
 from visistage.graphs.targets import TENSORRT_RTX
 from visistage.runtime.device import engine_ort
@@ -30,8 +28,8 @@ from visistage.runtime.session import load
 from visistage.tests.support import toy
 from visistage.tests.support.asking import picture
 from visistage.tests.support.stand_ins import GPU
+from visistage.tests.support.trt_module import SPEC, STREAM, Trt
 
-STREAM = 0x51
 DRIVER = ["cuMemcpyAsync", "cuMemcpy2DAsync", "cuMemsetD8Async", "cuMemGetInfo", "cuMemPoolTrimTo"]
 
 
@@ -471,97 +469,6 @@ def test_a_machine_without_a_gpu_says_why_and_what_runs_here(cuda_bundle, monkey
 
 
 # --- TensorRT -------------------------------------------------------------------------------------
-
-SPEC = GraphSpec(
-    inputs=(
-        TensorSpec("rows", "float16", ("B", "Q", 8)),
-        TensorSpec("key.0", "float16", ("B", 2, "S", 4)),
-    ),
-    outputs=(
-        TensorSpec("rows.out", "float16", ("B", "Q", 8)),
-        TensorSpec("key.0.out", "float16", ("B", 2, "S", 4)),
-    ),
-)
-
-
-class Trt:
-    """A module like ``tensorrt`` with one engine; ``runs`` lists what each run was set to."""
-
-    __version__ = "10.16.2"
-
-    class ILogger:
-        ERROR, INTERNAL_ERROR, INFO = range(3)
-
-    class TensorIOMode(enum.Enum):
-        INPUT, OUTPUT = range(2)
-
-    class ExecutionContextAllocationStrategy(enum.Enum):
-        USER_MANAGED = 0
-
-    nptype = staticmethod(np.dtype)
-
-    def __init__(self, **facts):
-        self.runs, self.facts = [], {"dtype": "float16", "alias": "key.0", "runs": True, **facts}
-        self.tensors = [*SPEC.inputs, *SPEC.outputs]
-        self.shapes = {}
-
-    def Runtime(self, logger):
-        self.logger = logger
-        return SimpleNamespace(deserialize_cuda_engine=self._deserialise)
-
-    def _deserialise(self, data):
-        if bytes(data) != b"plan":
-            self.logger.log(self.ILogger.INFO, "reading")
-            self.logger.log(self.ILogger.ERROR, "magic tag mismatch")
-            return None
-        modes = self.TensorIOMode
-        inputs = {one.name for one in SPEC.inputs}
-        return SimpleNamespace(
-            num_io_tensors=len(self.tensors),
-            get_tensor_name=lambda number: self.tensors[number].name,
-            get_tensor_mode=lambda name: modes.INPUT if name in inputs else modes.OUTPUT,
-            get_tensor_dtype=lambda name: self.facts["dtype"],
-            get_aliased_input_tensor=lambda n: self.facts["alias"] if n == "key.0.out" else None,
-            device_memory_size_v2=4096,
-            create_execution_context=self._context,
-        )
-
-    def _context(self, strategy):
-        assert strategy is self.ExecutionContextAllocationStrategy.USER_MANAGED
-        found = {"profile": None, "scratch": None, "shapes": {}, "addresses": {}}
-        inferred = []
-
-        def set_profile(number, stream):
-            found["profile"] = (number, stream)
-            return number < 2
-
-        def set_shape(name, shape):
-            inferred.clear()
-            found["shapes"][name] = self.shapes[name] = tuple(shape)
-            return shape[1] <= 8
-
-        def set_address(name, address):
-            found["addresses"][name] = address
-            return name != "nobody"
-
-        def infer():
-            inferred.append(True)
-            return self.facts.get("missing", [])
-
-        def run(stream):
-            assert inferred, "shapes were set and not inferred"
-            self.runs.append((stream, copy.deepcopy(found)))
-            return self.facts["runs"]
-
-        return SimpleNamespace(
-            set_optimization_profile_async=set_profile,
-            set_device_memory=lambda address, nbytes: found.update(scratch=(address, nbytes)),
-            set_input_shape=set_shape,
-            set_tensor_address=set_address,
-            infer_shapes=infer,
-            get_tensor_shape=lambda name: self.shapes[name.removesuffix(".out")],
-            execute_async_v3=run,
-        )
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from visistage.graphs.errors import (
 from visistage.graphs.parts import PROBE
 from visistage.runtime import autotune
 from visistage.runtime.device import engine_trt
-from visistage.runtime.device.calls import Replay
+from visistage.runtime.device.calls import ASK_AGAIN, Replay
 from visistage.runtime.device.memory import (
     PINNED_BLOCK,
     PINNED_BLOCKS,
@@ -294,17 +294,50 @@ def test_a_call_runs_once_as_it_is_and_is_captured_when_it_comes_again():
     assert [part.ran for part in parts] == [4, 4]
 
 
-@pytest.mark.parametrize("refusal", [{"capturable": False}, {"fails": True}])
-def test_what_cannot_be_captured_runs_as_it_is_and_is_not_tried_again(refusal):
+def test_what_failed_in_a_capture_runs_as_it_is_and_is_not_tried_again():
     device = HostDevice()
-    work = Work(device, **refusal)
+    work = Work(device, fails=True)
+    replay = Replay(device, [work])
+    for _ in range(3 * ASK_AGAIN):
+        replay.run()
+    device.synchronize()
+    assert work.ran == 3 * ASK_AGAIN
+    assert device.log == ["work"] * work.ran
+    assert "capture" in replay.rejected
+
+
+def test_an_engine_that_cannot_be_captured_yet_is_asked_again():
+    """TensorRT-RTX refuses while it compiles kernels."""
+    device = HostDevice()
+    work = Work(device, capturable=False)
     replay = Replay(device, [work])
     for _ in range(3):
         replay.run()
+    assert "cannot be captured" in replay.rejected
+    work.capturable = True
+    for _ in range(ASK_AGAIN - 1):
+        replay.run()
+    assert replay.graph is None
+    replay.run()
+    assert replay.graph is not None
+    assert replay.rejected is None
+    replay.run()
     device.synchronize()
-    assert work.ran == 3
-    assert device.log == ["work"] * 3
-    assert "capture" in replay.rejected
+    assert device.log == [*["work"] * (ASK_AGAIN + 2), "launch", "launch"]
+
+
+def test_a_stage_is_padded_again_once_its_calls_are_captured(monkeypatch, bundles):
+    machine = stand_in(monkeypatch, capturable=False)
+    bundle = bundles("pruned")
+    (expected,) = on_cpu(bundle, (picture(1), QUESTION, 24))
+    with load(bundle.path) as session:
+        stage = session.executor.engine_set.stages[0]
+        assert ask(session, picture(1), new=3) == expected[:3]
+        assert not stage.captures
+        machine.api.capturable = True
+        assert ask(session, picture(1), new=24) == expected
+        assert stage.captures
+        assert session.executor.padding(0, 5) == 3
 
 
 # --- profiles -------------------------------------------------------------------------------------

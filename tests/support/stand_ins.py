@@ -96,7 +96,7 @@ def stand_in(monkeypatch, *, memory=1 << 40, capturable=True, version=VERSION, g
         lambda backend: TensorRtVariant(backend, module, True, False),
     )
     monkeypatch.setattr(engine_trt, "CudaDevice", lambda: device)
-    monkeypatch.setattr(engine_trt, "TrtApi", lambda trt_variant, stream: api)
+    monkeypatch.setattr(engine_trt, "TrtApi", lambda trt_variant, stream, kernels: api)
     return Machine(device, api)
 
 
@@ -147,18 +147,18 @@ class StrictEngine:
         self.api, self.compiled, self.engine = api, compiled, engine
         self.scratch_bytes = SCRATCH.get(compiled.graph, 1024)
 
-    def context(self, profile, scratch):
+    def context(self, profile, scratch, *, replayed=False):
         assert 0 <= profile < len(self.compiled.profiles)
         assert scratch is not None
         assert scratch.nbytes >= self.scratch_bytes
-        context = StrictContext(self, profile, scratch)
+        context = StrictContext(self, profile, scratch, replayed)
         self.api.contexts.append(context)
         return context
 
 
 class StrictContext:
-    def __init__(self, engine, profile, scratch):
-        self.engine, self.profile = engine, profile
+    def __init__(self, engine, profile, scratch, replayed):
+        self.engine, self.profile, self.replayed = engine, profile, replayed
         self.scratch = (scratch.address, scratch.nbytes)
         self.context = engine.engine.context(profile, scratch)
         self.bound = {}
@@ -190,6 +190,7 @@ class StrictContext:
                     assert same == is_cache(source.name)
         bound = dict(self.bound)
         if api.device.captured is not None:
+            assert self.replayed, "kernels for any shapes would stay in the graph"
             assert self.enqueued, "an engine settles what it left for later in its first run"
             self.captured = True
         self.enqueued += 1
