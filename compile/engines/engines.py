@@ -43,21 +43,24 @@ from ..steps import Steps
 from .worker_process import run_worker
 
 
-def can_compile(target: Target, device: GpuInfo | None) -> str | None:
-    """Return why this machine cannot compile for ``target``; None where it can."""
+def can_compile(target: Target, device: GpuInfo | None, *, to_run_here: bool = False) -> str | None:
+    """Return why this machine cannot compile for ``target``; None where it can.
+
+    ``to_run_here``: what is compiled shall run on ``device``.
+    """
     trt_variant = find_trt_variant(target.backend)
     if trt_variant is None:
         return f"{target.backend} is not installed"
     if not target.serves(trt_variant.version):
         return f"{target.backend} {target.versions[0]} is needed, found {trt_variant.version}"
-    if trt_variant.names_capabilities:
+    if trt_variant.names_capabilities and not (to_run_here and device is not None):
         return None
     if device is None:
         return f"{target.backend} compiles on the GPU that is to run the engines; there is none"
     if target.capabilities and device.capability not in target.capabilities:
         wanted = ", ".join(map(show_capability, target.capabilities))
         return f"this GPU is {show_capability(device.capability)}, the target's {wanted}"
-    return None
+    return trt_variant.why_not_on(device)
 
 
 def why_portable(target: Target, portable: bool, capabilities: Sequence[Capability]) -> str | None:

@@ -67,6 +67,8 @@ def missing(target: Target) -> Iterator[str]:
         yield f"{target.backend} is not installed"
     elif not target.serves(trt_variant.version):
         yield f"{target.backend} {target.versions[0]}, found {trt_variant.version}"
+    elif gpu is not None and (why := trt_variant.why_not_on(gpu)) is not None:
+        yield why
     yield from missing_cuda_core()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from ...graphs.commands import install
 from ...graphs.errors import MissingDependencyError, TargetError
 from ...graphs.targets import TENSORRT, TENSORRT_RTX, Capability, Target, show_capability
+from ..hardware import GpuInfo
 
 MODULES = {TENSORRT: ("tensorrt",), TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 """Modules of each; the RTX wheels bring the second name alone."""
@@ -52,7 +53,7 @@ class TensorRtVariant:
             TargetError: it does not compile for that.
         """
         known = vars(self.module.ComputeCapability)
-        name = show_capability(capability).replace("_", "").upper()
+        name = _member(capability)
         if name not in known:
             listed = sorted(name for name in known if name.startswith("SM"))
             raise TargetError(
@@ -60,6 +61,22 @@ class TensorRtVariant:
                 f"{show_capability(capability)}. It compiles for: {', '.join(listed)}"
             )
         return known[name]
+
+    def why_not_on(self, gpu: GpuInfo) -> str | None:
+        """Return why engines compiled here may not run on ``gpu``; None: it compiles for that."""
+        if not self.names_capabilities or hasattr(
+            self.module.ComputeCapability, _member(gpu.capability)
+        ):
+            return None
+        return (
+            f"{self.backend} {self.version} does not compile for this GPU, {gpu.name} "
+            f"({show_capability(gpu.capability)})"
+        )
+
+
+def _member(capability: Capability) -> str:
+    """Return the name of a compute capability as the compiler has it."""
+    return show_capability(capability).replace("_", "").upper()
 
 
 def find_trt_variant(backend: str) -> TensorRtVariant | None:

@@ -32,6 +32,7 @@ from visistage.graphs.engine_index import Engines
 from visistage.graphs.engine_spec import engine_specs_of
 from visistage.graphs.errors import BundleError, EngineError, MissingDependencyError, TargetError
 from visistage.graphs.targets import TARGETS, TENSORRT, TENSORRT_RTX
+from visistage.runtime.device import engine_trt
 from visistage.runtime.device import tensorrt as flavours
 from visistage.runtime.device.engine_trt import check_machine
 from visistage.runtime.device.tensorrt import TensorRtVariant, find_trt_variant
@@ -312,6 +313,21 @@ def test_tensorrt_proper_compiles_on_its_own_gpu_only(monkeypatch):
     assert "there is none" in can_compile(orin, None)
     assert can_compile(orin, GpuInfo("Orin", (8, 7), 1 << 30)) is None
     assert "this GPU is sm_87, the target's sm_90" in can_compile(h100, GpuInfo("Orin", (8, 7), 1))
+
+
+def test_what_shall_run_here_must_be_for_this_gpu(monkeypatch):
+    """Compiling for other machines is another matter: it needs no GPU at all."""
+    rtx, spark = TARGETS["rtx"], TARGETS["dgx-spark"]
+    ampere, hopper = (GpuInfo("a GPU", sm, 1 << 30) for sm in ((8, 6), (9, 0)))
+    assert can_compile(rtx, hopper) is None
+    assert can_compile(rtx, None, to_run_here=True) is None
+    assert can_compile(rtx, ampere, to_run_here=True) is None
+    why = can_compile(rtx, hopper, to_run_here=True)
+    assert why.endswith("does not compile for this GPU, a GPU (sm_90)")
+    assert "the target's sm_121" in can_compile(spark, ampere, to_run_here=True)
+    for gpu in (ampere, hopper):
+        monkeypatch.setattr(engine_trt, "find_gpu", lambda gpu=gpu: gpu)
+        assert (why in engine_trt.missing(rtx)) == (gpu is hopper)
 
 
 def test_no_gpu_is_no_error():
