@@ -29,7 +29,7 @@ OUT_HINT = "--out explain.html"
 IN_A_FILE = ("jsonl", "out", "lanes", "as_json")
 """Options of ``infer`` for many questions."""
 
-LOADING = ("backend", "threads", "memory_limit", "max_pixels")
+LOADING = ("backend", "threads", "memory_limit", "max_pixels", "capture")
 """Options of ``infer`` that go to ``runtime.load``."""
 
 
@@ -45,6 +45,11 @@ LOADING = ("backend", "threads", "memory_limit", "max_pixels")
 @backend_option
 @threads_option
 @click.option("--memory-limit", type=ByteSize(), help="For the weights, such as 4GiB.")
+@click.option(
+    "--capture",
+    is_flag=True,
+    help="Target cuda: replay steps as CUDA graphs, which no GPU has shown yet.",
+)
 @click.option(
     "--max-pixels",
     type=click.IntRange(1),

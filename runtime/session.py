@@ -63,6 +63,7 @@ class Session(LoadedBundle):
         cache_bytes: int | None = None,
         max_pixels: int = MAX_PIXELS,
         profile: Path | None = None,
+        capture: bool = False,
     ):
         super().__init__(
             bundle,
@@ -72,6 +73,7 @@ class Session(LoadedBundle):
             cache_bytes=cache_bytes,
             max_pixels=max_pixels,
             profile=profile,
+            capture=capture,
         )
         self.fused_prefill = choose_fused_prefill(bundle, self.executor)
         fused = self.fused_prefill is not None and self.fused_prefill.fused
@@ -329,6 +331,7 @@ def load(
     cache_bytes: int | None = None,
     max_pixels: int = MAX_PIXELS,
     profile: Path | None = None,
+    capture: bool = False,
 ) -> Session:
     """Open the bundle at ``path`` (or the only one below it); arguments as in ``Session``."""
     return Session(
@@ -339,6 +342,7 @@ def load(
         cache_bytes=cache_bytes,
         max_pixels=max_pixels,
         profile=profile,
+        capture=capture,
     )
 
 

@@ -23,6 +23,7 @@ class BackendOptions:
             rearranges weights for speed (one more copy) when that fits, and maps them from disk
             otherwise. FP16 graphs on a CPU are computed in FP32, from a copy of twice the size.
         profile: a folder for ONNX Runtime's times of every operator, which take time themselves.
+        capture: whether ONNX Runtime's calls on a GPU are captured as CUDA graphs; None: no.
         lanes: prompts whose caches lie side by side (``cpu_caches.HostExecutor.of_lanes``); None:
             one.
     """
@@ -31,6 +32,7 @@ class BackendOptions:
     memory_limit: int | None = None
     profile: Path | None = None
     lanes: int | None = None
+    capture: bool | None = None
 
 
 class Backend(Executor, Protocol):

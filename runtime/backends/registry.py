@@ -94,7 +94,7 @@ ROWS = (
     ),
     BackendRow(TENSORRT, "..device.engine_trt", "tensorrt"),
     BackendRow(TENSORRT_RTX, "..device.engine_trt", "rtx"),
-    BackendRow(CUDA, "..device.engine_ort", "gpu", options=("threads",)),
+    BackendRow(CUDA, "..device.engine_ort", "gpu", options=("threads", "capture")),
 )
 BACKENDS = {row.name: row for row in ROWS}
 ASKABLE = tuple(name for name in BACKENDS if name != CUDA)
@@ -125,9 +125,13 @@ def find_backend(bundle: Bundle, name: str | None, options: BackendOptions) -> B
         )
     for option in (field.name for field in fields(options)):
         if option not in row.options and getattr(options, option) is not None:
+            place = row.place.format(target=target.name)
+            found = f", and {bundle.path} runs on {place}. Leave it out"
+            name = f"--{option.replace('_', '-')}"
+            if option not in BACKENDS[ONNXRUNTIME].options:
+                raise TargetError(f"{name} is for ONNX Runtime on a GPU (target '{CUDA}'){found}")
             raise TargetError(
-                f"--{option.replace('_', '-')} is for ONNX Runtime on a CPU, and {bundle.path} "
-                f"runs on {row.place.format(target=target.name)}. Leave it out, or run the graphs "
-                f"in ONNX Runtime: --backend {ONNXRUNTIME}"
+                f"{name} is for ONNX Runtime on a CPU{found}, or run the graphs in ONNX Runtime: "
+                f"--backend {ONNXRUNTIME}"
             )
     return row

@@ -1,8 +1,9 @@
 """ONNX Runtime as an engine: a graph with inputs and outputs at addresses, on the device's stream.
 
-On CUDA nothing is copied and nothing waits: ONNX Runtime issues its work on our stream. Its own
-allocations make that work unfit for capture. On the CPU provider the same code runs over a device
-in host memory, which does its work when it is waited for.
+On CUDA nothing is copied and nothing waits: ONNX Runtime issues its work on our stream. Once it has
+run with the same shapes it allocates nothing either, and can be captured where that is asked for.
+On the CPU provider the same code runs over a device in host memory, which does its work when it is
+waited for.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def open_bundle(bundle: Bundle, options: BackendOptions) -> DeviceExecutor:
             f"{ON_CPU}"
         )
     device = CudaDevice()
-    api = OrtApi(stream=device.stream, threads=options.threads)
+    capture = bool(options.capture)
+    api = OrtApi(stream=device.stream, threads=options.threads, capture=capture)
     graphs = [  # which take any sizes
         Compiled(name, None, bundle.file(fact.file), fact.spec, 0, (), 0)
         for name, fact in bundle.manifest.graphs.items()
@@ -72,6 +74,7 @@ class OrtApi:
 
     ``stream``: the handle of the CUDA stream that the device works on; None: the CPU provider.
     ``submit``: is called to run a graph; by default it runs at once.
+    ``capture``: whether runs on a stream may be captured.
     """
 
     def __init__(
@@ -80,10 +83,12 @@ class OrtApi:
         stream: int | None = None,
         submit: Submit | None = None,
         threads: int | None = None,
+        capture: bool = False,
     ):
         self.submit = submit or (lambda name, work: work())
         self.device = "cpu" if stream is None else "cuda"
-        self.capturable = submit is not None  # a run that happens now is not there to be kept
+        # A run that happens now, on a CPU, is not there to be kept.
+        self.capturable = submit is not None or (stream is not None and capture)
         self.options = ort.SessionOptions()
         self.options.log_severity_level = 3
         if threads is not None:

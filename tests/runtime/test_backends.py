@@ -81,7 +81,7 @@ def test_every_target_has_a_back_end_and_cuda_is_not_asked_for(bundles):
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_row_refuses_the_options_that_it_does_not_take(row, bundles, tmp_path):
     bundle = bundles(own_targets(row)[0].name)
-    given = {"threads": 2, "memory_limit": 1 << 30, "profile": tmp_path}
+    given = {"threads": 2, "memory_limit": 1 << 30, "profile": tmp_path, "capture": True}
     for name, value in given.items():
         options = BackendOptions(**{name: value})
         if name in row.options:

@@ -420,8 +420,8 @@ def test_graphs_run_through_cuda_core_at_the_addresses_they_are_given(
     """The device as it is, over stand-ins; ONNX Runtime's CPU provider in place of CUDA's."""
     given = []
 
-    def api(*, stream, threads):
-        given.append((stream, threads))
+    def api(*, stream, threads, capture):
+        given.append((stream, threads, capture))
         return OrtApi(threads=threads)
 
     monkeypatch.setattr(engine_ort, "find_gpu", lambda: GPU)
@@ -437,7 +437,7 @@ def test_graphs_run_through_cuda_core_at_the_addresses_they_are_given(
                 stages = session.executor.engine_set.stages
                 assert stages[0].slots == 1024  # grown
     assert answers[0] == answers[1]
-    assert given == [(STREAM, 1)]
+    assert given == [(STREAM, 1, False)]
     assert core.closed == ["stream"]
 
 
@@ -449,6 +449,8 @@ def test_onnx_runtime_is_told_to_use_our_stream_and_not_to_wait():
     entry = "disable_synchronize_execution_providers"
     assert api.run_options.get_run_config_entry(entry) == "1"
     assert not api.capturable
+    assert OrtApi(stream=STREAM, capture=True).capturable
+    assert not OrtApi(capture=True).capturable  # on a CPU a run is done, and not there to be kept
 
 
 def test_a_provider_that_did_not_start_is_said(cuda_bundle):
