@@ -133,9 +133,26 @@ def verify(
 
 
 @click.command()
+@click.option("--jetson", is_flag=True, help="Check a Jetson's settings, and say what to type.")
 @as_json
-def doctor(as_json) -> None:
-    """Show what this machine can build and run, and what it lacks."""
+def doctor(jetson, as_json) -> None:
+    """Show what this machine can build and run, and what it lacks.
+
+    On a Jetson also whether power mode, clocks, swap, TensorRT's Python and disk are as compiling
+    and running a bundle want them: --jetson.
+
+    \b
+    visistage doctor
+    visistage doctor --jetson
+    """
+    if jetson:
+        from .show.board_view import board_facts, board_table
+
+        if as_json:
+            show_json(board_facts())
+        else:
+            show(board_table())
+        return
     from .show.doctor_view import doctor_facts, doctor_table
 
     if as_json:
