@@ -5,7 +5,7 @@ PYTHON ?= python3
 MODEL  ?= demo
 OUT    ?= engines
 ORT    ?= cpu
-# Also understood: PLAN TARGET PRECISION CALIB KEEP_FLOAT NAME WEIGHTS REVISION CONTEXT BUILD_MEMORY, DUMMY=1, OFFLINE=1; TESTS (of `make test`);
+# Also understood: PLAN TARGET PRECISION CALIB KEEP_FLOAT NAME WEIGHTS REVISION CONTEXT BUILD_MEMORY, DUMMY=1, OFFLINE=1; TESTS and GPU_PYTHON (of `make test`);
 # DATA SAMPLES LOSE COST HOLDOUT CANDIDATES SELECTORS NO_ENTRY (of `make calibrate`, some of `make compare`);
 # of `make setup`: PIP_OPTIONS, such as an index with a CPU build of torch; ORT=gpu, ONNX Runtime for an NVIDIA GPU.
 
@@ -90,7 +90,7 @@ ALONE   := tests/compile/ tests/graphs/ tests/runtime/
 GROUPS   = $(ALONE) "$(filter-out $(ALONE),$(FOLDERS))" "tests/test_*.py"
 
 test: setup  ## run the tests, or some: TESTS=tests/graphs/test_plan.py
-	status=0; traces=$$(mktemp -d); trap 'rm -rf "$$traces"' EXIT; for group in $(if $(TESTS),"$(TESTS)",$(GROUPS)); do \
+	status=0; export VISISTAGE_GPU_PYTHON="$(GPU_PYTHON)"; traces=$$(mktemp -d); trap 'rm -rf "$$traces"' EXIT; for group in $(if $(TESTS),"$(TESTS)",$(GROUPS)); do \
 		VISISTAGE_TRACES="$$traces" $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 $$group || status=1; \
 	done; exit $$status
 
