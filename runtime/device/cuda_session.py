@@ -12,6 +12,8 @@ import subprocess
 import sys
 from functools import lru_cache
 
+import numpy as np
+
 from ...graphs.child import isolated
 from ..backends.onnx_runtime import find_cuda_libraries, ort
 from ..backends.ort import CUDA_PROVIDER
@@ -68,7 +70,7 @@ def main() -> None:
     session = ort.InferenceSession(MODEL, providers=[CUDA_PROVIDER])
     runs = CUDA_PROVIDER in session.get_providers()
     if runs:
-        x = ort.OrtValue.ortvalue_from_shape_and_type([4], "float", "cuda", 0)
+        x = ort.OrtValue.ortvalue_from_shape_and_type([4], np.float32, "cuda", 0)
         binding = session.io_binding()
         binding.bind_ortvalue_input("x", x)
         binding.bind_output("y", "cuda")

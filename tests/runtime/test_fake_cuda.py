@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import visistage
 from visistage.compile.build import make_bundle
+from visistage.runtime.device.cuda_session import reason
 from visistage.tests.support import toy
 from visistage.tests.support.fake_cuda.build import build, lacking
 
@@ -85,6 +86,26 @@ def fresh_waits(lines):
     """Waits for events that were recorded in the same section."""
     recorded = {line.split()[1] for line in lines if line.startswith("record")}
     return [line for line in lines if line.startswith("wait") and line.split()[1] in recorded]
+
+
+def test_the_session_that_doctor_tries_opens_and_computes(libraries, tmp_path):
+    (tmp_path / "visistage").symlink_to(ROOT)
+    code = (
+        "import onnxruntime\nonnxruntime.preload_dlls = lambda: None  # the real ones\n"
+        "from visistage.runtime.device.cuda_session import main\nmain()"
+    )
+    log = tmp_path / "calls.log"
+    env = {"PYTHONPATH": str(tmp_path), "LD_LIBRARY_PATH": str(libraries)}
+    for path, found in ((str(libraries), ["true"]), ("", ["false"])):
+        env |= {"LD_LIBRARY_PATH": path, "FAKE_CUDA_LOG": str(log)}
+        done = subprocess.run(
+            [PYTHON, "-c", code], env=os.environ | env, capture_output=True, text=True
+        )
+        assert done.stdout.splitlines()[-1:] == found, done.stderr
+    assert "kernel" in log.read_text()
+    why = reason(done.stderr)
+    assert "cannot open shared object file" in why
+    assert not why.startswith("20")  # no time, no place in a source
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -4,6 +4,9 @@ Each test says what is missing where it cannot run.
 """
 
 import importlib.util
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -101,6 +104,38 @@ def test_onnx_runtime_on_cuda_says_what_the_cpu_says(tmp_path, plan):
         pytest.skip("pip install onnxruntime-gpu: this ONNX Runtime has no CUDA provider")
     checkpoint = toy.make_checkpoint(tmp_path / "toy", kv_heads=2)
     check(make_bundle(str(checkpoint), plan=plan, target="cuda", out=tmp_path))
+
+
+CAPTURED = """
+import json, sys
+from visistage.runtime.session import load
+from visistage.tests.support.asking import picture
+found = []
+for capture in (False, True):
+    with load(sys.argv[1], capture=capture) as session:
+        session.eos = frozenset()
+        asked = [(picture(1), "What is it?"), (picture(1), "And now?")]
+        found.append([session.infer(*one, max_tokens=24).tokens for one in asked])
+        stages = session.executor.engine_set.stages
+        found.append([capture, all(stage.replays[1].graph is not None for stage in stages)])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_onnx_runtime_does_in_a_step_can_be_captured(tmp_path, plan):
+    """In a process of its own: where a capture goes wrong, the driver may end it."""
+    ort = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("pip install onnxruntime-gpu: this ONNX Runtime has no CUDA provider")
+    checkpoint = toy.make_checkpoint(tmp_path / "toy", kv_heads=2)
+    bundle = make_bundle(str(checkpoint), plan=plan, target="cuda", out=tmp_path)
+    command = [sys.executable, "-c", CAPTURED, str(bundle.path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    direct, never, replayed, always = json.loads(done.stdout.splitlines()[-1])
+    assert (never, always) == ([False, False], [True, True])
+    assert direct == replayed  # the same kernels over the same numbers
 
 
 @pytest.mark.parametrize("plan", PLANS)
