@@ -5,7 +5,7 @@ PYTHON ?= python3
 MODEL  ?= demo
 OUT    ?= engines
 ORT    ?= cpu
-# Also understood: PLAN TARGET PRECISION CALIB KEEP_FLOAT NAME WEIGHTS REVISION CONTEXT BUILD_MEMORY, DUMMY=1, OFFLINE=1; TESTS and GPU_PYTHON (of `make test`);
+# Also understood: PLAN TARGET PRECISION CALIB KEEP_FLOAT NAME WEIGHTS REVISION CONTEXT BUILD_MEMORY IMAGE_TOKENS CANVAS, DUMMY=1, OFFLINE=1; TESTS and GPU_PYTHON (of `make test`);
 # DATA SAMPLES LOSE COST HOLDOUT CANDIDATES SELECTORS NO_ENTRY (of `make calibrate`, some of `make compare`);
 # of `make setup`: PIP_OPTIONS, such as an index with a CPU build of torch; ORT=gpu, ONNX Runtime for an NVIDIA GPU.
 
@@ -13,6 +13,8 @@ VENV := .venv
 BIN  := $(VENV)/bin
 PICTURE  := demo/pictures/scene-3.png
 QUESTION := In which corner is the red object?
+
+IMAGES = $(if $(IMAGE_TOKENS),--image-tokens "$(IMAGE_TOKENS)") $(if $(CANVAS),--canvas "$(CANVAS)")
 
 ENGINES = --model "$(MODEL)" --out "$(OUT)" \
 	$(if $(PLAN),--plan "$(PLAN)") \
@@ -25,6 +27,7 @@ ENGINES = --model "$(MODEL)" --out "$(OUT)" \
 	$(if $(REVISION),--revision "$(REVISION)") \
 	$(foreach length,$(CONTEXT),--context "$(length)") \
 	$(if $(BUILD_MEMORY),--build-memory "$(BUILD_MEMORY)") \
+	$(IMAGES) \
 	$(if $(filter-out 0 no false,$(DUMMY)),--dummy-weights) \
 	$(if $(filter-out 0 no false,$(OFFLINE)),--offline)
 
@@ -37,6 +40,7 @@ CALIBRATE = "$(MODEL)" --out "$(OUT)" \
 	$(if $(HOLDOUT),--holdout "$(HOLDOUT)") \
 	$(if $(CANDIDATES),--candidates "$(CANDIDATES)") \
 	$(if $(SELECTORS),--selectors "$(SELECTORS)") \
+	$(IMAGES) \
 	$(if $(filter-out 0 no false,$(NO_ENTRY)),--no-entry) \
 	$(if $(PRECISION),--precision "$(PRECISION)") \
 	$(if $(REVISION),--revision "$(REVISION)") \

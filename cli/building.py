@@ -14,6 +14,7 @@ from .options import (
     as_json,
     bundle_at,
     bundles_called,
+    canvas_option,
     image_tokens_option,
     is_model,
     model_option,
@@ -51,6 +52,7 @@ from .show.units import ByteSize
 @click.option("--offline", is_flag=True, help="Use only what was downloaded before.")
 @click.option("--dummy-weights", is_flag=True, help="Random weights in the model's shape.")
 @image_tokens_option
+@canvas_option
 @click.option(
     "--context",
     "contexts",

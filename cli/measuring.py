@@ -19,6 +19,7 @@ from .options import (
     bundle_at,
     bundle_default,
     bundles_called,
+    canvas_option,
     image_tokens_option,
     is_model,
     threads_option,
@@ -278,6 +279,7 @@ def compare(
 @click.option("--precision", help="Of a model: fp32, fp16 (default), int8, w8 or w4.")
 @click.option("--prefix", type=click.IntRange(0), help="Of a model: rows before it (default 35).")
 @image_tokens_option
+@canvas_option
 @click.option(
     "--text", type=click.IntRange(1), default=40, show_default=True, help="Question rows."
 )
@@ -313,6 +315,7 @@ def estimate(
     precision,
     prefix,
     image_tokens,
+    canvas,
     threads,
     rate,
     p95,
@@ -349,7 +352,7 @@ def estimate(
     from ..tools.estimate.predict import PromptLengths, estimate
     from .show.estimate_view import estimate_table
 
-    target = estimate_target(subject, plan, precision, prefix, image_tokens)
+    target = estimate_target(subject, plan, precision, prefix, image_tokens, canvas)
     smaller, hint = smaller_images(target.config), None
     if image_tokens is None and smaller:
         hint = f"the image has the most tokens there are, {target.config.visual_tokens}: {smaller}"

@@ -14,6 +14,7 @@ from click.shell_completion import CompletionItem
 
 from ..graphs.errors import BundleError, nearest
 from .show.output import Loudness, note
+from .show.units import CanvasParam
 
 
 class Known(click.ParamType):
@@ -163,6 +164,11 @@ image_tokens_option = click.option(
     "--image-tokens",
     type=click.IntRange(1),
     help="Of an image at most, where a processor cuts images by their size; by default its own.",
+)
+canvas_option = click.option(
+    "--canvas",
+    type=CanvasParam(),
+    help="Height x width that every image is brought to first: for cameras of one format.",
 )
 sm_option = click.option(
     "--sm",

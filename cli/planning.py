@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import MODEL, PLAN, as_json, image_tokens_option, model_option
+from .options import MODEL, PLAN, as_json, canvas_option, image_tokens_option, model_option
 from .show.output import note, say, show, show_json
 from .show.units import ShareParam
 
@@ -18,6 +18,7 @@ from .show.units import ShareParam
 @click.option("--layers", type=click.IntRange(1), help="Depth, instead of the model's.")
 @click.option("--visual-tokens", type=click.IntRange(1), help="Per image, instead of the model's.")
 @image_tokens_option
+@canvas_option
 @click.option("--text", type=click.IntRange(1), default=40, show_default=True, help="Text rows.")
 @click.option("--prefix", type=click.IntRange(0), default=35, show_default=True, help="Its rows.")
 @click.option(
@@ -39,6 +40,7 @@ def plan(
     layers,
     visual_tokens,
     image_tokens,
+    canvas,
     trigger,
     kept,
     exit_,
@@ -77,13 +79,13 @@ def plan(
     from ..compile.planfile import plan_to_yaml
 
     model = model or model_option or "llava-7b"
-    staged, geometry = plan_cost_facts(plan, model, layers, visual_tokens, image_tokens)
+    staged, geometry = plan_cost_facts(plan, model, layers, visual_tokens, image_tokens, canvas)
     outcome = outcome_of(staged, trigger, kept, exit_)
     if as_yaml:
         say(plan_to_yaml(staged), nl=False)
         return
     facts = plan_json(staged, geometry, outcome=outcome, **options)
-    facts["images"] = image_facts(model, staged, image_tokens)
+    facts["images"] = image_facts(model, staged, image_tokens, canvas)
     if as_json:
         show_json(facts)
     else:
@@ -110,6 +112,7 @@ def plan(
 @click.option("--offline", is_flag=True, help="Use only what was downloaded before.")
 @click.option("--dummy-weights", is_flag=True, help="Random weights in the model's shape.")
 @image_tokens_option
+@canvas_option
 @as_json
 def calibrate(
     model,

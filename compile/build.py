@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..graphs.bundle import MANIFEST, Bundle, GraphFact, Manifest
+from ..graphs.families.family import Size
 from ..graphs.precision import NO_FALLBACK, Fp32Fallback
 from ..graphs.progress import Progress
 from ..graphs.targets import resolve_target
@@ -53,6 +54,7 @@ def make_bundle(
     offline: bool = False,
     dummy_weights: bool = False,
     image_tokens: int | None = None,
+    canvas: Size | None = None,
     contexts: Sequence[int] = (),
     build_memory: int | None = None,
     calibration: str | Path | None = None,
@@ -77,6 +79,8 @@ def make_bundle(
         dummy_weights: random weights of a published geometry.
         image_tokens: the most of an image, by the image processor's own option: of a larger one it
             makes fewer.
+        canvas: height and width that every image is brought to before its processor sees it, so
+            that all have as many tokens, in the same places.
         contexts: rows of an unpruned prompt and answer that engines have space for; several
             give several sets of engines. For targets with engines only.
         build_memory: bytes that compiling one engine may take; stages are cut into parts that
@@ -103,6 +107,7 @@ def make_bundle(
         dummy_weights=dummy_weights,
         routing=dummy_routing(model, plan) if dummy_weights else None,
         image_tokens=image_tokens,
+        canvas=canvas,
         progress=progress.advance,
     )
     if name is not None:

@@ -84,8 +84,10 @@ class BuildSpec:
     def name(self) -> str:
         """Name of the bundle's folder."""
         tokens = self.checkpoint.image_tokens
-        capped = "" if tokens is None else f"-images{tokens}"
-        return f"{self.plan.name}-{self.precision}-{self.target.name}{capped}"
+        limits = "" if tokens is None else f"-images{tokens}"
+        if self.config.canvas is not None:
+            limits += "-canvas{}x{}".format(*self.config.canvas)
+        return f"{self.plan.name}-{self.precision}-{self.target.name}{limits}"
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .families.family import Family, ImageLayout
 
 _MOST_PIXELS = 1 << 30
+_MOST_EDGE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Limits:
         count("limits.least", self.least, self.most, least=0)
         for size in self.sizes:
             for edge in size:
-                count("limits.sizes", edge, 1 << 14)
+                count("limits.sizes", edge, _MOST_EDGE)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class ModelConfig:
     block: int = field(default=1, metadata={"omit": True})  # patches on a side of a visual token
     projector_norm: bool = field(default=False, metadata={"omit": True})
     projector_layers: int = field(default=2, metadata={"omit": True})
+    canvas: tuple[int, int] | None = field(default=None, metadata={"omit": True})
+    """Height and width that every image is brought to before all else; None: it is not."""
 
     def __post_init__(self) -> None:
         count("image_token_index", self.image_token_id, self.text.vocab - 1, least=0)
@@ -91,6 +94,8 @@ class ModelConfig:
         flag("multimodal_projector_bias", self.projector_bias)
         count("downsample_ratio", self.block, 8)
         count("projector_layers", self.projector_layers, 2)
+        for edge in self.canvas or ():
+            count("canvas", edge, _MOST_EDGE)
         flag("projector_norm", self.projector_norm)
         edge = self.vision.image_size // self.vision.patch_size
         divides("the block of downsample_ratio", self.block, "patches of a side", edge)
@@ -125,11 +130,16 @@ class ModelConfig:
     @property
     def visual_tokens(self) -> int:
         """The most rows that an image has: what plans and slots are made for."""
+        if self.canvas is not None:
+            return self.layout(*self.canvas).rows
         return self._family.most_rows(self)
 
     def layout(self, height: int, width: int) -> ImageLayout:
         """Return what an image of so many pixels becomes."""
-        return self._family.layout(self, height, width)
+        if self.canvas is None:
+            return self._family.layout(self, height, width)
+        # The first of its resizes is to the canvas (``registry.with_canvas``).
+        return replace(self._family.layout(self, *self.canvas), whole_of="resized")
 
     def within(self, limits: Limits) -> ModelConfig:
         """Return the same model with other limits of its images."""
@@ -148,6 +158,8 @@ class ModelConfig:
     @property
     def most_tiles(self) -> int:
         """Squares of the vision encoder's size that the largest image becomes, or patches."""
+        if self.canvas is not None:
+            return self.layout(*self.canvas).tiles
         if self.packs:  # a small copy of the whole is one more
             area = self.vision.image_size**2
             return 1 + max(high * wide for high, wide in self.limits.sizes) // area
@@ -188,7 +200,7 @@ class ModelConfig:
 
     @property
     def varies(self) -> bool:
-        """True where images differ in their rows: the vision graph takes one at a time."""
+        """True where images may differ in their rows: the vision graph takes one at a time."""
         return self.limits != Limits()
 
     @classmethod

@@ -13,24 +13,18 @@ Source: docs/design.md, "Append rows".
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 from .caches import ahead_of, appended, cache_dtype, part_caches
-from .config import ModelConfig
-from .errors import PlanError
-from .fusion import check_injected
-from .parts import PROBE, PROJECT, VISION, StagePart, part_names, probed, serving_name
+from .parts import StagePart, probed
 from .plan.plan import StagePlan
 from .plan.stages import Edge
 from .precision import NO_FALLBACK, Fp32Fallback
 from .quantization import CacheScheme
 from .selectors.edge import CACHE_READINGS, ROW_READINGS
-from .selectors.entry import PROJECTED, READINGS
-from .selectors.registry import ENTRY_SELECTORS
 from .text_config import TextConfig
-from .vision_config import PATCHES, VisionConfig
 
 Rows = TypeVar("Rows")
 
@@ -49,20 +43,11 @@ ORT_LLM_SINCE = (1, 25)
 """First ONNX Runtime that runs opset 24 (Attention, TensorScatter), all lowerings' but
 ``portable``'s."""
 
-TILES = "tiles"
-"""Symbol of the tiles of an image, where the vision graph takes several."""
-
-WINDOWS = "windows"
-"""Symbol of the windows of an image that an encoder of patches attends in."""
-
 SYMBOLS = {"visual": "N", "text": "T"}
 """Counts of the rows that a selection reads something of, by their kind (``ROW_READINGS``)."""
 
 BY_LAYER = ("gates", "row_gain")
 """Inputs of a stage with an entry for each of some of its layers; parts take those of their own."""
-
-NEAREST_WORDS = 3
-"""Ids of the vocabulary that the vision graph names for each row, where a selector reads them."""
 
 MANY_ROWS = 64
 """Graphs of the ``branched`` lowering take calls of more rows than this in the form for many."""
@@ -164,7 +149,7 @@ def stage_spec(
         inputs.append(TensorSpec("gates", dtype, (len(gated), 2, "B", "S")))
     if gained:
         inputs.append(TensorSpec("row_gain", dtype, (len(gained), 2, "B", "Q")))
-    inputs += [_injected(text, layer, "Q", rows) for layer in part.injected_layers(text)]
+    inputs += [injected_spec(text, layer, "Q", rows) for layer in part.injected_layers(text)]
     read = caches[:-1] if ahead and rows_back else caches
     inputs += [TensorSpec(name, cached, ("B", groups, "S", width)) for name in read]
 
@@ -196,7 +181,7 @@ def serve_spec(
     """
     rows = fallback.rows_dtype(dtype)
     row = TensorSpec("rows", rows, ("B", "Q", text.hidden))
-    inject = [_injected(text, layer, "Q", rows) for layer in part.injected_layers(text)]
+    inject = [injected_spec(text, layer, "Q", rows) for layer in part.injected_layers(text)]
     shape = ("B", text.kv_heads, "Q", text.head_dim)
     new = [
         TensorSpec(appended(name), cache_dtype(dtype, cache), shape)
@@ -217,7 +202,7 @@ def _positions(text: TextConfig, rows: int | str, ending: str = "") -> TensorSpe
     return TensorSpec(f"positions{ending}", "int32", ("B", rows, *axes))
 
 
-def _injected(text: TextConfig, layer: int, rows: int | str, dtype: str) -> TensorSpec:
+def injected_spec(text: TextConfig, layer: int, rows: int | str, dtype: str) -> TensorSpec:
     """Return the tensor of what is added to ``rows`` rows at the input of a layer."""
     return TensorSpec(inject_name(layer), dtype, ("B", rows, text.hidden))
 
@@ -300,162 +285,3 @@ def probe_spec(text: TextConfig, dtype: str, cache: CacheScheme = "float") -> Gr
             TensorSpec("norm", "float32", ("B", "N")),
         ),
     )
-
-
-def graph_specs(
-    config: ModelConfig,
-    plan: StagePlan,
-    dtype: str,
-    parts: Sequence[StagePart],
-    rows_back: bool,
-    fallback: Fp32Fallback = NO_FALLBACK,
-    cache: CacheScheme = "float",
-) -> dict[str, GraphSpec]:
-    """Return the contract of every graph of a bundle, in the order in which a prompt meets them."""
-    text = config.text
-    check_injected(text.inject, plan)
-    _check_axes(text, plan)
-    specs = {VISION: vision_spec(config, plan, dtype, fallback)}
-    if projects_later(plan):
-        specs[PROJECT] = project_spec(config, plan, dtype, fallback)
-    for name, part in zip(part_names(parts), parts, strict=True):
-        if part.serves(plan):
-            specs[serving_name(name)] = serve_spec(text, plan, part, dtype, fallback, cache)
-        specs[name] = stage_spec(text, plan, part, dtype, rows_back, fallback, cache)
-        if part.ends(plan) and probed(plan, part.stage):
-            edge = plan.edges[part.stage]
-            specs[f"select{part.stage}"] = select_spec(text, edge, dtype, fallback, cache)
-    if plan.probe is not None:
-        specs[PROBE] = probe_spec(text, dtype, cache)
-    return specs
-
-
-def _check_axes(text: TextConfig, plan: StagePlan) -> None:
-    """Refuse a plan that moves rows which have a place on several axes."""
-    moved = plan.positions != "original" or plan.span != plan.visual_tokens
-    if moved and text.rope.axes > 1:
-        raise PlanError(
-            f"plan '{plan.name}' gives rows other positions, and those of this model stand at a "
-            "time, a height and a width. Use positions=original, or another entry"
-        )
-
-
-def projects_later(plan: StagePlan) -> bool:
-    """Return whether only chosen rows are projected: no selector has to see them projected."""
-    if plan.entry is None:
-        return False
-    return not {*ENTRY_SELECTORS[plan.entry.selector].reads} & {*PROJECTED}
-
-
-def vision_readings(plan: StagePlan) -> tuple[str, ...]:
-    """Return what the vision graph hands out: names of ``EncoderReadings``, in their order.
-
-    Without an entry that is the visual rows alone.
-    """
-    if plan.entry is None:
-        return ("rows",)
-    reads = {*ENTRY_SELECTORS[plan.entry.selector].reads}
-    reads.add("features" if projects_later(plan) else "rows")
-    return tuple(name for name in READINGS if name in reads)
-
-
-def vision_spec(
-    config: ModelConfig, plan: StagePlan, dtype: str, fallback: Fp32Fallback = NO_FALLBACK
-) -> GraphSpec:
-    """Return the contract of the encoder: pixels in, out what the plan's entry reads.
-
-    Without an entry the projector is in it, and one row per visual token comes out. What is added
-    to the rows within the decoder comes out with it, for all visual tokens.
-
-    Raises:
-        PlanError: an entry whose selector the encoder has nothing for.
-    """
-    if config.arranged and plan.entry is not None:
-        raise PlanError(
-            f"entry {plan.entry.text}: rows of a model of type {config.family} are arranged "
-            "behind its projector, where no selector chooses. Leave the entry out"
-        )
-    vision, tokens = config.vision, "N" if config.varies else config.visual_tokens
-    width = config.feature_width
-    batch = 1 if config.varies else "B"
-    outputs = {
-        "similarity": TensorSpec("similarity", "float32", (batch, tokens, tokens)),
-        "row_similarity": TensorSpec("row_similarity", "float32", (batch, tokens, tokens)),
-        "vocabulary": TensorSpec("vocabulary", "int64", (batch, tokens, NEAREST_WORDS)),
-        "rows": TensorSpec(
-            "visual_rows", fallback.rows_dtype(dtype), (batch, tokens, config.text.hidden)
-        ),
-        "features": TensorSpec("features", dtype, (batch, tokens, width)),
-        "class_row": TensorSpec("class_row", dtype, (batch, width)),
-        "saliency": TensorSpec("saliency", "float32", (batch, tokens)),
-        "keys": TensorSpec("keys", "float32", (batch, tokens, vision.hidden // vision.heads)),
-    }
-    names = vision_readings(plan)
-    if not config.has_class_row:
-        names = tuple(name for name in names if name != "class_row")
-    unread = [name for name in names if vision.kind == PATCHES and name not in PROJECTED]
-    if unread and plan.entry is not None:
-        known = ENTRY_SELECTORS.items()
-        rows = " or ".join(name for name, own in known if {*own.reads} & {*PROJECTED})
-        raise PlanError(
-            f"entry {plan.entry.text} reads {unread[0]}, which an encoder of patches does not hand "
-            f"out for its rows. Take {rows}, or select within the decoder"
-        )
-    count = TILES if config.varies else "B"
-    return GraphSpec(
-        inputs=(
-            TensorSpec("pixels", "float32", pixel_shape(config, count)),
-            *(_patch_inputs(vision, count) if vision.kind == PATCHES else ()),
-            *(_packing(config) if config.packs else ()),
-        ),
-        outputs=(
-            *(outputs[name] for name in names),
-            *(
-                replace(own, shape=(batch, *own.shape[1:]))
-                for layer in config.text.inject
-                for own in [_injected(config.text, layer, tokens, fallback.rows_dtype(dtype))]
-            ),
-        ),
-    )
-
-
-def pixel_shape(config: ModelConfig, tiles: int | str) -> tuple[int | str, ...]:
-    """Return the shape of the pixels of so many tiles; where patches are tiles, each is flat."""
-    vision = config.vision
-    if vision.kind == PATCHES:
-        return tiles, vision.channels * vision.patch_size**2
-    return tiles, vision.channels, vision.image_size, vision.image_size
-
-
-def _patch_inputs(vision: VisionConfig, count: int | str) -> tuple[TensorSpec, ...]:
-    """Return what an encoder of patches takes besides, in the order of its layouts' feeds."""
-    learned = (
-        TensorSpec("taps", "int32", (count, 4)),
-        TensorSpec("weights", "float32", (count, 4)),
-    )
-    windows = (
-        TensorSpec("slots", "int32", (WINDOWS, vision.window_patches)),
-        TensorSpec("places", "int32", (count,)),
-    )
-    return (
-        TensorSpec("turns", "int32", (count, 2)),
-        *(learned if vision.learned else ()),
-        *(windows if vision.window else ()),
-    )
-
-
-def _packing(config: ModelConfig) -> tuple[TensorSpec, ...]:
-    """Return what says which rows of tiles make each row of an image."""
-    if config.shrinks:
-        return TensorSpec("pack", "int64", ("N", 4)), TensorSpec("weights", "float32", ("N", 4))
-    return (TensorSpec("pack", "int64", ("N",)),)
-
-
-def project_spec(
-    config: ModelConfig, plan: StagePlan, dtype: str, fallback: Fp32Fallback = NO_FALLBACK
-) -> GraphSpec:
-    """Return the contract of the projector alone: features of chosen rows in, visual rows out."""
-    count: tuple[int | str, int | str] = (1, "N") if config.varies else ("B", plan.entering)
-    rows = TensorSpec("visual_rows", fallback.rows_dtype(dtype), (*count, config.text.hidden))
-    features = TensorSpec("features", dtype, (*count, config.feature_width))
-    return GraphSpec((features,), (rows,))

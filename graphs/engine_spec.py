@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from .bundle import ANY_CONTEXT, Manifest
 from .caches import SLOT_STEP, stage_slots
-from .contract import TILES, WINDOWS, GraphSpec
+from .contract import GraphSpec
 from .parts import PROBE, serves_alone, stage_of
+from .vision_contract import TILES, WINDOWS
 
 DECODE_ROWS = 8
 """Most rows of a call in the decode profile."""

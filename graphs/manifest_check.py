@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .bundle_contract import graph_specs
 from .caches import SLOT_STEP
-from .contract import ANY_CONTEXT, graph_specs
+from .contract import ANY_CONTEXT
 from .dtypes import DTYPES
 from .errors import BundleError
 from .fields import Words, check_word, reject

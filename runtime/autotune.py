@@ -27,11 +27,11 @@ import numpy as np
 from ..graphs.bundle import Bundle
 from ..graphs.chain.chain import Chain
 from ..graphs.chain.rows import AppendedRows
-from ..graphs.contract import pixel_shape
 from ..graphs.errors import VisistageError
 from ..graphs.fields import from_json, read_json
 from ..graphs.files import write_file
 from ..graphs.inside import file_inside
+from ..graphs.vision_contract import pixel_shape
 from .backends.backend import Backend
 from .hardware import cores, processor
 

@@ -16,9 +16,9 @@ import numpy as np
 from ..graphs.bundle import MANIFEST, Bundle
 from ..graphs.chain import enter
 from ..graphs.chain.executor import Encoded
-from ..graphs.contract import pixel_shape
 from ..graphs.errors import BundleError, ImageError, PromptError, TargetError
 from ..graphs.families.family import ImageLayout
+from ..graphs.vision_contract import pixel_shape
 from .answer import DECODED
 from .backends.backend import Backend, BackendOptions
 from .backends.registry import find_backend

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...graphs.config import ModelConfig
-from ...graphs.contract import vision_spec
 from ...graphs.errors import PlanError, TargetError
 from ...graphs.presets.presets import preset
 from ...graphs.quantization import QUANTISED, QuantConfig, is_quantised, parse_quant_config
 from ...graphs.selectors.registry import COUNTING_SELECTORS
+from ...graphs.vision_contract import vision_spec
 from ..evaluate import EVALUATE_MAX_TOKENS
 from .agreement import Agreement
 

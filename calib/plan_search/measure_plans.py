@@ -18,6 +18,7 @@ from ...compile.build import make_bundle
 from ...compile.planfile import save_plan
 from ...compile.quantize.calibration_file import Calibration
 from ...graphs.errors import CapacityError, DataError
+from ...graphs.families.family import Size
 from ...graphs.plan.plan import StagePlan
 from ...graphs.plan.stages import Mode, Stage
 from ...graphs.presets.presets import preset
@@ -40,6 +41,7 @@ class Origin:
     offline: bool = False
     dummy_weights: bool = False
     image_tokens: int | None = None
+    canvas: Size | None = None
 
 
 class PlanBundles:

@@ -36,7 +36,7 @@ from ...graphs.chain.enter import run_of
 from ...graphs.chain.executor import Encoded
 from ...graphs.chain.torch_encoder import chosen_rows
 from ...graphs.config import ModelConfig
-from ...graphs.contract import ahead_of, projects_later, row_readings, vision_readings
+from ...graphs.contract import ahead_of, row_readings
 from ...graphs.errors import PlanError
 from ...graphs.modules.decoder import Body, Head, Logits
 from ...graphs.modules.encoders import make_vision
@@ -49,6 +49,7 @@ from ...graphs.modules.vision import Encoder, Projection, Projector
 from ...graphs.plan.plan import StagePlan
 from ...graphs.progress import Advance, no_advance
 from ...graphs.quantization import CacheScheme
+from ...graphs.vision_contract import projects_later, vision_readings
 from ..sample_prompts import SampleImage, SamplePrompt
 from .prompt_state import ANSWER, ENCODER, TEXT, prompt_state
 

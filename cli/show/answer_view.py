@@ -8,9 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ...graphs.contract import projects_later
 from ...graphs.parts import ENTRY, PROBE, PROJECT, SERVE, VISION, serves_alone, stage_of
 from ...graphs.plan.cost import Cost, Geometry, Load, cost_of, loads_as_run, reduction_percent
+from ...graphs.vision_contract import projects_later
 
 if TYPE_CHECKING:
     from ...graphs.bundle import Manifest

@@ -58,6 +58,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "widening": to_json(manifest.fallback),
         "layers": text.layers,
         "visual_tokens": manifest.config.visual_tokens,
+        "canvas": manifest.config.canvas,
         "context": text.max_positions,
         "prefix_rows": prefix,
         "question_rows": INSPECT_QUESTION_ROWS,
@@ -87,6 +88,7 @@ def bundle_table(bundle: Bundle) -> RenderableType:
     for name, value in (
         ("bundle", facts["path"]),
         ("model", f"{facts['model']}, {facts['layers']} layers, context {facts['context']}"),
+        ("images", _images(facts)),
         ("plan", f"{plan['name']} {plan['hash'][:12]}"),
         ("", plan["note"]),
         ("", staged.entry.summary(facts["visual_tokens"]) if staged.entry else ""),
@@ -104,6 +106,14 @@ def bundle_table(bundle: Bundle) -> RenderableType:
         if value:
             head.add_row(name, value)
     return Group(head, _stage_table(facts), _graph_table(bundle))
+
+
+def _images(facts: dict[str, Any]) -> str:
+    """Say what size every image is brought to, if to any."""
+    if facts["canvas"] is None:
+        return ""
+    size = "{}x{}".format(*facts["canvas"])
+    return f"all on a canvas of {size} (height x width): {facts['visual_tokens']} visual tokens"
 
 
 def _always(bundle: Bundle) -> str:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ...compile.checkpoint.known_models import model_config
 from ...graphs.config import ModelConfig
+from ...graphs.families.family import Size
 from ...graphs.plan.call_cost import COUNTS, vision_work
 from ...graphs.plan.cost import Geometry, Load, cost_of, loads_as_run
 from ...graphs.plan.plan import StagePlan
@@ -19,17 +20,21 @@ SIZES = ((336, 336), (480, 640), (1080, 1920))
 """Height and width of the images that are shown."""
 
 
-def image_facts(model: str, plan: StagePlan, image_tokens: int | None) -> list[dict[str, Any]]:
+def image_facts(
+    model: str, plan: StagePlan, image_tokens: int | None, canvas: Size | None = None
+) -> list[dict[str, Any]]:
     """Return the costs of images of some sizes; none where all have the same tokens.
+
+    ``canvas``: height and width that all are brought to.
 
     Shares are of an unpruned image without the budget: what the budget saves, what the plan saves
     of what that leaves, and the encoder's part, which no plan touches.
     """
-    whole, capped = model_config(model), model_config(model, image_tokens)
+    whole, capped = model_config(model), model_config(model, image_tokens, canvas)
     if not whole.varies:
         return []
     geometry, out = Geometry.of(whole.text), []
-    for height, width in SIZES:
+    for height, width in SIZES if canvas is None else (canvas,):
         before, after = whole.layout(height, width), capped.layout(height, width)
         dense, encoder = (
             _decoder_flops(before.rows, None, geometry),
@@ -43,6 +48,7 @@ def image_facts(model: str, plan: StagePlan, image_tokens: int | None) -> list[d
         full = dense + encoder
         out.append(
             {
+                "canvas": canvas,
                 "height": height,
                 "width": width,
                 "tokens": after.rows,
@@ -70,7 +76,7 @@ def image_table(facts: list[dict[str, Any]]) -> Table:
         unlimited = fact["tokens_unlimited"]
         few = "" if unlimited == fact["tokens"] else f" of {unlimited}"
         table.add_row(
-            f"{fact['width']}x{fact['height']}",
+            f"{fact['width']}x{fact['height']}" + (" on the canvas" if fact["canvas"] else ""),
             f"{fact['tokens']}{few}",
             *(
                 f"{fact[name] / 1e12:.2f} TFLOP"

@@ -18,6 +18,7 @@ from rich.text import Text
 from ...compile.checkpoint.known_models import model_config
 from ...compile.planfile import modes_text, resolve_plan
 from ...graphs.errors import PlanError
+from ...graphs.families.family import Size
 from ...graphs.fields import to_json
 from ...graphs.plan.cost import (
     FP16_BYTES,
@@ -239,6 +240,7 @@ def plan_cost_facts(
     layers: int | None = None,
     visual_tokens: int | None = None,
     image_tokens: int | None = None,
+    canvas: Size | None = None,
 ) -> tuple[StagePlan, Geometry]:
     """Return the plan that ``plan`` names, and the sizes of the decoder it is for.
 
@@ -248,12 +250,13 @@ def plan_cost_facts(
         layers: instead of the model's depth.
         visual_tokens: instead of the model's tokens per image.
         image_tokens: the most of an image, as ``open_checkpoint`` takes it.
+        canvas: likewise.
 
     Raises:
         ModelError: an unknown model, or a config that is not supported.
         PlanError: see ``resolve_plan``.
     """
-    config = model_config(model, image_tokens)
+    config = model_config(model, image_tokens, canvas)
     geometry = Geometry.of(config.text)
     geometry = replace(geometry, layers=layers or geometry.layers)
     tokens = visual_tokens or config.visual_tokens

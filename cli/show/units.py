@@ -29,6 +29,21 @@ class ByteSize(click.ParamType):
         return round(float(match[1]) * _SIZES[unit])
 
 
+class CanvasParam(click.ParamType):
+    """An option such as ``480x640``: a height and a width in pixels."""
+
+    name = "HxW"
+
+    def convert(self, value, param, ctx) -> tuple[int, int]:
+        """Return height and width, or click's error for a wrong option."""
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", value.strip(), re.ASCII)
+        if match is None:
+            self.fail(f"{value!r} is no height and width. Write them like 480x640.")
+        return int(match[1]), int(match[2])
+
+
 class ShareParam(click.ParamType):
     """An option such as ``1%`` or ``0.01``; a number above 1 without a sign is refused."""
 

@@ -27,7 +27,8 @@ from ...graphs.commands import install
 from ...graphs.config import ModelConfig
 from ...graphs.dtypes import BY_SAFETENSORS
 from ...graphs.errors import MissingDependencyError, ModelError, nearest
-from ...graphs.families.registry import read_config, with_budget
+from ...graphs.families.family import Size
+from ...graphs.families.registry import read_config, with_budget, with_canvas
 from ...graphs.fields import show
 from ...graphs.plan.routing import Routing
 from ...graphs.progress import Advance, no_advance
@@ -99,13 +100,15 @@ class Checkpoint:
         """Size of the weight files together."""
         return sum(file.stat().st_size for file in self.weight_files)
 
-    def budgeted(self, tokens: int | None) -> Checkpoint:
-        """Return it with images of at most so many tokens; None: as its processor has them.
+    def limited(self, tokens: int | None, canvas: Size | None) -> Checkpoint:
+        """Return it with images of at most so many tokens, or of one height and width; None: as
+        its processor has them.
 
         Raises:
-            ModelError: its family has no such option, or no image is that small.
+            ModelError: its family has no such option, or no image is that small, or of that size.
         """
-        return replace(self, config=with_budget(self.config, tokens), image_tokens=tokens)
+        config = with_canvas(with_budget(self.config, tokens), canvas)
+        return replace(self, config=config, image_tokens=tokens)
 
     def json(self, name: str) -> dict[str, Any] | None:
         """Return the JSON object in ``files[name]``, or None where there is no such file."""
@@ -157,6 +160,7 @@ def open_checkpoint(
     cache: Path = CHECKPOINT_CACHE,
     routing: Routing | None = None,
     image_tokens: int | None = None,
+    canvas: Size | None = None,
     progress: Advance = no_advance,
 ) -> Checkpoint:
     """Find ``model``, download or make it if need be, and check all but the weights' values.
@@ -169,6 +173,7 @@ def open_checkpoint(
         cache: folder for dummy checkpoints.
         routing: dummy weights have routers of its kind; other checkpoints have theirs, or none.
         image_tokens: the most of an image, by the image processor's own option; None: as it is.
+        canvas: height and width that every image is brought to first; None: it is not.
         progress: called with bytes of dummy weights as they are written.
 
     Raises:
@@ -184,7 +189,7 @@ def open_checkpoint(
         place = Path(cache) / "dummy" / (f"{geometry}-{routing.kind}" if routing else geometry)
         folder = make_dummy(geometry, place, routing=routing, progress=progress)
         name, origin = f"{geometry}-dummy", f"dummy weights of {geometry}"
-        return open_folder(folder, name=name, origin=origin).budgeted(image_tokens)
+        return open_folder(folder, name=name, origin=origin).limited(image_tokens, canvas)
     repository = ALIASES.get(model, model)
     if model in OWN_MODELS:
         folder, name, origin = own_folder(model), model, f"the {model} model"
@@ -197,7 +202,7 @@ def open_checkpoint(
         origin = f"{repository}@{folder.name}"
     else:
         _unknown(model)
-    return open_folder(folder, name=name, origin=origin).budgeted(image_tokens)
+    return open_folder(folder, name=name, origin=origin).limited(image_tokens, canvas)
 
 
 def open_folder(folder: Path, *, name: str, origin: str) -> Checkpoint:

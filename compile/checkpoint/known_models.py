@@ -14,7 +14,8 @@ from typing import Any
 
 from ...graphs.config import ModelConfig
 from ...graphs.errors import ModelError
-from ...graphs.families.registry import read_config, with_budget
+from ...graphs.families.family import Size
+from ...graphs.families.registry import read_config, with_budget, with_canvas
 from ...graphs.fields import read_json
 from ...graphs.vision_config import DEFAULT_ENCODER
 
@@ -448,15 +449,17 @@ KNOWN_MODELS: Mapping[str, KnownModel] = {
 """Models that ``--dummy-weights`` can make."""
 
 
-def model_config(model: str, image_tokens: int | None = None) -> ModelConfig:
+def model_config(
+    model: str, image_tokens: int | None = None, canvas: Size | None = None
+) -> ModelConfig:
     """Return the sizes of a known model or of a folder with a ``config.json``.
 
-    ``image_tokens``: the most of an image, as ``open_checkpoint`` takes it.
+    ``image_tokens``, ``canvas``: as ``open_checkpoint`` takes them.
 
     Raises:
-        ModelError: an unknown model, or a config or a budget that is not supported.
+        ModelError: an unknown model, or a config or a limit that is not supported.
     """
-    return with_budget(_model_config(model), image_tokens)
+    return with_canvas(with_budget(_model_config(model), image_tokens), canvas)
 
 
 def _model_config(model: str) -> ModelConfig:

@@ -15,8 +15,9 @@ import onnx_ir
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...graphs.bundle_contract import graph_specs
 from ...graphs.config import ModelConfig
-from ...graphs.contract import GraphSpec, graph_specs, projects_later, vision_readings
+from ...graphs.contract import GraphSpec
 from ...graphs.linears import linear_groups
 from ...graphs.modules.decoder import DecoderStage
 from ...graphs.modules.encoders import make_vision
@@ -41,6 +42,7 @@ from ...graphs.precision import NO_FALLBACK, Fp32Fallback
 from ...graphs.quantization import FLOAT, Quantization
 from ...graphs.targets import LLM, LLM_CONDITIONAL, PORTABLE, Target, check_operators
 from ...graphs.text_config import TextConfig
+from ...graphs.vision_contract import projects_later, vision_readings
 from .stitch import Stitcher
 
 FREQUENCIES = "head.inverse_frequencies"

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...graphs.contract import TILES, WINDOWS, GraphSpec, TensorSpec
+from ...graphs.contract import GraphSpec, TensorSpec
 from ...graphs.modules.quantized import WEIGHT
+from ...graphs.vision_contract import TILES, WINDOWS
 from .branched_attention import write_conditional_attention
 
 try:

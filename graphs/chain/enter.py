@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from ..config import ModelConfig
-from ..contract import INVISIBLE, vision_spec
+from ..contract import INVISIBLE
 from ..families.family import ImageLayout
 from ..plan.plan import StagePlan
 from ..plan.stages import Entry
 from ..selectors.entry import PADDING, READINGS, EncoderReadings, Entered
 from ..selectors.registry import ENTRY_SELECTORS
+from ..vision_contract import vision_spec
 from .executor import ANY_IMAGE, Encoded, Rows
 from .rows import AppendedRows
 

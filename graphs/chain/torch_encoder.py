@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..contract import injected_of, projects_later, vision_readings, vision_spec
+from ..contract import injected_of
 from ..modules.decoder import direct
 from ..modules.encoders import make_vision
 from ..modules.ops import Eager
@@ -18,6 +18,7 @@ from ..modules.vision import Projection
 from ..plan.plan import StagePlan
 from ..precision import NO_FALLBACK, Fp32Fallback
 from ..selectors.entry import Entered
+from ..vision_contract import projects_later, vision_readings, vision_spec
 from .enter import choose_rows, encoded
 from .executor import ANY_IMAGE, Encoded
 from .torch_reference import load_weights

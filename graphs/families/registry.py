@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..config_fields import mapping, reject_value
-from ..errors import ModelError
+from ..errors import ImageSizeError, ModelError
 from ..fields import show
-from .family import Family
+from .family import Family, Size
 from .internvl import INTERNVL
 from .llava import LLAVA
 from .llava_next import LLAVA_NEXT
@@ -99,6 +100,37 @@ def with_budget(config: ModelConfig, tokens: int | None) -> ModelConfig:
             f"them by the plan: --plan visipruner:keep={max(1, config.visual_tokens // 9)}"
         )
     return config.within(family.budgeted(config, tokens))
+
+
+def with_canvas(config: ModelConfig, canvas: Size | None) -> ModelConfig:
+    """Return the config under which every image is brought to one height and width first.
+
+    Its own processor leaves an image of that size as it is: an image is resized once.
+
+    Raises:
+        ModelError: a family that makes squares of all images, or a size that its processor changes.
+    """
+    if canvas is None:
+        return config
+    written = "{}x{}".format(*canvas)
+    if not config.varies:
+        raise ModelError(
+            f"every image takes {config.visual_tokens} tokens in a model of type {config.family}, "
+            "whatever its size. Leave out --canvas"
+        )
+    try:
+        layout = FAMILIES[config.family].layout(config, *canvas)
+    except ImageSizeError as error:
+        raise ModelError(f"--canvas {written} (height x width): {error}") from error
+    becomes = layout.canvas or layout.resizes[-1]
+    if {*layout.resizes, becomes} != {canvas}:
+        raise ModelError(
+            f"--canvas is {written}, height x width; a model of type {config.family} would bring "
+            "such an image to {}x{}. Give that, or another size that it leaves as it is".format(
+                *becomes
+            )
+        )
+    return replace(config, canvas=canvas)
 
 
 def smaller_images(config: ModelConfig, tokens: int = 576) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..contract import NEAREST_WORDS
+from ..vision_contract import NEAREST_WORDS
 from .ops import Eager
 
 

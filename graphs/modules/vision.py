@@ -269,7 +269,7 @@ class BlendedPack(Pack):
 
 
 class Encoder(nn.Module):
-    """The ``vision`` graph: ``contract.vision_spec``, for ``contract.vision_readings``."""
+    """The ``vision`` graph (``vision_contract.vision_spec``), for some of ``vision_readings``."""
 
     def __init__(self, config: ModelConfig, readings: tuple[str, ...]):
         super().__init__()
@@ -368,7 +368,7 @@ class Vision(Encoder):
 
 
 class Projection(nn.Module):
-    """The ``project`` graph: ``contract.project_spec``."""
+    """The ``project`` graph: ``vision_contract.project_spec``."""
 
     def __init__(self, config: ModelConfig, ops: Eager, fallback: Fp32Fallback = NO_FALLBACK):
         super().__init__()

@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 
 from ..caches import ahead_of
 from ..config import ModelConfig
-from ..contract import projects_later
 from ..families.family import ImageLayout
 from ..parts import PROBE, SERVE, VISION, serves_alone, stage_of
 from ..quantization import SCALE_BLOCK, parse_quant_config
 from ..vision_config import PATCHES
+from ..vision_contract import projects_later
 from .cost import Geometry
 from .plan import StagePlan
 

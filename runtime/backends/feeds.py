@@ -17,16 +17,10 @@ from ...graphs.bundle import Bundle, Manifest, TensorRef
 from ...graphs.caches import appended, scored_layer, select_caches
 from ...graphs.chain.enter import choose_rows, encoded
 from ...graphs.chain.executor import ANY_IMAGE, Encoded, Kept
-from ...graphs.contract import (
-    BY_LAYER,
-    GraphSpec,
-    TensorSpec,
-    inject_name,
-    injected_of,
-    projects_later,
-)
+from ...graphs.contract import BY_LAYER, GraphSpec, TensorSpec, inject_name, injected_of
 from ...graphs.errors import BundleError
 from ...graphs.parts import ENTRY, PROBE, PROJECT, SERVE, VISION
+from ...graphs.vision_contract import projects_later
 
 
 def map_tensor(bundle: Bundle, ref: TensorRef) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ...graphs.bundle import Bundle
 from ...graphs.chain.executor import StageResult
-from ...graphs.contract import TILES
+from ...graphs.vision_contract import TILES
 from ..backends.feeds import PromptCalls, sizes_of, stored_cache_scales
 from .engine_sets import EngineSet, EngineSets
 from .memory import DeviceArray, Memory, nbytes_of

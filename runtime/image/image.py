@@ -214,7 +214,8 @@ def pixel_key(
     """
     recipe = json.dumps(preprocessing.to_dict(), sort_keys=True)
     if layout is not None and layout.resizes:  # otherwise the recipe says all
-        recipe += f" {layout.resizes} {layout.canvas} {layout.grid} {layout.whole}"
+        sources = layout.whole, layout.whole_of
+        recipe += f" {layout.resizes} {layout.canvas} {layout.grid} {sources}"
     digest = hashlib.sha256(f"{image.mode} {image.size} {recipe}\n".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()

@@ -11,10 +11,10 @@ import torch
 from transformers import LlavaForConditionalGeneration
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.planfile import plan_from_yaml, plan_to_yaml
+from visistage.graphs.bundle_contract import graph_specs
 from visistage.graphs.chain import torch_encoder
 from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.chain.torch_encoder import TorchEncoder
-from visistage.graphs.contract import graph_specs, vision_readings
 from visistage.graphs.errors import PlanError, PromptError
 from visistage.graphs.modules.vision import EncoderLayer
 from visistage.graphs.parts import PROJECT, VISION, whole_stages
@@ -23,6 +23,7 @@ from visistage.graphs.plan.stages import Entry
 from visistage.graphs.presets.presets import parse_request, preset
 from visistage.graphs.selectors.entry import READINGS, EncoderReadings
 from visistage.graphs.selectors.registry import COUNTING_SELECTORS, ENTRY_SELECTORS
+from visistage.graphs.vision_contract import vision_readings
 from visistage.tests.support import toy
 
 LAYERS, PATCHES, NEW = 4, 16, 5

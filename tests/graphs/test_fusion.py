@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.graphs.bundle_contract import graph_specs
 from visistage.graphs.chain import chain, run
 from visistage.graphs.config import ModelConfig
-from visistage.graphs.contract import graph_specs
 from visistage.graphs.errors import ModelError, PlanError
 from visistage.graphs.fusion import read_fusion
 from visistage.graphs.parts import whole_stages

@@ -13,9 +13,9 @@ from transformers.vision_utils import (
 )
 from visistage.compile.checkpoint.names import canonical, tensor_shapes
 from visistage.compile.planfile import resolve_plan
+from visistage.graphs.bundle_contract import graph_specs
 from visistage.graphs.chain.torch_reference import load_weights
 from visistage.graphs.config import ModelConfig
-from visistage.graphs.contract import graph_specs
 from visistage.graphs.errors import ImageSizeError, ModelError, PlanError
 from visistage.graphs.families.registry import read_config, with_budget
 from visistage.graphs.modules.encoders import make_vision

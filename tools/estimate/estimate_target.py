@@ -11,6 +11,7 @@ from ...graphs.bundle import Bundle, bundles_in
 from ...graphs.commands import visistage
 from ...graphs.config import ModelConfig
 from ...graphs.errors import TargetError
+from ...graphs.families.family import Size
 from ...graphs.families.registry import FAMILIES
 from ...graphs.plan.call_cost import Sizes, vision_work
 from ...graphs.plan.cost import PREFIX_ROWS, Geometry
@@ -73,10 +74,11 @@ def estimate_target(
     precision: str | None,
     prefix: int | None,
     image_tokens: int | None = None,
+    canvas: Size | None = None,
 ) -> EstimateTarget:
     """Return the bundle at ``name``, or a model of that name with a plan.
 
-    ``image_tokens``: as ``model_config`` takes it.
+    ``image_tokens``, ``canvas``: as ``model_config`` takes them.
 
     Raises:
         TargetError: an option that a bundle fixes itself.
@@ -90,6 +92,7 @@ def estimate_target(
             "precision": precision,
             "prefix": prefix,
             "image-tokens": image_tokens,
+            "canvas": canvas and "{}x{}".format(*canvas),
         }
         for option, value in given.items():
             if value is not None:
@@ -99,7 +102,7 @@ def estimate_target(
                     f"{visistage('estimate', bundle.manifest.model, **{option: value})}"
                 )
         return EstimateTarget.of(bundle)
-    config = model_config(name, image_tokens)
+    config = model_config(name, image_tokens, canvas)
     staged = resolve_plan(
         plan or FAMILIES[config.family].plan, config.text.layers, config.visual_tokens
     )

@@ -25,12 +25,13 @@ import numpy as np
 
 from ...graphs.bundle import Bundle, Manifest
 from ...graphs.commands import install
-from ...graphs.contract import BY_LAYER, TILES, GraphSpec
+from ...graphs.contract import BY_LAYER, GraphSpec
 from ...graphs.engine_index import ENGINES_FOLDER, Engines
 from ...graphs.engine_spec import Shape, engine_specs_of
 from ...graphs.parts import PROJECT, VISION, stage_of
 from ...graphs.plan.call_cost import GraphCall
 from ...graphs.targets import ONNXRUNTIME, TENSORRT, TENSORRT_RTX, find_target
+from ...graphs.vision_contract import TILES
 from ...runtime.backends.denormals import flushed
 from ...runtime.device.tensorrt import MODULES, find_trt_variant
 from .timing import Spread, image_layout, repeated

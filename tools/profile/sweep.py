@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...graphs.chain.executor import Encoded
-from ...graphs.contract import pixel_shape
 from ...graphs.plan.call_cost import GraphCall
 from ...graphs.plan.plan import StagePlan
+from ...graphs.vision_contract import pixel_shape
 from ...runtime.prompt_parts import PromptImage, PromptPart
 from .timing import FIRST_QUESTION, Spread, image_layout, timed_calls, timed_ms
 

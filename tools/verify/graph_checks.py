@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...compile.layer_stream import without_weights
-from ...graphs.contract import ORT_LLM_SINCE, vision_readings
+from ...graphs.contract import ORT_LLM_SINCE
 from ...graphs.errors import BundleError
 from ...graphs.modules.decoder import DecoderStage
 from ...graphs.modules.encoders import make_vision
@@ -31,6 +31,7 @@ from ...graphs.parts import PROBE, PROJECT, SERVE, VISION
 from ...graphs.plan.routing import is_router
 from ...graphs.precision import NO_FALLBACK, Fp32Fallback
 from ...graphs.targets import PORTABLE
+from ...graphs.vision_contract import vision_readings
 from ...runtime.backends.onnx_runtime import ort
 from ...runtime.backends.ort import int8_session_entries
 from .compare import GATES, LOOSE, bounds_of, first_wrong, strict, tensor_error

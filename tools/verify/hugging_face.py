@@ -20,9 +20,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from transformers.utils import logging
 
 from ...calib.samples import Sample
+from ...compile.checkpoint.known_models import model_config
+from ...graphs.bundle import Manifest
 from ...graphs.families.registry import FAMILIES
 from ...graphs.fusion import PLAIN, STRATEGY
 from ...graphs.presets.presets import preset
+from ...runtime.image.preprocessing import Preprocessing
 from .chains import PreparedPrompt, fp32_bytes
 from .compare import BOUNDS, first_wrong, tensor_error
 from .verify_report import CheckResult, NothingError, require_memory
@@ -69,14 +72,17 @@ def _processor(folder: Path) -> Any:
         return None
 
 
-def _theirs(processor: Any, sample: Sample) -> Any:
-    """Return a sample as the processor prepares it."""
+def _theirs(processor: Any, sample: Sample, manifest: Manifest) -> Any:
+    """Return a sample as the processor prepares it, of an image that is on the canvas already."""
     content = [{"type": "image"}, {"type": "text", "text": sample.prompt}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
     image = sample.image if isinstance(sample.image, Image.Image) else Image.open(sample.image)
     upright = ImageOps.exif_transpose(image).convert("RGB")  # as the runtime reads it
+    if manifest.config.canvas is not None:
+        filter_ = Image.Resampling(Preprocessing.from_dict(manifest.preprocessing).resample)
+        upright = upright.resize(manifest.config.canvas[::-1], filter_)
     return processor(text=text, images=upright, return_tensors="pt")
 
 
@@ -94,7 +100,7 @@ def _inputs(target: VerifyTarget, prompt: PreparedPrompt) -> dict[str, Tensor]:
         inputs["image_grid_thw"] = torch.tensor([[1, *layout.grid]])
         inputs["mm_token_type_ids"] = (whole == config.image_token_id).int()
     if config.packs:
-        inputs["image_sizes"] = torch.tensor([prompt.opened.size])
+        inputs["image_sizes"] = torch.tensor([config.canvas or prompt.opened.size])
     nested = FAMILIES[config.family].nested
     return inputs | {"pixel_values": pixels[None] if nested else pixels}
 
@@ -104,17 +110,25 @@ def _generate(target: VerifyTarget) -> list[tuple[list[int], np.ndarray]]:
     """Return tokens and logits (steps, V) of every sample; the end of an answer is ignored."""
     logging.disable_progress_bar()  # verification shows its own
     folder, steps = target.checkpoint.path, target.max_tokens
-    processor = _processor(folder)
+    config = target.bundle.manifest.config
+    # With a budget the processor has an option of its own, and our pixels are compared as they are.
+    budgeted = config.limits != model_config(str(folder)).limits
+    processor = None if budgeted else _processor(folder)
     model = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True
     ).eval()
     if target.bundle.manifest.dtype == "float16":
         for parameter in model.parameters():
             parameter.data = parameter.data.half().float()
+    if config.packs:
+        model.config.image_grid_pinpoints = [list(size) for size in config.limits.sizes]
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     out = []
     for prompt in target.prompts:
-        inputs = _inputs(target, prompt) if processor is None else _theirs(processor, prompt.sample)
+        if processor is None:
+            inputs = _inputs(target, prompt)
+        else:
+            inputs = _theirs(processor, prompt.sample, target.bundle.manifest)
         made = model.generate(
             **inputs, max_new_tokens=steps, output_logits=True, return_dict_in_generate=True
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from ...compile.quantize.quantize import (
     quantised_rows,
 )
 from ...graphs.bundle import Bundle
-from ...graphs.contract import vision_readings
 from ...graphs.errors import DataError, ModelError
 from ...graphs.modules.quantized import WEIGHT, cache_scale_names, is_cache_scale
 from ...graphs.targets import find_target
+from ...graphs.vision_contract import vision_readings
 from .compare import BOUNDS, first_wrong, tensor_error
 from .quantised_checks import QuantisedWeights, WrongError
 from .stored_graph import StoredGraph, all_weights, stored_tensor
@@ -41,7 +42,10 @@ def open_origin(bundle: Bundle, model: str) -> Checkpoint:
         ModelError: it cannot be opened, or has another shape than the bundle's model.
     """
     checkpoint = open_checkpoint(model, offline=True)
-    if checkpoint.config != bundle.manifest.config:
+    built = bundle.manifest.config  # perhaps with a budget, or on a canvas, that the model has not
+    config = replace(checkpoint.config, limits=built.limits, canvas=built.canvas)
+    checkpoint = replace(checkpoint, config=config)
+    if checkpoint.config != built:
         raise ModelError(
             f"{model} has other sizes than the model '{bundle.manifest.model}' of {bundle.path}. "
             "Name the checkpoint that the bundle was built from: --model CHECKPOINT"

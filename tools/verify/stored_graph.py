@@ -17,12 +17,13 @@ import torch
 
 from ...compile.quantize.int_arithmetic import unpack_int4
 from ...graphs.bundle import Bundle, Manifest, TensorRef
-from ...graphs.contract import BY_LAYER, INVISIBLE, MANY_ROWS, TILES, GraphSpec
+from ...graphs.contract import BY_LAYER, INVISIBLE, MANY_ROWS, GraphSpec
 from ...graphs.errors import BundleError
 from ...graphs.linears import linear_groups
 from ...graphs.modules.quantized import CACHE_SCALES, replace_linears, round_caches
 from ...graphs.parts import SERVE, StagePart, stage_of, stage_parts
 from ...graphs.targets import LLM_CONDITIONAL, find_target
+from ...graphs.vision_contract import TILES
 
 BUILD_AGAIN = "Build the bundle again: visistage build MODEL"
 
