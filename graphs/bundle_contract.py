@@ -30,7 +30,7 @@ def graph_specs(
     check_injected(text.inject, plan)
     _check_axes(text, plan)
     specs = {VISION: vision_spec(config, plan, dtype, fallback)}
-    if projects_later(plan):
+    if projects_later(config, plan):
         specs[PROJECT] = project_spec(config, plan, dtype, fallback)
     for name, part in zip(part_names(parts), parts, strict=True):
         if part.serves(plan):

@@ -193,10 +193,10 @@ class ModelConfig:
         return self.packs and self.limits.most > 0
 
     @property
-    def arranged(self) -> bool:
-        """True where an image's rows are not those of its tiles alone, one after another."""
+    def parted(self) -> bool:
+        """True where an image's rows come in several runs, with markers between them."""
         side = self.vision.image_size
-        return self.packs or len(self.layout(4 * side, 4 * side).spans) > 1
+        return len(self.layout(4 * side, 4 * side).spans) > 1
 
     @property
     def varies(self) -> bool:

@@ -27,14 +27,16 @@ NEAREST_WORDS = 3
 """Ids of the vocabulary that the vision graph names for each row, where a selector reads them."""
 
 
-def projects_later(plan: StagePlan) -> bool:
-    """Return whether only chosen rows are projected: no selector has to see them projected."""
-    if plan.entry is None:
+def projects_later(config: ModelConfig, plan: StagePlan) -> bool:
+    """Return whether only chosen rows are projected: no selector has to see them projected, and
+    they are not put in lines behind the projector.
+    """
+    if plan.entry is None or config.packs:
         return False
     return not {*ENTRY_SELECTORS[plan.entry.selector].reads} & {*PROJECTED}
 
 
-def vision_readings(plan: StagePlan) -> tuple[str, ...]:
+def vision_readings(config: ModelConfig, plan: StagePlan) -> tuple[str, ...]:
     """Return what the vision graph hands out: names of ``EncoderReadings``, in their order.
 
     Without an entry that is the visual rows alone.
@@ -42,7 +44,7 @@ def vision_readings(plan: StagePlan) -> tuple[str, ...]:
     if plan.entry is None:
         return ("rows",)
     reads = {*ENTRY_SELECTORS[plan.entry.selector].reads}
-    reads.add("features" if projects_later(plan) else "rows")
+    reads.add("features" if projects_later(config, plan) else "rows")
     return tuple(name for name in READINGS if name in reads)
 
 
@@ -57,11 +59,6 @@ def vision_spec(
     Raises:
         PlanError: an entry whose selector the encoder has nothing for.
     """
-    if config.arranged and plan.entry is not None:
-        raise PlanError(
-            f"entry {plan.entry.text}: rows of a model of type {config.family} are arranged "
-            "behind its projector, where no selector chooses. Leave the entry out"
-        )
     vision, width = config.vision, config.feature_width
     tokens, count = _image_sizes(config)
     batch = 1 if config.varies else "B"
@@ -77,7 +74,8 @@ def vision_spec(
         "saliency": TensorSpec("saliency", "float32", (batch, tokens)),
         "keys": TensorSpec("keys", "float32", (batch, tokens, vision.hidden // vision.heads)),
     }
-    names = vision_readings(plan)
+    names = vision_readings(config, plan)
+    _check_entry(config, plan)
     if not config.has_class_row:
         names = tuple(name for name in names if name != "class_row")
     unread = [name for name in names if vision.kind == PATCHES and name not in PROJECTED]
@@ -105,6 +103,23 @@ def vision_spec(
     )
 
 
+def _check_entry(config: ModelConfig, plan: StagePlan) -> None:
+    """Refuse an entry that cannot be had of a model whose rows are not those of patches alone."""
+    if plan.entry is None:
+        return
+    about = f"entry {plan.entry.text}: in a model of type {config.family}"
+    if config.packs and "features" in ENTRY_SELECTORS[plan.entry.selector].reads:
+        raise PlanError(
+            f"{about} lines of tokens are made behind the projector, and this merges what comes in "
+            "front of it. Take scope or divprune, or select within the decoder"
+        )
+    if config.parted and plan.span != plan.visual_tokens:
+        raise PlanError(
+            f"{about} text stands among the tokens of an image, so they keep their positions. Take "
+            "scope or divprune, without positions=renumbered"
+        )
+
+
 def _image_sizes(config: ModelConfig) -> tuple[int | str, int | str]:
     """Return the visual rows of an image, and the images or tiles of a call of the vision graph."""
     if not config.varies:
@@ -124,7 +139,8 @@ def pixel_shape(config: ModelConfig, tiles: int | str) -> tuple[int | str, ...]:
 
 def _patch_inputs(config: ModelConfig, count: int | str) -> tuple[TensorSpec, ...]:
     """Return what an encoder of patches takes besides, in the order of its layouts' feeds."""
-    vision, of_image = config.vision, WINDOWS
+    vision = config.vision
+    of_image: int | str = WINDOWS
     if config.canvas is not None and vision.window:
         of_image = len(config.layout(*config.canvas).feeds["slots"])
     learned = (

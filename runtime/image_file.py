@@ -23,6 +23,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,8 +61,9 @@ class SavedLayout:
     Attributes:
         origin: what an image is computed by here.
         begin: the first slot of the image's own part of the prompt.
-        text: rows of that part before the image.
-        span: positions that an image takes.
+        texts: orders [first, stop) of the text of that part, before the image and between runs of
+            its rows.
+        runs: orders that each of these takes.
         tokens: N of an image.
         layers, caches: of each stage that is blind to the question.
         visual: visual rows in each of them; the most of them entered.
@@ -75,8 +77,8 @@ class SavedLayout:
 
     origin: ImageOrigin
     begin: int
-    text: int
-    span: int
+    texts: tuple[tuple[int, int], ...]
+    runs: tuple[tuple[int, int], ...]
     tokens: int
     layers: Sequence[tuple[int, int]]
     caches: Sequence[Sequence[str]]
@@ -88,6 +90,16 @@ class SavedLayout:
     told_apart: bool = False
     inject: tuple[int, ...] = ()
     axes: int = 1
+
+    @property
+    def text(self) -> int:
+        """Rows of text."""
+        return len(self.text_orders)
+
+    @cached_property
+    def text_orders(self) -> np.ndarray:
+        """Orders of the text rows (n,)."""
+        return _counted(self.texts)
 
     def shapes(self) -> Shapes:
         """Return the tensors of a file, in their order."""
@@ -123,10 +135,26 @@ class SavedLayout:
         later = [layer for layer in inject if layer >= self.layers[-1][1]]
         return {layer: inject[layer][:, index] for layer in later}
 
-    def visual_slots(self, stage: int) -> np.ndarray:
-        """Return which slots of a stage are visual: stage 0 has the image last, others first."""
-        text, visual = np.zeros(self.text, bool), np.ones(self.visual[stage], bool)
-        return np.concatenate([visual, text] if stage else [text, visual])
+    def is_visual(self, order: np.ndarray) -> np.ndarray:
+        """Return which rows of these orders are no text."""
+        return ~np.isin(order, self.text_orders)
+
+    def holds(self, stage: int, order: np.ndarray) -> bool:
+        """Return whether rows of these orders are what a stage has of text and image.
+
+        Stage 0 has them as they come, others the image first; rows that are none stand behind.
+        """
+        visual = self.is_visual(order)
+        image = order[visual]
+        if self.told_apart:
+            image = image[: int((image != INVISIBLE).sum())]
+        expected = np.concatenate([order[visual], order[~visual]]) if stage else np.sort(order)
+        return bool(
+            np.array_equal(order[~visual], self.text_orders)
+            and np.isin(image, _counted(self.runs)).all()
+            and (np.diff(image) > 0).all()
+            and np.array_equal(order, expected)
+        )
 
 
 def layout_of(
@@ -138,6 +166,13 @@ def layout_of(
     manifest = bundle.manifest
     plan, text = manifest.plan, manifest.config.text
     begin, rest = context.prefix.part_from(opening)
+    spans: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+    at = begin
+    for part in rest:
+        image = isinstance(part, PromptImage)
+        stop = at + (plan.span_of(part.rows) if isinstance(part, PromptImage) else len(part))
+        spans[image].append((at, stop))
+        at = stop
     stages = plan.stages[: plan.blind_stages]
     origin = ImageOrigin(
         sha256(bundle.path / MANIFEST),
@@ -148,8 +183,8 @@ def layout_of(
     return SavedLayout(
         origin,
         begin=begin,
-        text=context.text_rows_of(rest),
-        span=plan.span_of(tokens),
+        texts=tuple(spans[False]),
+        runs=tuple(spans[True]),
         tokens=tokens,
         layers=[stage.layers for stage in stages],
         caches=stage_caches(plan)[: len(stages)],
@@ -246,17 +281,17 @@ def read_image(file: Path, layout: SavedLayout) -> tuple[str, Encoded, CachedPre
         _refuse(file, "is damaged: its contents are not those that were saved")
     stages = []
     for stage, caches in enumerate(layout.caches):
-        visual = layout.visual_slots(stage)
         order = arrays.get(_order_name(stage), np.zeros(0, np.int32))
         held = {name: arrays[name] for name in caches if name in arrays}
-        stages.append(HeldSlots(order, visual & (order != INVISIBLE), held))
-        _check_order(file, layout, order, visual)
+        stages.append(HeldSlots(order, layout.is_visual(order) & (order != INVISIBLE), held))
+        if not layout.holds(stage, order):
+            _refuse(file, "has rows at places where a prompt has others")
     if not all(np.isfinite(a).all() for a in arrays.values() if a.dtype.kind == "f"):
         _refuse(file, "holds numbers that are not finite")
     positions = arrays.get("positions", np.zeros(0, np.int32))
     of_rows = (np.zeros(0, np.int32), np.zeros(0, bool))
     if not layout.last:
-        of_rows = stages[-1].order, layout.visual_slots(len(stages) - 1)
+        of_rows = stages[-1].order, layout.is_visual(stages[-1].order)
     inject = injected_of(arrays)
     later = layout.injected_later(inject, stages)
     rows = arrays.get("rows")
@@ -302,18 +337,9 @@ def _check_shapes(file: Path, header: Header, wanted: Shapes) -> None:
             _refuse(file, f"has {show(name)} as {there}, expected {expected}")
 
 
-def _check_order(file: Path, layout: SavedLayout, order: np.ndarray, visual: np.ndarray) -> None:
-    """Refuse orders that leave their place in the prompt, or do not rise."""
-    text, image = order[~visual], order[visual]
-    if layout.told_apart:  # rows that are none stand behind the others
-        image = image[: int((image != INVISIBLE).sum())]
-    first = layout.begin + layout.text
-    fits = np.array_equal(text, np.arange(layout.begin, first))
-    if len(image):
-        fits &= bool(first <= image[0] and image[-1] < first + layout.span)
-        fits &= bool((np.diff(image) > 0).all())
-    if not fits:
-        _refuse(file, "has rows at places where a prompt has others")
+def _counted(spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return the numbers of all spans [first, stop) (n,) int32."""
+    return np.concatenate([np.arange(*span, dtype=np.int32) for span in spans or ((0, 0),)])
 
 
 def _read(info: TensorInfo) -> np.ndarray:

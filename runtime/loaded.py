@@ -225,6 +225,9 @@ class LoadedBundle:
 
     def _opening(self, key: str, layout: ImageLayout) -> list[PromptPart]:
         """Return a prompt up to its image, whose rows are not asked for."""
+        unknown = Encoded(None, np.zeros((1, 0), np.int64))
+        runs = (
+            PromptImage(key, lambda: unknown, layout, run=run) for run in range(len(layout.spans))
+        )
         segments = self.encoder.image_segments(layout)
-        image = PromptImage(key, lambda: Encoded(None, np.zeros((1, 0), np.int64)), layout)
-        return [*(part.ids for part in segments[:-1]), image]
+        return [next(runs) if segment.is_image else segment.ids for segment in segments]

@@ -44,8 +44,8 @@ PromptPart = Sequence[int] | PromptImage
 
 
 def image_rows(parts: Sequence[PromptPart]) -> list[int]:
-    """Return N of each image of a prompt, or of each of its runs."""
-    return [part.rows for part in parts if isinstance(part, PromptImage)]
+    """Return N of each image of a prompt."""
+    return [part.layout.rows for part in parts if isinstance(part, PromptImage) and part.last]
 
 
 def ends_image(part: PromptPart) -> bool:

@@ -85,7 +85,8 @@ class Context:
         """Return how many orders a prompt takes: all its rows before pruning, unless the plan
         renumbers those that enter.
         """
-        visual = sum(self.chain.plan.span_of(rows) for rows in image_rows(parts))
+        runs = (part.rows for part in parts if isinstance(part, PromptImage))
+        visual = sum(self.chain.plan.span_of(rows) for rows in runs)
         return self.text_rows_of(parts) + visual
 
     def lag_of(self, parts: Sequence[PromptPart]) -> int:
@@ -291,11 +292,15 @@ class Context:
             passed.append(self.chain.cross(stage - 1, passed[-1], padded=padded))
         for index in images:
             if index >= known and ends_image(parts[index]):
-                self._suspend(keys[index], begin, done, passed, new[: index - known + 1], resumed)
+                held = [segment for segment in new[: index - known + 1] if segment.count]
+                self._suspend(keys[index], begin, done, passed, held, resumed)
         return [*done, *passed[-1]], stages
 
     def _enter(self, segments: Sequence[AppendedRows]) -> list[PrefilledPart]:
-        """Append segments to stage 0, in the plan's calls; ``fused`` joins the last two."""
+        """Append segments to stage 0, in the plan's calls; ``fused`` joins the last two. Of a run
+        nothing may have entered.
+        """
+        segments = [segment for segment in segments if segment.count]
         calls = self.chain.calls_of(segments)
         kinds = [segment.visual for segment in segments[-2:]]
         if self.fused and len(calls) > 1 and kinds == [True, False]:

@@ -152,11 +152,6 @@ class Session(LoadedBundle):
                     "an image alone nothing is computed that could be saved. Ask about the picture "
                     "itself"
                 )
-            if len(opened.layout.spans) > 1:
-                raise ImageError(
-                    "images of this model have text among their tokens, and cannot be saved. Ask "
-                    "about the picture itself"
-                )
             encoded = self.encode_image(opened)
             saved = self.saved_layout(opened.layout)
             write_image(Path(file), saved, opened.key, opened.size, encoded, cached)

@@ -267,7 +267,9 @@ def _visual_rows(
 
     if not images:
         return [[] for _ in prompts]
-    vision = without_weights(lambda: make_vision(config, Eager(), readings=vision_readings(plan)))
+    vision = without_weights(
+        lambda: make_vision(config, Eager(), readings=vision_readings(config, plan))
+    )
     pixels = [torch.from_numpy(image.pixels) for image in images]
     feeds = [
         [torch.from_numpy(image.layout.feeds[name]) for image in images]
@@ -277,7 +279,7 @@ def _visual_rows(
         chosen_rows(config, plan, outputs, [hashlib.sha256(image.pixels).hexdigest()])
         for image, *outputs in zip(images, *through(vision, pixels, *feeds), strict=True)
     ]
-    if projects_later(plan):
+    if projects_later(config, plan):
         projection = without_weights(lambda: Projection(config, Eager()))
         (projected,) = through(projection, [own.rows for own in encoded])
         encoded = [own._replace(rows=rows) for rows, own in zip(projected, encoded, strict=True)]

@@ -429,7 +429,7 @@ def prompt_state(
     segments, lag = positioned(plan, segments, lags)
     if answer is not None:
         answer = replace(answer, positions=answer.order - lag)
-    return PromptState(begin, segments, answer)
+    return PromptState(begin, [segment for segment in segments if segment.count], answer)
 
 
 def segment_of(rows: Tensor, at: int) -> AppendedRows:

@@ -101,7 +101,11 @@ def _what(name: str, manifest: Manifest, facts: PlanFacts) -> str:
     """Describe a graph, and the visual rows a stage had."""
     plan = manifest.plan
     if name == VISION:
-        return "vision encoder" if projects_later(plan) else "vision encoder and projector"
+        return (
+            "vision encoder"
+            if projects_later(manifest.config, plan)
+            else "vision encoder and projector"
+        )
     if name == PROJECT:
         return "projector"
     if name == ENTRY:

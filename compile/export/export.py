@@ -119,8 +119,8 @@ def graphs_of(
         out.append(Graph(name, module, specs[name], ops.opset))
 
     with FakeTensorMode():
-        add(VISION, make_vision(config, ops, fallback, vision_readings(plan)))
-        if projects_later(plan):
+        add(VISION, make_vision(config, ops, fallback, vision_readings(config, plan)))
+        if projects_later(config, plan):
             add(PROJECT, Projection(config, ops, fallback))
         for name, part in zip(part_names(parts), parts, strict=True):
             index = part.stage

@@ -73,7 +73,8 @@ def positioned(
     plan: StagePlan, segments: Sequence[AppendedRows], lags: Sequence[Any] = ()
 ) -> tuple[list[AppendedRows], np.ndarray]:
     """Return a prompt's segments at the positions that the plan and the images have for them, and
-    by how much (B, 1) positions of its answer lie behind orders.
+    by how much (B, 1) positions of its answer lie behind orders. Of a run of an image's rows none
+    may have entered.
 
     ``lags``: what each image adds to that (``StagePlan.lag_of``), one number or (B, 1); by default
     that of an image of as many rows as one may have, on one axis.
@@ -83,7 +84,7 @@ def positioned(
     for segment in segments:
         out.append(replace(segment, positions=_behind(segment, lag)))
         if segment.visual:
-            real = (segment.order != INVISIBLE).any(1, keepdims=True)
+            real = (segment.order != INVISIBLE).any(1, keepdims=True) | (not segment.count)
             more = next(each, plan.lag_of(plan.span, plan.span))
             lag = lag + (more * real).astype(np.int32)
     return out, lag
@@ -105,12 +106,17 @@ def encoded(rows: Rows, chosen: Sequence[Entered], inject: Mapping[int, Rows]) -
 
 
 def run_of(image: Encoded, layout: ImageLayout, run: int) -> Encoded:
-    """Return what entered of one run of an image's rows, which entered whole."""
+    """Return what entered of one run of an image's rows; padding is the last run's."""
     if len(layout.spans) == 1:
         return image
     start, stop = layout.spans[run]
-    inject = {layer: rows[:, start:stop] for layer, rows in image.inject.items()}
-    return Encoded(image.rows[:, start:stop], image.patches[:, start:stop] - start, inject)
+    padding = image.patches == PADDING
+    places = np.where(padding, layout.rows - 1, image.patches)[0]  # they rise
+    own = slice(*np.searchsorted(places, (start, stop)).tolist())
+    inject = {layer: rows[:, own] for layer, rows in image.inject.items()}
+    patches = np.where(padding, PADDING, image.patches - start)[:, own]
+    matched = None if image.matched is None else image.matched[:, own]
+    return Encoded(image.rows[:, own], patches, inject, matched)
 
 
 def entered_rows(

@@ -39,8 +39,10 @@ class TorchEncoder:
         prepare: Callable[[nn.Module], None] = lambda module: None,
     ):
         self.config, self.plan = config, plan
-        self.vision = make_vision(config, Eager(), fallback, vision_readings(plan))
-        self.projection = Projection(config, Eager(), fallback) if projects_later(plan) else None
+        self.vision = make_vision(config, Eager(), fallback, vision_readings(config, plan))
+        self.projection = (
+            Projection(config, Eager(), fallback) if projects_later(config, plan) else None
+        )
         for module in filter(None, (self.vision, self.projection)):
             prepare(module)
             load_weights(module, weights)
@@ -79,7 +81,7 @@ def chosen_rows(
     """
     specs = vision_spec(config, plan, "float32").outputs
     named = {spec.name: value for spec, value in zip(specs, outputs, strict=True)}
-    source = named["features" if projects_later(plan) else "visual_rows"]
+    source = named["features" if projects_later(config, plan) else "visual_rows"]
     inject = injected_of(named)
     if plan.entry is None:
         return Encoded(source, np.tile(np.arange(source.shape[1]), (len(source), 1)), inject)

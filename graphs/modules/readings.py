@@ -13,7 +13,8 @@ from .ops import Eager
 class Readings(nn.Module):
     """Outputs of the encoder that a selector reads, in the order of ``names``.
 
-    Of blocks of patches attention and keys are the means.
+    Of blocks of patches attention and keys are the means. Where rows are put in lines so are these;
+    what is read of a line's end, which shows nothing, is what is read of the token before it.
     """
 
     def __init__(self, config: ModelConfig, ops: Eager, names: tuple[str, ...]):
@@ -25,18 +26,27 @@ class Readings(nn.Module):
         self.kind = (names, self.skip, self.states, self.block, self.merges, ops.name)
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Return the readings, for the chosen states (B, T, D) and those of the last layer."""
-        states, attention = given[: self.states], list(given[self.states :])
+        """Return the readings, for the chosen states (B, T, D), those of the last layer, and what
+        ``vision.Pack`` takes beside rows.
+        """
+        count = self.states + sum(name in ("saliency", "keys") for name in self.names)
+        states, attention = given[: self.states], list(given[self.states : count])
+        packing = given[count:]
+
+        def of_image(values: Tensor) -> Tensor:
+            values = self._of_image(values)
+            return in_lines(values, *packing) if packing else values
+
         out = []
         for name in self.names:
             if name == "class_row":
                 out.append(side_by_side([state[:, 0] for state in states]))
             elif name in ("features", "similarity"):
                 features = side_by_side([state[:, self.skip :] for state in states])
-                features = self._of_image(in_blocks(self.ops, features, self.edge, self.block))
+                features = of_image(in_blocks(self.ops, features, self.edge, self.block))
                 out.append(features if name == "features" else cosines(features))
             else:
-                out.append(self._of_image(self._means(attention.pop(0)[:, self.skip :])))
+                out.append(of_image(self._means(attention.pop(0)[:, self.skip :])))
         return tuple(out)
 
     def _means(self, values: Tensor) -> Tensor:
@@ -55,6 +65,35 @@ class Readings(nn.Module):
             return values
         tiles, tokens, *tail = values.shape
         return self.ops.reshape(values, (1, tiles * tokens, *tail))
+
+
+def in_lines(values: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return values (1, N, ...) of the rows in an image's lines, of those of tiles (1, M, ...).
+
+    ``index`` (N,), or (N, 4) with ``weights``, names M at the end of a line.
+    """
+    wide = values if values.ndim == 3 else values[..., None]
+    taps = index if index.ndim == 2 else index[:, None]
+    ends = taps[:, :1] == wide.shape[1]
+    taps = torch.where(ends, torch.cat((taps[:1], taps[:-1])), taps)
+    if weights is not None:
+        weights = torch.where(ends, torch.cat((weights[:1], weights[:-1])), weights)
+    # A line without tokens has an end all the same: of a picture thinner than a token.
+    known = torch.cat((wide, wide[:, -1:]), 1)
+    out = gathered(known, taps if weights is not None else taps[:, 0], weights)
+    return out if values.ndim == 3 else out[..., 0]
+
+
+def gathered(rows: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return rows (1, N, D) of (1, M, D) by index (N,), or sums of four by (N, 4) and weights."""
+    if weights is None:
+        return rows.index_select(1, index)
+    first, *others = (
+        rows.index_select(1, index[:, tap]).float() * weights[:, tap, None] for tap in range(4)
+    )
+    for tap in others:  # one after the other: four times all rows are much at once
+        first = first + tap
+    return first.to(rows.dtype)
 
 
 class RowSimilarity(nn.Module):

@@ -25,6 +25,7 @@ from .readings import (
     Readings,
     RowSimilarity,
     first_row,
+    gathered,
     in_blocks,
     side_by_side,
 )
@@ -241,31 +242,18 @@ class Mean(nn.Module):
 class Pack(nn.Module):
     """Rows of all tiles in the order of the picture's lines, each of which ends in one more row."""
 
-    kind: tuple[object, ...] = ()
+    kind = ()
 
     def __init__(self, width: int):
         super().__init__()
         self.newline = nn.Parameter(torch.empty(width))
 
-    def forward(self, rows: Tensor, index: Tensor) -> Tensor:
-        """Return rows (1, N, D) of (1, M, D), of which ``index`` (N,) may name one behind them."""
+    def forward(self, rows: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return rows (1, N, D) of (1, M, D), of which ``index`` (N,) may name one behind them; or
+        sums of four, by (N, 4) and their ``weights``, where lines were shrunk.
+        """
         end = self.newline.to(rows.dtype)[None, None]
-        return torch.cat((rows, end), 1).index_select(1, index)
-
-
-class BlendedPack(Pack):
-    """The same where lines were shrunk: a row is four of those of tiles, by their weights."""
-
-    def forward(self, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Return rows (1, N, D) of (1, M, D); ``index`` and ``weights``: (N, 4)."""
-        end = self.newline.to(rows.dtype)[None, None]
-        known = torch.cat((rows, end), 1)
-        first, *others = (
-            known.index_select(1, index[:, tap]).float() * weights[:, tap, None] for tap in range(4)
-        )
-        for tap in others:  # one after the other: four times all rows are much at once
-            first = first + tap
-        return first.to(rows.dtype)
+        return gathered(torch.cat((rows, end), 1), index, weights)
 
 
 class Encoder(nn.Module):
@@ -322,7 +310,7 @@ class Vision(Encoder):
         if self.projects:
             self.multi_modal_projector = Projector(config, ops, fallback.rows)
         if config.packs:
-            self.pack = (BlendedPack if config.shrinks else Pack)(config.text.hidden)
+            self.pack = Pack(config.text.hidden)
         # Of each injected state, under the released name.
         self.mm_projectors = nn.ModuleList(
             Projector(config, ops, fallback.rows, width=config.vision.hidden)
@@ -356,7 +344,7 @@ class Vision(Encoder):
         ]
         out: tuple[Any, ...] = ()
         if self.readings is not None:
-            out = tuple(call(self.readings, *states, *attention))
+            out = tuple(call(self.readings, *states, *attention, *packing))
         if self.projects:
             rows = call(self.multi_modal_projector, *states)
             if hasattr(self, "pack"):

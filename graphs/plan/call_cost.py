@@ -103,7 +103,7 @@ def work_of(
 ) -> Work:
     """Return the work of a call, whatever its graph; ``layout``: as ``vision_work`` takes it."""
     if call.graph == VISION:
-        projected = plan.entering if projects_later(plan) else None
+        projected = plan.entering if projects_later(config, plan) else None
         return vision_work(config, sizes, projected, layout)
     return decoder_work(call, Geometry.of(config.text), plan, sizes)
 

@@ -188,7 +188,7 @@ class PromptCalls:
             return Encoded(rows, np.tile(np.arange(rows.shape[1]), (rows.shape[0], 1)), inject)
         with self.timed(ENTRY):
             chosen = [choose_rows(self.plan, out, image, at) for at, image in enumerate(images)]
-        source = "features" if projects_later(self.plan) else "visual_rows"
+        source = "features" if projects_later(self.manifest.config, self.plan) else "visual_rows"
         if len(chosen) == 1 and chosen[0].features is None:
             rows = self.take(out[source], chosen[0].source)
         else:
@@ -198,7 +198,7 @@ class PromptCalls:
                 for at, rows in enumerate(chosen)
             ]
             rows = np.stack(merged).astype(whole.dtype)
-        if projects_later(self.plan):
+        if projects_later(self.manifest.config, self.plan):
             rows = self.call_graph(PROJECT, 0, {"features": rows})["visual_rows"]
         index = np.stack([entered.source for entered in chosen])
         taken = {layer: self.take(whole, index) for layer, whole in inject.items()}

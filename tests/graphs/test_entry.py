@@ -183,7 +183,7 @@ def read(encoder, monkeypatch):
 
     monkeypatch.setattr(torch_encoder, "choose_rows", noted)
     own, plan = model(encoder), planned("uniform:keep=6")
-    assert vision_readings(plan) == READINGS
+    assert vision_readings(own.config, plan) == READINGS
     TorchEncoder(own.config, plan, own.weights)(own.pixels)
     return {"rows" if n == "visual_rows" else n: v[0] for n, v in seen[0].items()}
 

@@ -8,7 +8,7 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 from visistage.calib.samples import Sample
 from visistage.compile.build import make_bundle
 from visistage.graphs.config import ModelConfig
-from visistage.graphs.errors import ModelError, PlanError
+from visistage.graphs.errors import ModelError
 from visistage.graphs.families import llava_next
 from visistage.graphs.families.registry import FAMILIES, with_budget
 from visistage.runtime.image.image import load_image, prepare
@@ -125,11 +125,6 @@ def test_mistakes_of_the_layout_are_noticed(case, monkeypatch, mistake):
 
     monkeypatch.setitem(FAMILIES, "llava_next", replace(llava_next.LLAVA_NEXT, layout=layout))
     assert case.difference(case.run()) > 1e-2
-
-
-def test_a_selector_at_the_encoder_is_refused(folder):
-    with pytest.raises(PlanError, match=r"entry scope-8.*llava_next.*Leave the entry out"):
-        make_bundle(str(folder), plan="dense:entry=scope-8", out=folder.parent / "engines")
 
 
 def test_a_bundle_answers_as_transformers(folder, tmp_path):

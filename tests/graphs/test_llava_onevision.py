@@ -14,7 +14,7 @@ from visistage.graphs.config import Limits, ModelConfig
 from visistage.graphs.errors import ModelError, PromptError
 from visistage.graphs.families import llava_next
 from visistage.graphs.families.registry import FAMILIES, with_budget
-from visistage.graphs.modules.vision import BlendedPack
+from visistage.graphs.modules.vision import Pack
 from visistage.runtime.image.image import load_image, prepare
 from visistage.runtime.image.preprocessing import Preprocessing
 from visistage.runtime.session import load
@@ -126,7 +126,7 @@ def test_rows_are_packed_as_transformers_packs_them():
             image_grid_pinpoints=[list(size) for size in config.limits.sizes],
         )
     )
-    pack = BlendedPack(8)
+    pack = Pack(8)
     pack.newline.data = torch.randn(8)
     for height, width in [*SHAPES, *sizes(60, 150)]:
         layout = config.layout(height, width)

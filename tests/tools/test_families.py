@@ -173,7 +173,7 @@ def test_calibrate_tries_only_selectors_that_there_are(at, tmp_path):
     ok(*words, "--out", tmp_path)
     asked = run(*words, "--out", tmp_path / "cls", "--selectors", "cls")
     config = Bundle.open(at.path).manifest.config
-    if config.packs or config.vision.kind == "patches":
+    if config.vision.kind == "patches":
         assert asked.exit_code == 2
         assert "entry cls" in asked.stderr
 

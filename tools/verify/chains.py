@@ -248,6 +248,7 @@ class TorchChain:
             for (first, stop), advance in zip(layout.spans, layout.advance, strict=True)
         ]
         segments, lag = positioned(plan, segments, lags)
+        segments = [segment for segment in segments if segment.count]
         done = chain.prefill(segments)
         logits = [done.logits[0]]
         for step in range(steps - 1):
@@ -321,7 +322,7 @@ class TorchChain:
                 start += rows.shape[1]
                 prefix = None in prompt.parts[index:] and None not in prompt.parts[:index]
                 segments.append(AppendedRows(False, rows, order, order, prefix=prefix))
-        return [segment for segment in segments if segment.count], start
+        return [segment for segment in segments if segment.count or segment.visual], start
 
     def _encoder(self, plan: StagePlan) -> TorchEncoder:
         if plan.entry not in self._encoders:

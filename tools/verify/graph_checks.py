@@ -202,7 +202,7 @@ def _module(graph: StoredGraph, fallback: Fp32Fallback) -> nn.Module:
         return Selector(plan.edges[graph.stage])
     module: nn.Module
     if graph.kind == VISION:
-        module = make_vision(config, Eager(), fallback, vision_readings(plan))
+        module = make_vision(config, Eager(), fallback, vision_readings(config, plan))
     elif graph.kind == PROJECT:
         module = Projection(config, Eager(), fallback)
     elif graph.kind == SERVE:

@@ -140,7 +140,9 @@ def _require_unchanged(target: VerifyTarget, quantised: QuantisedWeights) -> Non
     """
     bundle, checkpoint = target.bundle, target.checkpoint
     manifest, wanted = bundle.manifest, checkpoint.load(EMBEDDING)
-    if "vocabulary" in vision_readings(manifest.plan):  # a graph reads it, in its own type
+    if "vocabulary" in vision_readings(
+        manifest.config, manifest.plan
+    ):  # a graph reads it, in its own type
         wanted = wanted.to(getattr(torch, manifest.dtype))
     if not _same(stored_tensor(bundle, manifest.embedding), wanted):
         raise WrongError(f"{EMBEDDING} is not the checkpoint's")
