@@ -18,7 +18,7 @@ from visistage.compile.export.texts import text_facts
 from visistage.compile.planfile import resolve_plan
 from visistage.compile.quantize.fp16_ranges import decide, measure_ranges, read_ranges
 from visistage.graphs.bundle import ANY_CONTEXT, Bundle, GraphFact
-from visistage.graphs.contract import graph_specs
+from visistage.graphs.bundle_contract import graph_specs
 from visistage.graphs.engine_spec import engine_specs_of
 from visistage.graphs.errors import CapacityError, ImageSizeError, TargetError
 from visistage.graphs.linears import linear_groups
