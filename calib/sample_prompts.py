@@ -80,6 +80,12 @@ class SamplePrompt:
         return sum(map(len, texts)) + len(self.answer_ids)
 
 
+def usual_image(prompts: Iterable[SamplePrompt]) -> int:
+    """Return the median N of the images of prompts; 0 where there is none."""
+    images = [part for prompt in prompts for part in prompt.parts if isinstance(part, SampleImage)]
+    return round(np.median([image.layout.rows for image in images if not image.run] or [0]))
+
+
 def prepare(
     samples: Iterable[Sample],
     encoder: PromptEncoder,

@@ -125,19 +125,27 @@ class Tried:
 class Pricing:
     """The cost of plans in one model, as graphs run them: all layers dense.
 
-    geometry: its decoder. visual_tokens: N, of one image. prefix, text: rows before an image, and
-    of a question.
+    geometry: its decoder. visual_tokens: N of the largest image, what plans are made for. prefix,
+    text: rows before an image, and of a question. usual: N of the image that is paid for; 0: of the
+    largest.
     """
 
     geometry: Geometry
     visual_tokens: int
     prefix: int = PREFIX_ROWS
     text: int = TEXT_ROWS
+    usual: int = 0
+
+    @property
+    def image(self) -> int:
+        """N of the image that is paid for."""
+        return self.usual or self.visual_tokens
 
     def flops(self, t: int, keep: int | None, e: int, entry: Entry | None = None) -> float:
         """Return the visual FLOPs of a plan; text rows are not in it."""
-        counts = [(self.visual_tokens if entry is None else entry.keep, t + 1), (keep or 0, e - t)]
-        loads = [Load("dense", tokens, layers) for tokens, layers in counts]
+        entering = self.image if entry is None else entry.keep
+        counts = [(entering, t + 1), (keep or 0, e - t)]
+        loads = [Load("dense", min(tokens, self.image), layers) for tokens, layers in counts]
         return 2 * cost_of(loads, self.geometry).visual_macs
 
     def candidate(
@@ -170,7 +178,7 @@ class Pricing:
                 for call in question_calls(
                     asked,
                     prefix=self.prefix,
-                    visual=self.visual_tokens,
+                    visual=self.image,
                     text=self.text,
                     slots=lambda _, rows: rows,
                     cached=True,
@@ -214,7 +222,7 @@ def plan_candidates(dynamics: Dynamics, pricing: Pricing) -> dict[int, tuple[Can
     exits = exit_layers(dynamics)
     found = {}
     for t in trigger_layers(dynamics):
-        keeps = keep_counts(dynamics, t, pricing.visual_tokens)
+        keeps = keep_counts(dynamics, t, pricing.image)
         cut = cut_off(dynamics, t, keeps)
         of_t = [pricing.candidate(f"exit-only:e={t}", t, None, t, predicted=float(cut[0, t]))]
         for row, keep in enumerate(keeps, start=1):

@@ -23,7 +23,7 @@ from ...graphs.presets.presets import preset
 from ...graphs.progress import Progress
 from ..run import layerwise
 from ..run.collect_ranges import calibrated_ranges
-from ..sample_prompts import SampleImage, SamplePrompt
+from ..sample_prompts import SampleImage, SamplePrompt, usual_image
 from ..samples import Sample
 from .candidates import Pricing
 from .choose import choose_plan
@@ -100,6 +100,7 @@ class Chooser:
             config.visual_tokens,
             len(self.texts.prefix_ids),
             round(np.mean([len(prompt.question) for prompt in shown])),
+            usual_image(shown),
         )
         choice = choose_plan(
             dynamics,

@@ -37,8 +37,8 @@ def first_entries(pricing: Pricing, selectors: Sequence[str], limit: float) -> l
     for selector in selectors:
         alone = [
             _alone(pricing, selector, count, None)
-            for count in entry_counts(pricing.visual_tokens)
-            if count <= pricing.visual_tokens * FIRST
+            for count in entry_counts(pricing.image)
+            if count <= pricing.image * FIRST
         ]
         found += [candidate for candidate in alone if candidate.cost <= limit][:1]
     return found
@@ -53,7 +53,7 @@ def entry_candidates(
     out: list[Candidate] = []
     for selector in selectors:
         losses = _losses_alone(tried, selector)
-        for count in entry_counts(pricing.visual_tokens) if losses else ():
+        for count in entry_counts(pricing.image) if losses else ():
             nearest = min(losses, key=lambda other: (abs(other - count), other))
             loss = losses[nearest] * nearest / count
             alone = _alone(pricing, selector, count, loss)

@@ -11,8 +11,10 @@ from visistage.calib.plan_search.choose import choose_plan
 from visistage.calib.plan_search.dynamics import Dynamics
 from visistage.calib.plan_search.entry_candidates import entry_candidates, entry_counts
 from visistage.calib.plan_search.goal import SELECTORS, SelectionGoal, goal_or_plan
+from visistage.calib.sample_prompts import SampleImage, SamplePrompt, usual_image
 from visistage.compile.planfile import resolve_plan
 from visistage.graphs.errors import PlanError
+from visistage.graphs.families.family import in_one_run
 from visistage.graphs.plan.cost import Geometry, dense_cost, plan_cost
 from visistage.graphs.plan.plan import StagePlan
 from visistage.graphs.plan.stages import Entry
@@ -160,6 +162,28 @@ def second(text, layers=10, tokens=24, prefix=3, rows=5):
         slots = prefix + stage.visual_tokens + rows
         macs += stage.depth * geometry.layer_macs(run, run, run * slots)
     return price, plan, 2 * macs
+
+
+def test_the_usual_image_is_the_median_of_the_samples():
+    """One of several runs counts once; a prompt without an image not at all."""
+    pixels = np.zeros((1, 3, 2, 2), np.float32)
+    tiled = in_one_run(12, runs=(5, "between", 7))
+    shown = [(SampleImage(pixels, in_one_run(rows)),) for rows in (4, 30)]
+    shown.append((SampleImage(pixels, tiled), (7,), SampleImage(pixels, tiled, 1)))
+    prompts = [SamplePrompt("a sample", (*parts, (1, 2))) for parts in ((), *shown)]
+    assert usual_image(prompts) == 12
+    assert usual_image(prompts[:1]) == 0
+
+
+@pytest.mark.parametrize("text", ["dense", "scope:keep=6", "exit-only:e=4", PRUNED])
+def test_images_of_few_tokens_are_paid_for_as_such(text):
+    """A model whose images may have 96 tokens, and whose samples have 24: as one of 24."""
+    geometry = Geometry(10, 64, 128, 300)
+    price, small = Pricing(geometry, 96, 3, 5, usual=24), Pricing(geometry, 24, 3, 5)
+    assert price.flops(4, 6, 7) == small.flops(4, 6, 7) < Pricing(geometry, 96).flops(4, 6, 7)
+    assert price.flops(4, 60, 7) == price.flops(4, 24, 7) == price.flops(7, None, 7)
+    plans = (resolve_plan(text, 10, own.visual_tokens) for own in (price, small))
+    assert price.second_question(next(plans)) == small.second_question(next(plans))
 
 
 @pytest.mark.parametrize(
