@@ -94,8 +94,10 @@ ALONE   := tests/compile/ tests/graphs/ tests/runtime/
 GROUPS   = $(ALONE) "$(filter-out $(ALONE),$(FOLDERS))" "tests/test_*.py"
 
 test: setup  ## run the tests, or some: TESTS=tests/graphs/test_plan.py
-	status=0; export VISISTAGE_GPU_PYTHON="$(GPU_PYTHON)"; traces=$$(mktemp -d); trap 'rm -rf "$$traces"' EXIT; for group in $(if $(TESTS),"$(TESTS)",$(GROUPS)); do \
-		VISISTAGE_TRACES="$$traces" $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 $$group || status=1; \
+	@rm -rf .cache/traces
+	status=0; for group in $(if $(TESTS),"$(TESTS)",$(GROUPS)); do \
+		VISISTAGE_GPU_PYTHON="$(GPU_PYTHON)" VISISTAGE_TRACES="$(CURDIR)/.cache/traces" \
+		$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 $$group || status=1; \
 	done; exit $$status
 
 check: setup types  ## lint, formatting, types, layering and the wheel's contents
@@ -108,7 +110,7 @@ types: setup  ## check types
 	MYPYPATH=.cache/types $(BIN)/mypy -p visistage
 
 clean:  ## remove what tests and checks leave; .venv and engines stay
-	rm -rf build dist *.egg-info .cache/types .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .cache/types .cache/traces .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # torch first and pinned, so that nothing later pulls another build of it.
