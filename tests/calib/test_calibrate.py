@@ -405,7 +405,8 @@ def test_a_quantised_layerwise_run_computes_what_the_rounded_bundle_does(
         for sample, float_one, rounded_one in zip(samples, exact, near, strict=True):
             ran = session.score(sample.image, sample.prompt, ())[0]
             apart = np.abs(ran - float_one).max()
-            assert np.abs(ran - rounded_one).max() < apart / 10
+            # Equal to 1e-4, unless a value that lies between two integers goes the other way.
+            assert np.abs(ran - rounded_one).max() < apart / 4
 
 
 @pytest.mark.slow
