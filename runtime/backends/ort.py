@@ -20,7 +20,7 @@ import psutil
 from ...graphs.bundle import Bundle
 from ...graphs.caches import appended
 from ...graphs.chain.executor import StageResult
-from ...graphs.commands import install, rebuild_command
+from ...graphs.commands import rebuild_command
 from ...graphs.contract import ORT_LLM_SINCE, GraphSpec, returns_new_rows, row_readings
 from ...graphs.errors import BundleError, CapacityError
 from ...graphs.targets import PORTABLE, Target
@@ -31,7 +31,7 @@ from .cpu_caches import HostExecutor
 from .denormals import AVAILABLE, flushed
 from .feeds import inject_feeds, layers_taking, shape_of, stage_feeds
 from .onnx_runtime import find_cuda_libraries, ort
-from .ort_packages import collision
+from .ort_packages import collision, install_gpu
 
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -261,7 +261,7 @@ def open_bundle(bundle: Bundle, options: BackendOptions) -> OrtExecutor:
 def missing(target: Target, provider: str = CPU_PROVIDER) -> Iterator[str]:
     """Yield what lacks to run graphs for ``target`` here."""
     if provider not in ort.get_available_providers():
-        yield collision() or f"an ONNX Runtime with {provider} ({install('gpu')})"
+        yield collision() or f"an ONNX Runtime with {provider} ({install_gpu()})"
     elif not target.serves(ort.__version__):
         yield f"ONNX Runtime {target.versions[0]}, found {ort.__version__}"
 

@@ -10,6 +10,7 @@ from importlib import metadata
 from ...graphs.commands import install
 from ...graphs.targets import ORT_PACKAGES
 
+UNINSTALL_CPU = f"pip uninstall -y {ORT_PACKAGES[0]}; then "
 ABSENT = f"ONNX Runtime is not installed. Type: {install('cpu')}; with an NVIDIA GPU: '.[gpu]'"
 
 
@@ -22,6 +23,11 @@ def installed() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def install_gpu() -> str:
+    """Return what to type for the build for a GPU, where the other one may be in its place."""
+    return f"{UNINSTALL_CPU if ORT_PACKAGES[0] in installed() else ''}{install('gpu')}"
 
 
 def collision() -> str | None:

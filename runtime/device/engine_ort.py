@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from ...graphs.bundle import Bundle
-from ...graphs.commands import install
 from ...graphs.errors import EngineError
 from ...graphs.targets import Target
 from ..backends.backend import BackendOptions
 from ..backends.onnx_runtime import find_cuda_libraries, ort
 from ..backends.ort import CPU_PROVIDER, CUDA_PROVIDER, load_session
 from ..backends.ort import missing as missing_provider
-from ..backends.ort_packages import collision
+from ..backends.ort_packages import collision, install_gpu
 from ..hardware import find_gpu
 from .cuda import CudaDevice, missing_cuda_core
 from .cuda_session import why_no_session
@@ -66,7 +65,7 @@ def _why() -> str:
     if (both := collision()) is not None:
         return both
     said = find_cuda_libraries().splitlines()[:1] or ["its CUDA libraries are of another version"]
-    return f"{said[0]}. Type: {install('gpu')}; visistage doctor says more"
+    return f"{said[0]}. Type: {install_gpu()}; visistage doctor says more"
 
 
 class OrtApi:

@@ -69,6 +69,14 @@ def test_two_distributions_are_named_with_what_to_type(both):
     assert engine_ort._why() == lacking
 
 
+@pytest.mark.parametrize(("name", "first"), [("onnxruntime", True), ("onnxruntime-gpu", False)])
+def test_the_build_for_a_gpu_is_not_put_over_the_other_one(monkeypatch, name, first):
+    monkeypatch.setattr(ort_packages, "installed", lambda: {name: "1.32.0"})
+    (lacking,) = missing(find_target("cuda"), "another provider")
+    assert ("pip uninstall -y onnxruntime; then pip install -e '.[gpu]'" in lacking) == first
+    assert "pip install -e '.[gpu]'" in lacking
+
+
 @pytest.mark.parametrize("left", ["None", "type(sys)('onnxruntime')"], ids=["none", "a folder"])
 def test_where_there_is_none_it_is_said_what_to_type(left):
     """Uninstalling one of two leaves a folder without code, which can be imported."""
@@ -109,7 +117,7 @@ def test_cuda_libraries_are_looked_for_before_the_first_session_on_a_gpu(
 
 
 def test_what_was_not_found_is_said_when_the_provider_does_not_start(preloads):
-    assert engine_ort._why().startswith("Failed to load libcublasLt.so.13. Type: pip install")
+    assert engine_ort._why().startswith("Failed to load libcublasLt.so.13. Type: pip ")
     assert "guide" not in engine_ort._why()
 
 

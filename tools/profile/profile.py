@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...graphs.bundle import Bundle
-from ...graphs.commands import install
 from ...graphs.errors import BundleError
 from ...graphs.plan.call_cost import GraphCall, total_work
 from ...graphs.progress import Progress
 from ...graphs.targets import ONNXRUNTIME, find_target
+from ...runtime.backends.ort_packages import install_gpu
 from ...runtime.hardware import busy_machine
 from ...runtime.session import Session
 from ..explain.dense import dense_bundle, how_to_build, is_unpruned
@@ -237,7 +237,7 @@ def _why_no_peaks(bundle: Bundle) -> str:
     precision = bundle.manifest.precision
     if precision not in FILES:
         return f"there is no product of precision {precision} to measure"
-    return f"a GPU's products are measured by ONNX Runtime on it; type: {install('gpu')}"
+    return f"a GPU's products are measured by ONNX Runtime on it; type: {install_gpu()}"
 
 
 def _backend_of(bundle: Bundle, backend: str | None) -> str:
