@@ -28,7 +28,7 @@ Scheme = Literal["float", "w8a8", "w8", "w4"]
     w8a8   INT8 inputs and weights: one static scale for the inputs, one per output channel
     w8     INT8 weights, one scale per output channel, in ONNX Runtime also per ``SCALE_BLOCK``
     inputs; inputs in float
-    w4     INT4 weights, one scale per output channel and ``SCALE_BLOCK`` inputs; inputs in float
+    w4     INT4 weights, one scale per output channel and ``block_of`` inputs; inputs in float
 
 All symmetric: engines take no zero points.
 """
@@ -52,6 +52,9 @@ FLOAT_PRECISIONS = ("fp32", "fp16")
 SCALE_BLOCK = 128
 """Inputs that share one scale of an output channel where weights alone are rounded."""
 
+_WHOLE_BLOCKS = (SCALE_BLOCK, 64, *range(SCALE_BLOCK - 1, 15, -1))
+"""Blocks for a layer of an engine, the best ones first."""
+
 _WORDS = {
     "vision": SCHEMES,
     "head": SCHEMES,
@@ -62,12 +65,17 @@ _WORDS = {
 _OPTIONS = ("vision", "head", "stage0", "stage1", "...", "cache", "observer", "smooth", "keep")
 
 
-def block_of(scheme: Scheme, *, engines: bool) -> int | None:
-    """Return the number of inputs that share a scale of an output channel; None: all of them.
+def block_of(scheme: Scheme, inputs: int, *, engines: bool) -> int | None:
+    """Return how many of a layer's ``inputs`` share a scale of an output channel; None: all.
 
     INT8 weights alone: ONNX Runtime is fastest with blocks, while TensorRT-RTX was seen to store
     weights in blocks as FP16, twice as large.
+
+    Of INT4, TensorRT takes whole blocks only, and counts scales rather than read the block's size:
+    960 inputs with 8 scales, the last of them of 64, it would read as blocks of 120.
     """
+    if scheme == "w4" and engines:
+        return next((size for size in _WHOLE_BLOCKS if inputs % size == 0), inputs)
     return SCALE_BLOCK if scheme == "w4" or (scheme == "w8" and not engines) else None
 
 

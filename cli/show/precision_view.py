@@ -94,7 +94,7 @@ def _bytes(scheme: Scheme, shape: tuple[int, ...], manifest: Manifest) -> int:
     (outputs, inputs), element = shape, manifest.element_bytes
     if scheme == "float":
         return outputs * inputs * element
-    block = block_of(scheme, engines=find_target(manifest.target).engines)
+    block = block_of(scheme, inputs, engines=find_target(manifest.target).engines)
     scales = outputs * (1 if block is None else math.ceil(inputs / block))
     zeros = scales if scheme == "w8" and block is not None else 0  # a byte each
     scales += scheme == "w8a8"  # that of its inputs

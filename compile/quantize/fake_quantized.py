@@ -95,4 +95,5 @@ class FakeQuantised:
         scales = self._quantised.tensor(f"{module}.{SCALE}").numpy()
         if scheme == "w8a8":  # while they are at hand: rounding a weight again takes long
             self._scales[module] = self._quantised.tensor(f"{module}.{INPUT_SCALE}")
-        return torch.from_numpy(restored(values, scales, block_of(scheme, engines=self.engines)))
+        block = block_of(scheme, inputs, engines=self.engines)
+        return torch.from_numpy(restored(values, scales, block))

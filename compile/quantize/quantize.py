@@ -217,7 +217,7 @@ class QuantisedTensors:
             return itemsize
         if own in (SCALE, ZERO):
             outputs, inputs = weight
-            block = block_of(self.quantization.schemes[module], engines=self.engines)
+            block = block_of(self.quantization.schemes[module], inputs, engines=self.engines)
             size = 1 if own == ZERO else itemsize
             return math.prod(scale_shape(block, inputs, outputs)) * size
         return math.prod(self.checkpoint.tensors[name].shape) * itemsize
@@ -253,7 +253,7 @@ class QuantisedTensors:
         """Return every tensor of a quantised layer but its bias, by its own name."""
         scheme = self.quantization.schemes[module]
         weight = self.folded(module, "weight")
-        block = block_of(scheme, engines=self.engines)
+        block = block_of(scheme, weight.shape[1], engines=self.engines)
         if block is None:
             values, scales = int8_weight(weight, half=self.half, name=module)
         else:

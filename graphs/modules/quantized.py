@@ -97,7 +97,7 @@ def replace_linears(
         if scheme is None or not isinstance(linear, Linear):
             continue
         outputs, inputs = linear.weight.shape
-        block = block_of(scheme, engines=engines)
+        block = block_of(scheme, inputs, engines=engines)
         bias = linear.bias is not None
         new = QuantizedLinear(linear.ops, scheme, inputs, outputs, bias, block)
         if engines and new.input_scale is not None:

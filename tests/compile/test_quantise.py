@@ -30,6 +30,7 @@ from visistage.runtime.backends.ort import EXACT, NO_GEMM, int8_session_entries,
 from visistage.runtime.device.tensorrt import find_trt_variant
 from visistage.runtime.session import load
 from visistage.tests.support import calibrated, toy
+from visistage.tests.support.verified import run
 
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=4"
 WIDE = {"hidden": 256, "intermediate": 512, "heads": 4, "kv_heads": 4}
@@ -200,7 +201,7 @@ def test_layers_of_one_input_hold_scales_that_differ_in_their_last_bit(int8):
 @pytest.mark.parametrize("scheme", ["w8a8", "w8", "w4"])
 def test_a_quantised_layer_is_the_product_of_what_its_numbers_stand_for(scheme):
     generator = torch.Generator().manual_seed(3)
-    block = block_of(scheme, engines=False)
+    block = block_of(scheme, 200, engines=False)
     layer = QuantizedLinear(Eager(), scheme, 200, 24, bias=True, block=block)
     top = 7 if scheme == "w4" else 127
     for name, parameter in layer.named_parameters():
@@ -397,6 +398,40 @@ def test_engines_of_every_scheme_keep_their_weights_in_integers(wide, tmp_path):
         assert layers["DEQUANTIZE"] >= 2 * 7
         assert layers.get("QUANTIZE", 0) == (2 * 4 if "int8" in precision else 0)
         assert whole - nbytes > 0.8 * (weights - smaller), (precision, whole, nbytes)
+
+
+@pytest.mark.parametrize("inputs", [48, 96, 192, 576, 960, 1152, 3420, 4096, 4304, 2 * 509])
+def test_blocks_of_engines_are_whole(inputs):
+    """TensorRT divides a layer's inputs by its scales, whatever the block is said to be."""
+    block = block_of("w4", inputs, engines=True)
+    assert inputs % block == 0
+    assert block >= 16
+    assert block <= 128 or inputs == 2 * 509  # of which no block is a part
+    assert block_of("w4", inputs, engines=False) == 128
+    assert block_of("w8", inputs, engines=True) is None
+
+
+@pytest.mark.parametrize("target", ["cpu", "rtx"])
+def test_widths_that_no_block_divides(target, tmp_path):
+    """INT4 everywhere: verified against the checkpoint, and compiled."""
+    sizes = {"hidden": 192, "heads": 3, "kv_heads": 3, "intermediate": 344, "encoder_heads": 2}
+    model = toy.make_checkpoint(tmp_path / "toy", layers=2, **sizes)
+    given = {"plan": "dense", "precision": "w4:vision=w4", "target": target, "out": tmp_path}
+    bundle = make_bundle(str(model), **given)
+    report = run(bundle, count=1, model=str(model))
+    assert report.failed is None, report.failed
+    if target == "cpu":
+        found = optimised(bundle, "stage0", tmp_path)
+        assert found["MatMulNBits"] == 2 * 7 + 1
+        assert found["DequantizeLinear"] == 0
+        return
+    scales = initializers(bundle, "stage0")
+    shapes = {name.split(".")[-2]: scale.shape for name, scale in scales.items() if "scale" in name}
+    assert shapes["o_proj"] == (192 // 64, 192)
+    assert shapes["down_proj"] == (344 // 86, 192)
+    if find_trt_variant(TENSORRT_RTX) is not None:
+        engines = compile_engines(bundle, capabilities=[(8, 6)])
+        assert {one.graph for one in engines.engines} == set(bundle.manifest.graphs)
 
 
 def test_bundles_answer_the_same_where_integer_products_must_be_kept_from_saturating(

@@ -25,7 +25,8 @@ from ...compile.quantize.int_arithmetic import (
 from ...graphs.bundle import Manifest
 from ...graphs.linears import Group, linear_groups
 from ...graphs.modules.quantized import INPUT_SCALE, SCALE, WEIGHT
-from ...graphs.quantization import SCALE_BLOCK
+from ...graphs.quantization import Scheme, block_of
+from ...graphs.targets import find_target
 
 LEVELS = {"w8a8": INT8_LEVELS, "w8": INT8_LEVELS, "w4": INT4_LEVELS}
 
@@ -143,7 +144,8 @@ class QuantisedWeights:
             values = ratio[:, 0]
         else:
             stored = self._ours(f"{linear}.{SCALE}")
-            largest, scales = _absmax(plain, stored), stored.reshape(-1, len(plain)).T
+            largest = _absmax(plain, self._block(scheme, plain))
+            scales = stored.reshape(-1, len(plain)).T
             ratio = largest / (LEVELS[scheme] * scales)
             usable = (largest > 0) & (scales > self.tiny * 1.5)
             values = np.nanmax(np.where(usable, ratio, np.nan), 1, initial=-np.inf)
@@ -172,7 +174,7 @@ class QuantisedWeights:
         self.layers[kind] = self.layers.get(kind, 0) + 1
 
     def _check_quantised(
-        self, linear: str, scheme: str, want: np.ndarray, slack: np.ndarray
+        self, linear: str, scheme: Scheme, want: np.ndarray, slack: np.ndarray
     ) -> None:
         """Check integers and scales of a layer whose weight (N, K) is ``want`` within ``slack``."""
         levels, name = LEVELS[scheme], f"{linear}.{WEIGHT[scheme]}"
@@ -180,14 +182,14 @@ class QuantisedWeights:
         _require_positive(f"{linear}.{SCALE}", scales)
         if int(np.abs(values.astype(np.int16)).max(initial=0)) > levels:
             raise WrongError(f"{name} holds integers beyond ±{levels}")
+        block = self._block(scheme, want)
         known = np.isfinite(want)
         if linear not in self.outputs and known.all():  # else ``want`` was inferred from the scales
-            largest = _absmax(want, scales)
+            largest = _absmax(want, block)
             filled = np.where(largest == 0, 1.0, np.maximum(largest / levels, self.tiny))
             found = scales.reshape(-1, len(want)).T
-            allowed = (_absmax(slack, scales) / levels) + filled * self.slack
+            allowed = (_absmax(slack, block) / levels) + filled * self.slack
             _require_within(f"{linear}.{SCALE}", np.abs(found - filled), allowed, "its share")
-        block = SCALE_BLOCK if scales.ndim == 2 else None
         error = np.abs(restored(values, scales, block) - want)
         step = restored(np.ones_like(values), scales, block)
         within = np.where(known, error / (0.5 * step + slack), 0.0)
@@ -220,6 +222,11 @@ class QuantisedWeights:
             allowed = np.abs(want) * (self.slack + factors.slack) + self.tiny * 2.0**-10
             _require_within(name, np.abs(self._ours(name) - want), allowed, "what was folded in")
 
+    def _block(self, scheme: Scheme, weight: np.ndarray) -> int | None:
+        """Return how many inputs of a weight (N, K) share a scale; None: all."""
+        engines = find_target(self.manifest.target).engines
+        return block_of(scheme, weight.shape[1], engines=engines)
+
     def _ours(self, name: str) -> np.ndarray:
         return self.weights[name].astype(np.float32)
 
@@ -227,12 +234,12 @@ class QuantisedWeights:
         return self.checkpoint.load(name).float().numpy()
 
 
-def _absmax(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """(N, K) -> (N, blocks): the largest absolute value that each of ``scales`` stands for."""
-    if scales.ndim == 1:
+def _absmax(weight: np.ndarray, block: int | None) -> np.ndarray:
+    """(N, K) -> (N, blocks): the largest absolute value that each scale stands for."""
+    if block is None:
         return absmax(weight, 1)[:, None]
-    starts = range(0, weight.shape[1], SCALE_BLOCK)
-    return np.stack([absmax(weight[:, at : at + SCALE_BLOCK], 1) for at in starts], 1)
+    starts = range(0, weight.shape[1], block)
+    return np.stack([absmax(weight[:, at : at + block], 1) for at in starts], 1)
 
 
 def _require_positive(name: str, values: np.ndarray) -> None:
