@@ -23,7 +23,7 @@ from ...graphs.bundle import Bundle
 from ...graphs.caches import appended, is_cache
 from ...graphs.chain.executor import StageResult
 from ...graphs.commands import install
-from ...graphs.contract import GraphSpec, row_readings
+from ...graphs.contract import GraphSpec, TensorSpec, row_readings
 from ...graphs.errors import BundleError, MissingDependencyError
 from ...graphs.targets import OPENVINO, Target, find_target
 from ..autotune import choose_threads
@@ -141,8 +141,7 @@ class OpenVinoExecutor(HostExecutor):
         try:
             model = self._core.read_model(file)
             # One prompt at a time: with the batch known fewer shapes are computed in every call.
-            sizes = {"B": 1} | dict.fromkeys("QSNT", -1)
-            model.reshape({tensor.name: list(shape_of(tensor, sizes)) for tensor in spec.inputs})
+            model.reshape({tensor.name: _opened(tensor) for tensor in spec.inputs})
             return self._core.compile_model(model, "CPU", dict(properties))
         except RuntimeError as error:
             raise BundleError(
@@ -208,6 +207,12 @@ class BoundRequest:
         # Starting and waiting returns nothing, where infer() would copy every output.
         self.request.start_async()
         self.request.wait()
+
+
+def _opened(tensor: TensorSpec) -> list[int]:
+    """Return a shape as OpenVINO takes it: -1 where any size will do."""
+    known = {"B": 1}
+    return [known.get(size, -1) if isinstance(size, str) else size for size in tensor.shape]
 
 
 def row_chunks(order: np.ndarray) -> Iterator[tuple[int, int]]:
