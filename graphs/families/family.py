@@ -33,7 +33,7 @@ class ImageLayout:
         advance: positions that a run of n rows takes, by run; n of each on one axis.
         resizes: sizes that the picture is brought to, one after the other; none where the
             processor's own steps do it whatever its size.
-        canvas: the last size with what is padded around the picture, in black; None: nothing is.
+        padded: the last size with what is put around the picture, in black; None: nothing is.
         grid: rows and columns of the tiles that are cut.
         merge: of tiles that are patches, the side of the squares in whose order they come; 0: of
             other tiles, which come row by row.
@@ -49,7 +49,7 @@ class ImageLayout:
     positions: np.ndarray = field(compare=False, repr=False)
     advance: tuple[int, ...]
     resizes: tuple[Size, ...] = ()
-    canvas: Size | None = None
+    padded: Size | None = None
     grid: tuple[int, int] = (1, 1)
     merge: int = 0
     whole: Literal["", "first", "last"] = ""

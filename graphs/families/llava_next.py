@@ -85,10 +85,10 @@ def _edge(config: ModelConfig) -> int:
 @lru_cache(maxsize=64)
 def layout(config: ModelConfig, height: int, width: int) -> ImageLayout:
     """Return the layout of a picture."""
-    canvas = best_size(height, width, config.limits.sizes)
+    frame = best_size(height, width, config.limits.sizes)
     tile, edge = config.vision.image_size, _edge(config)
-    grid = canvas[0] // tile, canvas[1] // tile
-    shown = fitted(height, width, canvas)
+    grid = frame[0] // tile, frame[1] // tile
+    shown = fitted(height, width, frame)
     lines, columns = kept_cells(height, width, (grid[0] * edge, grid[1] * edge))
     whole, line_ends = edge * edge, (1 + grid[0] * grid[1]) * edge * edge
     high, wide = shrunk(len(lines), len(columns), config.limits.most * whole)
@@ -111,7 +111,7 @@ def layout(config: ModelConfig, height: int, width: int) -> ImageLayout:
     top, left = (
         _shares(config, cells, count, full, own)
         for cells, count, full, own in zip(
-            (lines, columns), (high, wide), canvas, shown, strict=True
+            (lines, columns), (high, wide), frame, shown, strict=True
         )
     )
     corners = np.meshgrid(top[:-1], left[:-1], indexing="ij")
@@ -121,7 +121,7 @@ def layout(config: ModelConfig, height: int, width: int) -> ImageLayout:
     return in_one_run(
         len(index),
         resizes=(shown,),
-        canvas=canvas,
+        padded=frame,
         grid=grid,
         whole="first",
         boxes=np.concatenate([tile_boxes((1, 1), edge, ""), own_boxes]),
@@ -133,9 +133,9 @@ def _shares(
     config: ModelConfig, cells: np.ndarray, count: int, full: int, shown: int
 ) -> np.ndarray:
     """Return where each of ``count`` lines (or columns) of tokens begins and the last one ends, in
-    shares of the ``shown`` pixels of a picture and not of those that fill the canvas up.
+    shares of the ``shown`` pixels of a picture and not of those that fill the frame up.
 
-    ``cells``: of the canvas that they were shrunk from.
+    ``cells``: of the frame that they were shrunk from.
     """
     edge, vision = _edge(config), config.vision
     at = cells[:1].sum() + np.arange(count + 1) * (len(cells) / max(count, 1))
@@ -178,16 +178,16 @@ def best_size(height: int, width: int, sizes: tuple[Size, ...]) -> Size:
     return best
 
 
-def fitted(height: int, width: int, canvas: Size) -> Size:
-    """Return the size of a picture that fills a canvas in one direction."""
-    high, wide = canvas[0] / height, canvas[1] / width
+def fitted(height: int, width: int, frame: Size) -> Size:
+    """Return the size of a picture that fills a frame in one direction."""
+    high, wide = frame[0] / height, frame[1] / width
     if wide < high:
-        return min(math.ceil(height * wide), canvas[0]), canvas[1]
-    return canvas[0], min(math.ceil(width * high), canvas[1])
+        return min(math.ceil(height * wide), frame[0]), frame[1]
+    return frame[0], min(math.ceil(width * high), frame[1])
 
 
 def kept_cells(height: int, width: int, cells: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows and the columns of a canvas's cells that are not padding alone.
+    """Return the rows and the columns of a frame's cells that are not padding alone.
 
     As transformers rounds, which is not quite how it pads.
     """

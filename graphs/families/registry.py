@@ -122,7 +122,7 @@ def with_canvas(config: ModelConfig, canvas: Size | None) -> ModelConfig:
         layout = FAMILIES[config.family].layout(config, *canvas)
     except ImageSizeError as error:
         raise ModelError(f"--canvas {written} (height x width): {error}") from error
-    becomes = layout.canvas or layout.resizes[-1]
+    becomes = layout.padded or layout.resizes[-1]
     if {*layout.resizes, becomes} != {canvas}:
         raise ModelError(
             f"--canvas is {written}, height x width; a model of type {config.family} would bring "

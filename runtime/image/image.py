@@ -161,8 +161,8 @@ def prepare(image: Image.Image, preprocessing: Preprocessing, layout: ImageLayou
     for height, width in layout.resizes:
         laid = laid.resize((width, height), filter_)
     pixels = np.asarray(laid)
-    if layout.canvas is not None:
-        gaps = [full - own for full, own in zip(layout.canvas, pixels.shape, strict=False)]
+    if layout.padded is not None:
+        gaps = [full - own for full, own in zip(layout.padded, pixels.shape, strict=False)]
         pixels = np.pad(pixels, [*((gap // 2, gap - gap // 2) for gap in gaps), (0, 0)])
     rows, columns = layout.grid
     high, wide = pixels.shape[0] // rows, pixels.shape[1] // columns
@@ -215,7 +215,7 @@ def pixel_key(
     recipe = json.dumps(preprocessing.to_dict(), sort_keys=True)
     if layout is not None and layout.resizes:  # otherwise the recipe says all
         sources = layout.whole, layout.whole_of
-        recipe += f" {layout.resizes} {layout.canvas} {layout.grid} {sources}"
+        recipe += f" {layout.resizes} {layout.padded} {layout.grid} {sources}"
     digest = hashlib.sha256(f"{image.mode} {image.size} {recipe}\n".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()

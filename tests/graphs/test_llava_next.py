@@ -112,7 +112,7 @@ def without_ends(found):
 
 
 def padded(found):
-    return replace(found, resizes=(found.canvas,))
+    return replace(found, resizes=(found.padded,))
 
 
 MISTAKES = {"lines": reversed_lines, "ends": without_ends, "shape": padded}
