@@ -210,7 +210,22 @@ def test_profiles_hold_images_of_any_shape(family, tmp_path):
     assert min(largest.values()) > 0.6, largest
 
 
-@pytest.mark.parametrize("model", KNOWN_MODELS)
+HOLDING = [
+    name
+    for name, config in ((name, model_config(name)) for name in KNOWN_MODELS)
+    if config.visual_tokens + 512 <= config.text.max_positions
+]
+"""Models whose largest image fits their decoder's context; of others a budget is wanted."""
+
+
+def test_a_model_whose_largest_image_does_not_fit_wants_a_budget():
+    (name,) = set(KNOWN_MODELS) - set(HOLDING)
+    with pytest.raises(CapacityError, match=r"or fewer tokens of an image by --image-tokens$"):
+        resolve_contexts(TARGETS["rtx"], model_config(name), ())
+    assert resolve_contexts(TARGETS["rtx"], model_config(name, 576), ())
+
+
+@pytest.mark.parametrize("model", HOLDING)
 def test_profiles_of_published_models_hold_images_up_to_the_cap(model):
     whole = model_config(model)
     check_profiles(whole, 60)
@@ -221,7 +236,7 @@ def test_profiles_of_published_models_hold_images_up_to_the_cap(model):
 
 
 def test_engines_have_room_for_an_image_by_default():
-    for name in KNOWN_MODELS:
+    for name in HOLDING:
         config = model_config(name)
         (context,) = resolve_contexts(TARGETS["rtx"], config, ())
         assert context >= config.visual_tokens + 448, name
