@@ -22,6 +22,7 @@ from visistage.runtime.text.template import read_tokenizer_json
 from visistage.tools.verify.verify import verify
 
 from ..support import tiny_onevision as tiny
+from ..support.asking import asking
 from .test_internvl import NEW, Case, picture, sizes
 
 PUBLISHED = {"model_type": "llava_onevision", "text_config": {"vocab_size": 152000}}
@@ -239,11 +240,6 @@ def test_not_shrinking_is_noticed(case, monkeypatch):
     known = case.config
     monkeypatch.setattr(case, "config", known.within(Limits(most=99, sizes=known.limits.sizes)))
     assert case.difference(case.run()) > 1e-3
-
-
-def asking(words, images=1):
-    content = [{"type": "image"}] * images + [{"type": "text", "text": words}]
-    return [{"role": "user", "content": content}]
 
 
 def test_a_bundle_answers_as_transformers_and_sees_an_image_once(folder, tmp_path):

@@ -22,6 +22,7 @@ from visistage.runtime.text.template import read_tokenizer_json
 from visistage.tools.verify.verify import verify
 
 from ..support import tiny_smolvlm as tiny
+from ..support.asking import asking
 from .test_internvl import NEW, Case, picture, sizes
 
 PUBLISHED = {
@@ -127,11 +128,6 @@ def test_mistakes_of_the_layout_are_noticed(case, monkeypatch, mistake):
     name = case.config.family
     monkeypatch.setitem(FAMILIES, name, replace(FAMILIES[name], layout=layout))
     assert case.difference(case.run()) > 1e-3
-
-
-def asking(words, images=1):
-    content = [{"type": "image"}] * images + [{"type": "text", "text": words}]
-    return [{"role": "user", "content": content}]
 
 
 def test_a_bundle_answers_as_transformers_and_sees_an_image_once(folder, tmp_path):

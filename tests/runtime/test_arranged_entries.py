@@ -18,6 +18,7 @@ from visistage.tools.verify.verify import verify
 
 from ..graphs.test_internvl import picture
 from ..support import tiny_next, tiny_onevision, tiny_smolvlm
+from ..support.asking import asking
 from ..support.families import TINY
 from ..support.reference_selectors import RULES
 
@@ -30,10 +31,6 @@ MODULES = {
 }
 SHAPES = [(64, 48), (20, 30), (30, 64)]
 BLIND = "visipruner:shallow=1,t=1,e=2,keep=3,entry=scope-6"
-
-
-def asking(words):
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}]
 
 
 @contextmanager

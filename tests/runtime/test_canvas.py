@@ -19,6 +19,7 @@ from visistage.tools.verify.verify import verify
 
 from ..graphs.test_internvl import picture
 from ..support import qwen, tiny_internvl, tiny_next, tiny_onevision, tiny_smolvlm
+from ..support.asking import asking
 from ..support.families import TINY
 
 NEW = 8
@@ -55,10 +56,6 @@ def made(request, tmp_path_factory):
     out = folder / "engines"
     bundle = make_bundle(str(folder / "tiny"), plan="dense", canvas=canvas, out=out)
     return request.param, folder, bundle, canvas, rows
-
-
-def asking(words):
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}]
 
 
 def test_answers_are_those_of_transformers_about_the_resized_image(made):

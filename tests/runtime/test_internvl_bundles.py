@@ -18,6 +18,7 @@ from visistage.tools.verify.verify import verify
 
 from ..graphs.test_internvl import picture
 from ..support import tiny_internvl as tiny
+from ..support.asking import asking
 
 NEW = 12
 PLAN = "visipruner:shallow=1,t=1,e=2,keep=6"
@@ -46,11 +47,6 @@ def bundles(folder):
         return made[key]
 
     return bundle
-
-
-def asking(words, images=1):
-    content = [{"type": "image"}] * images + [{"type": "text", "text": words}]
-    return [{"role": "user", "content": content}]
 
 
 @pytest.mark.parametrize("target", ["cpu", "cpu-portable"])

@@ -27,6 +27,12 @@ def picture(seed, height=40, width=52):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+def asking(words, images=1):
+    """One turn of a user's, images first, in the messages of chat templates."""
+    content = [{"type": "image"}] * images + [{"type": "text", "text": words}]
+    return [{"role": "user", "content": content}]
+
+
 def answer(session, images, prompt, new=NEW):
     """Greedy tokens without an end: random checkpoints end whenever they like."""
     session.eos = frozenset()

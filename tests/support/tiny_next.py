@@ -1,6 +1,5 @@
 """A tiny random LLaVA-NeXT, a complete Hugging Face directory, and its judge of transformers."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,10 +12,9 @@ from transformers import (
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
-from visistage.compile.checkpoint.dummy_tokenizer import write_text_files
-from visistage.graphs.config import ModelConfig
 
 from . import tiny_internvl, toy
+from .written import processor_of, written
 
 SIZES = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
 
@@ -33,31 +31,17 @@ def make_config(**text):
     }
 
 
-@torch.no_grad()
 def make_checkpoint(path, *, seed=0, scale=8.0, **options):
     """Write a checkpoint directory and return it."""
-    path = Path(path)
     data = make_config(**options)
     torch.manual_seed(seed)
-    model = LlavaNextForConditionalGeneration(LlavaNextConfig(**data)).float()
-    for name, weight in model.named_parameters():
-        if weight.ndim == 1:
-            weight.add_(torch.randn(weight.shape) * 0.1)
-        elif "embed" not in name:
-            weight.mul_(scale)
-        else:
-            weight.mul_(20)
-    model.save_pretrained(path)
-    (path / "config.json").write_text(json.dumps(data, indent=2))
-    write_text_files(path, ModelConfig.from_hf(data), toy.SPECIALS)
-    return path
+    model = LlavaNextForConditionalGeneration(LlavaNextConfig(**data))
+    return written(path, model, data, toy.SPECIALS, scale=scale)
 
 
 def image_processor(path):
     """The ``Pil`` processor of a checkpoint."""
-    steps = json.loads((Path(path) / "preprocessor_config.json").read_text())
-    steps.pop("image_processor_type")
-    return LlavaNextImageProcessorPil(**steps)
+    return processor_of(LlavaNextImageProcessorPil, path)
 
 
 class Judge(tiny_internvl.Judge):

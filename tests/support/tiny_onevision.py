@@ -13,10 +13,9 @@ from transformers import (
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
-from visistage.compile.checkpoint.dummy_tokenizer import write_text_files
-from visistage.graphs.config import ModelConfig
 
 from . import tiny_internvl, toy
+from .written import processor_of, written
 
 SIDE = 18
 """Of a tile in pixels: its patches of 4 leave two of them out, as 384 and 14 leave six."""
@@ -58,31 +57,17 @@ def make_config(**text):
     }
 
 
-@torch.no_grad()
 def make_checkpoint(path, *, seed=5, scale=4.0, **options):
     """Write a checkpoint directory and return it."""
-    path = Path(path)
     data = make_config(**options)
     torch.manual_seed(seed)
-    model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(**data)).float()
-    for name, weight in model.named_parameters():
-        if weight.ndim == 1:
-            weight.add_(torch.randn(weight.shape) * 0.1)
-        elif "embed" not in name:
-            weight.mul_(scale)
-        else:
-            weight.mul_(20)
-    model.save_pretrained(path)
-    (path / "config.json").write_text(json.dumps(data, indent=2))
-    write_text_files(path, ModelConfig.from_hf(data), SPECIALS)
-    return path
+    model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(**data))
+    return written(path, model, data, SPECIALS, scale=scale)
 
 
 def image_processor(path):
     """The ``Pil`` processor of a checkpoint."""
-    steps = json.loads((Path(path) / "preprocessor_config.json").read_text())
-    steps.pop("image_processor_type")
-    return LlavaOnevisionImageProcessorPil(**steps)
+    return processor_of(LlavaOnevisionImageProcessorPil, path)
 
 
 class ImagesOnly(LlavaOnevisionProcessor):

@@ -13,10 +13,9 @@ from transformers import (
 )
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
-from visistage.compile.checkpoint.dummy_tokenizer import write_text_files
-from visistage.graphs.config import ModelConfig
 
 from . import tiny_internvl, toy
+from .written import processor_of, written
 
 CLASSES = {
     "smolvlm": (SmolVLMConfig, SmolVLMForConditionalGeneration),
@@ -56,24 +55,13 @@ def make_config(kind="smolvlm", **text):
     }
 
 
-@torch.no_grad()
 def make_checkpoint(path, kind="smolvlm", *, seed=0, scale=8.0, **options):
     """Write a checkpoint directory and return it."""
-    path = Path(path)
     data = make_config(kind, **options)
     torch.manual_seed(seed)
     config, model_class = CLASSES[kind]
-    model = model_class(config(**data)).float()
-    for name, weight in model.named_parameters():
-        if weight.ndim == 1:
-            weight.add_(torch.randn(weight.shape) * 0.1)
-        elif "embed" not in name:
-            weight.mul_(scale)
-        else:
-            weight.mul_(20)
-    model.save_pretrained(path)
-    (path / "config.json").write_text(json.dumps(data, indent=2))
-    write_text_files(path, ModelConfig.from_hf(data), SPECIALS)
+    model = model_class(config(**data))
+    path = written(path, model, data, SPECIALS, scale=scale)
     file = path / "preprocessor_config.json"
     steps = json.loads(file.read_text()) | {"size": {"longest_edge": 64}}
     file.write_text(json.dumps(steps))
@@ -85,9 +73,7 @@ def make_checkpoint(path, kind="smolvlm", *, seed=0, scale=8.0, **options):
 
 def image_processor(path):
     """The ``Pil`` processor of a checkpoint."""
-    steps = json.loads((Path(path) / "preprocessor_config.json").read_text())
-    steps.pop("image_processor_type")
-    return SmolVLMImageProcessorPil(**steps)
+    return processor_of(SmolVLMImageProcessorPil, path)
 
 
 class Judge(tiny_internvl.Judge):
