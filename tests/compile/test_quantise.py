@@ -337,7 +337,8 @@ def test_onnxruntime_runs_every_rounded_layer_in_integers(int8, graph, tmp_path)
     found = optimised(int8, graph, tmp_path)
     assert layers > 0
     assert found["MatMulIntegerToFloat"] == layers
-    assert found["DequantizeLinear"] == found["MatMul"] == found["Gemm"] == 0
+    assert found["DequantizeLinear"] == found["MatMul"] == 0
+    assert found["Gemm"] == (graph == "vision")  # of patches, which are never rounded
     assert found["MatMulNBits"] == (graph == "stage2")  # the head: weights alone
 
 
