@@ -132,7 +132,8 @@ def test_a_device_serves_what_the_cpu_does(checkpoint, tmp_path, monkeypatch, ta
         for _ in range(2):
             for (seed, text), logits in zip(asked, wanted, strict=True):
                 found = session.score(picture(seed), text, range(9, 17))
-                assert error(found, logits) < 2e-2  # FP16
+                # FP16; in an INT8 cache a value between two integers may go the other way.
+                assert error(found, logits) < (1e-1 if "int8" in precision else 2e-2)
         runs = [(graph, rows) for graph, rows, _ in machine.api.runs]
         assert {rows for graph, rows in runs if graph.startswith("serve")} == {16}
         assert session.executor.reset_elapsed()["serve0"] > 0
