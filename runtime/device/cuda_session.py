@@ -19,7 +19,7 @@ from ..backends.onnx_runtime import find_cuda_libraries, ort
 from ..backends.ort import CUDA_PROVIDER
 
 SECONDS = 120
-"""What a first start of CUDA may take, its kernels read from a disk that sleeps."""
+"""Limit of a first start of CUDA, whose kernels may come from a disk that sleeps."""
 
 MODEL = bytes.fromhex(  # y = Abs(x), of four floats; neither onnx nor a file is needed
     "08083a320a0b0a017812017922034162731201615a0f0a0178120a0a08"
@@ -27,7 +27,7 @@ MODEL = bytes.fromhex(  # y = Abs(x), of four floats; neither onnx nor a file is
 )
 
 _CAUSE = "with error: "
-"""What stands between the name of the library that did not load and the loader's reason."""
+"""Text between the name of the library that did not load and the reason of the loader."""
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]{0,20}m")
 

@@ -81,8 +81,8 @@ def test_every_graph_is_compiled_in_fp16(made):
 
 
 def test_the_orins_read_the_same_graphs_or_basic_operators():
-    """What RTX compiles here is what ``orin-jp72`` reads; the verification of families on OpenVINO
-    holds graphs of the other lowering against the table of ``orin-jp62``.
+    """Graphs that RTX compiles here are those of ``orin-jp72``; the verification of families on
+    OpenVINO holds graphs of the other lowering against the table of ``orin-jp62``.
     """
     rtx, orin = TARGETS["rtx"], TARGETS["orin-jp72"]
     for name in ("lowering", "opset", "operators", "precisions", "static_slots", "int8_cache"):
@@ -167,7 +167,7 @@ def profiled(config, plan):
 
 
 def fits(engine, name, shape):
-    """Whether a profile of an engine takes an input of this shape."""
+    """Tell if a profile of an engine takes an input of this shape."""
     return any(
         all(low <= n <= high for low, n, high in zip(least, shape, most, strict=True))
         for least, _, most in (profile[name] for profile in engine.profiles)

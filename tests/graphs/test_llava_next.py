@@ -11,13 +11,11 @@ from visistage.graphs.config import ModelConfig
 from visistage.graphs.errors import ModelError
 from visistage.graphs.families import llava_next
 from visistage.graphs.families.registry import FAMILIES, with_budget
-from visistage.runtime.image.image import load_image, prepare
-from visistage.runtime.image.preprocessing import Preprocessing
 from visistage.runtime.session import load
-from visistage.runtime.text.template import read_tokenizer_json
 from visistage.tools.verify.verify import verify
 
 from ..support import tiny_next as tiny
+from ..support.written import check_pixels
 from .test_internvl import NEW, Case, picture, sizes
 
 PUBLISHED = {"model_type": "llava_next", "text_config": {"vocab_size": 32064}}
@@ -84,14 +82,8 @@ class NextCase(Case):
 
 @pytest.mark.parametrize("size", SHAPES)
 def test_pixels_are_those_of_the_processor(folder, size):
-    image = picture(*size)
-    theirs = tiny.image_processor(folder)(image, return_tensors="np")["pixel_values"][0]
     config = ModelConfig.from_hf(tiny.make_config())
-    steps = read_tokenizer_json(folder / "preprocessor_config.json")
-    layout = config.layout(image.height, image.width)
-    ours = prepare(load_image(image), Preprocessing.from_files(None, steps), layout)
-    assert ours.shape == theirs.shape
-    assert np.abs(ours - theirs).max() < 1e-6
+    check_pixels(folder, config, tiny.image_processor(folder), picture(*size))
 
 
 def test_dense_is_transformers(case):

@@ -43,7 +43,7 @@ def stage_calls(session):
 
 
 class Told:
-    """What transformers says of an image, and the rows of a prompt about it."""
+    """The reading of transformers of an image, and the rows of a prompt about it."""
 
     @torch.no_grad()
     def __init__(self, judge, image, words):

@@ -666,7 +666,7 @@ def test_probes_of_ever_new_sizes_share_one_context(machine, bundles):
         for count in range(1, 51):
             slots = np.arange(count, dtype=np.int64)[None]
             found[count] = executor.probe(0, 0, query, order, np.full((1,), 60, np.int32), slots)
-        probes = [one for one in machine.api.contexts if one.engine.compiled.graph == PROBE]
+        probes = [own for own in machine.api.contexts if own.engine.compiled.graph == PROBE]
         assert len(probes) == 1
         assert len({context.profile for context in probes}) == len(probes)
     for cosine, norm in found.values():

@@ -49,7 +49,7 @@ def libraries(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def asked(libraries, tmp_path_factory):
-    """What bundles ask of CUDA, each run once: ``asked.main``."""
+    """Notes of what bundles ask of CUDA, each run once: ``asked.main``."""
     folder = tmp_path_factory.mktemp("asked")
     checkpoint, found = toy.make_checkpoint(folder / "toy", kv_heads=2), {}
     (folder / "visistage").symlink_to(ROOT)

@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from visistage.compile.checkpoint.dummy_tokenizer import write_text_files
 from visistage.graphs.config import ModelConfig
+from visistage.runtime.image.image import load_image, prepare
+from visistage.runtime.image.preprocessing import Preprocessing
+from visistage.runtime.text.template import read_tokenizer_json
 
 
 @torch.no_grad()
@@ -33,3 +37,13 @@ def processor_of(kind, path):
     steps = json.loads((Path(path) / "preprocessor_config.json").read_text())
     steps.pop("image_processor_type")
     return kind(**steps)
+
+
+def check_pixels(path, config, processor, image) -> None:
+    """Hold the pixels that the runtime makes of an image against a processor of transformers."""
+    theirs = processor(image, return_tensors="np")["pixel_values"][0]
+    steps = read_tokenizer_json(Path(path) / "preprocessor_config.json")
+    layout = config.layout(image.height, image.width)
+    ours = prepare(load_image(image), Preprocessing.from_files(None, steps), layout)
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() < 1e-6
