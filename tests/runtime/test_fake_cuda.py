@@ -74,7 +74,7 @@ def asked(libraries, tmp_path_factory):
 
 
 def kinds(lines):
-    """How often each kind of call was made."""
+    """Count calls of each kind."""
     found = {}
     for line in lines:
         kind = " ".join(line.split()[: 3 if line.startswith("copy") else 1])

@@ -78,7 +78,7 @@ def answers(bundle, **options):
     with load(bundle.path, **options) as session:
         session.eos = frozenset()
         scores = session.score(picture(1), "What is it?", [5, 6, 7])
-        tokens = [session.infer(*one, max_tokens=24).tokens for one in asked]
+        tokens = [session.infer(*given, max_tokens=24).tokens for given in asked]
         stages = getattr(session.executor, "engine_set", None)
         rejected = [stage.rejected for stage in stages.stages] if stages else []
     return scores, tokens, rejected
@@ -115,7 +115,7 @@ for capture in (False, True):
     with load(sys.argv[1], capture=capture) as session:
         session.eos = frozenset()
         asked = [(picture(1), "What is it?"), (picture(1), "And now?")]
-        found.append([session.infer(*one, max_tokens=24).tokens for one in asked])
+        found.append([session.infer(*given, max_tokens=24).tokens for given in asked])
         stages = session.executor.engine_set.stages
         found.append([capture, all(stage.replays[1].graph is not None for stage in stages)])
 print(json.dumps(found))

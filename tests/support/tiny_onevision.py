@@ -18,7 +18,7 @@ from . import tiny_internvl, toy
 from .written import processor_of, written
 
 SIDE = 18
-"""Of a tile in pixels: its patches of 4 leave two of them out, as 384 and 14 leave six."""
+"""Pixels of a tile's side: patches of 4 leave two of them out, as 384 and 14 leave six."""
 SPECIALS = {
     "<|endoftext|>": 290,
     "<|im_start|>": 291,

@@ -52,7 +52,7 @@ class Trt:
             self.logger.log(self.ILogger.ERROR, "magic tag mismatch")
             return None
         modes = self.TensorIOMode
-        inputs = {one.name for one in SPEC.inputs}
+        inputs = {tensor.name for tensor in SPEC.inputs}
         return SimpleNamespace(
             num_io_tensors=len(self.tensors),
             get_tensor_name=lambda number: self.tensors[number].name,

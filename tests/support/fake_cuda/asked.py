@@ -1,4 +1,4 @@
-"""What a bundle for target ``cuda`` asks of CUDA, as JSON on stdout.
+"""Calls that a bundle for target ``cuda`` makes of CUDA, as JSON on stdout.
 
     FAKE_CUDA_LOG=FILE LD_LIBRARY_PATH=FOLDER python asked.py BUNDLE [capture]
 

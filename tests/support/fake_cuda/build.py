@@ -24,7 +24,7 @@ ANSWERS = {  # what must not only succeed
 
 
 def lacking(site: Path) -> str | None:
-    """What is not in ``site``, a folder of packages, to build these libraries; None: nothing."""
+    """Name what ``site``, a folder of packages, lacks to build these libraries; None: nothing."""
     absent = [name for name in (PROVIDER, HEADER) if not (site / name).exists()]
     return f"{', '.join(absent)} not in {site}" if absent else None
 
