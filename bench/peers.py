@@ -9,6 +9,9 @@ Each has a process and an environment of its own; a peer that cannot be set up o
 in the record with the reason. Prompts have the same tokens for all, or the peer fails. Answers are
 greedy and continue past their end, so that all are of one length.
 
+With ``--apart`` a peer is loaded for its turns alone, one after the other: for models of which
+memory holds one. It first answers questions that are not counted.
+
 Images have the size that the vision encoder takes, so that no resampling decides. Beside every
 figure is its lower bound (``lower_bound.py``), by rates measured before and after, in the same run.
 """
@@ -22,7 +25,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import click
@@ -66,6 +69,7 @@ class PeerRun:
         self.answers: dict[tuple[int, str], Answered] = {}
         self.failed: str | None = None
         self.ready: Ready | None = None
+        self.loads_ms: list[float] = []
         self.runner: Runner | None = None
 
     def start(self, subject: PeerCheckpoint, threads: int, stack: ExitStack) -> None:
@@ -88,6 +92,7 @@ class PeerRun:
                 )
             )
             self.ready = self.runner.ready(LOAD_SECONDS)
+            self.loads_ms.append(self.ready.load_ms)
         except VisistageError as error:
             self.failed = str(error)
 
@@ -133,9 +138,12 @@ def row_of(
     subject: PeerCheckpoint,
     asked: Sequence[PeerQuestion],
     rates: Rates,
-    reference: PeerRun,
+    reference: PeerRun | None,
 ) -> dict[str, Any]:
-    """Return the figures of a peer; a failed one with the reason, and what it answered before."""
+    """Return the figures of a peer; a failed one with the reason, and what it answered before.
+
+    Without a reference it is not said how often answers agree with it.
+    """
     peer = run.peer
     row: dict[str, Any] = {"key": peer.key, "label": peer.label, "plan": peer.plan}
     if run.failed is not None:
@@ -143,7 +151,11 @@ def row_of(
     if run.ready is None:
         return row
     precision = peer.precision or REPORTED.get(run.ready.about["inference precision"])
-    row |= {"precision": precision, **asdict(run.ready)}
+    row |= {
+        "precision": precision,
+        **asdict(run.ready),
+        "load_ms": median(run.loads_ms or [run.ready.load_ms]),
+    }
     counted = {key: answer for key, answer in run.answers.items() if key[0]}
     if not counted:
         return row
@@ -153,9 +165,10 @@ def row_of(
     row |= {kind: spread([answer.first_ms for answer in own]) for kind, own in by_kind.items()}
     row["per_token"] = spread([answer.per_token_ms for answer in counted.values()])
     row["peak_mib"] = max(answer.peak_mib for answer in counted.values())
-    wanted = {key: answer for key, answer in reference.answers.items() if key[0]}
-    ends = eos_ids(text_facts(subject.checkpoint).generation)
-    row["agreement"] = agreement(counted, wanted, ends)
+    if reference is not None:
+        wanted = {key: answer for key, answer in reference.answers.items() if key[0]}
+        ends = eos_ids(text_facts(subject.checkpoint).generation)
+        row["agreement"] = agreement(counted, wanted, ends)
     if precision is not None:
         row["floor"] = lower_bounds(peer, subject, asked, rates, precision)
     return row
@@ -215,6 +228,58 @@ def lower_bounds(
     return {kind: mean(values) for kind, values in found.items()}
 
 
+@dataclass(frozen=True)
+class Asking:
+    """Rounds of questions: an image (H, W, 3) and two questions of each, the first to warm up."""
+
+    subject: PeerCheckpoint
+    threads: int
+    tokens: int
+    scratch: Path
+    rounds: Sequence[tuple[np.ndarray, Sequence[PeerQuestion]]]
+
+    def together(self, runs: Sequence[PeerRun]) -> None:
+        """Load every peer, then ask them in turns."""
+        with ExitStack() as stack:
+            for run in runs:
+                self._start(run, stack)
+            for number in range(len(self.rounds)):
+                for run in turned(runs, number):
+                    self._ask(run, number)
+
+    def apart(self, runs: Sequence[PeerRun]) -> None:
+        """Load, warm up, ask and end one peer after the other, each round anew."""
+        for number in range(1, len(self.rounds)):
+            for run in turned(runs, number):
+                with ExitStack() as stack:
+                    self._start(run, stack)
+                    self._ask(run, 0)
+                    self._ask(run, number)
+
+    def _start(self, run: PeerRun, stack: ExitStack) -> None:
+        if run.failed is None:
+            run.start(self.subject, self.threads, stack)
+        click.echo(f"{run.peer.label}: {run.failed or 'ready'}", err=True)
+
+    def _ask(self, run: PeerRun, number: int) -> None:
+        image, asked = self.rounds[number]
+        file = self.scratch / f"{number}.npy"
+        np.save(file, image)
+        visual = run.peer.told or self.subject.checkpoint.config.visual_tokens
+        for question in asked:
+            rows = question.prompt.text_tokens + visual
+            answer = run.ask(file, question, rows, self.tokens)
+            if answer is not None:
+                facts = {"peer": run.peer.key, "round": number, "kind": question.key[1]}
+                click.echo(json.dumps(facts | asdict(answer)))
+
+
+def turned(runs: Sequence[PeerRun], number: int) -> list[PeerRun]:
+    """Return the peers in a round's order: another one begins each time."""
+    turn = number % len(runs)
+    return [*runs[turn:], *runs[:turn]]
+
+
 def questions(
     subject: PeerCheckpoint, rounds: int
 ) -> Iterator[tuple[np.ndarray, list[PeerQuestion]]]:
@@ -233,8 +298,8 @@ def questions(
         yield np.asarray(shown.image.convert("RGB")), asked
 
 
-def chosen(peers: Iterable[Peer], only: Sequence[str]) -> list[Peer]:
-    """Return those named, and the reference.
+def chosen(peers: Iterable[Peer], only: Sequence[str], *, apart: bool = False) -> list[Peer]:
+    """Return those named, and the reference, which runs ``apart`` only where it is named.
 
     Raises:
         click.BadParameter: there is none of that name.
@@ -244,7 +309,8 @@ def chosen(peers: Iterable[Peer], only: Sequence[str]) -> list[Peer]:
     for key in only:
         if key not in keys:
             raise click.BadParameter(f"no peer '{key}'. There are: {', '.join(keys)}")
-    return [peer for peer in peers if not only or peer.key in (REFERENCE, *only)]
+    always = () if apart else (REFERENCE,)
+    return [peer for peer in peers if not only or peer.key in (*always, *only)]
 
 
 @click.command()
@@ -254,37 +320,25 @@ def chosen(peers: Iterable[Peer], only: Sequence[str]) -> list[Peer]:
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--target", "targets", multiple=True, default=("cpu",), show_default=True)
 @click.option("--blocks", is_flag=True, help="Weights in blocks of 8 and 4 bits, too.")
+@click.option("--apart", is_flag=True, help="Load a peer for its turns alone.")
 @click.option("--only", multiple=True, help="Keys of peers; may be repeated.")
 @click.option("--minutes", default=20.0, show_default=True, help="That each step of a setup takes.")
 @dry_option
-def main(model, rounds, tokens, threads, targets, blocks, only, minutes, dry) -> None:
+def main(model, rounds, tokens, threads, targets, blocks, apart, only, minutes, dry) -> None:
     """Set up, ask in turns, record; every answer is a line of JSON on stdout."""
     subject = PeerCheckpoint.named(model, minutes)
     config = subject.checkpoint.config
     bare = config.vision.kind == PATCHES
     peers = all_peers(targets, config.visual_tokens, bare=bare, blocks=blocks)
-    runs = [PeerRun(peer) for peer in chosen(peers, only)]
+    runs = [PeerRun(peer) for peer in chosen(peers, only, apart=apart)]
     rates = measure_rates(threads)
     every = list(questions(subject, rounds + 1))  # the first round warms up
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for run in runs:
-            run.start(subject, threads, stack)
-            click.echo(f"{run.peer.label}: {run.failed or 'ready'}", err=True)
-        for number, (image, asked) in enumerate(every):
-            file = scratch / f"{number}.npy"
-            np.save(file, image)
-            turn = number % len(runs)
-            for run in [*runs[turn:], *runs[:turn]]:
-                for question in asked:
-                    rows = question.prompt.text_tokens + (run.peer.told or config.visual_tokens)
-                    answer = run.ask(file, question, rows, tokens)
-                    if answer is not None:
-                        facts = {"peer": run.peer.key, "round": number, "kind": question.key[1]}
-                        click.echo(json.dumps(facts | asdict(answer)))
+    with tempfile.TemporaryDirectory() as scratch:
+        asking = Asking(subject, threads, tokens, Path(scratch), every)
+        (asking.apart if apart else asking.together)(runs)
     rates = rates.best(measure_rates(threads))
     counted = [question for _, asked in every[1:] for question in asked]
-    reference = next(run for run in runs if run.peer.key == REFERENCE)
+    reference = next((run for run in runs if run.peer.key == REFERENCE), None)
     machine = {"key": "machine", "model": model, "rounds": rounds, "tokens": tokens}
     machine |= {"threads": threads, "rates": rates.to_dict()}
     machine["prompt_tokens"] = mean(

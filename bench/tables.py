@@ -336,7 +336,18 @@ SERVING: Columns = (
     ("as alone", percent("callers_8.as_alone")),
 )
 
+LANES: Columns = (
+    ("precision", cell("precision")),
+    ("answers at once", cell("answers")),
+    ("a step", cell("step_ms", ".2f", " ms")),
+    ("tokens a second", cell("tokens_a_second", ".0f")),
+    ("times one answer", cell("speedup", ".2f", "x")),
+    ("lower bound", cell("bound_ms", ".2f", " ms")),
+    ("reached", cell("bound_share", ".0f", " %", 100)),
+)
+
 TABLES = {
+    "lanes": Table("lanes-llava-45m", lambda rows: table(LANES, rows[1:]), command="lanes"),
     "serving": Table("serving-llava-45m", lambda rows: table(SERVING, rows[1:]), command="serving"),
     "chat": Table("chat-demo", lambda rows: table(CHAT, rows), command="chat"),
     "accuracy": Table("accuracy-demo", lambda rows: accuracy(rows, README_PLANS), _timed),

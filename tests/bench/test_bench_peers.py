@@ -213,6 +213,51 @@ def test_the_first_round_warms_up_and_counts_nowhere(demo):
     assert row["floor"]["cold"] > row["floor"]["second"] > row["floor"]["per_token"] > 0
 
 
+class NotingRun(peers.PeerRun):
+    """A peer that notes what it is told; its second load fails where it is called "fails"."""
+
+    def __init__(self, key, told):
+        super().__init__(Peer(key, key, "none", environments.OWN, lambda *_: None))
+        self.told = told
+
+    def start(self, subject, threads, stack):
+        self.told.append(f"{self.peer.key} loads")
+        stack.callback(self.told.append, f"{self.peer.key} ends")
+        if self.peer.key == "fails" and self.told.count("fails loads") == 2:
+            self.failed = "no memory left"
+
+    def ask(self, image, question, rows, new):
+        if self.failed is None:
+            self.told.append(f"{self.peer.key} {question.key[0]} {question.key[1]}")
+
+
+def test_apart_one_peer_is_loaded_at_a_time_and_warmed_up_each_time(demo, tmp_path):
+    told = []
+    runs = [NotingRun("a", told), NotingRun("fails", told)]
+    peers.Asking(demo, 1, 2, tmp_path, list(peers.questions(demo, 4))).apart(runs)
+    warm = ["0 cold", "0 second"]
+    turn = {key: ["loads", *warm, "{} cold", "{} second", "ends"] for key in ("a", "fails")}
+    wanted = []
+    for number, order in ((1, ("fails", "a")), (2, ("a", "fails")), (3, ("fails", "a"))):
+        for key in order:
+            said = [f"{key} {words.format(number)}" for words in turn[key]]
+            failed = key == "fails" and number > 1
+            wanted += ([said[0], said[-1]] if number == 2 else []) if failed else said
+    assert told == wanted
+    together = []
+    runs = [NotingRun("a", together), NotingRun("b", together)]
+    peers.Asking(demo, 1, 2, tmp_path, list(peers.questions(demo, 1))).together(runs)
+    assert together[:2] == ["a loads", "b loads"]
+    assert together[-2:] == ["b ends", "a ends"]
+
+
+def test_a_reference_that_does_not_run_is_no_peer_apart():
+    every = all_peers(("cpu",), 576)
+    assert peers.chosen(every, ["visistage-dense-int8"])[0].key == REFERENCE
+    (only,) = peers.chosen(every, ["visistage-dense-int8"], apart=True)
+    assert only.key == "visistage-dense-int8"
+
+
 # --- questions ------------------------------------------------------------------------------------
 
 

@@ -172,8 +172,8 @@ def measured_costs(engine: Engine, prompt: PromptLengths, seed: int = 0) -> Serv
         calls = sum(not _encodes(name) for name in first.graphs_ms)
     tokens = max(STEP_TOKENS, prompt.tokens)
     steps = {
-        count: _step_ms(engine, [(image(), question) for _ in range(count)], tokens)
-        for count in _counts(lanes)
+        count: step_ms(engine, [(image(), question) for _ in range(count)], tokens)
+        for count in lane_counts(lanes)
     }
     whole = np.interp(range(1, lanes + 1), list(steps), list(steps.values()))
     return ServingCosts(
@@ -195,13 +195,16 @@ def _encodes(graph: str) -> bool:
     return not graph.startswith(("stage", "select", "probe", "serve"))
 
 
-def _counts(lanes: int) -> list[int]:
+def lane_counts(lanes: int) -> list[int]:
     """Return the numbers of answers whose steps are timed; those between are interpolated."""
     return [1 << power for power in range(lanes.bit_length()) if 1 << power < lanes] + [lanes]
 
 
-def _step_ms(engine: Engine, asked: list[tuple[np.ndarray, str]], tokens: int) -> float:
-    """Return the milliseconds of a step of answers to some questions, all of them under way."""
+def step_ms(engine: Engine, asked: list[tuple[np.ndarray, str]], tokens: int) -> float:
+    """Return the milliseconds of a step of answers to some questions, all of them under way.
+
+    The engine's answers have ``tokens`` tokens: it knows no end.
+    """
     tickets = [engine.submit(*own, max_tokens=tokens) for own in asked]
 
     def over() -> bool:
