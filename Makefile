@@ -48,7 +48,7 @@ CALIBRATE = "$(MODEL)" --out "$(OUT)" \
 	$(if $(filter-out 0 no false,$(OFFLINE)),--offline)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo engines calibrate profile compare tables test check types clean
+.PHONY: help setup demo engines calibrate profile compare tables test check types constraints clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -108,6 +108,11 @@ check: setup types  ## lint, formatting, types, layering and the wheel's content
 types: setup  ## check types
 	@mkdir -p .cache/types && ln -sfn ../.. .cache/types/visistage
 	MYPYPATH=.cache/types $(BIN)/mypy -p visistage
+
+# Local parts of versions (+cpu) name builds of one index, and go.
+constraints: setup  ## pin what is installed, and was tested, in constraints-tested.txt
+	@{ echo "# Installed where the tests passed: $$($(BIN)/python -c 'import platform as p; print(p.python_implementation(), p.python_version(), p.system(), p.machine())')."; \
+	$(BIN)/python -m pip list --format=freeze --exclude-editable --exclude visistage --exclude pip | sed 's/+[^ ]*//'; } > constraints-tested.txt
 
 clean:  ## remove what tests and checks leave; .venv and engines stay
 	rm -rf build dist *.egg-info .cache/types .cache/traces .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,6 +23,9 @@ from .options import (
 from .show.output import note, say, show_json
 from .show.units import ByteSize
 
+READY_OPTIONS = {"subject", "model_option", "target", "out", "offline", "portable", "as_json"}
+"""Options of ``build`` that go with graphs of the package."""
+
 
 @click.command()
 @click.argument("subject", required=False, metavar="MODEL|BUNDLE", type=MODEL)
@@ -99,14 +102,15 @@ def build(
     head may differ. With cache=int8, behind any precision, keys and values are cached in a quarter
     of FP32's bytes, which takes a calibration: docs/quantisation.md.
 
+    Without torch, demo is built for a CPU from graphs that come with the package.
+
     For a target with engines they are compiled here if this machine can; for a board the bundle
     stays portable: copy it there, and type visistage build BUNDLE, which needs neither torch nor
     transformers. Engines are compiled one at a time, each in a process of its own.
     """
     model, unfinished = _subject(subject, model_option)
     if unfinished is not None:
-        given = {p for p in ctx.params if _typed(ctx, p)} - {"subject", "as_json", "capabilities"}
-        for option in sorted(given):
+        for option in sorted(_given(ctx) - {"subject", "as_json", "capabilities"}):
             raise click.UsageError(
                 f"{unfinished} is a bundle, whose {option} was decided when it was built. Leave "
                 f"--{option.replace('_', '-')} out, or name a model."
@@ -116,6 +120,7 @@ def build(
     note(f"building a bundle of {model}")
     from ..compile.engines.engines import compile_engines, why_portable
     from ..compile.known_builds import known_build, note_build, request_key
+    from ..compile.ready_made import ready_made, unpack
     from ..graphs.targets import find_target
     from .show.bar import StepBar, build_line
 
@@ -130,7 +135,11 @@ def build(
         out = Path(options["out"])
         key = request_key({"model": model, **options, "keep_float": keep_float})
         bundle, compiled = known_build(out, key), None
-        if bundle is None:
+        if bundle is None and ready_made(model, target.name, _given(ctx) - READY_OPTIONS):
+            note("torch is not installed: the graphs that come with the package are taken")
+            bundle = unpack(out, progress)
+            note_build(out, key, bundle)
+        elif bundle is None:
             from ..compile.build import make_bundle  # takes seconds, which belong to the build
             from ..compile.build_spec import with_kept
 
@@ -163,8 +172,10 @@ def _subject(subject: str | None, option: str | None) -> tuple[str, Path | None]
     return model, bundle_at(model) if found else None
 
 
-def _typed(ctx: click.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+def _given(ctx: click.Context) -> set[str]:
+    """Return the names of options and arguments that were typed."""
+    typed = click.core.ParameterSource.COMMANDLINE
+    return {name for name in ctx.params if ctx.get_parameter_source(name) == typed}
 
 
 def _finish(path: Path, capabilities: tuple, as_json: bool) -> None:

@@ -132,8 +132,7 @@ def _missing(error: ModuleNotFoundError) -> VisistageError:
     if name not in EXTRAS:
         raise error
     missing = MissingDependencyError(
-        f"{name} is not installed, and this command needs it. "
-        f"Type: make setup, or {install(EXTRAS[name])}"
+        f"{name} is not installed, and this command needs it. Type: {install(EXTRAS[name])}"
     )
     missing.__cause__ = error
     return missing

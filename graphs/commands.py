@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .targets import TARGETS
@@ -45,5 +46,7 @@ def rebuild_command(manifest: Manifest, **options: object) -> str:
 
 
 def install(extra: str) -> str:
-    """Return what to type for an optional part; the package is installed from a clone of it."""
-    return f"pip install -e '.[{extra}]' in the clone of visistage"
+    """Return what to type for an optional part, in a clone or beside what pip installed."""
+    if (Path(__file__).parents[1] / "pyproject.toml").is_file():
+        return f"pip install -e '.[{extra}]' in the clone of visistage"
+    return f"pip install 'visistage[{extra}]'"

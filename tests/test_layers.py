@@ -43,6 +43,7 @@ LIBRARIES = {  # of a room, a folder or a module; the longest name that fits cou
     "compile.disk": {"filelock"},
     "compile.engines": set(),
     "compile.known_builds": set(),
+    "compile.ready_made": {"numpy"},
     "compile.steps": set(),
     "calib": TORCH | {"PIL", "safetensors", "tokenizers"},
     "tools": {"PIL", "jinja2", "numpy", "psutil"},
@@ -50,9 +51,10 @@ LIBRARIES = {  # of a room, a folder or a module; the longest name that fits cou
     "tools.verify": TORCH | ONNX | {"PIL", "psutil"},
     "cli": {"click", "numpy", "psutil", "rich"},
     "__main__": set(),
+    "setup": {"setuptools"},
 }
 LIGHT = (
-    *("runtime", "serve", "pages", "compile.engines", "compile.known_builds"),
+    *("runtime", "serve", "pages", "compile.engines", "compile.known_builds", "compile.ready_made"),
     *("tools.profile", "tools.explain", "tools.estimate"),
 )
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors"}

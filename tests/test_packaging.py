@@ -1,5 +1,9 @@
-"""The wheel holds every module and the demo's data, and nothing else; built without a network."""
+"""The wheel holds every module and the demo's data, nothing else, and works where nothing else is.
 
+Built without a network, from a source distribution that was built from a copy of the checkout.
+"""
+
+import json
 import re
 import shutil
 import subprocess
@@ -9,9 +13,12 @@ from pathlib import Path
 
 import pytest
 import visistage
+import yaml
+from visistage.tests.support.clean_environment import CleanEnvironment
 
 ROOT = Path(__file__).parents[1]
-NOT_INSTALLED = ("tests", "bench", "examples", "docs", "demo/training")
+NOT_INSTALLED = ("tests", "bench", "examples", "docs", "demo/training", "setup.py")
+REPOSITORY = "https://github.com/visistage/visistage"
 
 
 def tracked() -> list[str]:
@@ -27,23 +34,35 @@ def tracked() -> list[str]:
     return [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
+def python(*words: object, cwd: Path) -> str:
+    """Return the stdout of ``python -m ...``, which must succeed."""
+    command = [sys.executable, "-m", *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """A wheel of a copy: in the checkout itself, leftovers in build/ would get into it."""
-    folder = tmp_path_factory.mktemp("wheel")
+def built(tmp_path_factory) -> Path:
+    """A folder with both distributions of a copy: leftovers in the checkout's build/ stay out."""
+    folder = tmp_path_factory.mktemp("built")
     for name in tracked():
-        (folder / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / name, folder / "copy" / name)
-    # fmt: off
-    command = [
-        sys.executable, "-m", "pip", "wheel", "./copy", "-w", ".", "-q",
-        "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check",
-    ]
-    # fmt: on
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (file,) = folder.glob("*.whl")
+        (folder / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / "checkout" / name)
+    python("build", "--no-isolation", "--outdir", "dist", "checkout", cwd=folder)
+    return folder / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> zipfile.ZipFile:
+    (file,) = built.glob("*.whl")
     return zipfile.ZipFile(file)
+
+
+@pytest.fixture(scope="module")
+def clean(built, tmp_path_factory) -> CleanEnvironment:
+    (file,) = built.glob("*.whl")
+    return CleanEnvironment(tmp_path_factory.mktemp("clean"), file, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +81,11 @@ def test_every_module_is_in_the_wheel(installed):
 
 
 def test_data_is_in_the_wheel(installed):
-    data = {name for name in tracked() if name.startswith(("demo/model/", "demo/pictures/"))}
+    data = {
+        name
+        for name in tracked()
+        if name.startswith(("demo/model/", "demo/pictures/", "demo/ready/"))
+    }
     assert any(name.endswith(".png") for name in data)
     pages = ("calib/page", "serve/page", "tools/compare", "tools/explain", "tools/profile")
     data |= {f"{folder}/page.{kind}" for folder in pages for kind in ("css", "html")}
@@ -109,3 +132,74 @@ def test_metadata(wheel):
         "cpu": {"onnxruntime"},
         "gpu": {"onnxruntime-gpu"},
     }
+
+
+def test_an_index_takes_both_distributions(built):
+    assert {file.suffix for file in built.iterdir()} == {".whl", ".gz"}
+    said = python("twine", "check", "--strict", *sorted(built.iterdir()), cwd=built)
+    assert said.count("PASSED") == 2
+
+
+def test_links_of_the_index_page_lead_into_the_repository(wheel):
+    metadata = wheel.read(f"visistage-{visistage.__version__}.dist-info/METADATA").decode()
+    readme = metadata.partition("\n\n")[2]
+    links = re.findall(r"\]\(([^)\s]+)", readme)
+    assert f"{REPOSITORY}/blob/main/docs/security.md" in links
+    assert "https://raw.githubusercontent.com/visistage/visistage/main/docs/explain.png" in links
+    assert not [link for link in links if not re.match(r"https://|#", link)]
+    for link in links:
+        inside = link.partition("/main/")[2] if "visistage/visistage" in link else ""
+        assert (ROOT / inside.partition("#")[0]).exists(), link
+
+
+def test_it_answers_where_torch_is_not(clean, tmp_path):
+    """Doctor, a bundle, an answer, its facts, its page and a server's options: from the wheel."""
+    absent = "import importlib.util as u; print([n for n in ('torch', 'onnx') if u.find_spec(n)])"
+    assert clean.run("-c", absent, cwd=tmp_path).stdout == "[]\n"
+    facts = json.loads(clean.visistage("doctor", "--json", cwd=tmp_path))
+    assert facts["onnxruntime"]
+    assert facts["compiler"]["torch"] is None
+    bundle = clean.visistage("build", "demo", cwd=tmp_path).strip()
+    assert bundle == "engines/demo/visipruner-fp32-cpu-portable"
+    assert clean.visistage("build", "demo", cwd=tmp_path).strip() == bundle
+    assert json.loads(clean.visistage("inspect", "--json", cwd=tmp_path))
+    pictures = ROOT / "demo" / "pictures"
+    asked = json.loads((pictures / "pictures.json").read_text("utf-8"))
+    for picture, questions in list(asked.items())[:1]:
+        for wanted in questions[:3]:
+            said = clean.visistage(
+                "infer", pictures / picture, wanted["question"], "-q", cwd=tmp_path
+            )
+            assert said.strip() == wanted["answer"]
+    clean.visistage("explain", pictures / picture, "Count the orange objects.", cwd=tmp_path)
+    assert "<html" in (tmp_path / "explain.html").read_text("utf-8")
+
+
+def test_what_takes_torch_says_so_where_torch_is_not(clean, tmp_path):
+    done = clean.run("-m", "visistage", "build", "demo", "--plan", "dense", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "onnx_ir is not installed" in done.stderr
+    assert "Type: pip install 'visistage[compile]'" in done.stderr
+
+
+def test_versions_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == visistage.__version__
+    assert citation["repository-code"] == REPOSITORY
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    dates = dict(re.findall(r"^## (\S+) \((\S+)\)", (ROOT / "CHANGELOG.md").read_text(), re.M))
+    assert dates[visistage.__version__] == str(citation["date-released"])
+
+
+def test_templates_ask_for_the_machine():
+    templates = sorted((ROOT / ".github").rglob("*.md"))
+    assert len(templates) == 3
+    for template in templates:
+        assert "`visistage doctor --json`" in template.read_text("utf-8"), template
+
+
+def test_constraints_name_no_place():
+    lines = (ROOT / "constraints-tested.txt").read_text("utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins), pins
+    assert {"numpy", "onnxruntime", "torch", "transformers"} <= {p.partition("=")[0] for p in pins}
