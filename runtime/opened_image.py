@@ -110,7 +110,7 @@ class LoadedImage:
 
 
 def check_picture(source: Source) -> None:
-    """Refuse an image without pixels, where they are to be shown.
+    """Refuse an image without pixels, where they are needed.
 
     Raises:
         ImageError: it is a ``LoadedImage``, or the path of such a file.
@@ -122,8 +122,8 @@ def check_picture(source: Source) -> None:
 
 def _no_picture(file: str | os.PathLike) -> ImageError:
     return ImageError(
-        f"{os.fspath(file)} holds what the model computed of an image, not the image: nothing can "
-        "be drawn on it. Name the picture itself"
+        f"{os.fspath(file)} holds what the model computed of an image, not the image, which is "
+        "needed here. Name the picture itself"
     )
 
 

@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from io import BytesIO
 
 import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from visistage.calib.samples import Sample
 from visistage.cli.main import main
 from visistage.cli.show.verify_view import require_passed, verify_table
 from visistage.compile.build import make_bundle
@@ -24,7 +27,9 @@ from visistage.graphs.plan.stages import Probe
 from visistage.graphs.targets import TENSORRT_RTX
 from visistage.runtime.device.tensorrt import find_trt_variant
 from visistage.runtime.hardware import GpuInfo
+from visistage.runtime.session import load
 from visistage.tests.support import toy
+from visistage.tests.support.asking import picture
 from visistage.tests.support.verified import (
     PLAN,
     change_graph,
@@ -40,6 +45,8 @@ from visistage.tools.verify.answer_checks import Tally
 from visistage.tools.verify.chains import Trajectory
 from visistage.tools.verify.checks import Check
 from visistage.tools.verify.compare import BOUNDS, GATES, bounds_of, first_wrong, tensor_error
+from visistage.tools.verify.hugging_face import compare_dense
+from visistage.tools.verify.origin import open_origin
 from visistage.tools.verify.token_choices import (
     APART,
     ProbeReading,
@@ -63,6 +70,7 @@ from visistage.tools.verify.verify_report import (
     VerifyReport,
     page,
 )
+from visistage.tools.verify.verify_target import VerifyTarget
 
 PRODUCT = {  # gate and up are harmless, their product leaves FP16, its projection comes back
     "layers.3.mlp.gate_proj": 16.0,
@@ -718,6 +726,26 @@ def test_pictures_that_cannot_be_read_are_the_users_to_mend(built, tmp_path):
     bundle, _ = built("cpu")
     with pytest.raises(ImageError, match=r"absent\.png"):
         verify(bundle, chosen("toy", data, None))
+
+
+def test_pictures_are_taken_in_every_form(built, folder, tmp_path):
+    """Hugging Face is asked about the picture that the runtime reads, whatever it comes as."""
+    bundle, _ = built("cpu")
+    file, pixels = tmp_path / "1.png", picture(3)
+    clear = np.dstack([pixels, picture(4)[..., 0]])  # what is clear is white
+    Image.fromarray(clear).save(file)
+    forms = [file, file.read_bytes(), BytesIO(file.read_bytes()), Image.open(file), clear, pixels]
+    with load(bundle.path) as session:
+        forms.append(session.open(pixels))
+        session.save_image(pixels, tmp_path / "1.safetensors")
+    samples = [Sample(str(at), form, "Why?", "") for at, form in enumerate(forms)]
+    origin = open_origin(bundle, str(folder / "toy"))
+    with VerifyTarget(bundle, samples, origin, max_tokens=2) as target:
+        result = compare_dense(target)
+    assert (result.failure, len(result.errors)) == ("", len(forms))
+    saved = Sample("1", tmp_path / "1.safetensors", "Why?", "")
+    with pytest.raises(DataError, match="of an image, not the image, which is needed here"):
+        verify(bundle, [saved], model=str(folder / "toy"), max_tokens=2)
 
 
 def test_the_page_and_the_json_hold_everything(built, tmp_path):

@@ -31,12 +31,12 @@ from ...graphs.plan.plan import StagePlan
 from ...graphs.plan.stages import Entry, Probe
 from ...graphs.precision import NO_FALLBACK
 from ...graphs.selectors.entry import Entered
+from ...runtime.opened_image import Opened, check_picture
 from .stored_graph import all_weights, quantise_module, stored_tensor
 from .token_choices import ProbeReading, Selection, SelectionMargins, forced_readings
 from .verify_report import require_memory
 
 if TYPE_CHECKING:
-    from ...runtime.opened_image import Opened
     from ...runtime.session import Session
 
 
@@ -64,6 +64,7 @@ def prepare_prompts(session: Session, samples: Sequence[Sample]) -> list[Prepare
     prompts, entry = [], session.bundle.manifest.plan.entry
     for sample in samples:
         try:
+            check_picture(sample.image)
             opened = session.open(sample.image)
             encoded = session.encoder.encode(sample.prompt, 1, [opened.layout]).segments
         except (ImageError, PromptError) as error:

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.utils import logging
 
-from ...calib.samples import Sample
 from ...compile.checkpoint.known_models import model_config
 from ...graphs.bundle import Manifest
 from ...graphs.families.registry import FAMILIES
@@ -72,18 +71,17 @@ def _processor(folder: Path) -> Any:
         return None
 
 
-def _theirs(processor: Any, sample: Sample, manifest: Manifest) -> Any:
-    """Return a sample as the processor prepares it, of an image that is on the canvas already."""
-    content = [{"type": "image"}, {"type": "text", "text": sample.prompt}]
+def _theirs(processor: Any, prompt: PreparedPrompt, manifest: Manifest) -> Any:
+    """Return a prompt as the processor prepares it, of an image that is on the canvas already."""
+    content = [{"type": "image"}, {"type": "text", "text": prompt.sample.prompt}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
-    image = sample.image if isinstance(sample.image, Image.Image) else Image.open(sample.image)
-    upright = ImageOps.exif_transpose(image).convert("RGB")  # as the runtime reads it
+    image = prompt.opened.image  # from whatever it was, as the runtime reads it
     if manifest.config.canvas is not None:
         filter_ = Image.Resampling(Preprocessing.from_dict(manifest.preprocessing).resample)
-        upright = upright.resize(manifest.config.canvas[::-1], filter_)
-    return processor(text=text, images=upright, return_tensors="pt")
+        image = image.resize(manifest.config.canvas[::-1], filter_)
+    return processor(text=text, images=image, return_tensors="pt")
 
 
 def _inputs(target: VerifyTarget, prompt: PreparedPrompt) -> dict[str, Tensor]:
@@ -128,7 +126,7 @@ def _generate(target: VerifyTarget) -> list[tuple[list[int], np.ndarray]]:
         if processor is None:
             inputs = _inputs(target, prompt)
         else:
-            inputs = _theirs(processor, prompt.sample, target.bundle.manifest)
+            inputs = _theirs(processor, prompt, target.bundle.manifest)
         made = model.generate(
             **inputs, max_new_tokens=steps, output_logits=True, return_dict_in_generate=True
         )
