@@ -7,12 +7,14 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from ...graphs.bundle import Bundle, GraphFact
+from ...graphs.bundle import Bundle, GraphFact, Manifest
 from ...graphs.caches import is_cache, stage_caches
 from ...graphs.contract import TensorSpec
 from ...graphs.fields import to_json
 from ...graphs.precision import ALWAYS
 from ...pages.units import show_bytes
+from ...runtime.text.generation import GenerationRules
+from ...runtime.text.sampling import Sampling
 from .plan_view import left_out
 from .precision_view import quantisation_facts, quantisation_rows
 
@@ -62,6 +64,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "context": text.max_positions,
         "prefix_rows": prefix,
         "question_rows": INSPECT_QUESTION_ROWS,
+        "generation": _generation(manifest),
         "stages": stages,
         "graphs": {
             name: {
@@ -98,6 +101,7 @@ def bundle_table(bundle: Bundle) -> RenderableType:
         *quantisation_rows(facts["quantization"]),
         ("in FP32", _always(bundle)),
         *(("", str(reason)) for reason in bundle.manifest.fallback.reasons),
+        ("answers", _answers(facts["generation"])),
         ("prefix", f"{prefix} rows, computed when the bundle was built" if prefix else "none"),
         ("weights", show_bytes(facts["weight_bytes"])),
         ("files", show_bytes(facts["bundle_bytes"])),
@@ -114,6 +118,22 @@ def _images(facts: dict[str, Any]) -> str:
         return ""
     size = "{}x{}".format(*facts["canvas"])
     return f"all on a canvas of {size} (height x width): {facts['visual_tokens']} visual tokens"
+
+
+def _generation(manifest: Manifest) -> dict[str, Any]:
+    """Return what a question that says nothing of it is answered with, as the checkpoint has it."""
+    rules = GenerationRules.read(manifest.generation, manifest.config.text.vocab)
+    sampling = {name: value for name, value in to_json(rules.sampling).items() if name != "seed"}
+    return {"sampling": sampling, "eos": sorted(rules.eos), "stop": list(rules.stops)}
+
+
+def _answers(generation: dict[str, Any]) -> str:
+    """Name the settings that do something, and the ends of an answer."""
+    given, plain = generation["sampling"], to_json(Sampling())
+    words = ["drawn" if given["temperature"] else "greedy"]
+    words += [f"{name} {value:g}" for name, value in given.items() if value != plain[name]]
+    ends = ", ".join([*map(str, generation["eos"]), *map(repr, generation["stop"])])
+    return f"{', '.join(words)}; end at {ends}: what a question does not set"
 
 
 def _always(bundle: Bundle) -> str:
