@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from visistage.calib.samples import Sample
 from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.checkpoint.known_models import KNOWN_MODELS, model_config
@@ -28,7 +27,7 @@ from visistage.graphs.targets import TARGETS, TENSORRT_RTX
 from visistage.runtime.device import engine_trt
 from visistage.runtime.device.device_executor import DeviceExecutor
 from visistage.runtime.device.tensorrt import find_trt_variant
-from visistage.tests.support.families import PLAN, SHAPES, TINY, write_pictures
+from visistage.tests.support.families import PLAN, TINY, make_asked
 from visistage.tests.support.stand_ins import stand_in, write_engines
 from visistage.tools.verify import runtime_checks
 from visistage.tools.verify.runtime_checks import compare_engines
@@ -44,9 +43,7 @@ CONTEXTS = (256,)
 def made(request, tmp_path_factory):
     """A checkpoint, questions about two pictures, and the bundle for RTX."""
     folder = tmp_path_factory.mktemp(request.param)
-    checkpoint = TINY[request.param].make(folder / "tiny")
-    write_pictures(folder)
-    samples = [Sample(name, folder / f"{name}.png", "What is it?", "") for name in SHAPES]
+    checkpoint, samples = make_asked(request.param, folder)
     given = {"plan": PLAN, "target": "rtx", "contexts": CONTEXTS}
     bundle = make_bundle(str(checkpoint), out=folder / "engines", **given)
     return SimpleNamespace(checkpoint=checkpoint, samples=samples, bundle=bundle)

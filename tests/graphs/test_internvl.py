@@ -156,6 +156,12 @@ class Case:
     def layouts(self):
         return [self.config.layout(image.height, image.width) for image in self.images]
 
+    def mistake_layouts(self, monkeypatch, mistake):
+        """Let ``mistake`` change every layout of an image."""
+        known = FAMILIES[self.config.family]
+        wrong = replace(known, layout=lambda *given: mistake(known.layout(*given)))
+        monkeypatch.setitem(FAMILIES, self.config.family, wrong)
+
     def run(self, plan="dense", encoder=TorchEncoder, **options):
         layouts = self.layouts
         segments = self.facts.encoder.encode(self.messages, 2, layouts).segments

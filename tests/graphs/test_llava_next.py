@@ -9,8 +9,7 @@ from visistage.calib.samples import Sample
 from visistage.compile.build import make_bundle
 from visistage.graphs.config import ModelConfig
 from visistage.graphs.errors import ModelError
-from visistage.graphs.families import llava_next
-from visistage.graphs.families.registry import FAMILIES, with_budget
+from visistage.graphs.families.registry import with_budget
 from visistage.runtime.session import load
 from visistage.tools.verify.verify import verify
 
@@ -107,15 +106,9 @@ def padded(found):
     return replace(found, resizes=(found.padded,))
 
 
-MISTAKES = {"lines": reversed_lines, "ends": without_ends, "shape": padded}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mistake", [reversed_lines, without_ends, padded])
 def test_mistakes_of_the_layout_are_noticed(case, monkeypatch, mistake):
-    def layout(config, height, width):
-        return MISTAKES[mistake](llava_next.layout(config, height, width))
-
-    monkeypatch.setitem(FAMILIES, "llava_next", replace(llava_next.LLAVA_NEXT, layout=layout))
+    case.mistake_layouts(monkeypatch, mistake)
     assert case.difference(case.run()) > 1e-2
 
 

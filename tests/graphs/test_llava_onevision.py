@@ -13,7 +13,7 @@ from visistage.compile.build import make_bundle
 from visistage.graphs.config import Limits, ModelConfig
 from visistage.graphs.errors import ModelError, PromptError
 from visistage.graphs.families import llava_next
-from visistage.graphs.families.registry import FAMILIES, with_budget
+from visistage.graphs.families.registry import with_budget
 from visistage.graphs.modules.vision import Pack
 from visistage.runtime.session import load
 from visistage.tools.verify.verify import verify
@@ -205,11 +205,7 @@ def whole_last(found):
 
 @pytest.mark.parametrize("mistake", [nearest, swapped, without_ends, whole_last])
 def test_mistakes_of_the_layout_are_noticed(case, monkeypatch, mistake):
-    def layout(config, height, width):
-        return mistake(llava_next.layout(config, height, width))
-
-    name = case.config.family
-    monkeypatch.setitem(FAMILIES, name, replace(FAMILIES[name], layout=layout))
+    case.mistake_layouts(monkeypatch, mistake)
     assert case.difference(case.run()) > 1e-3
 
 

@@ -12,8 +12,7 @@ from visistage.calib.samples import Sample
 from visistage.compile.build import make_bundle
 from visistage.graphs.config import Limits, ModelConfig
 from visistage.graphs.errors import ModelError
-from visistage.graphs.families import smolvlm
-from visistage.graphs.families.registry import FAMILIES, with_budget
+from visistage.graphs.families.registry import with_budget
 from visistage.graphs.progress import Progress
 from visistage.runtime.session import load
 from visistage.tools.verify.verify import verify
@@ -114,11 +113,7 @@ def whole_first(found):
 
 @pytest.mark.parametrize("mistake", [whole_of_the_picture, squeezed_once, whole_first])
 def test_mistakes_of_the_layout_are_noticed(case, monkeypatch, mistake):
-    def layout(config, height, width):
-        return mistake(smolvlm.layout(config, height, width))
-
-    name = case.config.family
-    monkeypatch.setitem(FAMILIES, name, replace(FAMILIES[name], layout=layout))
+    case.mistake_layouts(monkeypatch, mistake)
     assert case.difference(case.run()) > 1e-3
 
 

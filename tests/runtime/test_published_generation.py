@@ -1,4 +1,4 @@
-"""What published checkpoints ask for in ``generation_config.json``: carried, shown, and followed."""
+"""Published values of ``generation_config.json``: bundles carry them, answers follow them."""
 
 import json
 import shutil

@@ -13,6 +13,7 @@ from visistage.tests.support import calibrated, qwen, verified
 from visistage.tests.support.asking import picture
 from visistage.tests.support.built import built_once
 from visistage.tests.support.stand_ins import stand_in, write_engines
+from visistage.tools.verify.verify_report import PASSED
 
 NEW = 16
 SIZES = ((40, 64), (64, 24), (16, 16), (200, 120))  # height, width: wide, tall, least, most
@@ -193,3 +194,22 @@ def test_integers_are_verified(family, tmp_path):
     bundle = make_bundle(str(path), plan="dense", out=tmp_path, **given)
     report = verified.run(bundle, count=1)
     assert report.failed is None, verified.failing(report)
+
+
+@pytest.mark.parametrize("precision", ["w8", "w4"])
+def test_weights_alone_are_verified(checkpoint, tmp_path, precision):
+    """In every layer, and a graph that restores one layer by the scales of another is noticed."""
+    bundle = make_bundle(str(checkpoint), plan=PRUNED, out=tmp_path, precision=precision)
+    report = verified.run(bundle, count=1, model=str(checkpoint))
+    assert report.failed is None, verified.failing(report)
+    found = verified.statuses(report)
+    assert {found[name] for name in ("weights", "quantisation", "answers")} == {PASSED}
+
+    def change(graph):
+        for node in graph.node:
+            for at, name in enumerate(node.input):
+                if name == "model.layers.0.mlp.gate_proj.weight_scale":
+                    node.input[at] = "model.layers.0.mlp.up_proj.weight_scale"
+
+    spoilt = verified.run(verified.change_graph(bundle, "stage0.onnx", change), count=1)
+    assert verified.failing(spoilt)[0] == "graph stage0"

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from PIL import Image
+from visistage.calib.samples import Sample
 
 from . import qwen, tiny_internvl, tiny_next, tiny_onevision, tiny_smolvlm, toy
 from .asking import picture
@@ -46,6 +47,14 @@ TINY = {
 """By ``model_type``."""
 
 PLAN = "visipruner:shallow=1,t=1,e=3,keep=3"
+
+
+def make_asked(family: str, folder: Path) -> tuple[Path, list[Sample]]:
+    """Write a family's checkpoint and the pictures; return it, and a question about each."""
+    checkpoint = TINY[family].make(folder / "tiny")
+    write_pictures(folder)
+    asked = [Sample(name, folder / f"{name}.png", "What is it?", "") for name in SHAPES]
+    return checkpoint, asked
 
 
 def write_pictures(folder: Path) -> None:

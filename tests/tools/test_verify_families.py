@@ -4,11 +4,10 @@ from types import SimpleNamespace
 
 import onnx
 import pytest
-from visistage.calib.samples import Sample
 from visistage.compile.build import make_bundle
 from visistage.graphs.targets import TARGETS, check_operators
 from visistage.tests.support import calibrated
-from visistage.tests.support.families import PLAN, SHAPES, TINY, write_pictures
+from visistage.tests.support.families import PLAN, TINY, make_asked
 from visistage.tools.profile.profile import profile
 from visistage.tools.profile.timing import Settings, image_layout
 from visistage.tools.verify.verify import verify
@@ -27,9 +26,7 @@ INTEGERS = ("internvl", "qwen2_5_vl")
 def made(request, tmp_path_factory):
     """A checkpoint, questions about two pictures, and what builds bundles of it, each once."""
     folder = tmp_path_factory.mktemp(request.param)
-    checkpoint = TINY[request.param].make(folder / "tiny")
-    write_pictures(folder)
-    samples = [Sample(name, folder / f"{name}.png", "What is it?", "") for name in SHAPES]
+    checkpoint, samples = make_asked(request.param, folder)
     built = {}
 
     def bundle(plan, target, precision):
