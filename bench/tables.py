@@ -21,7 +21,7 @@ import click
 from ..compile.matched_bundles import STOCK
 from ..tools.compare.compare_facts import at_target, targets
 from .cells import Cell, Columns, Row, cell, code, mean_of, percent, table
-from .peer_tables import failures, peers, rates
+from .peer_tables import failures, first, peers, rates
 from .record import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -376,7 +376,8 @@ for _series in ("demo", "demo-576", "easy-vqa"):
     TABLES[f"compare-{_series}-kinds"] = Table(
         f"compare-{_series}", compared_kinds, command=f"compare --series {_series}"
     )
-for _model in ("llava-45m", "demo", "qwen2.5-vl-50m"):
+TABLES["peers-first"] = Table("peers-llava-7b", first, command="peers --model llava-7b")
+for _model in ("llava-45m", "demo", "qwen2.5-vl-50m", "llava-7b"):
     TABLES[f"peers-{_model}"] = Table(f"peers-{_model}", peers, command=f"peers --model {_model}")
 for _model in ("llava-45m", "demo"):
     TABLES[f"back-ends-{_model}"] = Table(

@@ -274,6 +274,10 @@ def test_keys_of_peers_name_one_each():
     keys = [peer.key for peer in all_peers(("cpu", "openvino"), 576)]
     assert keys[0] == REFERENCE
     assert len(set(keys)) == len(keys)
+    blocks = [peer.key for peer in all_peers(("cpu",), 576, blocks=True)]
+    for goal in peer_tables.GOALS_OF_SEVEN_BILLION:
+        assert any(key.startswith(goal.ours) for key in blocks)
+        assert all(any(key.startswith(start) for key in blocks) for start in goal.theirs)
     for goal in peer_tables.GOALS:
         assert any(key.startswith(goal.ours) for key in keys)
         assert all(any(key.startswith(start) for key in keys) for start in goal.theirs)
@@ -425,6 +429,33 @@ def test_goals_compare_with_the_fastest_of_theirs():
     assert first["reached"] == "yes"
     assert "prefix" in first["theirs"]
     assert "ratio" not in peer_tables.goals(rows[:1])[0]
+
+
+def test_a_large_model_is_held_against_the_best_peer_of_eight_bits_in_time_and_in_memory():
+    def row(key, cold, mib):
+        spreads = {name: {"median": cold} for name in ("cold", "second", "per_token")}
+        facts = {"label": key, "peak_mib": mib, "import_ms": 1, "load_ms": 2, "floor": {}}
+        return {"key": key, **facts, **spreads}
+
+    rows = [
+        row("openvino-int8-default", 2000.0, 9000),
+        row("llama.cpp-q8_0", 4000.0, 8000),
+        row("openvino-int4-default", 10.0, 10),
+        row("visistage-scope-visipruner-int8", 800.0, 8400),
+        row("visistage-scope-visipruner-w4", 10.0, 10),
+    ]
+    time, memory = peer_tables.goals(rows, peer_tables.GOALS_OF_SEVEN_BILLION)
+    assert (time["ratio"], time["reached"]) == (0.4, "yes")
+    assert (memory["ratio"], memory["reached"]) == (1.05, "no")
+    assert "8,000.0 MiB, llama.cpp-q8_0" in memory["theirs"]
+    machine = {"model": "llava-7b", "rounds": 1, "threads": 1, "tokens": 1, "prompt_tokens": 1}
+    page = peer_tables.peers([machine | {"rates": RATES.to_dict()}, *rows])
+    assert peer_tables.AGREEMENT not in page
+    assert "| cold TTFT, 8 bits, pruned | at most 0.45x | 0.40x | yes |" in page
+    shown = peer_tables.first([{}, *rows])
+    assert "| visistage-scope-visipruner-int8 | 0.8 s |" in shown
+    assert "int4" not in shown
+    assert "w4" not in shown
 
 
 def test_a_missing_record_is_said_and_no_error(tmp_path, monkeypatch):
