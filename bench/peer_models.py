@@ -8,6 +8,7 @@ A folder appears under its name when it is whole.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -149,12 +150,20 @@ def gguf(kind: str, subject: PeerCheckpoint) -> Path:
     Raises:
         PeerError: the environment or the conversion failed.
     """
-    source = hugging_face(subject)
+    source, text = hugging_face(subject), subject.checkpoint.config.text
+    sizes = {  # under published names: a config.json may leave them to its class
+        "hidden_size": text.hidden,
+        "intermediate_size": text.intermediate,
+        "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads,
+        "num_key_value_heads": text.kv_heads,
+        "head_dim": text.head_dim,
+    }
 
     def make(folder: Path, log: Path) -> None:
         folder.mkdir()
-        script = str(RUNNERS / "to_gguf.py")
-        run_in(LLAMA_CPP, [script, str(source), str(folder), kind], log, subject.minutes)
+        words = [str(RUNNERS / "to_gguf.py"), str(source), str(folder), kind, json.dumps(sizes)]
+        run_in(LLAMA_CPP, words, log, subject.minutes)
 
     return _made(subject, f"gguf-{kind}", make)
 

@@ -1,6 +1,8 @@
 """Conversion of a LLaVA folder to ``language.gguf`` and ``vision.gguf``, for llama.cpp.
 
-    python to_gguf.py CHECKPOINT OUT f32|f16|q8_0|q4_0
+    python to_gguf.py CHECKPOINT OUT f32|f16|q8_0|q4_0 SIZES
+
+SIZES is JSON: what ``text_config`` may leave to its class.
 
 llama.cpp's own converters know published tokenizers by hash and refuse others, so the two files are
 written here with its ``gguf`` package, from a checkpoint under the published names. Byte-level BPE
@@ -23,11 +25,11 @@ TEXT, VISION = "language_model.", "vision_tower.vision_model."
 PROJECTOR = {"multi_modal_projector.linear_1": "mm.0", "multi_modal_projector.linear_2": "mm.2"}
 
 
-def main(checkpoint, out, kind):
+def main(checkpoint, out, kind, sizes):
     """Write both files."""
     folder, out = Path(checkpoint), Path(out)
     config = json.loads((folder / "config.json").read_text())
-    text, vision = config["text_config"], config["vision_config"]
+    text, vision = config["text_config"] | json.loads(sizes), config["vision_config"]
     depth, layer = vision["num_hidden_layers"], config["vision_feature_layer"]
     vision["num_hidden_layers"] = layer if layer >= 0 else depth + 1 + layer
     files = language_file(folder, text, out), vision_file(folder, vision, out)
@@ -56,9 +58,9 @@ def language_file(folder, text, out):
     writer.add_block_count(text["num_hidden_layers"])
     writer.add_feed_forward_length(text["intermediate_size"])
     writer.add_head_count(heads)
-    writer.add_head_count_kv(text.get("num_key_value_heads") or heads)
+    writer.add_head_count_kv(text["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(text["rms_norm_eps"])
-    writer.add_rope_dimension_count(text.get("head_dim") or text["hidden_size"] // heads)
+    writer.add_rope_dimension_count(text["head_dim"])
     writer.add_vocab_size(text["vocab_size"])
     _tokenizer(writer, folder, text["vocab_size"])
     return writer
@@ -74,7 +76,7 @@ def add_text(writer, text, name, tensor, kind):
     if ".attn_q." in target:
         tensor = _rotary(tensor, heads)
     if ".attn_k." in target:
-        tensor = _rotary(tensor, text.get("num_key_value_heads") or heads)
+        tensor = _rotary(tensor, text["num_key_value_heads"])
     if kind in BLOCKS and tensor.ndim > 1:
         # Published files of four bits keep the output projection wider, too.
         type_ = BLOCKS["q8_0" if target == "output.weight" else kind]
