@@ -301,9 +301,11 @@ def all_peers(
     for kind, precision in kinds.items():
         label = f"llama.cpp, {kind.upper()}"
         model = partial(gguf, kind)
-        peers.append(
-            Peer(f"llama.cpp-{kind}", label, "llama_cpp_mtmd", LLAMA_CPP, model, {}, precision)
-        )
+        plain = Peer(f"llama.cpp-{kind}", label, "llama_cpp_mtmd", LLAMA_CPP, model, {}, precision)
+        peers.append(plain)
+        if precision in BLOCKS:  # what it rearranges them for fails on some processors
+            key, label = f"{plain.key}-stored", f"{label}, weights as stored"
+            peers.append(replace(plain, key=key, label=label, settings={"stored": True}))
     if bare:
         peers += cdpruner_peers(visual_tokens)
     plans = plans_of(visual_tokens, selector).items()

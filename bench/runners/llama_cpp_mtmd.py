@@ -20,9 +20,13 @@ ROWS = 4096
 
 
 class LlamaCpp:
-    """A language model and its vision encoder."""
+    """A language model and its vision encoder; ``stored``: weights stay in the file's layout."""
 
-    def __init__(self, model, threads):
+    def __init__(self, model, threads, stored=False):
+        if stored:  # the binding has no argument for it
+            defaults = llama_cpp.llama_model_default_params()
+            defaults.use_extra_bufts = False
+            llama_cpp.llama_cpp.llama_model_default_params = lambda: defaults
         self.llama = llama_cpp.Llama(
             f"{model}/language.gguf",
             n_ctx=ROWS,
