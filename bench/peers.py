@@ -10,7 +10,7 @@ in the record with the reason. Prompts have the same tokens for all, or the peer
 greedy and continue past their end, so that all are of one length.
 
 With ``--apart`` a peer is loaded for its turns alone, one after the other: for models of which
-memory holds one. It first answers questions that are not counted.
+memory holds one. It first answers a question that is not counted.
 
 Images have the size that the vision encoder takes, so that no resampling decides. Beside every
 figure is its lower bound (``lower_bound.py``), by rates measured before and after, in the same run.
@@ -245,7 +245,7 @@ class Asking:
                 self._start(run, stack)
             for number in range(len(self.rounds)):
                 for run in turned(runs, number):
-                    self._ask(run, number)
+                    self._ask(run, number, self.rounds[number][1])
 
     def apart(self, runs: Sequence[PeerRun]) -> None:
         """Load, warm up, ask and end one peer after the other, each round anew."""
@@ -253,18 +253,17 @@ class Asking:
             for run in turned(runs, number):
                 with ExitStack() as stack:
                     self._start(run, stack)
-                    self._ask(run, 0)
-                    self._ask(run, number)
+                    self._ask(run, 0, self.rounds[0][1][:1])
+                    self._ask(run, number, self.rounds[number][1])
 
     def _start(self, run: PeerRun, stack: ExitStack) -> None:
         if run.failed is None:
             run.start(self.subject, self.threads, stack)
         click.echo(f"{run.peer.label}: {run.failed or 'ready'}", err=True)
 
-    def _ask(self, run: PeerRun, number: int) -> None:
-        image, asked = self.rounds[number]
+    def _ask(self, run: PeerRun, number: int, asked: Sequence[PeerQuestion]) -> None:
         file = self.scratch / f"{number}.npy"
-        np.save(file, image)
+        np.save(file, self.rounds[number][0])
         visual = run.peer.told or self.subject.checkpoint.config.visual_tokens
         for question in asked:
             rows = question.prompt.text_tokens + visual
