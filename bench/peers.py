@@ -49,7 +49,9 @@ from .runner import RUNNERS, Answered, PeerError, Ready, Runner
 SERIES = 2000
 """Held-out scenes that neither evaluations nor calibrations use."""
 
-ANSWER_SECONDS, LOAD_SECONDS = 300, 600
+LOAD_SECONDS = 600
+ANSWER_SECONDS = 300
+"""A peer that takes longer to answer is left out."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,14 @@ class PeerRun:
         except VisistageError as error:
             self.failed = str(error)
 
-    def ask(self, image: Path, question: PeerQuestion, rows: int, new: int) -> Answered | None:
+    def ask(
+        self,
+        image: Path,
+        question: PeerQuestion,
+        rows: int,
+        new: int,
+        patience: float = ANSWER_SECONDS,
+    ) -> Answered | None:
         """Return an answer of ``new`` tokens to a prompt of ``rows``; None after a failure."""
         if self.failed is not None:
             return None
@@ -108,7 +117,7 @@ class PeerRun:
             "new": new,
         }
         try:
-            answer = self.runner.ask(request, ANSWER_SECONDS)
+            answer = self.runner.ask(request, patience)
             check(answer, self.peer.label, rows, new)
         except PeerError as error:
             self.failed = str(error)
@@ -235,6 +244,7 @@ class Asking:
     subject: PeerCheckpoint
     threads: int
     tokens: int
+    patience: float
     scratch: Path
     rounds: Sequence[tuple[np.ndarray, Sequence[PeerQuestion]]]
 
@@ -267,7 +277,7 @@ class Asking:
         visual = run.peer.told or self.subject.checkpoint.config.visual_tokens
         for question in asked:
             rows = question.prompt.text_tokens + visual
-            answer = run.ask(file, question, rows, self.tokens)
+            answer = run.ask(file, question, rows, self.tokens, self.patience)
             if answer is not None:
                 facts = {"peer": run.peer.key, "round": number, "kind": question.key[1]}
                 click.echo(json.dumps(facts | asdict(answer)))
@@ -321,9 +331,14 @@ def chosen(peers: Iterable[Peer], only: Sequence[str], *, apart: bool = False) -
 @click.option("--blocks", is_flag=True, help="Weights in blocks of 8 and 4 bits, too.")
 @click.option("--apart", is_flag=True, help="Load a peer for its turns alone.")
 @click.option("--only", multiple=True, help="Keys of peers; may be repeated.")
+@click.option(
+    "--patience", default=ANSWER_SECONDS, show_default=True, help="Seconds that an answer may take."
+)
 @click.option("--minutes", default=20.0, show_default=True, help="That each step of a setup takes.")
 @dry_option
-def main(model, rounds, tokens, threads, targets, blocks, apart, only, minutes, dry) -> None:
+def main(
+    model, rounds, tokens, threads, targets, blocks, apart, only, patience, minutes, dry
+) -> None:
     """Set up, ask in turns, record; every answer is a line of JSON on stdout."""
     subject = PeerCheckpoint.named(model, minutes)
     config = subject.checkpoint.config
@@ -333,7 +348,7 @@ def main(model, rounds, tokens, threads, targets, blocks, apart, only, minutes, 
     rates = measure_rates(threads)
     every = list(questions(subject, rounds + 1))  # the first round warms up
     with tempfile.TemporaryDirectory() as scratch:
-        asking = Asking(subject, threads, tokens, Path(scratch), every)
+        asking = Asking(subject, threads, tokens, patience, Path(scratch), every)
         (asking.apart if apart else asking.together)(runs)
     rates = rates.best(measure_rates(threads))
     counted = [question for _, asked in every[1:] for question in asked]

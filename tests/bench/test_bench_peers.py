@@ -226,7 +226,8 @@ class NotingRun(peers.PeerRun):
         if self.peer.key == "fails" and self.told.count("fails loads") == 2:
             self.failed = "no memory left"
 
-    def ask(self, image, question, rows, new):
+    def ask(self, image, question, rows, new, patience):
+        assert patience == 60
         if self.failed is None:
             self.told.append(f"{self.peer.key} {question.key[0]} {question.key[1]}")
 
@@ -234,7 +235,7 @@ class NotingRun(peers.PeerRun):
 def test_apart_one_peer_is_loaded_at_a_time_and_warmed_up_each_time(demo, tmp_path):
     told = []
     runs = [NotingRun("a", told), NotingRun("fails", told)]
-    peers.Asking(demo, 1, 2, tmp_path, list(peers.questions(demo, 4))).apart(runs)
+    peers.Asking(demo, 1, 2, 60, tmp_path, list(peers.questions(demo, 4))).apart(runs)
     turn = {key: ["loads", "0 cold", "{} cold", "{} second", "ends"] for key in ("a", "fails")}
     wanted = []
     for number, order in ((1, ("fails", "a")), (2, ("a", "fails")), (3, ("fails", "a"))):
@@ -245,7 +246,7 @@ def test_apart_one_peer_is_loaded_at_a_time_and_warmed_up_each_time(demo, tmp_pa
     assert told == wanted
     together = []
     runs = [NotingRun("a", together), NotingRun("b", together)]
-    peers.Asking(demo, 1, 2, tmp_path, list(peers.questions(demo, 1))).together(runs)
+    peers.Asking(demo, 1, 2, 60, tmp_path, list(peers.questions(demo, 1))).together(runs)
     assert together[:2] == ["a loads", "b loads"]
     assert together[-2:] == ["b ends", "a ends"]
 
