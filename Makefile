@@ -48,7 +48,7 @@ CALIBRATE = "$(MODEL)" --out "$(OUT)" \
 	$(if $(filter-out 0 no false,$(OFFLINE)),--offline)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo engines calibrate profile compare tables test check types constraints clean
+.PHONY: help setup demo engines calibrate profile compare tables test check docs types constraints clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -104,6 +104,11 @@ check: setup types  ## lint, formatting, types, layering and the wheel's content
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_packaging.py
+
+docs: setup  ## build the pages of docs/ as a site in .cache/site, without a network
+	@mkdir -p .cache/types && ln -sfn ../.. .cache/types/visistage
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=.cache/types $(BIN)/python -m mkdocs build --strict --clean -q
+	@echo .cache/site/index.html
 
 types: setup  ## check types
 	@mkdir -p .cache/types && ln -sfn ../.. .cache/types/visistage

@@ -13,7 +13,7 @@ from .chatting import chat
 from .checking import doctor, inspect, list_bundles, verify
 from .group import Commands
 from .measuring import compare, estimate, evaluate, profile
-from .options import quiet, verbose
+from .options import log_level, quiet, verbose
 from .planning import calibrate, plan, words
 from .serving import export_triton, serve
 from .show.output import Spoken
@@ -23,6 +23,7 @@ from .show.output import Spoken
 @click.version_option(__version__, prog_name="visistage")
 @quiet
 @verbose
+@log_level
 @click.option("--traceback", is_flag=True, help="Show where an error comes from.")
 def main(traceback: bool) -> None:
     """Compile a multimodal LLM into stages with fixed visual-token counts, and run it.
@@ -37,7 +38,7 @@ def main(traceback: bool) -> None:
     Completion in bash (zsh, fish: the same with their names):
     eval "$(_VISISTAGE_COMPLETE=bash_source visistage)"
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Spoken()])
+    logging.basicConfig(format="%(message)s", handlers=[Spoken()])
 
 
 # In the order in which a newcomer needs them.

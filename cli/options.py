@@ -108,6 +108,13 @@ def _set_loudness(ctx: click.Context, param: click.Parameter, value: bool) -> No
 _loudness: dict[str, Any] = {"is_flag": True, "expose_value": False, "callback": _set_loudness}
 quiet = click.option("-q", "--quiet", help="Only results and errors.", **_loudness)
 verbose = click.option("-v", "--verbose", help="What libraries log, too.", **_loudness)
+log_level = click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
+    expose_value=False,
+    callback=lambda ctx, param, value: value and logging.getLogger().setLevel(value.upper()),
+    help="Of what libraries and visistage log; by default warning.",
+)
 
 
 def as_json(command: Any) -> Any:

@@ -294,7 +294,7 @@ class Session(LoadedBundle):
             (1 + len(tokens), V) float32 logits: of the prompt's last row, then after each token.
 
         Raises:
-            As ``stream``.
+            VisistageError: as ``stream``.
         """
         with self.taking_turns():
             self.asked, _ = self.decode_images(image)

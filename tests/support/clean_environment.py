@@ -40,7 +40,7 @@ class CleanEnvironment:
 
     def __init__(self, folder: Path, wheel: Path, extra: str):
         venv.create(folder, symlinks=True)
-        self.python = folder / "bin" / "python"
+        self.programs = folder / "bin"
         (packages,) = folder.glob("lib/python*/site-packages")
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(packages)
@@ -48,6 +48,9 @@ class CleanEnvironment:
         asked = metadata.PathDistribution(info).requires or []
         for name in required(asked, extra):
             self._link(metadata.distribution(name), packages)
+        program = self.programs / "visistage"
+        program.write_text(f'#!/bin/sh\nexec "{self.programs}/python" -m visistage "$@"\n')
+        program.chmod(0o755)
 
     @staticmethod
     def _link(distribution: metadata.Distribution, packages: Path) -> None:
@@ -56,15 +59,16 @@ class CleanEnvironment:
             if not (packages / top).exists():
                 (packages / top).symlink_to(distribution.locate_file(top))
 
-    def run(self, *words: str, cwd: Path) -> subprocess.CompletedProcess:
-        """Run Python with ``words``; the result holds what it printed."""
-        hidden = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
-        environment = {key: value for key, value in os.environ.items() if key not in hidden}
-        command = [self.python, *words]
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    def run(self, command: str, cwd: Path) -> subprocess.CompletedProcess:
+        """Run a line of the shell with the environment's programs; the result has its output."""
+        hidden = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "VISISTAGE_BUNDLE"}
+        variables = {key: value for key, value in os.environ.items() if key not in hidden}
+        variables["PATH"] = f"{self.programs}{os.pathsep}{variables['PATH']}"
+        words = ["bash", "-c", command]
+        return subprocess.run(words, cwd=cwd, env=variables, capture_output=True, text=True)
 
-    def visistage(self, *words: object, cwd: Path) -> str:
-        """Return the stdout of a command, which must succeed."""
-        done = self.run("-m", "visistage", *map(str, words), cwd=cwd)
-        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+    def output(self, command: str, cwd: Path) -> str:
+        """Return the stdout of a line of the shell, which must succeed."""
+        done = self.run(command, cwd)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
