@@ -108,11 +108,18 @@ def _set_loudness(ctx: click.Context, param: click.Parameter, value: bool) -> No
 _loudness: dict[str, Any] = {"is_flag": True, "expose_value": False, "callback": _set_loudness}
 quiet = click.option("-q", "--quiet", help="Only results and errors.", **_loudness)
 verbose = click.option("-v", "--verbose", help="What libraries log, too.", **_loudness)
+
+
+def _set_level(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        logging.getLogger().setLevel(value.upper())
+
+
 log_level = click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
     expose_value=False,
-    callback=lambda ctx, param, value: value and logging.getLogger().setLevel(value.upper()),
+    callback=_set_level,
     help="Of what libraries and visistage log; by default warning.",
 )
 

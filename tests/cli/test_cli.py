@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -580,3 +581,11 @@ def test_infer_loads_a_rebuilt_bundle_again(at, no_sessions):
     runtime.infer("photo.png", "What?", max_tokens=1)
     (new,) = (session for _, session in shared.sessions.values())
     assert new is not old
+
+
+def test_the_level_of_the_log_is_chosen(monkeypatch):
+    levels = []
+    monkeypatch.setattr(logging.getLogger(), "setLevel", levels.append)
+    ok("--log-level", "debug", "list")
+    assert levels == ["DEBUG"]
+    assert run("--log-level", "loud", "list").exit_code == 2
