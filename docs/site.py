@@ -13,7 +13,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 REPOSITORY = "https://github.com/visistage/visistage/blob/main"
-FROM_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+FROM_ROOT = {name.lower(): name for name in ("CONTRIBUTING.md", "CHANGELOG.md")}
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)")
 
 
