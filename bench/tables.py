@@ -46,14 +46,10 @@ CARD_PLANS = ("without the picture", "dense", "visipruner")
 README_PLANS = (
     "without the picture",
     "dense",
-    "scope",
     "scope:keep=16",
     "visipruner",
-    "visipruner:t=2,keep=1",
     "visipruner:entry=scope-32",
-    "visipruner-code",
     "fastv",
-    "random",
     "random:keep=16",
 )
 

@@ -10,7 +10,7 @@ from visistage.cli.main import main
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 MAKEFILE = ROOT / "Makefile"
-MOST_LINES = 200
+MOST_LINES = 160
 START = r"(?:^|[;&|(]\s*|bin/|\$ )"  # where a command may begin, unlike `from visistage import`
 
 
