@@ -1,7 +1,7 @@
 """Attention that asks how many rows are new, for ONNX Runtime on a CPU.
 
 Written in place of ``onnx_ops.CONDITIONAL_ATTENTION``, once a graph is flat, as an ``If`` of two
-forms of the same sum:
+forms of the same sum, and of ``onnx_ops.APPENDED_ATTENTION`` as one of three:
 
     many rows   Values under their gates, then fused attention. Where rows come in order, in
                 ``PIECES`` pieces, each over the slots that its last row may see: most of what a
@@ -9,13 +9,16 @@ forms of the same sum:
     a few       Fused attention, which copies no part of a cache. Under gates instead scores,
                 softmax, and gates on the weights of slots: values are read once, where gates on
                 values read and write them three times over, for each token of an answer.
+    one         ONNX Runtime's own ``GroupQueryAttention``, where the row of each lane sees all
+                slots before it, as those of an answer do: it appends the row, and reads no slot
+                behind it. Others pay for every slot, of which there are up to 127 too many.
 
 Measurements: docs/cpu.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,32 +26,59 @@ import numpy as np
 import onnx_ir
 
 from ...graphs.contract import MANY_ROWS
-from ...graphs.modules.onnx_ops import CONDITIONAL_ATTENTION
+from ...graphs.modules.onnx_ops import APPENDED_ATTENTION, CONDITIONAL_ATTENTION
 from ...graphs.modules.ops import SOFTMAX_FLOOR
 
 PIECES = 4
 
 DOMAIN, _, OPERATOR = CONDITIONAL_ATTENTION.partition("::")
+APPENDING = APPENDED_ATTENTION.partition("::")[2]
+
+CONTRIB = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
 
 
 def write_conditional_attention(model: onnx_ir.Model) -> None:
-    """Write out every ``onnx_ops.CONDITIONAL_ATTENTION`` of a flat graph, in place."""
-    calls = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]
+    """Write out every ``onnx_ops.CONDITIONAL_ATTENTION`` and ``APPENDED_ATTENTION`` of a flat
+    graph, in place.
+    """
+    calls = [node for node in model.graph if node.domain == DOMAIN]
     if not calls:
         return
     first = calls[0]
-    visible, write_index = first.inputs[3:5]
-    assert write_index is not None
+    appending = [call for call in calls if call.op_type == APPENDING]
+    visible, write_index = _placed(first)
     nodes = Nodes(model.graph, "attention")
     rows = nodes.add("Shape", [visible], start=2, end=3)
     many = nodes.add("Greater", [rows, nodes.constant("many", [MANY_ROWS])])
-    cuts = None
+    cuts, step = None, None
     if first.attributes["in_order"].as_int():
         cuts = _cuts(nodes, rows, write_index)
+    if appending:
+        step = _step(nodes, rows, visible, write_index)
+        model.graph.opset_imports[CONTRIB] = 1
     model.graph.insert_before(first, nodes.made)
     for index, call in enumerate(calls):
-        assert call.inputs[4] is write_index, "one call of a graph writes in one place"
-        _write_out(model.graph, call, f"attention{index}", many, cuts)
+        assert _placed(call)[1] is write_index, "one call of a graph writes in one place"
+        shared = AttentionCall(AttentionSizes.of(call), many, cuts)
+        if call.op_type == APPENDING:
+            assert step is not None
+            forms = {
+                "then_branch": partial(_one, call=shared, step=step),
+                "else_branch": partial(_appended, call=shared),
+            }
+            _write_out(model.graph, call, f"attention{index}", step.here, forms)
+        else:
+            _write_out(model.graph, call, f"attention{index}", many, _by_rows(shared))
+
+
+def _placed(call: onnx_ir.Node) -> tuple[onnx_ir.Value, onnx_ir.Value]:
+    """Return ``visible`` and ``write_index`` of a call."""
+    first = 5 if call.op_type == APPENDING else 3
+    visible, write_index = call.inputs[first : first + 2]
+    assert visible is not None
+    assert write_index is not None
+    return visible, write_index
 
 
 class Nodes:
@@ -66,7 +96,8 @@ class Nodes:
         self, operator: str, inputs: Sequence[Any], outputs: int, **attributes: Any
     ) -> Sequence[onnx_ir.Value]:
         """Add a node with several outputs."""
-        node = onnx_ir.node(operator, inputs, attributes, num_outputs=outputs)
+        domain = attributes.pop("domain", "")
+        node = onnx_ir.node(operator, inputs, attributes, domain=domain, num_outputs=outputs)
         node.name = f"{self.name}_{len(self.made)}"
         for place, value in enumerate(node.outputs):
             value.name = f"{node.name}_{place}"
@@ -97,9 +128,58 @@ class AttentionSizes(NamedTuple):
     groups: int
     width: int
 
+    @classmethod
+    def of(cls, call: onnx_ir.Node) -> AttentionSizes:
+        """Return those of a call."""
+        return cls(*(call.attributes[size].as_int() for size in cls._fields))
+
 
 Cuts = tuple[list[onnx_ir.Value], list[onnx_ir.Value]]
 """(1,) each: rows where the pieces begin and the last one ends, and how many slots each sees."""
+
+
+class AttentionCall(NamedTuple):
+    """The facts that the forms of a call share; ``many`` (1,): whether many rows are new."""
+
+    sizes: AttentionSizes
+    many: onnx_ir.Value
+    cuts: Cuts | None
+
+
+class Step(NamedTuple):
+    """A call of one row: whether it is one that sees all before it (1,), the slots before that row
+    in each lane (B,), and how many the longest lane has with it, INT32.
+    """
+
+    here: onnx_ir.Value
+    before: onnx_ir.Value
+    longest: onnx_ir.Value
+
+
+Form = Callable[["Nodes", Sequence[Any]], Sequence[onnx_ir.Value]]
+"""A writer of one form of a call, which returns the call's outputs for its inputs."""
+
+
+def _step(
+    nodes: Nodes, rows: onnx_ir.Value, visible: onnx_ir.Value, write_index: onnx_ir.Value
+) -> Step:
+    """Ask whether one row is new in each lane, and sees all up to itself.
+
+    Slots behind it are free, and nothing sees them: so counting what all lanes see is enough.
+    """
+    last = nodes.add("Gather", [visible, nodes.constant("last", -1)], axis=2)
+    counts = nodes.add("Cast", [last], to=onnx_ir.DataType.INT64)
+    seen = nodes.add("ReduceSum", [nodes.add("Flatten", [counts], axis=0)], keepdims=1)
+    ends = nodes.add("Add", [write_index, rows])
+    all_ends = nodes.add("ReduceSum", [ends], keepdims=1)
+    single = nodes.add("Equal", [rows, nodes.constant("single", [1])])
+    whole = nodes.add("Reshape", [nodes.add("Equal", [seen, all_ends]), nodes.constant("flat", [1])])
+    longest = nodes.add("ReduceMax", [ends], keepdims=0)
+    return Step(
+        nodes.add("And", [single, whole]),
+        nodes.add("Cast", [write_index], to=onnx_ir.DataType.INT32),
+        nodes.add("Cast", [longest], to=onnx_ir.DataType.INT32),
+    )
 
 
 def _cuts(nodes: Nodes, rows: onnx_ir.Value, write_index: onnx_ir.Value) -> Cuts:
@@ -115,21 +195,90 @@ def _cuts(nodes: Nodes, rows: onnx_ir.Value, write_index: onnx_ir.Value) -> Cuts
 
 
 def _write_out(
-    graph: onnx_ir.Graph, call: onnx_ir.Node, name: str, many: onnx_ir.Value, cuts: Cuts | None
+    graph: onnx_ir.Graph,
+    call: onnx_ir.Node,
+    name: str,
+    condition: onnx_ir.Value,
+    forms: Mapping[str, Form],
 ) -> None:
     """Put an ``If`` in the place of one call."""
-    out = call.outputs[0]
+    nodes = Nodes(graph, name)
+    replaced = _choice(nodes, condition, forms, call.inputs, call.outputs)
+    (node,) = nodes.made
+    node.name = name
+    for value, out in zip(replaced, call.outputs, strict=True):
+        value.name = out.name
+    onnx_ir.convenience.replace_nodes_and_values(
+        graph, call, [call], [node], call.outputs, replaced
+    )
+
+
+def _choice(
+    nodes: Nodes,
+    condition: onnx_ir.Value,
+    forms: Mapping[str, Form],
+    inputs: Sequence[Any],
+    like: Sequence[onnx_ir.Value],
+) -> Sequence[onnx_ir.Value]:
+    """Write an ``If``, whose outputs are ``like`` others in type and shape."""
     branches = {}
-    sizes = AttentionSizes(*(call.attributes[size].as_int() for size in AttentionSizes._fields))
-    for branch, form in (("then_branch", partial(_many, cuts=cuts)), ("else_branch", _few)):
-        nodes = Nodes(graph, f"{name}_{branch[:4]}")
-        made = form(nodes, call.inputs, sizes)
-        made.shape, made.type = out.shape, out.type
-        branches[branch] = onnx_ir.Graph([], [made], nodes=nodes.made, name=nodes.name)
-    node = onnx_ir.node("If", [many], branches, name=name)
-    replaced = node.outputs[0]
-    replaced.name, replaced.shape, replaced.type = out.name, out.shape, out.type
-    onnx_ir.convenience.replace_nodes_and_values(graph, call, [call], [node], [out], [replaced])
+    for branch, form in forms.items():
+        own = Nodes(nodes.graph, f"{nodes.name}_{branch[:4]}")
+        made = form(own, inputs)
+        for value, out in zip(made, like, strict=True):
+            value.shape, value.type = out.shape, out.type
+        branches[branch] = onnx_ir.Graph([], made, nodes=own.made, name=own.name)
+    chosen = nodes.split("If", [condition], len(like), **branches)
+    for value, out in zip(chosen, like, strict=True):
+        value.shape, value.type = out.shape, out.type
+    return chosen
+
+
+def _by_rows(call: AttentionCall) -> dict[str, Form]:
+    """Return the forms for many rows and for a few, over whole caches."""
+
+    def many(nodes: Nodes, inputs: Sequence[Any]) -> Sequence[onnx_ir.Value]:
+        return [_many(nodes, inputs, call.sizes, call.cuts)]
+
+    def few(nodes: Nodes, inputs: Sequence[Any]) -> Sequence[onnx_ir.Value]:
+        return [_few(nodes, inputs, call.sizes)]
+
+    return {"then_branch": many, "else_branch": few}
+
+
+def _one(
+    nodes: Nodes, inputs: Sequence[Any], call: AttentionCall, step: Step
+) -> Sequence[onnx_ir.Value]:
+    """Write the form for one row of each lane, (B, heads, 1, d), as which heads lie side by side."""
+    heads, groups, width = call.sizes
+    *rows, key_cache, value_cache, _, _ = inputs
+    side_by_side = nodes.constant("side_by_side", [0, 1, -1])
+    flat = [nodes.add("Reshape", [own, side_by_side]) for own in rows]
+    out, keys, values = nodes.split(
+        "GroupQueryAttention",
+        [*flat, key_cache, value_cache, step.before, step.longest],
+        3,
+        domain=CONTRIB,
+        num_heads=heads,
+        kv_num_heads=groups,
+    )
+    of_heads = nodes.constant("of_heads", [0, heads, 1, width])
+    return [nodes.add("Reshape", [out, of_heads]), keys, values]
+
+
+def _appended(
+    nodes: Nodes, inputs: Sequence[Any], call: AttentionCall
+) -> Sequence[onnx_ir.Value]:
+    """Write the other forms, over caches to which the new rows are appended."""
+    q, k, v, key_cache, value_cache, visible, write_index = inputs
+    keys, values = (
+        nodes.add("TensorScatter", [cache, rows, write_index], axis=-2)
+        for cache, rows in ((key_cache, k), (value_cache, v))
+    )
+    if call.cuts is None:
+        return [nodes.add("Attention", [q, keys, values, visible]), keys, values]
+    over = [q, keys, values, visible, write_index]
+    return [*_choice(nodes, call.many, _by_rows(call), over, [q]), keys, values]
 
 
 def _many(

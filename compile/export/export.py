@@ -125,10 +125,12 @@ def graphs_of(
         for name, part in zip(part_names(parts), parts, strict=True):
             index = part.stage
             # Rows that were gathered are not the last ones of their cache.
-            ordered = index == 0 and not (plan.routing is not None and plan.routing.gathers)
+            whole = not (plan.routing is not None and plan.routing.gathers)
             if part.serves(plan):
                 add(serving_name(name), ServingStage(config.text, plan, part, ops))
-            own = LlmConditional(in_order=ordered) if lowering == LLM_CONDITIONAL else ops
+            own: Llm | Portable = ops
+            if lowering == LLM_CONDITIONAL:
+                own = LlmConditional(in_order=index == 0 and whole, whole=whole)
             add(name, DecoderStage(config.text, plan, part, own, fallback))
             if f"select{index}" in specs and part.ends(plan):
                 add(f"select{index}", Selector(plan.edges[index], ops))
@@ -210,10 +212,12 @@ def prefix_node_names(model: onnx_ir.Model) -> int:
 
 
 def _nodes_of_branches(node: onnx_ir.Node) -> Iterator[onnx_ir.Node]:
-    """Yield the nodes of the branches of an ``If``."""
+    """Yield the nodes of the branches of an ``If``, and of those within."""
     for attribute in node.attributes.values():
         if attribute.type is onnx_ir.AttributeType.GRAPH:
-            yield from attribute.as_graph()
+            for inner in attribute.as_graph():
+                yield inner
+                yield from _nodes_of_branches(inner)
 
 
 def _attach(

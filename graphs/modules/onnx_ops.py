@@ -10,12 +10,16 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from .ops import Eager, Gate, View, samples, sees, share_of
+from .ops import Eager, Gate, Scales, View, samples, sees, share_of
 
 CONDITIONAL_ATTENTION = "visistage::BranchedAttention"
 """No operator of ONNX: what ``compile/export/branched_attention.py`` writes out. Takes q (B, H, Q,
 d), k and v (B, G, S, d), visible (B, 1, Q, S), write_index (B,), and in a text-blind layer the
 value gate and perhaps the sink gate, (B, S) each."""
+
+APPENDED_ATTENTION = "visistage::AppendedAttention"
+"""The same of rows that are appended first: takes q (B, H, Q, d), new k and v (B, G, Q, d), both
+caches (B, G, S, d), visible and write_index; also returns the caches."""
 
 
 class Onnx(Eager):
@@ -134,12 +138,34 @@ class LlmConditional(Llm):
     """``Llm`` for ONNX Runtime on a CPU: attention in one form for many new rows, one for a few.
 
     ``in_order``: the rows of every call, and the slots before them, are in the order in which they
-    see each other, so that what a causal mask hides need not be computed.
+    see each other, so that what a causal mask hides need not be computed. ``whole``: every row of a
+    call asks, and none is left out.
     """
 
-    def __init__(self, in_order: bool):
-        self.in_order = in_order
-        self.name = "llm branched, in order" if in_order else "llm branched"
+    def __init__(self, in_order: bool, whole: bool = True):
+        self.in_order, self.whole = in_order, whole
+        self.name = f"llm branched{', in order' * in_order}{', whole' * whole}"
+
+    def cached_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: tuple[Tensor, Tensor],
+        view: View,
+        gate: Gate | None,
+        scales: Scales | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Trace ``APPENDED_ATTENTION`` over float caches of which nothing is hidden."""
+        if gate is not None or scales is not None or not self.whole:
+            return super().cached_attention(q, k, v, cache, view, gate, scales)
+        inputs = [q, k, v, *cache, view.visible, view.write_index]
+        shapes = (q.shape, cache[0].shape, cache[1].shape)
+        out, keys, values = torch.onnx.ops.symbolic_multi_out(
+            APPENDED_ATTENTION, inputs, self._facts(q, k), dtypes=(q.dtype,) * 3, shapes=shapes,
+            version=1,
+        )  # fmt: skip
+        return out, keys, values
 
     def gated_attention(
         self, q: Tensor, k: Tensor, v: Tensor, view: View, gate: Gate | None
@@ -154,15 +180,15 @@ class LlmConditional(Llm):
         if not gates and not self.in_order:
             return self.attend(q, k, v, visible)
         inputs = [q, k, v, visible, view.write_index, *gates]
-        attributes = {
-            "in_order": int(self.in_order),
-            "heads": q.shape[1],
-            "groups": k.shape[1],
-            "width": q.shape[3],
-        }
+        facts = self._facts(q, k)
         return torch.onnx.ops.symbolic(
-            CONDITIONAL_ATTENTION, inputs, attributes, dtype=q.dtype, shape=q.shape, version=1
+            CONDITIONAL_ATTENTION, inputs, facts, dtype=q.dtype, shape=q.shape, version=1
         )
+
+    def _facts(self, q: Tensor, k: Tensor) -> dict[str, int]:
+        """Return what the written form depends on besides its inputs."""
+        sizes = {"heads": q.shape[1], "groups": k.shape[1], "width": q.shape[3]}
+        return {"in_order": int(self.in_order), **sizes}
 
 
 class LlmRows(Llm):

@@ -1,4 +1,4 @@
-"""Attention in two forms: both are the reference's sum, and what lets calls be cut holds."""
+"""Attention in its forms: each is the reference's sum, and what lets calls be cut holds."""
 
 import numpy as np
 import onnx_ir
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
 from visistage.compile.export.branched_attention import (
+    APPENDING,
     DOMAIN,
     OPERATOR,
     PIECES,
@@ -117,6 +118,82 @@ def test_both_forms_are_the_reference(rows, before, spare, batch, heads, gates, 
     session = session_of(branched(*heads, WIDTH, gates, in_order, layers=2))
     (got,) = session.run(None, {name: value.numpy() for name, value in feeds.items()})
     assert np.abs(got - want.numpy()).max() < 2e-5
+
+
+def appending(heads: int, groups: int, in_order: bool) -> onnx_ir.Model:
+    """Return a call that appends its rows, written out."""
+    dims = {
+        "q": ["B", heads, "Q", WIDTH],
+        **{name: ["B", groups, "Q", WIDTH] for name in ("k", "v")},
+        **{name: ["B", groups, "S", WIDTH] for name in ("key", "value")},
+    }
+    kinds = dict.fromkeys(dims, FLOAT) | {"visible": onnx_ir.DataType.BOOL}
+    kinds |= {"write_index": onnx_ir.DataType.INT64}
+    dims |= {"visible": ["B", 1, "Q", "S"], "write_index": ["B"]}
+    inputs = [
+        onnx_ir.Value(name=n, type=onnx_ir.TensorType(kinds[n]), shape=onnx_ir.Shape(shape))
+        for n, shape in dims.items()
+    ]
+    facts = {"in_order": int(in_order), "heads": heads, "groups": groups, "width": WIDTH}
+    node = onnx_ir.node(APPENDING, inputs, facts, domain=DOMAIN, num_outputs=3)
+    for out, like in zip(node.outputs, ("q", "key", "value"), strict=True):
+        out.name, out.type = f"{like}.out", onnx_ir.TensorType(FLOAT)
+        out.shape = onnx_ir.Shape(dims[like])
+    graph = onnx_ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": 24}, name="a")
+    model = onnx_ir.Model(graph, ir_version=10)
+    write_conditional_attention(model)
+    return model
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.one_of(st.just(1), st.integers(2, 6), st.integers(MANY_ROWS, MANY_ROWS + 7)),
+    before=st.integers(0, 9),
+    apart=st.integers(0, 3),
+    spare=st.integers(0, 5),
+    hole=st.booleans(),
+    heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+    in_order=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_every_form_appends(rows, before, apart, spare, hole, heads, in_order, seed):
+    """Two lanes, as full as each other or not, with a slot that nothing sees or without."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.tensor([before, before + (apart if rows == 1 else 0)])
+    slots = int(first.max()) + rows + spare
+    q = torch.randn(2, heads[0], rows, WIDTH, generator=generator)
+    new = [torch.randn(2, heads[1], rows, WIDTH, generator=generator) for _ in range(2)]
+    held = [torch.randn(2, heads[1], slots, WIDTH, generator=generator) for _ in range(2)]
+    own = first[:, None] + torch.arange(rows)
+    visible = (torch.arange(slots) <= own[..., None])[:, None]
+    if hole and before:
+        visible[1, ..., before - 1] = False
+    whole = [cache.clone() for cache in held]
+    for cache, given in zip(whole, new, strict=True):
+        for lane, at in enumerate(first):
+            cache[lane, :, at : at + rows] = given[lane]
+    want = Eager().attend(q, *whole, visible)
+    feeds = {"q": q, "k": new[0], "v": new[1], "key": held[0], "value": held[1]}
+    feeds |= {"visible": visible, "write_index": first}
+    session = session_of(appending(*heads, in_order))
+    got, *caches = session.run(None, {name: value.numpy() for name, value in feeds.items()})
+    assert np.abs(got - want.numpy()).max() < 2e-5
+    for mine, cache in zip(caches, whole, strict=True):
+        for lane, at in enumerate(first):
+            assert (mine[lane, :, : at + rows] == cache[lane, :, : at + rows].numpy()).all()
+
+
+@pytest.mark.parametrize(("rows", "hole", "reads"), [(1, False, False), (1, True, True)])
+def test_a_row_that_sees_all_reads_no_slot_behind_it(rows, hole, reads):
+    """Poison in a free slot meets the scores of every other form."""
+    shape = (1, 1, rows, WIDTH)
+    feeds = {name: np.ones(shape, np.float32) for name in "qkv"}
+    feeds |= {name: np.ones((1, 1, 6, WIDTH), np.float32) for name in ("key", "value")}
+    feeds["key"][:, :, 5] = np.nan
+    feeds["visible"] = (np.arange(6) <= 3).reshape(1, 1, 1, 6).copy()
+    feeds["visible"][..., 1] = not hole
+    out = session_of(appending(1, 1, True)).run(None, feeds | {"write_index": np.array([3])})[0]
+    assert np.isnan(out).any() == reads
 
 
 def test_what_is_hidden_is_not_computed():

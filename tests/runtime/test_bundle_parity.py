@@ -282,6 +282,7 @@ def test_exact_bundles_equal_the_published_method(
         ("portable", "float32", 5, 2e-4),
         ("portable", "float16", 5, 2e-2),
         ("branched", "float32", 5, 2e-4),
+        ("branched", "float32", 1, 2e-4),
         ("branched", "float32", MANY_ROWS + 3, 2e-4),  # pieces of unequal sizes
     ],
 )

@@ -121,12 +121,12 @@ class StoredGraph:
     def row_counts(self) -> list[int]:
         """New rows of the calls that together reach all of the graph."""
         if self.kind == "stage" and self.manifest.lowering == LLM_CONDITIONAL:
-            return [CALL_ROWS, MANY_ROWS + CALL_ROWS]
+            return [CALL_ROWS, 1, MANY_ROWS + CALL_ROWS]
         return [CALL_ROWS]
 
     def feeds(self, rows: int = CALL_ROWS) -> dict[str, np.ndarray]:
-        """Return inputs: batch 1, a filled cache, one padded slot, half of the gates open and half
-        of the gains 1.
+        """Return inputs: batch 1, a filled cache, one padded slot unless one row is new, half of the
+        gates open and half of the gains 1.
         """
         generator = np.random.default_rng(zlib.crc32(self.name.encode()))
         keep = next((spec.shape[1] for spec in self.spec.outputs if spec.name == "rows.out"), 0)
@@ -139,7 +139,8 @@ class StoredGraph:
         sizes[TILES] = layout.tiles if layout.feeds else 2
         new = np.arange(filled, used) if calls else np.arange(2, 2 + offered)
         slot_order = np.full(used + SPARE_SLOTS, INVISIBLE)
-        slot_order[1:used] = np.arange(1, used)
+        padded = int(rows > 1)  # a single row that sees all has a form of its own
+        slot_order[padded:used] = np.arange(padded, used)
         fixed: dict[str, int | np.ndarray] = {
             "positions": new,
             "order": new,
