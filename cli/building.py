@@ -100,7 +100,8 @@ def build(
     int8 rounds inputs and weights, for which it takes a calibration (by default the one in
     calibrations/MODEL); w8 and w4 round weights alone. Single stages, the vision encoder and the
     head may differ. With cache=int8, behind any precision, keys and values are cached in a quarter
-    of FP32's bytes, which takes a calibration: docs/quantisation.md.
+    of FP32's bytes, which takes a calibration; int8:decode=w4 adds weights of four bits for one
+    row: docs/quantisation.md.
 
     Without torch, demo is built for a CPU from graphs that come with the package.
 

@@ -267,7 +267,9 @@ def _calibration(
 def _bits(target: Target, precision: str) -> int:
     """Return about how many bits a weight takes in a precision."""
     quantised = {"int8": 8, "w8": 9, "w4": 5}
-    return quantised.get(base_of(precision), 8 * getattr(torch, target.dtype(precision)).itemsize)
+    bits = quantised.get(base_of(precision), 8 * getattr(torch, target.dtype(precision)).itemsize)
+    decode = parse_quant_config(precision).decode if is_quantised(precision) else None
+    return bits + (quantised[decode] if decode else 0)
 
 
 def check_memory(target: Target, precision: str, nbytes: int) -> None:

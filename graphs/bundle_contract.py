@@ -8,7 +8,16 @@ from .config import ModelConfig
 from .contract import GraphSpec, probe_spec, select_spec, serve_spec, stage_spec
 from .errors import PlanError
 from .fusion import check_injected
-from .parts import PROBE, PROJECT, VISION, StagePart, part_names, probed, serving_name
+from .parts import (
+    PROBE,
+    PROJECT,
+    VISION,
+    StagePart,
+    part_names,
+    probed,
+    serving_name,
+    step_name,
+)
 from .plan.plan import StagePlan
 from .precision import NO_FALLBACK, Fp32Fallback
 from .quantization import CacheScheme
@@ -24,8 +33,13 @@ def graph_specs(
     rows_back: bool,
     fallback: Fp32Fallback = NO_FALLBACK,
     cache: CacheScheme = "float",
+    *,
+    steps: bool = False,
 ) -> dict[str, GraphSpec]:
-    """Return the contract of every graph of a bundle, in the order in which a prompt meets them."""
+    """Return the contract of every graph of a bundle, in the order in which a prompt meets them.
+
+    ``steps``: calls of one row have graphs of their own, with the contract of the others.
+    """
     text = config.text
     check_injected(text.inject, plan)
     _check_axes(text, plan)
@@ -36,6 +50,8 @@ def graph_specs(
         if part.serves(plan):
             specs[serving_name(name)] = serve_spec(text, plan, part, dtype, fallback, cache)
         specs[name] = stage_spec(text, plan, part, dtype, rows_back, fallback, cache)
+        if steps:
+            specs[step_name(name)] = specs[name]
         if part.ends(plan) and probed(plan, part.stage):
             edge = plan.edges[part.stage]
             specs[f"select{part.stage}"] = select_spec(text, edge, dtype, fallback, cache)

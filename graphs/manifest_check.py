@@ -101,6 +101,7 @@ class _Check:
             self.target.returns_new_rows(cache),
             manifest.fallback,
             cache,
+            steps=bool(manifest.quantization.decode),
         )
         self._equal("graphs", list(manifest.graphs), list(specs))
         files = [file for fact in manifest.graphs.values() for file in _onnx_files(fact)]

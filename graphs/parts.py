@@ -25,6 +25,13 @@ PROBE = "probe"
 SERVE = "serve"
 """Name, before a stage's number, of the graph of visual rows that none of its layers changes."""
 
+STEP = "step"
+"""Name, before a stage's number, of the graph of its calls of one row, where those have weights of
+their own (``Quantization.decode``)."""
+
+OF_LAYERS = ("stage", SERVE, STEP)
+"""Beginnings of the names of graphs that run whole layers."""
+
 
 @dataclass(frozen=True)
 class StagePart:
@@ -86,6 +93,11 @@ def part_names(parts: Sequence[StagePart]) -> list[str]:
 def serving_name(stage: str) -> str:
     """Return the name of the graph that serves visual rows beside a graph of a stage."""
     return stage.replace("stage", SERVE)
+
+
+def step_name(stage: str) -> str:
+    """Return the name of the graph for one row beside a graph of a stage."""
+    return stage.replace("stage", STEP)
 
 
 def serves_alone(graph: str) -> bool:

@@ -2,6 +2,7 @@
 
     int8                              W8A8 everywhere, the head W8
     int8:vision=float,stage2=w4       the vision encoder in float, the last of three stages W4
+    int8:decode=w4                    W8A8 where many rows pass, W4 for one row and the head
     w4:keep=5%                        weights alone; the most sensitive 5 % stay float
     fp16:cache=int8                   float layers over an INT8 cache; so int8:cache=int8, ...
 
@@ -59,10 +60,13 @@ _WORDS = {
     "vision": SCHEMES,
     "head": SCHEMES,
     "cache": CACHES,
+    "decode": ("w4",),
     "observer": OBSERVERS,
     "smooth": ("yes", "no"),
 }
-_OPTIONS = ("vision", "head", "stage0", "stage1", "...", "cache", "observer", "smooth", "keep")
+_OPTIONS = (
+    "vision", "head", "stage0", "stage1", "...", "cache", "decode", "observer", "smooth", "keep",
+)  # fmt: skip
 
 
 def block_of(scheme: Scheme, inputs: int, *, engines: bool) -> int | None:
@@ -90,6 +94,8 @@ class QuantConfig:
             target.
         stages: schemes of single stages; the others take the base's.
         cache: type of cached keys and values.
+        decode: scheme of W8A8 layers of the decoder in calls of one row, for which they have other
+            weights beside their own; None: the same. The head, of one row always, takes it, too.
         observer: None: the one that the calibration found best.
         smooth: whether ranges are smoothed where the calibration found that to help.
         keep: share of the linear layers that stay float, the most sensitive ones.
@@ -101,6 +107,7 @@ class QuantConfig:
     head: Scheme | None = None
     stages: Mapping[int, Scheme] = field(default_factory=dict)
     cache: CacheScheme = "float"
+    decode: Scheme | None = None
     observer: Observer | None = None
     smooth: bool = True
     keep: float = 0.0
@@ -124,6 +131,8 @@ class QuantConfig:
         parts += [f"stage{stage}={scheme}" for stage, scheme in sorted(self.stages.items())]
         if self.cache != "float":
             parts.append(f"cache={self.cache}")
+        if self.decode is not None:
+            parts.append(f"decode={self.decode}")
         if self.observer is not None:
             parts.append(f"observer={self.observer}")
         if not self.smooth:
@@ -142,7 +151,7 @@ class QuantConfig:
         if group.place == "vision":
             return self.vision or ("w8a8" if self.base == "int8" else "float")
         if group.place == "head" and self.base not in FLOAT_PRECISIONS:
-            weights: Scheme = "w4" if self.base == "w4" else "w8"
+            weights: Scheme = self.decode or ("w4" if self.base == "w4" else "w8")
             return self.head or (weights if weights in runs else "float")
         if group.place == "head":
             return self.head or "float"
@@ -153,7 +162,7 @@ class QuantConfig:
     @property
     def asked(self) -> set[str]:
         """Every scheme that the user named, or that the base stands for."""
-        named = {self.scheme, self.vision, self.head, *self.stages.values()}
+        named = {self.scheme, self.vision, self.head, self.decode, *self.stages.values()}
         return {scheme for scheme in named if scheme}
 
 
@@ -218,6 +227,7 @@ class Quantization:
         calibration: hash of the calibration it rests on; None where it needs none.
         observer: the one used; None where inputs stay float.
         schemes: of every linear layer that is not float, by the checkpoint's name.
+        decode: the same in calls of one row, where these have graphs of their own; else empty.
         smoothed: groups whose inputs were smoothed, by name, with alpha.
         cache: type of cached keys and values.
     """
@@ -226,6 +236,7 @@ class Quantization:
     calibration: str | None = None
     observer: str | None = None
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    decode: Mapping[str, Scheme] = field(default_factory=dict, metadata={"omit": True})
     smoothed: Mapping[str, float] = field(default_factory=dict)
     cache: CacheScheme = "float"
 

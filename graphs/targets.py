@@ -124,6 +124,11 @@ class Target:
         )
 
     @property
+    def steps(self) -> bool:
+        """True where calls of one row may have graphs of their own."""
+        return self.lowering == LLM_CONDITIONAL
+
+    @property
     def static_slots(self) -> bool:
         """True where the compiler wants the number of cache slots fixed (an aliased cache)."""
         return self.engines and self.lowering == LLM

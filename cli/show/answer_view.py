@@ -8,7 +8,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ...graphs.parts import ENTRY, PROBE, PROJECT, SERVE, VISION, serves_alone, stage_of
+from ...graphs.parts import (
+    ENTRY,
+    OF_LAYERS,
+    PROBE,
+    PROJECT,
+    VISION,
+    serves_alone,
+    stage_of,
+)
 from ...graphs.plan.cost import Cost, Geometry, Load, cost_of, loads_as_run, reduction_percent
 from ...graphs.vision_contract import projects_later
 
@@ -111,7 +119,7 @@ def _what(name: str, manifest: Manifest, facts: PlanFacts) -> str:
     if name == ENTRY:
         assert plan.entry is not None
         return plan.entry.summary(plan.visual_tokens)
-    if not name.startswith(("stage", SERVE)):
+    if not name.startswith(OF_LAYERS):
         return "selection" if name.startswith("select") else "probes" if name == PROBE else ""
     start, stop = plan.stages[stage_of(name)].layers
     layers = f"layers {start} to {stop - 1}" if stop - start > 1 else f"layer {start}"

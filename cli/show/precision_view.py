@@ -16,6 +16,9 @@ from ...pages.units import show_bytes
 MOST_NAMES = 6
 """Layers kept float that are named in the table."""
 
+LAYERS = ("schemes", "decode")
+"""What is said of every layer: they are counted instead."""
+
 VALUE_BITS = {"w8a8": 8, "w8": 8, "w4": 4}
 
 
@@ -37,12 +40,15 @@ def quantisation_facts(manifest: Manifest) -> dict[str, Any] | None:
         for name, outputs in zip(group.linears, group.outputs, strict=True):
             scheme = quantization.schemes.get(name, "float")
             places.setdefault(place, Counter())[scheme] += 1
-            nbytes[scheme] += _bytes(scheme, (outputs, group.inputs), manifest)
+            for own in {scheme, quantization.decode.get(name, scheme)}:
+                nbytes[own] += _bytes(own, (outputs, group.inputs), manifest)
+            if name in quantization.decode and group.place == "decoder":
+                places.setdefault("one row", Counter())[quantization.decode[name]] += 1
             if scheme == "float":
                 kept.setdefault(place, []).append(name)
     mixed = [name for place, names in kept.items() if len(places[place]) > 1 for name in names]
     return {
-        **{key: value for key, value in to_json(quantization).items() if key != "schemes"},
+        **{key: value for key, value in to_json(quantization).items() if key not in LAYERS},
         "places": {place: dict(counts) for place, counts in places.items()},
         "float": mixed,
         "weight_bytes": dict(nbytes),

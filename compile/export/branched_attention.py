@@ -173,7 +173,9 @@ def _step(
     ends = nodes.add("Add", [write_index, rows])
     all_ends = nodes.add("ReduceSum", [ends], keepdims=1)
     single = nodes.add("Equal", [rows, nodes.constant("single", [1])])
-    whole = nodes.add("Reshape", [nodes.add("Equal", [seen, all_ends]), nodes.constant("flat", [1])])
+    whole = nodes.add(
+        "Reshape", [nodes.add("Equal", [seen, all_ends]), nodes.constant("flat", [1])]
+    )
     longest = nodes.add("ReduceMax", [ends], keepdims=0)
     return Step(
         nodes.add("And", [single, whole]),
@@ -249,7 +251,7 @@ def _by_rows(call: AttentionCall) -> dict[str, Form]:
 def _one(
     nodes: Nodes, inputs: Sequence[Any], call: AttentionCall, step: Step
 ) -> Sequence[onnx_ir.Value]:
-    """Write the form for one row of each lane, (B, heads, 1, d), as which heads lie side by side."""
+    """Write the form for one row of each lane: (B, heads, 1, d) is (B, 1, heads * d), too."""
     heads, groups, width = call.sizes
     *rows, key_cache, value_cache, _, _ = inputs
     side_by_side = nodes.constant("side_by_side", [0, 1, -1])
@@ -266,9 +268,7 @@ def _one(
     return [nodes.add("Reshape", [out, of_heads]), keys, values]
 
 
-def _appended(
-    nodes: Nodes, inputs: Sequence[Any], call: AttentionCall
-) -> Sequence[onnx_ir.Value]:
+def _appended(nodes: Nodes, inputs: Sequence[Any], call: AttentionCall) -> Sequence[onnx_ir.Value]:
     """Write the other forms, over caches to which the new rows are appended."""
     q, k, v, key_cache, value_cache, visible, write_index = inputs
     keys, values = (

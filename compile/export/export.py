@@ -35,11 +35,12 @@ from ...graphs.parts import (
     StagePart,
     part_names,
     serving_name,
+    step_name,
     whole_stages,
 )
 from ...graphs.plan.plan import StagePlan
 from ...graphs.precision import NO_FALLBACK, Fp32Fallback
-from ...graphs.quantization import FLOAT, Quantization
+from ...graphs.quantization import FLOAT, Quantization, Scheme
 from ...graphs.targets import LLM, LLM_CONDITIONAL, PORTABLE, Target, check_operators
 from ...graphs.text_config import TextConfig
 from ...graphs.vision_contract import projects_later, vision_readings
@@ -107,11 +108,16 @@ def graphs_of(
     if engines and quantization.quantises_cache and lowering == LLM:
         ops = LlmRows()
     groups = linear_groups(config)
-    specs = graph_specs(config, plan, dtype, parts, ops.returns_new_rows, fallback, cache)
+    steps = bool(quantization.decode)
+    specs = graph_specs(
+        config, plan, dtype, parts, ops.returns_new_rows, fallback, cache, steps=steps
+    )
     out = []
 
-    def add(name: str, module: Pieces) -> None:
-        replace_linears(module, quantization.schemes, groups, engines=engines)
+    def add(
+        name: str, module: Pieces, schemes: Mapping[str, Scheme] = quantization.schemes
+    ) -> None:
+        replace_linears(module, schemes, groups, engines=engines)
         round_caches(module, cache)
         for parameter in module.parameters():
             if parameter.is_floating_point():
@@ -132,6 +138,10 @@ def graphs_of(
             if lowering == LLM_CONDITIONAL:
                 own = LlmConditional(in_order=index == 0 and whole, whole=whole)
             add(name, DecoderStage(config.text, plan, part, own, fallback))
+            if steps:
+                one = LlmConditional(in_order=False, whole=whole)
+                step = DecoderStage(config.text, plan, part, one, fallback)
+                add(step_name(name), step, quantization.decode)
             if f"select{index}" in specs and part.ends(plan):
                 add(f"select{index}", Selector(plan.edges[index], ops))
         if plan.probe is not None:

@@ -92,7 +92,7 @@ class FakeQuantised:
         values = self._quantised.tensor(f"{module}.{WEIGHT[scheme]}").numpy()
         if scheme == "w4":
             values = unpack_int4(values, (inputs, outputs))
-        scales = self._quantised.tensor(f"{module}.{SCALE}").numpy()
+        scales = self._quantised.tensor(f"{module}.{SCALE[scheme]}").numpy()
         if scheme == "w8a8":  # while they are at hand: rounding a weight again takes long
             self._scales[module] = self._quantised.tensor(f"{module}.{INPUT_SCALE}")
         block = block_of(scheme, inputs, engines=self.engines)

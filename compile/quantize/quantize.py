@@ -68,6 +68,11 @@ CALIBRATIONS = Path("calibrations")
 
 CACHE_SCALES_FILE = "cache_scales.bin"
 
+DECODE_ERROR = 0.05
+"""Relative squared error of a layer's output beyond which it keeps its W8A8 weight for one row:
+four bits lose some 0.01 of Gaussian weights, and more where few inputs, massive ones, carry most of
+the sum."""
+
 
 def resolve(
     quant_config: QuantConfig,
@@ -126,9 +131,32 @@ def resolve(
         calibration=calibration.hash if calibration else None,
         observer=observer if quantised_inputs else None,
         schemes=schemes,
+        decode=_decode_schemes(quant_config, schemes, groups, calibration),
         smoothed=smoothed,
         cache=quant_config.cache,
     )
+
+
+def _decode_schemes(
+    quant_config: QuantConfig,
+    schemes: Mapping[str, Scheme],
+    groups: Sequence[Group],
+    calibration: Calibration | None,
+) -> dict[str, Scheme]:
+    """Return the schemes for one row: those for many, but ``decode``'s instead of W8A8, unless that
+    changes what a layer returns by more than ``DECODE_ERROR``.
+    """
+    if quant_config.decode is None:
+        return {}
+    assert calibration is not None  # W8A8 takes one
+    found = dict(schemes)
+    for group in groups:
+        for name in group.linears:
+            errors = calibration.groups[group.name].sensitivity[name]
+            if group.place == "decoder" and schemes.get(name) == "w8a8":
+                loud = errors[quant_config.decode] > DECODE_ERROR
+                found[name] = "w8a8" if loud else quant_config.decode
+    return found
 
 
 def check_sizes(calibration: Calibration, config: ModelConfig) -> None:
@@ -196,7 +224,7 @@ class QuantisedTensors:
                 assert group.fold is not None
                 self.columns |= dict.fromkeys(group.linears, factors)
                 self.outputs[group.fold] = factors
-        self._last: tuple[str, dict[str, np.ndarray]] = ("", {})
+        self._last: tuple[tuple[str, Scheme], dict[str, np.ndarray]] = (("", "float"), {})
 
     def changes(self, name: str) -> bool:
         """Return whether the tensor ``name`` of a graph is made here rather than read as it is."""
@@ -215,9 +243,9 @@ class QuantisedTensors:
             return math.prod(weight)
         if own == INPUT_SCALE:
             return itemsize
-        if own in (SCALE, ZERO):
+        if own in (*SCALE.values(), ZERO):
             outputs, inputs = weight
-            block = block_of(self.quantization.schemes[module], inputs, engines=self.engines)
+            block = block_of(self._scheme_of(module, own), inputs, engines=self.engines)
             size = 1 if own == ZERO else itemsize
             return math.prod(scale_shape(block, inputs, outputs)) * size
         return math.prod(self.checkpoint.tensors[name].shape) * itemsize
@@ -227,9 +255,16 @@ class QuantisedTensors:
         module, _, own = name.rpartition(".")
         if own in ("weight", "bias"):
             return torch.from_numpy(self.folded(module, own))
-        if self._last[0] != module:
-            self._last = (module, self._quantised(module))
+        key = module, self._scheme_of(module, own)
+        if self._last[0] != key:
+            self._last = key, self._quantised(*key)
         return torch.from_numpy(self._last[1][own])
+
+    def _scheme_of(self, module: str, own: str) -> Scheme:
+        """Return the scheme to which a parameter of a quantised layer belongs."""
+        if own in (WEIGHT["w4"], SCALE["w4"]):
+            return "w4"
+        return self.quantization.schemes[module]
 
     def _factors(self, group: Group) -> np.ndarray | None:
         if group.name not in self.quantization.smoothed:
@@ -249,9 +284,8 @@ class QuantisedTensors:
         self.checkpoint.release()
         return values
 
-    def _quantised(self, module: str) -> dict[str, np.ndarray]:
+    def _quantised(self, module: str, scheme: Scheme) -> dict[str, np.ndarray]:
         """Return every tensor of a quantised layer but its bias, by its own name."""
-        scheme = self.quantization.schemes[module]
         weight = self.folded(module, "weight")
         block = block_of(scheme, weight.shape[1], engines=self.engines)
         if block is None:
@@ -261,7 +295,8 @@ class QuantisedTensors:
             values, scales = blocked_weight(
                 weight, block, levels=levels, half=self.half, name=module
             )
-        out = {WEIGHT[scheme]: pack_int4(values) if scheme == "w4" else values, SCALE: scales}
+        packed = pack_int4(values) if scheme == "w4" else values
+        out = {WEIGHT[scheme]: packed, SCALE[scheme]: scales}
         if scheme == "w8" and block is not None:
             out[ZERO] = np.zeros(scales.shape, np.int8)
         if scheme == "w8a8":
@@ -337,6 +372,13 @@ def _check(quant_config: QuantConfig, plan: StagePlan, target: Target) -> None:
                 f"precision {quant_config.name} names stage{stage}, plan '{plan.name}' has "
                 f"{len(plan.stages)} stages, counted from 0"
             )
+    if quant_config.decode is not None and not (target.steps and quant_config.base == "int8"):
+        able = ", ".join(name for name, other in TARGETS.items() if other.steps)
+        raise TargetError(
+            f"precision {quant_config.name} on target '{target.name}': decode= gives W8A8 layers "
+            f"other weights for one row, which takes base int8 and one of the targets {able}. "
+            "Leave it out, or type --precision int8:decode=w4 --target cpu"
+        )
     foreign = quant_config.asked - {"float", *target.schemes}
     if foreign:
         raise TargetError(

@@ -68,7 +68,7 @@ class TorchExecutor:
     """``executor.Executor`` over eager stage modules; caches are torch tensors.
 
     ``prepare`` changes each stage before it is given its weights (``quantized.replace_linears``,
-    ``round_caches``).
+    ``round_caches``); ``prepare_step`` another one for calls of one row, where they differ.
     """
 
     def __init__(
@@ -79,15 +79,20 @@ class TorchExecutor:
         batch: int,
         fallback: Fp32Fallback = NO_FALLBACK,
         prepare: Callable[[torch.nn.Module], None] = lambda stage: None,
+        prepare_step: Callable[[torch.nn.Module], None] | None = None,
     ):
         self.text, self.plan, self.batch, self.fallback = text, plan, batch, fallback
         self.axes = text.rope.axes
         self.embedding = weights["model.embed_tokens.weight"]
-        self.stages = [
-            DecoderStage(text, plan, part, Eager(), fallback) for part in whole_stages(plan)
-        ]
-        for stage in self.stages:
-            load_weights(stage, weights, prepare)
+
+        def loaded(prepare: Callable[[torch.nn.Module], None]) -> list[DecoderStage]:
+            made = [
+                DecoderStage(text, plan, part, Eager(), fallback) for part in whole_stages(plan)
+            ]
+            return [load_weights(stage, weights, prepare) for stage in made]
+
+        self.stages = loaded(prepare)
+        self.steps = loaded(prepare_step) if prepare_step else []
         self.serving = {
             part.stage: load_weights(ServingStage(text, plan, part, Eager()), weights, prepare)
             for part in whole_stages(plan)
@@ -98,7 +103,7 @@ class TorchExecutor:
             index: Selector(edge) for index, edge in enumerate(plan.edges) if probed(plan, index)
         }
         self.prober = Prober()
-        self.notes = GateNotes(self.stages)
+        self.notes = GateNotes([*self.stages, *self.steps])
         self.caches = [
             [
                 (self._empty(index, layer), self._empty(index, layer))
@@ -132,7 +137,8 @@ class TorchExecutor:
         """Run stage ``stage`` eagerly."""
         missing = {layer: rows.shape[1] - given.shape[1] for layer, given in inject.items()}
         self.notes.order = order
-        out = self.stages[stage](
+        modules = self.steps if self.steps and rows.shape[1] == 1 else self.stages
+        out = modules[stage](
             rows,
             torch.from_numpy(positions),
             torch.from_numpy(order),

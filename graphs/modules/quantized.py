@@ -21,7 +21,10 @@ WEIGHT = {"w8a8": "weight_int8", "w8": "weight_int8", "w4": "weight_int4"}
 """Parameter that holds the rounded weight, by scheme. INT4 values stand one to a byte in torch, two
 to a byte in files."""
 
-SCALE, INPUT_SCALE, ZERO = "weight_scale", "input_scale", "weight_zero"
+SCALE = {"w8a8": "weight_scale", "w8": "weight_scale", "w4": "weight_scale_4bit"}
+"""Parameter that holds the weight's scales, by scheme: a layer may have a weight of both widths."""
+
+INPUT_SCALE, ZERO = "input_scale", "weight_zero"
 """The other parameters. The zero points of INT8 in blocks are all 0, and there for ONNX Runtime:
 where it makes weights unsigned (``runtime.backends.ort.EXACT``) it would otherwise give them
 one of a wrong shape, and fail.
@@ -50,9 +53,8 @@ def scale_shape(block: int | None, inputs: int, outputs: int) -> tuple[int, ...]
 class QuantizedLinear(nn.Module):
     """A projection from integer weights. x: (M, K) -> (M, N).
 
-    Parameters: ``weight_int8`` or ``weight_int4`` (K, N) int8, ``weight_scale`` as
-    ``scale_shape``, for ``w8a8`` ``input_scale`` (), for ``w8`` in blocks ``weight_zero``, and
-    perhaps ``bias`` (N,).
+    Parameters: ``WEIGHT`` (K, N) int8, ``SCALE`` as ``scale_shape``, for ``w8a8`` ``input_scale``
+    (), for ``w8`` in blocks ``weight_zero``, and perhaps ``bias`` (N,).
     """
 
     def __init__(
@@ -62,9 +64,10 @@ class QuantizedLinear(nn.Module):
         self.ops, self.scheme, self.block = ops, scheme, block
         values = torch.empty(inputs, outputs, dtype=torch.int8)
         setattr(self, WEIGHT[scheme], nn.Parameter(values, requires_grad=False))
-        self.weight_scale = nn.Parameter(torch.empty(scale_shape(block, inputs, outputs)))
+        scales = torch.empty(scale_shape(block, inputs, outputs))
+        setattr(self, SCALE[scheme], nn.Parameter(scales))
         self.input_scale = nn.Parameter(torch.empty(())) if scheme == "w8a8" else None
-        zero = torch.zeros(self.weight_scale.shape, dtype=torch.int8)
+        zero = torch.zeros(scales.shape, dtype=torch.int8)
         in_blocks = scheme == "w8" and block is not None
         self.weight_zero = nn.Parameter(zero, requires_grad=False) if in_blocks else None
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
@@ -74,7 +77,8 @@ class QuantizedLinear(nn.Module):
         if self.input_scale is not None:
             x = self.ops.fake_quantised(x, self.input_scale)
         values = getattr(self, WEIGHT[self.scheme])
-        weight = self.ops.restored(values, self.weight_scale, self.block, self.weight_zero)
+        scales = getattr(self, SCALE[self.scheme])
+        weight = self.ops.restored(values, scales, self.block, self.weight_zero)
         out = self.ops.product(x, weight)
         if self.bias is None:
             return out

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from ..caches import ahead_of
 from ..config import ModelConfig
 from ..families.family import ImageLayout
-from ..parts import PROBE, SERVE, VISION, serves_alone, stage_of
+from ..parts import OF_LAYERS, PROBE, SERVE, VISION, serves_alone, stage_of
 from ..quantization import SCALE_BLOCK, parse_quant_config
 from ..vision_config import PATCHES
 from ..vision_contract import projects_later
@@ -74,11 +74,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a decoder's weight, of a cached number, and of an encoder's weight."""
+    """Bytes of a decoder's weight, of a cached number, and of an encoder's weight; ``one_row``: of
+    a decoder's weight in calls of one row, and of the head's, where they are others.
+    """
 
     weight: float
     cache: float
     encoder: float
+    one_row: float | None = None
 
     @classmethod
     def of(cls, precision: str) -> Sizes:
@@ -87,7 +90,12 @@ class Sizes:
         weight = WEIGHT_BYTES[quant_config.base]
         encoder = WEIGHT_BYTES["fp16"] if quant_config.base in ENCODER_FLOAT else weight
         cache = 4.0 if quant_config.base == "fp32" else 2.0
-        return cls(weight, 1.0 if quant_config.cache == "int8" else cache, encoder)
+        one_row = WEIGHT_BYTES[quant_config.decode] if quant_config.decode else None
+        return cls(weight, 1.0 if quant_config.cache == "int8" else cache, encoder, one_row)
+
+    def weight_of(self, rows: float) -> float:
+        """Return the bytes of a decoder's weight in a call of so many rows."""
+        return self.one_row if self.one_row and rows == 1 else self.weight
 
 
 COUNTS = Sizes(1, 1, 1)
@@ -178,7 +186,7 @@ def layers_work(
     attends = depth * geometry.layer_macs(rows, rows, pairs, 0)
     return Work(
         flops=2 * (attends + mlps * geometry.layer_macs(0, 0, 0, rows)),
-        weight_bytes=(depth * attention + mlps * mlp) * sizes.weight,
+        weight_bytes=(depth * attention + mlps * mlp) * sizes.weight_of(rows),
         cache_bytes=depth * 2 * geometry.widths[1] * cached * sizes.cache,
         attention_flops=2 * depth * geometry.layer_macs(0, 0, pairs),
     )
@@ -199,7 +207,7 @@ def serving_work(geometry: Geometry, caches: int, rows: int, sizes: Sizes) -> Wo
 
 def head_work(geometry: Geometry, sizes: Sizes) -> Work:
     """Return the work of the output projection of one row."""
-    return Work(2 * geometry.head_weights, geometry.head_weights * sizes.weight)
+    return Work(2 * geometry.head_weights, geometry.head_weights * sizes.weight_of(1))
 
 
 def vision_work(
@@ -308,7 +316,7 @@ def layers_of(call: GraphCall, config: ModelConfig, plan: StagePlan) -> int:
     """Return the layers that one call runs; a selection or a probe counts as one."""
     if call.graph == VISION:
         return config.encoder_depth
-    whole = call.graph.startswith(("stage", SERVE))
+    whole = call.graph.startswith(OF_LAYERS)
     return plan.stages[stage_of(call.graph)].depth if whole else 1
 
 

@@ -23,6 +23,7 @@ from ...graphs.chain.executor import StageResult
 from ...graphs.commands import rebuild_command
 from ...graphs.contract import ORT_LLM_SINCE, GraphSpec, returns_new_rows, row_readings
 from ...graphs.errors import BundleError, CapacityError
+from ...graphs.parts import STEP
 from ...graphs.targets import PORTABLE, Target
 from ..autotune import choose_threads
 from ..hardware import cores
@@ -32,6 +33,10 @@ from .denormals import AVAILABLE, flushed
 from .feeds import inject_feeds, layers_taking, shape_of, stage_feeds
 from .onnx_runtime import find_cuda_libraries, ort
 from .ort_packages import collision, install_gpu
+
+STAGE = "stage"
+KINDS = (STAGE, STEP)
+"""Graphs of a stage: of all its calls, or where there are some for one row, of all others."""
 
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -58,16 +63,20 @@ class OrtExecutor(HostExecutor):
         widened = manifest.dtype == "float16"
         self.prepacked = _prepack(manifest.weight_bytes, widened, options.memory_limit)
         self.sessions = {name: self._load(bundle, name, options) for name in self.graphs}
-        self.part_names = [manifest.parts_of(stage) for stage in range(len(self.plan.stages))]
+        stages = range(len(self.plan.stages))
+        self.part_names = {kind: [manifest.parts_of(s, kind) for s in stages] for kind in KINDS}
         self.split()
 
     def split(self) -> None:
         """Bind the caches of these lanes."""
-        self.parts = [
-            [OrtStage(self.graphs[name].spec, self.sessions[name]) for name in names]
-            for names in self.part_names
-        ]
-        for stage in range(len(self.parts)):
+        self.parts = {
+            kind: [
+                [OrtStage(self.graphs[name].spec, self.sessions[name]) for name in names]
+                for names in stages
+            ]
+            for kind, stages in self.part_names.items()
+        }
+        for stage in range(len(self.plan.stages)):
             self.rebind(stage)
 
     def append(
@@ -78,8 +87,9 @@ class OrtExecutor(HostExecutor):
         feeds = stage_feeds(positions, order, slot_order, write_index, by_layer)
         outputs: dict[str, np.ndarray] = {"rows.out": rows}
         queries = []
-        with self.timed(f"stage{stage}"):
-            for part in self.parts[stage]:
+        kind = STEP if count == 1 and self.part_names[STEP][stage] else STAGE
+        with self.timed(f"{kind}{stage}"):
+            for part in self.parts[kind][stage]:
                 feeds["rows"] = outputs["rows.out"]
                 feeds |= inject_feeds(part.spec.inputs, inject, rows.shape[:2])
                 outputs |= part.run(feeds, count)
@@ -121,7 +131,7 @@ class OrtExecutor(HostExecutor):
         super().close()
 
     def rebind(self, stage: int) -> None:
-        for part in self.parts[stage]:
+        for part in (part for kind in KINDS for part in self.parts[kind][stage]):
             part.bind_caches(self.caches[stage], aliased=not self.returns_new_rows)
 
     def _load(self, bundle: Bundle, name: str, options: BackendOptions) -> ort.InferenceSession:

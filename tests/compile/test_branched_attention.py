@@ -169,9 +169,9 @@ def test_every_form_appends(rows, before, apart, spare, hole, heads, in_order, s
     if hole and before:
         visible[1, ..., before - 1] = False
     whole = [cache.clone() for cache in held]
-    for cache, given in zip(whole, new, strict=True):
+    for cache, appended in zip(whole, new, strict=True):
         for lane, at in enumerate(first):
-            cache[lane, :, at : at + rows] = given[lane]
+            cache[lane, :, at : at + rows] = appended[lane]
     want = Eager().attend(q, *whole, visible)
     feeds = {"q": q, "k": new[0], "v": new[1], "key": held[0], "value": held[1]}
     feeds |= {"visible": visible, "write_index": first}

@@ -23,7 +23,7 @@ from visistage.graphs.chain import torch_reference as chain
 from visistage.graphs.errors import DataError, TargetError
 from visistage.graphs.linears import linear_groups
 from visistage.graphs.modules.ops import Eager
-from visistage.graphs.modules.quantized import QuantizedLinear, block_of
+from visistage.graphs.modules.quantized import SCALE, QuantizedLinear, block_of
 from visistage.graphs.quantization import Quantization, parse_quant_config
 from visistage.graphs.targets import TARGETS, TENSORRT_RTX
 from visistage.runtime.backends.ort import EXACT, NO_GEMM, int8_session_entries, saturates
@@ -68,6 +68,7 @@ def resolved(text, model, known, target="cpu", plan=PLAN):
     [
         "int8",
         "int8:vision=float,stage2=w4",
+        "int8:decode=w4,observer=mse",
         "w4:keep=5%,head=float",
         "int8:observer=mse,smooth=no,keep=model.layers.1.mlp.down_proj",
     ],
@@ -83,6 +84,7 @@ def test_the_name_of_a_recipe_reads_back_as_the_recipe(text):
     [
         ("int9", "unknown precision 'int9'"),
         ("int8:vision", "option: found 'vision', expected key=value"),
+        ("int8:decode=w8", "expected one of w4"),
         ("int8:vision=w2", "expected one of float, w8a8, w8, w4"),
         ("int8:obsever=mse", "Did you mean 'observer'"),
         ("w4:keep=120%", "more than 100 %"),
@@ -210,7 +212,7 @@ def test_a_quantised_layer_is_the_product_of_what_its_numbers_stand_for(scheme):
             ((values * 2 - 1) * top).round().to(torch.int8) if "int" in name else values
         )
     x = torch.randn(5, 200, generator=generator)
-    scale = layer.weight_scale
+    scale = getattr(layer, SCALE[scheme])
     if scheme != "w8a8":
         scale = torch.stack([scale[row // 128] for row in range(200)])
     given = x

@@ -134,7 +134,7 @@ def test_bounds_are_the_loosest_of_what_a_graph_does():
 def test_int4_comes_out_of_a_file_as_it_went_in(int8, folder):
     name = f"{LAYER}.up_proj"
     weights = StoredGraph(int8, "stage2").weights
-    values, scales = weights[f"{name}.weight_int4"], weights[f"{name}.weight_scale"]
+    values, scales = weights[f"{name}.weight_int4"], weights[f"{name}.weight_scale_4bit"]
     assert values.shape == (64, 128)
     assert np.abs(values).max() == 7
     theirs = open_checkpoint(str(folder / "toy")).load(f"{name}.weight").numpy()
@@ -146,9 +146,9 @@ def test_int4_comes_out_of_a_file_as_it_went_in(int8, folder):
 
 
 FAULTS = {
-    "a flipped scale": ({f"{LAYER}.up_proj.weight_scale": lambda x: -x}, "not above 0"),
+    "a flipped scale": ({f"{LAYER}.up_proj.weight_scale_4bit": lambda x: -x}, "not above 0"),
     "a scale twice as large": (
-        {f"{LAYER}.up_proj.weight_scale": lambda x: x * np.eye(1, 128, 5) + x},
+        {f"{LAYER}.up_proj.weight_scale_4bit": lambda x: x * np.eye(1, 128, 5) + x},
         "is off by",
     ),
     "a scale a hundredth too small": (
@@ -176,7 +176,7 @@ FAULTS = {
         "k_proj.input_scale is",
     ),
     "not a number": (
-        {f"{LAYER}.up_proj.weight_scale": lambda x: x * np.where(x == x.max(), np.nan, 1)},
+        {f"{LAYER}.up_proj.weight_scale_4bit": lambda x: x * np.where(x == x.max(), np.nan, 1)},
         "not finite",
     ),
 }

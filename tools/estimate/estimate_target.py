@@ -13,7 +13,7 @@ from ...graphs.config import ModelConfig
 from ...graphs.errors import TargetError
 from ...graphs.families.family import Size
 from ...graphs.families.registry import FAMILIES
-from ...graphs.plan.call_cost import Sizes, vision_work
+from ...graphs.plan.call_cost import Sizes, head_work, vision_work
 from ...graphs.plan.cost import PREFIX_ROWS, Geometry
 from ...graphs.plan.plan import StagePlan
 from ...graphs.presets.presets import preset
@@ -64,7 +64,9 @@ class EstimateTarget:
             return self.weight_bytes
         geometry, sizes = Geometry.of(self.config.text), Sizes.of(self.precision)
         embedding = geometry.hidden * geometry.vocab * max(sizes.weight, 2.0)
-        decoder = geometry.matmul_weights * sizes.weight
+        twice = sizes.one_row or 0.0  # for one row, beside those for many
+        layers = (geometry.matmul_weights - geometry.head_weights) * (sizes.weight + twice)
+        decoder = layers + head_work(geometry, sizes).weight_bytes
         return decoder + embedding + vision_work(self.config, sizes).weight_bytes
 
 

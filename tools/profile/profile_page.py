@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...graphs.parts import PROJECT, SERVE, VISION, stage_of
+from ...graphs.parts import OF_LAYERS, PROJECT, VISION, stage_of
 from ...pages.chart import Axis, Chart, of_decades
 from ...pages.page import render_page
 from .machine import machine_line
@@ -136,7 +136,7 @@ def layer_chart(run: dict[str, Any]) -> str:
     """Draw the milliseconds of every decoder layer on the way to the first token."""
     times: dict[int, float] = {}
     for graph, row in run["operators"]["prefill"]["layers"].items():
-        if graph.startswith(("stage", SERVE)):
+        if graph.startswith(OF_LAYERS):
             for layer, ms in ((int(key), ms) for key, ms in row.items() if key.isdecimal()):
                 times[layer] = times.get(layer, 0.0) + ms
     if not times:
@@ -188,6 +188,6 @@ def _kind(graph: str) -> str:
         return graph
     if graph == PROJECT:
         return VISION
-    if graph.startswith(("stage", SERVE)):
+    if graph.startswith(OF_LAYERS):
         return f"stage{min(stage_of(graph), 3)}"
     return "select"

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -25,7 +25,7 @@ from PIL import Image
 from ...graphs.chain.executor import observed
 from ...graphs.commands import rebuild_command
 from ...graphs.errors import PromptError
-from ...graphs.parts import PROBE, SERVE, VISION
+from ...graphs.parts import PROBE, SERVE, VISION, step_name
 from ...graphs.plan.call_cost import GraphCall
 from ...graphs.progress import Advance, no_advance
 
@@ -159,7 +159,10 @@ def timed_calls(executor: Any) -> Iterator[list[TimedCall]]:
     events: list[TimedCall] = []
 
     def note(method: str, given: tuple, result: Any, start: float, stop: float) -> None:
-        events.append(TimedCall(_graph_call(method, given), start, stop))
+        call = _graph_call(method, given)
+        if call.rows == 1 and step_name(call.graph) in executor.manifest.graphs:
+            call = replace(call, graph=step_name(call.graph))
+        events.append(TimedCall(call, start, stop))
 
     with observed(executor, note):
         yield events

@@ -27,6 +27,7 @@ from ...graphs.contract import INVISIBLE
 from ...graphs.errors import DataError, ImageError, PromptError
 from ...graphs.linears import linear_groups
 from ...graphs.modules.quantized import INPUT_SCALE, WEIGHT
+from ...graphs.parts import STEP
 from ...graphs.plan.plan import StagePlan
 from ...graphs.plan.stages import Entry, Probe
 from ...graphs.precision import NO_FALLBACK
@@ -155,8 +156,11 @@ class TorchChain:
         self._encoders: dict[Entry | None, TorchEncoder] = {}
         self.fallback = manifest.fallback if half else NO_FALLBACK
         self.prepare: Callable[[nn.Module], None] = lambda module: None
+        self.prepare_step: Callable[[nn.Module], None] | None = None
         if quantised:
-            self.prepare = partial(quantise_module, manifest=manifest)
+            self.prepare = partial(quantise_module, manifest=manifest, kind="stage")
+        if quantised and manifest.quantization.decode:
+            self.prepare_step = partial(quantise_module, manifest=manifest, kind=STEP)
 
     @classmethod
     def stored(cls, bundle: Bundle, *, half: bool, free: int) -> TorchChain:
@@ -237,7 +241,13 @@ class TorchChain:
         """
         plan = plan or self.plan
         torch_executor = TorchExecutor(
-            self.config.text, plan, self.weights, 1, self.fallback, self.prepare
+            self.config.text,
+            plan,
+            self.weights,
+            1,
+            self.fallback,
+            self.prepare,
+            self.prepare_step,
         )
         executor = SteeredExecutor(torch_executor, plan.probe, selection)
         chain = Chain(plan, executor, 1)

@@ -79,6 +79,7 @@ class QuantisedWeights:
         self.slack = FOLD_SLACK[self.manifest.dtype]
         self.tiny = HALF_TINY if self.manifest.dtype == "float16" else TINY
         self.schemes = self.manifest.quantization.schemes
+        self.decode = self.manifest.quantization.decode
         self.groups = linear_groups(self.manifest.config, self.manifest.plan.dropped)
         smoothed = self.manifest.quantization.smoothed
         self.smoothed = [group for group in self.groups if group.name in smoothed]
@@ -143,14 +144,14 @@ class QuantisedWeights:
                 ratio = np.take_along_axis(plain, at, 1) / np.take_along_axis(ours, at, 1)
             values = ratio[:, 0]
         else:
-            stored = self._ours(f"{linear}.{SCALE}")
+            stored = self._ours(f"{linear}.{SCALE[scheme]}")
             largest = _absmax(plain, self._block(scheme, plain))
             scales = stored.reshape(-1, len(plain)).T
             ratio = largest / (LEVELS[scheme] * scales)
             usable = (largest > 0) & (scales > self.tiny * 1.5)
             values = np.nanmax(np.where(usable, ratio, np.nan), 1, initial=-np.inf)
         values = np.where(np.isfinite(values) & (np.abs(plain).max(1) > 0), values, np.nan)
-        own = SCALE if scheme else "weight"
+        own = SCALE[scheme] if scheme else "weight"
         _require_positive(f"{linear}.{own}", values[np.isfinite(values)])
         return Factors(values, np.full(len(values), 2 * self.slack))
 
@@ -167,7 +168,8 @@ class QuantisedWeights:
                 raise WrongError(f"{name} is not finite")
             _require_within(name, np.abs(ours - want), slack, "what was folded in")
         else:
-            self._check_quantised(linear, scheme, want, slack)
+            for own in {scheme, self.decode.get(linear, scheme)}:
+                self._check_quantised(linear, own, want, slack)
         if linear in self.outputs:
             self._check_bias(linear, outputs)
         kind = scheme or "float"
@@ -178,8 +180,9 @@ class QuantisedWeights:
     ) -> None:
         """Check integers and scales of a layer whose weight (N, K) is ``want`` within ``slack``."""
         levels, name = LEVELS[scheme], f"{linear}.{WEIGHT[scheme]}"
-        values, scales = self.weights[name], self._ours(f"{linear}.{SCALE}")
-        _require_positive(f"{linear}.{SCALE}", scales)
+        scale = f"{linear}.{SCALE[scheme]}"
+        values, scales = self.weights[name], self._ours(scale)
+        _require_positive(scale, scales)
         if int(np.abs(values.astype(np.int16)).max(initial=0)) > levels:
             raise WrongError(f"{name} holds integers beyond ±{levels}")
         block = self._block(scheme, want)
@@ -189,7 +192,7 @@ class QuantisedWeights:
             filled = np.where(largest == 0, 1.0, np.maximum(largest / levels, self.tiny))
             found = scales.reshape(-1, len(want)).T
             allowed = (_absmax(slack, block) / levels) + filled * self.slack
-            _require_within(f"{linear}.{SCALE}", np.abs(found - filled), allowed, "its share")
+            _require_within(scale, np.abs(found - filled), allowed, "its share")
         error = np.abs(restored(values, scales, block) - want)
         step = restored(np.ones_like(values), scales, block)
         within = np.where(known, error / (0.5 * step + slack), 0.0)

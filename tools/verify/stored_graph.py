@@ -21,7 +21,8 @@ from ...graphs.contract import BY_LAYER, INVISIBLE, MANY_ROWS, GraphSpec
 from ...graphs.errors import BundleError
 from ...graphs.linears import linear_groups
 from ...graphs.modules.quantized import CACHE_SCALES, replace_linears, round_caches
-from ...graphs.parts import SERVE, StagePart, stage_of, stage_parts
+from ...graphs.parts import OF_LAYERS, STEP, StagePart, stage_of, stage_parts
+from ...graphs.quantization import Scheme
 from ...graphs.targets import LLM_CONDITIONAL, find_target
 from ...graphs.vision_contract import TILES
 
@@ -100,7 +101,7 @@ class StoredGraph:
 
     @property
     def kind(self) -> str:
-        """``vision``, ``project``, ``serve``, ``stage``, ``select`` or ``probe``."""
+        """``vision``, ``project``, ``serve``, ``stage``, ``step``, ``select`` or ``probe``."""
         return self.name.split(".")[0].rstrip("0123456789")
 
     @property
@@ -122,16 +123,18 @@ class StoredGraph:
         """New rows of the calls that together reach all of the graph."""
         if self.kind == "stage" and self.manifest.lowering == LLM_CONDITIONAL:
             return [CALL_ROWS, 1, MANY_ROWS + CALL_ROWS]
+        if self.kind == STEP:
+            return [1]
         return [CALL_ROWS]
 
     def feeds(self, rows: int = CALL_ROWS) -> dict[str, np.ndarray]:
-        """Return inputs: batch 1, a filled cache, one padded slot unless one row is new, half of the
-        gates open and half of the gains 1.
+        """Return inputs: batch 1, a filled cache, one padded slot (unless one row is new), half of
+        the gates open and half of the gains 1.
         """
         generator = np.random.default_rng(zlib.crc32(self.name.encode()))
         keep = next((spec.shape[1] for spec in self.spec.outputs if spec.name == "rows.out"), 0)
         offered = (int(keep) if self.kind == "select" else 0) + SPARE_SLOTS
-        calls = self.kind in ("stage", SERVE)
+        calls = self.kind in OF_LAYERS
         filled = FILLED if calls else offered + 2
         used = filled + (rows if calls else 0)
         sizes = {"B": 1, "Q": rows, "S": used + SPARE_SLOTS, "N": offered, "T": TEXT_ROWS}
@@ -191,12 +194,20 @@ def stored_tensor(bundle: Bundle, ref: TensorRef) -> torch.Tensor:
     return torch.from_numpy(raw).view(dtype).view(ref.shape)
 
 
-def quantise_module(module: torch.nn.Module, manifest: Manifest) -> None:
-    """Replace the layers and caches of ``module`` that are integers in the bundle's graphs."""
+def quantise_module(module: torch.nn.Module, manifest: Manifest, kind: str) -> None:
+    """Replace the layers and caches of ``module`` that are integers in the bundle's graphs of a
+    ``StoredGraph.kind``.
+    """
     engines = find_target(manifest.target).engines
     groups = linear_groups(manifest.config)
-    replace_linears(module, manifest.quantization.schemes, groups, engines=engines)
+    replace_linears(module, schemes_of(manifest, kind), groups, engines=engines)
     round_caches(module, manifest.quantization.cache)
+
+
+def schemes_of(manifest: Manifest, kind: str) -> Mapping[str, Scheme]:
+    """Return the schemes of linear layers in graphs of a ``StoredGraph.kind``."""
+    quantization = manifest.quantization
+    return quantization.decode if kind == STEP else quantization.schemes
 
 
 def map_raw(bundle: Bundle, name: str, offset: int, nbytes: int) -> np.ndarray:
