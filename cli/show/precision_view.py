@@ -25,7 +25,8 @@ VALUE_BITS = {"w8a8": 8, "w8": 8, "w4": 4}
 def quantisation_facts(manifest: Manifest) -> dict[str, Any] | None:
     """Return what ``visistage inspect`` shows of quantisation, as JSON; None where all is float.
 
-    ``places``: number of linear layers by scheme, for vision, each stage and the head;
+    ``places``: number of linear layers by scheme, for vision, each stage, the head, and the
+    decoder's calls of one row where they have other weights;
     ``weight_bytes``: of linear layers, scales included, by scheme; ``float``: names of those that
     are float in a place where others are not.
     """
@@ -35,21 +36,26 @@ def quantisation_facts(manifest: Manifest) -> dict[str, Any] | None:
     places: dict[str, Counter[str]] = {}
     nbytes: Counter[str] = Counter()
     kept: dict[str, list[str]] = {}
-    for group in linear_groups(manifest.config, manifest.plan.dropped):
+    groups = linear_groups(manifest.config, manifest.plan.dropped)
+    for group in groups:
         place = _place(group, manifest)
         for name, outputs in zip(group.linears, group.outputs, strict=True):
             scheme = quantization.schemes.get(name, "float")
             places.setdefault(place, Counter())[scheme] += 1
-            for own in {scheme, quantization.decode.get(name, scheme)}:
+            for own in dict.fromkeys((scheme, quantization.decode.get(name, scheme))):
                 nbytes[own] += _bytes(own, (outputs, group.inputs), manifest)
-            if name in quantization.decode and group.place == "decoder":
-                places.setdefault("one row", Counter())[quantization.decode[name]] += 1
             if scheme == "float":
                 kept.setdefault(place, []).append(name)
+    counted = {place: dict(counts) for place, counts in places.items()}
+    if quantization.decode:
+        decoder = (group for group in groups if group.place == "decoder")
+        names = [name for group in decoder for name in group.linears]
+        ways = Counter(quantization.decode.get(name, "float") for name in names)
+        counted["one row"] = dict(ways)
     mixed = [name for place, names in kept.items() if len(places[place]) > 1 for name in names]
     return {
         **{key: value for key, value in to_json(quantization).items() if key not in LAYERS},
-        "places": {place: dict(counts) for place, counts in places.items()},
+        "places": counted,
         "float": mixed,
         "weight_bytes": dict(nbytes),
     }

@@ -168,7 +168,7 @@ class QuantisedWeights:
                 raise WrongError(f"{name} is not finite")
             _require_within(name, np.abs(ours - want), slack, "what was folded in")
         else:
-            for own in {scheme, self.decode.get(linear, scheme)}:
+            for own in dict.fromkeys((scheme, self.decode.get(linear, scheme))):
                 self._check_quantised(linear, own, want, slack)
         if linear in self.outputs:
             self._check_bias(linear, outputs)
