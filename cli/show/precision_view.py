@@ -50,7 +50,7 @@ def quantisation_facts(manifest: Manifest) -> dict[str, Any] | None:
     if quantization.decode:
         decoder = (group for group in groups if group.place == "decoder")
         names = [name for group in decoder for name in group.linears]
-        ways = Counter(quantization.decode.get(name, "float") for name in names)
+        ways: Counter[str] = Counter(quantization.decode.get(name, "float") for name in names)
         counted["one row"] = dict(ways)
     mixed = [name for place, names in kept.items() if len(places[place]) > 1 for name in names]
     return {
