@@ -15,6 +15,7 @@ import pytest
 import visistage
 import yaml
 from visistage.tests.support.clean_environment import CleanEnvironment
+from visistage.tests.support.page_commands import runnable
 
 ROOT = Path(__file__).parents[1]
 NOT_INSTALLED = ("tests", "bench", "examples", "docs", "demo/training", "setup.py")
@@ -152,25 +153,21 @@ def test_links_of_the_index_page_lead_into_the_repository(wheel):
         assert (ROOT / inside.partition("#")[0]).exists(), link
 
 
-def torch_free() -> list[str]:
-    """Return the commands of the tutorial before its part that takes torch, without installing."""
-    text = (ROOT / "docs" / "tutorial.md").read_text("utf-8").partition("## 3.")[0]
-    lines = re.findall(r"^ {4}(\S.*)$", text, re.M)
-    return [line for line in lines if not line.startswith("pip ")]
-
-
-def test_the_tutorial_works_where_torch_is_not(clean, tmp_path):
-    """From the wheel: doctor, a bundle, answers, its facts and a page."""
+def test_commands_of_the_pages_work_where_torch_is_not(clean, tmp_path):
+    """From the wheel: doctor, then what docs/index.md says is run, in the tutorial's order."""
     absent = "import importlib.util as u; print([n for n in ('torch', 'onnx') if u.find_spec(n)])"
     assert clean.output(f'python -c "{absent}"', tmp_path) == "[]\n"
     facts = json.loads(clean.output("visistage doctor --json", tmp_path))
     assert facts["onnxruntime"]
     assert facts["compiler"]["torch"] is None
-    said = {command: clean.output(command, tmp_path) for command in torch_free()}
-    assert len(said) > 5
+    line = {"image": "photo.png", "prompt": "Count the orange objects."}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(line))
+    said = {command: clean.output(command, tmp_path) for command in runnable()}
+    assert len(said) > 12
     assert said["visistage build demo"] == "engines/demo/visipruner-fp32-cpu-portable\n"
     assert said['visistage infer photo.png "Count the orange objects."'] == "1\n"
     assert "<html" in (tmp_path / "page.html").read_text("utf-8")
+    assert json.loads((tmp_path / "answers.jsonl").read_text("utf-8"))["text"].strip() == "1"
     assert clean.output("visistage build demo", tmp_path) == said["visistage build demo"]
 
 

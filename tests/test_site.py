@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from visistage.tests.support.page_commands import KINDS, RUN, commands, kind_of
 from visistage.tests.test_readme import wrong_commands
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +51,19 @@ def test_a_page_that_answers_nothing_is_noticed(text):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_and_their_options_exist(page):
     assert wrong_commands(page.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_index_says_what_every_command_needs(page):
+    text = (ROOT / "docs" / "index.md").read_text("utf-8")
+    named = set(re.findall(r"^\| (`.*) \| ", text, re.M))
+    assert named == set(KINDS) - {RUN}
+    assert {kind_of(command) for command in commands(page)} <= named | {RUN}
+
+
+def test_a_command_of_no_kind_is_noticed():
+    with pytest.raises(LookupError):
+        kind_of("docking --now")
 
 
 def test_every_variable_is_on_the_page_and_no_other():
