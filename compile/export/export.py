@@ -182,6 +182,7 @@ def export(
         check_operators(target, graph.name, graph.opset, operators)
     _strip(model)
     prefix_node_names(model)
+    separate_node_names(model)
     _attach(model, text, weights, path.parent)
     onnx_ir.save(model, path)
 
@@ -219,6 +220,20 @@ def prefix_node_names(model: onnx_ir.Model) -> int:
                 inner.name = f"{current}/{inner.name}"
                 labelled += 1
     return labelled
+
+
+def separate_node_names(model: onnx_ir.Model) -> None:
+    """Write numbers behind other nodes' names apart: beside ``node`` there is no ``node_3`` but
+    ``node.3``.
+
+    TensorRT makes several layers of some nodes, numbers them behind the node's name, and refuses a
+    graph in which another node has that name already.
+    """
+    names = {node.name for node in model.graph.all_nodes()}
+    for node in model.graph.all_nodes():
+        stem, _, number = (node.name or "").rpartition("_")
+        if number.isdigit() and stem in names:
+            node.name = f"{stem}.{number}"
 
 
 def _nodes_of_branches(node: onnx_ir.Node) -> Iterator[onnx_ir.Node]:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
@@ -194,6 +195,11 @@ def test_integers_are_verified(family, tmp_path):
     bundle = make_bundle(str(path), plan="dense", out=tmp_path, **given)
     report = verified.run(bundle, count=1)
     assert report.failed is None, verified.failing(report)
+    for fact in bundle.manifest.graphs.values():  # as TensorRT numbers layers that it makes of one
+        graph = onnx.load(bundle.file(fact.file), load_external_data=False).graph
+        names = {node.name for node in graph.node}
+        numbered = [name.rpartition("_") for name in names]
+        assert not [name for name, _, end in numbered if end.isdigit() and name in names]
 
 
 @pytest.mark.parametrize("precision", ["w8", "w4"])
