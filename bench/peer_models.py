@@ -43,7 +43,10 @@ EXPORTERS = {"qwen2_vl": OPENVINO_QWEN, "qwen2_5_vl": OPENVINO_QWEN}
 BLOCKS = ("w8", "w4")
 """Precisions with weights alone in integers, a scale for each block of them."""
 
-OURS = {"fp32": "FP32", "int8": "W8A8", "w8": "W8", "w4": "W4"}
+STEPS = "int8:decode=w4"
+"""Ours with weights of four bits where one row passes, beside those in blocks."""
+
+OURS = {"fp32": "FP32", "int8": "W8A8", "w8": "W8", "w4": "W4", STEPS: "W8A8, one row W4"}
 REPORTED = {"f32": "fp32", "bf16": "bf16"}
 """OpenVINO's name of an inference precision -> the lower bound's."""
 
@@ -215,7 +218,8 @@ class Peer:
     """A library with its settings.
 
     key: names it in the record. script: in ``runners/``. model: makes the folder it reads.
-    precision: of its linear layers, None where it reports it. keeps: whether a second question
+    precision: of its linear layers, None where it reports it. decode: of a later token, where that
+    is another. keeps: whether a second question
     finds the image encoded. told: visual tokens that it counts to a prompt; None: all.
     """
 
@@ -226,6 +230,7 @@ class Peer:
     model: Callable[[PeerCheckpoint], Path]
     settings: dict[str, Any] = field(default_factory=dict)
     precision: str | None = "fp32"
+    decode: str | None = None
     plan: str = "dense"
     keeps: bool = True
     told: int | None = None
@@ -309,9 +314,10 @@ def all_peers(
     if bare:
         peers += cdpruner_peers(visual_tokens)
     plans = plans_of(visual_tokens, selector).items()
-    precisions = (*PRECISIONS, *(BLOCKS if blocks else ()))
+    precisions = (*PRECISIONS, *((*BLOCKS, STEPS) if blocks else ()))
     for target, precision, (name, plan) in product(targets, precisions, plans):
-        key, words = [name, precision], [plan, OURS[precision]]
+        rows, _, steps = precision.partition(":decode=")
+        key, words = [name, rows, *([steps] if steps else [])], [plan, OURS[precision]]
         if target != "cpu":
             key, words = [*key, target], [*words, target]
         peers.append(
@@ -321,7 +327,8 @@ def all_peers(
                 "ours",
                 OWN,
                 partial(bundle, plan, precision, target),
-                precision=precision,
+                precision=rows,
+                decode=steps or None,
                 plan=plan,
             )
         )

@@ -233,7 +233,7 @@ def lower_bounds(
             works.append(work_of(GraphCall(VISION, 0, 0), config, plan, COUNTS))
         found[kind].append(milliseconds(total_work(works), rates, precision))
         step = step_work(config.text, visual, prefix + rest)
-        found["per_token"].append(milliseconds(step, rates, precision))
+        found["per_token"].append(milliseconds(step, rates, peer.decode or precision))
     return {kind: mean(values) for kind, values in found.items()}
 
 
