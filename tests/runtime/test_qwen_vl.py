@@ -7,6 +7,7 @@ import onnx
 import pytest
 from visistage.compile.build import make_bundle
 from visistage.compile.checkpoint.checkpoint import open_checkpoint
+from visistage.graphs.modules.quantized import SCALE
 from visistage.runtime.image.image import load_image, prepare
 from visistage.runtime.image.preprocessing import Preprocessing
 from visistage.runtime.session import load
@@ -212,10 +213,11 @@ def test_weights_alone_are_verified(checkpoint, tmp_path, precision):
     assert {found[name] for name in ("weights", "quantisation", "answers")} == {PASSED}
 
     def change(graph):
-        for node in graph.node:
-            for at, name in enumerate(node.input):
-                if name == "model.layers.0.mlp.gate_proj.weight_scale":
-                    node.input[at] = "model.layers.0.mlp.up_proj.weight_scale"
+        gate, up = (f"model.layers.0.mlp.{name}_proj.{SCALE[precision]}" for name in ("gate", "up"))
+        readers = [node for node in graph.node if gate in node.input]
+        assert readers
+        for node in readers:
+            node.input[list(node.input).index(gate)] = up
 
     spoilt = verified.run(verified.change_graph(bundle, "stage0.onnx", change), count=1)
     assert verified.failing(spoilt)[0] == "graph stage0"
