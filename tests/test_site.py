@@ -85,7 +85,7 @@ def test_every_error_of_the_table_is_raised_somewhere():
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory) -> Path:
-    """What the site is made of, without what git ignores."""
+    """A copy of the files that the site is made of, without what git ignores."""
     folder = tmp_path_factory.mktemp("site") / "visistage"
     ignore = shutil.ignore_patterns(".git", ".venv", ".cache", "__pycache__", "engines", "model*")
     return shutil.copytree(ROOT, folder, ignore=ignore)

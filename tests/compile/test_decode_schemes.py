@@ -87,7 +87,7 @@ def test_what_has_no_graphs_for_one_row_says_so(folder, calibration, recipe, tar
 
 
 def test_four_bits_of_the_weight_that_the_layer_reads(built, folder):
-    """What is folded in for many rows is there for one, too: they share their norms."""
+    """Folded factors serve one row as they do many: both share their norms."""
     bundle = built(RECIPE)
     names = list(bundle.manifest.graphs)
     assert [name for name in names if name.startswith("st")] == [

@@ -64,7 +64,7 @@ def bundles(checkpoint, tmp_path_factory):
 
 
 def carried(checkpoint, family, copy):
-    """What a build takes from a checkpoint whose file says what the family publishes."""
+    """Facts that a build takes from a checkpoint whose file says what the family publishes."""
     shutil.copytree(checkpoint, copy)
     (copy / "generation_config.json").write_text(json.dumps(PUBLISHED[family]))
     return text_facts(open_checkpoint(str(copy))).generation
