@@ -57,7 +57,7 @@ CHOSEN = "visistage-scope-few-"
 """The plan that goals are about: at its share of the tokens `demo-576` loses half a point."""
 
 ENTERING = "visistage-scope-visipruner-"
-"""Of a model of seven billion weights: tokens are removed at the encoder and inside the decoder."""
+"""The plan of a model of seven billion weights: it prunes at the encoder and inside the decoder."""
 
 GOALS = (
     Goal("cold TTFT, FP32, pruned", "cold", f"{CHOSEN}fp32", F32, 0.4),

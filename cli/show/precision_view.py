@@ -17,7 +17,7 @@ MOST_NAMES = 6
 """Layers kept float that are named in the table."""
 
 LAYERS = ("schemes", "decode")
-"""What is said of every layer: they are counted instead."""
+"""Facts that every layer has: they are counted instead."""
 
 VALUE_BITS = {"w8a8": 8, "w8": 8, "w4": 4}
 
